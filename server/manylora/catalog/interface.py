@@ -1,0 +1,30 @@
+"""What the inference routes need of the catalog: a name becomes an identity, and a list of what may be named."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from manylora.engine.interface import AdapterRef
+
+PUBLIC_TENANT = "public"
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedAdapter:
+    """The active version of one adapter, as `GET /v1/models` shows it. `created` is in Unix seconds."""
+
+    ref: AdapterRef
+    created: int
+
+
+class AdapterDirectory(Protocol):
+    """Looks adapters up for a tenant. Its own adapters come first, those of `public` next, nobody else's ever."""
+
+    def resolve(self, tenant: str, name: str, version: int | None = None) -> AdapterRef:
+        """The active version, or version `version`.
+
+        Answered from memory, so it may be called for every request. Raises AdapterNotFound, the same for
+        missing, not ready and foreign.
+        """
+        ...
+
+    def visible_to(self, tenant: str) -> list[PublishedAdapter]: ...

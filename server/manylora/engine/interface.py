@@ -1,0 +1,250 @@
+"""What the rest of the program may know of the engine: plain values and protocols, no torch.
+
+`EngineClient` is implemented by `engine/async_engine.py`; the API, the tenants and the catalog are written
+against it and tested with a small fake.
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Protocol
+
+from manylora.lora.ref import AdapterRef, Tier
+
+__all__ = [
+    "AdapterRef",
+    "AdapterSource",
+    "Delta",
+    "Effect",
+    "EngineClient",
+    "EngineStats",
+    "FinishReason",
+    "Generation",
+    "ModelInfo",
+    "RequestTiming",
+    "SamplingParams",
+    "TextCodec",
+    "Tier",
+    "TokenLogprob",
+]
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended. Terminal for every value."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORTED = "aborted"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to choose tokens. Ranges are checked at the edge, by `api/schemas.py`.
+
+    `temperature` 0 is greedy. `top_k` 0 keeps all. `logprobs` is the number of alternatives reported beside
+    the chosen token (0: the chosen one alone), None for no log-probabilities at all. `prompt_logprobs` is
+    the same for the prompt's own tokens (used by `echo`). `n` choices share the prompt's blocks; choice i
+    draws from its own stream of random numbers derived from `seed`.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    n: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """The log-probability of one token and of the likeliest ones at its place (token id, logprob)."""
+
+    token_id: int
+    logprob: float | None  # None for a prompt's first token, which nothing precedes
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RequestTiming:
+    """Times of one request in milliseconds, and where its adapter was when it arrived."""
+
+    queue_ms: float
+    load_ms: float
+    load_tier: Tier
+    ttft_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one step added to one choice.
+
+    `text` is complete characters only; it can be empty while a character or a possible stop string is still
+    incomplete, so the texts of all deltas joined are the answer. `num_cached_tokens` (prompt tokens taken
+    from the prefix cache) and `prompt_logprobs` come with the first delta of choice 0.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    num_cached_tokens: int = 0
+
+
+class Generation(Protocol):
+    """One running request: iterate for deltas until every choice has finished.
+
+    Closing it early (`aclose`, or leaving the loop and dropping it) aborts the request. An engine error is
+    raised from the iteration as a `ManyloraError`.
+    """
+
+    def __aiter__(self) -> AsyncIterator[Delta]: ...
+
+    async def aclose(self) -> None: ...
+
+    @property
+    def timing(self) -> RequestTiming:
+        """Known once the first delta has arrived."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """The base model as callers see it."""
+
+    name: str
+    context_length: int
+    vocab_size: int
+    created: int
+    default_temperature: float = 1.0
+    default_top_p: float = 1.0
+    default_top_k: int = 0
+    default_repetition_penalty: float = 1.0
+    max_logprobs: int = 20
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counts at one moment, for `/v1/stats` and the gauges."""
+
+    running: int = 0
+    waiting: int = 0
+    waiting_for_adapter: int = 0
+    kv_blocks_used: int = 0
+    kv_blocks_total: int = 0
+    slots_used: int = 0
+    slots_total: int = 0
+    device_tier_bytes: int = 0
+    host_tier_bytes: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    resident: tuple[dict[str, Any], ...] = field(default=())
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """How much an adapter changes the base's answer to a fixed prompt (KL in nats, at the last position)."""
+
+    prompt_tokens: int
+    max_abs_logit_delta: float
+    kl: float
+
+
+class TextCodec(Protocol):
+    """The base model's tokenizer, as much of it as the API needs. Thread-safe."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
+
+    def token_text(self, token_id: int) -> str:
+        """One token as text, for logprobs."""
+        ...
+
+    def token_bytes(self, token_id: int) -> list[int]:
+        """One token's UTF-8 bytes, for logprobs."""
+        ...
+
+    def chat(self, messages: list[dict[str, Any]], *, continue_final: bool = False) -> list[int]:
+        """The ids of a rendered chat, ready for the assistant's answer.
+
+        Raises InvalidRequest when the model has no chat template or the template refuses the messages.
+        """
+        ...
+
+
+class AdapterSource(Protocol):
+    """Where the engine's loader finds an adapter's files; the catalog implements it."""
+
+    def local_folder(self, ref: AdapterRef) -> Path:
+        """A folder in PEFT layout that stays put until the next call for the same ref.
+
+        Runs on a loader thread and may download. Raises AdapterLoadFailed.
+        """
+        ...
+
+
+class EngineClient(Protocol):
+    """The engine as the event loop sees it. Every method is called on the event loop's thread."""
+
+    @property
+    def model(self) -> ModelInfo: ...
+
+    @property
+    def codec(self) -> TextCodec: ...
+
+    @property
+    def is_ready(self) -> bool: ...
+
+    @property
+    def is_draining(self) -> bool: ...
+
+    def generate(
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        adapter: AdapterRef | None = None,
+        tenant: str = "public",
+        weight: float = 1.0,
+    ) -> Generation:
+        """Queue a request. Raises QueueFull, Draining, EngineDead or ContextLengthExceeded at once."""
+        ...
+
+    async def measure_effect(self, ref: AdapterRef, folder: Path) -> Effect:
+        """Run a fixed prompt with and without the adapter in `folder`, beside the running requests."""
+        ...
+
+    def tier_of(self, ref: AdapterRef) -> Tier: ...
+
+    def pin(self, ref: AdapterRef) -> None:
+        """Bring it to the device and keep it there until `unpin`."""
+        ...
+
+    def unpin(self, ref: AdapterRef) -> None: ...
+
+    async def forget(self, ref: AdapterRef) -> None:
+        """Wait until no running request uses the adapter, then free its memory. No new request may name it."""
+        ...
+
+    def stats(self) -> EngineStats: ...
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse new requests and wait for the running ones; abort what is left after `timeout_s`."""
+        ...
+
+    async def close(self) -> None: ...

@@ -1,0 +1,218 @@
+"""Every error that manylora raises on purpose.
+
+    ManyloraError                       500 server_error
+    ├── InvalidRequest                  400 invalid_request_error
+    │   ├── UnsupportedField            400 invalid_request_error  unsupported_field
+    │   └── ContextLengthExceeded       400 invalid_request_error  context_length_exceeded
+    ├── AuthenticationFailed            401 authentication_error   invalid_api_key
+    ├── PermissionDenied                403 permission_error       insufficient_role
+    ├── NotFound                        404 not_found_error        not_found
+    │   └── AdapterNotFound             404 not_found_error        adapter_not_found
+    ├── Conflict                        409 invalid_request_error  conflict
+    ├── TooLarge                        413 invalid_request_error  request_too_large
+    ├── InvalidAdapter                  422 invalid_adapter        invalid_adapter
+    ├── RateLimited                     429 rate_limit_error       rate_limited
+    │   ├── QueueFull                   429 rate_limit_error       queue_full
+    │   └── QuotaExceeded               429 rate_limit_error       quota_exceeded
+    ├── Unavailable                     503 server_error           unavailable
+    │   ├── Draining                    503 server_error           draining
+    │   └── EngineDead                  503 server_error           engine_dead
+    ├── AdapterLoadFailed               500 server_error           adapter_load_failed
+    └── StartupError                    500 server_error           startup_failed
+        ├── InvalidSettings             500 server_error           invalid_settings
+        ├── ModelUnusable               500 server_error           model_unusable
+        └── NotEnoughMemory             500 server_error           not_enough_memory
+
+The HTTP status, the OpenAI error type and the code are class attributes; `api/errors.py` is the one place
+that turns them into an answer. Messages are written for the person who reads them: what is wrong, and what
+to do about it.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+
+class ManyloraError(Exception):
+    """Base of the tree. `param` names the request field at fault, when there is one."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    code: ClassVar[str] = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+    def body(self) -> dict[str, Any]:
+        """The JSON object that goes under `error`."""
+        return {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+
+
+class InvalidRequest(ManyloraError):
+    """The request cannot be served as it stands."""
+
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_request"
+
+
+class UnsupportedField(InvalidRequest):
+    """A field that this server does not know or does not support."""
+
+    code = "unsupported_field"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """Prompt, or prompt and max_tokens together, do not fit the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class AuthenticationFailed(ManyloraError):
+    """No key, or a key that is not known or was revoked."""
+
+    status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+
+
+class PermissionDenied(ManyloraError):
+    """A good key whose role does not allow this."""
+
+    status = 403
+    type = "permission_error"
+    code = "insufficient_role"
+
+
+class NotFound(ManyloraError):
+    """Nothing under that name for this caller."""
+
+    status = 404
+    type = "not_found_error"
+    code = "not_found"
+
+
+class AdapterNotFound(NotFound):
+    """No such adapter: missing, not ready or another tenant's, which the caller cannot tell apart."""
+
+    code = "adapter_not_found"
+
+
+class Conflict(ManyloraError):
+    """The state does not allow this now."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "conflict"
+
+
+class TooLarge(ManyloraError):
+    """A body or a file over its limit."""
+
+    status = 413
+    type = "invalid_request_error"
+    code = "request_too_large"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong with an adapter: a documented code, the place, and what to do."""
+
+    code: str
+    where: str
+    message: str
+
+
+class InvalidAdapter(ManyloraError):
+    """An adapter that is refused, with every problem found."""
+
+    status = 422
+    type = "invalid_adapter"
+    code = "invalid_adapter"
+
+    def __init__(self, problems: list[Problem]) -> None:
+        first = problems[0].message if problems else "no details"
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        super().__init__(f"The adapter was refused: {first}{more}")
+        self.problems = problems
+
+    def body(self) -> dict[str, Any]:
+        return {**super().body(), "problems": [asdict(p) for p in self.problems]}
+
+
+class RateLimited(ManyloraError):
+    """Too much at once. `retry_after_s` says when to come back."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limited"
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0, param: str | None = None) -> None:
+        super().__init__(message, param=param)
+        self.retry_after_s = retry_after_s
+
+
+class QueueFull(RateLimited):
+    """The server's queue is full."""
+
+    code = "queue_full"
+
+
+class QuotaExceeded(RateLimited):
+    """The tenant has used up a quota."""
+
+    code = "quota_exceeded"
+
+
+class Unavailable(ManyloraError):
+    """The server cannot take requests now."""
+
+    status = 503
+    code = "unavailable"
+
+    def __init__(self, message: str, *, retry_after_s: float = 5.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class Draining(Unavailable):
+    """The server is shutting down and finishes what it has."""
+
+    code = "draining"
+
+
+class EngineDead(Unavailable):
+    """The engine thread ended with an error; the process must be restarted."""
+
+    code = "engine_dead"
+
+
+class AdapterLoadFailed(ManyloraError):
+    """A registered adapter could not be brought into memory."""
+
+    code = "adapter_load_failed"
+
+
+class StartupError(ManyloraError):
+    """The server cannot start as configured."""
+
+    code = "startup_failed"
+
+
+class InvalidSettings(StartupError):
+    """A setting is unknown or out of range."""
+
+    code = "invalid_settings"
+
+
+class ModelUnusable(StartupError):
+    """The base model cannot be read or cannot be served correctly."""
+
+    code = "model_unusable"
+
+
+class NotEnoughMemory(StartupError):
+    """The memory given does not hold one sequence."""
+
+    code = "not_enough_memory"
