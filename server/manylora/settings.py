@@ -142,9 +142,7 @@ def load_settings(**flags: Any) -> Settings:
     """Settings from all sources; `flags` with value None are absent. Raises InvalidSettings naming each fault."""
     unknown = _unknown_environment()
     if unknown:
-        raise InvalidSettings(
-            f"Unknown setting in the environment: {', '.join(unknown)}. See docs/configuration.md."
-        )
+        raise InvalidSettings(f"Unknown setting in the environment: {', '.join(unknown)}. See docs/configuration.md.")
     try:
         return Settings(**{k: v for k, v in flags.items() if v is not None})
     except ValidationError as error:
