@@ -1,0 +1,135 @@
+"""The SQL database behind catalog and tenants: SQLite by default, PostgreSQL by URL, migrated when opened."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import Connection, Engine, create_engine, event, select, text, update
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from manylora.catalog.tables import RevisionRow
+from manylora.errors import StartupError
+
+Topic = Literal["catalog", "tenants"]
+
+_BUSY_TIMEOUT_MS: Final = 30_000
+# Any fixed number: two processes that migrate the same PostgreSQL database take turns on it.
+_MIGRATION_LOCK: Final = 7_217_001
+_log = logging.getLogger(__name__)
+
+
+class Database:
+    """Transactions over one database. Thread-safe; `close` returns the connections."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._writing = engine.execution_options(manylora_write=True)
+
+    @property
+    def is_sqlite(self) -> bool:
+        return self._engine.dialect.name == "sqlite"
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        """One consistent view; nothing is written."""
+        with Session(self._engine) as session, session.begin():
+            yield session
+
+    @contextmanager
+    def write(self, topic: Topic | None) -> Iterator[Session]:
+        """One transaction that is wholly there, on disk, once the block has ended, or not at all.
+
+        With a `topic`, its revision is raised first: on PostgreSQL that row's lock puts the topic's writers in
+        one order, on SQLite `BEGIN IMMEDIATE` does.
+        """
+        with Session(self._writing, expire_on_commit=False) as session, session.begin():
+            if topic is not None:
+                session.execute(
+                    update(RevisionRow).where(RevisionRow.topic == topic).values(value=RevisionRow.value + 1)
+                )
+            yield session
+
+    def revision(self, topic: Topic) -> int:
+        """A number that grows with every change to the topic, by whichever process."""
+        with self.read() as session:
+            return session.execute(select(RevisionRow.value).where(RevisionRow.topic == topic)).scalar_one()
+
+    @contextmanager
+    def named_lock(self, number: int) -> Iterator[None]:
+        """Exclude other processes that hold the same 63-bit number, where several can share the database.
+
+        A SQLite database has one server (see `catalog.lockfile`), so there is nobody to exclude.
+        """
+        if self.is_sqlite:
+            yield
+            return
+        with self._engine.connect() as connection:
+            connection.execute(text("SELECT pg_advisory_lock(:n)"), {"n": number})
+            try:
+                yield
+            finally:
+                connection.execute(text("SELECT pg_advisory_unlock(:n)"), {"n": number})
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+
+def open_database(url: str) -> Database:
+    """Open (and create or migrate) the database. Raises StartupError saying what to do."""
+    try:
+        parsed = make_url(url)
+        if parsed.drivername in {"postgres", "postgresql"}:
+            parsed = parsed.set(drivername="postgresql+psycopg")
+        engine = _sqlite_engine(parsed) if parsed.get_backend_name() == "sqlite" else create_engine(parsed)
+    except (ArgumentError, NoSuchModuleError) as error:
+        raise StartupError(f"database_url is not usable: {error}. Write sqlite:///PATH or postgresql://…") from error
+    except ModuleNotFoundError as error:
+        raise StartupError("PostgreSQL needs its driver: pip install 'manylora[postgres]'.") from error
+    try:
+        _migrate(engine)
+    except SQLAlchemyError as error:
+        engine.dispose()
+        shown = parsed.render_as_string(hide_password=True)
+        raise StartupError(f"The database {shown} cannot be opened: {error}") from error
+    return Database(engine)
+
+
+def _sqlite_engine(url: URL) -> Engine:
+    if url.database and url.database != ":memory:":
+        Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+    engine = create_engine(url)
+    event.listen(engine, "connect", _configure_sqlite)
+    event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _configure_sqlite(connection: Any, _record: object) -> None:
+    connection.isolation_level = None  # the driver's own BEGIN comes too late for DDL and for reads
+    cursor = connection.cursor()
+    cursor.execute(f"PRAGMA busy_timeout={_BUSY_TIMEOUT_MS}")
+    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute("PRAGMA synchronous=FULL")
+    cursor.execute("PRAGMA foreign_keys=ON")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    # A deferred transaction that reads and then writes can fail with SQLITE_BUSY at once; IMMEDIATE waits its turn.
+    is_write = connection.get_execution_options().get("manylora_write", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if is_write else "BEGIN")
+
+
+def _migrate(engine: Engine) -> None:
+    config = Config()
+    config.set_main_option("script_location", "manylora.catalog:migrations")
+    with engine.execution_options(manylora_write=True).begin() as connection:
+        if engine.dialect.name == "postgresql":
+            connection.execute(text("SELECT pg_advisory_xact_lock(:n)"), {"n": _MIGRATION_LOCK})
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")

@@ -1,0 +1,150 @@
+"""The adapters in memory, so that a request's name becomes an identity without a query."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from manylora.catalog.interface import PUBLIC_TENANT, PublishedAdapter
+from manylora.catalog.records import MICROSECONDS, AdapterRecord
+from manylora.errors import AdapterNotFound
+from manylora.lora.ref import AdapterRef
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """One version as the hot path needs it."""
+
+    ref: AdapterRef
+    blob: str
+    created: int
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One adapter. Never changed, only replaced, so that a reader without a lock sees one state."""
+
+    tenant: str
+    name: str
+    pinned: bool
+    active_version: int | None
+    versions: Mapping[int, Listed]
+
+    @property
+    def active(self) -> Listed | None:
+        return None if self.active_version is None else self.versions[self.active_version]
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What another process did since the last look: versions that are gone, adapters pinned and unpinned."""
+
+    removed: tuple[AdapterRef, ...]
+    pinned: tuple[AdapterRef, ...]
+    unpinned: tuple[AdapterRef, ...]
+
+
+def missing(name: str, version: int | None = None) -> AdapterNotFound:
+    """The one answer for an adapter that is missing, not ready or another tenant's."""
+    label = name if version is None else f"{name}@{version}"
+    return AdapterNotFound(f"There is no adapter '{label}'. GET /v1/models lists what you may use.", param="model")
+
+
+def entry_of(record: AdapterRecord) -> Entry:
+    versions = {v.ref.version: Listed(v.ref, v.blob, v.created) for v in record.versions}
+    return Entry(record.tenant, record.name, record.pinned, record.active_version, MappingProxyType(versions))
+
+
+class Directory:
+    """Implements `catalog.interface.AdapterDirectory`.
+
+    Written under the registry's lock only, right after each commit; read from any thread without one.
+    """
+
+    def __init__(self) -> None:
+        self._tenants: dict[str, dict[str, Entry]] = {}
+        self._blobs: dict[str, str] = {}  # version id -> blob
+
+    def __len__(self) -> int:
+        return sum(len(entries) for entries in self._tenants.values())
+
+    def resolve(self, tenant: str, name: str, version: int | None = None) -> AdapterRef:
+        """The tenant's own adapter, else the public one. Raises AdapterNotFound."""
+        entry = self.find(tenant, name)
+        listed = None if entry is None else entry.active if version is None else entry.versions.get(version)
+        if listed is None:
+            raise missing(name, version)
+        return listed.ref
+
+    def visible_to(self, tenant: str) -> list[PublishedAdapter]:
+        """Own adapters and those public ones that no own adapter hides; only those with an active version."""
+        own = self._tenants.get(tenant, {})
+        shared = {} if tenant == PUBLIC_TENANT else self._tenants.get(PUBLIC_TENANT, {})
+        entries = [*own.values(), *(e for name, e in shared.copy().items() if name not in own)]
+        active = [e.active for e in entries if e.active is not None]
+        return [PublishedAdapter(listed.ref, listed.created // MICROSECONDS) for listed in active]
+
+    def find(self, tenant: str, name: str) -> Entry | None:
+        """The entry that `name` means for this tenant."""
+        for owner in (tenant, PUBLIC_TENANT):
+            entry = self._tenants.get(owner, {}).get(name)
+            if entry is not None:
+                return entry
+        return None
+
+    def owners_of(self, name: str) -> list[str]:
+        """Every tenant that has an adapter of that name: for admins only."""
+        return [tenant for tenant, entries in list(self._tenants.items()) if name in entries]
+
+    def blob_of(self, version_id: str) -> str | None:
+        return self._blobs.get(version_id)
+
+    def entries(self) -> list[Entry]:
+        return [entry for entries in list(self._tenants.values()) for entry in list(entries.values())]
+
+    def put(self, entry: Entry) -> None:
+        old = self._tenants.get(entry.tenant, {}).get(entry.name)
+        self._blobs.update({v.ref.id: v.blob for v in entry.versions.values()})
+        self._tenants.setdefault(entry.tenant, {})[entry.name] = entry
+        self._forget_blobs(old, entry)
+
+    def remove(self, tenant: str, name: str) -> None:
+        old = self._tenants.get(tenant, {}).pop(name, None)
+        self._forget_blobs(old, None)
+
+    def _forget_blobs(self, old: Entry | None, new: Entry | None) -> None:
+        kept = set() if new is None else {v.ref.id for v in new.versions.values()}
+        for listed in [] if old is None else old.versions.values():
+            if listed.ref.id not in kept:
+                self._blobs.pop(listed.ref.id, None)
+
+    def replace(self, entries: Iterable[Entry]) -> Changes:
+        """Take over the database's state whole, and say what is different for the engine."""
+        tenants: dict[str, dict[str, Entry]] = {}
+        for entry in entries:
+            tenants.setdefault(entry.tenant, {})[entry.name] = entry
+        before, self._tenants = self._tenants, tenants
+        self._blobs = {v.ref.id: v.blob for e in self.entries() for v in e.versions.values()}
+        old = {v.ref.id: v.ref for es in before.values() for e in es.values() for v in e.versions.values()}
+        old_pins, new_pins = _pins(before), _pins(tenants)
+        return Changes(
+            removed=tuple(ref for key, ref in old.items() if key not in self._blobs),
+            pinned=tuple(ref for key, ref in new_pins.items() if key not in old_pins),
+            unpinned=tuple(ref for key, ref in old_pins.items() if key not in new_pins),
+        )
+
+    def check_integrity(self) -> None:
+        listed = {}
+        for tenant, entries in self._tenants.items():
+            for name, entry in entries.items():
+                assert (entry.tenant, entry.name) == (tenant, name)
+                assert entry.versions, f"{name} has no version"
+                assert entry.active_version is None or entry.active_version in entry.versions
+                for number, version in entry.versions.items():
+                    assert (version.ref.tenant, version.ref.name, version.ref.version) == (tenant, name, number)
+                    listed[version.ref.id] = version.blob
+        assert listed == self._blobs
+
+
+def _pins(tenants: Mapping[str, Mapping[str, Entry]]) -> dict[str, AdapterRef]:
+    pinned = [e.active for entries in tenants.values() for e in entries.values() if e.pinned]
+    return {listed.ref.id: listed.ref for listed in pinned if listed is not None}

@@ -1,0 +1,109 @@
+"""The registry's queries, each inside a session that the registry holds."""
+
+from collections.abc import Sequence
+
+from sqlalchemy import Select, func, select, tuple_
+from sqlalchemy.orm import Session
+
+from manylora.catalog.directory import missing
+from manylora.catalog.records import AdapterRecord, adapter_record, limits_of
+from manylora.catalog.tables import AdapterRow, RevisionRow, TenantRow, VersionRow
+from manylora.errors import InvalidRequest, QuotaExceeded
+
+# A quota on what is kept frees up by somebody's decision, not by time: come back in a minute, not in a second.
+_KEPT_RETRY_S = 60.0
+
+
+def find_adapter(session: Session, tenant: str, name: str) -> AdapterRow | None:
+    """The row, also that of a deleted adapter."""
+    query = select(AdapterRow).where(AdapterRow.tenant == tenant, AdapterRow.name == name)
+    return session.execute(query).scalar_one_or_none()
+
+
+def get_adapter(session: Session, tenant: str, name: str) -> AdapterRow:
+    """Raises AdapterNotFound."""
+    row = find_adapter(session, tenant, name)
+    if row is None or row.is_deleted:
+        raise missing(name)
+    return row
+
+
+def load_record(session: Session, row: AdapterRow) -> AdapterRecord:
+    return adapter_record(row, versions_by_adapter(session, [row.id]).get(row.id, []))
+
+
+def versions_by_adapter(session: Session, adapter_ids: Sequence[str] | None) -> dict[str, list[VersionRow]]:
+    """Versions, oldest first, of these adapters or (None) of all."""
+    query = select(VersionRow).order_by(VersionRow.adapter_id, VersionRow.version)
+    if adapter_ids is not None:
+        query = query.where(VersionRow.adapter_id.in_(adapter_ids))
+    found: dict[str, list[VersionRow]] = {}
+    for version in session.execute(query).scalars():
+        found.setdefault(version.adapter_id, []).append(version)
+    return found
+
+
+def newest_version(session: Session, row: AdapterRow) -> VersionRow | None:
+    query = select(VersionRow).where(VersionRow.adapter_id == row.id).order_by(VersionRow.version.desc()).limit(1)
+    return session.execute(query).scalar_one_or_none()
+
+
+def revision_query() -> Select[int]:
+    return select(RevisionRow.value).where(RevisionRow.topic == "catalog")
+
+
+def page_query(tenant: str | None, start: tuple[int, str] | None, limit: int) -> Select[AdapterRow]:
+    """At most `limit` adapters of one tenant (None: of all) older than `start`, newest first: one index range."""
+    query = select(AdapterRow).where(AdapterRow.is_deleted.is_(False))
+    if tenant is not None:
+        query = query.where(AdapterRow.tenant == tenant)
+    if start is not None:
+        query = query.where(tuple_(AdapterRow.created, AdapterRow.id) < tuple_(*start))
+    return query.order_by(AdapterRow.created.desc(), AdapterRow.id.desc()).limit(limit)
+
+
+def page_start(session: Session, tenants: Sequence[str] | None, after: str) -> tuple[int, str]:
+    """Where the page after this adapter begins. A deleted one still marks its place. Raises InvalidRequest."""
+    row = session.get(AdapterRow, after)
+    if row is None or (tenants is not None and row.tenant not in tenants):
+        raise InvalidRequest("'after' must be the id of the last adapter of the page before.", param="after")
+    return row.created, row.id
+
+
+def check_kept(session: Session, tenant: str, row: AdapterRow | None, size_bytes: int) -> None:
+    """Whether the tenant may keep one more version, under a new name if `row` is None or deleted.
+
+    Raises QuotaExceeded.
+    """
+    limits = limits_of(session.get(TenantRow, tenant))
+    if limits.max_adapters is not None and (row is None or row.is_deleted):
+        count = _count_adapters(session, tenant, only_pinned=False)
+        if count >= limits.max_adapters:
+            raise _exceeded(tenant, f"adapters ({count} of {limits.max_adapters})", "Delete one")
+    if limits.max_adapter_bytes is not None:
+        query = select(func.coalesce(func.sum(VersionRow.size_bytes), 0)).join(AdapterRow)
+        kept = int(session.execute(query.where(AdapterRow.tenant == tenant)).scalar_one())
+        if kept + size_bytes > limits.max_adapter_bytes:
+            what = f"adapter bytes ({kept} kept and {size_bytes} new, of {limits.max_adapter_bytes})"
+            raise _exceeded(tenant, what, "Delete old versions")
+
+
+def check_pins(session: Session, tenant: str) -> None:
+    """Whether the tenant may pin one more adapter. Raises QuotaExceeded."""
+    limits = limits_of(session.get(TenantRow, tenant))
+    if limits.max_pinned is not None:
+        count = _count_adapters(session, tenant, only_pinned=True)
+        if count >= limits.max_pinned:
+            raise _exceeded(tenant, f"pinned adapters ({count} of {limits.max_pinned})", "Unpin one")
+
+
+def _count_adapters(session: Session, tenant: str, *, only_pinned: bool) -> int:
+    query = select(func.count()).where(AdapterRow.tenant == tenant, AdapterRow.is_deleted.is_(False))
+    if only_pinned:
+        query = query.where(AdapterRow.pinned.is_(True))
+    return int(session.execute(query).scalar_one())
+
+
+def _exceeded(tenant: str, what: str, remedy: str) -> QuotaExceeded:
+    message = f"The tenant '{tenant}' has used up its quota of {what}. {remedy}, or ask for a higher quota."
+    return QuotaExceeded(message, retry_after_s=_KEPT_RETRY_S)

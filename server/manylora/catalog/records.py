@@ -1,0 +1,122 @@
+"""What the registry hands out: frozen copies of rows, and what an upload adds."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from manylora.catalog.tables import AdapterRow, TenantRow, VersionRow
+from manylora.lora.ref import AdapterRef
+
+MICROSECONDS = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class NewVersion:
+    """A validated adapter whose files are in the store under `blob`, about to be published."""
+
+    id: str
+    digest: str
+    blob: str
+    kind: str
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...]
+    size_bytes: int
+    report: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """Where `--adapters` found a version, and what its files' `stat` said then."""
+
+    path: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class VersionRecord:
+    """One version of one adapter. `created` is in Unix microseconds."""
+
+    ref: AdapterRef
+    blob: str
+    status: str
+    kind: str
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...]
+    size_bytes: int
+    report: Mapping[str, Any]
+    created: int
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRecord:
+    """One adapter with its versions, oldest first. `created` is in Unix microseconds."""
+
+    id: str
+    tenant: str
+    name: str
+    description: str
+    active_version: int | None
+    pinned: bool
+    created: int
+    versions: tuple[VersionRecord, ...]
+
+    @property
+    def active(self) -> VersionRecord | None:
+        return next((v for v in self.versions if v.ref.version == self.active_version), None)
+
+    def version(self, number: int) -> VersionRecord | None:
+        return next((v for v in self.versions if v.ref.version == number), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """What `Registry.publish` did: `is_new` is False where the newest version had the digest already."""
+
+    adapter: AdapterRecord
+    version: VersionRecord
+    is_new: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterLimits:
+    """A tenant's quotas on what it keeps; None is "no limit"."""
+
+    max_adapters: int | None = None
+    max_adapter_bytes: int | None = None
+    max_pinned: int | None = None
+
+
+def adapter_record(row: AdapterRow, versions: list[VersionRow]) -> AdapterRecord:
+    return AdapterRecord(
+        id=row.id,
+        tenant=row.tenant,
+        name=row.name,
+        description=row.description,
+        active_version=row.active_version,
+        pinned=row.pinned,
+        created=row.created,
+        versions=tuple(_version_record(row, v) for v in versions),
+    )
+
+
+def _version_record(adapter: AdapterRow, row: VersionRow) -> VersionRecord:
+    return VersionRecord(
+        ref=AdapterRef(row.id, adapter.tenant, adapter.name, row.version, row.digest),
+        blob=row.blob,
+        status=row.status,
+        kind=row.kind,
+        rank=row.rank,
+        alpha=row.alpha,
+        target_modules=tuple(row.target_modules),
+        size_bytes=row.size_bytes,
+        report=row.report,
+        created=row.created,
+    )
+
+
+def limits_of(row: TenantRow | None) -> AdapterLimits:
+    if row is None:
+        return AdapterLimits()
+    return AdapterLimits(row.max_adapters, row.max_adapter_bytes, row.max_pinned)

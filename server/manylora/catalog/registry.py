@@ -1,0 +1,286 @@
+"""The registry: every adapter and version in SQL, each change one transaction, mirrored in the directory.
+
+A change is visible once its transaction is on disk and not before. One lock covers commit and mirror together,
+so the directory goes through the same states in the same order as the database.
+"""
+
+import heapq
+import secrets
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from manylora.catalog import queries
+from manylora.catalog.database import Database
+from manylora.catalog.directory import Changes, Directory, entry_of, missing
+from manylora.catalog.records import (
+    AdapterRecord,
+    Folder,
+    NewVersion,
+    Published,
+    VersionRecord,
+    adapter_record,
+)
+from manylora.catalog.tables import AdapterRow, FolderRow, VersionRow
+from manylora.errors import Conflict
+
+READY = "ready"
+
+
+def new_id(kind: str) -> str:
+    """`adapter_…`, `version_…`: 96 random bits, unique for ever."""
+    return f"{kind}_{secrets.token_hex(12)}"
+
+
+def now_us() -> int:
+    return time.time_ns() // 1000
+
+
+class _Transaction:
+    """One write: its session, and what the directory has to take over once it is committed."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.changed: list[tuple[AdapterRecord, bool]] = []
+
+    def mirror(self, row: AdapterRow) -> AdapterRecord:
+        """The adapter as it is at this point of the transaction, noted for the directory."""
+        self.session.flush()
+        record = queries.load_record(self.session, row)
+        self.changed.append((record, row.is_deleted))
+        return record
+
+
+class Registry:
+    """Adapters and versions. Thread-safe. Methods run queries: call them from a worker thread."""
+
+    def __init__(self, database: Database) -> None:
+        self.directory = Directory()
+        self._database = database
+        self._lock = threading.Lock()
+        self._seen = -1
+        self.refresh()
+
+    # reading
+
+    def get(self, tenant: str, name: str) -> AdapterRecord:
+        """Raises AdapterNotFound."""
+        with self._database.read() as session:
+            return queries.load_record(session, queries.get_adapter(session, tenant, name))
+
+    def page(self, tenants: Sequence[str] | None, limit: int, after: str | None) -> tuple[list[AdapterRecord], bool]:
+        """Adapters newest first, after the adapter with id `after`; and whether there are more.
+
+        `tenants` None means everybody's. One indexed range per tenant, so a page costs the same at any depth.
+        Raises InvalidRequest when `after` is not an id that these tenants have or had.
+        """
+        with self._database.read() as session:
+            start = None if after is None else queries.page_start(session, tenants, after)
+            ranges = [queries.page_query(t, start, limit + 1) for t in ([None] if tenants is None else tenants)]
+            found = [session.execute(query).scalars().all() for query in ranges]
+            rows = list(heapq.merge(*found, key=lambda row: (row.created, row.id), reverse=True))[: limit + 1]
+            versions = queries.versions_by_adapter(session, [row.id for row in rows[:limit]])
+            return [adapter_record(row, versions[row.id]) for row in rows[:limit]], len(rows) > limit
+
+    def folders(self) -> dict[str, tuple[Folder, bool]]:
+        """What `--adapters` registered, by path, and whether that version still exists."""
+        query = select(FolderRow, VersionRow.id).outerjoin(VersionRow, VersionRow.id == FolderRow.version_id)
+        with self._database.read() as session:
+            rows = session.execute(query).all()
+            return {row.path: (Folder(row.path, row.fingerprint), found is not None) for row, found in rows}
+
+    def blobs(self) -> set[str]:
+        """Every blob that a version refers to."""
+        with self._database.read() as session:
+            return set(session.execute(select(VersionRow.blob).distinct()).scalars())
+
+    def is_referenced(self, blob: str) -> bool:
+        with self._database.read() as session:
+            return session.execute(select(VersionRow.id).where(VersionRow.blob == blob).limit(1)).first() is not None
+
+    def check_quota(self, tenant: str, name: str, size_bytes: int, *, pinned: bool) -> None:
+        """Whether one more version may be kept. Raises QuotaExceeded. `publish` checks again, in its transaction."""
+        with self._database.read() as session:
+            row = queries.find_adapter(session, tenant, name)
+            queries.check_kept(session, tenant, row, size_bytes)
+            if pinned and not (row is not None and row.pinned):
+                queries.check_pins(session, tenant)
+
+    # writing
+
+    def publish(
+        self,
+        tenant: str,
+        name: str,
+        new: NewVersion,
+        *,
+        activate: bool = True,
+        description: str | None = None,
+        pinned: bool | None = None,
+        folder: Folder | None = None,
+    ) -> Published:
+        """Add a version, or take the newest one where it has the same digest; either becomes active if asked.
+
+        Raises QuotaExceeded.
+        """
+        with self._write() as transaction:
+            session = transaction.session
+            row = queries.find_adapter(session, tenant, name)
+            newest = None if row is None else queries.newest_version(session, row)
+            is_new = newest is None or newest.digest != new.digest
+            if is_new:
+                queries.check_kept(session, tenant, row, new.size_bytes)
+                row = _revived_adapter(session, row, tenant, name)
+                newest = _add_version(session, row, new)
+            assert row is not None
+            assert newest is not None
+            if activate:
+                row.active_version = newest.version
+            _change(session, row, pinned, description)
+            if folder is not None:
+                session.merge(FolderRow(path=folder.path, fingerprint=folder.fingerprint, version_id=newest.id))
+            record = transaction.mirror(row)
+            number = newest.version
+        version = record.version(number)
+        assert version is not None
+        return Published(record, version, is_new)
+
+    def update(
+        self,
+        tenant: str,
+        name: str,
+        *,
+        active_version: int | None = None,
+        pinned: bool | None = None,
+        description: str | None = None,
+    ) -> AdapterRecord:
+        """Change what is given, all in one step. Raises AdapterNotFound or QuotaExceeded."""
+        with self._write() as transaction:
+            row = queries.get_adapter(transaction.session, tenant, name)
+            if active_version is not None:
+                if queries.load_record(transaction.session, row).version(active_version) is None:
+                    raise missing(name, active_version)
+                row.active_version = active_version
+            _change(transaction.session, row, pinned, description)
+            return transaction.mirror(row)
+
+    def delete(self, tenant: str, name: str, version: int | None = None) -> list[VersionRecord]:
+        """Unpublish one version, or all. Raises AdapterNotFound, or Conflict for the active one of several."""
+        with self._write() as transaction:
+            row = queries.get_adapter(transaction.session, tenant, name)
+            before = queries.load_record(transaction.session, row)
+            gone = [v for v in before.versions if version is None or v.ref.version == version]
+            if not gone:
+                raise missing(name, version)
+            is_last = len(gone) == len(before.versions)
+            if not is_last and version == row.active_version:
+                raise Conflict(
+                    f"'{name}@{version}' is active and other versions exist: promote another one first, "
+                    "or delete the whole adapter."
+                )
+            for found in gone:
+                transaction.session.delete(transaction.session.get_one(VersionRow, found.ref.id))
+            if is_last:
+                row.is_deleted, row.active_version, row.pinned, row.description = True, None, False, ""
+            transaction.mirror(row)
+        return gone
+
+    def refresh(self) -> Changes:
+        """Take over what other processes changed; one small query when nothing did."""
+        with self._lock:
+            if self._database.revision("catalog") == self._seen:
+                return Changes((), (), ())
+            with self._database.read() as session:
+                seen = session.execute(queries.revision_query()).scalar_one()
+                rows = session.execute(select(AdapterRow).where(AdapterRow.is_deleted.is_(False))).scalars().all()
+                versions = queries.versions_by_adapter(session, None)
+                entries = [entry_of(adapter_record(row, versions[row.id])) for row in rows]
+            self._seen = seen
+            return self.directory.replace(entries)
+
+    def check_integrity(self) -> None:
+        """The directory is the database, and the rows make sense together."""
+        with self._lock, self._database.read() as session:
+            self.directory.check_integrity()
+            versions = queries.versions_by_adapter(session, None)
+            rows = session.execute(select(AdapterRow)).scalars().all()
+            expected = []
+            for row in rows:
+                numbers = [v.version for v in versions.get(row.id, [])]
+                assert bool(numbers) != row.is_deleted
+                assert all(0 < number < row.next_version for number in numbers)
+                assert row.active_version is None or row.active_version in numbers
+                if numbers:
+                    expected.append(entry_of(adapter_record(row, versions[row.id])))
+            listed = sorted(self.directory.entries(), key=lambda e: (e.tenant, e.name))
+            assert listed == sorted(expected, key=lambda e: (e.tenant, e.name))
+
+    @contextmanager
+    def _write(self) -> Iterator[_Transaction]:
+        with self._lock:
+            with self._database.write("catalog") as session:
+                transaction = _Transaction(session)
+                yield transaction
+                revision = session.execute(queries.revision_query()).scalar_one()
+            if revision == self._seen + 1:  # else another process wrote in between, and `refresh` will look
+                self._seen = revision
+            for record, is_deleted in transaction.changed:
+                if is_deleted:
+                    self.directory.remove(record.tenant, record.name)
+                else:
+                    self.directory.put(entry_of(record))
+
+
+def _revived_adapter(session: Session, row: AdapterRow | None, tenant: str, name: str) -> AdapterRow:
+    """The row to put a new version under: new, or that of a deleted adapter, whose version numbers go on."""
+    if row is None:
+        row = AdapterRow(
+            id=new_id("adapter"),
+            tenant=tenant,
+            name=name,
+            description="",
+            active_version=None,
+            next_version=1,
+            pinned=False,
+            is_deleted=False,
+            created=now_us(),
+        )
+        session.add(row)
+    elif row.is_deleted:
+        row.is_deleted, row.created = False, now_us()
+    return row
+
+
+def _add_version(session: Session, row: AdapterRow, new: NewVersion) -> VersionRow:
+    version = VersionRow(
+        id=new.id,
+        adapter_id=row.id,
+        version=row.next_version,
+        digest=new.digest,
+        blob=new.blob,
+        status=READY,
+        kind=new.kind,
+        rank=new.rank,
+        alpha=new.alpha,
+        target_modules=list(new.target_modules),
+        size_bytes=new.size_bytes,
+        report=dict(new.report),
+        created=now_us(),
+    )
+    row.next_version += 1
+    session.flush()  # the adapter's row first: there is no relationship that would order the two
+    session.add(version)
+    return version
+
+
+def _change(session: Session, row: AdapterRow, pinned: bool | None, description: str | None) -> None:
+    if pinned and not row.pinned:
+        queries.check_pins(session, row.tenant)
+    if pinned is not None:
+        row.pinned = pinned
+    if description is not None:
+        row.description = description

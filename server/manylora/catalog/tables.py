@@ -1,0 +1,123 @@
+"""The database's tables: adapters and their versions, keys, tenants, and what start-up remembers.
+
+Times are whole microseconds since the Unix epoch, so that ordering by them is exact. The schema changes only
+through `migrations/`; a test holds these classes and the migrations together.
+"""
+
+from typing import Any, ClassVar
+
+from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Text, UniqueConstraint
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+
+class Base(DeclarativeBase):
+    """The one set of tables."""
+
+    type_annotation_map: ClassVar[dict[Any, Any]] = {
+        str: Text(),
+        int: BigInteger(),
+        dict[str, Any]: JSON(),
+        list[str]: JSON(),
+    }
+
+
+class AdapterRow(Base):
+    """One name of one tenant.
+
+    The row outlives its versions (`is_deleted`), because `next_version` must never go back: a version number
+    once seen never means another adapter.
+    """
+
+    __tablename__ = "adapters"
+    __table_args__ = (
+        UniqueConstraint("tenant", "name", name="uq_adapters_tenant_name"),
+        Index("ix_adapters_tenant_page", "tenant", "is_deleted", "created", "id"),
+        Index("ix_adapters_page", "is_deleted", "created", "id"),
+    )
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    tenant: Mapped[str]
+    name: Mapped[str]
+    description: Mapped[str]
+    active_version: Mapped[int | None]
+    next_version: Mapped[int]
+    pinned: Mapped[bool]
+    is_deleted: Mapped[bool]
+    created: Mapped[int]
+
+
+class VersionRow(Base):
+    """One immutable version. `digest` is the canonical content's hash, `blob` addresses the bytes in the store."""
+
+    __tablename__ = "versions"
+    __table_args__ = (
+        UniqueConstraint("adapter_id", "version", name="uq_versions_adapter_version"),
+        Index("ix_versions_blob", "blob"),
+    )
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    adapter_id: Mapped[str] = mapped_column(ForeignKey("adapters.id"))
+    version: Mapped[int]
+    digest: Mapped[str]
+    blob: Mapped[str]
+    status: Mapped[str]
+    kind: Mapped[str]
+    rank: Mapped[int]
+    alpha: Mapped[float]
+    target_modules: Mapped[list[str]]
+    size_bytes: Mapped[int]
+    report: Mapped[dict[str, Any]]
+    created: Mapped[int]
+
+
+class FolderRow(Base):
+    """What `--adapters` registered from a folder, so that an unchanged one costs a `stat` at the next start."""
+
+    __tablename__ = "folders"
+
+    path: Mapped[str] = mapped_column(primary_key=True)
+    fingerprint: Mapped[str]
+    version_id: Mapped[str]
+
+
+class KeyRow(Base):
+    """An API key. `secret_hash` is the only trace of the secret."""
+
+    __tablename__ = "keys"
+    __table_args__ = (UniqueConstraint("prefix", name="uq_keys_prefix"),)
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    tenant: Mapped[str]
+    role: Mapped[str]
+    prefix: Mapped[str]
+    secret_hash: Mapped[str]
+    created: Mapped[int]
+    last_used: Mapped[int | None]
+    revoked: Mapped[int | None]
+
+
+class TenantRow(Base):
+    """A tenant's fair share and quotas; NULL is "no limit". A tenant without a row has the defaults."""
+
+    __tablename__ = "tenants"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    weight: Mapped[float]
+    requests_per_minute: Mapped[int | None]
+    tokens_per_minute: Mapped[int | None]
+    max_concurrent: Mapped[int | None]
+    max_adapters: Mapped[int | None]
+    max_adapter_bytes: Mapped[int | None]
+    max_pinned: Mapped[int | None]
+
+
+class RevisionRow(Base):
+    """A counter per topic (`catalog`, `tenants`), raised by each writing transaction.
+
+    Other processes read it once a second to notice changes; the row's lock also puts writers in one order.
+    """
+
+    __tablename__ = "revisions"
+
+    topic: Mapped[str] = mapped_column(primary_key=True)
+    value: Mapped[int]
