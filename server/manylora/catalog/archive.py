@@ -1,0 +1,235 @@
+"""Unpacking an uploaded archive by rules: two regular files, at the root or in one folder, and nothing else.
+
+Nothing is written outside the two target paths, whatever names the archive holds: targets are never built from
+member names. Sizes are counted while bytes flow, not believed from headers.
+"""
+
+import gzip
+import stat
+import tarfile
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Final, Protocol, cast
+
+from manylora.catalog.files import ADAPTER_FILES
+from manylora.errors import InvalidAdapter, Problem, TooLarge
+
+_MAX_MEMBERS: Final = 16
+# Real weights hardly compress; all-zero ones do, so the ratio only counts from this size on.
+_MAX_RATIO: Final = 100
+_RATIO_FROM_BYTES: Final = 16 * 2**20
+_CHUNK_BYTES: Final = 2**20
+# All headers and names of an honest archive together are shorter.
+_MAX_HEADER_BYTES: Final = 2**20
+_TAR_SLACK_BYTES: Final = 2**20  # headers, padding and end blocks around the members
+_ARCHIVE_SUFFIXES: Final = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst")
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One entry, as the rules see it. `kind` is `file`, `folder`, or what it is instead."""
+
+    name: str
+    kind: str
+
+
+class _Readable(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+
+
+class _HeadersTooLong(Exception):
+    """The archive's headers are longer than those of any honest one."""
+
+
+class _Guarded:
+    """A seekable binary file for tarfile and zipfile, which read headers and directories whole into memory.
+
+    Until `listed` is set, all reads together are bounded.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.listed = False
+        self._file = file
+        self._left = _MAX_HEADER_BYTES
+
+    def read(self, size: int = -1) -> bytes:
+        if self.listed:
+            return self._file.read(size)
+        data = self._file.read(self._left + 1 if size < 0 else min(size, self._left + 1))
+        self._left -= len(data)
+        if self._left < 0:
+            raise _HeadersTooLong
+        return data
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def seekable(self) -> bool:
+        return True
+
+
+def unpack(archive: Path, target: Path, *, max_bytes: int) -> None:
+    """Write the two adapter files of `archive` into the folder `target`, which may hold scratch files after.
+
+    `max_bytes` bounds what comes out. Raises InvalidAdapter with every rule that is broken (`unsafe_archive`,
+    `unexpected_file`, `missing_file`), or TooLarge.
+    """
+    try:
+        with archive.open("rb") as file:
+            start = file.read(512)
+        if start.startswith(b"PK"):
+            _unpack_zip(archive, target, max_bytes)
+        elif start.startswith(b"\x1f\x8b"):
+            _unpack_tar(_gunzip(archive, target / ".tar", max_bytes + _TAR_SLACK_BYTES), target, max_bytes)
+        elif start[257:262] == b"ustar":
+            _unpack_tar(archive, target, max_bytes)
+        else:
+            raise _refused("This is not a .zip, .tar, .tar.gz or .tgz archive.")
+    except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise _refused(f"The archive cannot be read: {error}") from error
+    except (NotImplementedError, UnicodeDecodeError, ValueError, OverflowError) as error:
+        raise _refused(f"The archive uses a form that is not supported: {error}") from error
+    except _HeadersTooLong as error:
+        raise _refused("The archive's headers are longer than those of any honest one.") from error
+
+
+def _refused(message: str, where: str = "archive") -> InvalidAdapter:
+    return InvalidAdapter([Problem("unsafe_archive", where, message)])
+
+
+def check_members(members: list[Member]) -> dict[str, str]:
+    """The two files' member names by file name. Raises InvalidAdapter with everything that is wrong."""
+    problems = [p for member in members if (p := _member_problem(member)) is not None]
+    files = [m.name for m in members if m.kind == "file"]
+    if len(set(files)) < len(files):
+        problems.append(Problem("unsafe_archive", "archive", "A member occurs twice: the archive is ambiguous."))
+    if len({name.rpartition("/")[0] for name in files}) > 1:
+        problems.append(Problem("unsafe_archive", "archive", "Both files must lie in the same folder of the archive."))
+    found = {name.rpartition("/")[2]: name for name in files}
+    problems += [
+        Problem("missing_file", name, f"The archive holds no {name}.") for name in ADAPTER_FILES if name not in found
+    ]
+    if problems:
+        raise InvalidAdapter(problems)
+    return found
+
+
+def _member_problem(member: Member) -> Problem | None:
+    shown = ascii(member.name)[1:-1]
+    parts = member.name.rstrip("/").split("/")
+    if member.name.startswith(("/", "\\")) or ":" in parts[0]:
+        return Problem("unsafe_archive", shown, "Member names must be relative.")
+    if any(part in {"", "..", "."} or "\\" in part or not part.isprintable() for part in parts):
+        return Problem("unsafe_archive", shown, "Member names must be plain: no '..', no empty or odd parts.")
+    if member.kind not in {"file", "folder"}:
+        return Problem("unsafe_archive", shown, f"Only regular files are unpacked; this is a {member.kind}.")
+    if len(parts) > (2 if member.kind == "file" else 1):
+        return Problem("unsafe_archive", shown, "The files must lie at the archive's root or in one folder.")
+    if member.kind == "file" and parts[-1] not in ADAPTER_FILES:
+        if parts[-1].lower().endswith(_ARCHIVE_SUFFIXES):
+            return Problem("unsafe_archive", shown, "An archive in an archive is not unpacked.")
+        return Problem("unexpected_file", shown, f"Only {' and '.join(ADAPTER_FILES)} belong in the archive.")
+    return None
+
+
+def _too_many() -> InvalidAdapter:
+    return _refused(f"The archive has more than {_MAX_MEMBERS} members.")
+
+
+class _Budget:
+    """Counts what comes out of an archive of `packed` bytes."""
+
+    def __init__(self, max_bytes: int, packed: int) -> None:
+        self._max_bytes = max_bytes
+        self._packed = max(packed, 1)
+        self._out = 0
+
+    def take(self, count: int) -> None:
+        """Raises TooLarge over the limit in bytes, InvalidAdapter over the ratio."""
+        self._out += count
+        if self._out > self._max_bytes:
+            raise TooLarge(f"Unpacked, the archive is larger than the limit of {self._max_bytes} bytes.")
+        if self._out > _RATIO_FROM_BYTES and self._out > _MAX_RATIO * self._packed:
+            raise _refused(f"The archive expands more than {_MAX_RATIO}-fold.")
+
+
+def _pour(source: _Readable, target: Path, budget: _Budget) -> None:
+    with target.open("xb") as out:
+        while chunk := source.read(_CHUNK_BYTES):
+            budget.take(len(chunk))
+            out.write(chunk)
+
+
+def _gunzip(archive: Path, target: Path, max_bytes: int) -> Path:
+    with gzip.open(archive, "rb") as source:
+        _pour(source, target, _Budget(max_bytes, archive.stat().st_size))
+    return target
+
+
+def _unpack_tar(archive: Path, target: Path, max_bytes: int) -> None:
+    with archive.open("rb") as file:
+        guarded = _Guarded(file)
+        with tarfile.open(fileobj=cast(IO[bytes], guarded), mode="r:", errorlevel=2) as tar:
+            infos = []
+            for info in tar:
+                infos.append(info)
+                if len(infos) > _MAX_MEMBERS:
+                    raise _too_many()
+            guarded.listed = True
+            wanted = check_members([Member(_tar_name(info), _tar_kind(info)) for info in infos])
+            budget = _Budget(max_bytes, archive.stat().st_size)
+            for name, member in wanted.items():
+                source = tar.extractfile(next(i for i in infos if i.isreg() and _tar_name(i) == member))
+                assert source is not None
+                with source:
+                    _pour(source, target / name, budget)
+
+
+def _tar_name(info: tarfile.TarInfo) -> str:
+    return info.name.removeprefix("./") if info.name != "." else info.name
+
+
+def _tar_kind(info: tarfile.TarInfo) -> str:
+    if info.issparse():
+        return "sparse file"
+    if info.isreg():
+        return "file"
+    if info.isdir():
+        return "folder"
+    if info.issym() or info.islnk():
+        return "link"
+    return "device or another special file"
+
+
+def _unpack_zip(archive: Path, target: Path, max_bytes: int) -> None:
+    with archive.open("rb") as file:
+        guarded = _Guarded(file)
+        with zipfile.ZipFile(cast(IO[bytes], guarded)) as bundle:
+            infos = bundle.infolist()
+            if len(infos) > _MAX_MEMBERS:
+                raise _too_many()
+            guarded.listed = True
+            wanted = check_members([Member(info.orig_filename, _zip_kind(info)) for info in infos])
+            budget = _Budget(max_bytes, archive.stat().st_size)
+            for name, member in wanted.items():
+                with bundle.open(next(info for info in infos if info.orig_filename == member)) as source:
+                    _pour(source, target / name, budget)
+
+
+def _zip_kind(info: zipfile.ZipInfo) -> str:
+    if info.flag_bits & 0x1:
+        return "encrypted file"
+    if info.compress_type not in {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
+        return "file in an unsupported compression"
+    mode = info.external_attr >> 16
+    kind = stat.S_IFMT(mode)
+    if kind == stat.S_IFLNK:
+        return "link"
+    if kind not in {0, stat.S_IFREG, stat.S_IFDIR}:
+        return "device or another special file"
+    return "folder" if info.is_dir() else "file"

@@ -1,0 +1,67 @@
+"""Small things about files: the two files of an adapter, hashes of bytes, and writes that survive a power cut."""
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import Final
+
+CONFIG_FILE: Final = "adapter_config.json"
+WEIGHTS_FILE: Final = "adapter_model.safetensors"
+ADAPTER_FILES: Final = (CONFIG_FILE, WEIGHTS_FILE)
+_CHUNK_BYTES: Final = 2**20
+
+
+def hash_file(path: Path) -> bytes:
+    """The sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def blob_of_folder(folder: Path) -> str:
+    """The address of an adapter's bytes: the sha256 over the sha256 of its config and of its weights.
+
+    Not the adapter's digest, which is that of the content: two files can hold the same tensors in other bytes,
+    and a download must give back the bytes that came in.
+    """
+    return combine([hash_file(folder / name) for name in ADAPTER_FILES])
+
+
+def combine(hashes: list[bytes]) -> str:
+    return hashlib.sha256(b"".join(hashes)).hexdigest()
+
+
+def copy_durably(source: Path, target: Path) -> None:
+    """Copy a regular file and push it to the disk."""
+    with source.open("rb") as reader, target.open("xb") as writer:
+        shutil.copyfileobj(reader, writer, _CHUNK_BYTES)
+        writer.flush()
+        os.fsync(writer.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Push a folder's entries (created, renamed, removed names) to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder and what is in it; one that is gone already is fine."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def clear_folder(folder: Path) -> None:
+    """Leave the folder in place and empty."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            remove_tree(entry)
+        else:
+            entry.unlink(missing_ok=True)
+
+
+def tree_bytes(folder: Path) -> int:
+    return sum(entry.stat().st_size for entry in folder.rglob("*") if entry.is_file())
