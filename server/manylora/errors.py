@@ -3,7 +3,8 @@
     ManyloraError                       500 server_error
     ├── InvalidRequest                  400 invalid_request_error
     │   ├── UnsupportedField            400 invalid_request_error  unsupported_field
-    │   └── ContextLengthExceeded       400 invalid_request_error  context_length_exceeded
+    │   ├── ContextLengthExceeded       400 invalid_request_error  context_length_exceeded
+    │   └── MethodNotAllowed            405 invalid_request_error  method_not_allowed
     ├── AuthenticationFailed            401 authentication_error   invalid_api_key
     ├── PermissionDenied                403 permission_error       insufficient_role
     ├── NotFound                        404 not_found_error        not_found
@@ -67,6 +68,13 @@ class ContextLengthExceeded(InvalidRequest):
     """Prompt, or prompt and max_tokens together, do not fit the model's context."""
 
     code = "context_length_exceeded"
+
+
+class MethodNotAllowed(InvalidRequest):
+    """The route exists, with other methods."""
+
+    status = 405
+    code = "method_not_allowed"
 
 
 class AuthenticationFailed(ManyloraError):

@@ -1,0 +1,207 @@
+"""The bodies and stream events of the two inference routes."""
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import orjson
+
+from manylora.api.logprobs import CompletionLogprobs, chat_logprobs
+from manylora.api.record import RequestRecord
+from manylora.api.run import Job, Run
+from manylora.engine.interface import AdapterRef, Delta, TextCodec, TokenLogprob
+
+__all__ = ["Answer", "ChatAnswer", "CompletionAnswer"]
+
+_DONE = b"data: [DONE]\n\n"
+
+
+@dataclass(slots=True)
+class _Choice:
+    """One choice of an answer that is sent whole."""
+
+    texts: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    def add(self, delta: Delta) -> None:
+        self.texts.append(delta.text)
+        self.logprobs.extend(delta.logprobs)
+        self.finish_reason = delta.finish_reason
+
+
+class Answer:
+    """What both kinds share. `label` is the `model` that the answer names, `created` Unix seconds."""
+
+    id_prefix: ClassVar[str]
+    whole_object: ClassVar[str]
+    chunk_object: ClassVar[str]
+
+    def __init__(self, job: Job, codec: TextCodec, *, label: str, created: int) -> None:
+        self.job = job
+        self.codec = codec
+        self._with_logprobs = job.params[0].logprobs is not None
+        self._head = {"id": f"{self.id_prefix}{job.id}", "created": created, "model": label}
+
+    def choice(self, index: int, text: str, logprobs: list[TokenLogprob], finish_reason: str | None) -> dict[str, Any]:
+        """One choice of a whole answer."""
+        raise NotImplementedError
+
+    def chunk_choice(self, index: int, delta: Delta) -> dict[str, Any]:
+        """One choice of a stream event."""
+        raise NotImplementedError
+
+    def first_choices(self) -> list[dict[str, Any]]:
+        """What a stream says before the first token."""
+        return []
+
+    def deltas(self, run: Run) -> AsyncGenerator[tuple[int, Delta], None]:
+        return run.deltas()
+
+    async def whole(self, run: Run) -> bytes:
+        """The JSON body, once every choice has finished."""
+        choices = [_Choice() for _ in range(self.job.num_choices)]
+        async for index, delta in self.deltas(run):
+            choices[index].add(delta)
+        rendered = [self.choice(i, "".join(c.texts), c.logprobs, c.finish_reason) for i, c in enumerate(choices)]
+        return orjson.dumps(
+            {
+                **self._head,
+                "object": self.whole_object,
+                "choices": rendered,
+                "usage": usage(run.record),
+                "manylora": extension(self.job.adapter, run.record),
+            }
+        )
+
+    async def events(self, run: Run, *, include_usage: bool) -> AsyncGenerator[bytes, None]:
+        """The stream's events, ready to send, `[DONE]` included.
+
+        With `include_usage` the last event has no choices but the usage, and all others have `usage: null`.
+        The last event, whichever it is, has the `manylora` block.
+        """
+        head = b"data: " + orjson.dumps({**self._head, "object": self.chunk_object})[:-1] + b',"choices":'
+        tail = b',"usage":null}\n\n' if include_usage else b"}\n\n"
+        opening = b"".join(head + orjson.dumps([choice]) + tail for choice in self.first_choices())
+        num_left = self.job.num_choices
+        async for index, delta in self.deltas(run):
+            num_left -= delta.finish_reason is not None
+            if not delta.text and delta.finish_reason is None and not delta.logprobs and not opening:
+                continue
+            payload = opening + head + orjson.dumps([self.chunk_choice(index, delta)])
+            opening = b""
+            if num_left or include_usage:
+                yield payload + tail
+            else:
+                yield payload + b"," + self._ending(run, with_usage=False) + _DONE
+        if include_usage:
+            yield head + b"[]," + self._ending(run, with_usage=True) + _DONE
+
+    def _ending(self, run: Run, *, with_usage: bool) -> bytes:
+        ending: dict[str, Any] = {"usage": usage(run.record)} if with_usage else {}
+        ending["manylora"] = extension(self.job.adapter, run.record)
+        return orjson.dumps(ending)[1:] + b"\n\n"
+
+
+class CompletionAnswer(Answer):
+    """`text_completion`, with `echo`."""
+
+    id_prefix = "cmpl-"
+    whole_object = "text_completion"
+    chunk_object = "text_completion"
+
+    def __init__(self, job: Job, codec: TextCodec, *, label: str, created: int, echo: bool) -> None:
+        super().__init__(job, codec, label=label, created=created)
+        self._echo = echo
+        self._renderers = [CompletionLogprobs(codec) for _ in range(job.num_choices)] if self._with_logprobs else []
+
+    def choice(self, index: int, text: str, logprobs: list[TokenLogprob], finish_reason: str | None) -> dict[str, Any]:
+        rendered = self._renderers[index].render(logprobs) if self._with_logprobs else None
+        return {"index": index, "text": text, "logprobs": rendered, "finish_reason": finish_reason}
+
+    def chunk_choice(self, index: int, delta: Delta) -> dict[str, Any]:
+        return self.choice(index, delta.text, list(delta.logprobs), delta.finish_reason)
+
+    def deltas(self, run: Run) -> AsyncGenerator[tuple[int, Delta], None]:
+        return self._echoed(run.deltas()) if self._echo else run.deltas()
+
+    async def _echoed(self, deltas: AsyncGenerator[tuple[int, Delta], None]) -> AsyncGenerator[tuple[int, Delta], None]:
+        """Puts the prompt before each choice's first delta.
+
+        The prompt's log-probabilities come with choice 0 of its prompt; deltas of the other choices that come
+        earlier wait for them.
+        """
+        scored: dict[int, tuple[TokenLogprob, ...]] = {}
+        begun: set[int] = set()
+        waiting: dict[int, list[tuple[int, Delta]]] = {}
+        async for index, delta in deltas:
+            prompt, number = divmod(index, self.job.n)
+            if number == 0 and prompt not in scored:
+                scored[prompt] = delta.prompt_logprobs
+            elif prompt not in scored:
+                waiting.setdefault(prompt, []).append((index, delta))
+                continue
+            for ready, held in [(index, delta), *waiting.pop(prompt, [])]:
+                if ready not in begun:
+                    begun.add(ready)
+                    held = replace(
+                        held,
+                        text=self.job.prompts[prompt].text + held.text,
+                        logprobs=(*scored[prompt], *held.logprobs),
+                    )
+                yield ready, held
+
+
+class ChatAnswer(Answer):
+    """`chat.completion` and its chunks."""
+
+    id_prefix = "chatcmpl-"
+    whole_object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def choice(self, index: int, text: str, logprobs: list[TokenLogprob], finish_reason: str | None) -> dict[str, Any]:
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": text, "refusal": None},
+            "logprobs": chat_logprobs(self.codec, logprobs) if self._with_logprobs else None,
+            "finish_reason": finish_reason,
+        }
+
+    def chunk_choice(self, index: int, delta: Delta) -> dict[str, Any]:
+        return {
+            "index": index,
+            "delta": {"content": delta.text},
+            "logprobs": chat_logprobs(self.codec, delta.logprobs) if self._with_logprobs else None,
+            "finish_reason": delta.finish_reason,
+        }
+
+    def first_choices(self) -> list[dict[str, Any]]:
+        role = {"role": "assistant", "content": "", "refusal": None}
+        return [
+            {"index": index, "delta": role, "logprobs": None, "finish_reason": None}
+            for index in range(self.job.num_choices)
+        ]
+
+
+def usage(record: RequestRecord) -> dict[str, Any]:
+    """OpenAI's `usage`."""
+    return {
+        "prompt_tokens": record.prompt_tokens,
+        "completion_tokens": record.completion_tokens,
+        "total_tokens": record.prompt_tokens + record.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": record.cached_tokens},
+    }
+
+
+def extension(adapter: AdapterRef | None, record: RequestRecord) -> dict[str, Any]:
+    """The `manylora` block: who answered, and where the time before the first token went."""
+    timing = record.timing()
+    assert timing is not None, "an answer ends after its first delta"
+    named = {"name": adapter.name, "version": adapter.version, "digest": adapter.digest} if adapter else None
+    return {
+        "adapter": named,
+        "queue_ms": round(timing.queue_ms, 3),
+        "load_ms": round(timing.load_ms, 3),
+        "load_tier": timing.load_tier,
+        "ttft_ms": round(timing.ttft_ms, 3),
+    }

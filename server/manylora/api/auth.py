@@ -1,0 +1,53 @@
+"""Who is calling: FastAPI dependencies over the tenants' gate.
+
+@router.post("/v1/adapters")
+async def create(caller: Manager) -> ...:      # a Principal with role manager or admin, else 401 or 403
+"""
+
+from collections.abc import Awaitable, Callable
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from manylora.api.state import ServicesDep
+from manylora.errors import AuthenticationFailed, PermissionDenied
+from manylora.tenants.interface import Principal, Role
+
+__all__ = ["Admin", "Caller", "Manager", "at_least", "current_principal", "has_role"]
+
+_ORDER = {role: rank for rank, role in enumerate(Role)}
+
+
+def has_role(principal: Principal, role: Role) -> bool:
+    """Roles are ordered; each includes the ones before it."""
+    return _ORDER[principal.role] >= _ORDER[role]
+
+
+async def current_principal(request: Request, services: ServicesDep) -> Principal:
+    """The caller, from the `Authorization` header. Raises AuthenticationFailed."""
+    if services.gate.is_open and not services.may_run_open:
+        raise AuthenticationFailed(
+            "This server has no API key and is reachable from other machines. "
+            "Make a key with `manylora keys create`, or start it with --allow-open."
+        )
+    principal = services.gate.authenticate(request.headers.get("authorization"))
+    request.scope.setdefault("manylora.log", {})["tenant"] = principal.tenant
+    return principal
+
+
+Caller = Annotated[Principal, Depends(current_principal)]
+
+
+def at_least(role: Role) -> Callable[[Principal], Awaitable[Principal]]:
+    """A dependency that lets through callers with `role` or more. Raises PermissionDenied."""
+
+    async def check(principal: Caller) -> Principal:
+        if not has_role(principal, role):
+            raise PermissionDenied(f"This needs a key with the role '{role}'; yours has the role '{principal.role}'.")
+        return principal
+
+    return check
+
+
+Manager = Annotated[Principal, Depends(at_least(Role.MANAGER))]
+Admin = Annotated[Principal, Depends(at_least(Role.ADMIN))]

@@ -1,0 +1,52 @@
+"""`/docs` and `/openapi.json`, with every asset from this server."""
+
+from pathlib import Path
+from typing import Any, Final
+
+import fastapi_offline
+from fastapi import FastAPI
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.openapi.utils import get_openapi
+from fastapi.staticfiles import StaticFiles
+from pydantic.json_schema import models_json_schema
+from starlette.responses import Response
+
+from manylora.api.schemas import ChatRequest, CompletionRequest
+
+__all__ = ["install_docs"]
+
+_ASSETS: Final = Path(fastapi_offline.__file__).parent / "static"
+_CONTENT_POLICY: Final = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; img-src 'self' data:"
+)
+
+
+def install_docs(app: FastAPI) -> None:
+    """Mount the documentation page and complete the schema by the bodies that routes parse themselves."""
+
+    async def page() -> Response:
+        response = get_swagger_ui_html(
+            openapi_url="/openapi.json",
+            title=app.title,
+            swagger_js_url="/docs/assets/swagger-ui-bundle.js",
+            swagger_css_url="/docs/assets/swagger-ui.css",
+            swagger_favicon_url="/docs/assets/favicon.png",
+        )
+        response.headers["content-security-policy"] = _CONTENT_POLICY
+        return response
+
+    app.add_api_route("/docs", page, methods=["GET"], include_in_schema=False)
+    app.mount("/docs/assets", StaticFiles(directory=_ASSETS), name="docs-assets")
+    app.openapi = lambda: _schema(app)  # type: ignore[method-assign]
+
+
+def _schema(app: FastAPI) -> dict[str, Any]:
+    if app.openapi_schema is None:
+        schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        _, bodies = models_json_schema(
+            [(CompletionRequest, "validation"), (ChatRequest, "validation")],
+            ref_template="#/components/schemas/{model}",
+        )
+        schema.setdefault("components", {}).setdefault("schemas", {}).update(bodies["$defs"])
+        app.openapi_schema = schema
+    return app.openapi_schema

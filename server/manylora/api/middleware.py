@@ -1,0 +1,137 @@
+"""The two layers around the routes, in plain ASGI: the request's id and log line, and the body's limit."""
+
+import asyncio
+import re
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any, Final
+
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from manylora.api.errors import INTERNAL_ERROR, error_response
+from manylora.api.record import ClientGone
+from manylora.errors import TooLarge
+from manylora.log import get_logger
+
+__all__ = ["REQUEST_ID_HEADER", "BodyLimit", "RequestContext"]
+
+REQUEST_ID_HEADER: Final = "x-request-id"
+_SANE_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+# Asked for every few seconds by machines; their lines are for debugging only.
+_POLLED: Final = frozenset({"/health", "/ready", "/metrics", "/v1/stats"})
+_DISCARD_BYTES: Final = 256 * 2**20
+_DISCARD_S: Final = 10.0
+
+_log = get_logger("manylora.request")
+
+
+class RequestContext:
+    """Gives every request an id (a sane one from the client is kept), one log line, and a last resort on errors.
+
+    Routes add to the line through `scope["manylora.log"]`; the id is `scope["manylora.request_id"]`.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
+        request_id = given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
+        scope["manylora.request_id"] = request_id
+        fields: dict[str, Any] = scope.setdefault("manylora.log", {})
+        header = (REQUEST_ID_HEADER.encode(), request_id.encode())
+        status: list[int] = []
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                status.append(message["status"])
+                message["headers"] = [*message.get("headers", []), header]
+            await send(message)
+
+        started = time.perf_counter()
+        try:
+            await self.app(scope, receive, send_with_id)
+        except (ClientGone, ClientDisconnect):
+            fields.setdefault("outcome", "cancelled")
+        except Exception:  # noqa: BLE001 - the outermost handler
+            _log.exception("unexpected_error", request_id=request_id, path=scope["path"])
+            if not status:
+                await error_response(INTERNAL_ERROR)(scope, receive, send_with_id)
+        finally:
+            self._write(scope, request_id, status[0] if status else None, time.perf_counter() - started, fields)
+
+    def _write(self, scope: Scope, request_id: str, status: int | None, seconds: float, fields: dict[str, Any]) -> None:
+        write = _log.debug if scope["path"] in _POLLED else _log.info
+        write(
+            "request",
+            request_id=request_id,
+            method=scope["method"],
+            path=scope["path"],
+            status=status,
+            duration_ms=round(seconds * 1000, 1),
+            **fields,
+        )
+
+
+class BodyLimit:
+    """Refuses a body over its limit with 413, before it is in memory.
+
+    `limit_of(scope)` gives the limit in bytes. A body whose length is announced is refused unread; the answer
+    goes out at once and the body is then read and dropped for a while, so that a client which sends all of it
+    first still gets to the answer.
+    """
+
+    def __init__(self, app: ASGIApp, limit_of: Callable[[Scope], int]) -> None:
+        self.app = app
+        self._limit_of = limit_of
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        limit = self._limit_of(scope)
+        announced = Headers(scope=scope).get("content-length", "")
+        if announced.isdigit() and int(announced) > limit:
+            await self._refuse(limit, scope, receive, send)
+            return
+        num_bytes = 0
+
+        async def receive_limited() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > limit:
+                raise _too_large(limit)
+            return message
+
+        await self.app(scope, receive_limited, send)
+
+    async def _refuse(self, limit: int, scope: Scope, receive: Receive, send: Send) -> None:
+        response = error_response(_too_large(limit), headers={"connection": "close"})
+        await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
+        await send({"type": "http.response.body", "body": response.body, "more_body": True})
+        try:
+            async with asyncio.timeout(_DISCARD_S):
+                await _discard(receive)
+        except TimeoutError:
+            pass
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _discard(receive: Receive) -> None:
+    num_bytes = 0
+    while num_bytes < _DISCARD_BYTES:
+        message = await receive()
+        num_bytes += len(message.get("body", b""))
+        if message["type"] != "http.request" or not message.get("more_body", False):
+            return
+
+
+def _too_large(limit: int) -> TooLarge:
+    return TooLarge(f"The body is larger than {limit} bytes, the limit here. Send less, or raise the server's limit.")

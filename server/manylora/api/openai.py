@@ -1,0 +1,199 @@
+"""`/v1/completions`, `/v1/chat/completions` and `/v1/models`."""
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from manylora.api.answers import Answer, ChatAnswer, CompletionAnswer
+from manylora.api.auth import Caller
+from manylora.api.naming import parse_model, resolve, resolve_request
+from manylora.api.prompts import EncodedPrompt, encode_chat, encode_prompts
+from manylora.api.record import FinishedRequest, RequestRecord
+from manylora.api.run import Job, Run
+from manylora.api.sampling import fit_to_context, sampling_params
+from manylora.api.schemas import ChatRequest, CompletionRequest, parse
+from manylora.api.sse import EventStream, while_connected
+from manylora.api.state import Services, ServicesDep
+from manylora.engine.interface import AdapterRef
+from manylora.errors import InvalidRequest
+from manylora.tenants.interface import Principal
+
+__all__ = ["ADAPTER_HEADER", "router"]
+
+ADAPTER_HEADER: Final = "x-manylora-adapter"
+router = APIRouter(tags=["inference"])
+
+
+def _body_of(schema: str) -> dict[str, Any]:
+    """The documentation of a body that the route parses itself."""
+    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+@router.post("/v1/completions", openapi_extra=_body_of("CompletionRequest"))
+async def create_completion(request: Request, caller: Caller, services: ServicesDep) -> Response:
+    """Continue a prompt: OpenAI's completions."""
+    return await _Call(request, caller, services).completion()
+
+
+@router.post("/v1/chat/completions", openapi_extra=_body_of("ChatRequest"))
+async def create_chat_completion(request: Request, caller: Caller, services: ServicesDep) -> Response:
+    """Answer a chat: OpenAI's chat completions."""
+    return await _Call(request, caller, services).chat()
+
+
+@router.get("/v1/models")
+async def list_models(caller: Caller, services: ServicesDep) -> dict[str, Any]:
+    """The base and the adapters that the caller may name."""
+    model = services.engine.model
+    adapters = services.directory.visible_to(caller.tenant)
+    entries = [_adapter_entry(services, p.ref, p.created, p.ref.name) for p in adapters]
+    return {"object": "list", "data": [_base_entry(services, model.created), *entries]}
+
+
+@router.get("/v1/models/{model_id:path}")
+async def get_model(model_id: str, caller: Caller, services: ServicesDep) -> dict[str, Any]:
+    """One of them, by any of the names that `model` takes. `created` is the active version's."""
+    base = services.engine.model
+    wanted = parse_model(model_id, base.name)
+    if wanted is None:
+        return _base_entry(services, base.created)
+    ref = resolve(services.directory, caller.tenant, wanted, written=model_id, param="model")
+    visible = services.directory.visible_to(caller.tenant)
+    created = next((p.created for p in visible if (p.ref.tenant, p.ref.name) == (ref.tenant, ref.name)), base.created)
+    return _adapter_entry(services, ref, created, model_id)
+
+
+def _base_entry(services: Services, created: int) -> dict[str, Any]:
+    name = services.engine.model.name
+    return _entry(services, name, created, owned_by="manylora", root=name, parent=None)
+
+
+def _adapter_entry(services: Services, ref: AdapterRef, created: int, model_id: str) -> dict[str, Any]:
+    return _entry(services, model_id, created, owned_by=ref.tenant, root=ref.digest, parent=services.engine.model.name)
+
+
+def _entry(
+    services: Services, model_id: str, created: int, *, owned_by: str, root: str, parent: str | None
+) -> dict[str, Any]:
+    return {
+        "id": model_id,
+        "object": "model",
+        "created": created,
+        "owned_by": owned_by,
+        "root": root,
+        "parent": parent,
+        "max_model_len": services.engine.model.context_length,
+    }
+
+
+class _Call:
+    """One call of an inference route, from its body to its answer."""
+
+    def __init__(self, request: Request, caller: Principal, services: Services) -> None:
+        self._request = request
+        self._caller = caller
+        self._services = services
+        self._log: dict[str, Any] = request.scope["manylora.log"]
+        self._record = RequestRecord(request_id=request.scope["manylora.request_id"], tenant=caller.tenant)
+        self._is_ended = False
+        services.traffic.begin(self._record)
+
+    async def completion(self) -> Response:
+        with self._ending():
+            body = parse(CompletionRequest, await self._read())
+            adapter = self._resolve(body)
+            job = self._job(body, adapter, await encode_prompts(body, self._services.engine))
+            answer = CompletionAnswer(job, self._services.engine.codec, **self._names(body), echo=body.echo)
+            return await self._answer(body, job, answer)
+
+    async def chat(self) -> Response:
+        with self._ending():
+            body = parse(ChatRequest, await self._read())
+            adapter = self._resolve(body)
+            job = self._job(body, adapter, [await encode_chat(body, self._services.engine)])
+            answer = ChatAnswer(job, self._services.engine.codec, **self._names(body))
+            return await self._answer(body, job, answer)
+
+    @contextmanager
+    def _ending(self) -> Iterator[None]:
+        """Ends the record of a call that fails before its run does it."""
+        try:
+            yield
+        except BaseException as error:
+            self._end(self._record.finish(error))
+            raise
+
+    async def _read(self) -> bytes:
+        kind = self._request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise InvalidRequest("Send the body as JSON, with the header 'content-type: application/json'.")
+        return await self._request.body()
+
+    def _resolve(self, body: CompletionRequest | ChatRequest) -> AdapterRef | None:
+        self._log.update(body.annotations())
+        adapter = resolve_request(
+            self._services.directory,
+            self._caller.tenant,
+            self._services.engine.model.name,
+            body.model,
+            body.adapter_id,
+        )
+        self._record.adapter = adapter
+        return adapter
+
+    def _job(
+        self, body: CompletionRequest | ChatRequest, adapter: AdapterRef | None, prompts: list[EncodedPrompt]
+    ) -> Job:
+        model = self._services.engine.model
+        params = sampling_params(body, model)
+        return Job(
+            id=uuid.uuid4().hex,
+            principal=self._caller,
+            adapter=adapter,
+            prompts=tuple(prompts),
+            params=tuple(fit_to_context(params, body, len(prompt.ids), model) for prompt in prompts),
+        )
+
+    def _names(self, body: CompletionRequest | ChatRequest) -> dict[str, Any]:
+        label = body.model or body.adapter_id or self._services.engine.model.name
+        return {"label": label, "created": int(time.time())}
+
+    async def _answer(self, body: CompletionRequest | ChatRequest, job: Job, answer: Answer) -> Response:
+        headers = {ADAPTER_HEADER: job.adapter.label if job.adapter else "base"}
+        if body.stream:
+            return EventStream(self._events(job, answer, include_usage=body.include_usage), headers=headers)
+        content = await while_connected(self._request.receive, self._whole(job, answer))
+        return Response(content, headers=headers, media_type="application/json")
+
+    def _run(self, job: Job) -> Run:
+        return Run(self._services, job, self._record, self._end)
+
+    async def _whole(self, job: Job, answer: Answer) -> bytes:
+        async with self._run(job) as run:
+            return await answer.whole(run)
+
+    async def _events(self, job: Job, answer: Answer, *, include_usage: bool) -> AsyncGenerator[bytes, None]:
+        async with self._run(job) as run:
+            events = answer.events(run, include_usage=include_usage)
+            try:
+                async for payload in events:
+                    yield payload
+            finally:
+                await events.aclose()
+
+    def _end(self, finished: FinishedRequest) -> None:
+        """Called when the run ends, and when the call fails before or in it; the first call counts."""
+        if self._is_ended:
+            return
+        self._is_ended = True
+        self._log.update(finished.log_fields())
+        self._services.traffic.end(finished)
+        self._services.metrics.observe_request(finished.sample())
+        for record in self._services.recorders:
+            record(finished)

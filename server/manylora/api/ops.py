@@ -1,0 +1,77 @@
+"""`/health`, `/ready`, `/version`, `/metrics` and `/v1/stats`."""
+
+import platform
+from dataclasses import asdict
+from typing import Any
+
+import anyio.to_thread
+from fastapi import APIRouter
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
+from starlette.responses import Response
+
+from manylora import __version__
+from manylora.api.auth import Admin, Caller, has_role
+from manylora.api.state import Services, ServicesDep
+from manylora.catalog.interface import PUBLIC_TENANT
+from manylora.errors import Draining, Unavailable
+from manylora.tenants.interface import Role
+
+__all__ = ["router"]
+
+router = APIRouter(tags=["operations"])
+
+
+@router.get("/health")
+async def health() -> dict[str, str]:
+    """The process is alive."""
+    return {"status": "ok"}
+
+
+@router.get("/ready")
+async def ready(services: ServicesDep) -> dict[str, str]:
+    """The model is loaded and the engine steps; 503 otherwise."""
+    if services.engine.is_draining:
+        raise Draining("The server is shutting down.")
+    if not services.engine.is_ready:
+        raise Unavailable("The engine is not running.")
+    return {"status": "ready", "model": services.engine.model.name}
+
+
+@router.get("/version")
+async def version() -> dict[str, str]:
+    """What runs here."""
+    return {"version": __version__, "python": platform.python_version()}
+
+
+@router.get("/metrics")
+async def metrics(caller: Admin, services: ServicesDep) -> Response:
+    """Prometheus text."""
+    text = await anyio.to_thread.run_sync(services.metrics.render)
+    return Response(text, media_type=CONTENT_TYPE_PLAIN_0_0_4)
+
+
+@router.get("/v1/stats")
+async def stats(caller: Caller, services: ServicesDep) -> dict[str, Any]:
+    """What the dashboard draws: the engine's counts, and the traffic of the caller's tenant (of all, for admins)."""
+    sees_all = has_role(caller, Role.ADMIN)
+    tenant = None if sees_all else caller.tenant
+    return {
+        **_engine_counts(services, tenant),
+        "server": {
+            "version": __version__,
+            "model": services.engine.model.name,
+            "context_length": services.engine.model.context_length,
+            "is_ready": services.engine.is_ready,
+            "is_draining": services.engine.is_draining,
+        },
+        "tenant": tenant,
+        **services.traffic.view(tenant, services.engine.tier_of),
+    }
+
+
+def _engine_counts(services: Services, tenant: str | None) -> dict[str, Any]:
+    """The counts say nothing of who; the list of resident adapters does, and is cut to what the tenant may see."""
+    counts = asdict(services.engine.stats())
+    if tenant is not None:
+        counts["resident"] = [r for r in counts["resident"] if r.get("tenant") in (tenant, PUBLIC_TENANT)]
+    return counts

@@ -1,0 +1,160 @@
+"""What is known of one inference request while it runs, and what is left of it when it has ended."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from manylora.engine.interface import AdapterRef, RequestTiming, Tier
+from manylora.errors import ManyloraError
+from manylora.metrics import RequestSample
+
+__all__ = ["ClientGone", "FinishedRequest", "Recorder", "RequestRecord", "outcome_of"]
+
+_TIERS: tuple[Tier, ...] = ("device", "host", "disk")
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedRequest:
+    """One inference request, ended. `outcome` is `ok`, `cancelled`, `invalid`, `rejected` or `error`.
+
+    `prompt_tokens` counts prompts that were computed, once for all `n` choices. Times are seconds, `finished_at`
+    is a Unix time.
+    """
+
+    request_id: str
+    tenant: str
+    adapter: AdapterRef | None
+    outcome: str
+    finished_at: float
+    duration_s: float
+    ttft_s: float | None
+    timing: RequestTiming | None
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    gaps_s: tuple[float, ...]
+    error: ManyloraError | None = None
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Mean time between the tokens of a choice, None with fewer than two tokens."""
+        return sum(self.gaps_s) / len(self.gaps_s) if self.gaps_s else None
+
+    def sample(self) -> RequestSample:
+        """What the metrics keep of it."""
+        return RequestSample(
+            tenant=self.tenant,
+            adapter=self.adapter.name if self.adapter else None,
+            outcome=self.outcome,
+            duration_s=self.duration_s,
+            ttft_s=self.ttft_s,
+            queue_s=self.timing.queue_ms / 1000 if self.timing else None,
+            tier=self.timing.load_tier if self.timing else None,
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.completion_tokens,
+            cached_tokens=self.cached_tokens,
+            gaps_s=self.gaps_s,
+        )
+
+    def log_fields(self) -> dict[str, Any]:
+        """What the request's log line says of it."""
+        fields: dict[str, Any] = {
+            "tenant": self.tenant,
+            "adapter": self.adapter.label if self.adapter else "base",
+            "outcome": self.outcome,
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "cached_tokens": self.cached_tokens,
+        }
+        if self.ttft_s is not None:
+            fields["ttft_ms"] = round(self.ttft_s * 1000, 1)
+        if self.timing is not None:
+            fields["queue_ms"] = round(self.timing.queue_ms, 1)
+            fields["load_ms"] = round(self.timing.load_ms, 1)
+            fields["load_tier"] = self.timing.load_tier
+        if self.tpot_s is not None:
+            fields["tpot_ms"] = round(self.tpot_s * 1000, 2)
+        return fields
+
+
+class ClientGone(Exception):
+    """The client closed the connection; there is nobody to answer."""
+
+
+Recorder = Callable[[FinishedRequest], None]
+
+
+def outcome_of(error: BaseException | None) -> str:
+    """The `outcome` label for how a request ended."""
+    if error is None:
+        return "ok"
+    if not isinstance(error, Exception) or isinstance(error, ClientGone):
+        return "cancelled"
+    if not isinstance(error, ManyloraError):
+        return "error"
+    if error.status in (429, 503):
+        return "rejected"
+    return "invalid" if error.status < 500 else "error"
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """The running count of one request, kept by the event loop's thread."""
+
+    request_id: str
+    tenant: str
+    adapter: AdapterRef | None = None
+    arrived: float = field(default_factory=time.perf_counter)
+    first_token: float | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    timings: list[RequestTiming] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
+    last_token: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def traffic_key(self) -> tuple[str, str | None]:
+        return self.tenant, self.adapter.id if self.adapter else None
+
+    def add_tokens(self, choice: int, num_tokens: int, now: float) -> None:
+        """`num_tokens` of choice `choice` have just arrived; several share the time since the one before."""
+        if not num_tokens:
+            return
+        self.completion_tokens += num_tokens
+        last = self.last_token.get(choice)
+        if last is not None:
+            gap = (now - last) / num_tokens
+            self.gaps.append(gap) if num_tokens == 1 else self.gaps.extend([gap] * num_tokens)
+        elif self.first_token is None:
+            self.first_token = now
+        self.last_token[choice] = now
+
+    def timing(self) -> RequestTiming | None:
+        """Of several prompts, the slowest figures; None before the first delta."""
+        if not self.timings:
+            return None
+        return RequestTiming(
+            queue_ms=max(t.queue_ms for t in self.timings),
+            load_ms=max(t.load_ms for t in self.timings),
+            load_tier=max((t.load_tier for t in self.timings), key=_TIERS.index),
+            ttft_ms=max(t.ttft_ms for t in self.timings),
+        )
+
+    def finish(self, error: BaseException | None) -> FinishedRequest:
+        return FinishedRequest(
+            request_id=self.request_id,
+            tenant=self.tenant,
+            adapter=self.adapter,
+            outcome=outcome_of(error),
+            finished_at=time.time(),
+            duration_s=time.perf_counter() - self.arrived,
+            ttft_s=None if self.first_token is None else self.first_token - self.arrived,
+            timing=self.timing(),
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.completion_tokens,
+            cached_tokens=self.cached_tokens,
+            gaps_s=tuple(self.gaps),
+            error=error if isinstance(error, ManyloraError) else None,
+        )

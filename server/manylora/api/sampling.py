@@ -1,0 +1,86 @@
+"""From a checked body to `SamplingParams`: defaults and limits that depend on the model."""
+
+from dataclasses import replace
+
+from manylora.api.schemas import ChatRequest, CompletionRequest, GenerationRequest
+from manylora.engine.interface import ModelInfo, SamplingParams
+from manylora.errors import ContextLengthExceeded, InvalidRequest
+
+__all__ = ["COMPLETION_MAX_TOKENS", "check_token_ids", "fit_to_context", "sampling_params"]
+
+COMPLETION_MAX_TOKENS = 16  # OpenAI's default
+
+
+def sampling_params(request: GenerationRequest, model: ModelInfo) -> SamplingParams:
+    """Everything but `max_tokens`, which `fit_to_context` sets for each prompt. Raises InvalidRequest."""
+    logprobs = _num_logprobs(request, model)
+    top_k = model.default_top_k if request.top_k is None else request.top_k
+    return SamplingParams(
+        max_tokens=1,
+        temperature=_or(request.temperature, model.default_temperature),
+        top_p=_or(request.top_p, model.default_top_p),
+        top_k=0 if top_k < 0 or top_k >= model.vocab_size else top_k,
+        min_p=_or(request.min_p, 0.0),
+        seed=request.seed,
+        stop=request.stops,
+        stop_token_ids=check_token_ids(request.stop_token_ids, model, "stop_token_ids"),
+        ignore_eos=request.ignore_eos,
+        presence_penalty=_or(request.presence_penalty, 0.0),
+        frequency_penalty=_or(request.frequency_penalty, 0.0),
+        repetition_penalty=_or(request.repetition_penalty, model.default_repetition_penalty),
+        logit_bias=_logit_bias(request.logit_bias, model),
+        logprobs=logprobs,
+        prompt_logprobs=logprobs if isinstance(request, CompletionRequest) and request.echo else None,
+        n=request.n,
+    )
+
+
+def fit_to_context(
+    params: SamplingParams, request: GenerationRequest, num_prompt_tokens: int, model: ModelInfo
+) -> SamplingParams:
+    """`params` with the `max_tokens` asked for, or the default. Raises ContextLengthExceeded."""
+    room = model.context_length - num_prompt_tokens
+    asked = request.token_limit
+    if room < 1 or (asked is not None and asked > room):
+        completion = f" and {asked} for the answer" if asked is not None else " and leaves no room for an answer"
+        raise ContextLengthExceeded(
+            f"The model's context is {model.context_length} tokens; the prompt takes {num_prompt_tokens}{completion}. "
+            "Shorten the prompt or ask for fewer tokens.",
+            param="messages" if isinstance(request, ChatRequest) else "prompt",
+        )
+    default = room if isinstance(request, ChatRequest) else min(COMPLETION_MAX_TOKENS, room)
+    return replace(params, max_tokens=default if asked is None else asked)
+
+
+def check_token_ids(token_ids: list[int], model: ModelInfo, param: str) -> tuple[int, ...]:
+    """The ids, all of them in the vocabulary. Raises InvalidRequest."""
+    if token_ids and not 0 <= min(token_ids) <= max(token_ids) < model.vocab_size:
+        raise InvalidRequest(f"'{param}' holds a token id that is not in 0 to {model.vocab_size - 1}.", param=param)
+    return tuple(token_ids)
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def _num_logprobs(request: GenerationRequest, model: ModelInfo) -> int | None:
+    if isinstance(request, ChatRequest):
+        number, param = (request.top_logprobs or 0) if request.logprobs else None, "top_logprobs"
+    else:
+        assert isinstance(request, CompletionRequest)
+        number, param = request.logprobs, "logprobs"
+    if number is not None and number > model.max_logprobs:
+        raise InvalidRequest(f"'{param}' is at most {model.max_logprobs}.", param=param)
+    return number
+
+
+def _logit_bias(bias: dict[str, float], model: ModelInfo) -> tuple[tuple[int, float], ...]:
+    by_id: dict[int, float] = {}
+    for text, value in bias.items():
+        if not (text.isascii() and text.isdigit() and len(text) < 12 and int(text) < model.vocab_size):
+            raise InvalidRequest(
+                f"'logit_bias' has the key '{text[:40]}', which is not a token id in 0 to {model.vocab_size - 1}.",
+                param="logit_bias",
+            )
+        by_id[int(text)] = value
+    return tuple(by_id.items())

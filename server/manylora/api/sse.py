@@ -1,0 +1,93 @@
+"""Server-sent events framed by hand, and work that stops when its client leaves.
+
+Newer ASGI servers show a disconnect as an OSError from `send`, others only as `http.disconnect` from
+`receive`; both end the work here, and the work's own `finally` cleans up.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Coroutine
+from typing import Any, TypeVar
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from manylora.api.errors import INTERNAL_ERROR, error_json
+from manylora.api.record import ClientGone
+from manylora.errors import ManyloraError
+from manylora.log import get_logger
+
+__all__ = ["EventStream", "while_connected"]
+
+_log = get_logger("manylora.api")
+T = TypeVar("T")
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The work's result. Raises ClientGone, with the work cancelled and cleaned up, if the client leaves first."""
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_disconnect(receive))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return task.result()
+    finally:
+        for waiting in (task, watcher):
+            waiting.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """Sends `events`. The status line waits for the first of them, so an error before it has its own status.
+
+    An error after it becomes one last event, `data: {"error": …}`.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes, None], *, headers: dict[str, str]) -> None:
+        self.status_code = 200
+        self.background = None
+        self._events = events
+        self._is_started = False
+        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await while_connected(receive, self._send_all(send))
+
+    async def _send_all(self, send: Send) -> None:
+        try:
+            async for payload in self._events:
+                await self._send(send, payload)
+        except ManyloraError as error:
+            if not self._is_started:
+                raise
+            await self._send(send, _error_event(error))
+        except ClientGone:
+            raise
+        except Exception:
+            if not self._is_started:
+                raise
+            _log.exception("stream_failed")
+            await self._send(send, _error_event(INTERNAL_ERROR))
+        finally:
+            await self._events.aclose()
+        await self._send(send, b"", more=False)
+
+    async def _send(self, send: Send, payload: bytes, *, more: bool = True) -> None:
+        try:
+            if not self._is_started:
+                self._is_started = True
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": payload, "more_body": more})
+        except OSError as error:
+            raise ClientGone from error
+
+
+def _error_event(error: ManyloraError) -> bytes:
+    return b"data: " + error_json(error) + b"\n\n"

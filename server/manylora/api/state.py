@@ -1,0 +1,42 @@
+"""The parts that the routes work with, put together once by `app.create_app`."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from manylora.api.record import Recorder
+from manylora.api.traffic import Traffic
+from manylora.catalog.interface import AdapterDirectory
+from manylora.engine.interface import EngineClient
+from manylora.metrics import Metrics
+from manylora.settings import Settings
+from manylora.tenants.interface import Gate
+
+__all__ = ["Services", "ServicesDep", "services_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """`recorders` hear of every finished inference request, on the event loop's thread, and must be quick.
+
+    `may_run_open` is False where an open server would be reachable from elsewhere unasked.
+    """
+
+    settings: Settings
+    engine: EngineClient
+    directory: AdapterDirectory
+    gate: Gate
+    metrics: Metrics
+    traffic: Traffic
+    recorders: tuple[Recorder, ...] = ()
+    may_run_open: bool = True
+
+
+def services_of(request: Request) -> Services:
+    services = request.app.state.services
+    assert isinstance(services, Services)
+    return services
+
+
+ServicesDep = Annotated[Services, Depends(services_of)]

@@ -1,0 +1,78 @@
+"""Puts the parts together: `create_app` over parts that exist, `run` from the settings alone."""
+
+from collections.abc import Sequence
+
+from fastapi import APIRouter, FastAPI
+from starlette.types import Scope
+
+from manylora import __version__
+from manylora.api import openai, ops
+from manylora.api.docs import install_docs
+from manylora.api.errors import install_error_handlers
+from manylora.api.middleware import BodyLimit, RequestContext
+from manylora.api.record import Recorder
+from manylora.api.state import Services
+from manylora.api.traffic import Traffic
+from manylora.catalog.interface import AdapterDirectory
+from manylora.engine.interface import EngineClient
+from manylora.errors import InvalidSettings
+from manylora.metrics import Metrics
+from manylora.settings import Settings
+from manylora.tenants.interface import Gate
+
+__all__ = ["create_app"]
+
+_UPLOAD_ROUTE = ("POST", "/v1/adapters")
+_MULTIPART_OVERHEAD = 2**20  # form fields, part headers and the adapter's configuration
+
+
+def create_app(
+    settings: Settings,
+    engine: EngineClient,
+    directory: AdapterDirectory,
+    gate: Gate,
+    metrics: Metrics,
+    *,
+    extra_routers: Sequence[APIRouter] = (),
+    recorders: Sequence[Recorder] = (),
+    may_run_open: bool = True,
+) -> FastAPI:
+    """The HTTP application. `recorders` hear of every finished inference request."""
+    app = FastAPI(
+        title="manylora",
+        version=__version__,
+        description="One base model, many LoRA adapters, every forward pass shared. OpenAI-compatible.",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.services = Services(
+        settings=settings,
+        engine=engine,
+        directory=directory,
+        gate=gate,
+        metrics=metrics,
+        traffic=Traffic(),
+        recorders=tuple(recorders),
+        may_run_open=may_run_open,
+    )
+    for router in (ops.router, openai.router, *extra_routers):
+        app.include_router(router)
+    install_docs(app)
+    install_error_handlers(app)
+    body_limit = _in_bytes(settings.max_body, "max_body")
+    upload_limit = max(body_limit, _in_bytes(settings.max_adapter_size, "max_adapter_size") + _MULTIPART_OVERHEAD)
+
+    def limit_of(scope: Scope) -> int:
+        return upload_limit if (scope["method"], scope["path"]) == _UPLOAD_ROUTE else body_limit
+
+    app.add_middleware(BodyLimit, limit_of=limit_of)
+    app.add_middleware(RequestContext)
+    metrics.watch_engine(engine.stats)
+    return app
+
+
+def _in_bytes(size: int | float, name: str) -> int:
+    if isinstance(size, float):
+        raise InvalidSettings(f"{name} is a size in bytes, such as '16MiB', not a share of memory.")
+    return size

@@ -1,0 +1,104 @@
+"""uvicorn as this program runs it: a socket taken early, and a first signal that drains before it ends."""
+
+import asyncio
+import ipaddress
+import socket
+from collections.abc import Awaitable, Callable
+from types import FrameType
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from manylora.errors import StartupError
+
+__all__ = ["DrainingServer", "bind", "is_loopback", "make_config"]
+
+# After draining, how long a slow reader may take to fetch what is already written.
+_LAST_WRITES_S = 5
+
+
+def is_loopback(host: str) -> bool:
+    """Whether nobody but this machine can reach a server bound to `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket that does not listen yet, so that nobody connects before the model is loaded.
+
+    Raises StartupError where the port is taken or the host is not this machine's.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        sock = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise StartupError(f"The host '{host}' is not usable: {error}. Choose another with --host.") from error
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except OSError as error:
+        sock.close()
+        raise StartupError(
+            f"Port {port} on {host} cannot be used: {error.strerror or error}. "
+            "Stop what listens there or choose another with --port."
+        ) from error
+    sock.setblocking(False)
+    return sock
+
+
+def make_config(app: ASGIApp) -> uvicorn.Config:
+    """uvicorn's settings: our logging, no access log (the request line says more), httptools and uvloop."""
+    return uvicorn.Config(
+        app,
+        http="httptools",
+        loop="uvloop",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=_LAST_WRITES_S,
+    )
+
+
+class DrainingServer(uvicorn.Server):  # type: ignore[misc]  # uvicorn is not followed by mypy here
+    """The first SIGTERM or SIGINT runs `drain` while connections are still answered, then ends; a second ends now."""
+
+    def __init__(
+        self, config: uvicorn.Config, *, drain: Callable[[], Awaitable[None]], on_started: Callable[[], None]
+    ) -> None:
+        super().__init__(config)
+        self._drain = drain
+        self._on_started = on_started
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._draining: asyncio.Task[None] | None = None
+        self._num_signals = 0
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets=sockets)
+        if self.started:
+            self._on_started()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._num_signals += 1
+        if self._num_signals > 1 or self._loop is None:
+            self.force_exit = True
+            self.should_exit = True
+        else:
+            self._loop.call_soon_threadsafe(self._begin_draining)
+
+    def _begin_draining(self) -> None:
+        self._draining = asyncio.ensure_future(self._drain_and_exit())
+
+    async def _drain_and_exit(self) -> None:
+        try:
+            await self._drain()
+        finally:
+            self.should_exit = True

@@ -1,0 +1,275 @@
+"""Everything that `/metrics` exposes: one object with its own registry, handed to whoever records.
+
+Cost is paid per request or per step, never per token: a request's inter-token gaps are observed together when
+it ends. The engine's gauges are read when somebody scrapes.
+
+Labels are bounded. `tenant` and `adapter` are the caller's tenant and the adapter's name, `__base__` for the
+bare base and `__other__` for names without a label of their own; see `BusiestNames` for who gets one.
+"""
+
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+__all__ = ["BASE_LABEL", "BUCKETS", "OTHER_LABEL", "BusiestNames", "EngineCounts", "Metrics", "RequestSample"]
+
+BASE_LABEL: Final = "__base__"
+OTHER_LABEL: Final = "__other__"
+BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_PREFIX: Final = "manylora"
+_BY_CALLER: Final = ("tenant", "adapter")
+
+
+class EngineCounts(Protocol):
+    """What the gauges read: `engine.interface.EngineStats` has this shape."""
+
+    @property
+    def running(self) -> int: ...
+    @property
+    def waiting(self) -> int: ...
+    @property
+    def waiting_for_adapter(self) -> int: ...
+    @property
+    def kv_blocks_used(self) -> int: ...
+    @property
+    def kv_blocks_total(self) -> int: ...
+    @property
+    def slots_used(self) -> int: ...
+    @property
+    def slots_total(self) -> int: ...
+    @property
+    def host_tier_bytes(self) -> int: ...
+    @property
+    def preemptions(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class RequestSample:
+    """One finished request. Times are seconds; None where the request never got that far."""
+
+    tenant: str
+    adapter: str | None
+    outcome: str
+    duration_s: float
+    ttft_s: float | None = None
+    queue_s: float | None = None
+    tier: str | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    gaps_s: tuple[float, ...] = field(default=(), repr=False)
+
+
+class BusiestNames:
+    """Decides which names get a label of their own, so that the number of time series stays bounded.
+
+    The first `free` names to appear get one. After that, a name gets one of the `reserve` labels once it has
+    certainly been seen more often than the least busy name that has a label. The counts of names without a
+    label are kept in a space-saving sketch (Metwally et al., 2005) of `free + reserve` entries; an entry's
+    guaranteed count is its count less what it inherited from the entry it replaced.
+
+    A label is never taken back. So every counter only grows, sums over the labels are exact, and a name keeps
+    its history; the price is that a name which was busy once keeps its place until the process ends.
+    """
+
+    def __init__(self, free: int, reserve: int) -> None:
+        self.free = free
+        self.reserve = reserve
+        self._labelled: dict[Hashable, int] = {}
+        self._sketch: dict[Hashable, list[int]] = {}  # name -> [count, inherited error]
+
+    def __contains__(self, name: Hashable) -> bool:
+        return name in self._labelled
+
+    def __len__(self) -> int:
+        return len(self._labelled)
+
+    def see(self, name: Hashable) -> bool:
+        """Count one use of `name`; True when it has a label of its own (from now on, for ever)."""
+        if name in self._labelled:
+            self._labelled[name] += 1
+            return True
+        if len(self._labelled) < self.free:
+            self._labelled[name] = 1
+            return True
+        if len(self._labelled) >= self.free + self.reserve:
+            return False
+        guaranteed = self._count(name)
+        if guaranteed <= min(self._labelled.values(), default=0):
+            return False
+        del self._sketch[name]
+        self._labelled[name] = guaranteed
+        return True
+
+    def _count(self, name: Hashable) -> int:
+        entry = self._sketch.get(name)
+        if entry is None:
+            inherited = 0
+            if len(self._sketch) >= self.free + self.reserve:
+                rarest = min(self._sketch, key=lambda other: self._sketch[other][0])
+                inherited = self._sketch.pop(rarest)[0]
+            entry = self._sketch[name] = [inherited, inherited]
+        entry[0] += 1
+        return entry[0] - entry[1]
+
+    def check_integrity(self) -> None:
+        assert len(self._labelled) <= self.free + self.reserve
+        assert len(self._sketch) <= self.free + self.reserve
+        assert not self._labelled.keys() & self._sketch.keys()
+        assert all(0 <= error < count for count, error in self._sketch.values())
+
+
+class _EngineCollector(Collector):
+    """Reads the engine's counts when scraped."""
+
+    _GAUGES: Final = (
+        ("requests_running", "Sequences in the running batch.", "running"),
+        ("requests_waiting", "Sequences that wait to be admitted.", "waiting"),
+        ("requests_waiting_for_adapter", "Sequences that wait for their adapter.", "waiting_for_adapter"),
+        ("kv_blocks_used", "KV cache blocks held by sequences.", "kv_blocks_used"),
+        ("kv_blocks_total", "KV cache blocks there are.", "kv_blocks_total"),
+        ("adapter_slots_used", "Device slots that hold an adapter.", "slots_used"),
+        ("adapter_slots_total", "Device slots there are.", "slots_total"),
+        ("host_tier_bytes", "Bytes of adapters in host memory.", "host_tier_bytes"),
+    )
+
+    def __init__(self, read: Callable[[], EngineCounts]) -> None:
+        self._read = read
+
+    def describe(self) -> Iterable[Metric]:
+        return [
+            *(GaugeMetricFamily(f"{_PREFIX}_{name}", text) for name, text, _ in self._GAUGES),
+            CounterMetricFamily(f"{_PREFIX}_preemptions", "Sequences put back because blocks ran out."),
+        ]
+
+    def collect(self) -> Iterator[Metric]:
+        counts = self._read()
+        for name, text, attribute in self._GAUGES:
+            yield GaugeMetricFamily(f"{_PREFIX}_{name}", text, value=getattr(counts, attribute))
+        yield CounterMetricFamily(
+            f"{_PREFIX}_preemptions", "Sequences put back because blocks ran out.", value=counts.preemptions
+        )
+
+
+class _WithoutCreated(CollectorRegistry):
+    """A view of a registry without the `_created` samples, which would double the number of counters."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        super().__init__()
+        self._all = registry
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in self._all.collect():
+            metric.samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
+            yield metric
+
+
+class _Series:
+    """The children of one (tenant, adapter) pair, looked up once."""
+
+    def __init__(self, metrics: "Metrics", tenant: str, adapter: str) -> None:
+        self.duration = metrics.request_duration.labels(tenant, adapter)
+        self.ttft = metrics.time_to_first_token.labels(tenant, adapter)
+        self.gap = metrics.inter_token_latency.labels(tenant, adapter)
+        self.queue = metrics.queue_wait.labels(tenant, adapter)
+        self.prompt_tokens = metrics.prompt_tokens.labels(tenant, adapter)
+        self.completion_tokens = metrics.completion_tokens.labels(tenant, adapter)
+        self.cached_tokens = metrics.prefix_cache_hit_tokens.labels(tenant, adapter)
+
+
+class Metrics:
+    """The registry and the methods that record into it.
+
+    `observe_request` is called on the event loop's thread only; every other method is safe on any thread.
+    """
+
+    def __init__(self, *, free_labels: int = 32, reserve_labels: int = 32) -> None:
+        self.registry = CollectorRegistry()
+        self._pairs = BusiestNames(free_labels, reserve_labels)
+        self._tenants = BusiestNames(free_labels, reserve_labels)
+        self._series: dict[tuple[str, str], _Series] = {}
+        self.request_duration = self._histogram("request_duration_seconds", "Arrival to last token.", _BY_CALLER)
+        self.time_to_first_token = self._histogram("time_to_first_token_seconds", "Arrival to first token.", _BY_CALLER)
+        self.inter_token_latency = self._histogram(
+            "inter_token_latency_seconds", "Between two tokens of one choice.", _BY_CALLER
+        )
+        self.queue_wait = self._histogram("queue_wait_seconds", "Arrival to first scheduled step.", _BY_CALLER)
+        self.adapter_load = self._histogram(
+            "adapter_load_seconds", "Bringing an adapter to the device, by the tier it came from.", ("tier",)
+        )
+        self.step_duration = self._histogram("step_duration_seconds", "One engine step, by phase.", ("phase",))
+        self.requests = self._counter("requests", "Inference requests by outcome.", (*_BY_CALLER, "outcome"))
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of finished requests.", _BY_CALLER)
+        self.completion_tokens = self._counter("completion_tokens", "Tokens generated.", _BY_CALLER)
+        self.prefix_cache_hit_tokens = self._counter(
+            "prefix_cache_hit_tokens", "Prompt tokens taken from the prefix cache.", _BY_CALLER
+        )
+        self.adapter_requests_by_tier = self._counter(
+            "adapter_requests_by_tier", "Requests by the tier their adapter was in on arrival.", (*_BY_CALLER, "tier")
+        )
+        self.adapter_evictions = self._counter("adapter_evictions", "Adapters evicted from a tier.", ("tier",))
+        self.uploads = self._counter("uploads", "Adapter uploads by result.", ("result",))
+
+    def _histogram(self, name: str, text: str, labels: tuple[str, ...]) -> Histogram:
+        return Histogram(f"{_PREFIX}_{name}", text, labels, buckets=BUCKETS, registry=self.registry)
+
+    def _counter(self, name: str, text: str, labels: tuple[str, ...]) -> Counter:
+        return Counter(f"{_PREFIX}_{name}", text, labels, registry=self.registry)
+
+    def watch_engine(self, read: Callable[[], EngineCounts]) -> None:
+        """Expose the gauges that `read()` gives; called once, when the engine exists."""
+        self.registry.register(_EngineCollector(read))
+
+    def render(self) -> bytes:
+        """The Prometheus text format."""
+        return generate_latest(_WithoutCreated(self.registry))
+
+    # recorded by the API
+
+    def observe_request(self, sample: RequestSample) -> None:
+        """Record one finished inference request, whatever its outcome."""
+        tenant, adapter = self._labels(sample.tenant, sample.adapter)
+        series = self._series.get((tenant, adapter))
+        if series is None:
+            series = self._series[tenant, adapter] = _Series(self, tenant, adapter)
+        self.requests.labels(tenant, adapter, sample.outcome).inc()
+        series.duration.observe(sample.duration_s)
+        if sample.ttft_s is not None:
+            series.ttft.observe(sample.ttft_s)
+        if sample.queue_s is not None:
+            series.queue.observe(sample.queue_s)
+        if sample.tier is not None and sample.adapter is not None:
+            self.adapter_requests_by_tier.labels(tenant, adapter, sample.tier).inc()
+        series.prompt_tokens.inc(sample.prompt_tokens)
+        series.completion_tokens.inc(sample.completion_tokens)
+        series.cached_tokens.inc(sample.cached_tokens)
+        for gap in sample.gaps_s:
+            series.gap.observe(gap)
+
+    def _labels(self, tenant: str, adapter: str | None) -> tuple[str, str]:
+        name = BASE_LABEL if adapter is None else adapter
+        tenant_label = tenant if self._tenants.see(tenant) else OTHER_LABEL
+        has_label = self._pairs.see((tenant, name)) and tenant_label == tenant
+        return tenant_label, name if has_label else OTHER_LABEL
+
+    # recorded by the engine and the catalog
+
+    def observe_step(self, phase: str, seconds: float) -> None:
+        """One phase (`schedule`, `forward`, `sample`, `deliver`) of one engine step."""
+        self.step_duration.labels(phase).observe(seconds)
+
+    def observe_adapter_load(self, tier: str, seconds: float) -> None:
+        """An adapter reached the device from `tier` (`host` or `disk`)."""
+        self.adapter_load.labels(tier).observe(seconds)
+
+    def count_eviction(self, tier: str) -> None:
+        """An adapter left `tier` (`device` or `host`) to make room."""
+        self.adapter_evictions.labels(tier).inc()
+
+    def count_upload(self, result: str) -> None:
+        """An upload ended: `created`, `unchanged`, `refused` or `failed`."""
+        self.uploads.labels(result).inc()

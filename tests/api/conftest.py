@@ -1,0 +1,93 @@
+"""The application over fakes, in process and as a real server on a free port."""
+
+import asyncio
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import uvicorn
+from fastapi import FastAPI
+from starlette.testclient import TestClient
+
+from manylora.api.record import FinishedRequest
+from manylora.app import create_app
+from manylora.http_server import bind, make_config
+from manylora.metrics import Metrics
+from manylora.settings import Settings
+
+from .fakes import FakeDirectory, FakeEngine, FakeGate
+
+
+@dataclass
+class Rig:
+    """An application and the fakes under it."""
+
+    settings: Settings
+    engine: FakeEngine = field(default_factory=FakeEngine)
+    directory: FakeDirectory = field(default_factory=FakeDirectory)
+    gate: FakeGate = field(default_factory=FakeGate)
+    metrics: Metrics = field(default_factory=Metrics)
+    finished: list[FinishedRequest] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.app: FastAPI = create_app(
+            self.settings,
+            self.engine,
+            self.directory,
+            self.gate,
+            self.metrics,
+            recorders=(self.finished.append,),
+        )
+        self.client = TestClient(self.app, raise_server_exceptions=False)
+
+    def complete(self, **body: Any) -> httpx2.Response:
+        response: httpx2.Response = self.client.post(
+            "/v1/completions", json={"model": "base-model", "prompt": "hi", **body}
+        )
+        return response
+
+    def chat(self, **body: Any) -> httpx2.Response:
+        messages = [{"role": "user", "content": "hi"}]
+        response: httpx2.Response = self.client.post(
+            "/v1/chat/completions", json={"model": "base-model", "messages": messages, **body}
+        )
+        return response
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(data_dir=tmp_path / "data", max_body=64 * 1024)
+
+
+@pytest.fixture
+def rig(settings: Settings) -> Rig:
+    return Rig(settings)
+
+
+@contextmanager
+def served(app: FastAPI) -> Iterator[str]:
+    """The application behind a real uvicorn on a free port; gives its address."""
+    sock: socket.socket = bind("127.0.0.1", 0)
+    port = sock.getsockname()[1]
+    server = uvicorn.Server(make_config(app))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[sock])), daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        thread.join(0.01)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture
+def serve() -> Callable[[FastAPI], Any]:
+    return served
