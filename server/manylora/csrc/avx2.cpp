@@ -1,0 +1,10 @@
+#include "includes.h"
+
+#if ML_HAS_TARGET_PRAGMA
+#pragma GCC target("avx2,fma,f16c")
+#define ML_PATH_FUNCTION avx2_kernels
+#define ML_PATH_NAME "avx2"
+#include "kernels.inl"
+#else
+const manylora::Kernels* manylora::avx2_kernels() { return nullptr; }
+#endif

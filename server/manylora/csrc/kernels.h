@@ -1,0 +1,137 @@
+// What every CPU path offers: plain structs in, no torch types, so that each path compiles in seconds and no
+// inline function of torch is compiled with instructions that the machine may not have.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace manylora {
+
+enum class DType { f32, bf16, f16 };
+
+// Row `t` of a matrix begins at data + t * stride (in elements); within a row the elements are contiguous.
+template <class Pointer>
+struct Rows {
+  Pointer data;
+  int64_t stride;
+};
+
+// See `add_lora_` in models/native.py for the semantics of the fields.
+struct LoraArgs {
+  DType dtype;
+  Rows<void*> out;
+  Rows<const void*> x;
+  int64_t in_features;
+  const int64_t* tables;  // [num_members, num_slots, 3]: address of A, address of B, rank
+  int64_t num_members, num_slots;
+  const int32_t* out_offsets;     // [num_members + 1]
+  const int32_t* order;           // row indices, sorted by slot
+  const int32_t* segment_slots;   // [num_segments]
+  const int32_t* segment_starts;  // [num_segments + 1]
+  int64_t num_segments;
+};
+
+struct CacheView {
+  void* data;  // [num_blocks, num_kv_heads, block_size, head_dim]
+  int64_t block_stride, head_stride, position_stride;
+};
+
+struct AttentionArgs {
+  DType dtype;
+  void* out;
+  const void* q;
+  int64_t out_row_stride, out_head_stride, q_row_stride, q_head_stride;
+  CacheView k_cache, v_cache;
+  const int32_t* block_tables;
+  int64_t block_table_stride;
+  const int32_t* query_starts;
+  const int32_t* context_lens;
+  int64_t num_sequences, num_heads, num_kv_heads, head_dim, block_size;
+  float scale;
+  int64_t sliding_window;
+  float softcap;
+};
+
+struct WriteKvArgs {
+  DType dtype;
+  const void* k;
+  const void* v;
+  int64_t k_row_stride, k_head_stride, v_row_stride, v_head_stride;
+  CacheView k_cache, v_cache;
+  const int64_t* slots;
+  int64_t num_tokens, num_kv_heads, head_dim, block_size;
+};
+
+struct NormArgs {
+  DType dtype;
+  Rows<void*> out;
+  Rows<void*> residual;  // data is null where there is none; x is added to it before the norm
+  Rows<const void*> x;
+  const void* weight;
+  int64_t num_rows, hidden;
+  float eps, weight_offset;
+};
+
+struct RopeArgs {
+  WriteKvArgs kv;  // k and v are slices of the fused row
+  const void* q;
+  int64_t q_row_stride, q_head_stride, num_heads;
+  void* out;  // [num_tokens, num_heads, head_dim], contiguous
+  Rows<const float*> cos, sin;
+  int64_t rotary_dim;
+};
+
+enum class Activation { silu, gelu_tanh };
+
+struct GatedArgs {
+  DType dtype;
+  Activation activation;
+  Rows<void*> out;
+  Rows<const void*> gate_up;
+  int64_t num_rows, width;
+};
+
+// Layout of a packed int8 weight [N, K]: [ceil(N / 64)][ceil(K / 4)][64][4], zero where N or K ends.
+constexpr int64_t kInt8PanelWidth = 64;
+constexpr int64_t kInt8Depth = 4;
+
+struct Int8LinearArgs {
+  DType dtype;
+  Rows<void*> out;
+  Rows<const void*> x;
+  const int8_t* packed;
+  const float* scales;       // [N]
+  const int32_t* group_sums; // [num_groups, N rounded up to 64]: sum of the group's weights per channel
+  const float* bias;         // [N] or null
+  uint8_t* quantised;        // scratch [num_rows, K rounded up to 4]: x in steps of its group's scale, plus 128
+  float* row_scales;         // scratch [num_rows, num_groups]
+  int64_t num_rows, in_features, out_features, group_size;
+};
+
+struct Kernels {
+  const char* name;
+  void (*add_lora)(const LoraArgs&);
+  void (*paged_attention)(const AttentionArgs&);
+  void (*write_kv)(const WriteKvArgs&);
+};
+
+// Null where the compiler or the architecture cannot build the path; whether the CPU has it is dispatch.cpp's matter.
+const Kernels* avx512_bf16_kernels();
+const Kernels* avx512_kernels();
+const Kernels* avx2_vnni_kernels();
+const Kernels* avx2_kernels();
+const Kernels* portable_kernels();
+
+// The path in use. `select_path` throws std::invalid_argument for a path this machine cannot run; "auto" is the best.
+const Kernels& kernels();
+void select_path(const char* name);
+bool is_path_available(const char* name);
+
+// Runs task(context, i) for every i in [0, count), on at most `threads` threads of torch's pool, each taking the next
+// one when it is free: a worker that wakes late or shares its core costs no more than its own share.
+void run_tasks(int64_t count, int64_t threads, void (*task)(void* context, int64_t index), void* context);
+int64_t num_threads();
+// Memory of the calling thread, 64-byte aligned, kept between calls; valid until its next call on the same thread.
+void* scratch(size_t size_bytes);
+
+}  // namespace manylora

@@ -1,0 +1,39 @@
+// One CPU path: the same sources, compiled once per instruction set into an unnamed namespace. The including file has
+// defined ML_PATH_FUNCTION and ML_PATH_NAME and set the target; see avx2.cpp for an example.
+
+namespace manylora {
+namespace {
+
+#include "vec.h"
+
+// Calls f with a value of the element type.
+template <class F>
+ML_INLINE void with_dtype(DType dtype, F&& f) {
+  if (dtype == DType::f32) {
+    f(float{});
+  } else if (dtype == DType::bf16) {
+    f(bf16{});
+  } else {
+    f(f16{});
+  }
+}
+
+// run_tasks for a callable.
+template <class F>
+void parallel(int64_t count, int64_t threads, F&& f) {
+  using Function = std::remove_reference_t<F>;
+  run_tasks(count, threads, [](void* context, int64_t i) { (*static_cast<Function*>(context))(i); }, &f);
+}
+
+#include "attention.inl"
+#include "cache.inl"
+#include "lora.inl"
+
+}  // namespace
+
+const Kernels* ML_PATH_FUNCTION() {
+  static constexpr Kernels table = {ML_PATH_NAME, add_lora, paged_attention, write_kv};
+  return &table;
+}
+
+}  // namespace manylora

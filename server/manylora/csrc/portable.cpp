@@ -1,0 +1,5 @@
+#include "includes.h"
+
+#define ML_PATH_FUNCTION portable_kernels
+#define ML_PATH_NAME "portable"
+#include "kernels.inl"

@@ -1,0 +1,26 @@
+"""Every test here runs once per CPU path that this machine has, and once per dtype where it takes one."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from manylora.models import native
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=native.CPU_PATHS)
+def cpu_path(request: pytest.FixtureRequest) -> Iterator[str]:
+    path = str(request.param)
+    if path not in native.available_cpu_paths():
+        pytest.skip(f"{path} is not available here")
+    native.set_cpu_path(path)
+    yield path
+    native.set_cpu_path("auto")
+
+
+@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    assert isinstance(request.param, torch.dtype)
+    return request.param

@@ -1,0 +1,111 @@
+import pytest
+import torch
+from tests.kernels.lora_case import POPULARITIES, LoraCase, make_case
+from tests.kernels.tolerance import assert_close, assert_same_bits
+
+from manylora.models import native
+
+
+def run(case: LoraCase) -> torch.Tensor:
+    out = case.out.clone()
+    native.add_lora_(out, case.x, *case.arguments())
+    return out
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8, 16, 64])
+@pytest.mark.parametrize(("in_features", "width"), [(1, 1), (7, 5), (64, 96), (97, 203), (576, 1536)])
+def test_delta_is_right_for_every_rank_and_width(
+    cpu_path: str, dtype: torch.dtype, rank: int, in_features: int, width: int
+) -> None:
+    case = make_case(dtype, [rank] * 3, in_features=in_features, widths=(width,), rows=7)
+    assert_close(run(case), case.expected())
+
+
+@pytest.mark.parametrize("popularity", POPULARITIES)
+@pytest.mark.parametrize("rows", [1, 2, 5, 33, 130])
+def test_delta_is_right_for_every_mix_of_rows(cpu_path: str, dtype: torch.dtype, rows: int, popularity: str) -> None:
+    case = make_case(dtype, [1, 64, 3, 16, 8], rows=rows, popularity=popularity)
+    assert_close(run(case), case.expected())
+
+
+def test_linears_that_share_their_input_get_each_its_own_delta(cpu_path: str, dtype: torch.dtype) -> None:
+    case = make_case(dtype, [4, 16, 1], widths=(48, 17, 130), rows=40)
+    assert_close(run(case), case.expected())
+
+
+def test_members_without_an_adapter_stay_as_they_are(cpu_path: str, dtype: torch.dtype) -> None:
+    case = make_case(dtype, [0, 8], widths=(32, 32), rows=6, popularity="distinct")
+    actual = run(case)
+    untouched = case.row_slots == 0
+    assert_same_bits(actual[untouched], case.out[untouched])
+    assert_same_bits(actual[:, :32], case.out[:, :32])
+    assert_close(actual, case.expected())
+
+
+def test_rows_of_the_base_keep_every_bit(cpu_path: str, dtype: torch.dtype) -> None:
+    case = make_case(dtype, [8, 8], rows=9, popularity="base")
+    kept = case.row_slots < 0
+    assert_same_bits(run(case)[kept], case.out[kept])
+
+
+def test_nothing_is_done_without_rows(cpu_path: str, dtype: torch.dtype) -> None:
+    case = make_case(dtype, [8], rows=3)
+    case.row_slots[:] = -1
+    assert_same_bits(run(case), case.out)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "largest"])
+def test_a_spoiled_adapter_moves_no_bit_of_its_neighbours(cpu_path: str, dtype: torch.dtype, value: str) -> None:
+    case = make_case(dtype, [8, 16, 3], rows=40, popularity="distinct")
+    clean = run(case)
+    spoiled = case.weights[0][1]
+    assert spoiled is not None
+    for matrix in spoiled:
+        matrix.fill_(torch.finfo(dtype).max if value == "largest" else float(value))
+    others = case.row_slots != 1
+    actual = run(case)
+    assert_same_bits(actual[others], clean[others])
+    assert not torch.isfinite(actual[~others]).any()
+
+
+@pytest.mark.parametrize("width", [64, 203])
+def test_a_rows_result_does_not_depend_on_the_rows_beside_it(cpu_path: str, dtype: torch.dtype, width: int) -> None:
+    case = make_case(dtype, [16, 5], in_features=100, widths=(width,), rows=75, popularity="identical")
+    together = run(case)
+    for t in range(0, 75, 7):
+        alone = LoraCase(case.x[t : t + 1], case.out[t : t + 1], case.weights, case.offsets, case.row_slots[t : t + 1])
+        assert_same_bits(run(alone), together[t : t + 1])
+
+
+def test_few_rows_of_large_adapters_are_split_over_threads_without_a_difference(
+    cpu_path: str, dtype: torch.dtype
+) -> None:
+    case = make_case(dtype, [256], in_features=4096, widths=(4099,), rows=1)
+    assert_close(run(case), case.expected())
+    many = make_case(dtype, [256], in_features=4096, widths=(4099,), rows=200, popularity="identical")
+    alone = LoraCase(many.x[:1], many.out[:1], many.weights, many.offsets, many.row_slots[:1])
+    assert_same_bits(run(alone), run(many)[:1])
+
+
+def test_rows_may_lie_apart(cpu_path: str, dtype: torch.dtype) -> None:
+    case = make_case(dtype, [8, 16], rows=12)
+    wide_x = torch.zeros(12, 3 * case.x.shape[1], dtype=dtype)
+    wide_out = torch.zeros(12, 2 * case.out.shape[1] + 5, dtype=dtype)
+    x, out = wide_x[:, 7 : 7 + case.x.shape[1]], wide_out[:, 3 : 3 + case.out.shape[1]]
+    x.copy_(case.x)
+    out.copy_(case.out)
+    native.add_lora_(out, x, *case.arguments())
+    assert_close(out, case.expected())
+    assert not wide_out[:, :3].any()
+    assert not wide_out[:, 3 + case.out.shape[1] :].any()
+
+
+def test_inputs_that_do_not_fit_together_are_refused(cpu_path: str) -> None:
+    case = make_case(torch.float32, [8], rows=2)
+    tables, offsets, order, slots, starts = case.arguments()
+    with pytest.raises(TypeError, match="out must be"):
+        native.add_lora_(case.out.half(), case.x, tables, offsets, order, slots, starts)
+    with pytest.raises(ValueError, match="segment_starts"):
+        native.add_lora_(case.out, case.x, tables, offsets, order, slots, starts[:1])
+    with pytest.raises(ValueError, match="past the columns"):
+        native.add_lora_(case.out[:, :8], case.x, tables, offsets, order, slots, starts)

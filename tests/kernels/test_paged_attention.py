@@ -1,0 +1,162 @@
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from tests.kernels.tolerance import assert_close, assert_same_bits
+
+from manylora.models import native
+
+
+@dataclass
+class AttentionCase:
+    """Sequences as (queries, context length), their keys scattered over a cache that is NaN everywhere else."""
+
+    dtype: torch.dtype
+    sequences: list[tuple[int, int]]
+    heads: int = 6
+    kv_heads: int = 2
+    head_dim: int = 64
+    block_size: int = 16
+    scale: float = 0.125
+    window: int = 0
+    softcap: float = 0.0
+    q: torch.Tensor = field(init=False)
+    keys: list[torch.Tensor] = field(init=False)
+    values: list[torch.Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        g = torch.Generator().manual_seed(1)
+        total = sum(n for n, _ in self.sequences)
+        self.q = torch.randn(total, self.heads, self.head_dim, generator=g).to(self.dtype)
+        shapes = [(length, self.kv_heads, self.head_dim) for _, length in self.sequences]
+        self.keys = [torch.randn(shape, generator=g).to(self.dtype) for shape in shapes]
+        self.values = [torch.randn(shape, generator=g).to(self.dtype) for shape in shapes]
+
+    def run(self) -> torch.Tensor:
+        used = [-(-length // self.block_size) for _, length in self.sequences]
+        num_blocks = sum(used) + 3
+        order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(2)).int()
+        tables = torch.full((len(used), max(used) + 2), -1, dtype=torch.int32)
+        shape = (num_blocks, self.kv_heads, self.block_size, self.head_dim)
+        k_cache = torch.full(shape, float("nan"), dtype=self.dtype)
+        v_cache = torch.full(shape, float("nan"), dtype=self.dtype)
+        taken = 0
+        for s, count in enumerate(used):
+            tables[s, :count] = order[taken : taken + count]
+            taken += count
+            at = torch.arange(self.sequences[s][1])
+            blocks = tables[s][at // self.block_size].long()
+            k_cache[blocks, :, at % self.block_size] = self.keys[s]
+            v_cache[blocks, :, at % self.block_size] = self.values[s]
+        counts = torch.tensor([0] + [n for n, _ in self.sequences])
+        lens = torch.tensor([length for _, length in self.sequences], dtype=torch.int32)
+        out = torch.full_like(self.q, float("nan"))
+        native.paged_attention(
+            out, self.q, k_cache, v_cache, tables, counts.cumsum(0).int(), lens, self.scale, self.window, self.softcap
+        )
+        return out
+
+    def expected(self) -> torch.Tensor:
+        """The definition, one sequence after the other, in float64."""
+        outs = []
+        start = 0
+        for s, (n, length) in enumerate(self.sequences):
+            q = self.q[start : start + n].double()
+            start += n
+            group = self.heads // self.kv_heads
+            k = self.keys[s].double().repeat_interleave(group, dim=1)
+            v = self.values[s].double().repeat_interleave(group, dim=1)
+            scores = torch.einsum("ihd,jhd->hij", q, k) * self.scale
+            if self.softcap:
+                scores = self.softcap * torch.tanh(scores / self.softcap)
+            i, j = torch.arange(length - n, length)[:, None], torch.arange(length)
+            hidden = (j > i) if not self.window else (j > i) | (i - j >= self.window)
+            weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+            outs.append(torch.einsum("hij,jhd->ihd", weights, v))
+        return torch.cat(outs)
+
+
+@pytest.mark.parametrize("head_dim", [1, 7, 33, 64, 80, 96, 128, 256])
+def test_every_head_dim_is_right(cpu_path: str, dtype: torch.dtype, head_dim: int) -> None:
+    case = AttentionCase(dtype, [(1, 1), (1, 50), (9, 20), (30, 30)], head_dim=head_dim, scale=head_dim**-0.5)
+    assert_close(case.run(), case.expected())
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 4), (9, 3), (8, 2), (14, 2), (71, 1), (10, 2)])
+def test_every_grouping_of_heads_is_right(cpu_path: str, dtype: torch.dtype, heads: int, kv_heads: int) -> None:
+    case = AttentionCase(dtype, [(1, 70), (5, 130), (1, 3)], heads=heads, kv_heads=kv_heads)
+    assert_close(case.run(), case.expected())
+
+
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 63, 64, 65, 200, 1024, 1025, 3000])
+def test_one_token_attends_to_contexts_of_any_length(cpu_path: str, dtype: torch.dtype, length: int) -> None:
+    case = AttentionCase(dtype, [(1, length)])
+    assert_close(case.run(), case.expected())
+
+
+@pytest.mark.parametrize(("queries", "length"), [(2, 2), (64, 64), (100, 300), (3, 2500), (257, 257)])
+def test_chunks_of_a_prompt_see_what_came_before_and_nothing_after(
+    cpu_path: str, dtype: torch.dtype, queries: int, length: int
+) -> None:
+    case = AttentionCase(dtype, [(queries, length), (1, 40)])
+    assert_close(case.run(), case.expected())
+
+
+@pytest.mark.parametrize("window", [1, 5, 64, 100, 4000])
+def test_a_sliding_window_hides_what_is_older(cpu_path: str, dtype: torch.dtype, window: int) -> None:
+    case = AttentionCase(dtype, [(1, 90), (70, 200), (1, 2100), (1, 2)], window=window)
+    assert_close(case.run(), case.expected())
+
+
+def test_scores_far_below_zero_in_a_window_do_not_vanish(cpu_path: str, dtype: torch.dtype) -> None:
+    case = AttentionCase(dtype, [(80, 200)], window=70)
+    case.q = case.q.abs()
+    case.keys[0] -= 25
+    case.values[0].fill_(1)
+    assert_close(case.run(), torch.ones_like(case.q))
+
+
+def test_scores_are_capped(cpu_path: str, dtype: torch.dtype) -> None:
+    case = AttentionCase(dtype, [(1, 90), (20, 50)], softcap=3.0, scale=1.0)
+    assert_close(case.run(), case.expected())
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 16, 32, 128])
+def test_blocks_may_have_any_size(cpu_path: str, dtype: torch.dtype, block_size: int) -> None:
+    case = AttentionCase(dtype, [(1, 77), (6, 131)], block_size=block_size)
+    assert_close(case.run(), case.expected())
+
+
+def test_a_sequences_result_does_not_depend_on_its_neighbours(cpu_path: str, dtype: torch.dtype) -> None:
+    lengths = [5, 70, 1030, 2100]
+    together = AttentionCase(dtype, [(1, length) for length in lengths] * 4)
+    result = together.run()
+    for s, length in enumerate(lengths):
+        alone = AttentionCase(dtype, [(1, length)])
+        alone.q, alone.keys, alone.values = together.q[s : s + 1], [together.keys[s]], [together.values[s]]
+        assert_same_bits(alone.run(), result[s : s + 1])
+
+
+def test_a_sequence_with_nan_keys_leaves_its_neighbours_alone(cpu_path: str, dtype: torch.dtype) -> None:
+    case = AttentionCase(dtype, [(1, 30), (4, 30), (1, 90)])
+    clean = case.run()
+    case.keys[1].fill_(float("nan"))
+    actual = case.run()
+    assert actual[1:5].isnan().all()
+    assert_same_bits(actual[:1], clean[:1])
+    assert_same_bits(actual[5:], clean[5:])
+
+
+def test_queries_may_be_a_slice_of_a_fused_row(cpu_path: str, dtype: torch.dtype) -> None:
+    case = AttentionCase(dtype, [(1, 30), (4, 30)])
+    expected = case.expected()
+    wide = torch.zeros(5, 6 * 64 + 100, dtype=dtype)
+    wide[:, : 6 * 64] = case.q.flatten(1)
+    case.q = wide[:, : 6 * 64].view(5, 6, 64)
+    assert_close(case.run(), expected)
+
+
+def test_shapes_that_do_not_fit_together_are_refused(cpu_path: str) -> None:
+    case = AttentionCase(torch.float32, [(1, 5)], heads=5, kv_heads=2)
+    with pytest.raises(ValueError, match="multiple"):
+        case.run()
