@@ -100,6 +100,7 @@ class Settings(BaseSettings):
     adapters: Path | None = None
     adapter_memory: Size = 2**30
     host_tier_memory: Size = 2 * 2**30
+    max_slots: int = Field(default=256, ge=1, le=65536)
     max_rank: int = Field(default=64, ge=1, le=512)
     max_adapter_size: Size = 2**30
     import_allow: tuple[str, ...] = ()

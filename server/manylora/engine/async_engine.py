@@ -1,0 +1,307 @@
+"""The bridge between asyncio and the engine: one thread steps, the event loop asks and listens.
+
+The only module of the engine that knows threads and asyncio. What the loop wants goes through an inbox that
+the thread empties between steps; what a step produced comes back in one call to the loop.
+"""
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from collections.abc import Sequence as SequenceOf
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from manylora.engine.engine import Engine, Output
+from manylora.engine.interface import (
+    AdapterRef,
+    Delta,
+    Effect,
+    EngineStats,
+    ModelInfo,
+    RequestTiming,
+    SamplingParams,
+    TextCodec,
+    Tier,
+)
+from manylora.engine.sequence import Sequence
+from manylora.errors import AdapterLoadFailed, ContextLengthExceeded, Draining, EngineDead, ManyloraError, QueueFull
+from manylora.log import get_logger
+from manylora.lora.tiers import AdapterTiers
+
+PROBE_TEXT = "The quick brown fox jumps over the lazy dog. Question: what is the capital of France? Answer:"
+_IDLE_WAIT_S = 0.5
+
+
+class RunningGeneration:
+    """One request as its caller sees it; see `interface.Generation`."""
+
+    def __init__(self, engine: "AsyncEngine", seqs: list[Sequence], load_tier: Tier) -> None:
+        self._engine = engine
+        self.seqs = seqs
+        self._load_tier = load_tier
+        self._queue: asyncio.Queue[Output | ManyloraError] = asyncio.Queue()
+        self._num_open = len(seqs)
+
+    def put(self, item: Output | ManyloraError) -> None:
+        self._queue.put_nowait(item)
+
+    def __aiter__(self) -> AsyncIterator[Delta]:
+        return self._deltas()
+
+    async def _deltas(self) -> AsyncIterator[Delta]:
+        try:
+            while self._num_open:
+                item = await self._queue.get()
+                if isinstance(item, ManyloraError):
+                    raise item
+                if item.error is not None:
+                    raise item.error
+                if item.delta.finish_reason is not None:
+                    self._num_open -= 1
+                yield item.delta
+        finally:
+            await self.aclose()
+
+    async def output(self) -> Output:
+        """The next whole output, for the engine's own requests."""
+        item = await self._queue.get()
+        if isinstance(item, ManyloraError):
+            raise item
+        if item.error is not None:
+            raise item.error
+        return item
+
+    async def aclose(self) -> None:
+        self._num_open = 0
+        self._engine.leave(self)
+
+    @property
+    def timing(self) -> RequestTiming:
+        first = self.seqs[0]
+        now = time.monotonic()
+        scheduled = first.first_scheduled_s or now
+        load = 0.0
+        if first.load_started_s is not None:
+            load = (first.load_ended_s or now) - first.load_started_s
+        return RequestTiming(
+            queue_ms=max(0.0, scheduled - first.arrived_s - load) * 1e3,
+            load_ms=load * 1e3,
+            load_tier=self._load_tier,
+            ttft_ms=((first.first_token_s or now) - first.arrived_s) * 1e3,
+        )
+
+
+class AsyncEngine:
+    """Implements `interface.EngineClient`. Call `start` on the event loop before anything else."""
+
+    def __init__(
+        self, engine: Engine, tiers: AdapterTiers, model: ModelInfo, codec: TextCodec, *, max_queue: int
+    ) -> None:
+        self.model = model
+        self.codec = codec
+        self._engine = engine
+        self._tiers = tiers
+        self._max_queue = max_queue
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._wake = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._generations: dict[int, RunningGeneration] = {}  # by id() of each sequence; event loop only
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._failure: str | None = None
+        self._is_stopping = False
+        self.is_draining = False
+        self._num_probes = 0
+
+    async def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    @property
+    def is_ready(self) -> bool:
+        return self._thread.is_alive() and self._failure is None and not self._is_stopping
+
+    def wake(self) -> None:
+        """Something changed that may let the engine go on. Any thread."""
+        self._wake.set()
+
+    # requests
+
+    def generate(
+        self,
+        request_id: str,
+        prompt_ids: SequenceOf[int],
+        params: SamplingParams,
+        *,
+        adapter: AdapterRef | None = None,
+        tenant: str = "public",
+        weight: float = 1.0,
+    ) -> RunningGeneration:
+        """Queue a request; see `interface.EngineClient`."""
+        self._check_open()
+        if len(self._generations) + params.n > self._max_queue:
+            raise QueueFull("The server's queue is full. Try again shortly.", retry_after_s=1.0)
+        if len(prompt_ids) + 1 > self.model.context_length:
+            raise ContextLengthExceeded(
+                f"The prompt has {len(prompt_ids)} tokens and the model's context is {self.model.context_length}."
+            )
+        seqs = [
+            Sequence(request_id, list(prompt_ids), params, index=i, adapter=adapter, tenant=tenant, weight=weight)
+            for i in range(params.n)
+        ]
+        for seq in seqs[1:]:
+            seq.seed = seqs[0].seed
+        seqs[0].followers = seqs[1:]
+        return self._submit(seqs)
+
+    def _submit(self, seqs: list[Sequence]) -> RunningGeneration:
+        adapter = seqs[0].adapter
+        tier: Tier = "device"
+        if adapter is not None:
+            tier = self._tiers.tier_of(adapter)
+            self._tiers.prefetch(adapter)
+        generation = RunningGeneration(self, seqs, tier)
+        for seq in seqs:
+            self._generations[id(seq)] = generation
+        self._post(lambda: self._engine.add(seqs[0]))
+        return generation
+
+    def leave(self, generation: RunningGeneration) -> None:
+        """Nobody listens to this request any more: take out what still runs of it."""
+        mine = [s for s in generation.seqs if self._generations.pop(id(s), None) is not None]
+        if mine:
+            self._post(lambda: self._engine.abort(mine))
+
+    def _check_open(self) -> None:
+        if self._failure is not None:
+            raise EngineDead(f"The engine has stopped: {self._failure}")
+        if self.is_draining:
+            raise Draining("The server is shutting down.")
+
+    def _post(self, action: Callable[[], None]) -> None:
+        self._inbox.append(action)
+        self._wake.set()
+
+    # adapters
+
+    async def measure_effect(self, ref: AdapterRef, folder: Path) -> Effect:
+        """Logits of a fixed prompt with the adapter against those without; see `interface.EngineClient`."""
+        self._check_open()
+        prompt = self.codec.encode(PROBE_TEXT)
+        self._num_probes += 1
+        params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+        self._tiers.offer(ref, folder)
+        base = self._submit([Sequence(f"probe-{self._num_probes}-base", list(prompt), params, capture_logits=True)])
+        tuned = self._submit(
+            [Sequence(f"probe-{self._num_probes}", list(prompt), params, adapter=ref, capture_logits=True)]
+        )
+        try:
+            without, with_it = (await g.output() for g in (base, tuned))  # type: ignore[misc]
+        finally:
+            await base.aclose()
+            await tuned.aclose()
+        a, b = without.captured, with_it.captured
+        if a is None or b is None:
+            raise AdapterLoadFailed("The adapter's effect could not be measured.")
+        kl = torch.nn.functional.kl_div(
+            torch.log_softmax(b[-1], -1), torch.log_softmax(a[-1], -1), reduction="sum", log_target=True
+        )
+        return Effect(len(prompt), float((a - b).abs().max()), float(kl))
+
+    def tier_of(self, ref: AdapterRef) -> Tier:
+        return self._tiers.tier_of(ref)
+
+    def pin(self, ref: AdapterRef) -> None:
+        self._tiers.set_pinned(ref, True)
+
+    def unpin(self, ref: AdapterRef) -> None:
+        self._tiers.set_pinned(ref, False)
+
+    async def forget(self, ref: AdapterRef) -> None:
+        """Wait for the last user, then free; see `interface.EngineClient`."""
+        while any(s.adapter is not None and s.adapter.id == ref.id for g in self._open() for s in g.seqs):
+            await asyncio.sleep(0.02)
+        await asyncio.to_thread(self._tiers.forget, ref)
+
+    # state
+
+    def _open(self) -> list[RunningGeneration]:
+        return list(self._generations.values())
+
+    def stats(self) -> EngineStats:
+        scheduler = self._engine.scheduler
+        book = self._tiers.book
+        residents = self._tiers.residents()
+        return EngineStats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting) + len(self._inbox),
+            waiting_for_adapter=scheduler.num_waiting_for_adapter,
+            kv_blocks_used=scheduler.blocks.num_used,
+            kv_blocks_total=scheduler.blocks.num_blocks,
+            slots_used=sum(1 for r in residents if r["users"]),
+            slots_total=book.num_slots,
+            device_tier_bytes=book.used_bytes,
+            host_tier_bytes=self._tiers.host_bytes,
+            preemptions=scheduler.num_preemptions,
+            steps=self._engine.num_steps,
+            resident=tuple(residents),
+        )
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse new requests, wait for the running ones, abort what is left; see `interface.EngineClient`."""
+        self.is_draining = True
+        deadline = time.monotonic() + timeout_s
+        while self._generations and self.is_ready and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        for generation in set(self._open()):
+            generation.put(Draining("The server shut down before this request was done."))
+            self.leave(generation)
+
+    async def close(self) -> None:
+        self._is_stopping = True
+        self._wake.set()
+        if self._thread.ident is not None:
+            await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._tiers.close)
+
+    # the engine's thread
+
+    def _run(self) -> None:
+        try:
+            while not self._is_stopping:
+                while self._inbox:
+                    self._inbox.popleft()()
+                outputs = self._engine.step()
+                if outputs:
+                    self._call_loop(partial(self._deliver, outputs))
+                if not self._engine.made_progress:
+                    self._wake.wait(_IDLE_WAIT_S)
+                    self._wake.clear()
+        except Exception as error:  # noqa: BLE001 - whatever ends the engine must reach every waiting request
+            get_logger(__name__).exception("engine_died")
+            self._failure = f"{type(error).__name__}: {error}"
+            self._call_loop(self._fail_all)
+
+    def _call_loop(self, action: Callable[[], None]) -> None:
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(action)
+        except RuntimeError:  # the loop has closed: nobody listens any more
+            self._is_stopping = True
+
+    def _deliver(self, outputs: list[Output]) -> None:
+        for output in outputs:
+            generation = self._generations.get(id(output.seq))
+            if generation is None:
+                continue
+            if output.delta.finish_reason is not None:
+                del self._generations[id(output.seq)]
+            generation.put(output)
+
+    def _fail_all(self) -> None:
+        for generation in set(self._open()):
+            generation.put(EngineDead(f"The engine has stopped: {self._failure}"))
+        self._generations.clear()

@@ -1,0 +1,127 @@
+"""Blocks of the key-value cache: who holds them, and which hold a prefix that can be used again.
+
+Full blocks are known by a hash of everything that determines their content: the adapter's identity, every
+token before, and their own. A block nobody holds keeps its content, and its hash, until it is handed out
+again, least recently used first.
+"""
+
+from array import array
+from collections import OrderedDict
+from hashlib import blake2b
+
+from manylora.engine.sequence import Sequence
+
+
+class BlockManager:
+    """Hands out `num_blocks` blocks of `block_size` positions.
+
+    With `share_prefixes` false, blocks are shared within one request only (its `n` choices).
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, *, share_prefixes: bool = True) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._share_prefixes = share_prefixes
+        self._ref_counts = [0] * num_blocks
+        self._hash_of: list[bytes | None] = [None] * num_blocks
+        self._block_of: dict[bytes, int] = {}
+        self._free: OrderedDict[int, None] = OrderedDict((b, None) for b in range(num_blocks))
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_used(self) -> int:
+        return self.num_blocks - len(self._free)
+
+    def blocks_needed(self, seq: Sequence, num_tokens: int) -> int:
+        """New blocks so that `num_tokens` tokens have room."""
+        return max(0, -(-num_tokens // self.block_size) - len(seq.block_table))
+
+    def take_prefix(self, seq: Sequence) -> int:
+        """Give a sequence without blocks what the cache knows of its tokens; returns how many tokens that are.
+
+        At least one token is always left to run, since its logits are wanted.
+        """
+        assert not seq.block_table
+        if seq.wants_prompt_logits and not seq.num_output_tokens:
+            return 0
+        for i in range((seq.num_tokens - 1) // self.block_size):
+            block = self._block_of.get(self._hash(seq, i))
+            if block is None:
+                break
+            if not self._ref_counts[block]:
+                del self._free[block]
+            self._ref_counts[block] += 1
+            seq.block_table.append(block)
+        seq.num_computed = len(seq.block_table) * self.block_size
+        return seq.num_computed
+
+    def allocate(self, seq: Sequence, num_tokens: int) -> bool:
+        """Room for the sequence's first `num_tokens` tokens; False, and nothing changed, when there is none."""
+        needed = self.blocks_needed(seq, num_tokens)
+        if needed > len(self._free):
+            return False
+        for _ in range(needed):
+            block, _ = self._free.popitem(last=False)
+            self._forget(block)
+            self._ref_counts[block] = 1
+            seq.block_table.append(block)
+        return True
+
+    def mark_computed(self, seq: Sequence) -> None:
+        """Make the sequence's full blocks known, now that their keys and values are written."""
+        known = seq.num_computed // self.block_size
+        for i in range(len(seq.block_hashes), known):
+            self._hash(seq, i)
+        for i in range(known - 1, -1, -1):
+            block, key = seq.block_table[i], seq.block_hashes[i]
+            if self._hash_of[block] == key:
+                break
+            if self._hash_of[block] is None and key not in self._block_of:
+                self._hash_of[block] = key
+                self._block_of[key] = block
+
+    def free(self, seq: Sequence) -> None:
+        """Take all blocks back. Ends are handed out again before beginnings, which more prompts share."""
+        for block in reversed(seq.block_table):
+            self._ref_counts[block] -= 1
+            if not self._ref_counts[block]:
+                self._free[block] = None
+                if self._hash_of[block] is None:
+                    self._free.move_to_end(block, last=False)
+        seq.block_table = []
+        seq.num_computed = 0
+
+    def _hash(self, seq: Sequence, i: int) -> bytes:
+        """Hash of the sequence's block i, which must be full of tokens."""
+        while len(seq.block_hashes) <= i:
+            n = len(seq.block_hashes)
+            before = seq.block_hashes[-1] if n else self._root(seq)
+            tokens = array("q", seq.tokens[n * self.block_size : (n + 1) * self.block_size])
+            seq.block_hashes.append(blake2b(before + tokens.tobytes(), digest_size=16).digest())
+        return seq.block_hashes[i]
+
+    def _root(self, seq: Sequence) -> bytes:
+        adapter = seq.adapter.id if seq.adapter else ""
+        request = "" if self._share_prefixes else seq.request_id
+        return f"{len(adapter)}:{adapter}:{request}".encode()
+
+    def _forget(self, block: int) -> None:
+        key = self._hash_of[block]
+        if key is not None:
+            self._hash_of[block] = None
+            del self._block_of[key]
+
+    def check_integrity(self, sequences: list[Sequence]) -> None:
+        """Free and used add up, and every count is the number of sequences that hold the block."""
+        held = [0] * self.num_blocks
+        for seq in sequences:
+            assert len(set(seq.block_table)) == len(seq.block_table)
+            assert seq.num_computed <= len(seq.block_table) * self.block_size
+            for block in seq.block_table:
+                held[block] += 1
+        assert held == self._ref_counts
+        assert set(self._free) == {b for b, count in enumerate(held) if not count}
+        assert {b: h for h, b in self._block_of.items()} == {b: h for b, h in enumerate(self._hash_of) if h is not None}

@@ -1,0 +1,153 @@
+"""From settings to a running engine: the base is loaded, wrapped and checked, memory is laid out."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+
+from manylora.engine.async_engine import AsyncEngine
+from manylora.engine.block_manager import BlockManager
+from manylora.engine.engine import Engine
+from manylora.engine.interface import AdapterSource, ModelInfo
+from manylora.engine.model_runner import ModelRunner
+from manylora.engine.scheduler import Scheduler
+from manylora.errors import NotEnoughMemory
+from manylora.lora import format as adapter_format
+from manylora.lora.format import ModuleSpec
+from manylora.lora.kernels import LoraKernel
+from manylora.lora.kernels.native import NativeKernel
+from manylora.lora.kernels.torch import TorchKernel
+from manylora.lora.memory import DeviceMemory
+from manylora.lora.packing import PackedAdapter, pack
+from manylora.lora.ref import Tier
+from manylora.lora.slots import SlotBook
+from manylora.lora.tiers import AdapterTiers, TierEvents
+from manylora.metrics import Metrics
+from manylora.models import native, selfcheck
+from manylora.models.kv_cache import KVCache, bytes_per_block
+from manylora.models.loading import LoadedBase
+from manylora.models.wrapping import WrappedModel, wrap
+from manylora.settings import Settings
+
+
+class _TierMetrics(TierEvents):
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def on_load(self, tier: Tier, seconds: float) -> None:
+        self._metrics.observe_adapter_load(tier, seconds)
+
+    def on_eviction(self, tier: Tier) -> None:
+        self._metrics.count_eviction(tier)
+
+
+class EngineBuilder:
+    """Builds in two steps, since the catalog must know the base's modules before the engine can ask it for files."""
+
+    def __init__(self, settings: Settings, base: LoadedBase) -> None:
+        self.settings = settings
+        self.base = base
+        if settings.num_threads:
+            torch.set_num_threads(settings.num_threads)
+        self.device = next(base.model.parameters()).device
+        self.dtype: torch.dtype = base.model.dtype
+        self.wrapped: WrappedModel = wrap(base.model)
+        self.context_length = self._context_length()
+
+    @property
+    def modules(self) -> dict[str, ModuleSpec]:
+        """What an adapter may touch, by path."""
+        return self.wrapped.modules
+
+    def build(self, source: AdapterSource, metrics: Metrics) -> AsyncEngine:
+        """Lay out memory, check the model against itself, and put the engine together (not started yet)."""
+        settings = self.settings
+        cache = self._cache()
+        self.wrapped.attach_cache(cache)
+        selfcheck.check(self.wrapped, cache)
+        kernel: LoraKernel = TorchKernel() if self._wants_torch() else NativeKernel()
+        budget = in_bytes(settings.adapter_memory, self.device)
+        book = SlotBook(settings.max_slots, budget, self.dtype.itemsize, kernel.places_per_slab)
+        memory = DeviceMemory(len(self.modules), settings.max_slots, self.dtype, self.device)
+        engine_box: list[AsyncEngine] = []
+        tiers = AdapterTiers(
+            book,
+            memory,
+            host_bytes=in_bytes(settings.host_tier_memory, torch.device("cpu")),
+            folder_of=source.local_folder,
+            packer=self._packer(),
+            on_change=lambda: engine_box[0].wake(),
+            events=_TierMetrics(metrics),
+        )
+        scheduler = Scheduler(
+            BlockManager(cache.num_blocks, settings.block_size, share_prefixes=settings.prefix_cache),
+            tiers,
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+        )
+        engine = Engine(
+            scheduler,
+            ModelRunner(self.wrapped, cache, memory, kernel),
+            decode=self.base.codec.decode,
+            eos_ids=frozenset(self.base.codec.eos_ids),
+            max_model_len=self.context_length,
+            observe=metrics.observe_step,
+        )
+        engine_box.append(AsyncEngine(engine, tiers, self._model_info(), self.base.codec, max_queue=settings.max_queue))
+        return engine_box[0]
+
+    def _wants_torch(self) -> bool:
+        return self.settings.kernels == "torch" or self.device.type != "cpu" or not native.is_available()
+
+    def _packer(self) -> Callable[[Path], PackedAdapter]:
+        modules, sites, dtype = self.modules, self.wrapped.sites, self.dtype
+
+        def packer(folder: Path) -> PackedAdapter:
+            return pack(adapter_format.read_trusted(folder, modules), sites, dtype)
+
+        return packer
+
+    def _context_length(self) -> int:
+        own = int(getattr(self.base.model.config, "max_position_embeddings", 0) or 0)
+        wanted = self.settings.max_model_len
+        if own and wanted and wanted > own:
+            raise NotEnoughMemory(f"--max-model-len {wanted} is more than the model's own {own} positions.")
+        return wanted or own or 2048
+
+    def _cache(self) -> KVCache:
+        settings = self.settings
+        shapes = self.wrapped.survey.kv_shapes
+        per_block = bytes_per_block(shapes, settings.block_size, self.dtype)
+        num_blocks = in_bytes(settings.kv_cache_memory, self.device) // per_block
+        needed = -(-self.context_length // settings.block_size)
+        if num_blocks < needed:
+            raise NotEnoughMemory(
+                f"The KV cache has room for {num_blocks * settings.block_size} tokens and one sequence of "
+                f"{self.context_length} needs {needed * per_block / 2**20:.0f} MiB: raise --kv-cache-memory "
+                "or lower --max-model-len."
+            )
+        return KVCache(shapes, num_blocks, settings.block_size, self.dtype, self.device)
+
+    def _model_info(self) -> ModelInfo:
+        generation = self.base.generation
+        return ModelInfo(
+            name=self.base.name,
+            context_length=self.context_length,
+            vocab_size=int(self.base.model.config.get_text_config().vocab_size),
+            created=int(time.time()),
+            default_temperature=generation.temperature,
+            default_top_p=generation.top_p,
+            default_top_k=generation.top_k,
+            default_repetition_penalty=generation.repetition_penalty,
+        )
+
+
+def in_bytes(size: int | float, device: torch.device) -> int:
+    """A size setting in bytes: a float is a share of the memory that is free on `device` now."""
+    if isinstance(size, int):
+        return size
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * size)
+    return int(psutil.virtual_memory().available * size)

@@ -1,0 +1,137 @@
+"""One step on the device: build the ragged batch, run the model once, sample."""
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from manylora.engine.interface import TokenLogprob
+from manylora.engine.sampler import sample, token_logprobs
+from manylora.engine.scheduler import Scheduled
+from manylora.engine.sequence import Sequence
+from manylora.lora.kernels import LoraKernel, LoraPlan
+from manylora.lora.memory import DeviceMemory
+from manylora.lora.rows import group_rows
+from manylora.models.batch import Batch
+from manylora.models.kv_cache import KVCache
+from manylora.models.wrapping import WrappedModel
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step gave: the next token of every sequence that reached its end, by id() of the sequence."""
+
+    token_ids: dict[int, int] = field(default_factory=dict)
+    logprobs: dict[int, TokenLogprob | None] = field(default_factory=dict)
+    captured: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+class ModelRunner:
+    """Runs plans. Lives on the engine's thread."""
+
+    def __init__(self, wrapped: WrappedModel, cache: KVCache, memory: DeviceMemory, kernel: LoraKernel) -> None:
+        self._wrapped = wrapped
+        self._cache = cache
+        self._memory = memory
+        self._kernel = kernel
+        self._device = memory.device
+
+    @torch.inference_mode()
+    def forward(self, scheduled: SequenceOf[Scheduled]) -> torch.Tensor:
+        """Logits [L, vocab] of the rows that are wanted, in the order of the plan."""
+        batch = self._build(scheduled)
+        context = self._wrapped.context
+        context.batch = batch
+        try:
+            output = self._wrapped.model(
+                input_ids=batch.token_ids[None],
+                position_ids=batch.positions[None],
+                use_cache=False,
+                logits_to_keep=batch.logit_rows,
+            )
+        finally:
+            context.batch = None
+        logits: torch.Tensor = output.logits[0]
+        return logits
+
+    @torch.inference_mode()
+    def sample(self, scheduled: SequenceOf[Scheduled], logits: torch.Tensor) -> StepResult:
+        """Sample every sequence that reached its end, and read the prompt's log-probabilities on the way."""
+        result = StepResult()
+        rows: list[int] = []
+        seqs: list[Sequence] = []
+        at = 0
+        for item in scheduled:
+            count = len(_logit_rows(item, 0))
+            if item.seq.wants_prompt_logits and not item.seq.num_output_tokens:
+                self._read_prompt(item, logits[at : at + count], result)
+            at += count
+            if item.samples:
+                rows.append(at - 1)
+                seqs.append(item.seq)
+        if seqs:
+            wanted = logits if len(rows) == logits.shape[0] else logits[rows]
+            sampled = sample(wanted, seqs)
+            for seq, token_id, logprob in zip(seqs, sampled.token_ids, sampled.logprobs, strict=True):
+                result.token_ids[id(seq)] = token_id
+                result.logprobs[id(seq)] = logprob
+        return result
+
+    def _read_prompt(self, item: Scheduled, logits: torch.Tensor, result: StepResult) -> None:
+        seq = item.seq
+        if seq.capture_logits:
+            result.captured[id(seq)] = logits.float().clone()
+            return
+        following = seq.tokens[item.start + 1 : item.start + item.num_tokens + 1]
+        if item.start == 0:
+            seq.prompt_logprobs = [TokenLogprob(seq.tokens[0], None)]
+        if following:
+            counts = [seq.params.prompt_logprobs or 0] * len(following)
+            seq.prompt_logprobs += token_logprobs(logits[: len(following)], following, counts)
+
+    def _build(self, scheduled: SequenceOf[Scheduled]) -> Batch:
+        size = self._cache.block_size
+        counts = np.array([s.num_tokens for s in scheduled])
+        starts = np.concatenate(([0], counts.cumsum()))
+        tables = np.zeros((len(scheduled), max(len(s.seq.block_table) for s in scheduled)), dtype=np.int32)
+        tokens: list[int] = []
+        logit_rows: list[int] = []
+        for i, item in enumerate(scheduled):
+            tables[i, : len(item.seq.block_table)] = item.seq.block_table
+            tokens += item.seq.tokens[item.start : item.start + item.num_tokens]
+            logit_rows += _logit_rows(item, int(starts[i]))
+        first = np.array([s.start for s in scheduled])
+        owner = np.repeat(np.arange(len(scheduled)), counts)
+        positions = first[owner] + np.arange(starts[-1]) - starts[owner]
+        kv_slots = tables[owner, positions // size].astype(np.int64) * size + positions % size
+        slots = np.array([s.seq.slot for s in scheduled], dtype=np.int32)[owner]
+        lens = first + counts
+        return Batch(
+            token_ids=self._tensor(np.array(tokens)),
+            positions=self._tensor(positions),
+            kv_slots=self._tensor(kv_slots),
+            block_tables=self._tensor(tables),
+            query_starts=self._tensor(starts.astype(np.int32)),
+            context_lens=self._tensor(lens.astype(np.int32)),
+            num_decode=int((counts == 1).sum()),
+            starts=tuple(starts.tolist()),
+            lens=tuple(lens.tolist()),
+            logit_rows=self._tensor(np.array(logit_rows, dtype=np.int64)),
+            lora=self._plan(slots),
+            logit_lora=self._plan(slots[logit_rows]),
+        )
+
+    def _plan(self, row_slots: np.ndarray) -> LoraPlan | None:
+        rows = group_rows(row_slots, self._memory.ranks, self._device)
+        return self._kernel.plan(rows, self._memory) if rows is not None else None
+
+    def _tensor(self, values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values).to(self._device)
+
+
+def _logit_rows(item: Scheduled, first_row: int) -> list[int]:
+    """The rows of a sequence's chunk whose logits are wanted: all, the last, or none."""
+    if item.seq.wants_prompt_logits and not item.seq.num_output_tokens:
+        return list(range(first_row, first_row + item.num_tokens))
+    return [first_row + item.num_tokens - 1] if item.samples else []

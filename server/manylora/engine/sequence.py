@@ -1,0 +1,104 @@
+"""One choice of one request, from the queue to its last token."""
+
+import secrets
+import time
+from collections import Counter
+from enum import StrEnum
+
+from manylora.engine.interface import AdapterRef, FinishReason, SamplingParams, TokenLogprob
+
+
+class SequenceStatus(StrEnum):
+    """WAITING → (LOADING_ADAPTER) → RUNNING ⇄ PREEMPTED → FINISHED."""
+
+    WAITING = "waiting"
+    LOADING_ADAPTER = "loading_adapter"
+    RUNNING = "running"
+    PREEMPTED = "preempted"
+    FINISHED = "finished"
+
+
+class Sequence:
+    """Tokens, their place in the cache, and what became of them.
+
+    `tokens` holds the prompt and then the output. The keys and values of the first `num_computed` tokens are
+    in `block_table`'s blocks; the rest is still to run. `slot` is the adapter's, -1 for none.
+    `followers` are the request's other choices: they wait until this one's prompt is in the cache.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        *,
+        index: int = 0,
+        adapter: AdapterRef | None = None,
+        tenant: str = "public",
+        weight: float = 1.0,
+        capture_logits: bool = False,
+    ) -> None:
+        self.request_id = request_id
+        self.index = index
+        self.tokens = prompt_ids
+        self.num_prompt_tokens = len(prompt_ids)
+        self.params = params
+        self.adapter = adapter
+        self.tenant = tenant
+        self.weight = weight
+        self.capture_logits = capture_logits
+        self.seed = params.seed if params.seed is not None else secrets.randbits(63)
+        self.status = SequenceStatus.WAITING
+        self.finish_reason: FinishReason | None = None
+        self.slot = -1
+        self.block_table: list[int] = []
+        self.block_hashes: list[bytes] = []
+        self.num_computed = 0
+        self.num_cached_tokens = 0
+        self.num_charged = 0
+        self.output_counts: Counter[int] = Counter()
+        self.prompt_logprobs: list[TokenLogprob] = []
+        self.followers: list[Sequence] = []
+        self.arrived_s = time.monotonic()
+        self.load_started_s: float | None = None
+        self.load_ended_s: float | None = None
+        self.first_scheduled_s: float | None = None
+        self.first_token_s: float | None = None
+        self.finished_s: float | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.tokens) - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens that must run before the next one can be sampled."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def is_prefilled(self) -> bool:
+        """The whole prompt is in the cache, so the request's other choices can share it."""
+        return self.num_computed >= self.num_prompt_tokens
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status is SequenceStatus.FINISHED
+
+    @property
+    def wants_prompt_logits(self) -> bool:
+        """The prompt's own logits are asked for, so none of it may come from the cache."""
+        return self.capture_logits or self.params.prompt_logprobs is not None
+
+    @property
+    def has_penalties(self) -> bool:
+        p = self.params
+        return bool(p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1.0)
+
+    def append(self, token_id: int) -> None:
+        self.tokens.append(token_id)
+        if self.has_penalties:
+            self.output_counts[token_id] += 1

@@ -1,0 +1,110 @@
+"""The low-rank kernels in plain torch operations: the fallback that runs anywhere.
+
+Adapters of one layout lie in slabs, so the matrices of many adapters are one strided view and a batched
+matmul multiplies each with its own rows, without copying a weight. Segments with many rows (prefill) get a
+plain matmul each.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from manylora.lora.kernels import LoraPlan, SiteGroup, add_embedding_
+from manylora.lora.memory import DeviceMemory, Slab
+from manylora.lora.rows import LoraRows
+
+MAX_BATCHED_ROWS = 4  # a segment with more rows is multiplied on its own
+
+
+@dataclass(frozen=True, slots=True)
+class _SlabRows:
+    """One slab's part of a step.
+
+    `low`, `high`: the run of places that a batched matmul covers. `index` int64 [(high - low) * width]: the
+    batch's row at each place, row 0 where there is none. `kept` says which of these are real (None: all),
+    `targets` their rows in the batch. `large`: (place, rows) of the segments multiplied one by one.
+    """
+
+    slab: Slab
+    low: int
+    high: int
+    width: int
+    index: torch.Tensor
+    kept: torch.Tensor | None
+    targets: torch.Tensor
+    large: tuple[tuple[int, torch.Tensor], ...]
+
+
+class TorchPlan(LoraPlan):
+    """One step, grouped by slab."""
+
+    def __init__(self, rows: LoraRows, memory: DeviceMemory) -> None:
+        self.rows = rows
+        self._memory = memory
+        by_slab: dict[int, list[tuple[int, np.ndarray]]] = {}
+        order = rows.order.cpu().numpy()
+        for index, slot in enumerate(rows.slots):
+            place = memory.places[slot]
+            mine = order[rows.starts[index] : rows.starts[index + 1]]
+            by_slab.setdefault(place.slab, []).append((place.row, mine))
+        self._slabs = [_slab_rows(memory.slabs[slab], segments) for slab, segments in by_slab.items()]
+
+    def add_(self, out: torch.Tensor, x: torch.Tensor, group: SiteGroup) -> None:
+        for part in self._slabs:
+            for member, site in enumerate(group.sites):
+                extent = part.slab.layout.extents.get(site)
+                if extent is None:
+                    continue
+                columns = out[:, group.offsets[member] : group.offsets[member + 1]]
+                a, b = part.slab.stack_a(extent), part.slab.stack_b(extent)
+                if part.high > part.low:
+                    places = slice(part.low, part.high)
+                    gathered = x[part.index].view(part.high - part.low, part.width, -1)
+                    hidden = torch.bmm(gathered, a[places].transpose(1, 2))
+                    delta = torch.bmm(hidden, b[places]).flatten(0, 1)
+                    columns.index_add_(0, part.targets, delta if part.kept is None else delta[part.kept])
+                for place, mine in part.large:
+                    columns.index_add_(0, mine, (x[mine] @ a[place].T) @ b[place])
+
+    def add_embedding_(self, out: torch.Tensor, token_ids: torch.Tensor, site: int) -> None:
+        add_embedding_(out, token_ids, site, self.rows, self._memory)
+
+
+def _slab_rows(slab: Slab, segments: list[tuple[int, np.ndarray]]) -> _SlabRows:
+    def indices(values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values.astype(np.int64)).to(slab.data.device)
+
+    small = [(place, mine) for place, mine in segments if len(mine) <= MAX_BATCHED_ROWS]
+    large = tuple((p, indices(m)) for p, m in segments if len(m) > MAX_BATCHED_ROWS)
+    if not small:
+        nothing = indices(np.empty(0))
+        return _SlabRows(slab, 0, 0, 0, nothing, None, nothing, large)
+    low = min(place for place, _ in small)
+    high = max(place for place, _ in small) + 1
+    width = max(len(mine) for _, mine in small)
+    index = np.full((high - low, width), -1, dtype=np.int64)
+    for place, mine in small:
+        index[place - low, : len(mine)] = mine
+    flat = index.reshape(-1)
+    kept = np.flatnonzero(flat >= 0)
+    return _SlabRows(
+        slab,
+        low,
+        high,
+        width,
+        indices(np.maximum(flat, 0)),
+        None if kept.size == flat.size else indices(kept),
+        indices(flat[kept]),
+        large,
+    )
+
+
+class TorchKernel:
+    """`LoraKernel` of torch operations."""
+
+    name = "torch"
+    places_per_slab = 16
+
+    def plan(self, rows: LoraRows, memory: DeviceMemory) -> TorchPlan:
+        return TorchPlan(rows, memory)

@@ -1,0 +1,96 @@
+"""The device tier's memory: slabs of flat buffers, and the tables by which kernels find an adapter's weights."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from manylora.lora.layout import Extent, Layout
+from manylora.lora.packing import PackedAdapter
+from manylora.lora.slots import Place
+
+
+@dataclass(frozen=True, slots=True)
+class Slab:
+    """`data` [places, layout.numel]; row i is one adapter."""
+
+    layout: Layout
+    data: torch.Tensor
+
+    def stack_a(self, extent: Extent) -> torch.Tensor:
+        """A of every place: [places, padded rank, in_features], a view."""
+        shape = (self.data.shape[0], extent.padded, extent.in_features)
+        return self.data.as_strided(shape, (self.layout.numel, extent.in_features, 1), extent.a)
+
+    def stack_b(self, extent: Extent) -> torch.Tensor:
+        """B of every place: [places, padded rank, out_features], a view."""
+        shape = (self.data.shape[0], extent.padded, extent.out_features)
+        return self.data.as_strided(shape, (self.layout.numel, extent.out_features, 1), extent.b)
+
+
+class DeviceMemory:
+    """Slabs by number, and per site and slot where the weights are.
+
+    `tables` int64 [sites, slots, 3] on the device: address of A, address of B, rank (0: not touched).
+    `ranks` int32 [sites, slots] on the host, the same ranks.
+    `allocate` and `fill` may run beside a step, since no batch names the slot yet; `publish` and `withdraw`
+    are called between steps.
+    """
+
+    def __init__(self, num_sites: int, num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype = dtype
+        self.device = device
+        self.tables = torch.zeros(num_sites, num_slots, 3, dtype=torch.int64, device=device)
+        self.ranks = np.zeros((num_sites, num_slots), dtype=np.int32)
+        self.slabs: dict[int, Slab] = {}
+        self.places: dict[int, Place] = {}
+
+    def allocate(self, place: Place, layout: Layout, num_places: int) -> None:
+        """Make the slab that `place` is the first of. On a CPU untouched rows cost no memory."""
+        data = torch.empty(num_places, layout.numel, dtype=self.dtype, device=self.device)
+        self.slabs[place.slab] = Slab(layout, data)
+
+    def fill(self, place: Place, packed: PackedAdapter) -> None:
+        self.slabs[place.slab].data[place.row].copy_(packed.data)
+
+    def publish(self, place: Place, packed: PackedAdapter) -> None:
+        """Let kernels find the adapter at its slot."""
+        slab = self.slabs[place.slab]
+        base = slab.data[place.row].data_ptr()
+        itemsize = slab.data.element_size()
+        rows = np.zeros((self.tables.shape[0], 3), dtype=np.int64)
+        for site, extent in packed.layout.extents.items():
+            rows[site] = (base + extent.a * itemsize, base + extent.b * itemsize, packed.ranks[site])
+        self.tables[:, place.slot] = torch.from_numpy(rows).to(self.device)
+        self.ranks[:, place.slot] = rows[:, 2]
+        self.places[place.slot] = place
+
+    def withdraw(self, slot: int) -> None:
+        """Make a slot empty for the kernels."""
+        self.tables[:, slot] = 0
+        self.ranks[:, slot] = 0
+        self.places.pop(slot, None)
+
+    def free(self, slab: int) -> None:
+        self.slabs.pop(slab, None)
+
+    def matrices(self, slot: int, site: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """A and B of one slot, true rank only: [r, in] (an embedding's: [vocab, r]) and [r, out]; None if untouched."""
+        rank = int(self.ranks[site, slot])
+        if not rank:
+            return None
+        place = self.places[slot]
+        slab = self.slabs[place.slab]
+        extent = slab.layout.extents[site]
+        return slab.stack_a(extent)[place.row, :rank], slab.stack_b(extent)[place.row, :rank]
+
+    def embedding_matrices(self, slot: int, site: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The same for an embedding: A [vocab, r], B [r, hidden]."""
+        rank = int(self.ranks[site, slot])
+        if not rank:
+            return None
+        place = self.places[slot]
+        slab = self.slabs[place.slab]
+        extent = slab.layout.extents[site]
+        room = slab.data[place.row, extent.a : extent.a + extent.padded * extent.in_features]
+        return room.view(extent.in_features, extent.padded)[:, :rank], slab.stack_b(extent)[place.row, :rank]

@@ -1,0 +1,46 @@
+"""Which rows of a step belong to which adapter, worked out once per step and used by every layer."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class LoraRows:
+    """Rows grouped by slot.
+
+    `order` int32 [R]: the rows that have an adapter, sorted by slot, in their own order within one.
+    `segment_slots` int32 [S]: each segment's slot. `segment_starts` int32 [S + 1]: its run in `order`.
+    `touched`: per site, whether any adapter of this step has weights there; layers that none touches
+    do nothing.
+    """
+
+    order: torch.Tensor
+    segment_slots: torch.Tensor
+    segment_starts: torch.Tensor
+    touched: list[bool]
+    slots: tuple[int, ...]
+    starts: tuple[int, ...]
+
+
+def group_rows(row_slots: np.ndarray, ranks: np.ndarray, device: torch.device) -> LoraRows | None:
+    """Group rows by slot.
+
+    `row_slots` int32 [T], -1 for the bare base; `ranks` int32 [sites, slots], 0 where a slot's adapter does
+    not touch the site. None when no row has an adapter.
+    """
+    rows = np.flatnonzero(row_slots >= 0).astype(np.int32)
+    if not rows.size:
+        return None
+    order = rows[np.argsort(row_slots[rows], kind="stable")]
+    slots, starts = np.unique(row_slots[order], return_index=True)
+    ends = np.append(starts, order.size).astype(np.int32)
+    return LoraRows(
+        order=torch.from_numpy(order).to(device),
+        segment_slots=torch.from_numpy(slots.astype(np.int32)).to(device),
+        segment_starts=torch.from_numpy(ends).to(device),
+        touched=(ranks[:, slots] > 0).any(axis=1).tolist(),
+        slots=tuple(slots.tolist()),
+        starts=tuple(ends.tolist()),
+    )

@@ -1,0 +1,37 @@
+"""The paged key-value cache: every layer's keys and values in fixed blocks."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class KVShape:
+    """One layer's share of a position: `num_heads` key-value heads of `head_dim` each."""
+
+    num_heads: int
+    head_dim: int
+
+
+class KVCache:
+    """`keys[layer]` and `values[layer]`: [num_blocks, num_heads, block_size, head_dim].
+
+    Blocks are never cleared: readers look at no position behind a sequence's length.
+    """
+
+    def __init__(
+        self, shapes: list[KVShape], num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
+        for shape in shapes:
+            room = (num_blocks, shape.num_heads, block_size, shape.head_dim)
+            self.keys.append(torch.empty(room, dtype=dtype, device=device))
+            self.values.append(torch.empty(room, dtype=dtype, device=device))
+
+
+def bytes_per_block(shapes: list[KVShape], block_size: int, dtype: torch.dtype) -> int:
+    """Keys and values of all layers, in bytes, for one block."""
+    return sum(2 * s.num_heads * s.head_dim for s in shapes) * block_size * dtype.itemsize

@@ -1,0 +1,114 @@
+"""Our linears, which stand where the model's own stood: the base's matmul once over all rows, then the deltas."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from manylora.lora.kernels import LoraPlan, SiteGroup
+from manylora.models.batch import ForwardContext
+
+BaseMatmul = Callable[[torch.Tensor], torch.Tensor]  # [T, in_features] -> a new [T, out_features]
+
+
+def dense(weight: torch.Tensor, bias: torch.Tensor | None) -> BaseMatmul:
+    """The plain product x W^T + b, for `weight` [out, in]."""
+
+    def matmul(x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, weight, bias)
+
+    return matmul
+
+
+class AdaptedLinear(nn.Module):
+    """One linear, or several that share their input, as one matmul and one low-rank call.
+
+    `forward` takes [..., in_features] and returns [..., out_features of all members].
+    """
+
+    def __init__(
+        self,
+        matmul: BaseMatmul,
+        group: SiteGroup,
+        context: ForwardContext,
+        *,
+        in_features: int,
+        on_logit_rows: bool = False,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = group.offsets[-1]
+        self._matmul = matmul
+        self._group = group
+        self._context = context
+        self._on_logit_rows = on_logit_rows
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, self.in_features)
+        out = self._matmul(rows)
+        batch = self._context.current()
+        plan: LoraPlan | None = batch.logit_lora if self._on_logit_rows else batch.lora
+        if plan is not None and any(plan.rows.touched[s] for s in self._group.sites):
+            plan.add_(out, rows, self._group)
+        return out.view(*x.shape[:-1], self.out_features)
+
+
+class FusedMember(nn.Module):
+    """One of several linears that share their input; the first one called computes all of them.
+
+    The model's own code still calls q_proj, k_proj and v_proj one after the other with the same tensor.
+    """
+
+    def __init__(self, fused: "FusedLinears", member: int) -> None:
+        super().__init__()
+        self._fused = (fused,)  # in a tuple, so that it is not registered as a submodule three times
+        self._member = member
+        self.in_features = fused.linear.in_features
+        self.out_features = fused.widths[member]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._fused[0].part(self._member, x)
+
+
+class FusedLinears:
+    """The shared computation behind a few `FusedMember`s."""
+
+    def __init__(self, linear: AdaptedLinear, widths: tuple[int, ...]) -> None:
+        self.linear = linear
+        self.widths = widths
+        self._input: torch.Tensor | None = None
+        self._parts: list[torch.Tensor | None] = []
+
+    def part(self, member: int, x: torch.Tensor) -> torch.Tensor:
+        """Member's output for `x`. Computed for all members when `x` is a tensor not seen before."""
+        if self._input is not x or self._parts[member] is None:
+            self._input = x
+            self._parts = list(self.linear(x).split(self.widths, dim=-1))
+        part = self._parts[member]
+        assert part is not None
+        self._parts[member] = None
+        if not any(p is not None for p in self._parts):
+            self._input, self._parts = None, []
+        return part
+
+
+class AdaptedEmbedding(nn.Module):
+    """The token embedding with its low-rank delta, [1, T] ids -> [1, T, hidden]."""
+
+    def __init__(self, base: nn.Embedding, site: int, context: ForwardContext) -> None:
+        super().__init__()
+        self.base = base
+        self.weight = base.weight
+        self._site = site
+        self._context = context
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.base(token_ids)
+        plan = self._context.current().lora
+        if plan is not None and plan.rows.touched[self._site]:
+            delta = torch.zeros_like(out).view(-1, out.shape[-1])
+            plan.add_embedding_(delta, token_ids.view(-1), self._site)
+            # Gemma's embedding scales its rows, and PEFT scales the delta alike.
+            out += delta.view_as(out) * float(getattr(self.base, "scalar_embed_scale", 1.0))
+        return out
