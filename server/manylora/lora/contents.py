@@ -1,0 +1,69 @@
+"""What the numbers of an adapter say: are they finite, do they do anything, what is their digest."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from manylora.lora.problems import TENSOR_FILE, Problems, listed, shown
+from manylora.lora.safetensors_file import TensorView
+from manylora.lora.spec import LoraModule
+
+# dtype -> (numpy's type of the raw bits, mask without the sign, smallest bit pattern that is not finite)
+_BITS = {"BF16": ("<u2", 0x7FFF, 0x7F80), "F16": ("<u2", 0x7FFF, 0x7C00), "F32": ("<u4", 0x7FFFFFFF, 0x7F800000)}
+SERVED_DTYPES = tuple(_BITS)
+_CHUNK = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class _Content:
+    is_finite: bool
+    is_zero: bool
+
+
+def _scan(view: TensorView) -> _Content:
+    """One pass over the raw bits, in chunks, so that a large file takes no extra memory."""
+    stored, magnitude, infinity = _BITS[view.dtype]
+    bits = np.frombuffer(view.data, dtype=stored)
+    largest = 0
+    for start in range(0, bits.size, _CHUNK):
+        largest = max(largest, int((bits[start : start + _CHUNK] & magnitude).max()))
+    return _Content(is_finite=largest < infinity, is_zero=largest == 0)
+
+
+def check_values(tensors: Mapping[str, TensorView], problems: Problems) -> None:
+    """`wrong_dtype` and `not_finite`, for every tensor of the file."""
+    for name, view in sorted(tensors.items()):
+        where = f"{TENSOR_FILE}: {shown(name)}"
+        if view.dtype not in _BITS:
+            problems.add("wrong_dtype", where, f"It is {view.dtype}; save it as {', '.join(SERVED_DTYPES)}.")
+        elif not _scan(view).is_finite:
+            problems.add("not_finite", where, "It holds NaN or infinity: the training diverged; train it again.")
+
+
+def check_effect(modules: Iterable[LoraModule], problems: Problems, warnings: list[str]) -> None:
+    """`no_effect` where every module's delta is zero; a warning where some are."""
+    pairs = list(modules)
+    idle = [pair.path for pair in pairs if pair.scale == 0 or _scan(pair.b).is_zero or _scan(pair.a).is_zero]
+    if pairs and len(idle) == len(pairs):
+        problems.add(
+            "no_effect",
+            TENSOR_FILE,
+            "Every module's A or B is zero (or lora_alpha is 0), so it answers as the base does. Was it saved before "
+            "it was trained?",
+        )
+    elif idle:
+        warnings.append(f"{len(idle)} of {len(pairs)} modules are zero and change nothing: {listed(idle, 3)}.")
+
+
+def digest(config: bytes, tensors: Mapping[str, TensorView]) -> str:
+    """sha256 of the canonical content: config, then each tensor by name with dtype, shape and bytes."""
+    state = hashlib.sha256(b"manylora adapter 1\n")
+    state.update(len(config).to_bytes(8, "little") + config)
+    for name, view in sorted(tensors.items()):
+        head = json.dumps([name, view.dtype, view.shape, len(view.data)]).encode()
+        state.update(len(head).to_bytes(8, "little") + head)
+        state.update(view.data)
+    return state.hexdigest()

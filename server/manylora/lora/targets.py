@@ -1,0 +1,148 @@
+"""Which of the base's modules a config adapts, and with which rank and scale: PEFT's rules, without PEFT."""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from manylora.lora.patterns import PatternFault, Patterns
+from manylora.lora.peft_config import ALL_LINEAR, LoraSettings
+from manylora.lora.problems import CONFIG_FILE, Problems, listed, shown
+from manylora.lora.spec import ModuleSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One module that the config adapts."""
+
+    spec: ModuleSpec
+    rank: int
+    scale: float
+
+
+def resolve(
+    settings: LoraSettings, modules: Mapping[str, ModuleSpec], max_rank: int, problems: Problems, warnings: list[str]
+) -> dict[str, Target] | None:
+    """The adapted modules by path, in the base's order; None where a pattern cannot be used.
+
+    Adds `unmatched_module` for a target that the base does not have, `rank_too_large`, and `bad_config` for
+    a broken pattern.
+    """
+    patterns = Patterns()
+    try:
+        paths = [path for path in modules if _is_target(settings, path, modules, patterns)]
+        targets = dict(_with_ranks(settings, [modules[path] for path in paths], patterns, warnings))
+        _check_names(settings, modules, targets, patterns, problems)
+    except PatternFault as fault:
+        problems.add("bad_config", CONFIG_FILE, f"{fault}.")
+        return None
+    too_large = sorted({target.rank for target in targets.values() if target.rank > max_rank})
+    for rank in too_large:
+        example = next(path for path, target in targets.items() if target.rank == rank)
+        problems.add(
+            "rank_too_large",
+            f"{CONFIG_FILE}: {example}",
+            f"Rank {rank} is above this server's limit of {max_rank}: compress the adapter (`manylora compress`), "
+            "or ask the operator for a higher --max-rank.",
+        )
+    return targets
+
+
+def suffixes(path: str) -> Iterator[str]:
+    """The path and what follows each of its dots: what a name in a list may be to mean it."""
+    yield path
+    while "." in path:
+        path = path.partition(".")[2]
+        yield path
+
+
+def _is_listed(names: tuple[str, ...] | str, path: str, patterns: Patterns) -> bool:
+    if isinstance(names, str):
+        return bool(names) and patterns.fullmatch(names, path)
+    wanted = frozenset(names)
+    return any(suffix in wanted for suffix in suffixes(path))
+
+
+def output_head(modules: Mapping[str, ModuleSpec]) -> str | None:
+    """The path of the layer that makes the logits: outside every layer, as wide as the vocabulary."""
+    sizes = {spec.in_features for spec in modules.values() if spec.kind == "embedding"}
+    heads = [
+        path
+        for path, spec in modules.items()
+        if spec.kind != "embedding"
+        and not any(part.isdigit() for part in path.split("."))
+        and (spec.out_features in sizes or path in ("lm_head", "embed_out"))
+    ]
+    return heads[-1] if heads else None
+
+
+def _is_target(settings: LoraSettings, path: str, modules: Mapping[str, ModuleSpec], patterns: Patterns) -> bool:
+    if settings.exclude_modules and _is_listed(settings.exclude_modules, path, patterns):
+        return False
+    if _is_all_linear(settings):
+        return modules[path].kind != "embedding" and path != output_head(modules)
+    if not _is_listed(settings.target_modules, path, patterns):
+        return False
+    # As in PEFT, a module named by its whole path is adapted whatever its layer.
+    if settings.layers_to_transform is None or path in settings.target_modules:
+        return True
+    return _layer(settings, path, patterns) in settings.layers_to_transform
+
+
+def _is_all_linear(settings: LoraSettings) -> bool:
+    return isinstance(settings.target_modules, str) and settings.target_modules.lower() == ALL_LINEAR
+
+
+def _layer(settings: LoraSettings, path: str, patterns: Patterns) -> int | None:
+    found = (patterns.layer_index(pattern, path) for pattern in settings.layers_pattern or (None,))
+    return next((index for index in found if index is not None), None)
+
+
+def _with_ranks(
+    settings: LoraSettings, specs: list[ModuleSpec], patterns: Patterns, warnings: list[str]
+) -> Iterator[tuple[str, Target]]:
+    used: set[str] = set()
+    for spec in specs:
+        rank_key = next((key for key in settings.rank_pattern if patterns.names(key, spec.path)), None)
+        alpha_key = next((key for key in settings.alpha_pattern if patterns.names(key, spec.path)), None)
+        rank = settings.rank if rank_key is None else settings.rank_pattern[rank_key]
+        alpha = settings.alpha if alpha_key is None else settings.alpha_pattern[alpha_key]
+        used |= {key for key in (rank_key, alpha_key) if key is not None}
+        yield spec.path, Target(spec, rank, settings.scale(rank, alpha))
+    unused = sorted((settings.rank_pattern.keys() | settings.alpha_pattern.keys()) - used)
+    if unused:
+        warnings.append(f"No adapted module is named by these keys of rank_pattern or alpha_pattern: {listed(unused)}.")
+
+
+def _check_names(
+    settings: LoraSettings,
+    modules: Mapping[str, ModuleSpec],
+    targets: dict[str, Target],
+    patterns: Patterns,
+    problems: Problems,
+) -> None:
+    """Every name in `target_modules` must mean something in the base, and every layer must exist."""
+    names = settings.target_modules
+    leaves = sorted({spec.leaf for spec in modules.values()})
+    if isinstance(names, tuple):
+        existing = {suffix for path in modules for suffix in suffixes(path)}
+        for name in sorted(set(names) - existing):
+            close = difflib.get_close_matches(name[:64], leaves, n=1)
+            hint = f"Did you mean {close[0]!r}?" if close else f"It has {listed(leaves, 12)}."
+            problems.add(
+                "unmatched_module",
+                f"{CONFIG_FILE}: target_modules",
+                f"The base has no adaptable module that ends in {shown(name)}. {hint}",
+            )
+    layers = settings.layers_to_transform
+    if layers is not None and settings.has_plain_layout:
+        present = {_layer(settings, path, patterns) for path in modules}
+        for layer in sorted(layers - present):
+            problems.add(
+                "unmatched_module", f"{CONFIG_FILE}: layers_to_transform", f"The base has no layer {shown(layer)}."
+            )
+    if names and not targets and not problems.has("unmatched_module"):
+        problems.add(
+            "unmatched_module",
+            f"{CONFIG_FILE}: target_modules",
+            f"{shown(names)} with the exclusions adapts no module of the base, which has {listed(leaves, 12)}.",
+        )
