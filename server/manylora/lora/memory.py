@@ -12,20 +12,36 @@ from manylora.lora.slots import Place
 
 @dataclass(frozen=True, slots=True)
 class Slab:
-    """`data` [places, layout.numel]; row i is one adapter."""
+    """`num_places` adapters of one layout, matrix by matrix: first every place's A of the first module, then every B.
+
+    So the stack of one matrix over all places is contiguous, which batched matmuls need if they are not to copy it.
+    `data` has one dimension of num_places * layout.numel elements.
+    """
 
     layout: Layout
+    num_places: int
     data: torch.Tensor
 
     def stack_a(self, extent: Extent) -> torch.Tensor:
         """A of every place: [places, padded rank, in_features], a view."""
-        shape = (self.data.shape[0], extent.padded, extent.in_features)
-        return self.data.as_strided(shape, (self.layout.numel, extent.in_features, 1), extent.a)
+        return self._stack(extent.a, extent.padded, extent.in_features)
 
     def stack_b(self, extent: Extent) -> torch.Tensor:
         """B of every place: [places, padded rank, out_features], a view."""
-        shape = (self.data.shape[0], extent.padded, extent.out_features)
-        return self.data.as_strided(shape, (self.layout.numel, extent.out_features, 1), extent.b)
+        return self._stack(extent.b, extent.padded, extent.out_features)
+
+    def _stack(self, offset: int, rows: int, columns: int) -> torch.Tensor:
+        start = offset * self.num_places
+        return self.data[start : start + self.num_places * rows * columns].view(self.num_places, rows, columns)
+
+    def fill(self, row: int, packed: PackedAdapter) -> None:
+        """Copy one adapter into its place."""
+        if self.num_places == 1:
+            self.data.copy_(packed.data)
+            return
+        for extent in self.layout.extents.values():
+            for stack, offset in ((self.stack_a(extent), extent.a), (self.stack_b(extent), extent.b)):
+                stack[row].copy_(packed.data[offset : offset + stack[row].numel()].view_as(stack[row]))
 
 
 class DeviceMemory:
@@ -47,20 +63,19 @@ class DeviceMemory:
 
     def allocate(self, place: Place, layout: Layout, num_places: int) -> None:
         """Make the slab that `place` is the first of. On a CPU untouched rows cost no memory."""
-        data = torch.empty(num_places, layout.numel, dtype=self.dtype, device=self.device)
-        self.slabs[place.slab] = Slab(layout, data)
+        data = torch.empty(num_places * layout.numel, dtype=self.dtype, device=self.device)
+        self.slabs[place.slab] = Slab(layout, num_places, data)
 
     def fill(self, place: Place, packed: PackedAdapter) -> None:
-        self.slabs[place.slab].data[place.row].copy_(packed.data)
+        self.slabs[place.slab].fill(place.row, packed)
 
     def publish(self, place: Place, packed: PackedAdapter) -> None:
         """Let kernels find the adapter at its slot."""
         slab = self.slabs[place.slab]
-        base = slab.data[place.row].data_ptr()
-        itemsize = slab.data.element_size()
         rows = np.zeros((self.tables.shape[0], 3), dtype=np.int64)
         for site, extent in packed.layout.extents.items():
-            rows[site] = (base + extent.a * itemsize, base + extent.b * itemsize, packed.ranks[site])
+            a, b = slab.stack_a(extent)[place.row], slab.stack_b(extent)[place.row]
+            rows[site] = (a.data_ptr(), b.data_ptr(), packed.ranks[site])
         self.tables[:, place.slot] = torch.from_numpy(rows).to(self.device)
         self.ranks[:, place.slot] = rows[:, 2]
         self.places[place.slot] = place
@@ -92,5 +107,5 @@ class DeviceMemory:
         place = self.places[slot]
         slab = self.slabs[place.slab]
         extent = slab.layout.extents[site]
-        room = slab.data[place.row, extent.a : extent.a + extent.padded * extent.in_features]
-        return room.view(extent.in_features, extent.padded)[:, :rank], slab.stack_b(extent)[place.row, :rank]
+        room = slab.stack_a(extent)[place.row].view(extent.in_features, extent.padded)
+        return room[:, :rank], slab.stack_b(extent)[place.row, :rank]

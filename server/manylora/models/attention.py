@@ -165,7 +165,7 @@ def _decode(
     grouped = q.view(n, k.shape[1], -1, dim)
     weights = _softmax(grouped @ k.transpose(2, 3), allowed[:, None, None], options)
     # Behind a sequence's end the blocks hold what others left there, and 0 * NaN is NaN.
-    v = v.masked_fill(~allowed[:, None, :, None], 0)
+    v = v.contiguous().masked_fill_(~allowed[:, None, :, None], 0)
     return (weights.to(v.dtype) @ v).reshape(n, heads, dim)
 
 

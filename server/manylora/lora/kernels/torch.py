@@ -60,15 +60,20 @@ class TorchPlan(LoraPlan):
                 a, b = part.slab.stack_a(extent), part.slab.stack_b(extent)
                 if part.high > part.low:
                     places = slice(part.low, part.high)
-                    gathered = x[part.index].view(part.high - part.low, part.width, -1)
+                    gathered = x.index_select(0, part.index).view(part.high - part.low, part.width, -1)
                     hidden = torch.bmm(gathered, a[places].transpose(1, 2))
                     delta = torch.bmm(hidden, b[places]).flatten(0, 1)
-                    columns.index_add_(0, part.targets, delta if part.kept is None else delta[part.kept])
+                    _add_rows(columns, part.targets, delta if part.kept is None else delta[part.kept])
                 for place, mine in part.large:
-                    columns.index_add_(0, mine, (x[mine] @ a[place].T) @ b[place])
+                    _add_rows(columns, mine, (x[mine] @ a[place].T) @ b[place])
 
     def add_embedding_(self, out: torch.Tensor, token_ids: torch.Tensor, site: int) -> None:
         add_embedding_(out, token_ids, site, self.rows, self._memory)
+
+
+def _add_rows(out: torch.Tensor, rows: torch.Tensor, delta: torch.Tensor) -> None:
+    """out[rows] += delta for rows that are all different: several times faster than `index_add_`."""
+    out.index_copy_(0, rows, out.index_select(0, rows).add_(delta))
 
 
 def _slab_rows(slab: Slab, segments: list[tuple[int, np.ndarray]]) -> _SlabRows:
@@ -104,7 +109,7 @@ class TorchKernel:
     """`LoraKernel` of torch operations."""
 
     name = "torch"
-    places_per_slab = 16
+    places_per_slab = 32
 
     def plan(self, rows: LoraRows, memory: DeviceMemory) -> TorchPlan:
         return TorchPlan(rows, memory)
