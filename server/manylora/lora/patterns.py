@@ -7,6 +7,7 @@ meanwhile, and has its counted repeats bounded, since `regex` unrolls them when 
 
 import re
 import time
+from collections.abc import Iterable
 from functools import lru_cache
 from math import prod
 
@@ -95,6 +96,26 @@ class Patterns:
         if plain is None:
             return self._run(rf"(.*\.)?({key})$", path, whole=False) is not None
         return _plain_match(plain, path, anchored=key.startswith("^"))
+
+
+class KeyTable:
+    """The keys of a rank or alpha pattern, ready to be asked for many paths.
+
+    EVA writes one key per module, so looking at every key for every module would take the square of their
+    number; plain keys are sorted by the end that a path must have.
+    """
+
+    def __init__(self, keys: Iterable[str], patterns: Patterns) -> None:
+        self._patterns = patterns
+        self._by_tail: dict[str, list[tuple[int, str]]] = {}
+        for order, key in enumerate(keys):
+            plain = _plain_key(key)
+            self._by_tail.setdefault(plain[1] if plain else "", []).append((order, key))
+
+    def first(self, path: str) -> str | None:
+        """The first key that means `path`, in the order of the file, as PEFT takes it. Raises PatternFault."""
+        candidates = sorted(item for tail, keys in self._by_tail.items() if path.endswith(tail) for item in keys)
+        return next((key for _, key in candidates if self._patterns.names(key, path)), None)
 
 
 @lru_cache(maxsize=4096)

@@ -122,7 +122,7 @@ def _check_features(raw: dict[str, Any], problems: Problems) -> None:
             f"{shown(init)} moved part of the base's weights into the adapter, so it is wrong on the unchanged base. "
             "Convert it: save_pretrained(..., path_initial_model_for_weight_conversion=...), see PEFT's guide.",
         )
-    elif not (init is None or isinstance(init, bool) or init in HARMLESS_INITS):
+    elif not (init is None or isinstance(init, bool) or (isinstance(init, str) and init in HARMLESS_INITS)):
         problems.add("bad_config", f"{CONFIG_FILE}: init_lora_weights", f"{shown(init)} is not one of PEFT's values.")
     if isinstance(task, str) and task in OTHER_TASKS:
         problems.add(
@@ -139,7 +139,7 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_positive(value: Any) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value < 2**63
 
 
 def _is_number(value: Any) -> bool:

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from manylora.lora.patterns import PatternFault, Patterns
+from manylora.lora.patterns import KeyTable, PatternFault, Patterns
 from manylora.lora.peft_config import ALL_LINEAR, LoraSettings
 from manylora.lora.problems import CONFIG_FILE, Problems, listed, shown
 from manylora.lora.spec import ModuleSpec
@@ -101,9 +101,9 @@ def _with_ranks(
     settings: LoraSettings, specs: list[ModuleSpec], patterns: Patterns, warnings: list[str]
 ) -> Iterator[tuple[str, Target]]:
     used: set[str] = set()
+    ranks, alphas = KeyTable(settings.rank_pattern, patterns), KeyTable(settings.alpha_pattern, patterns)
     for spec in specs:
-        rank_key = next((key for key in settings.rank_pattern if patterns.names(key, spec.path)), None)
-        alpha_key = next((key for key in settings.alpha_pattern if patterns.names(key, spec.path)), None)
+        rank_key, alpha_key = ranks.first(spec.path), alphas.first(spec.path)
         rank = settings.rank if rank_key is None else settings.rank_pattern[rank_key]
         alpha = settings.alpha if alpha_key is None else settings.alpha_pattern[alpha_key]
         used |= {key for key in (rank_key, alpha_key) if key is not None}
