@@ -1,0 +1,30 @@
+"""Fixtures that several parts of the suite share: tiny models on disk, made once per session."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeAlias
+
+import pytest
+
+ModelMaker: TypeAlias = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> ModelMaker:
+    """`tiny_model_dir("qwen2")`: the folder of a tiny random model. Shared and read-only: never write into it."""
+    from tests.tiny_models import make_tiny_model
+
+    made: dict[str, Path] = {}
+
+    def make(arch: str) -> Path:
+        if arch not in made:
+            made[arch] = make_tiny_model(arch, tmp_path_factory.mktemp(f"tiny-{arch}-") / f"tiny-{arch}")
+        return made[arch]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_dir(tiny_model_dir: ModelMaker) -> Path:
+    """The folder of a tiny random Llama with a byte-level BPE tokenizer and a chat template."""
+    return tiny_model_dir("llama")

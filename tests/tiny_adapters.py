@@ -1,0 +1,37 @@
+"""Random adapters written by PEFT itself, large enough that greedy answers change."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+
+def make_adapter(
+    model_dir: Path,
+    folder: Path,
+    *,
+    rank: int = 8,
+    targets: list[str] | str = "all-linear",
+    alpha: float | None = None,
+    seed: int = 0,
+    strength: float = 0.5,
+    **lora: Any,
+) -> Path:
+    """Save an adapter for the model in `model_dir`; `lora` is any other field of PEFT's LoraConfig."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=targets, **lora
+    )
+    with warnings.catch_warnings():  # of tied weights, and of fan_in_fan_out, which PEFT sets right by itself
+        warnings.simplefilter("ignore")
+        tuned = get_peft_model(model, config)
+        with torch.no_grad():
+            for name, weight in tuned.named_parameters():
+                if "lora_" in name:
+                    weight.normal_(0.0, (strength / weight.shape[-1]) ** 0.5)
+        tuned.save_pretrained(folder)
+    return folder
