@@ -21,11 +21,21 @@ DOCS = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text()
 # A value of each neutral key that is not PEFT's default.
 NEUTRAL_VALUES: dict[str, Any] = {
     "auto_mapping": {"base_model_class": "LlamaForCausalLM", "parent_library": "transformers"},
-    "corda_config": {"corda_method": "ipm"}, "eva_config": {"rho": 1.0}, "fan_in_fan_out": True,
-    "inference_mode": False, "loftq_config": {"loftq_bits": 4}, "lora_dropout": 0.5,
-    "lora_ga_config": {"scale": "unit"}, "megatron_core": "my.core", "merge_weights": True,
-    "peft_version": "0.3.0", "qalora_group_size": 4, "revision": "v2", "runtime_config": {"ephemeral_gpu_offload": True}, "velora_config": {"num_groups": 8},
-}  # fmt: skip
+    "corda_config": {"corda_method": "ipm"},
+    "eva_config": {"rho": 1.0},
+    "fan_in_fan_out": True,
+    "inference_mode": False,
+    "loftq_config": {"loftq_bits": 4},
+    "lora_dropout": 0.5,
+    "lora_ga_config": {"scale": "unit"},
+    "megatron_core": "my.core",
+    "merge_weights": True,
+    "peft_version": "0.3.0",
+    "qalora_group_size": 4,
+    "revision": "v2",
+    "runtime_config": {"ephemeral_gpu_offload": True},
+    "velora_config": {"num_groups": 8},
+}
 
 
 def test_every_setting_of_the_installed_peft_is_decided() -> None:
@@ -69,7 +79,8 @@ def test_refused_setting_is_named(tmp_path: Path, key: str) -> None:
 
 @pytest.mark.parametrize("key", sorted(REFUSED))
 def test_refused_setting_that_is_switched_off_is_accepted(tmp_path: Path, key: str) -> None:
-    for number, off in enumerate((None, False, [], {})):
+    values: tuple[Any, ...] = (None, False, [], {})
+    for number, off in enumerate(values):
         write(tmp_path / str(number), None, config(**{key: off}))
         assert read(tmp_path / str(number), tiny_modules(), max_rank=64, max_size=2**24).rank == 4
 
