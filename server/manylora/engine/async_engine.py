@@ -199,7 +199,7 @@ class AsyncEngine:
             [Sequence(f"probe-{self._num_probes}", list(prompt), params, adapter=ref, capture_logits=True)]
         )
         try:
-            without, with_it = (await g.output() for g in (base, tuned))  # type: ignore[misc]
+            without, with_it = await base.output(), await tuned.output()
         finally:
             await base.aclose()
             await tuned.aclose()

@@ -40,7 +40,7 @@ class Engine:
         observe: PhaseObserver | None = None,
     ) -> None:
         self.scheduler = scheduler
-        self._runner = runner
+        self.runner = runner
         self._decode = decode
         self._eos_ids = eos_ids
         self._max_model_len = max_model_len
@@ -75,9 +75,9 @@ class Engine:
         self.made_progress = bool(plan.scheduled)
         if not plan.scheduled:
             return outputs
-        logits = self._runner.forward(plan.scheduled)
+        logits = self.runner.forward(plan.scheduled)
         forwarded = self._lap("forward", planned)
-        result = self._runner.sample(plan.scheduled, logits)
+        result = self.runner.sample(plan.scheduled, logits)
         sampled = self._lap("sample", forwarded)
         outputs += self._commit(plan, result)
         self._lap("deliver", sampled)

@@ -40,7 +40,7 @@ def group_rows(row_slots: np.ndarray, ranks: np.ndarray, device: torch.device) -
         order=torch.from_numpy(order).to(device),
         segment_slots=torch.from_numpy(slots.astype(np.int32)).to(device),
         segment_starts=torch.from_numpy(ends).to(device),
-        touched=(ranks[:, slots] > 0).any(axis=1).tolist(),
+        touched=np.any(ranks[:, slots] > 0, axis=1).tolist(),
         slots=tuple(slots.tolist()),
         starts=tuple(ends.tolist()),
     )

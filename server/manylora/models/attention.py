@@ -179,9 +179,9 @@ def prefill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Attentio
     if options.window:
         allowed &= position > at - options.window
     if not options.softcap:
-        wide = [t.repeat_interleave(heads // num_kv, dim=0)[None] for t in (k, v)]
+        wide_k, wide_v = (t.repeat_interleave(heads // num_kv, dim=0)[None] for t in (k, v))
         out = functional.scaled_dot_product_attention(
-            q.transpose(0, 1)[None], *wide, attn_mask=allowed, scale=options.scale
+            q.transpose(0, 1)[None], wide_k, wide_v, attn_mask=allowed, scale=options.scale
         )
         return out[0].transpose(0, 1)
     grouped = q.transpose(0, 1).reshape(num_kv, -1, dim)  # rows: head within the group, then query

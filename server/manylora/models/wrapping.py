@@ -60,7 +60,7 @@ class WrappedModel:
 def survey(model: PreTrainedModel) -> Survey:
     """Run a few tokens through the untouched model. Raises ModelUnusable when it is no causal decoder we can serve."""
     found = Survey()
-    vocab = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr, arg-type]
+    vocab = int(model.get_input_embeddings().weight.shape[0])
     generator = torch.Generator().manual_seed(0)
     found.token_ids = torch.randint(0, vocab, (PROBE_LENGTH,), generator=generator)
     device = model.get_input_embeddings().weight.device  # type: ignore[union-attr]
@@ -94,8 +94,7 @@ def _recording_attention(found: Survey) -> attention.AttentionFunction:
             raise ModelUnusable(f"{type(module).__name__} has a cache layout that is not supported.")
         found.kv_shapes.append(KVShape(key.shape[1], key.shape[3]))
         q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-        flat = (t.transpose(0, 1) for t in (k, v))
-        return attention.prefill(q, *flat, options).unsqueeze(0), None
+        return attention.prefill(q, k.transpose(0, 1), v.transpose(0, 1), options).unsqueeze(0), None
 
     return record
 

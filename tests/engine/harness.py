@@ -1,0 +1,151 @@
+"""A whole engine on a tiny model, stepped by hand, for tests that compare it with Hugging Face and PEFT."""
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from manylora.engine.block_manager import BlockManager
+from manylora.engine.engine import Engine, Output
+from manylora.engine.interface import AdapterRef, SamplingParams
+from manylora.engine.model_runner import ModelRunner
+from manylora.engine.scheduler import Scheduler
+from manylora.engine.sequence import Sequence
+from manylora.lora import format as adapter_format
+from manylora.lora.kernels import LoraKernel
+from manylora.lora.kernels.native import NativeKernel
+from manylora.lora.kernels.torch import TorchKernel
+from manylora.lora.memory import DeviceMemory
+from manylora.lora.packing import PackedAdapter, pack
+from manylora.lora.slots import SlotBook
+from manylora.lora.tiers import AdapterTiers
+from manylora.models import native, selfcheck
+from manylora.models.kv_cache import KVCache
+from manylora.models.wrapping import WrappedModel, wrap
+
+KERNELS: Mapping[str, Callable[[], LoraKernel]] = {"torch": TorchKernel, "native": NativeKernel}
+available_kernels = ["torch", "native"] if native.is_available() else ["torch"]
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return model.eval()
+
+
+@dataclass
+class Rig:
+    """The parts of a running engine, and what it has produced. `logits`: the last step's, when recorded."""
+
+    engine: Engine
+    scheduler: Scheduler
+    tiers: AdapterTiers
+    wrapped: WrappedModel
+    refs: dict[str, AdapterRef]
+    outputs: dict[str, list[Output]] = field(default_factory=dict)
+    loaded: threading.Event = field(default_factory=threading.Event)
+
+    def add(self, request_id: str, prompt: Iterable[int], adapter: str | None = None, **params: object) -> Sequence:
+        """Queue a request; `params` are SamplingParams' fields, greedy and 16 tokens unless told."""
+        options = {"max_tokens": 16, "temperature": 0.0, "ignore_eos": True, **params}
+        sampling = SamplingParams(**options)  # type: ignore[arg-type]
+        tenant = str(adapter or "public")
+        seqs = [
+            Sequence(request_id, list(prompt), sampling, index=i, adapter=self.refs[adapter] if adapter else None)
+            for i in range(sampling.n)
+        ]
+        for seq in seqs:
+            seq.seed = seqs[0].seed
+            seq.tenant = tenant
+        seqs[0].followers = seqs[1:]
+        self.engine.add(seqs[0])
+        return seqs[0]
+
+    def step(self) -> list[Output]:
+        outputs = self.engine.step()
+        for output in outputs:
+            self.outputs.setdefault(f"{output.seq.request_id}/{output.seq.index}", []).append(output)
+        self.scheduler.check_integrity()
+        self.tiers.check_integrity()
+        if not self.engine.made_progress and self.engine.has_work:
+            self.loaded.wait(5)
+            self.loaded.clear()
+        return outputs
+
+    def run(self, max_steps: int = 10_000) -> None:
+        for _ in range(max_steps):
+            if not self.engine.has_work:
+                return
+            self.step()
+        raise AssertionError("the engine did not finish")
+
+    def tokens(self, request_id: str, index: int = 0) -> list[int]:
+        return [t for o in self.outputs[f"{request_id}/{index}"] for t in o.delta.token_ids]
+
+    def text(self, request_id: str, index: int = 0) -> str:
+        return "".join(o.delta.text for o in self.outputs[f"{request_id}/{index}"])
+
+    def close(self) -> None:
+        self.tiers.close()
+
+
+def build_rig(
+    model: PreTrainedModel,
+    adapters: Mapping[str, Path] | None = None,
+    *,
+    kernel: str = "torch",
+    num_blocks: int = 64,
+    block_size: int = 4,
+    max_num_seqs: int = 64,
+    max_num_batched_tokens: int = 48,
+    prefix_cache: bool = True,
+    num_slots: int = 64,
+    slot_bytes: int = 2**28,
+    decode: Callable[..., str] | None = None,
+    poison: bool = True,
+    eos_ids: frozenset[int] = frozenset(),
+) -> Rig:
+    """An engine whose cache starts out full of NaN, so that reading a position nobody wrote shows at once."""
+    wrapped = wrap(model)
+    cache = KVCache(wrapped.survey.kv_shapes, num_blocks, block_size, model.dtype, torch.device("cpu"))
+    if poison:
+        for room in (*cache.keys, *cache.values):
+            room.fill_(float("nan"))
+    wrapped.attach_cache(cache)
+    selfcheck.check(wrapped, cache)
+    lora_kernel = KERNELS[kernel]()
+    book = SlotBook(num_slots, slot_bytes, model.dtype.itemsize, lora_kernel.places_per_slab)
+    memory = DeviceMemory(len(wrapped.modules), num_slots, model.dtype, torch.device("cpu"))
+    folders = {f"id-{name}": folder for name, folder in (adapters or {}).items()}
+
+    def packer(folder: Path) -> PackedAdapter:
+        return pack(adapter_format.read_trusted(folder, wrapped.modules), wrapped.sites, model.dtype)
+
+    loaded = threading.Event()
+    tiers = AdapterTiers(
+        book,
+        memory,
+        host_bytes=2**28,
+        folder_of=lambda ref: folders[ref.id],
+        packer=packer,
+        on_change=loaded.set,
+    )
+    scheduler = Scheduler(
+        BlockManager(num_blocks, block_size, share_prefixes=prefix_cache),
+        tiers,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+    )
+    engine = Engine(
+        scheduler,
+        ModelRunner(wrapped, cache, memory, lora_kernel),
+        decode=decode or (lambda ids: "".join(chr(0x4E00 + i) for i in ids)),
+        eos_ids=eos_ids,
+        max_model_len=num_blocks * block_size,
+    )
+    refs = {name: AdapterRef(f"id-{name}", "public", name, 1, name) for name in adapters or {}}
+    return Rig(engine, scheduler, tiers, wrapped, refs, loaded=loaded)
+
+

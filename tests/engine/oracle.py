@@ -1,0 +1,51 @@
+"""The oracle: Hugging Face `generate` and PEFT, in float32, one request at a time."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from tests.engine.harness import load
+
+NEAR_TIE = 1e-3  # logits closer than this may come out in either order
+
+
+def with_adapter(model_dir: Path, adapter: Path | None) -> PreTrainedModel:
+    model = load(model_dir)
+    if adapter is None:
+        return model
+    with warnings.catch_warnings():  # PEFT uses names that transformers is about to drop
+        warnings.simplefilter("ignore", FutureWarning)
+        tuned: PreTrainedModel = PeftModel.from_pretrained(model, adapter).eval()
+    return tuned
+
+
+@torch.inference_mode()
+def generate(model: PreTrainedModel, prompt: Sequence[int], max_tokens: int) -> list[int]:
+    ids = torch.tensor([list(prompt)])
+    out = model.generate(  # type: ignore[operator]
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_tokens,
+        min_new_tokens=max_tokens,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    tokens: list[int] = out[0, len(prompt) :].tolist()
+    return tokens
+
+
+@torch.inference_mode()
+def check_greedy(model: PreTrainedModel, prompt: Sequence[int], found: Sequence[int]) -> None:
+    """`found` is what greedy decoding gives, token by token, up to near-ties of the logits."""
+    expected = generate(model, prompt, len(found))
+    if list(found) == expected:
+        return
+    logits = model(torch.tensor([[*prompt, *found[:-1]]])).logits[0, len(prompt) - 1 :]
+    for step, token in enumerate(found):
+        behind = float(logits[step].max() - logits[step, token])
+        assert behind <= NEAR_TIE, f"token {step} is {token}, {behind:.4f} below the best; expected {expected}"
