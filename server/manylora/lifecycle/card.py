@@ -1,0 +1,46 @@
+"""The README.md of an adapter: what it does, how it was made, how it scored."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from manylora.lifecycle.adapter_files import CARD
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """The parts of a card; empty ones are left out."""
+
+    title: str
+    facts: tuple[tuple[str, str], ...] = ()
+    sections: tuple[tuple[str, str], ...] = field(default=())
+
+    @staticmethod
+    def of_training(title: str, command: str, report: dict[str, Any]) -> "Card":
+        """The card that training itself can write: shape, data, cost and losses."""
+        lora, lengths = report["settings"]["lora"], report["lengths"]["train"]
+        alpha = 2 * lora["rank"] if lora["alpha"] is None else lora["alpha"]
+        facts = [
+            ("Base", report["base"]),
+            ("Rank, alpha", f"{lora['rank']}, {alpha:g}" + (" (rsLoRA)" if lora["rslora"] else "")),
+            ("Targets", ", ".join(lora["targets"]) or "every linear but the head"),
+            ("Parameters", f"{report['num_parameters']:,} ({report['size_bytes'] / 1e6:.2f} MB)"),
+            ("Data", f"{lengths['num_examples']} examples, {lengths['num_tokens']:,} tokens an epoch"),
+            ("Training", f"{report['steps']} steps in {report['seconds']:.0f} s on {report['device']}"),
+        ]
+        if report["best_eval_loss"] is not None:
+            facts.append(("Held-out loss", f"{report['best_eval_loss']:.4f} nats per answer token"))
+        made = (("How it was made", f"```\n{command}\n```"),) if command else ()
+        return Card(title, tuple(facts), made)
+
+    def markdown(self) -> str:
+        lines = [f"# {self.title}", ""]
+        if self.facts:
+            lines += ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in self.facts), ""]
+        for heading, text in self.sections:
+            lines += [f"## {heading}", "", text.strip(), ""]
+        return "\n".join(lines).rstrip() + "\n"
+
+
+def write_card(folder: Path, card: Card) -> None:
+    (folder / CARD).write_text(card.markdown(), encoding="utf-8")

@@ -1,0 +1,67 @@
+"""Every picture of the lifecycle, drawn with matplotlib's file backend."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_DPI = 110
+
+
+def _figure(width: float = 7.0, height: float = 4.2) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def loss_curve(
+    path: Path, train: Sequence[tuple[int, float]], held_out: Sequence[tuple[int, float]], best_step: int
+) -> None:
+    """Training loss per step (thin) with its running mean, and evaluation loss with the best step marked."""
+    figure, axes = _figure()
+    steps, losses = np.array([s for s, _ in train]), np.array([v for _, v in train])
+    axes.plot(steps, losses, color="#9ecae1", linewidth=0.8, label="training, each step")
+    width = max(1, len(losses) // 20)
+    smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
+    axes.plot(steps[width - 1 :], smooth, color="#3182bd", label=f"training, mean of {width}")
+    if held_out:
+        axes.plot([s for s, _ in held_out], [v for _, v in held_out], "o-", color="#e6550d", label="held out")
+        axes.axvline(best_step, color="#e6550d", linestyle=":", label=f"kept: step {best_step}")
+    axes.set(xlabel="optimizer step", ylabel="loss per answer token (nats)", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=_DPI)
+
+
+def confusion_matrix(path: Path, table: Any, rows: Sequence[str], columns: Sequence[str], title: str) -> None:
+    """Counts [gold, predicted] as a heat map with the numbers in it."""
+    figure, axes = _figure(1.6 + 0.7 * len(columns), 1.6 + 0.6 * len(rows))
+    axes.imshow(table, cmap="Blues")
+    half = np.max(table) / 2
+    for (row, column), count in np.ndenumerate(table):
+        axes.text(column, row, int(count), ha="center", va="center", color="white" if count > half else "black")
+    family = font_for("".join(columns))
+    names = list(columns) if family else [f"class {i}" for i in range(len(rows))] + list(columns[len(rows) :])
+    axes.set_xticks(range(len(columns)), names, rotation=45, ha="right", fontfamily=family)
+    axes.set_yticks(range(len(rows)), names[: len(rows)], fontfamily=family)
+    axes.set(xlabel="answered", ylabel="right", title=title)
+    figure.savefig(path, dpi=_DPI)
+
+
+def font_for(text: str) -> str | None:
+    """A font of this machine that has every character of `text`, or None: then classes are numbered instead."""
+    from matplotlib import font_manager
+    from matplotlib.ft2font import FT2Font
+
+    default = font_manager.findfont("DejaVu Sans")
+    if all(FT2Font(default).get_char_index(ord(c)) for c in text):
+        return "DejaVu Sans"
+    for entry in font_manager.fontManager.ttflist:
+        font = FT2Font(entry.fname)
+        if all(font.get_char_index(ord(c)) for c in text):
+            return str(entry.name)
+    return None

@@ -1,0 +1,22 @@
+"""How a long command says where it is, without knowing who listens."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """`done` of `total` units of `stage`; `message` is for a person, `values` are the newest figures."""
+
+    stage: str
+    done: int = 0
+    total: int = 0
+    message: str = ""
+    values: dict[str, float] = field(default_factory=dict)
+
+
+Listener = Callable[[Progress], None]
+
+
+def ignore(_: Progress) -> None:
+    """The listener of someone who does not care."""

@@ -1,0 +1,6 @@
+"""The shipped demo adapters' data, each made by a script from generated text or from what a package ships."""
+
+from manylora.lifecycle.recipes.recipe import Recipe, Splits, write_splits
+from manylora.lifecycle.recipes.registry import RECIPES
+
+__all__ = ["RECIPES", "Recipe", "Splits", "write_splits"]
