@@ -1,0 +1,277 @@
+"""Who runs when: fair shares, chunks, preemption, adapters on their way."""
+
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from manylora.engine.block_manager import BlockManager
+from manylora.engine.interface import AdapterRef, FinishReason, SamplingParams
+from manylora.engine.scheduler import STARVATION_STEPS, Plan, Scheduler
+from manylora.engine.sequence import Sequence, SequenceStatus
+from manylora.errors import AdapterLoadFailed
+
+
+class FakeSlots:
+    """A few slots; an adapter that is asked for takes a free one after `delay` more questions."""
+
+    def __init__(self, num_slots: int, delay: int = 0) -> None:
+        self.num_slots = num_slots
+        self.delay = delay
+        self.users: Counter[str] = Counter()
+        self.resident: dict[str, int] = {}
+        self.asked: Counter[str] = Counter()
+        self.broken: set[str] = set()
+
+    def acquire(self, ref: AdapterRef) -> int | None:
+        if ref.id in self.broken:
+            raise AdapterLoadFailed("broken")
+        if ref.id not in self.resident:
+            self.asked[ref.id] += 1
+            if self.asked[ref.id] <= self.delay or not self._make_room():
+                return None
+            free = set(range(self.num_slots)) - set(self.resident.values())
+            self.resident[ref.id] = min(free)
+            self.asked[ref.id] = 0
+        self.users[ref.id] += 1
+        return self.resident[ref.id]
+
+    def _make_room(self) -> bool:
+        if len(self.resident) < self.num_slots:
+            return True
+        idle = [a for a in self.resident if not self.users[a]]
+        if idle:
+            del self.resident[idle[0]]
+        return bool(idle)
+
+    def release(self, ref: AdapterRef) -> None:
+        assert self.users[ref.id] > 0
+        self.users[ref.id] -= 1
+
+    def give_up(self, ref: AdapterRef) -> None:
+        self.asked[ref.id] = 0
+
+
+def ref(name: str) -> AdapterRef:
+    return AdapterRef(name, "public", name, 1, name)
+
+
+def scheduler(
+    *, slots: FakeSlots | None = None, num_blocks: int = 100, seats: int = 8, budget: int = 32
+) -> Scheduler:
+    return Scheduler(
+        BlockManager(num_blocks, 4), slots or FakeSlots(8), max_num_seqs=seats, max_num_batched_tokens=budget
+    )
+
+
+_numbers = iter(range(10**9))
+
+
+def request(
+    prompt: int = 4, output: int = 4, tenant: str = "t", adapter: str | None = None, weight: float = 1.0
+) -> Sequence:
+    return Sequence(
+        f"r{next(_numbers)}",
+        [random.randrange(1000) for _ in range(prompt)],
+        SamplingParams(max_tokens=output),
+        tenant=tenant,
+        weight=weight,
+        adapter=ref(adapter) if adapter else None,
+    )
+
+
+def step(scheduler: Scheduler) -> Plan:
+    """Plan, pretend to run, and let every sequence that reached its end take a token."""
+    plan = scheduler.plan()
+    ended = [item.seq for item in plan.scheduled if item.samples]
+    scheduler.commit(plan)
+    for seq in ended:
+        seq.append(1)
+        scheduler.charge_output(seq)
+        if seq.num_output_tokens >= seq.params.max_tokens:
+            scheduler.finish(seq, FinishReason.LENGTH)
+    scheduler.check_integrity()
+    return plan
+
+
+def drain(s: Scheduler, limit: int = 20_000) -> int:
+    for count in range(limit):
+        if not s.has_work:
+            return count
+        step(s)
+    raise AssertionError("work is left")
+
+
+def test_long_prompt_is_chunked_beside_decodes() -> None:
+    s = scheduler(budget=16)
+    s.add(decoding := request(4, 50))
+    step(s)
+    s.add(long := request(40, 2))
+    counts = []
+    while not long.num_output_tokens:
+        plan = step(s)
+        assert plan.num_tokens <= 16
+        assert plan.scheduled[0].seq is decoding
+        assert plan.scheduled[0].num_tokens == 1
+        counts.append(sum(i.num_tokens for i in plan.scheduled if i.seq is long))
+    assert counts == [15, 15, 10]
+
+
+def test_within_a_tenant_first_come_is_first_served() -> None:
+    s = scheduler(seats=1)
+    requests = [request() for _ in range(5)]
+    for r in requests:
+        s.add(r)
+    order = []
+    while s.has_work:
+        order += [i.seq for i in step(s).scheduled if i.start == 0]
+    assert order == requests
+
+
+def test_preempted_sequences_lose_nothing_and_come_back_in_order() -> None:
+    s = scheduler(num_blocks=8, seats=4)
+    requests = [request(8, 20) for _ in range(4)]
+    for r in requests:
+        s.add(r)
+    drain(s)
+    assert s.num_preemptions > 0
+    assert [r.num_output_tokens for r in requests] == [20] * 4
+    assert all(r.finish_reason is FinishReason.LENGTH for r in requests)
+
+
+def test_single_request_is_not_delayed_by_another_tenants_500() -> None:
+    s = scheduler(seats=8)
+    for _ in range(500):
+        s.add(request(8, 100, tenant="flood"))
+    for _ in range(20):
+        step(s)
+    s.add(single := request(8, 4, tenant="quiet"))
+    steps = 0
+    while not single.num_output_tokens:
+        step(s)
+        steps += 1
+    assert steps <= 3
+
+
+def test_tenants_with_equal_weights_get_equal_tokens_and_heavier_ones_more() -> None:
+    s = scheduler(seats=8)
+    tokens: Counter[str] = Counter()
+    for tenant, weight in (("a", 1.0), ("b", 1.0), ("heavy", 2.0)):
+        for _ in range(200):
+            s.add(request(4, 20, tenant=tenant, weight=weight))
+    for _ in range(600):
+        for item in step(s).scheduled:
+            tokens[item.seq.tenant] += item.num_tokens
+    assert tokens["a"] == pytest.approx(tokens["b"], rel=0.1)
+    assert tokens["heavy"] == pytest.approx(2 * tokens["a"], rel=0.15)
+
+
+def test_lone_tenant_uses_every_seat() -> None:
+    s = scheduler(seats=8, budget=64)
+    for _ in range(20):
+        s.add(request(4, 50, tenant="only"))
+    step(s)
+    assert len(step(s).scheduled) == 8
+
+
+def test_pause_earns_no_credit() -> None:
+    s = scheduler(seats=2)
+    s.add(request(4, 4, tenant="sleeper"))
+    drain(s)
+    for _ in range(50):
+        s.add(request(4, 20, tenant="worker"))
+    for _ in range(100):
+        step(s)
+    for _ in range(50):
+        s.add(request(4, 20, tenant="sleeper"))
+    tokens: Counter[str] = Counter()
+    for _ in range(200):
+        for item in step(s).scheduled:
+            tokens[item.seq.tenant] += item.num_tokens
+    assert tokens["worker"] == pytest.approx(tokens["sleeper"], rel=0.2)
+
+
+def test_sequence_waiting_for_its_adapter_holds_nobody_up() -> None:
+    s = scheduler(slots=FakeSlots(4, delay=10))
+    s.add(slow := request(adapter="slow"))
+    s.add(quick := request())
+    step(s)
+    assert slow.status is SequenceStatus.LOADING_ADAPTER
+    assert s.num_waiting_for_adapter == 1
+    assert quick.num_output_tokens == 1
+    drain(s)
+    assert slow.finish_reason is FinishReason.LENGTH
+
+
+def test_starving_adapter_gets_its_turn() -> None:
+    s = scheduler(slots=FakeSlots(1), seats=4)
+    for _ in range(4):
+        s.add(request(4, 50, adapter="popular"))
+    step(s)
+    s.add(rare := request(4, 4, adapter="rare"))
+    steps = 0
+    while not rare.num_output_tokens:
+        if len(s.waiting) < 4:
+            s.add(request(4, 50, adapter="popular"))
+        step(s)
+        steps += 1
+        assert steps < 3 * STARVATION_STEPS
+
+
+def test_failed_load_ends_its_sequences_only() -> None:
+    slots = FakeSlots(4)
+    slots.broken.add("bad")
+    s = scheduler(slots=slots)
+    s.add(bad := request(adapter="bad"))
+    s.add(good := request(adapter="good"))
+    plan = step(s)
+    assert [(seq, str(error)) for seq, error in plan.failed] == [(bad, "broken")]
+    drain(s)
+    assert bad.finish_reason is FinishReason.ERROR
+    assert good.finish_reason is FinishReason.LENGTH
+
+
+def test_finishing_twice_changes_nothing() -> None:
+    s = scheduler()
+    s.add(r := request())
+    step(s)
+    s.finish(r, FinishReason.ABORTED)
+    s.finish(r, FinishReason.STOP)
+    assert r.finish_reason is FinishReason.ABORTED
+    s.check_integrity()
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_random_traffic_keeps_the_books_and_finishes(data: st.DataObject) -> None:
+    slots = FakeSlots(data.draw(st.integers(1, 4)), delay=data.draw(st.integers(0, 3)))
+    s = scheduler(
+        slots=slots,
+        num_blocks=data.draw(st.integers(12, 30)),
+        seats=data.draw(st.integers(1, 6)),
+        budget=data.draw(st.integers(4, 40)),
+    )
+    live: list[Sequence] = []
+    for _ in range(40):
+        action = data.draw(st.sampled_from(["add", "step", "step", "abort"]))
+        if action == "add":
+            adapter = data.draw(st.sampled_from([None, "a", "b", "c", "d", "e"]))
+            tenant = data.draw(st.sampled_from(["x", "y", "z"]))
+            seq = request(data.draw(st.integers(1, 24)), data.draw(st.integers(1, 20)), tenant, adapter)
+            if data.draw(st.booleans()):
+                seq.followers = [request(1, 3, tenant, adapter)]
+                seq.followers[0].tokens = list(seq.tokens)
+                seq.followers[0].num_prompt_tokens = seq.num_prompt_tokens
+            live.append(seq)
+            s.add(seq)
+        elif action == "abort" and live:
+            s.finish(live.pop(data.draw(st.integers(0, len(live) - 1))), FinishReason.ABORTED)
+        else:
+            step(s)
+        s.check_integrity()
+    drain(s)
+    assert s.blocks.num_used == 0
+    assert not +slots.users
+    assert all(seq.is_finished for seq in live)
