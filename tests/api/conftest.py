@@ -91,3 +91,8 @@ def served(app: FastAPI) -> Iterator[str]:
 @pytest.fixture
 def serve() -> Callable[[FastAPI], Any]:
     return served
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"

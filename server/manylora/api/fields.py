@@ -106,6 +106,6 @@ def unsupported_field(path: str) -> UnsupportedField:
 
 
 def _is_neutral(name: str, value: Any, raw: dict[str, Any]) -> bool:
-    if name == "best_of":
-        return isinstance(value, int) and not isinstance(value, bool) and value == (raw.get("n") or 1)
+    if name == "best_of" and isinstance(value, int) and not isinstance(value, bool):
+        return value == (raw.get("n") or 1)
     return value is None or value is False or value in ([], {}) or value == {"type": "text"}

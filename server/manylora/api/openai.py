@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from fastapi import APIRouter, Request
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from manylora.api.answers import Answer, ChatAnswer, CompletionAnswer
 from manylora.api.auth import Caller
 from manylora.api.naming import parse_model, resolve, resolve_request
 from manylora.api.prompts import EncodedPrompt, encode_chat, encode_prompts
-from manylora.api.record import FinishedRequest, RequestRecord
+from manylora.api.record import ClientGone, FinishedRequest, RequestRecord
 from manylora.api.run import Job, Run
 from manylora.api.sampling import fit_to_context, sampling_params
 from manylora.api.schemas import ChatRequest, CompletionRequest, parse
@@ -133,7 +134,10 @@ class _Call:
         kind = self._request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise InvalidRequest("Send the body as JSON, with the header 'content-type: application/json'.")
-        return await self._request.body()
+        try:
+            return await self._request.body()
+        except ClientDisconnect:
+            raise ClientGone from None
 
     def _resolve(self, body: CompletionRequest | ChatRequest) -> AdapterRef | None:
         self._log.update(body.annotations())

@@ -1,0 +1,229 @@
+"""Every field that is accepted reaches the engine; every other is refused by name."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from manylora.api import fields
+from manylora.engine.interface import SamplingParams
+
+from .conftest import Rig
+from .fakes import VOCAB_SIZE
+
+REACH: list[tuple[str, Any, str, Any]] = [
+    ("max_tokens", 7, "max_tokens", 7),
+    ("max_completion_tokens", 7, "max_tokens", 7),
+    ("temperature", 0, "temperature", 0.0),
+    ("temperature", 2, "temperature", 2.0),
+    ("top_p", 0.5, "top_p", 0.5),
+    ("top_k", 5, "top_k", 5),
+    ("top_k", -1, "top_k", 0),
+    ("top_k", VOCAB_SIZE, "top_k", 0),
+    ("min_p", 0.1, "min_p", 0.1),
+    ("seed", -(2**63), "seed", -(2**63)),
+    ("seed", 2**63 - 1, "seed", 2**63 - 1),
+    ("stop", "x", "stop", ("x",)),
+    ("stop", ["a", "b", "c", "d", "e"], "stop", ("a", "b", "c", "d", "e")),
+    ("stop_token_ids", [3, 999], "stop_token_ids", (3, 999)),
+    ("ignore_eos", True, "ignore_eos", True),
+    ("presence_penalty", -2, "presence_penalty", -2.0),
+    ("frequency_penalty", 1.5, "frequency_penalty", 1.5),
+    ("repetition_penalty", 1.3, "repetition_penalty", 1.3),
+    ("logit_bias", {"5": -100, "999": 1.5}, "logit_bias", ((5, -100.0), (999, 1.5))),
+    ("n", 3, "n", 3),
+    ("n", 2.0, "n", 2),
+]
+
+
+@pytest.mark.parametrize("route", ["complete", "chat"])
+@pytest.mark.parametrize(("name", "value", "param", "expected"), REACH)
+def test_every_sampling_field_reaches_the_engine(
+    rig: Rig, route: str, name: str, value: Any, param: str, expected: Any
+) -> None:
+    answer = getattr(rig, route)(**{name: value})
+    assert answer.status_code == 200, answer.text
+    assert getattr(rig.engine.generations[0].params, param) == expected
+
+
+def test_every_sampling_param_is_covered_here() -> None:
+    elsewhere = {"logprobs", "prompt_logprobs"}  # their own tests
+    assert {field.name for field in dataclasses.fields(SamplingParams)} == {r[2] for r in REACH} | elsewhere
+
+
+@pytest.mark.parametrize(
+    ("body", "logprobs", "prompt_logprobs"),
+    [({}, None, None), ({"logprobs": 0}, 0, None), ({"logprobs": 5}, 5, None), ({"logprobs": 2, "echo": True}, 2, 2)],
+)
+def test_completions_logprobs_reach_the_engine(
+    rig: Rig, body: dict[str, Any], logprobs: int | None, prompt_logprobs: int | None
+) -> None:
+    assert rig.complete(**body).status_code == 200
+    params = rig.engine.generations[0].params
+    assert (params.logprobs, params.prompt_logprobs) == (logprobs, prompt_logprobs)
+
+
+@pytest.mark.parametrize(
+    ("body", "logprobs"),
+    [({}, None), ({"logprobs": False}, None), ({"logprobs": True}, 0), ({"logprobs": True, "top_logprobs": 20}, 20)],
+)
+def test_chat_logprobs_reach_the_engine(rig: Rig, body: dict[str, Any], logprobs: int | None) -> None:
+    assert rig.chat(**body).status_code == 200
+    assert rig.engine.generations[0].params.logprobs == logprobs
+
+
+def test_defaults_are_openais(rig: Rig) -> None:
+    rig.complete()
+    assert rig.engine.generations[0].params == SamplingParams(max_tokens=16)
+
+
+def test_chat_may_use_the_rest_of_the_context(rig: Rig) -> None:
+    rig.chat()
+    generation = rig.engine.generations[0]
+    assert generation.params.max_tokens == rig.engine.context_length - len(generation.prompt_ids)
+
+
+def test_null_is_the_default_for_every_field(rig: Rig) -> None:
+    for name, *_ in REACH:
+        assert rig.complete(**{name: None}).status_code == 200
+    assert {g.params for g in rig.engine.generations} == {SamplingParams(max_tokens=16)}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_tokens", 0),
+        ("max_tokens", -1),
+        ("max_tokens", 1.5),
+        ("max_tokens", "5"),
+        ("max_tokens", True),
+        ("max_completion_tokens", 0),
+        ("temperature", -0.1),
+        ("temperature", 2.1),
+        ("temperature", "1"),
+        ("temperature", 1e300),
+        ("top_p", 0),
+        ("top_p", 1.01),
+        ("top_k", -2),
+        ("min_p", 1.1),
+        ("min_p", -0.1),
+        ("seed", 2**63),
+        ("seed", -(2**63) - 1),
+        ("seed", 0.5),
+        ("stop", ""),
+        ("stop", ["a", ""]),
+        ("stop", [1]),
+        ("stop", ["a"] * 33),
+        ("stop", "a" * 1025),
+        ("stop_token_ids", [-1]),
+        ("stop_token_ids", [VOCAB_SIZE]),
+        ("stop_token_ids", 5),
+        ("ignore_eos", "yes"),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", -2.1),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", -1),
+        ("logit_bias", {str(VOCAB_SIZE): 1}),
+        ("logit_bias", {"-1": 1}),
+        ("logit_bias", {"x": 1}),
+        ("logit_bias", {"²": 1}),
+        ("logit_bias", {"1" * 5000: 1}),
+        ("logit_bias", [1]),
+        ("n", 0),
+        ("n", 129),
+        ("n", 10**30),
+        ("stream", "yes"),
+        ("stream_options", {"include_usage": True}),
+        ("model", 5),
+        ("adapter_id", 5),
+        ("user", 5),
+        ("metadata", {"a": 1}),
+    ],
+)
+@pytest.mark.parametrize("route", ["complete", "chat"])
+def test_a_value_out_of_range_is_refused_by_name(rig: Rig, route: str, name: str, value: Any) -> None:
+    answer = getattr(rig, route)(**{name: value})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert str(error["param"]).startswith(name)
+    assert name in error["message"]
+    assert not rig.engine.generations
+
+
+@pytest.mark.parametrize("value", [-1, 21, True, "1"])
+def test_completions_logprobs_out_of_range_are_refused(rig: Rig, value: Any) -> None:
+    answer = rig.complete(logprobs=value)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "logprobs")
+
+
+@pytest.mark.parametrize("body", [{"top_logprobs": 2}, {"logprobs": True, "top_logprobs": 21}])
+def test_chat_top_logprobs_out_of_place_are_refused(rig: Rig, body: dict[str, Any]) -> None:
+    answer = rig.chat(**body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "top_logprobs")
+
+
+ROUTE_FIELDS = [
+    *(("complete", name) for name in sorted(fields.COMPLETION_UNSUPPORTED)),
+    *(("chat", name) for name in sorted(fields.CHAT_UNSUPPORTED)),
+]
+
+
+@pytest.mark.parametrize(("route", "name"), ROUTE_FIELDS)
+def test_every_unsupported_field_is_refused_by_name(rig: Rig, route: str, name: str) -> None:
+    answer = getattr(rig, route)(**{name: {"a": 1}})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "unsupported_field"
+    assert answer.json()["error"]["param"] == name
+
+
+@pytest.mark.parametrize(("route", "name"), ROUTE_FIELDS)
+@pytest.mark.parametrize("neutral", [None, [], {}, False, {"type": "text"}], ids=repr)
+def test_a_neutral_value_counts_as_absent(rig: Rig, route: str, name: str, neutral: Any) -> None:
+    assert getattr(rig, route)(**{name: neutral}).status_code == 200
+
+
+def test_best_of_equal_to_n_counts_as_absent(rig: Rig) -> None:
+    assert rig.complete(best_of=1).status_code == 200
+    assert rig.complete(best_of=2, n=2).status_code == 200
+    assert rig.complete(best_of=2).json()["error"]["param"] == "best_of"
+
+
+@pytest.mark.parametrize("route", ["complete", "chat"])
+@pytest.mark.parametrize("value", [None, 1, False])
+def test_an_unknown_field_is_refused_whatever_its_value(rig: Rig, route: str, value: Any) -> None:
+    answer = getattr(rig, route)(temprature=value)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "temprature"
+
+
+@pytest.mark.parametrize(("name", "value"), [("store", True), ("service_tier", "flex")])
+def test_only_one_value_of_store_and_service_tier_is_taken(rig: Rig, name: str, value: Any) -> None:
+    answer = rig.complete(**{name: value})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, name)
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ({"role": "assistant", "content": "a", "tool_calls": [{"id": "1"}]}, "messages[0].tool_calls"),
+        ({"role": "user", "content": "a", "audio": {"id": "1"}}, "messages[0].audio"),
+        ({"role": "user", "content": "a", "weight": 1}, "messages[0].weight"),
+        ({"role": "robot", "content": "a"}, "messages[0].role"),
+        ({"role": "user"}, "messages[0].content"),
+        ({"role": "user", "content": None}, "messages[0].content"),
+        ({"role": "user", "content": []}, "messages[0].content"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "messages[0].content"),
+        ({"role": "user", "content": [{"type": "text", "text": "a", "cache": 1}]}, "messages[0].content"),
+        ({"role": "user", "content": 5}, "messages[0].content"),
+        ("hi", "messages[0]"),
+    ],
+)
+def test_a_message_of_another_shape_is_refused_by_its_place(rig: Rig, message: Any, param: str) -> None:
+    answer = rig.chat(messages=[message])
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize("messages", [[], "hi", None, {}])
+def test_messages_must_be_a_list_with_one_message(rig: Rig, messages: Any) -> None:
+    assert rig.chat(messages=messages).json()["error"]["param"] == "messages"

@@ -1,0 +1,145 @@
+"""The metrics: every one of the contract, bounded labels, counters that only grow."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
+
+from manylora.engine.interface import EngineStats
+from manylora.metrics import BASE_LABEL, BUCKETS, OTHER_LABEL, BusiestNames, Metrics, RequestSample
+
+CONTRACT = {
+    "histogram": "request_duration_seconds time_to_first_token_seconds inter_token_latency_seconds "
+    "queue_wait_seconds adapter_load_seconds step_duration_seconds",
+    "counter": "requests prompt_tokens completion_tokens prefix_cache_hit_tokens adapter_requests_by_tier "
+    "adapter_evictions preemptions uploads",
+    "gauge": "requests_running requests_waiting requests_waiting_for_adapter kv_blocks_used kv_blocks_total "
+    "adapter_slots_used adapter_slots_total host_tier_bytes",
+}
+
+
+def sample(tenant: str = "acme", adapter: str | None = "a", outcome: str = "ok", tokens: int = 3) -> RequestSample:
+    return RequestSample(
+        tenant, adapter, outcome, 1.5, 0.25, 0.01, "host", 5, tokens, cached_tokens=2, gaps_s=(0.1, 0.2)
+    )
+
+
+def totals(metrics: Metrics, name: str) -> dict[tuple[str, str], float]:
+    return {
+        (s.labels["tenant"], s.labels["adapter"]): s.value
+        for family in text_string_to_metric_families(metrics.render().decode())
+        for s in family.samples
+        if s.name == f"manylora_{name}"
+    }
+
+
+def test_every_metric_of_the_contract_is_there_with_its_type() -> None:
+    metrics = Metrics()
+    metrics.watch_engine(EngineStats)
+    metrics.observe_request(sample())
+    families = {f.name: f.type for f in text_string_to_metric_families(metrics.render().decode())}
+    expected = {f"manylora_{name}": kind for kind, names in CONTRACT.items() for name in names.split()}
+    assert families == expected
+
+
+def test_the_buckets_span_a_millisecond_to_a_minute() -> None:
+    assert (BUCKETS[0], BUCKETS[-1]) == (0.001, 60.0)
+    assert sorted(BUCKETS) == list(BUCKETS)
+
+
+def test_gauges_are_read_when_scraped() -> None:
+    metrics = Metrics()
+    stats = [EngineStats(running=1), EngineStats(running=2, slots_total=9, host_tier_bytes=7)]
+    metrics.watch_engine(lambda: stats[0])
+    assert b"manylora_requests_running 1.0" in metrics.render()
+    stats.pop(0)
+    text = metrics.render()
+    assert b"manylora_requests_running 2.0" in text
+    assert b"manylora_adapter_slots_total 9.0" in text
+    assert b"manylora_host_tier_bytes 7.0" in text
+
+
+def test_what_the_engine_and_the_catalog_record() -> None:
+    metrics = Metrics()
+    metrics.observe_step("forward", 0.02)
+    metrics.observe_adapter_load("disk", 0.5)
+    metrics.count_eviction("device")
+    metrics.count_upload("refused")
+    text = metrics.render().decode()
+    assert 'manylora_step_duration_seconds_bucket{le="0.025",phase="forward"} 1.0' in text
+    assert 'manylora_step_duration_seconds_bucket{le="0.01",phase="forward"} 0.0' in text
+    assert 'manylora_adapter_load_seconds_sum{tier="disk"} 0.5' in text
+    assert 'manylora_adapter_evictions_total{tier="device"} 1.0' in text
+    assert 'manylora_uploads_total{result="refused"} 1.0' in text
+
+
+def test_the_base_has_a_label_that_no_adapter_can_have() -> None:
+    metrics = Metrics()
+    metrics.observe_request(sample(adapter=None))
+    metrics.observe_request(sample(adapter="base"))
+    assert totals(metrics, "requests_total") == {("acme", BASE_LABEL): 1, ("acme", "base"): 1}
+    assert "adapter_requests_by_tier_total{" in metrics.render().decode()
+    assert totals(metrics, "adapter_requests_by_tier_total") == {("acme", "base"): 1}
+
+
+def test_a_request_that_never_started_has_no_latencies() -> None:
+    metrics = Metrics()
+    metrics.observe_request(RequestSample("acme", None, "rejected", 0.01))
+    assert totals(metrics, "requests_total") == {("acme", BASE_LABEL): 1}
+    assert totals(metrics, "time_to_first_token_seconds_count") == {("acme", BASE_LABEL): 0}
+
+
+def test_a_thousand_adapters_have_bounded_labels_and_exact_sums() -> None:
+    metrics = Metrics(free_labels=8, reserve_labels=4)
+    for number in range(1000):
+        metrics.observe_request(sample(tenant=f"t{number % 50}", adapter=f"a{number}"))
+    found = totals(metrics, "completion_tokens_total")
+    assert sum(found.values()) == 3000
+    assert len({adapter for _, adapter in found}) <= 13
+    assert len({tenant for tenant, _ in found}) <= 13
+    assert ("t0", "a0") in found
+    assert (OTHER_LABEL, OTHER_LABEL) in found
+
+
+def test_a_newcomer_that_becomes_busier_gets_a_label() -> None:
+    metrics = Metrics(free_labels=2, reserve_labels=1)
+    for name in ("a", "b", "b", "b"):
+        metrics.observe_request(sample(adapter=name))
+    for _ in range(5):
+        metrics.observe_request(sample(adapter="late"))
+    found = totals(metrics, "requests_total")
+    assert found["acme", OTHER_LABEL] == 1, "until it was seen more often than 'a'"
+    assert found["acme", "late"] == 4
+
+
+def test_names_seen_once_each_never_push_in() -> None:
+    names = BusiestNames(free=2, reserve=4)
+    for name in ("a", "b") * 3:
+        assert names.see(name)
+    assert not any(names.see(f"stranger-{i}") for i in range(500))
+
+
+@given(st.lists(st.integers(0, 30), max_size=400), st.integers(0, 4), st.integers(0, 4))
+def test_labels_are_few_and_kept_for_ever(uses: list[int], free: int, reserve: int) -> None:
+    names = BusiestNames(free, reserve)
+    labelled: set[int] = set()
+    seen: Counter[int] = Counter()
+    for name in uses:
+        seen[name] += 1
+        had = name in labelled
+        has = names.see(name)
+        names.check_integrity()
+        assert has or not had, "a label is never taken back"
+        if has:
+            labelled.add(name)
+    assert len(labelled) == len(names) <= free + reserve
+    assert len(labelled) >= min(free, len(seen))
+
+
+@pytest.mark.parametrize("outcome", ["ok", "cancelled", "error"])
+def test_outcomes_are_told_apart(outcome: str) -> None:
+    metrics = Metrics()
+    metrics.observe_request(sample(outcome=outcome))
+    assert f'outcome="{outcome}"' in metrics.render().decode()
