@@ -1,7 +1,7 @@
-"""Unpacking an uploaded archive by rules: two regular files, at the root or in one folder, and nothing else.
+"""Unpacking an uploaded archive by rules: a few regular files, all at the root or all in one folder.
 
-Nothing is written outside the two target paths, whatever names the archive holds: targets are never built from
-member names. Sizes are counted while bytes flow, not believed from headers.
+One broken rule and nothing is unpacked. Whether the files are those of an adapter is `lora.format`'s to say.
+Sizes are counted while bytes flow, not believed from headers.
 """
 
 import gzip
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final, Protocol, cast
 
-from manylora.catalog.files import ADAPTER_FILES
 from manylora.errors import InvalidAdapter, Problem, TooLarge
 
 _MAX_MEMBERS: Final = 16
@@ -21,6 +20,7 @@ _MAX_MEMBERS: Final = 16
 _MAX_RATIO: Final = 100
 _RATIO_FROM_BYTES: Final = 16 * 2**20
 _CHUNK_BYTES: Final = 2**20
+_MAX_NAME: Final = 128
 # All headers and names of an honest archive together are shorter.
 _MAX_HEADER_BYTES: Final = 2**20
 _TAR_SLACK_BYTES: Final = 2**20  # headers, padding and end blocks around the members
@@ -74,10 +74,10 @@ class _Guarded:
 
 
 def unpack(archive: Path, target: Path, *, max_bytes: int) -> None:
-    """Write the two adapter files of `archive` into the folder `target`, which may hold scratch files after.
+    """Write the files of `archive` into the folder `target`, and scratch beside it in its parent.
 
-    `max_bytes` bounds what comes out. Raises InvalidAdapter with every rule that is broken (`unsafe_archive`,
-    `unexpected_file`, `missing_file`), or TooLarge.
+    `max_bytes` bounds what comes out. Raises InvalidAdapter (`unsafe_archive`, with every member that breaks a
+    rule), or TooLarge.
     """
     try:
         with archive.open("rb") as file:
@@ -85,7 +85,9 @@ def unpack(archive: Path, target: Path, *, max_bytes: int) -> None:
         if start.startswith(b"PK"):
             _unpack_zip(archive, target, max_bytes)
         elif start.startswith(b"\x1f\x8b"):
-            _unpack_tar(_gunzip(archive, target / ".tar", max_bytes + _TAR_SLACK_BYTES), target, max_bytes)
+            _unpack_tar(
+                _gunzip(archive, target.parent / "unzipped.tar", max_bytes + _TAR_SLACK_BYTES), target, max_bytes
+            )
         elif start[257:262] == b"ustar":
             _unpack_tar(archive, target, max_bytes)
         else:
@@ -103,38 +105,35 @@ def _refused(message: str, where: str = "archive") -> InvalidAdapter:
 
 
 def check_members(members: list[Member]) -> dict[str, str]:
-    """The two files' member names by file name. Raises InvalidAdapter with everything that is wrong."""
+    """File names by member name. Raises InvalidAdapter with everything that is wrong."""
     problems = [p for member in members if (p := _member_problem(member)) is not None]
     files = [m.name for m in members if m.kind == "file"]
     if len(set(files)) < len(files):
         problems.append(Problem("unsafe_archive", "archive", "A member occurs twice: the archive is ambiguous."))
     if len({name.rpartition("/")[0] for name in files}) > 1:
-        problems.append(Problem("unsafe_archive", "archive", "Both files must lie in the same folder of the archive."))
-    found = {name.rpartition("/")[2]: name for name in files}
-    problems += [
-        Problem("missing_file", name, f"The archive holds no {name}.") for name in ADAPTER_FILES if name not in found
-    ]
+        problems.append(Problem("unsafe_archive", "archive", "All files must lie in the same folder of the archive."))
     if problems:
         raise InvalidAdapter(problems)
-    return found
+    return {name: name.rpartition("/")[2] for name in files}
 
 
 def _member_problem(member: Member) -> Problem | None:
-    shown = ascii(member.name)[1:-1]
+    shown = ascii(member.name)[1:-1][:_MAX_NAME]
     parts = member.name.rstrip("/").split("/")
+    message = None
     if member.name.startswith(("/", "\\")) or ":" in parts[0]:
-        return Problem("unsafe_archive", shown, "Member names must be relative.")
-    if any(part in {"", "..", "."} or "\\" in part or not part.isprintable() for part in parts):
-        return Problem("unsafe_archive", shown, "Member names must be plain: no '..', no empty or odd parts.")
-    if member.kind not in {"file", "folder"}:
-        return Problem("unsafe_archive", shown, f"Only regular files are unpacked; this is a {member.kind}.")
-    if len(parts) > (2 if member.kind == "file" else 1):
-        return Problem("unsafe_archive", shown, "The files must lie at the archive's root or in one folder.")
-    if member.kind == "file" and parts[-1] not in ADAPTER_FILES:
-        if parts[-1].lower().endswith(_ARCHIVE_SUFFIXES):
-            return Problem("unsafe_archive", shown, "An archive in an archive is not unpacked.")
-        return Problem("unexpected_file", shown, f"Only {' and '.join(ADAPTER_FILES)} belong in the archive.")
-    return None
+        message = "Member names must be relative."
+    elif any(part in {"", "..", "."} or "\\" in part or not part.isprintable() for part in parts):
+        message = "Member names must be plain: no '..', no empty or odd parts."
+    elif max(len(part.encode(errors="replace")) for part in parts) > _MAX_NAME:
+        message = f"Member names must be shorter than {_MAX_NAME} bytes."
+    elif member.kind not in {"file", "folder"}:
+        message = f"Only regular files are unpacked; this is a {member.kind}."
+    elif len(parts) > (2 if member.kind == "file" else 1):
+        message = "The files must lie at the archive's root or in one folder."
+    elif member.kind == "file" and parts[-1].lower().endswith(_ARCHIVE_SUFFIXES):
+        message = "An archive in an archive is not unpacked."
+    return None if message is None else Problem("unsafe_archive", shown, message)
 
 
 def _too_many() -> InvalidAdapter:
@@ -183,7 +182,7 @@ def _unpack_tar(archive: Path, target: Path, max_bytes: int) -> None:
             guarded.listed = True
             wanted = check_members([Member(_tar_name(info), _tar_kind(info)) for info in infos])
             budget = _Budget(max_bytes, archive.stat().st_size)
-            for name, member in wanted.items():
+            for member, name in wanted.items():
                 source = tar.extractfile(next(i for i in infos if i.isreg() and _tar_name(i) == member))
                 assert source is not None
                 with source:
@@ -216,7 +215,7 @@ def _unpack_zip(archive: Path, target: Path, max_bytes: int) -> None:
             guarded.listed = True
             wanted = check_members([Member(info.orig_filename, _zip_kind(info)) for info in infos])
             budget = _Budget(max_bytes, archive.stat().st_size)
-            for name, member in wanted.items():
+            for member, name in wanted.items():
                 with bundle.open(next(info for info in infos if info.orig_filename == member)) as source:
                     _pour(source, target / name, budget)
 

@@ -17,6 +17,7 @@ class Listed:
     ref: AdapterRef
     blob: str
     created: int
+    is_ready: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,16 +32,9 @@ class Entry:
 
     @property
     def active(self) -> Listed | None:
-        return None if self.active_version is None else self.versions[self.active_version]
-
-
-@dataclass(frozen=True, slots=True)
-class Changes:
-    """What another process did since the last look: versions that are gone, adapters pinned and unpinned."""
-
-    removed: tuple[AdapterRef, ...]
-    pinned: tuple[AdapterRef, ...]
-    unpinned: tuple[AdapterRef, ...]
+        """The active version, if there is one and it is ready."""
+        listed = None if self.active_version is None else self.versions[self.active_version]
+        return listed if listed is not None and listed.is_ready else None
 
 
 def missing(name: str, version: int | None = None) -> AdapterNotFound:
@@ -50,19 +44,21 @@ def missing(name: str, version: int | None = None) -> AdapterNotFound:
 
 
 def entry_of(record: AdapterRecord) -> Entry:
-    versions = {v.ref.version: Listed(v.ref, v.blob, v.created) for v in record.versions}
+    versions = {v.ref.version: Listed(v.ref, v.blob, v.created, v.is_ready) for v in record.versions}
     return Entry(record.tenant, record.name, record.pinned, record.active_version, MappingProxyType(versions))
 
 
 class Directory:
     """Implements `catalog.interface.AdapterDirectory`.
 
-    Written under the registry's lock only, right after each commit; read from any thread without one.
+    Written under the registry's lock only, right after each commit; read from any thread without one. A version
+    that was removed stays known as retired until `release`: requests that began before may still need its files.
     """
 
     def __init__(self) -> None:
         self._tenants: dict[str, dict[str, Entry]] = {}
         self._blobs: dict[str, str] = {}  # version id -> blob
+        self._retired: dict[str, str] = {}  # the same for removed versions
 
     def __len__(self) -> int:
         return sum(len(entries) for entries in self._tenants.values())
@@ -71,7 +67,7 @@ class Directory:
         """The tenant's own adapter, else the public one. Raises AdapterNotFound."""
         entry = self.find(tenant, name)
         listed = None if entry is None else entry.active if version is None else entry.versions.get(version)
-        if listed is None:
+        if listed is None or not listed.is_ready:
             raise missing(name, version)
         return listed.ref
 
@@ -86,17 +82,29 @@ class Directory:
     def find(self, tenant: str, name: str) -> Entry | None:
         """The entry that `name` means for this tenant."""
         for owner in (tenant, PUBLIC_TENANT):
-            entry = self._tenants.get(owner, {}).get(name)
+            entry = self.own(owner, name)
             if entry is not None:
                 return entry
         return None
+
+    def own(self, tenant: str, name: str) -> Entry | None:
+        """The tenant's adapter of that name, and nobody else's."""
+        return self._tenants.get(tenant, {}).get(name)
 
     def owners_of(self, name: str) -> list[str]:
         """Every tenant that has an adapter of that name: for admins only."""
         return [tenant for tenant, entries in list(self._tenants.items()) if name in entries]
 
     def blob_of(self, version_id: str) -> str | None:
-        return self._blobs.get(version_id)
+        """The blob of a version that is registered or retired."""
+        return self._blobs.get(version_id) or self._retired.get(version_id)
+
+    def is_retired(self, blob: str) -> bool:
+        return blob in list(self._retired.values())
+
+    def release(self, version_id: str) -> None:
+        """Nobody uses the removed version any more."""
+        self._retired.pop(version_id, None)
 
     def entries(self) -> list[Entry]:
         return [entry for entries in list(self._tenants.values()) for entry in list(entries.values())]
@@ -105,32 +113,31 @@ class Directory:
         old = self._tenants.get(entry.tenant, {}).get(entry.name)
         self._blobs.update({v.ref.id: v.blob for v in entry.versions.values()})
         self._tenants.setdefault(entry.tenant, {})[entry.name] = entry
-        self._forget_blobs(old, entry)
+        self._retire_gone(old, entry)
 
     def remove(self, tenant: str, name: str) -> None:
         old = self._tenants.get(tenant, {}).pop(name, None)
-        self._forget_blobs(old, None)
+        self._retire_gone(old, None)
 
-    def _forget_blobs(self, old: Entry | None, new: Entry | None) -> None:
+    def _retire_gone(self, old: Entry | None, new: Entry | None) -> None:
         kept = set() if new is None else {v.ref.id for v in new.versions.values()}
         for listed in [] if old is None else old.versions.values():
             if listed.ref.id not in kept:
+                self._retired[listed.ref.id] = listed.blob
                 self._blobs.pop(listed.ref.id, None)
 
-    def replace(self, entries: Iterable[Entry]) -> Changes:
-        """Take over the database's state whole, and say what is different for the engine."""
+    def replace(self, entries: Iterable[Entry]) -> list[AdapterRef]:
+        """Take over the database's state whole; the versions that are gone and now retired."""
         tenants: dict[str, dict[str, Entry]] = {}
         for entry in entries:
             tenants.setdefault(entry.tenant, {})[entry.name] = entry
-        before, self._tenants = self._tenants, tenants
-        self._blobs = {v.ref.id: v.blob for e in self.entries() for v in e.versions.values()}
-        old = {v.ref.id: v.ref for es in before.values() for e in es.values() for v in e.versions.values()}
-        old_pins, new_pins = _pins(before), _pins(tenants)
-        return Changes(
-            removed=tuple(ref for key, ref in old.items() if key not in self._blobs),
-            pinned=tuple(ref for key, ref in new_pins.items() if key not in old_pins),
-            unpinned=tuple(ref for key, ref in old_pins.items() if key not in new_pins),
-        )
+        before = [v for e in self.entries() for v in e.versions.values()]
+        blobs = {v.ref.id: v.blob for es in tenants.values() for e in es.values() for v in e.versions.values()}
+        gone = [listed for listed in before if listed.ref.id not in blobs]
+        self._retired.update({listed.ref.id: listed.blob for listed in gone})
+        self._blobs = blobs
+        self._tenants = tenants
+        return [listed.ref for listed in gone]
 
     def check_integrity(self) -> None:
         listed = {}
@@ -143,8 +150,4 @@ class Directory:
                     assert (version.ref.tenant, version.ref.name, version.ref.version) == (tenant, name, number)
                     listed[version.ref.id] = version.blob
         assert listed == self._blobs
-
-
-def _pins(tenants: Mapping[str, Mapping[str, Entry]]) -> dict[str, AdapterRef]:
-    pinned = [e.active for entries in tenants.values() for e in entries.values() if e.pinned]
-    return {listed.ref.id: listed.ref for listed in pinned if listed is not None}
+        assert not self._blobs.keys() & self._retired.keys()

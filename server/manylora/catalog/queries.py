@@ -28,8 +28,8 @@ def get_adapter(session: Session, tenant: str, name: str) -> AdapterRow:
     return row
 
 
-def load_record(session: Session, row: AdapterRow) -> AdapterRecord:
-    return adapter_record(row, versions_by_adapter(session, [row.id]).get(row.id, []))
+def load_record(session: Session, row: AdapterRow, base: str) -> AdapterRecord:
+    return adapter_record(row, versions_by_adapter(session, [row.id]).get(row.id, []), base)
 
 
 def versions_by_adapter(session: Session, adapter_ids: Sequence[str] | None) -> dict[str, list[VersionRow]]:

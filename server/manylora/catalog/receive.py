@@ -5,6 +5,7 @@ system's temporary folder and knows no limit on files.
 """
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,6 @@ from typing import IO, Final
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from manylora.catalog.files import ADAPTER_FILES
 from manylora.errors import InvalidAdapter, InvalidRequest, Problem, TooLarge, UnsupportedField
 
 ARCHIVE_PART: Final = "archive"
@@ -22,22 +22,28 @@ FIELDS: Final = frozenset({"name", "description", "pinned", "activate"})
 _MAX_FIELD_BYTES: Final = 64 * 1024
 _MAX_HEADER_BYTES: Final = 16 * 1024
 _MAX_PARTS: Final = 32
+_PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,128}(?<!\.)")
 _FLUSH_BYTES: Final = 2**20
 _FORM_SLACK_BYTES: Final = 2**20  # boundaries, headers and fields around the files
 
 
 @dataclass(slots=True)
 class Received:
-    """What came in: text fields by name, and the files, under fixed names, in `folder`."""
+    """What came in: text fields by name; either `archive`, or files in `adapter_folder`."""
 
     folder: Path
     fields: dict[str, str] = field(default_factory=dict)
     files: set[str] = field(default_factory=set)
     problems: list[Problem] = field(default_factory=list)
+    has_archive: bool = False
 
     @property
-    def archive(self) -> Path | None:
-        return self.folder / ARCHIVE_PART if ARCHIVE_PART in self.files else None
+    def archive(self) -> Path:
+        return self.folder / "archive"
+
+    @property
+    def adapter_folder(self) -> Path:
+        return self.folder / "adapter"
 
 
 async def receive_form(
@@ -45,8 +51,7 @@ async def receive_form(
 ) -> Received:
     """Read the form. Raises InvalidRequest, UnsupportedField, TooLarge, or InvalidAdapter (`unexpected_file`).
 
-    Files land in `folder` as `adapter_config.json`, `adapter_model.safetensors` or `archive`, never under a name
-    that the client chose. They are written by a worker thread.
+    A file's name is taken from the client only if it is a plain one. Files are written by a worker thread.
     """
     limit = max_bytes + _FORM_SLACK_BYTES
     if content_length is not None and content_length > limit:
@@ -116,6 +121,7 @@ class _Sink:
 
     def __init__(self, folder: Path) -> None:
         self.received = Received(folder)
+        self.received.adapter_folder.mkdir()
         self.error: InvalidRequest | None = None
         self.is_complete = False
         self.buffered = 0
@@ -175,31 +181,36 @@ class _Sink:
                 self._fail(InvalidRequest(f"The field '{self._name}' is given twice.", param=self._name))
             self._text = bytearray()
         elif self._name == ARCHIVE_PART:
-            self._open_file(ARCHIVE_PART)
+            self._open_archive()
         elif self._name == FILES_PART:
-            self._open_named(options.get(b"filename"))
+            self._open_file(options.get(b"filename", b"").decode(errors="replace"))
         else:
             message = f"The field '{self._name}' is not supported by this server. Leave it out."
             self._fail(UnsupportedField(message, param=self._name))
 
-    def _open_named(self, filename: bytes | None) -> None:
-        name = (filename or b"").decode(errors="replace")
-        if name in ADAPTER_FILES:
-            self._open_file(name)
+    def _open_archive(self) -> None:
+        if self.received.has_archive:
+            self._fail(InvalidRequest("The archive is sent twice.", param=ARCHIVE_PART))
         else:
-            message = f"Only {' and '.join(ADAPTER_FILES)} are taken; leave other files out."
-            self.received.problems.append(Problem("unexpected_file", ascii(name)[1:-1] or "(no name)", message))
+            self.received.has_archive = True
+            self._start(self.received.archive)
 
     def _open_file(self, name: str) -> None:
-        both = self.received.files | {name}
-        if name in self.received.files:
-            self._fail(InvalidRequest(f"The file '{name}' is sent twice.", param=self._name))
-        elif ARCHIVE_PART in both and len(both) > 1:
-            self._fail(InvalidRequest("Send either two 'files' parts or one 'archive' part, not both."))
+        if not _PLAIN_NAME.fullmatch(name):
+            message = "A 'files' part needs the plain name of an adapter's file."
+            self.received.problems.append(Problem("unexpected_file", ascii(name)[1:-1][:128] or "(no name)", message))
+        elif name in self.received.files:
+            self._fail(InvalidRequest(f"The file '{name}' is sent twice.", param=FILES_PART))
         else:
             self.received.files.add(name)
-            self._file = (self.received.folder / name).open("xb")
-            self._open.append(self._file)
+            self._start(self.received.adapter_folder / name)
+
+    def _start(self, path: Path) -> None:
+        if self.received.has_archive and self.received.files:
+            self._fail(InvalidRequest("Send either 'files' parts or one 'archive' part, not both."))
+            return
+        self._file = path.open("xb")
+        self._open.append(self._file)
 
     def on_part_data(self, data: bytes, start: int, end: int) -> None:
         if self._text is not None:

@@ -11,6 +11,17 @@ MICROSECONDS = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
+class Wish:
+    """Where an upload goes and what else it asks for; None leaves what is there."""
+
+    tenant: str
+    name: str
+    description: str | None = None
+    pinned: bool | None = None
+    activate: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class NewVersion:
     """A validated adapter whose files are in the store under `blob`, about to be published."""
 
@@ -35,11 +46,14 @@ class Folder:
 
 @dataclass(frozen=True, slots=True)
 class VersionRecord:
-    """One version of one adapter. `created` is in Unix microseconds."""
+    """One version of one adapter. `created` is in Unix microseconds.
+
+    `is_ready` is False where the server now runs a base model of other shapes than the version was made for.
+    """
 
     ref: AdapterRef
     blob: str
-    status: str
+    is_ready: bool
     kind: str
     rank: int
     alpha: float
@@ -88,7 +102,8 @@ class AdapterLimits:
     max_pinned: int | None = None
 
 
-def adapter_record(row: AdapterRow, versions: list[VersionRow]) -> AdapterRecord:
+def adapter_record(row: AdapterRow, versions: list[VersionRow], base: str) -> AdapterRecord:
+    """The record as a server with this base model sees it."""
     return AdapterRecord(
         id=row.id,
         tenant=row.tenant,
@@ -97,15 +112,15 @@ def adapter_record(row: AdapterRow, versions: list[VersionRow]) -> AdapterRecord
         active_version=row.active_version,
         pinned=row.pinned,
         created=row.created,
-        versions=tuple(_version_record(row, v) for v in versions),
+        versions=tuple(_version_record(row, v, base) for v in versions),
     )
 
 
-def _version_record(adapter: AdapterRow, row: VersionRow) -> VersionRecord:
+def _version_record(adapter: AdapterRow, row: VersionRow, base: str) -> VersionRecord:
     return VersionRecord(
         ref=AdapterRef(row.id, adapter.tenant, adapter.name, row.version, row.digest),
         blob=row.blob,
-        status=row.status,
+        is_ready=row.base == base,
         kind=row.kind,
         rank=row.rank,
         alpha=row.alpha,

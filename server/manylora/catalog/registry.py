@@ -16,19 +16,19 @@ from sqlalchemy.orm import Session
 
 from manylora.catalog import queries
 from manylora.catalog.database import Database
-from manylora.catalog.directory import Changes, Directory, entry_of, missing
+from manylora.catalog.directory import Directory, entry_of, missing
 from manylora.catalog.records import (
     AdapterRecord,
     Folder,
     NewVersion,
     Published,
     VersionRecord,
+    Wish,
     adapter_record,
 )
 from manylora.catalog.tables import AdapterRow, FolderRow, VersionRow
 from manylora.errors import Conflict
-
-READY = "ready"
+from manylora.lora.ref import AdapterRef
 
 
 def new_id(kind: str) -> str:
@@ -43,24 +43,29 @@ def now_us() -> int:
 class _Transaction:
     """One write: its session, and what the directory has to take over once it is committed."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, base: str) -> None:
         self.session = session
+        self._base = base
         self.changed: list[tuple[AdapterRecord, bool]] = []
 
     def mirror(self, row: AdapterRow) -> AdapterRecord:
         """The adapter as it is at this point of the transaction, noted for the directory."""
         self.session.flush()
-        record = queries.load_record(self.session, row)
+        record = queries.load_record(self.session, row, self._base)
         self.changed.append((record, row.is_deleted))
         return record
 
 
 class Registry:
-    """Adapters and versions. Thread-safe. Methods run queries: call them from a worker thread."""
+    """Adapters and versions. Thread-safe. Methods run queries: call them from a worker thread.
 
-    def __init__(self, database: Database) -> None:
+    `base` names the shapes of the base model that runs now: versions made for others are kept and not served.
+    """
+
+    def __init__(self, database: Database, base: str) -> None:
         self.directory = Directory()
         self._database = database
+        self._base = base
         self._lock = threading.Lock()
         self._seen = -1
         self.refresh()
@@ -70,7 +75,7 @@ class Registry:
     def get(self, tenant: str, name: str) -> AdapterRecord:
         """Raises AdapterNotFound."""
         with self._database.read() as session:
-            return queries.load_record(session, queries.get_adapter(session, tenant, name))
+            return queries.load_record(session, queries.get_adapter(session, tenant, name), self._base)
 
     def page(self, tenants: Sequence[str] | None, limit: int, after: str | None) -> tuple[list[AdapterRecord], bool]:
         """Adapters newest first, after the adapter with id `after`; and whether there are more.
@@ -84,7 +89,7 @@ class Registry:
             found = [session.execute(query).scalars().all() for query in ranges]
             rows = list(heapq.merge(*found, key=lambda row: (row.created, row.id), reverse=True))[: limit + 1]
             versions = queries.versions_by_adapter(session, [row.id for row in rows[:limit]])
-            return [adapter_record(row, versions[row.id]) for row in rows[:limit]], len(rows) > limit
+            return [adapter_record(row, versions[row.id], self._base) for row in rows[:limit]], len(rows) > limit
 
     def folders(self) -> dict[str, tuple[Folder, bool]]:
         """What `--adapters` registered, by path, and whether that version still exists."""
@@ -112,40 +117,55 @@ class Registry:
 
     # writing
 
-    def publish(
-        self,
-        tenant: str,
-        name: str,
-        new: NewVersion,
-        *,
-        activate: bool = True,
-        description: str | None = None,
-        pinned: bool | None = None,
-        folder: Folder | None = None,
-    ) -> Published:
+    def publish(self, wish: Wish, new: NewVersion, *, folder: Folder | None = None) -> Published:
         """Add a version, or take the newest one where it has the same digest; either becomes active if asked.
 
         Raises QuotaExceeded.
         """
         with self._write() as transaction:
             session = transaction.session
-            row = queries.find_adapter(session, tenant, name)
-            newest = None if row is None else queries.newest_version(session, row)
-            is_new = newest is None or newest.digest != new.digest
-            if is_new:
-                queries.check_kept(session, tenant, row, new.size_bytes)
-                row = _revived_adapter(session, row, tenant, name)
-                newest = _add_version(session, row, new)
+            row = queries.find_adapter(session, wish.tenant, wish.name)
+            newest = self._newest(session, row, new.digest)
+            is_new = newest is None
+            if newest is None:
+                queries.check_kept(session, wish.tenant, row, new.size_bytes)
+                row = _revived_adapter(session, row, wish.tenant, wish.name)
+                newest = _add_version(session, row, new, self._base)
             assert row is not None
-            assert newest is not None
-            if activate:
-                row.active_version = newest.version
-            _change(session, row, pinned, description)
-            if folder is not None:
-                session.merge(FolderRow(path=folder.path, fingerprint=folder.fingerprint, version_id=newest.id))
-            record = transaction.mirror(row)
-            number = newest.version
-        version = record.version(number)
+            return self._finish(transaction, wish, row, newest, is_new=is_new, folder=folder)
+
+    def republish(self, wish: Wish, digest: str, *, folder: Folder | None = None) -> Published | None:
+        """`publish` for a digest that the newest version has already; None, and nothing done, where it has not."""
+        with self._write() as transaction:
+            row = queries.find_adapter(transaction.session, wish.tenant, wish.name)
+            newest = self._newest(transaction.session, row, digest)
+            if row is None or newest is None:
+                return None
+            return self._finish(transaction, wish, row, newest, is_new=False, folder=folder)
+
+    def _newest(self, session: Session, row: AdapterRow | None, digest: str) -> VersionRow | None:
+        newest = None if row is None else queries.newest_version(session, row)
+        is_same = newest is not None and newest.digest == digest and newest.base == self._base
+        return newest if is_same else None
+
+    def _finish(
+        self,
+        transaction: _Transaction,
+        wish: Wish,
+        row: AdapterRow,
+        newest: VersionRow,
+        *,
+        is_new: bool,
+        folder: Folder | None,
+    ) -> Published:
+        if wish.activate:
+            row.active_version = newest.version
+        _change(transaction.session, row, wish.pinned, wish.description)
+        if folder is not None:
+            found = FolderRow(path=folder.path, fingerprint=folder.fingerprint, version_id=newest.id)
+            transaction.session.merge(found)
+        record = transaction.mirror(row)
+        version = record.version(newest.version)
         assert version is not None
         return Published(record, version, is_new)
 
@@ -162,7 +182,7 @@ class Registry:
         with self._write() as transaction:
             row = queries.get_adapter(transaction.session, tenant, name)
             if active_version is not None:
-                if queries.load_record(transaction.session, row).version(active_version) is None:
+                if queries.load_record(transaction.session, row, self._base).version(active_version) is None:
                     raise missing(name, active_version)
                 row.active_version = active_version
             _change(transaction.session, row, pinned, description)
@@ -172,7 +192,7 @@ class Registry:
         """Unpublish one version, or all. Raises AdapterNotFound, or Conflict for the active one of several."""
         with self._write() as transaction:
             row = queries.get_adapter(transaction.session, tenant, name)
-            before = queries.load_record(transaction.session, row)
+            before = queries.load_record(transaction.session, row, self._base)
             gone = [v for v in before.versions if version is None or v.ref.version == version]
             if not gone:
                 raise missing(name, version)
@@ -189,16 +209,19 @@ class Registry:
             transaction.mirror(row)
         return gone
 
-    def refresh(self) -> Changes:
-        """Take over what other processes changed; one small query when nothing did."""
+    def refresh(self) -> list[AdapterRef] | None:
+        """Take over what other processes changed; one small query, and None, when nothing did.
+
+        Returns the versions that are gone and now retired.
+        """
         with self._lock:
             if self._database.revision("catalog") == self._seen:
-                return Changes((), (), ())
+                return None
             with self._database.read() as session:
                 seen = session.execute(queries.revision_query()).scalar_one()
                 rows = session.execute(select(AdapterRow).where(AdapterRow.is_deleted.is_(False))).scalars().all()
                 versions = queries.versions_by_adapter(session, None)
-                entries = [entry_of(adapter_record(row, versions[row.id])) for row in rows]
+                entries = [entry_of(adapter_record(row, versions[row.id], self._base)) for row in rows]
             self._seen = seen
             return self.directory.replace(entries)
 
@@ -215,7 +238,7 @@ class Registry:
                 assert all(0 < number < row.next_version for number in numbers)
                 assert row.active_version is None or row.active_version in numbers
                 if numbers:
-                    expected.append(entry_of(adapter_record(row, versions[row.id])))
+                    expected.append(entry_of(adapter_record(row, versions[row.id], self._base)))
             listed = sorted(self.directory.entries(), key=lambda e: (e.tenant, e.name))
             assert listed == sorted(expected, key=lambda e: (e.tenant, e.name))
 
@@ -223,7 +246,7 @@ class Registry:
     def _write(self) -> Iterator[_Transaction]:
         with self._lock:
             with self._database.write("catalog") as session:
-                transaction = _Transaction(session)
+                transaction = _Transaction(session, self._base)
                 yield transaction
                 revision = session.execute(queries.revision_query()).scalar_one()
             if revision == self._seen + 1:  # else another process wrote in between, and `refresh` will look
@@ -255,14 +278,14 @@ def _revived_adapter(session: Session, row: AdapterRow | None, tenant: str, name
     return row
 
 
-def _add_version(session: Session, row: AdapterRow, new: NewVersion) -> VersionRow:
+def _add_version(session: Session, row: AdapterRow, new: NewVersion, base: str) -> VersionRow:
     version = VersionRow(
         id=new.id,
         adapter_id=row.id,
         version=row.next_version,
         digest=new.digest,
         blob=new.blob,
-        status=READY,
+        base=base,
         kind=new.kind,
         rank=new.rank,
         alpha=new.alpha,

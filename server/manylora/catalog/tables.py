@@ -47,7 +47,11 @@ class AdapterRow(Base):
 
 
 class VersionRow(Base):
-    """One immutable version. `digest` is the canonical content's hash, `blob` addresses the bytes in the store."""
+    """One immutable version.
+
+    `digest` is the canonical content's hash, `blob` addresses the bytes in the store, `base` says which shapes of
+    base model it was validated against.
+    """
 
     __tablename__ = "versions"
     __table_args__ = (
@@ -60,7 +64,7 @@ class VersionRow(Base):
     version: Mapped[int]
     digest: Mapped[str]
     blob: Mapped[str]
-    status: Mapped[str]
+    base: Mapped[str]
     kind: Mapped[str]
     rank: Mapped[int]
     alpha: Mapped[float]

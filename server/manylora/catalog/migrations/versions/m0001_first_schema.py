@@ -41,7 +41,7 @@ def _create_adapters() -> None:
         sa.Column("version", sa.BigInteger(), nullable=False),
         sa.Column("digest", sa.Text(), nullable=False),
         sa.Column("blob", sa.Text(), nullable=False),
-        sa.Column("status", sa.Text(), nullable=False),
+        sa.Column("base", sa.Text(), nullable=False),
         sa.Column("kind", sa.Text(), nullable=False),
         sa.Column("rank", sa.BigInteger(), nullable=False),
         sa.Column("alpha", sa.Float(), nullable=False),

@@ -1,0 +1,72 @@
+"""`--adapters DIR`: finding PEFT folders, knowing at the next start which have not changed, registering the rest."""
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from manylora.catalog.files import ADAPTER_FILES, CONFIG_FILE
+from manylora.catalog.records import Folder, Published
+from manylora.errors import InvalidAdapter, ManyloraError, StartupError
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class FoundFolder:
+    """A PEFT folder. The stamp's fingerprint changes whenever a file is replaced or written to."""
+
+    path: Path
+    stamp: Folder
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+
+def discover(root: Path, base: str) -> list[FoundFolder]:
+    """Every folder at or below `root` with an adapter_config.json, by path. Raises StartupError without `root`.
+
+    `base` goes into the fingerprints: for another base model every folder has to be looked at again.
+    """
+    if not root.is_dir():
+        raise StartupError(f"--adapters {root} is not a folder.")
+    found = sorted(config.parent for config in root.resolve().rglob(CONFIG_FILE))
+    return [FoundFolder(folder, Folder(str(folder), f"{base[:16]}/{_fingerprint(folder)}")) for folder in found]
+
+
+def _fingerprint(folder: Path) -> str:
+    parts = []
+    for name in ADAPTER_FILES:
+        try:
+            info = (folder / name).stat()
+            parts.append(f"{info.st_size}:{info.st_mtime_ns}:{info.st_ino}")
+        except FileNotFoundError:
+            parts.append("missing")
+    return "/".join(parts)
+
+
+async def register(
+    root: Path,
+    base: str,
+    known: Callable[[], Mapping[str, tuple[Folder, bool]]],
+    add: Callable[[FoundFolder], Awaitable[Published]],
+) -> list[Published]:
+    """Hand every new or changed folder to `add`; one that is refused is logged with all its problems."""
+    found = await asyncio.to_thread(discover, root, base)
+    before = await asyncio.to_thread(known)
+    times = Counter(folder.name for folder in found)
+    done = []
+    for folder in found:
+        if times[folder.name] > 1:
+            _log.error("Not registered: %s: another folder below %s has the same name", folder.path, root)
+        elif before.get(folder.stamp.path) != (folder.stamp, True):
+            try:
+                done.append(await add(folder))
+            except ManyloraError as error:
+                _log.error("Not registered: %s: %s", folder.path, error.message)
+                for problem in error.problems if isinstance(error, InvalidAdapter) else []:
+                    _log.error("  %s %s: %s", problem.code, problem.where, problem.message)
+    return done

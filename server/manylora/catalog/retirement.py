@@ -1,0 +1,48 @@
+"""What happens to a deleted version: its users finish, the engine forgets it, its files go."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from manylora.catalog.directory import Directory
+from manylora.engine.interface import AdapterRef, EngineClient
+from manylora.errors import ManyloraError
+
+_log = logging.getLogger(__name__)
+
+
+class Retirement:
+    """One background task per deleted version. `free` removes a blob's files, and runs on a worker thread."""
+
+    def __init__(self, engine: EngineClient, directory: Directory, free: Callable[[str], None]) -> None:
+        self._engine = engine
+        self._directory = directory
+        self._free = free
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def begin(self, ref: AdapterRef) -> None:
+        """`ref` has just been unpublished."""
+        task = asyncio.create_task(self._retire(ref), name=f"retire {ref.id}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _retire(self, ref: AdapterRef) -> None:
+        blob = self._directory.blob_of(ref.id)
+        try:
+            await self._engine.forget(ref)
+            self._directory.release(ref.id)
+            if blob is not None:
+                await asyncio.to_thread(self._free, blob)
+        except (ManyloraError, OSError) as error:
+            _log.warning("The files of %s/%s stay until the next start: %s", ref.tenant, ref.label, error)
+
+    async def settled(self) -> None:
+        """Wait until every version deleted so far is gone."""
+        while self._tasks:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def aclose(self) -> None:
+        """Leave what is not done to the next start's sweep."""
+        for task in self._tasks:
+            task.cancel()
+        await self.settled()

@@ -1,0 +1,302 @@
+"""The catalog as the rest of the program uses it: registry, store and quarantine put together.
+
+An adapter's way: quarantine folder → `lora.format.read` → effect probe → store → one registry transaction →
+visible. A crash at any point leaves either nothing or the whole adapter; `Catalog.open` sweeps the rest.
+"""
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import IO, Final
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from manylora.catalog import folders, sources
+from manylora.catalog.blobs import Blobs
+from manylora.catalog.database import Database, open_database
+from manylora.catalog.directory import Directory, missing
+from manylora.catalog.files import ADAPTER_FILES
+from manylora.catalog.interface import PUBLIC_TENANT
+from manylora.catalog.lockfile import FolderLock
+from manylora.catalog.names import check_name
+from manylora.catalog.pins import Pins
+from manylora.catalog.receive import receive_form
+from manylora.catalog.records import AdapterRecord, Folder, Published, VersionRecord, Wish
+from manylora.catalog.registry import Registry
+from manylora.catalog.retirement import Retirement
+from manylora.catalog.store import Store, open_store
+from manylora.catalog.upload import Quarantine, Rules, new_version, probe, wish_of
+from manylora.engine.interface import AdapterRef, EngineClient, Tier
+from manylora.errors import InvalidAdapter, InvalidSettings, ManyloraError, TooLarge
+from manylora.lora.format import ModuleSpec
+from manylora.settings import Settings
+
+_POLL_S: Final = 1.0
+_log = logging.getLogger(__name__)
+
+
+class Catalog:
+    """Uploads, versions, names and files of all adapters.
+
+    Built by `open` before the engine (which loads through it: it is an `AdapterSource`), told of the engine by
+    `attach`, and used on the event loop from then on. Work that blocks runs on worker threads.
+    """
+
+    def __init__(self, database: Database, store: Store, lock: FolderLock, settings: Settings, rules: Rules) -> None:
+        self.database = database
+        self._store = store
+        self._lock = lock
+        self._rules = rules
+        self._import_allow = settings.import_allow
+        self._base = base_signature(rules.modules)
+        self._registry = Registry(database, self._base)
+        self._blobs = Blobs(database, self._registry, store)
+        self._scratch = settings.data_dir / "quarantine"
+        self._quarantine = Quarantine(self._scratch, rules)
+        self._engine: EngineClient | None = None
+        self._retirement: Retirement | None = None
+        self._pins: Pins | None = None
+        self._watching: asyncio.Task[None] | None = None
+        self._count_upload: Callable[[str], None] = _ignore
+
+    @classmethod
+    def open(cls, settings: Settings, modules: Mapping[str, ModuleSpec]) -> "Catalog":
+        """Open database and store, and clear away what a crash left. Raises StartupError."""
+        max_bytes = settings.max_adapter_size
+        if isinstance(max_bytes, float):
+            raise InvalidSettings("max_adapter_size is a size in bytes, such as '1GiB', not a share of memory.")
+        lock = FolderLock(settings.data_dir)
+        try:
+            database = open_database(settings.resolved_database_url)
+            store = open_store(settings.resolved_store_url, settings.data_dir / "cache")
+            catalog = cls(database, store, lock, settings, Rules(modules, settings.max_rank, max_bytes))
+            catalog._blobs.sweep()
+        except BaseException:
+            lock.release()
+            raise
+        return catalog
+
+    @property
+    def directory(self) -> Directory:
+        """Implements `catalog.interface.AdapterDirectory`."""
+        return self._registry.directory
+
+    @property
+    def max_upload_bytes(self) -> int:
+        return self._rules.max_bytes
+
+    def local_folder(self, ref: AdapterRef) -> Path:
+        """Implements `engine.interface.AdapterSource`."""
+        return self._blobs.local_folder(ref)
+
+    async def attach(self, engine: EngineClient, *, count_upload: Callable[[str], None] | None = None) -> None:
+        """Work with this engine from now on: pin what is pinned, follow other processes' changes."""
+        self._engine = engine
+        self._count_upload = count_upload or _ignore
+        self._pins = Pins(engine, self.directory)
+        self._retirement = Retirement(engine, self.directory, self._blobs.free)
+        self._pins.sync_all()
+        self._watching = asyncio.create_task(self._watch(), name="catalog-watch")
+
+    async def aclose(self) -> None:
+        """Stop background work and close the database. What was not freed yet is swept at the next start."""
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
+        if self._retirement is not None:
+            await self._retirement.aclose()
+        self.database.close()
+        self._store.close()
+        self._lock.release()
+
+    # adding
+
+    async def upload(
+        self, tenant: str, body: AsyncIterator[bytes], content_type: str, content_length: int | None
+    ) -> Published:
+        """A multipart upload. Raises InvalidAdapter, TooLarge, QuotaExceeded, InvalidRequest."""
+
+        async def receive(folder: Path) -> tuple[Wish, Path]:
+            limit = self._rules.max_bytes
+            received = await receive_form(body, content_type, folder, max_bytes=limit, content_length=content_length)
+            wish = self._checked(wish_of(received.fields, tenant))
+            return wish, await self._quarantine.unpack(received)
+
+        return await self._counted(self._add(receive))
+
+    async def import_from(self, wish: Wish, source: str) -> Published:
+        """An import from a source on the allow-list. Raises what `upload` and `sources.fetch` raise."""
+
+        async def receive(folder: Path) -> tuple[Wish, Path]:
+            self._checked(wish)
+            allow, limit = self._import_allow, self._rules.max_bytes
+            await asyncio.to_thread(sources.fetch, source, folder, allow=allow, max_bytes=limit)
+            return wish, folder
+
+        return await self._counted(self._add(receive))
+
+    async def register_folder(self, root: Path) -> list[Published]:
+        """Register the PEFT folders at or below `root` for the tenant `public`, each under its own name.
+
+        An unchanged one costs a `stat`. A broken one is logged with all its problems and not served (a version
+        registered earlier stays); the others are registered all the same. Raises StartupError without `root`.
+        """
+        return await folders.register(root, self._base, self._registry.folders, self._add_folder)
+
+    async def _add_folder(self, found: folders.FoundFolder) -> Published:
+        wish = self._checked(Wish(PUBLIC_TENANT, found.name))
+
+        async def receive(folder: Path) -> tuple[Wish, Path]:
+            files = {name: found.path / name for name in ADAPTER_FILES if (found.path / name).is_file()}
+            await asyncio.to_thread(sources.copy_bounded, files, folder, self._rules.max_bytes)
+            return wish, folder
+
+        return await self._add(receive, found.stamp)
+
+    async def _add(
+        self, receive: Callable[[Path], Awaitable[tuple[Wish, Path]]], stamp: Folder | None = None
+    ) -> Published:
+        async with self._quarantine.folder() as quarantine:
+            wish, folder = await receive(quarantine)
+            adapter = await self._quarantine.validate(folder)
+            done = await asyncio.to_thread(self._registry.republish, wish, adapter.digest, folder=stamp)
+            if done is None:
+                size, pinned = adapter.size_bytes, bool(wish.pinned)
+                await asyncio.to_thread(self._registry.check_quota, wish.tenant, wish.name, size, pinned=pinned)
+                effect = await probe(self._attached, folder, adapter.digest, wish)
+                new = await asyncio.to_thread(new_version, folder, adapter, effect)
+                publish = partial(self._registry.publish, wish, new, folder=stamp)
+                done = await asyncio.to_thread(self._blobs.keep, folder, new.blob, publish)
+        return await self._with_pin(done)
+
+    async def _with_pin(self, done: Published) -> Published:
+        """Tell the engine. If it cannot pin, the upload stands, unpinned."""
+        tenant, name = done.adapter.tenant, done.adapter.name
+        try:
+            self._pins_attached.sync(tenant, name)
+        except ManyloraError as error:
+            _log.warning("%s/%s was uploaded and cannot be pinned: %s", tenant, name, error.message)
+            record = await asyncio.to_thread(self._registry.update, tenant, name, pinned=False)
+            return Published(record, done.version, done.is_new)
+        return done
+
+    def _checked(self, wish: Wish) -> Wish:
+        check_name(wish.name, reserved=self._attached.model.name)
+        return wish
+
+    async def _counted(self, adding: Awaitable[Published]) -> Published:
+        result = "failed"
+        try:
+            done = await adding
+            result = "created" if done.is_new else "unchanged"
+        except (InvalidAdapter, TooLarge):
+            result = "refused"
+            raise
+        finally:
+            self._count_upload(result)
+        return done
+
+    # reading
+
+    async def get(self, tenant: str, name: str) -> AdapterRecord:
+        """The tenant's own adapter of that name, exactly. Raises AdapterNotFound."""
+        return await asyncio.to_thread(self._registry.get, tenant, name)
+
+    async def page(
+        self, tenants: Sequence[str] | None, limit: int, after: str | None
+    ) -> tuple[list[AdapterRecord], bool]:
+        """Adapters of these tenants (None: of all) newest first, and whether there are more."""
+        return await asyncio.to_thread(self._registry.page, tenants, limit, after)
+
+    async def download(self, version: VersionRecord) -> IO[bytes]:
+        """The version as a .tar.gz, an open file that the caller closes. Raises AdapterNotFound if it went away."""
+        if self.directory.blob_of(version.ref.id) is None:
+            raise missing(version.ref.name, version.ref.version)
+        return await asyncio.to_thread(self._blobs.pack, version, self._scratch)
+
+    def tier_of(self, ref: AdapterRef) -> Tier:
+        return self._attached.tier_of(ref)
+
+    # changing
+
+    async def update(
+        self,
+        tenant: str,
+        name: str,
+        *,
+        active_version: int | None = None,
+        pinned: bool | None = None,
+        description: str | None = None,
+    ) -> AdapterRecord:
+        """Promote, pin and describe in one step. Requests that run keep the version they began with."""
+        change = partial(self._registry.update, tenant, name)
+        record = await asyncio.to_thread(change, active_version=active_version, pinned=pinned, description=description)
+        try:
+            self._pins_attached.sync(tenant, name)
+        except ManyloraError:
+            await asyncio.to_thread(change, pinned=False)
+            raise
+        return record
+
+    async def delete(self, tenant: str, name: str, version: int | None = None) -> None:
+        """Unpublish now; memory and files go once no running request needs them.
+
+        Raises AdapterNotFound, or Conflict for the active version while there are others.
+        """
+        gone = await asyncio.to_thread(self._registry.delete, tenant, name, version)
+        self._pins_attached.sync(tenant, name)
+        for record in gone:
+            self._retirements.begin(record.ref)
+
+    # beside the requests
+
+    async def refresh(self) -> None:
+        """Take over what other processes changed in the database."""
+        gone = await asyncio.to_thread(self._registry.refresh)
+        if gone is None:
+            return
+        self._pins_attached.sync_all()
+        for ref in gone:
+            self._retirements.begin(ref)
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(_POLL_S)
+            try:
+                await self.refresh()
+            except SQLAlchemyError:
+                _log.exception("The database cannot be read; trying again")
+
+    @property
+    def _attached(self) -> EngineClient:
+        assert self._engine is not None, "attach() comes first"
+        return self._engine
+
+    @property
+    def _pins_attached(self) -> Pins:
+        assert self._pins is not None, "attach() comes first"
+        return self._pins
+
+    @property
+    def _retirements(self) -> Retirement:
+        assert self._retirement is not None, "attach() comes first"
+        return self._retirement
+
+    def check_integrity(self) -> None:
+        """Registry, directory and store agree. Not for the hot path."""
+        self._registry.check_integrity()
+        for blob in self._registry.blobs():
+            assert self._store.has(blob), f"the files of blob {blob} are missing"
+
+
+def base_signature(modules: Mapping[str, ModuleSpec]) -> str:
+    """Names and shapes of the base's modules as a hash: adapters fit a base with the same, and no other."""
+    lines = sorted(f"{m.path} {m.kind} {m.in_features} {m.out_features}" for m in modules.values())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _ignore(_result: str) -> None:
+    """Nobody counts."""

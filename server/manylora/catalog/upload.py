@@ -1,0 +1,135 @@
+"""The steps between bytes that came in and a version that may be named: quarantine, validate, probe.
+
+Everything happens in a folder of its own below `quarantine/`, which is removed whatever the outcome, and swept
+at start.
+"""
+
+import asyncio
+import math
+import secrets
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from manylora.catalog.archive import unpack
+from manylora.catalog.files import ADAPTER_FILES, blob_of_folder, clear_folder, remove_tree
+from manylora.catalog.receive import Received
+from manylora.catalog.records import NewVersion, Wish
+from manylora.catalog.registry import new_id
+from manylora.engine.interface import AdapterRef, Effect, EngineClient
+from manylora.errors import InvalidAdapter, InvalidRequest, Problem
+from manylora.lora import format as lora_format
+from manylora.lora.format import Adapter, ModuleSpec
+
+_BOOLEANS: Final = {"true": True, "1": True, "false": False, "0": False}
+_MAX_DESCRIPTION: Final = 4096
+# Each validation holds an adapter's tensors; a few at once keep the processors busy.
+_MAX_VALIDATIONS: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What an adapter is measured against: the base's modules and the limits."""
+
+    modules: Mapping[str, ModuleSpec]
+    max_rank: int
+    max_bytes: int
+
+    def read(self, folder: Path) -> Adapter:
+        """Validate the files in `folder`. Raises InvalidAdapter with every problem."""
+        return lora_format.read(folder, self.modules, max_rank=self.max_rank, max_size=self.max_bytes)
+
+
+class Quarantine:
+    """Folders for uploads in progress, and the queue for the validator."""
+
+    def __init__(self, root: Path, rules: Rules) -> None:
+        self._root = root
+        self._rules = rules
+        self._validations = asyncio.Semaphore(_MAX_VALIDATIONS)
+        clear_folder(root)
+
+    @asynccontextmanager
+    async def folder(self) -> AsyncIterator[Path]:
+        """A new empty folder, removed at the end."""
+        folder = self._root / secrets.token_hex(8)
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            await asyncio.to_thread(remove_tree, folder)
+
+    async def validate(self, folder: Path) -> Adapter:
+        """Raises InvalidAdapter with every problem."""
+        async with self._validations:
+            return await asyncio.to_thread(self._rules.read, folder)
+
+    async def unpack(self, received: Received) -> Path:
+        """The folder with the adapter's files, from either form of upload. Raises InvalidAdapter or TooLarge."""
+        if received.has_archive:
+            async with self._validations:
+                target, max_bytes = received.adapter_folder, self._rules.max_bytes
+                await asyncio.to_thread(unpack, received.archive, target, max_bytes=max_bytes)
+        return received.adapter_folder
+
+
+async def probe(engine: EngineClient, folder: Path, digest: str, wish: Wish) -> Effect:
+    """What the adapter does to the base. Raises InvalidAdapter (`no_effect`, `not_finite`)."""
+    ref = AdapterRef(new_id("probe"), wish.tenant, wish.name, 0, digest)
+    try:
+        effect = await engine.measure_effect(ref, folder)
+    finally:
+        await engine.forget(ref)
+    if not (math.isfinite(effect.max_abs_logit_delta) and math.isfinite(effect.kl)):
+        message = "With this adapter the model's logits are not finite. Its weights are too large; train it again."
+        raise InvalidAdapter([Problem("not_finite", "effect", message)])
+    if effect.max_abs_logit_delta == 0:
+        message = (
+            "The logits with this adapter equal the base model's, so it would do nothing. "
+            "Was it saved before training (B is zero), or is its alpha 0?"
+        )
+        raise InvalidAdapter([Problem("no_effect", "effect", message)])
+    return effect
+
+
+def new_version(folder: Path, adapter: Adapter, effect: Effect) -> NewVersion:
+    """What the registry keeps of a validated adapter. Hashes the files: call it from a worker thread."""
+    return NewVersion(
+        id=new_id("version"),
+        digest=adapter.digest,
+        blob=blob_of_folder(folder),
+        kind="lora",
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        target_modules=tuple(adapter.target_modules),
+        size_bytes=sum((folder / name).stat().st_size for name in ADAPTER_FILES),
+        report=report_of(adapter, effect),
+    )
+
+
+def report_of(adapter: Adapter, effect: Effect | None) -> dict[str, Any]:
+    """The validation report of the API. Offline there is no effect: nothing ran."""
+    measured = None if effect is None else asdict(effect)
+    return {"matched": list(adapter.matched), "warnings": list(adapter.warnings), "effect": measured}
+
+
+def wish_of(fields: Mapping[str, str], tenant: str) -> Wish:
+    """The form's text fields. Raises InvalidRequest."""
+    if "name" not in fields:
+        raise InvalidRequest("The field 'name' is required.", param="name")
+    description = fields.get("description")
+    if description is not None and len(description) > _MAX_DESCRIPTION:
+        raise InvalidRequest(f"'description' is longer than {_MAX_DESCRIPTION} characters.", param="description")
+    pinned, activate = (_boolean(fields, key) for key in ("pinned", "activate"))
+    return Wish(tenant, fields["name"], description, pinned, True if activate is None else activate)
+
+
+def _boolean(fields: Mapping[str, str], key: str) -> bool | None:
+    if key not in fields:
+        return None
+    value = _BOOLEANS.get(fields[key].strip().lower())
+    if value is None:
+        raise InvalidRequest(f"'{key}' must be 'true' or 'false'.", param=key)
+    return value
