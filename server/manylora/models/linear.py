@@ -1,24 +1,11 @@
 """Our linears, which stand where the model's own stood: the base's matmul once over all rows, then the deltas."""
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
-from torch.nn import functional
 
 from manylora.lora.kernels import LoraPlan, SiteGroup
 from manylora.models.batch import ForwardContext
-
-BaseMatmul = Callable[[torch.Tensor], torch.Tensor]  # [T, in_features] -> a new [T, out_features]
-
-
-def dense(weight: torch.Tensor, bias: torch.Tensor | None) -> BaseMatmul:
-    """The plain product x W^T + b, for `weight` [out, in]."""
-
-    def matmul(x: torch.Tensor) -> torch.Tensor:
-        return functional.linear(x, weight, bias)
-
-    return matmul
+from manylora.models.matmul import BaseMatmul
 
 
 class AdaptedLinear(nn.Module):
@@ -62,13 +49,13 @@ class FusedMember(nn.Module):
 
     def __init__(self, fused: "FusedLinears", member: int) -> None:
         super().__init__()
-        self._fused = (fused,)  # in a tuple, so that it is not registered as a submodule three times
-        self._member = member
+        self.fused = fused
+        self.member = member
         self.in_features = fused.linear.in_features
         self.out_features = fused.widths[member]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._fused[0].part(self._member, x)
+        return self.fused.part(self.member, x)
 
 
 class FusedLinears:

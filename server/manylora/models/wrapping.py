@@ -22,7 +22,8 @@ from manylora.lora.kernels import SiteGroup
 from manylora.models import attention
 from manylora.models.batch import ForwardContext
 from manylora.models.kv_cache import KVCache, KVShape
-from manylora.models.linear import AdaptedEmbedding, AdaptedLinear, BaseMatmul, FusedLinears, FusedMember, dense
+from manylora.models.linear import AdaptedEmbedding, AdaptedLinear, FusedLinears, FusedMember
+from manylora.models.matmul import BaseMatmul, best
 
 MatmulFactory = Callable[[str, torch.Tensor, torch.Tensor | None], BaseMatmul]  # (path, weight [out, in], bias)
 
@@ -35,6 +36,7 @@ class Survey:
     """What one pass over the untouched model showed. `groups`: paths of linears that read the same input."""
 
     kv_shapes: list[KVShape] = field(default_factory=list)
+    options: list[attention.AttentionOptions] = field(default_factory=list)
     groups: list[list[str]] = field(default_factory=list)
     token_ids: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     logits: torch.Tensor = field(default_factory=lambda: torch.empty(0))
@@ -63,7 +65,7 @@ def survey(model: PreTrainedModel) -> Survey:
     vocab = int(model.get_input_embeddings().weight.shape[0])
     generator = torch.Generator().manual_seed(0)
     found.token_ids = torch.randint(0, vocab, (PROBE_LENGTH,), generator=generator)
-    device = model.get_input_embeddings().weight.device  # type: ignore[union-attr]
+    device = model.get_input_embeddings().weight.device
     inputs = {
         "input_ids": found.token_ids[None].to(device),
         "position_ids": torch.arange(PROBE_LENGTH, device=device)[None],
@@ -92,6 +94,7 @@ def _recording_attention(found: Survey) -> attention.AttentionFunction:
         options = attention.read_options(module, query.shape[-1], kwargs)
         if key.shape != value.shape or getattr(module, "layer_idx", None) != len(found.kv_shapes):
             raise ModelUnusable(f"{type(module).__name__} has a cache layout that is not supported.")
+        found.options.append(options)
         found.kv_shapes.append(KVShape(key.shape[1], key.shape[3]))
         q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
         return attention.prefill(q, k.transpose(0, 1), v.transpose(0, 1), options).unsqueeze(0), None
@@ -136,7 +139,7 @@ def adaptable_modules(model: PreTrainedModel) -> dict[str, ModuleSpec]:
     found: dict[str, ModuleSpec] = {}
     for path, module in model.named_modules():
         if module is embedding:
-            found[path] = ModuleSpec(path, "embedding", *module.weight.shape)  # type: ignore[misc]
+            found[path] = ModuleSpec(path, "embedding", *module.weight.shape)
         elif isinstance(module, Conv1D):
             found[path] = ModuleSpec(path, "conv1d", *module.weight.shape)
         elif isinstance(module, nn.Linear):
@@ -146,7 +149,7 @@ def adaptable_modules(model: PreTrainedModel) -> dict[str, ModuleSpec]:
 
 def wrap(model: PreTrainedModel, make_matmul: MatmulFactory | None = None) -> WrappedModel:
     """Replace linears, embedding and attention by ours, in place. Raises ModelUnusable."""
-    make = make_matmul or (lambda _path, weight, bias: dense(weight, bias))
+    make = make_matmul or (lambda _path, weight, bias: best(weight, bias))
     found = survey(model)
     specs = adaptable_modules(model)
     groups = _complete_groups(found.groups, specs)
@@ -163,7 +166,7 @@ def wrap(model: PreTrainedModel, make_matmul: MatmulFactory | None = None) -> Wr
         for group in groups:
             first = model.get_submodule(group[0])
             if specs[group[0]].kind == "embedding":
-                embedding = AdaptedEmbedding(first, wrapped.sites[group[0]], wrapped.context)  # type: ignore[arg-type]
+                embedding = AdaptedEmbedding(first, wrapped.sites[group[0]], wrapped.context)
                 model.set_submodule(group[0], embedding)
             else:
                 _replace_linears(wrapped, group, make, on_logit_rows=first is head)
