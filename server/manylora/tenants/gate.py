@@ -1,0 +1,107 @@
+"""The gate: keys and quotas in memory, kept equal to the database."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import Final
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from manylora.catalog.database import Database
+from manylora.catalog.interface import PUBLIC_TENANT
+from manylora.errors import AuthenticationFailed
+from manylora.tenants.interface import Principal, Role
+from manylora.tenants.keys import Key, KeyStore, is_secret_of, parse_key
+from manylora.tenants.limits import TenantStore
+from manylora.tenants.quotas import QuotaLease, Quotas
+
+_POLL_S: Final = 1.0
+# Last-used times are written together, this often.
+_FLUSH_S: Final = 15.0
+_log = logging.getLogger(__name__)
+
+
+class TenantGate:
+    """Implements `tenants.interface.Gate`. Used on the event loop's thread; queries run on worker threads.
+
+    Other processes (`manylora keys create`, another server) change the same database: `start` looks every second.
+    """
+
+    def __init__(self, database: Database, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._database = database
+        self._key_store = KeyStore(database)
+        self._tenant_store = TenantStore(database)
+        self._quotas = Quotas(clock)
+        self._keys: dict[str, Key] = {}
+        self._used: dict[str, int] = {}
+        self._seen = -1
+        self._task: asyncio.Task[None] | None = None
+        self._load()
+
+    @property
+    def is_open(self) -> bool:
+        """No key was ever made. Revoking the last one does not open the server again."""
+        return not self._keys
+
+    def authenticate(self, authorization: str | None) -> Principal:
+        """From `Bearer <key>`. Raises AuthenticationFailed, the same for unknown, wrong and revoked."""
+        if self.is_open:
+            return Principal(PUBLIC_TENANT, Role.ADMIN, weight=self._quotas.limits_of(PUBLIC_TENANT).weight)
+        if not authorization:
+            raise AuthenticationFailed("This server needs an API key: send 'Authorization: Bearer <key>'.")
+        scheme, _, text = authorization.partition(" ")
+        parsed = parse_key(text.strip()) if scheme.lower() == "bearer" else None
+        key = None if parsed is None else self._keys.get(parsed[0])
+        is_valid = is_secret_of(key, "" if parsed is None else parsed[1])
+        if key is None or not is_valid:
+            raise AuthenticationFailed("The API key is not known or was revoked.")
+        self._used[key.id] = time.time_ns() // 1000
+        return Principal(key.tenant, key.role, key.id, self._quotas.limits_of(key.tenant).weight)
+
+    def admit(self, principal: Principal, prompt_tokens: int, max_completion_tokens: int) -> QuotaLease:
+        """Raises QuotaExceeded."""
+        return self._quotas.admit(principal.tenant, prompt_tokens + max_completion_tokens)
+
+    def start(self) -> None:
+        """Follow the database until `aclose`."""
+        self._task = asyncio.create_task(self._watch(), name="tenants-watch")
+
+    async def aclose(self) -> None:
+        """Stop following, and write the last-used times that are still to write."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        await self._flush()
+
+    async def refresh(self) -> None:
+        """Look at the database now."""
+        await asyncio.to_thread(self._load)
+
+    def _load(self) -> None:
+        revision = self._database.revision("tenants")
+        if revision != self._seen:
+            keys = {key.prefix: key for key in self._key_store.list()}
+            self._quotas.set_limits(self._tenant_store.list())
+            self._keys = keys
+            self._seen = revision
+
+    async def _flush(self) -> None:
+        used, self._used = self._used, {}
+        if used:
+            await asyncio.to_thread(self._key_store.note_used, used)
+
+    async def _watch(self) -> None:
+        flushed = time.monotonic()
+        while True:
+            await asyncio.sleep(_POLL_S)
+            try:
+                await self.refresh()
+                if time.monotonic() - flushed >= _FLUSH_S:
+                    flushed = time.monotonic()
+                    await self._flush()
+            except SQLAlchemyError:
+                _log.exception("The database cannot be read; trying again")
+
+    def check_integrity(self) -> None:
+        self._quotas.check_integrity()

@@ -1,0 +1,128 @@
+"""API keys: `ml_<prefix>_<secret>`, made once, shown once, kept as a hash.
+
+The secret is 256 random bits, so nobody can guess it from its hash, whatever the hash's speed. A slow hash
+(bcrypt, Argon2) protects short passwords that people choose; here it would only slow every request down.
+"""
+
+import hashlib
+import hmac
+import re
+import secrets
+import time
+from dataclasses import dataclass
+from typing import Final
+
+from sqlalchemy import select, update
+
+from manylora.catalog.database import Database
+from manylora.catalog.tables import KeyRow
+from manylora.errors import InvalidRequest, NotFound
+from manylora.tenants.interface import Role
+
+_KEY: Final = re.compile(r"ml_([0-9a-f]{12})_([A-Za-z0-9_-]{43})")
+_TENANT: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+# Compared with when no such key exists, so that the answer takes as long as for a wrong secret.
+_NO_HASH: Final = "0" * 64
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What is known of a key; times in Unix microseconds. `prefix` is the part that may be shown again."""
+
+    id: str
+    tenant: str
+    role: Role
+    prefix: str
+    secret_hash: str
+    created: int
+    last_used: int | None
+    revoked: int | None
+
+
+def parse_key(text: str) -> tuple[str, str] | None:
+    """Prefix and secret of a key as its holder sends it."""
+    match = _KEY.fullmatch(text)
+    return (match[1], match[2]) if match else None
+
+
+def hash_secret(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def is_secret_of(key: Key | None, secret: str) -> bool:
+    """Whether the secret is the key's, in a time that tells nothing of either."""
+    expected = _NO_HASH if key is None else key.secret_hash
+    is_same = hmac.compare_digest(expected, hash_secret(secret))
+    return is_same and key is not None and key.revoked is None
+
+
+def check_tenant(tenant: str) -> None:
+    """Raises InvalidRequest."""
+    if not _TENANT.fullmatch(tenant):
+        raise InvalidRequest(
+            f"'{tenant}' cannot be a tenant: use 1 to 64 of a-z, 0-9, '.', '_' and '-', "
+            "beginning with a letter or digit.",
+            param="tenant",
+        )
+
+
+class KeyStore:
+    """The keys in the database. Methods block."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def create(self, tenant: str, role: Role) -> tuple[Key, str]:
+        """A new key and its full text, which cannot be had again. Raises InvalidRequest."""
+        check_tenant(tenant)
+        prefix, secret = secrets.token_hex(6), secrets.token_urlsafe(32)
+        row = KeyRow(
+            id=f"key_{secrets.token_hex(12)}",
+            tenant=tenant,
+            role=role.value,
+            prefix=prefix,
+            secret_hash=hash_secret(secret),
+            created=time.time_ns() // 1000,
+            last_used=None,
+            revoked=None,
+        )
+        with self._database.write("tenants") as session:
+            session.add(row)
+        return _key(row), f"ml_{prefix}_{secret}"
+
+    def list(self) -> list[Key]:
+        """All keys, revoked ones too, oldest first."""
+        with self._database.read() as session:
+            return [_key(row) for row in session.execute(select(KeyRow).order_by(KeyRow.created)).scalars()]
+
+    def revoke(self, name: str) -> Key:
+        """By id, prefix, or the whole key. Revoking again changes nothing. Raises NotFound."""
+        parsed = parse_key(name)
+        prefix = parsed[0] if parsed else name.removeprefix("ml_")
+        with self._database.write("tenants") as session:
+            query = select(KeyRow).where((KeyRow.id == name) | (KeyRow.prefix == prefix))
+            row = session.execute(query).scalar_one_or_none()
+            if row is None:
+                raise NotFound("There is no such key. `manylora keys list` shows ids and prefixes.")
+            if row.revoked is None:
+                row.revoked = time.time_ns() // 1000
+        return _key(row)
+
+    def note_used(self, times: dict[str, int]) -> None:
+        """Last-used times (Unix microseconds) by key id. Not a change that others have to hear of."""
+        with self._database.write(None) as session:
+            for key_id, used in times.items():
+                session.execute(update(KeyRow).where(KeyRow.id == key_id).values(last_used=used))
+
+
+def _key(row: KeyRow) -> Key:
+    return Key(
+        id=row.id,
+        tenant=row.tenant,
+        role=Role(row.role),
+        prefix=row.prefix,
+        secret_hash=row.secret_hash,
+        created=row.created,
+        last_used=row.last_used,
+        revoked=row.revoked,
+    )

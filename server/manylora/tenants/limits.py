@@ -1,0 +1,66 @@
+"""A tenant's fair share and quotas, as the operator sets them."""
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Final
+
+from sqlalchemy import select
+
+from manylora.catalog.database import Database
+from manylora.catalog.tables import TenantRow
+from manylora.errors import InvalidRequest
+from manylora.tenants.keys import check_tenant
+
+_MAX_WEIGHT: Final = 1000.0
+_MAX_LIMIT: Final = 2**62
+
+
+@dataclass(frozen=True, slots=True)
+class TenantLimits:
+    """None is "no limit". A limit of 0 allows nothing. `weight` is the share in the scheduler."""
+
+    weight: float = 1.0
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    max_concurrent: int | None = None
+    max_adapters: int | None = None
+    max_adapter_bytes: int | None = None
+    max_pinned: int | None = None
+
+
+LIMIT_NAMES: Final = tuple(f.name for f in fields(TenantLimits) if f.name != "weight")
+
+
+class TenantStore:
+    """The tenants' rows. Methods block."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def list(self) -> dict[str, TenantLimits]:
+        """Every tenant with a row; the others have the defaults."""
+        with self._database.read() as session:
+            rows = session.execute(select(TenantRow).order_by(TenantRow.name)).scalars().all()
+            return {row.name: _limits(row) for row in rows}
+
+    def change(self, tenant: str, **values: float | int | None) -> TenantLimits:
+        """Set the named fields of TenantLimits and leave the others. Raises InvalidRequest."""
+        check_tenant(tenant)
+        with self._database.write("tenants") as session:
+            row = session.get(TenantRow, tenant)
+            limits = replace(TenantLimits() if row is None else _limits(row), **values)  # type: ignore[arg-type]
+            _check(limits)
+            session.merge(TenantRow(name=tenant, **asdict(limits)))
+        return limits
+
+
+def _limits(row: TenantRow) -> TenantLimits:
+    return TenantLimits(**{f.name: getattr(row, f.name) for f in fields(TenantLimits)})
+
+
+def _check(limits: TenantLimits) -> None:
+    if not 0 < limits.weight <= _MAX_WEIGHT:
+        raise InvalidRequest(f"The weight must be above 0 and at most {_MAX_WEIGHT:g}.", param="weight")
+    for name in LIMIT_NAMES:
+        value = getattr(limits, name)
+        if value is not None and not 0 <= value <= _MAX_LIMIT:
+            raise InvalidRequest(f"{name} must be 0 or more.", param=name)
