@@ -1,0 +1,260 @@
+"""The adapter routes: upload, import, list, show, download, promote, pin, delete, and vLLM's two."""
+
+from collections.abc import AsyncIterator, Iterator
+from typing import IO, Annotated, Final, TypeVar
+
+import orjson
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from manylora.api.adapter_views import adapter_view, version_view
+from manylora.api.auth import Admin, Caller, Manager, has_role
+from manylora.api.errors import invalid_from
+from manylora.api.ownership import not_found, owner_of, target_tenant, version_number
+from manylora.catalog.interface import PUBLIC_TENANT
+from manylora.catalog.records import AdapterRecord, Published, VersionRecord, Wish
+from manylora.catalog.service import Catalog
+from manylora.errors import AdapterNotFound, InvalidRequest, PermissionDenied, TooLarge
+from manylora.tenants.interface import Principal, Role
+
+__all__ = ["build_router"]
+
+_MAX_JSON_BYTES: Final = 2**20
+_CHUNK_BYTES: Final = 2**18
+_TenantQuery = Annotated[str | None, Query(description="Another tenant's adapter: for admin keys.")]
+
+
+class _Body(BaseModel):
+    """A JSON body: unknown fields are refused, null is absent, a string is not a number."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ImportBody(_Body):
+    """`POST /v1/adapters` as JSON."""
+
+    name: str
+    source: str
+    description: Annotated[str, Field(max_length=4096)] | None = None
+    pinned: bool | None = None
+    activate: bool | None = None
+
+
+class PatchBody(_Body):
+    """`PATCH /v1/adapters/{name}`: at least one of the fields."""
+
+    active_version: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    pinned: bool | None = None
+    description: Annotated[str, Field(max_length=4096)] | None = None
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> "PatchBody":
+        if self.active_version is None and self.pinned is None and self.description is None:
+            raise ValueError("Send at least one of active_version, pinned and description.")
+        return self
+
+
+class LoadBody(_Body):
+    """vLLM's `load_lora_adapter`."""
+
+    lora_name: str
+    lora_path: str
+    load_inplace: bool | None = None
+
+
+class UnloadBody(_Body):
+    """vLLM's `unload_lora_adapter`; its `lora_int_id` may be sent as null only."""
+
+    lora_name: str
+    lora_int_id: None = None
+
+
+B = TypeVar("B", bound=_Body)
+
+
+async def read_body(request: Request, schema: type[B]) -> B:
+    """Raises InvalidRequest naming the field at fault, or TooLarge."""
+    data = bytearray()
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > _MAX_JSON_BYTES:
+            raise TooLarge(f"A JSON body may have {_MAX_JSON_BYTES} bytes here.")
+    try:
+        return schema.model_validate(orjson.loads(data))
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest(f"The body is not JSON: {error}") from error
+    except ValidationError as error:
+        raise invalid_from(error.errors()) from error
+
+
+def build_router(catalog: Catalog) -> APIRouter:
+    """The routes over one catalog. Needs `app.state.services` for authentication (see `api.auth`)."""
+    router = APIRouter(tags=["adapters"])
+    _add_uploads(router, catalog)
+    _add_reads(router, catalog)
+    _add_changes(router, catalog)
+    _add_vllm(router, catalog)
+    return router
+
+
+def _add_uploads(router: APIRouter, catalog: Catalog) -> None:
+    @router.post("/v1/adapters", status_code=201)
+    async def create_adapter(request: Request, caller: Manager, tenant: _TenantQuery = None) -> Response:
+        """Upload an adapter (multipart), or import one from an allowed source (JSON, admin keys)."""
+        owner = target_tenant(caller, tenant)
+        content_type = request.headers.get("content-type", "")
+        if content_type.partition(";")[0].strip().lower() == "application/json":
+            _require_admin(caller)
+            body = await read_body(request, ImportBody)
+            activate = True if body.activate is None else body.activate
+            wish = Wish(owner, body.name, body.description, body.pinned, activate)
+            done = await catalog.import_from(wish, body.source)
+        else:
+            length = request.headers.get("content-length", "")
+            announced = int(length) if length.isascii() and length.isdigit() else None
+            done = await catalog.upload(owner, _stream(request), content_type, announced)
+        return _published(request, catalog, done)
+
+
+def _require_admin(caller: Principal) -> None:
+    if not has_role(caller, Role.ADMIN):
+        raise PermissionDenied("Importing from a source needs a key with the role 'admin'. Upload the files instead.")
+
+
+async def _stream(request: Request) -> AsyncIterator[bytes]:
+    async for chunk in request.stream():
+        if chunk:
+            yield chunk
+
+
+def _published(request: Request, catalog: Catalog, done: Published) -> Response:
+    request.scope.setdefault("manylora.log", {})["adapter"] = done.version.ref.label
+    view = version_view(done.adapter, done.version, catalog.tier_of(done.version.ref))
+    return JSONResponse(view, 201 if done.is_new else 200)
+
+
+def _add_reads(router: APIRouter, catalog: Catalog) -> None:
+    @router.get("/v1/adapters")
+    async def list_adapters(
+        caller: Caller,
+        limit: Annotated[int, Query(ge=1, le=1000)] = 50,
+        after: str | None = None,
+        tenant: _TenantQuery = None,
+    ) -> Response:
+        """The adapters that the caller may use, newest first; an admin sees all tenants'."""
+        records, has_more = await catalog.page(_listed_tenants(caller, tenant), limit, after)
+        data = [adapter_view(record, catalog.tier_of) for record in records]
+        ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
+        return JSONResponse({"object": "list", "data": data, **ends, "has_more": has_more})
+
+    @router.get("/v1/adapters/{name}")
+    async def get_adapter(name: str, caller: Caller, tenant: _TenantQuery = None) -> Response:
+        """One adapter with all its versions."""
+        record = await _record(catalog, caller, name, tenant)
+        versions = [version_view(record, v, catalog.tier_of(v.ref)) for v in record.versions]
+        return JSONResponse({**adapter_view(record, catalog.tier_of), "versions": versions})
+
+    @router.get("/v1/adapters/{name}/versions/{n}")
+    async def get_version(name: str, n: str, caller: Caller, tenant: _TenantQuery = None) -> Response:
+        """One version with its validation report."""
+        record, version = await _version(catalog, caller, name, n, tenant)
+        return JSONResponse(version_view(record, version, catalog.tier_of(version.ref)))
+
+    @router.get("/v1/adapters/{name}/versions/{n}/download")
+    async def download_version(name: str, n: str, caller: Manager, tenant: _TenantQuery = None) -> Response:
+        """The version as a .tar.gz in PEFT layout, its files byte for byte as they came in."""
+        _, version = await _version(catalog, caller, name, n, tenant)
+        file = await catalog.download(version)
+        headers = {
+            "content-disposition": f'attachment; filename="{version.ref.name}-{version.ref.version}.tar.gz"',
+            "content-length": str(file.seek(0, 2)),
+        }
+        file.seek(0)
+        return StreamingResponse(_chunks(file), media_type="application/gzip", headers=headers)
+
+
+def _chunks(file: IO[bytes]) -> Iterator[bytes]:
+    with file:
+        while chunk := file.read(_CHUNK_BYTES):
+            yield chunk
+
+
+def _listed_tenants(caller: Principal, tenant: str | None) -> list[str] | None:
+    if has_role(caller, Role.ADMIN):
+        return None if tenant is None else [tenant]
+    visible = [caller.tenant, *([PUBLIC_TENANT] if caller.tenant != PUBLIC_TENANT else [])]
+    return visible if tenant is None else [t for t in visible if t == tenant]
+
+
+async def _record(catalog: Catalog, caller: Principal, name: str, tenant: str | None) -> AdapterRecord:
+    owner = owner_of(catalog.directory, caller, name, tenant)
+    try:
+        return await catalog.get(owner, name)
+    except AdapterNotFound:
+        raise not_found(name) from None
+
+
+async def _version(
+    catalog: Catalog, caller: Principal, name: str, n: str, tenant: str | None
+) -> tuple[AdapterRecord, VersionRecord]:
+    number = version_number(name, n)
+    try:
+        record = await _record(catalog, caller, name, tenant)
+    except AdapterNotFound:
+        raise not_found(f"{name}@{n}") from None
+    version = record.version(number)
+    if version is None:
+        raise not_found(f"{name}@{n}")
+    return record, version
+
+
+def _add_changes(router: APIRouter, catalog: Catalog) -> None:
+    @router.patch("/v1/adapters/{name}")
+    async def change_adapter(request: Request, name: str, caller: Manager, tenant: _TenantQuery = None) -> Response:
+        """Promote or roll back, pin, describe: all in one step. Running requests keep their version."""
+        body = await read_body(request, PatchBody)
+        owner = owner_of(catalog.directory, caller, name, tenant, for_change=True)
+        record = await catalog.update(
+            owner, name, active_version=body.active_version, pinned=body.pinned, description=body.description
+        )
+        return JSONResponse(adapter_view(record, catalog.tier_of))
+
+    @router.delete("/v1/adapters/{name}", status_code=204)
+    async def delete_adapter(name: str, caller: Manager, tenant: _TenantQuery = None) -> Response:
+        """Unpublish every version at once; running requests finish."""
+        owner = owner_of(catalog.directory, caller, name, tenant, for_change=True)
+        await catalog.delete(owner, name)
+        return Response(status_code=204)
+
+    @router.delete("/v1/adapters/{name}/versions/{n}", status_code=204)
+    async def delete_version(name: str, n: str, caller: Manager, tenant: _TenantQuery = None) -> Response:
+        """Unpublish one version; 409 for the active one of several."""
+        number = version_number(name, n)
+        owner = owner_of(catalog.directory, caller, name, tenant, version=number, for_change=True)
+        await catalog.delete(owner, name, number)
+        return Response(status_code=204)
+
+
+def _add_vllm(router: APIRouter, catalog: Catalog) -> None:
+    @router.post("/v1/load_lora_adapter")
+    async def load_lora_adapter(request: Request, caller: Admin) -> Response:
+        """As vLLM's: register the folder `lora_path`, which must be inside the allow-list."""
+        body = await read_body(request, LoadBody)
+        if not body.load_inplace and catalog.directory.own(caller.tenant, body.lora_name) is not None:
+            raise InvalidRequest(
+                f"The lora adapter '{body.lora_name}' has already been loaded. "
+                "To load it again in place, set 'load_inplace' to true.",
+                param="lora_name",
+            )
+        source = f"file://{body.lora_path}" if body.lora_path.startswith("/") else body.lora_path
+        done = await catalog.import_from(Wish(caller.tenant, body.lora_name), source)
+        return PlainTextResponse(f"Success: LoRA adapter '{done.version.ref.name}' added successfully.")
+
+    @router.post("/v1/unload_lora_adapter")
+    async def unload_lora_adapter(request: Request, caller: Admin) -> Response:
+        """As vLLM's: delete the adapter with all its versions."""
+        body = await read_body(request, UnloadBody)
+        owner = owner_of(catalog.directory, caller, body.lora_name, None, for_change=True)
+        await catalog.delete(owner, body.lora_name)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
