@@ -4,24 +4,16 @@ Heavy modules are imported inside the commands, so that `manylora --help` does n
 """
 
 import shlex
-import signal
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from manylora.errors import InvalidRequest, ManyloraError
+from manylora.cli_lifecycle_tools import command, console, errors, one_of, progress, stop_on_interrupt
+from manylora.cli_lifecycle_weights import compress, extract, inspect, merge
+from manylora.errors import InvalidRequest
 
-if TYPE_CHECKING:
-    from manylora.lifecycle.progress import Progress
-
-_T = TypeVar("_T", bound=str)
-_console = Console(stderr=True)
 INTERRUPTED = 130
 
 
@@ -30,6 +22,10 @@ def register(app: typer.Typer) -> None:
     app.command()(recipe)
     app.command()(train)
     app.command()(evaluate)
+    app.command()(extract)
+    app.command()(compress)
+    app.command()(merge)
+    app.command()(inspect)
 
 
 def recipe(
@@ -37,13 +33,16 @@ def recipe(
     out: Annotated[Path | None, typer.Option(help="Folder for train.jsonl, valid.jsonl and test.jsonl")] = None,
     source: Annotated[Path | None, typer.Option(help="The package's file, instead of downloading it")] = None,
     seed: int = 0,
+    ship: Annotated[Path | None, typer.Option(help="A trained adapter, to write into --out with its full card")] = None,
+    scores: Annotated[Path | None, typer.Option(help="Its evaluate.json, for the card")] = None,
+    machine: Annotated[str, typer.Option(help="What it was trained on, for the card")] = "this machine",
     overwrite: bool = False,
 ) -> None:
-    """Make a recipe's data and print the command that trains its adapter."""
+    """Make a recipe's data and print the command that trains its adapter; or, with --ship, write the shipped folder."""
     from manylora.lifecycle.output import refuse_existing
     from manylora.lifecycle.recipes import RECIPES, write_splits
 
-    with _errors():
+    with errors():
         if name == "list":
             for known in RECIPES.values():
                 print(f"{known.name:14} {known.summary}")
@@ -51,24 +50,38 @@ def recipe(
         if name not in RECIPES:
             raise InvalidRequest(f"There is no recipe {name!r}: choose one of {', '.join(RECIPES)}.")
         chosen = RECIPES[name]
+        if ship is not None:
+            _ship(name, ship, scores, machine, out or Path("adapters") / name, overwrite=overwrite)
+            return
         folder = out or Path("data") / name
         refuse_existing(folder, overwrite=overwrite)
         splits = chosen.make(seed, source)
         write_splits(splits, folder)
-        _console.print(
+        console.print(
             f"{folder}: {len(splits.train)} to learn from, {len(splits.valid)} to choose by, {len(splits.test)} to test"
         )
         files = ["--data", str(folder / "train.jsonl"), "--eval", str(folder / "valid.jsonl")]
         print(shlex.join(["manylora", "train", *files, "--out", f"adapters/{name}", *chosen.flags]))
 
 
+def _ship(name: str, adapter: Path, scores: Path | None, machine: str, out: Path, *, overwrite: bool) -> None:
+    from manylora.lifecycle.output import refuse_existing
+    from manylora.lifecycle.recipes import RECIPES
+    from manylora.lifecycle.recipes.ship import Made, ship
+    from manylora.lifecycle.train import REPORT, report_folder
+
+    if scores is None:
+        raise InvalidRequest("--ship writes the scores into the card: give --scores evaluate.json.")
+    refuse_existing(out, overwrite=overwrite)
+    ship(RECIPES[name], Made(adapter, report_folder(adapter) / REPORT, scores, machine), out)
+    print(out)
+
+
 def train(
     data: Annotated[Path, typer.Option(help="Training rows: .jsonl, .csv or .parquet")],
     out: Annotated[Path, typer.Option(help="Folder for the adapter")],
     eval_data: Annotated[Path | None, typer.Option("--eval", help="Held-out rows, to keep the best step")] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", "--base", help="The base; the default model when left out")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help="The base; the default model when left out")] = None,
     base_name: Annotated[str | None, typer.Option(help="The base's name in the adapter's config")] = None,
     rank: Annotated[int, typer.Option(help="Rank of the low-rank matrices")] = 8,
     alpha: Annotated[float | None, typer.Option(help="Scale numerator; twice the rank when left out")] = None,
@@ -93,15 +106,20 @@ def train(
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads")] = None,
     title: Annotated[str, typer.Option(help="Title of the card")] = "",
+    publish: Annotated[str, typer.Option(help="Upload it under this name when it is done")] = "",
+    server: Annotated[str, typer.Option(help="Server to publish to", envvar="MANYLORA_URL")] = "http://127.0.0.1:8000",
+    key: Annotated[str, typer.Option(envvar="MANYLORA_KEY", help="API key for --publish")] = "",
     resume: Annotated[bool, typer.Option(help="Go on where an interrupted training stopped")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace --out")] = False,
 ) -> None:
     """Train a LoRA adapter on the frozen base; write it in PEFT layout with its loss curve, report and card."""
+    from manylora.lifecycle.publish import connect
+    from manylora.lifecycle.publish import publish as upload
     from manylora.lifecycle.train import LoraShape, TrainConfig
     from manylora.lifecycle.train import train as run
     from manylora.lifecycle.training import Schedule
 
-    with _errors():
+    with errors():
         config = TrainConfig(
             data=data, out=out, eval_data=eval_data, base=model, base_name=base_name,
             lora=LoraShape(rank, alpha, tuple(t.strip() for t in targets.split(",") if t.strip()), dropout, rslora),
@@ -110,18 +128,23 @@ def train(
                 weight_decay=weight_decay, max_grad_norm=max_grad_norm, early_stop=early_stop, eval_every=eval_every,
                 checkpoint_every=checkpoint_every, seed=seed,
             ),
-            render=_one_of("--render", render, ("auto", "chat", "plain")),
+            render=one_of("--render", render, ("auto", "chat", "plain")),
             instruction=instruction, max_length=max_length,
-            device=_one_of("--device", device, ("auto", "cpu", "cuda")),
-            dtype=_one_of("--dtype", dtype, ("auto", "bfloat16", "float16", "float32")),
-            threads=threads, title=title, command=_command(),
+            device=one_of("--device", device, ("auto", "cpu", "cuda")),
+            dtype=one_of("--dtype", dtype, ("auto", "bfloat16", "float16", "float32")),
+            threads=threads, title=title, command=command(),
         )  # fmt: skip
-        with _stop_on_interrupt() as stopped, _progress() as listen:
+        if publish:
+            connect(server, key).close()  # a server that is not there is said before the work, not after it
+        with stop_on_interrupt() as stopped, progress() as listen:
             result = run(config, resume=resume, overwrite=overwrite, listen=listen, should_stop=stopped)
         if not result.finished:
-            _console.print(f"Stopped after step {result.report['steps']}. Run the same command with --resume to go on.")
+            console.print(f"Stopped after step {result.report['steps']}. Run the same command with --resume to go on.")
             raise typer.Exit(INTERRUPTED)
         print(f"{out}: {result.report['steps']} steps, {result.report['size_bytes'] / 1e6:.2f} MB")
+        if publish:
+            with connect(server, key) as client:
+                print(f"published as {upload(client, out, publish, description=title)}")
 
 
 def evaluate(
@@ -147,14 +170,14 @@ def evaluate(
     """Score adapters and the base side by side, with intervals and a paired test against the first."""
     from manylora.lifecycle.evaluate_command import EvaluateRequest, run_evaluation
 
-    with _errors(), _progress() as listen:
+    with errors(), progress() as listen:
         request = EvaluateRequest(
             data=data, adapters=tuple(adapter or ()), with_base=with_base, server=server, key=key,
             metrics=tuple(m.strip() for m in metrics.split(",") if m.strip()), max_tokens=max_tokens, out=out,
             promote_if_better=promote_if_better, min_gain=min_gain, model=model, max_length=max_length,
-            render=_one_of("--render", render, ("auto", "chat", "plain")), instruction=instruction, seed=seed,
-            device=_one_of("--device", device, ("auto", "cpu", "cuda")),
-            dtype=_one_of("--dtype", dtype, ("auto", "bfloat16", "float16", "float32")), overwrite=overwrite,
+            render=one_of("--render", render, ("auto", "chat", "plain")), instruction=instruction, seed=seed,
+            device=one_of("--device", device, ("auto", "cpu", "cuda")),
+            dtype=one_of("--dtype", dtype, ("auto", "bfloat16", "float16", "float32")), overwrite=overwrite,
         )  # fmt: skip
         report, promotion = run_evaluation(request, listen)
     _print_scores(report)
@@ -177,79 +200,3 @@ def _print_scores(report: dict[str, Any]) -> None:
             cells.append(cell + (f" p={test['p']:.2g}" if test else ""))
         table.add_row(contender, *cells)
     Console().print(table)
-
-
-def _one_of(flag: str, value: str, allowed: tuple[_T, ...]) -> _T:
-    for known in allowed:
-        if value == known:
-            return known
-    raise InvalidRequest(f"{flag} must be one of {', '.join(allowed)}, not {value!r}.")
-
-
-def _command() -> str:
-    """The command as it can be typed again, without this machine's way of starting the program."""
-    return shlex.join(["manylora", *sys.argv[1:]])
-
-
-@contextmanager
-def _errors() -> Iterator[None]:
-    """A refusal or a failure is one line on stderr and exit code 1."""
-    try:
-        yield
-    except ManyloraError as error:
-        _console.print(f"[red]error:[/red] {error.message}", highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from error
-
-
-@contextmanager
-def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C or SIGTERM asks the work to stop at a good place; the second ends it."""
-    asked: list[int] = []
-
-    def ask(number: int, _: FrameType | None) -> None:
-        asked.append(number)
-        signal.signal(number, previous[number])
-        _console.print("stopping after this step; once more to stop at once")
-
-    previous: dict[int, Any] = {int(n): signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[["Progress"], None]]:
-    """A bar with the newest figures; messages and warnings above it."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bar
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[figures]}"),
-    )
-    with Bar(*columns, console=_console) as bar:
-        tasks: dict[str, int] = {}
-
-        def listen(event: "Progress") -> None:
-            if event.message:
-                bar.console.print(f"[yellow]{event.message}[/yellow]" if event.stage == "warning" else event.message)
-            if not event.total:
-                return
-            if event.stage not in tasks:
-                tasks[event.stage] = bar.add_task(event.stage, total=event.total, figures="")
-            task = tasks[event.stage]
-            bar.update(bar.task_ids[task], completed=event.done, total=event.total, figures=_figures(event.values))
-
-        yield listen
-
-
-def _figures(values: dict[str, float]) -> str:
-    parts = [f"{name} {value:.4f}" for name, value in values.items() if name != "remaining_s"]
-    if "remaining_s" in values:
-        parts.append(f"about {max(1, round(values['remaining_s'] / 60))} min left")
-    return "  ".join(parts)

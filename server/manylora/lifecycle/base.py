@@ -3,14 +3,16 @@
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from manylora.errors import InvalidRequest, ModelUnusable
+from manylora.errors import ModelUnusable
+from manylora.models import default_model
+from manylora.models.loading import DeviceName, DtypeName, resolve_model, select_device, select_dtype
 
-DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
-DeviceName = Literal["auto", "cpu", "cuda"]
+__all__ = ["Base", "DeviceName", "DtypeName", "accepts_logits_to_keep", "load_base", "load_tokenizer"]
+
 _SHORT = 256  # up to here plain matmuls beat torch's fused CPU attention, measured at 48 to 128 tokens
 
 
@@ -22,6 +24,7 @@ class Base:
     tokenizer: Any
     name: str
     context_length: int
+    stored_dtype: torch.dtype
 
     @property
     def device(self) -> torch.device:
@@ -32,36 +35,6 @@ class Base:
     def pad_id(self) -> int:
         pad = self.tokenizer.pad_token_id
         return int(self.tokenizer.eos_token_id if pad is None else pad)
-
-
-def choose_device(device: DeviceName) -> torch.device:
-    """Raises InvalidRequest when CUDA is asked for and missing."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InvalidRequest("--device cuda: this machine has no usable CUDA device.")
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
-
-
-def choose_dtype(dtype: DtypeName, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the device computes in it, and float32 elsewhere."""
-    if dtype != "auto":
-        chosen: torch.dtype = getattr(torch, dtype)
-        return chosen
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    # torch has no public question for this; the CPU capability string is not enough, since AVX512 alone lacks it
-    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
-    return torch.bfloat16 if "avx512_bf16" in flags or "amx_bf16" in flags or " bf16" in flags else torch.float32
-
-
-def locate_base(model: str | None) -> Path:
-    """The checkpoint folder of a base: a directory, a GGUF file, a Hugging Face id, or None for the default."""
-    if model is not None and Path(model).is_dir():
-        return Path(model)
-    from manylora.models.loading import resolve_model
-
-    return Path(resolve_model(model))
 
 
 def load_base(
@@ -75,14 +48,15 @@ def load_base(
     """Load a base with all its parameters frozen. Raises ModelUnusable when the folder holds no causal LM."""
     import transformers
 
-    folder = locate_base(model)
+    folder = resolve_model(model)
     tokenizer, context = load_tokenizer(model)
-    place = choose_device(device)
+    place = select_device(device)
     attention = "eager" if place.type == "cpu" and max_length is not None and max_length <= _SHORT else "sdpa"
     try:
+        stored_dtype = transformers.AutoConfig.from_pretrained(folder, local_files_only=True).dtype
         loaded = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=choose_dtype(dtype, place),
+            dtype=select_dtype(dtype, place, stored_dtype),
             attn_implementation=attention,
             local_files_only=True,
             use_safetensors=True,
@@ -91,14 +65,15 @@ def load_base(
         raise ModelUnusable(f"{folder} holds no causal language model that transformers can load: {error}") from error
     loaded.requires_grad_(False)
     loaded.config.use_cache = False
-    return Base(loaded.to(place), tokenizer, name or base_name(model, folder), context)
+    stored = torch.float32 if stored_dtype is None else stored_dtype
+    return Base(loaded.to(place), tokenizer, name or base_name(model, folder), context, stored)
 
 
 def load_tokenizer(model: str | None) -> tuple[Any, int]:
     """The base's tokenizer and its context length in tokens. Raises ModelUnusable when there is none."""
     import transformers
 
-    folder = locate_base(model)
+    folder = resolve_model(model)
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -111,10 +86,10 @@ def load_tokenizer(model: str | None) -> tuple[Any, int]:
 
 
 def base_name(model: str | None, folder: Path) -> str:
-    """A name fit for publishing: a Hugging Face id as it is, otherwise the folder's name."""
-    if model is not None and not Path(model).exists():
-        return model
-    return folder.resolve().name
+    """A name fit for publishing: the default's or a Hugging Face id as it is, otherwise the folder's name."""
+    if model is None:
+        return default_model.NAME
+    return folder.resolve().name if Path(model).exists() else model
 
 
 def accepts_logits_to_keep(model: Any) -> bool:

@@ -88,6 +88,8 @@ def evaluate(
         entry["answers"] = answers[name]
         report["contenders"][name] = entry
     report["gold"] = golds
+    report["prompts"] = [e.example.prompt[-1].content for e in encoded]
+    report["max_tokens"] = config.max_tokens
     if config.out is not None:
         _write(config.out, report, results, dataset.labels)
     return report

@@ -65,3 +65,46 @@ def font_for(text: str) -> str | None:
         if all(font.get_char_index(ord(c)) for c in text):
             return str(entry.name)
     return None
+
+
+def heat_map(path: Path, modules: dict[str, dict[str, Any]]) -> None:
+    """‖ΔW‖ (relative to ‖W‖ where known) by layer and kind of module."""
+    relative = all(m["relative_norm"] is not None for m in modules.values())
+    key = "relative_norm" if relative else "norm"
+    cells = {_place(name): m[key] for name, m in modules.items()}
+    layers = sorted({layer for layer, _ in cells})
+    leaves = list(dict.fromkeys(leaf for _, leaf in cells))
+    grid = np.full((len(layers), len(leaves)), np.nan)
+    for (layer, leaf), value in cells.items():
+        grid[layers.index(layer), leaves.index(leaf)] = value
+    figure, axes = _figure(1.8 + 0.7 * len(leaves), 1.8 + 0.2 * len(layers))
+    image = axes.imshow(grid, cmap="viridis", aspect="auto")
+    axes.set_xticks(range(len(leaves)), leaves, rotation=45, ha="right")
+    step = max(1, len(layers) // 16)
+    axes.set_yticks(range(0, len(layers), step), [layers[i] for i in range(0, len(layers), step)])
+    axes.set(ylabel="layer", title="size of the change")
+    figure.colorbar(image, label="‖ΔW‖ / ‖W‖" if relative else "‖ΔW‖")
+    figure.savefig(path, dpi=_DPI)
+
+
+def spectra(path: Path, modules: dict[str, dict[str, Any]]) -> None:
+    """Singular values of every module's ΔW, one thin line each, coloured by kind of module."""
+    figure, axes = _figure()
+    leaves = list(dict.fromkeys(_place(name)[1] for name in modules))
+    for name, m in modules.items():
+        leaf = _place(name)[1]
+        values = np.array(m["singular_values"])
+        axes.plot(np.arange(1, len(values) + 1), values, color=f"C{leaves.index(leaf) % 10}", alpha=0.4, linewidth=0.9)
+    for index, leaf in enumerate(leaves):
+        axes.plot([], [], color=f"C{index % 10}", label=leaf)
+    axes.set(xlabel="index", ylabel="singular value of ΔW", yscale="symlog")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=_DPI)
+
+
+def _place(path: str) -> tuple[int, str]:
+    """(layer, leaf) of a module path; layer -1 for what lies outside the layers."""
+    parts = path.split(".")
+    layer = next((int(part) for part in parts if part.isdigit()), -1)
+    return layer, parts[-1]
