@@ -1,0 +1,164 @@
+"""The base model's tokenizer as the API and the detokenizer use it."""
+
+import json
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from typing import Any, Protocol
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+
+from manylora.errors import InvalidRequest
+
+__all__ = ["HuggingFaceCodec"]
+
+
+class _Backend(Protocol):
+    """Encoding and decoding that several threads may call at once."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str: ...
+
+
+class HuggingFaceCodec:
+    """Implements `engine.interface.TextCodec` over a Hugging Face tokenizer. Thread-safe.
+
+    `eos_ids` end an answer. Text is decoded as the tokens say it, without the cosmetic removal of spaces that
+    some tokenizers ask for: it would make the text of a token depend on tokens that have not come yet.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_ids: Iterable[int]) -> None:
+        self._tokenizer = tokenizer
+        self.eos_ids = frozenset(eos_ids)
+        self.all_special_ids = frozenset(int(i) for i in tokenizer.all_special_ids)
+        fast = getattr(tokenizer, "backend_tokenizer", None)
+        self._backend: _Backend = _PlainBackend(tokenizer) if fast is None else _FastBackend(fast)
+        self._added: dict[int, str] = {int(i): str(t) for i, t in tokenizer.added_tokens_decoder.items()}
+        self._bytes_of = _byte_rule(None if fast is None else fast.decoder)
+
+    @property
+    def num_tokens(self) -> int:
+        """Ids below this have text; a model's own vocabulary can be padded beyond it."""
+        return len(self._tokenizer)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return self._backend.encode(text, add_special_tokens=add_special_tokens)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    def token_text(self, token_id: int) -> str:
+        """One token as text; bytes that are no whole character become U+FFFD."""
+        return bytes(self.token_bytes(token_id)).decode(errors="replace")
+
+    def token_bytes(self, token_id: int) -> list[int]:
+        """One token's bytes, the space before a word included. An id without a token has none."""
+        added = self._added.get(token_id)
+        if added is not None:
+            return list(added.encode())
+        if not 0 <= token_id < self.num_tokens:
+            return []
+        token = self._tokenizer.convert_ids_to_tokens(token_id)
+        if not isinstance(token, str):
+            return []
+        return list(self._bytes_of(token))
+
+    def chat(self, messages: list[dict[str, Any]], *, continue_final: bool = False) -> list[int]:
+        """The ids of a rendered chat; `continue_final` leaves the last message open instead of starting an answer.
+
+        Raises InvalidRequest when the model has no chat template or the template refuses the messages.
+        """
+        if not self._tokenizer.chat_template:
+            raise InvalidRequest("This model has no chat template. Use /v1/completions.", param="messages")
+        try:
+            text = self._tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=not continue_final,
+                continue_final_message=continue_final,
+            )
+        except (jinja2.TemplateError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            reason = str(error) or type(error).__name__
+            raise InvalidRequest(
+                f"The model's chat template refuses these messages: {reason}", param="messages"
+            ) from error
+        return self.encode(str(text), add_special_tokens=False)
+
+
+class _FastBackend:
+    """A `tokenizers.Tokenizer` without the wrapper around it, which sets padding on each call: threads would clash."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        return text
+
+
+class _PlainBackend:
+    """A tokenizer written in Python, one call at a time."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._lock = threading.Lock()
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        with self._lock:
+            return [int(i) for i in self._tokenizer.encode(text, add_special_tokens=add_special_tokens)]
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+        with self._lock:
+            return str(
+                self._tokenizer.decode(
+                    token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+                )
+            )
+
+
+@cache
+def _byte_of_character() -> dict[str, int]:
+    """The alphabet of byte-level BPE: printable bytes stand for themselves, the others for characters from 256 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+def _byte_level(token: str) -> bytes:
+    alphabet = _byte_of_character()
+    if all(character in alphabet for character in token):
+        return bytes(alphabet[character] for character in token)
+    return token.encode()
+
+
+def _byte_fallback(token: str) -> bytes:
+    """SentencePiece: `<0xE4>` is one byte, and `▁` is a space."""
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return bytes([int(token[3:5], 16)])
+    return token.replace("▁", " ").encode()
+
+
+def _word_piece(token: str) -> bytes:
+    return token.removeprefix("##").encode()
+
+
+def _byte_rule(decoder: Any) -> Callable[[str], bytes]:
+    """How the tokens of a vocabulary spell bytes, from the tokenizer's own decoder."""
+    kinds = set() if decoder is None else _kinds(json.loads(decoder.__getstate__()))
+    if "ByteLevel" in kinds:
+        return _byte_level
+    if "WordPiece" in kinds:
+        return _word_piece
+    return _byte_fallback
+
+
+def _kinds(decoder: dict[str, Any]) -> set[str]:
+    return {str(decoder["type"])}.union(*(_kinds(part) for part in decoder.get("decoders", ())))
