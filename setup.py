@@ -10,8 +10,6 @@ os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
 
 SOURCES = sorted(str(path) for path in Path("server/manylora/csrc").glob("*.cpp"))
 
-OPTIMISATION = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]
-
 # Without a compiler the installation succeeds and the server runs on torch alone, which it says in its log.
 kernels = CppExtension(
     "manylora._C",

@@ -4,7 +4,7 @@
 #pragma GCC target("avx2,fma,f16c,avxvnni")
 #define ML_PATH_FUNCTION avx2_vnni_kernels
 #define ML_PATH_NAME "avx2_vnni"
-#include "kernels.inl"
+#include "path.h"
 #else
 const manylora::Kernels* manylora::avx2_vnni_kernels() { return nullptr; }
 #endif

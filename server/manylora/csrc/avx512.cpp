@@ -4,7 +4,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")
 #define ML_PATH_FUNCTION avx512_kernels
 #define ML_PATH_NAME "avx512"
-#include "kernels.inl"
+#include "path.h"
 #else
 const manylora::Kernels* manylora::avx512_kernels() { return nullptr; }
 #endif

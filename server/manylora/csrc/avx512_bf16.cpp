@@ -4,7 +4,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,fma,f16c")
 #define ML_PATH_FUNCTION avx512_bf16_kernels
 #define ML_PATH_NAME "avx512_bf16"
-#include "kernels.inl"
+#include "path.h"
 #else
 const manylora::Kernels* manylora::avx512_bf16_kernels() { return nullptr; }
 #endif

@@ -2,4 +2,4 @@
 
 #define ML_PATH_FUNCTION portable_kernels
 #define ML_PATH_NAME "portable"
-#include "kernels.inl"
+#include "path.h"

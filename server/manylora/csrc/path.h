@@ -25,9 +25,9 @@ void parallel(int64_t count, int64_t threads, F&& f) {
   run_tasks(count, threads, [](void* context, int64_t i) { (*static_cast<Function*>(context))(i); }, &f);
 }
 
-#include "attention.inl"
-#include "cache.inl"
-#include "lora.inl"
+#include "attention.h"
+#include "cache.h"
+#include "lora.h"
 
 }  // namespace
 
