@@ -203,6 +203,7 @@ class AsyncEngine:
         finally:
             await base.aclose()
             await tuned.aclose()
+            self._tiers.offer(ref, None)
         a, b = without.captured, with_it.captured
         if a is None or b is None:
             raise AdapterLoadFailed("The adapter's effect could not be measured.")

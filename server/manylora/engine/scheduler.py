@@ -7,6 +7,7 @@ passed over until it is, and holds nobody up.
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from time import monotonic
 from typing import Protocol
 
@@ -175,7 +176,7 @@ class Scheduler:
     def _next_ready(self, plan: Plan, not_ready: set[str], work: dict[int, Scheduled]) -> Sequence | None:
         """The next sequence to serve, its adapter's slot acquired; None when nobody can go on."""
         for tenant in self.waiting.tenants():
-            for seq in list(self.waiting.of(tenant))[:LOOK_AHEAD]:
+            for seq in list(islice(self.waiting.of(tenant), LOOK_AHEAD)):
                 if seq.adapter is None:
                     return seq
                 if seq.adapter.id in not_ready:

@@ -134,10 +134,12 @@ class AdapterTiers:
                 return "device"
             return "host" if ref.id in self._host else "disk"
 
-    def offer(self, ref: AdapterRef, folder: Path) -> None:
-        """Load this adapter from `folder` instead of asking the catalog, until `forget`."""
+    def offer(self, ref: AdapterRef, folder: Path | None) -> None:
+        """Load this adapter from `folder` instead of asking the catalog, until it is offered None."""
         with self._lock:
-            self._entry(ref).folder = folder
+            entry = self._entry(ref)
+            entry.folder = folder
+            self._settle(entry)
 
     def set_pinned(self, ref: AdapterRef, pinned: bool) -> None:
         """Pinned adapters are brought in and never evicted."""
