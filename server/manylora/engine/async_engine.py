@@ -115,6 +115,7 @@ class AsyncEngine:
         self._is_stopping = False
         self.is_draining = False
         self._num_probes = 0
+        tiers.on_change = self.wake
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()

@@ -71,14 +71,12 @@ class EngineBuilder:
         budget = in_bytes(settings.adapter_memory, self.device)
         book = SlotBook(settings.max_slots, budget, self.dtype.itemsize, kernel.places_per_slab)
         memory = DeviceMemory(len(self.modules), settings.max_slots, self.dtype, self.device)
-        engine_box: list[AsyncEngine] = []
         tiers = AdapterTiers(
             book,
             memory,
             host_bytes=in_bytes(settings.host_tier_memory, torch.device("cpu")),
             folder_of=source.local_folder,
             packer=self._packer(),
-            on_change=lambda: engine_box[0].wake(),
             events=_TierMetrics(metrics),
         )
         scheduler = Scheduler(
@@ -95,8 +93,7 @@ class EngineBuilder:
             max_model_len=self.context_length,
             observe=metrics.observe_step,
         )
-        engine_box.append(AsyncEngine(engine, tiers, self._model_info(), self.base.codec, max_queue=settings.max_queue))
-        return engine_box[0]
+        return AsyncEngine(engine, tiers, self._model_info(), self.base.codec, max_queue=settings.max_queue)
 
     def _wants_torch(self) -> bool:
         return self.settings.kernels == "torch" or self.device.type != "cpu" or not native.is_available()

@@ -58,7 +58,7 @@ class AdapterTiers:
         host_bytes: int,
         folder_of: FolderOf,
         packer: Packer,
-        on_change: Callable[[], None],
+        on_change: Callable[[], None] = lambda: None,
         events: TierEvents | None = None,
         num_threads: int = 1,
     ) -> None:
@@ -69,7 +69,7 @@ class AdapterTiers:
         self._host: OrderedDict[str, PackedAdapter] = OrderedDict()
         self._folder_of = folder_of
         self._packer = packer
-        self._on_change = on_change
+        self.on_change = on_change  # called on a loader thread after every load
         self._events = events or TierEvents()
         self._entries: dict[str, _Entry] = {}
         self._wanted: dict[str, _Entry] = {}  # not resident, asked for; in the order they were asked for
@@ -231,7 +231,7 @@ class AdapterTiers:
                 entry.is_loading = False
                 self._settle(entry)
                 self._idle.notify_all()
-        self._on_change()
+        self.on_change()
 
     def _fail(self, entry: _Entry, error: ManyloraError) -> None:
         with self._lock:
