@@ -1,4 +1,4 @@
-"""Puts the parts together: `create_app` over parts that exist, `run` from the settings alone."""
+"""The HTTP application over parts that exist. `serving.serve` makes the parts and runs it."""
 
 from collections.abc import Sequence
 

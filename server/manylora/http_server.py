@@ -52,7 +52,7 @@ def bind(host: str, port: int) -> socket.socket:
     return sock
 
 
-def make_config(app: ASGIApp) -> uvicorn.Config:
+def make_config(app: ASGIApp | None) -> uvicorn.Config:
     """uvicorn's settings: our logging, no access log (the request line says more), httptools and uvloop."""
     return uvicorn.Config(
         app,

@@ -8,12 +8,18 @@ import sys
 from typing import Any, TextIO
 
 import structlog
-from structlog.typing import Processor
+from structlog.typing import EventDict, Processor
 
 __all__ = ["configure_logging", "get_logger"]
 
 # Loggers that say in many lines what one of ours says in one, or that would write the URLs of stored files.
-_QUIET = ("httpx", "httpcore", "uvicorn.access", "urllib3", "botocore", "aiobotocore", "fsspec")
+_QUIET = ("httpx", "httpcore", "uvicorn.access", "urllib3", "botocore", "aiobotocore", "fsspec", "alembic")
+
+
+def _without_colour_copy(_logger: object, _method: str, event: EventDict) -> EventDict:
+    """uvicorn sends each message a second time, coloured."""
+    event.pop("color_message", None)
+    return event
 
 
 def get_logger(name: str) -> structlog.stdlib.BoundLogger:
@@ -30,6 +36,7 @@ def configure_logging(*, level: str, as_json: bool, stream: TextIO | None = None
         structlog.stdlib.add_logger_name,
         structlog.stdlib.add_log_level,
         structlog.stdlib.ExtraAdder(),
+        _without_colour_copy,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.StackInfoRenderer(),
     ]

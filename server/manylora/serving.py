@@ -1,0 +1,139 @@
+"""The whole server from its settings: socket, base, catalog, engine, HTTP, in the order in which they can fail.
+
+What can be refused without loading anything is refused first: the port, then the data directory, then the model.
+"""
+
+import asyncio
+import gc
+import ipaddress
+import socket
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from functools import partial
+
+from manylora.api import adapters
+from manylora.app import create_app
+from manylora.catalog.database import open_database
+from manylora.catalog.service import Catalog
+from manylora.engine.async_engine import AsyncEngine
+from manylora.engine.build import EngineBuilder
+from manylora.errors import StartupError
+from manylora.http_server import DrainingServer, bind, is_loopback, make_config
+from manylora.log import configure_logging
+from manylora.metrics import Metrics
+from manylora.models.loading import load_base
+from manylora.settings import Settings
+from manylora.tenants.gate import TenantGate
+from manylora.tenants.keys import KeyStore
+
+__all__ = ["Announcement", "safe_host", "serve", "url_of"]
+
+_LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """What is worth saying once requests are answered. `moved_from` is the host asked for, where it was not used."""
+
+    url: str
+    model: str
+    num_adapters: int
+    is_open: bool
+    moved_from: str | None = None
+
+
+def serve(settings: Settings, announce: Callable[[Announcement], None]) -> None:
+    """Run until a signal ends it. Raises StartupError."""
+    configure_logging(level=settings.log_level, as_json=settings.log_json)
+    host = safe_host(settings)
+    with bind(host, settings.port) as sock:
+        server = _Server(settings, host, sock, announce)
+        with asyncio.Runner(loop_factory=make_config(None).get_loop_factory()) as runner:
+            runner.run(server.run())
+
+
+def safe_host(settings: Settings) -> str:
+    """The host to bind: loopback instead of the one asked for while there is no key and no --allow-open."""
+    if settings.allow_open or is_loopback(settings.host):
+        return settings.host
+    database = open_database(settings.resolved_database_url)
+    try:
+        return settings.host if KeyStore(database).list() else _LOOPBACK
+    finally:
+        database.close()
+
+
+class _Server:
+    """The parts of one server process while it starts, runs and ends."""
+
+    def __init__(
+        self, settings: Settings, host: str, sock: socket.socket, announce: Callable[[Announcement], None]
+    ) -> None:
+        self._settings = settings
+        self._host = host
+        self._sock = sock
+        self._announce = announce
+        self._metrics = Metrics()
+
+    async def run(self) -> None:
+        """Start everything, answer until a signal, and end everything in the opposite order."""
+        settings = self._settings
+        builder = EngineBuilder(settings, load_base(settings))
+        async with AsyncExitStack() as stack:
+            catalog = Catalog.open(settings, builder.modules)
+            stack.push_async_callback(catalog.aclose)
+            engine = builder.build(catalog, self._metrics)
+            await engine.start()
+            stack.push_async_callback(engine.close)
+            gate = TenantGate(catalog.database)
+            gate.start()
+            stack.push_async_callback(gate.aclose)
+            await catalog.attach(engine, count_upload=self._metrics.count_upload)
+            if settings.adapters is not None:
+                await catalog.register_folder(settings.adapters)
+            # The model, its libraries and what else lives as long as the process need no looking at ever again.
+            gc.collect()
+            gc.freeze()
+            await self._answer(catalog, engine, gate)
+
+    async def _answer(self, catalog: Catalog, engine: AsyncEngine, gate: TenantGate) -> None:
+        settings = self._settings
+        app = create_app(
+            settings,
+            engine,
+            catalog.directory,
+            gate,
+            self._metrics,
+            extra_routers=(adapters.build_router(catalog),),
+            may_run_open=settings.allow_open or is_loopback(self._host),
+        )
+        server = DrainingServer(
+            make_config(app),
+            drain=partial(engine.drain, settings.drain_timeout_s),
+            on_started=lambda: self._announce(self._announcement(catalog, engine, gate)),
+        )
+        try:
+            await server.serve(sockets=[self._sock])
+        except OSError as error:
+            raise StartupError(f"{self._host}:{settings.port} cannot be listened on: {error.strerror}.") from error
+
+    def _announcement(self, catalog: Catalog, engine: AsyncEngine, gate: TenantGate) -> Announcement:
+        return Announcement(
+            url=url_of(self._host, self._sock.getsockname()[1]),
+            model=engine.model.name,
+            num_adapters=len(catalog.directory),
+            is_open=gate.is_open,
+            moved_from=self._settings.host if self._host != self._settings.host else None,
+        )
+
+
+def url_of(host: str, port: int) -> str:
+    """An address that a browser on this machine can open."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return f"http://{host}:{port}"
+    if address.is_unspecified:
+        return f"http://{_LOOPBACK}:{port}"
+    return f"http://[{host}]:{port}" if address.version == 6 else f"http://{host}:{port}"
