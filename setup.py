@@ -23,6 +23,7 @@ kernels = CppExtension(
         "-fno-trapping-math",
         "-Wall",
         "-Wno-psabi",
+        "-Wno-maybe-uninitialized",  # GCC 12 warns of its own intrinsics
     ],
     optional=True,
 )

@@ -2,6 +2,8 @@
 
 #if ML_HAS_TARGET_PRAGMA
 #pragma GCC target("avx2,fma,f16c,avxvnni")
+#define ML_HAS_AVX2 1
+#define ML_HAS_VNNI 1
 #define ML_PATH_FUNCTION avx2_vnni_kernels
 #define ML_PATH_NAME "avx2_vnni"
 #include "path.h"

@@ -2,6 +2,9 @@
 
 #if ML_HAS_TARGET_PRAGMA
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")
+#define ML_HAS_AVX2 1
+#define ML_HAS_AVX512 1
+#define ML_HAS_VNNI 1
 #define ML_PATH_FUNCTION avx512_kernels
 #define ML_PATH_NAME "avx512"
 #include "path.h"

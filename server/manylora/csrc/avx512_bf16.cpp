@@ -2,6 +2,10 @@
 
 #if ML_HAS_TARGET_PRAGMA
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,fma,f16c")
+#define ML_HAS_AVX2 1
+#define ML_HAS_AVX512 1
+#define ML_HAS_VNNI 1
+#define ML_HAS_AVX512_BF16 1
 #define ML_PATH_FUNCTION avx512_bf16_kernels
 #define ML_PATH_NAME "avx512_bf16"
 #include "path.h"

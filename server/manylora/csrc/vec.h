@@ -1,7 +1,8 @@
 // Vectors of 32-bit lanes in GCC's vector extension: the same arithmetic for every CPU path; only what the extension
-// cannot say is written per instruction set. Included inside the namespace of one path, after its target pragma.
+// cannot say is written per instruction set. Included inside the namespace of one path, after its target pragma; the
+// ML_HAS_* macros come from the path's file, as the compiler's own ones do not follow the pragma.
 
-#if defined(__AVX512F__)
+#if ML_HAS_AVX512
 constexpr int W = 16;
 #else
 constexpr int W = 8;
@@ -46,24 +47,25 @@ ML_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }  // b where either is Na
 
 // --- conversions; `load` and `store` with a count touch only the first `count` elements, the rest is zero ---
 
-ML_INLINE vf widen(vh bits, bf16) { return bitcast<vf>(__builtin_convertvector(bits, vu) << 16); }
-ML_INLINE vh narrow(vf v, bf16) {
-  vu u = bitcast<vu>(v);
-  vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;  // to nearest, ties to even
-  vu quiet = (u >> 16) | 0x40;
-  return __builtin_convertvector((v == v) ? rounded : quiet, vh);
-}
-
-#if defined(__AVX512F__)
+#if ML_HAS_AVX512
+ML_INLINE vu widen_bits(vh bits) { return (vu)_mm512_cvtepu16_epi32((__m256i)bits); }
+ML_INLINE vh narrow_bits(vu lanes) { return (vh)_mm512_cvtepi32_epi16((__m512i)lanes); }
 ML_INLINE vf widen(vh bits, f16) { return (vf)_mm512_cvtph_ps((__m256i)bits); }
 ML_INLINE vh narrow(vf v, f16) { return (vh)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT); }
-#elif defined(__F16C__)
+#elif ML_HAS_AVX2
+ML_INLINE vu widen_bits(vh bits) { return (vu)_mm256_cvtepu16_epi32((__m128i)bits); }
+ML_INLINE vh narrow_bits(vu lanes) {
+  __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)lanes, (__m256i)lanes), 0x88);
+  return (vh)_mm256_castsi256_si128(packed);
+}
 ML_INLINE vf widen(vh bits, f16) { return (vf)_mm256_cvtph_ps((__m128i)bits); }
 ML_INLINE vh narrow(vf v, f16) { return (vh)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
 #else
+ML_INLINE vu widen_bits(vh bits) { return __builtin_convertvector(bits, vu); }
+ML_INLINE vh narrow_bits(vu lanes) { return __builtin_convertvector(lanes, vh); }
 // The exponent is rebiased by multiplying with a power of two, which also makes subnormals right.
 ML_INLINE vf widen(vh bits, f16) {
-  vu u = __builtin_convertvector(bits, vu);
+  vu u = widen_bits(bits);
   vu magnitude = (u & 0x7fff) << 13;
   vf scaled = bitcast<vf>(magnitude) * 0x1p112f;
   vu value = ((u & 0x7c00) == 0x7c00) ? (magnitude | 0x7f800000) : bitcast<vu>(scaled);
@@ -81,7 +83,19 @@ ML_INLINE vh narrow(vf v, f16) {
   half = (half > 0x7c00u) ? (vu{} + 0x7c00u) : half;
   half = (magnitude > 0x7f800000u) ? (vu{} + 0x7e00u) : half;
   half = (magnitude == 0x7f800000u) ? (vu{} + 0x7c00u) : half;
-  return __builtin_convertvector(half | ((u >> 16) & 0x8000), vh);
+  return narrow_bits(half | ((u >> 16) & 0x8000));
+}
+#endif
+
+ML_INLINE vf widen(vh bits, bf16) { return bitcast<vf>(widen_bits(bits) << 16); }
+#if ML_HAS_AVX512_BF16
+ML_INLINE vh narrow(vf v, bf16) { return (vh)_mm512_cvtneps_pbh((__m512)v); }
+#else
+ML_INLINE vh narrow(vf v, bf16) {
+  vu u = bitcast<vu>(v);
+  vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;  // to nearest, ties to even
+  vu quiet = (u >> 16) | 0x40;
+  return narrow_bits((v == v) ? rounded : quiet);
 }
 #endif
 
@@ -123,7 +137,7 @@ struct Lanes {
   static ML_INLINE vu load_lanes(const T* p, int64_t count) { return bitcast<vu>(load(p, count)); }
   static ML_INLINE vf multiply_add(vf sum, vu a, vu b) { return bitcast<vf>(a) * bitcast<vf>(b) + sum; }
 };
-#if defined(__AVX512BF16__)
+#if ML_HAS_AVX512_BF16
 template <>
 struct Lanes<bf16> {
   static constexpr int per_lane = 2;
