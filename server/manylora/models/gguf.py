@@ -1,6 +1,7 @@
 """GGUF files become Hugging Face folders: dequantised once, kept as bfloat16 safetensors."""
 
 import re
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def convert(path: Path, folder: Path) -> None:
             _repair_splitting(path, tokenizer)
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-    except (ValueError, RuntimeError, KeyError, IndexError, NotImplementedError, SafetensorError) as error:
+    except (ValueError, RuntimeError, LookupError, struct.error, SafetensorError) as error:
         raise ModelUnusable(
             f"{path} cannot be dequantised by transformers {transformers.__version__}: {error}. "
             "Serve the original Hugging Face checkpoint instead."

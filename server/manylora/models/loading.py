@@ -58,14 +58,14 @@ def resolve_model(model: str | None) -> Path:
     if model is None:
         return default_model.ensure()
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model and path.is_dir():
         return path
     if path.is_file():
         if not gguf.is_gguf(path):
             raise ModelUnusable(f"{path} is no GGUF file. Give a GGUF file or the folder of a Hugging Face checkpoint.")
         return gguf.ensure_converted(path, default_cache())
     if model.startswith((".", "/", "~")) or model.endswith(".gguf") or not _HUB_ID.fullmatch(model):
-        raise ModelUnusable(f"There is no model at {path}. Give a folder, a GGUF file or a Hugging Face id.")
+        raise ModelUnusable(f"There is no model at {model!r}. Give a folder, a GGUF file or a Hugging Face id.")
     return _from_hub(model)
 
 
