@@ -12,7 +12,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
 
-from manylora.api import adapters
+from manylora.api import adapters, dashboard_routes
 from manylora.app import create_app
 from manylora.catalog.database import open_database
 from manylora.catalog.service import Catalog
@@ -105,7 +105,7 @@ class _Server:
             catalog.directory,
             gate,
             self._metrics,
-            extra_routers=(adapters.build_router(catalog),),
+            extra_routers=(adapters.build_router(catalog), dashboard_routes.build_router()),
             may_run_open=settings.allow_open or is_loopback(self._host),
         )
         server = DrainingServer(

@@ -51,8 +51,11 @@ async def metrics(caller: Admin, services: ServicesDep) -> Response:
 
 
 @router.get("/v1/stats")
-async def stats(caller: Caller, services: ServicesDep) -> dict[str, Any]:
-    """What the dashboard draws: the engine's counts, and the traffic of the caller's tenant (of all, for admins)."""
+async def stats(caller: Caller, services: ServicesDep, timeline: bool = False) -> dict[str, Any]:
+    """What the dashboard draws: the engine's counts, and the traffic of the caller's tenant (of all, for admins).
+
+    `you` is who asks. With `timeline=true` the last five minutes come with it.
+    """
     sees_all = has_role(caller, Role.ADMIN)
     tenant = None if sees_all else caller.tenant
     return {
@@ -64,7 +67,9 @@ async def stats(caller: Caller, services: ServicesDep) -> dict[str, Any]:
             "is_ready": services.engine.is_ready,
             "is_draining": services.engine.is_draining,
         },
+        "you": {"tenant": caller.tenant, "role": caller.role, "is_open": services.gate.is_open},
         "tenant": tenant,
+        **({"timeline": services.traffic.timeline(tenant)} if timeline else {}),
         **services.traffic.view(tenant, services.engine.tier_of),
     }
 

@@ -1,6 +1,6 @@
 """The last minutes of traffic in memory: what `/v1/stats` adds to the engine's counts.
 
-All of it is bounded: one dictionary per second for the token rates, the newest finished requests for the
+All of it is bounded: one dictionary for each of the last seconds with tokens, the newest finished requests for the
 percentiles, the newest errors, and totals of the adapters used last.
 """
 
@@ -17,7 +17,9 @@ from manylora.engine.interface import AdapterRef, Tier
 __all__ = ["Traffic", "percentiles"]
 
 RATE_WINDOW_S: Final = 10
+LIVE_WINDOW_S: Final = 30
 LATENCY_WINDOW_S: Final = 300
+TIMELINE_STEP_S: Final = 5
 _MAX_FINISHED: Final = 2048
 _MAX_ERRORS: Final = 50
 _MAX_ADAPTERS: Final = 1024
@@ -66,7 +68,7 @@ class Traffic:
         self.started_at = time.time()
         self._started = clock()
         self._active: Counter[str] = Counter()
-        self._seconds: deque[tuple[int, Counter[tuple[str, str | None]]]] = deque(maxlen=RATE_WINDOW_S + 1)
+        self._seconds: deque[tuple[int, Counter[tuple[str, str | None]]]] = deque(maxlen=LATENCY_WINDOW_S + 1)
         self._finished: deque[tuple[float, FinishedRequest]] = deque(maxlen=_MAX_FINISHED)
         self._errors: deque[FinishedRequest] = deque(maxlen=_MAX_ERRORS)
         self._tenants: dict[str, _Totals] = {}
@@ -103,12 +105,19 @@ class Traffic:
         """What the dashboard draws; of one tenant's requests, or with None of everybody's."""
         now = self._clock()
         recent = [f for at, f in self._finished if now - at <= LATENCY_WINDOW_S and tenant in (None, f.tenant)]
+        live = [f for at, f in self._finished if now - at <= LIVE_WINDOW_S and tenant in (None, f.tenant)]
         totals = self._totals(tenant)
         return {
+            "now": round(time.time(), 3),
             "uptime_s": round(now - self._started, 1),
             "in_flight": sum(n for name, n in self._active.items() if tenant in (None, name)),
             "totals": totals.as_dict(),
             "rates": self._rates(tenant, now),
+            "live": {
+                "window_s": LIVE_WINDOW_S,
+                "ttft_ms": percentiles(f.ttft_s for f in live),
+                "tpot_ms": percentiles(f.tpot_s for f in live),
+            },
             "latency": {
                 "window_s": LATENCY_WINDOW_S,
                 "ttft_ms": percentiles(f.ttft_s for f in recent),
@@ -149,10 +158,34 @@ class Traffic:
     def _last_seconds(self, now: float) -> Counter[tuple[str, str | None]]:
         """Tokens of the last whole seconds by tenant and adapter, without the second that has just begun."""
         current, total = int(now), Counter[tuple[str, str | None]]()
-        for second, tokens in self._seconds:
-            if current - RATE_WINDOW_S <= second < current:
+        for second, tokens in reversed(self._seconds):
+            if second < current - RATE_WINDOW_S:
+                break
+            if second < current:
                 total.update(tokens)
         return total
+
+    def timeline(self, tenant: str | None) -> dict[str, Any]:
+        """The last five minutes every five seconds, measured at each moment as `view` measures now.
+
+        `at` are Unix times, oldest first. Percentiles are None where too few requests are remembered.
+        """
+        now, unix_now = self._clock(), time.time()
+        tokens = {second: _tokens_of(tenant, counts) for second, counts in self._seconds}
+        finished = [(at, f) for at, f in self._finished if tenant in (None, f.tenant)]
+        line: dict[str, Any] = {"at": [], "completion_tokens_per_s": [], "ttft_ms": [], "tpot_ms": []}
+        for age in range(LATENCY_WINDOW_S - TIMELINE_STEP_S, 0, -TIMELINE_STEP_S):
+            moment = now - age
+            if moment < self._started:
+                continue
+            recent = [f for at, f in finished if 0 <= moment - at <= LIVE_WINDOW_S]
+            seconds = range(int(moment) - RATE_WINDOW_S, int(moment))
+            line["at"].append(round(unix_now - age, 3))
+            rate = sum(tokens.get(second, 0) for second in seconds) / self._window(moment)
+            line["completion_tokens_per_s"].append(round(rate, 3))
+            line["ttft_ms"].append(percentiles(f.ttft_s for f in recent))
+            line["tpot_ms"].append(percentiles(f.tpot_s for f in recent))
+        return line
 
     def _adapter_rows(
         self, tenant: str | None, recent: list[FinishedRequest], now: float, tier_of: Callable[[AdapterRef], Tier]
@@ -179,6 +212,7 @@ class Traffic:
                 "tenant": ref.tenant,
                 "digest": ref.digest,
                 "tier": tier_of(ref),
+                "last_used": round(used[-1].finished_at, 3),
                 "requests": len(used),
                 "tokens_per_s": round(tokens[adapter_id] / window, 3),
                 "ttft_ms": percentiles(f.ttft_s for f in used),
@@ -188,6 +222,10 @@ class Traffic:
                 row["totals"] = totals.as_dict()
             rows.append(row)
         return rows
+
+
+def _tokens_of(tenant: str | None, counts: Counter[tuple[str, str | None]]) -> int:
+    return sum(n for (owner, _), n in counts.items() if tenant in (None, owner))
 
 
 def _error_row(finished: FinishedRequest) -> dict[str, Any]:

@@ -1,0 +1,214 @@
+// The table of adapters: the catalog's list joined with the traffic of the last minutes.
+
+import { getJson } from "./api.js";
+import { byId, h, icon, PIN, setText } from "./dom.js";
+import { bytes, count, ms, rate } from "./format.js";
+
+const PAGE = 1000;
+const ROWS = 50;
+const MOST = 10_000;
+const TIERS = { device: 0, host: 1, disk: 2 };
+const TIER_NAMES = { device: "device", host: "host", disk: "disk" };
+
+/** Sorting compares `value`; text columns start ascending, numbers descending. */
+const COLUMNS = [
+  { id: "name", label: "Adapter", text: true, value: (a) => a.name },
+  { id: "tenant", label: "Tenant", text: true, wide: true, value: (a) => a.tenant },
+  { id: "version", label: "Version", wide: true, value: (a) => a.version ?? 0 },
+  { id: "tier", label: "Tier", text: true, value: (a) => TIERS[a.tier] ?? 3 },
+  { id: "requests", label: "Requests", hint: "in the last 5 minutes", value: (a) => a.requests },
+  { id: "tokens", label: "Tokens/s", value: (a) => a.tokensPerS },
+  { id: "ttft", label: "TTFT p95", wide: true, value: (a) => a.ttft },
+  { id: "size", label: "Size", wide: true, value: (a) => a.size },
+];
+
+export class AdapterTable {
+  constructor(onopen) {
+    this.onopen = onopen;
+    this.listed = [];
+    this.isCut = false;
+    this.rows = new Map();
+    this.sort = { id: "requests", up: false };
+    this.limit = ROWS;
+    this.order = [];
+    this.isHeld = false;
+    this.stats = { adapters: [], now: 0 };
+    this.head();
+    const changed = () => {
+      this.limit = ROWS;
+      this.draw(true);
+    };
+    byId("filter").addEventListener("input", changed);
+    byId("tier-filter").addEventListener("change", changed);
+    byId("adapters-more").addEventListener("click", () => {
+      this.limit += ROWS * 2;
+      this.draw(true);
+    });
+    const body = byId("adapters-body");
+    body.addEventListener("pointerenter", () => { this.isHeld = true; });
+    body.addEventListener("pointerleave", () => { this.isHeld = false; });
+  }
+
+  head() {
+    byId("adapters-head").replaceChildren(...COLUMNS.map((column) => {
+      const button = h("button", { type: "button", onclick: () => this.sortBy(column) }, column.label);
+      return h("th", { scope: "col", class: this.classOf(column), data: { column: column.id }, title: column.hint ?? null }, button);
+    }));
+    this.mark();
+  }
+
+  classOf(column) {
+    return [column.text ? "text" : "number", column.wide ? "wide" : ""].join(" ").trim();
+  }
+
+  sortBy(column) {
+    const same = this.sort.id === column.id;
+    this.sort = { id: column.id, up: same ? !this.sort.up : Boolean(column.text) };
+    this.mark();
+    this.draw(true);
+  }
+
+  mark() {
+    for (const th of byId("adapters-head").children) {
+      const sorted = th.dataset.column === this.sort.id;
+      th.setAttribute("aria-sort", sorted ? (this.sort.up ? "ascending" : "descending") : "none");
+    }
+  }
+
+  /** Fetch the catalog's list, page by page. */
+  async load() {
+    const found = [];
+    let after = "";
+    for (;;) {
+      const page = await getJson(`v1/adapters?limit=${PAGE}${after}`);
+      found.push(...page.data);
+      this.isCut = Boolean(page.has_more) && found.length >= MOST;
+      if (!page.has_more || this.isCut || page.data.length === 0) break;
+      after = `&after=${encodeURIComponent(page.data.at(-1).id)}`;
+    }
+    this.listed = found;
+    this.draw(false);
+  }
+
+  /** Names for the try-it box. */
+  names(mayUse) {
+    return this.listed.filter((a) => a.active_version !== null && mayUse(a.tenant)).map((a) => a.name);
+  }
+
+  show(stats) {
+    this.stats = stats;
+    this.draw(false);
+  }
+
+  joined() {
+    const uses = new Map();
+    for (const row of this.stats.adapters) {
+      const key = `${row.tenant}/${row.name}`;
+      uses.set(key, [...(uses.get(key) ?? []), row]);
+    }
+    return this.listed.map((adapter) => join(adapter, uses.get(`${adapter.tenant}/${adapter.name}`) ?? []));
+  }
+
+  draw(isForced) {
+    const wanted = byId("filter").value.trim().toLowerCase();
+    const tier = byId("tier-filter").value;
+    const all = this.joined();
+    const matching = all.filter((a) =>
+      (!wanted || a.name.toLowerCase().includes(wanted) || String(a.tenant).toLowerCase().includes(wanted) || a.description.toLowerCase().includes(wanted))
+      && (!tier || (tier === "pinned" ? a.pinned : a.tier === tier)));
+    const shown = this.sorted(matching, isForced).slice(0, this.limit);
+    this.fill(shown);
+    const more = byId("adapters-more");
+    more.hidden = shown.length === matching.length;
+    setText(more, `Show more (${count(matching.length - shown.length)} left)`);
+    const total = `${count(all.length)}${this.isCut ? "+" : ""}`;
+    setText(byId("adapters-count"), matching.length === all.length ? total : `${count(matching.length)} of ${total}`);
+    const empty = byId("adapters-empty");
+    empty.hidden = shown.length > 0;
+    setText(empty, all.length ? "No adapter matches this filter." : "No adapters yet. Upload one, or start the server with --adapters DIR.");
+  }
+
+  /** While the pointer rests on the table the order stays, so that rows do not run away from a click. */
+  sorted(adapters, isForced) {
+    if (this.isHeld && !isForced) {
+      const place = new Map(this.order.map((key, i) => [key, i]));
+      return adapters.toSorted((a, b) => (place.get(a.key) ?? Infinity) - (place.get(b.key) ?? Infinity) || 0);
+    }
+    const { value } = COLUMNS.find((column) => column.id === this.sort.id);
+    const sign = this.sort.up ? 1 : -1;
+    const result = adapters.toSorted((a, b) => sign * compare(value(a), value(b)) || compare(a.key, b.key));
+    this.order = result.map((a) => a.key);
+    return result;
+  }
+
+  fill(shown) {
+    const body = byId("adapters-body");
+    const keep = new Set(shown.map((a) => a.key));
+    for (const [key, row] of this.rows) {
+      if (!keep.has(key)) {
+        row.element.remove();
+        this.rows.delete(key);
+      }
+    }
+    shown.forEach((adapter, i) => {
+      let row = this.rows.get(adapter.key);
+      if (!row) this.rows.set(adapter.key, (row = this.row()));
+      row.set(adapter);
+      if (body.children[i] !== row.element) body.insertBefore(row.element, body.children[i] ?? null);
+    });
+  }
+
+  row() {
+    let current = null;
+    const open = h("button", { type: "button", class: "name", onclick: () => this.onopen(current) });
+    const pin = h("span", { class: "pin", title: "pinned", role: "img", "aria-label": "pinned" }, icon(PIN));
+    const about = h("span", { class: "about" });
+    const tier = h("span", { class: "tier" });
+    const cells = Object.fromEntries(COLUMNS.map((c) => [c.id, h("td", { class: this.classOf(c) })]));
+    cells.name.append(h("span", { class: "name-line" }, open, pin), about);
+    cells.tier.append(tier);
+    return {
+      element: h("tr", {}, Object.values(cells)),
+      set: (a) => {
+        current = a;
+        setText(open, a.name);
+        pin.toggleAttribute("hidden", !a.pinned);
+        setText(about, a.description);
+        setText(cells.tenant, a.tenant);
+        setText(cells.version, a.version === null ? "none" : `${a.version}${a.numVersions > 1 ? ` of ${a.numVersions}` : ""}`);
+        setText(tier, TIER_NAMES[a.tier] ?? "–");
+        tier.dataset.tier = a.tier ?? "";
+        setText(cells.requests, count(a.requests));
+        setText(cells.tokens, rate(a.tokensPerS));
+        setText(cells.ttft, ms(a.ttft));
+        setText(cells.size, bytes(a.size));
+      },
+    };
+  }
+}
+
+/** One adapter as the table shows it. Traffic of several versions adds up; the TTFT is the slowest of theirs. */
+function join(adapter, uses) {
+  const use = uses.find((row) => row.version === adapter.active_version);
+  const ttfts = uses.map((row) => row.ttft_ms.p95).filter((value) => value !== null);
+  return {
+    key: `${adapter.tenant}/${adapter.name}`,
+    name: adapter.name,
+    tenant: adapter.tenant,
+    description: adapter.description ?? "",
+    pinned: adapter.pinned,
+    version: adapter.active_version,
+    numVersions: adapter.num_versions,
+    tier: use ? use.tier : adapter.tier,
+    size: adapter.size_bytes,
+    requests: uses.reduce((sum, row) => sum + row.requests, 0),
+    tokensPerS: uses.reduce((sum, row) => sum + row.tokens_per_s, 0),
+    ttft: ttfts.length ? Math.max(...ttfts) : null,
+  };
+}
+
+function compare(a, b) {
+  if (a === null || a === undefined) return b === null || b === undefined ? 0 : -1;
+  if (b === null || b === undefined) return 1;
+  return a < b ? -1 : a > b ? 1 : 0;
+}

@@ -1,0 +1,138 @@
+// The three charts: what was measured at each poll, over a window that moves with the clock.
+
+import { h, setText } from "./dom.js";
+
+const WINDOW_S = 300;
+const HEIGHT = 150;
+
+const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+
+/** One chart in `host`: `series` is [{label, colour, fill?}], `format` writes one value. */
+class Chart {
+  constructor(host, { title, note, series, format, axis }) {
+    this.series = series;
+    this.format = format;
+    this.axis = axis;
+    this.data = [[], ...series.map(() => [])];
+    this.plot = null;
+    this.values = series.map(() => h("span", { class: "value" }, "–"));
+    this.frame = h("div", { class: "plot", role: "img", "aria-label": `${title}, ${note}` });
+    host.replaceChildren(
+      h("div", { class: "card-head" }, h("h2", {}, title), h("p", { class: "hint" }, note)),
+      h("ul", { class: "readings" }, series.map((one, i) =>
+        h("li", { data: { series: one.colour } }, h("span", { class: "key" }, one.label), this.values[i]))),
+      this.frame,
+    );
+    this.observer = new ResizeObserver(() => this.resize());
+    this.observer.observe(this.frame);
+  }
+
+  draw() {
+    if (this.plot) this.plot.destroy();
+    const width = Math.max(120, this.frame.clientWidth);
+    this.plot = new globalThis.uPlot(this.options(width), this.data, this.frame);
+  }
+
+  options(width) {
+    const grid = { stroke: css("--grid"), width: 1 };
+    const font = `11px ${css("--font")}`;
+    const axis = { stroke: css("--muted"), font, grid, ticks: { show: false }, gap: 6 };
+    return {
+      width,
+      height: HEIGHT,
+      legend: { show: false },
+      padding: [8, 8, 0, 0],
+      cursor: { y: false, drag: { x: false, y: false }, points: { size: 6 }, sync: { key: "live" } },
+      scales: { x: { time: true }, y: { range: (_, low, high) => [0, high > 0 ? high * 1.15 : 1] } },
+      axes: [
+        { ...axis, grid: { show: false }, size: 26, space: 70, values: (_, ticks) => ticks.map(clockTick) },
+        { ...axis, size: 46, space: 34, values: (_, ticks) => ticks.map(this.axis) },
+      ],
+      series: [{}, ...this.series.map((one) => ({
+        label: one.label,
+        stroke: css(`--${one.colour}`),
+        fill: one.fill ? css(`--${one.colour}-fill`) : undefined,
+        width: 1.6,
+        points: { show: false },
+        spanGaps: false,
+      }))],
+      hooks: { setCursor: [(plot) => this.read(plot.cursor.idx)] },
+    };
+  }
+
+  resize() {
+    const width = this.frame.clientWidth;
+    if (!this.plot) this.draw();
+    else if (width > 0 && width !== this.plot.width) this.plot.setSize({ width, height: HEIGHT });
+  }
+
+  /** Values under the pointer, else the newest. */
+  read(index) {
+    const at = index ?? this.data[0].length - 1;
+    this.values.forEach((value, i) => setText(value, this.format(this.data[i + 1][at] ?? null)));
+  }
+
+  add(at, values) {
+    this.data[0].push(at);
+    values.forEach((value, i) => this.data[i + 1].push(value ?? null));
+    while (this.data[0].length && this.data[0][0] < at - WINDOW_S - 5) this.data.forEach((column) => column.shift());
+  }
+
+  clear() {
+    this.data.forEach((column) => column.splice(0));
+  }
+
+  show(now) {
+    if (!this.plot) this.draw();
+    this.plot.setData(this.data, false);
+    this.plot.setScale("x", { min: now - WINDOW_S, max: now });
+    this.read(this.plot.cursor.idx);
+  }
+}
+
+function clockTick(seconds) {
+  return new Date(seconds * 1000).toLocaleTimeString("en-GB", { hour: "2-digit", minute: "2-digit" });
+}
+
+const PERCENTILES = ["p50", "p95", "p99"];
+
+export class Charts {
+  constructor(hosts, format) {
+    const lines = PERCENTILES.map((label) => ({ label, colour: label }));
+    const millis = (value) => (value >= 1000 ? `${+(value / 1000).toFixed(1)} s` : `${+value.toFixed(1)} ms`);
+    this.throughput = new Chart(hosts.throughput, {
+      title: "Throughput",
+      note: "completion tokens per second",
+      series: [{ label: "tokens/s", colour: "rate", fill: true }],
+      format: format.rate,
+      axis: (value) => (value >= 1000 ? `${+(value / 1000).toFixed(1)}k` : String(+value.toFixed(2))),
+    });
+    this.ttft = new Chart(hosts.ttft, {
+      title: "Time to first token", note: "requests of the last 30 s", series: lines, format: format.ms, axis: millis,
+    });
+    this.tpot = new Chart(hosts.tpot, {
+      title: "Time per output token", note: "requests of the last 30 s", series: lines, format: format.ms, axis: millis,
+    });
+    this.all = [this.throughput, this.ttft, this.tpot];
+    const redraw = () => this.all.forEach((chart) => chart.plot && chart.draw());
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+    document.addEventListener("themechange", redraw);
+  }
+
+  /** The server's own record of the minutes before the page was opened. */
+  fill(timeline) {
+    this.all.forEach((chart) => chart.clear());
+    timeline.at.forEach((at, i) => {
+      this.throughput.add(at, [timeline.completion_tokens_per_s[i]]);
+      this.ttft.add(at, PERCENTILES.map((p) => timeline.ttft_ms[i][p]));
+      this.tpot.add(at, PERCENTILES.map((p) => timeline.tpot_ms[i][p]));
+    });
+  }
+
+  add(stats) {
+    this.throughput.add(stats.now, [stats.rates.completion_tokens_per_s]);
+    this.ttft.add(stats.now, PERCENTILES.map((p) => stats.live.ttft_ms[p]));
+    this.tpot.add(stats.now, PERCENTILES.map((p) => stats.live.tpot_ms[p]));
+    this.all.forEach((chart) => chart.show(stats.now));
+  }
+}

@@ -1,0 +1,149 @@
+// The drawer of one adapter: its versions, and what the visitor may do with them.
+
+import { download, getJson, send } from "./api.js";
+import { byId, confirmed, h, toast } from "./dom.js";
+import { bytes, day } from "./format.js";
+import { reportView } from "./report.js";
+
+export class Detail {
+  constructor(session, { onchange, ontry }) {
+    this.session = session;
+    this.onchange = onchange;
+    this.ontry = ontry;
+    this.dialog = byId("detail");
+    this.adapter = null;
+    this.dialog.addEventListener("click", (event) => {
+      if (event.target === this.dialog) this.dialog.close();
+    });
+  }
+
+  path(adapter, rest = "") {
+    return `v1/adapters/${encodeURIComponent(adapter.name)}${rest}?tenant=${encodeURIComponent(adapter.tenant)}`;
+  }
+
+  async open({ name, tenant }) {
+    await this.guarded(async () => {
+      this.adapter = await getJson(this.path({ name, tenant }));
+      this.draw();
+      if (!this.dialog.open) this.dialog.showModal();
+    });
+  }
+
+  /** Run something that may be refused, and say so. */
+  async guarded(work) {
+    try {
+      await work();
+    } catch (error) {
+      if (error.status === 401) this.session.ask(error.message);
+      else toast(error.message, "bad");
+    }
+  }
+
+  /** Change the adapter, then show it as it is now. */
+  async change(body, done) {
+    await this.guarded(async () => {
+      await send("PATCH", this.path(this.adapter), body);
+      toast(done);
+      await this.open(this.adapter);
+      this.onchange();
+    });
+  }
+
+  draw() {
+    const { adapter } = this;
+    const may = this.session.mayManage(adapter.tenant);
+    const versions = adapter.versions.toSorted((a, b) => b.version - a.version);
+    this.dialog.replaceChildren(
+      h("div", { class: "drawer-head" },
+        h("div", {}, h("h2", { id: "detail-title" }, adapter.name), h("p", { class: "hint" }, `tenant ${adapter.tenant}`)),
+        h("button", { type: "button", class: "quiet", "aria-label": "Close", onclick: () => this.dialog.close() }, "Close")),
+      h("p", { class: "about" }, adapter.description || "No description."),
+      this.actions(may),
+      h("h3", {}, versions.length === 1 ? "1 version" : `${versions.length} versions`),
+      h("ol", { class: "versions" }, versions.map((version) => this.version(version, may))),
+    );
+  }
+
+  actions(may) {
+    const { adapter } = this;
+    const tryIt = this.session.mayUse(adapter.tenant) && adapter.active_version !== null
+      ? h("button", { type: "button", class: "primary", onclick: () => this.tryIt(adapter.name) }, "Try it")
+      : null;
+    if (!may) {
+      const why = this.session.has("manager") ? `It belongs to the tenant ${adapter.tenant}.` : "Changing adapters takes a key with the role manager.";
+      return h("div", { class: "actions" }, tryIt, h("span", { class: "hint" }, why));
+    }
+    const pin = () => this.change({ pinned: !adapter.pinned }, adapter.pinned ? `${adapter.name} may leave the device again.` : `${adapter.name} stays on the device.`);
+    return h("div", { class: "actions" },
+      tryIt,
+      h("button", { type: "button", "aria-pressed": String(adapter.pinned), onclick: pin }, adapter.pinned ? "Unpin" : "Pin"),
+      h("button", { type: "button", class: "danger push", onclick: () => this.remove() }, "Delete adapter"));
+  }
+
+  version(version, may) {
+    const { adapter } = this;
+    const isActive = version.version === adapter.active_version;
+    const isReady = version.status === "ready";
+    const label = `${adapter.name}@${version.version}`;
+    const place = h("div", { class: "version-report" });
+    const buttons = [h("button", { type: "button", class: "quiet", "aria-expanded": "false", onclick: (event) => this.report(event.currentTarget, version, place) }, "Report")];
+    if (may && !isActive && isReady) {
+      const isOlder = adapter.active_version !== null && version.version < adapter.active_version;
+      const promote = () => this.change({ active_version: version.version }, `${label} answers from now on.`);
+      buttons.push(h("button", { type: "button", class: "quiet", onclick: promote }, isOlder ? "Roll back to this" : "Promote"));
+    }
+    if (!isActive && isReady && this.session.mayUse(adapter.tenant)) buttons.push(h("button", { type: "button", class: "quiet", onclick: () => this.tryIt(label) }, "Try"));
+    if (this.session.has("manager")) buttons.push(h("button", { type: "button", class: "quiet", onclick: () => this.guarded(() => download(this.path(adapter, `/versions/${version.version}/download`), `${label}.tar.gz`)) }, "Download"));
+    if (may && !isActive) buttons.push(h("button", { type: "button", class: "quiet danger-text", onclick: () => this.removeVersion(version.version) }, "Delete"));
+    return h("li", { data: { active: String(isActive) } },
+      h("div", { class: "version-line" },
+        h("strong", {}, `Version ${version.version}`),
+        isActive ? h("span", { class: "badge" }, "active") : null,
+        h("span", { class: "tier", data: { tier: version.tier ?? "" } }, version.tier ?? "–")),
+      h("p", { class: "hint" }, `${version.kind}, rank ${version.rank} · ${bytes(version.size_bytes)} · ${day(version.created)}${isReady ? "" : " · made for another base model"}`),
+      h("div", { class: "version-actions" }, buttons),
+      place);
+  }
+
+  async report(button, version, place) {
+    if (place.childElementCount) {
+      place.replaceChildren();
+      button.setAttribute("aria-expanded", "false");
+      return;
+    }
+    await this.guarded(async () => {
+      place.replaceChildren(reportView(await getJson(this.path(this.adapter, `/versions/${version.version}`))));
+      button.setAttribute("aria-expanded", "true");
+    });
+  }
+
+  tryIt(label) {
+    this.dialog.close();
+    this.ontry(label);
+  }
+
+  async remove() {
+    const { adapter } = this;
+    const what = adapter.versions.length === 1 ? "its one version" : `its ${adapter.versions.length} versions`;
+    const sure = await confirmed(`Delete ${adapter.name}?`, `New requests cannot name it from now on. Running ones finish, then ${what} and the files go. This cannot be undone.`, "Delete adapter");
+    if (!sure) return;
+    await this.guarded(async () => {
+      await send("DELETE", this.path(adapter));
+      this.dialog.close();
+      toast(`${adapter.name} is deleted.`);
+      this.onchange();
+    });
+  }
+
+  async removeVersion(number) {
+    const { adapter } = this;
+    const label = `${adapter.name}@${number}`;
+    if (!(await confirmed(`Delete ${label}?`, "Its files go once running requests have finished. This cannot be undone.", "Delete version"))) return;
+    await this.guarded(async () => {
+      await send("DELETE", this.path(adapter, `/versions/${number}`));
+      toast(`${label} is deleted.`);
+      this.onchange();
+      await this.open(adapter);
+    });
+  }
+}
