@@ -66,49 +66,87 @@ class Settings(BaseSettings):
     """All settings. Names are the command line's flags with `_` for `-`."""
 
     model_config = SettingsConfigDict(
-        env_prefix=ENV_PREFIX, frozen=True, extra="forbid", toml_file="manylora.toml", protected_namespaces=()
+        env_prefix=ENV_PREFIX,
+        frozen=True,
+        extra="forbid",
+        toml_file="manylora.toml",
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
     )
 
     # the base model
     model: str | None = None
+    """The base model: a Hugging Face directory or id (`owner/name` or `owner/name@revision`), or a GGUF file;
+    unset: the embedded default."""
     served_name: str | None = None
+    """The base model's name in requests; unset: the last part of `model`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs; `auto` is CUDA where there is some."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Number format of the weights and the KV cache; `auto` is bfloat16 on a CPU that computes in it, else float32,
+    and on CUDA the model's own."""
     quantization: Literal["none", "int8"] = "none"
+    """`int8` quantises the base's linears once at load; adapters stay as they are."""
     max_model_len: int | None = Field(default=None, ge=16)
+    """Longest sequence, prompt and answer together, in tokens; unset: the model's own limit."""
     kernels: Literal["auto", "torch"] = "auto"
+    """`auto` takes the C++ kernels where they were built for this machine; `torch` never does."""
     num_threads: int | None = Field(default=None, ge=1)
+    """CPU threads of the model's operations; unset: one for each core."""
 
     # the HTTP side
     host: str = "127.0.0.1"
+    """Address to listen on. While no key exists and `allow_open` is off, a loopback address whatever is asked for."""
     port: int = Field(default=8000, ge=0, le=65535)
+    """Port to listen on; 0 takes a free one."""
     allow_open: bool = False
+    """Listen beyond this machine although no key exists: everybody who can connect is then an admin."""
     max_body: Size = 16 * 2**20
+    """Largest request body, uploads aside."""
     drain_timeout_s: float = Field(default=30.0, ge=0)
+    """Seconds that running requests get to finish after SIGTERM."""
     log_json: bool = False
+    """Log JSON lines instead of text."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least severe messages that are logged."""
 
     # the batch
     max_num_seqs: int = Field(default=64, ge=1)
+    """Most sequences in one batch."""
     max_num_batched_tokens: int = Field(default=512, ge=16)
+    """Most tokens in one forward pass; longer prompts are prefilled in pieces."""
     max_queue: int = Field(default=2048, ge=1)
+    """Most requests waiting; more are answered with 429."""
     kv_cache_memory: Size = 0.1
+    """Memory for the KV cache: bytes, or a share of what is free once the model is loaded."""
     block_size: int = Field(default=16, ge=1)
+    """Tokens in one block of the KV cache."""
     prefix_cache: bool = True
+    """Keep the blocks of earlier prompts for requests that begin in the same way with the same adapter."""
 
     # adapters
     adapters: Path | None = None
+    """A folder whose PEFT folders are registered at start for the tenant `public`."""
     adapter_memory: Size = 2**30
+    """Memory on the device for adapters that are ready for use: bytes, or a share of what is free."""
     host_tier_memory: Size = 2 * 2**30
+    """Memory beside it for adapters read from disk: bytes, or a share of what is free."""
     max_slots: int = Field(default=256, ge=1, le=65536)
+    """Most adapters on the device at once."""
     max_rank: int = Field(default=64, ge=1, le=512)
+    """Highest rank of an adapter; higher ones are refused."""
     max_adapter_size: Size = 2**30
+    """Largest adapter upload."""
     import_allow: tuple[str, ...] = ()
+    """Prefixes that `source` of an import and `lora_path` may begin with, such as `file:///srv/adapters/` or `hf://my-org/`."""
 
     # state
     data_dir: Path = Field(default_factory=default_data_dir)
+    """Folder of the registry, the adapter files and the keys; default: the platform's folder for user data."""
     database_url: str | None = None
+    """SQLAlchemy URL of the registry; unset: an SQLite file in `data_dir`."""
     store_url: str | None = None
+    """fsspec URL of the adapter files, such as `s3://bucket/prefix`; unset: a folder in `data_dir`."""
 
     @classmethod
     def settings_customise_sources(
