@@ -62,7 +62,12 @@ class EngineBuilder:
         return self.wrapped.modules
 
     def build(self, source: AdapterSource, metrics: Metrics) -> AsyncEngine:
-        """Lay out memory, check the model against itself, and put the engine together (not started yet)."""
+        """The engine with its bridge to asyncio, not started yet."""
+        engine, tiers = self.build_core(source, metrics)
+        return AsyncEngine(engine, tiers, self._model_info(), self.base.codec, max_queue=self.settings.max_queue)
+
+    def build_core(self, source: AdapterSource, metrics: Metrics) -> tuple[Engine, AdapterTiers]:
+        """Lay out memory, check the model against itself, and put the parts together. Raises StartupError."""
         settings = self.settings
         cache = self._cache()
         self.wrapped.attach_cache(cache)
@@ -93,7 +98,7 @@ class EngineBuilder:
             max_model_len=self.context_length,
             observe=metrics.observe_step,
         )
-        return AsyncEngine(engine, tiers, self._model_info(), self.base.codec, max_queue=settings.max_queue)
+        return engine, tiers
 
     def _wants_torch(self) -> bool:
         return self.settings.kernels == "torch" or self.device.type != "cpu" or not native.is_available()
