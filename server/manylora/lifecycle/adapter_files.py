@@ -23,6 +23,7 @@ def write_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str,
         save_file({k: v.contiguous() for k, v in tensors.items()}, folder / WEIGHTS, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(None, f"the weights: {error}") from error
+    (folder / WEIGHTS).chmod(0o644)  # safetensors leaves the file to its owner alone
     return (folder / WEIGHTS).stat().st_size
 
 

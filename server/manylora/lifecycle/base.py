@@ -51,7 +51,7 @@ def load_base(
     folder = resolve_model(model)
     tokenizer, context = load_tokenizer(model)
     place = select_device(device)
-    attention = "eager" if place.type == "cpu" and max_length is not None and max_length <= _SHORT else "sdpa"
+    attention = "eager" if place.type == "cpu" and max_length is not None and max_length <= _SHORT else None
     try:
         stored_dtype = transformers.AutoConfig.from_pretrained(folder, local_files_only=True).dtype
         loaded = transformers.AutoModelForCausalLM.from_pretrained(

@@ -126,11 +126,10 @@ def _jsonl(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         if not text.strip():
             continue
         try:
-            row = json.loads(text)
+            row = json.loads(text.rstrip())
         except json.JSONDecodeError as error:
-            raise InvalidRequest(
-                f"{path.name}: row {number} is not JSON: {error.msg} (column {error.colno})."
-            ) from error
+            where = f"row {number}, column {error.colno}"
+            raise InvalidRequest(f"{path.name}: {where} is not JSON: {error.msg}.") from error
         if not isinstance(row, dict):
             raise InvalidRequest(f"{path.name}: row {number} is a JSON {type(row).__name__}, not an object.")
         yield number, row

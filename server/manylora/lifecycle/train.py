@@ -157,6 +157,8 @@ def _check(config: TrainConfig, *, overwrite: bool) -> tuple[Dataset, Dataset | 
     for flag, value in positive.items():
         if value <= 0:
             raise InvalidRequest(f"{flag} must be positive, not {value}.")
+    if schedule.lr > 1:
+        raise InvalidRequest(f"--lr must be at most 1, not {schedule.lr:g}: training would only diverge.")
     if not 0 <= lora.dropout < 1:
         raise InvalidRequest(f"--dropout must be at least 0 and below 1, not {lora.dropout}.")
     if schedule.early_stop and config.eval_data is None:

@@ -1,0 +1,284 @@
+import hashlib
+import json
+import math
+import resource
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from manylora.errors import InvalidRequest, ManyloraError
+from manylora.lifecycle.base import load_base
+from manylora.lifecycle.checkpoint import checkpoint_folder
+from manylora.lifecycle.data import read_dataset
+from manylora.lifecycle.progress import Progress, ignore
+from manylora.lifecycle.train import LoraShape, TrainConfig, prepare, report_folder, train
+from manylora.lora.format import read
+from manylora.models.wrapping import adaptable_modules
+from tests.conftest import ModelMaker
+from tests.lifecycle.helpers import label_rows, tiny_config, write_rows
+from tests.tiny_models import make_tiny_model
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_llama_dir: Path) -> TrainConfig:
+    rows = label_rows()
+    data = write_rows(tmp_path / "train.jsonl", rows)
+    held_out = write_rows(tmp_path / "eval.jsonl", rows[::5])
+    return replace(tiny_config(data, tmp_path / "out" / "words", tiny_llama_dir), eval_data=held_out)
+
+
+def _listing(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir()) if folder.exists() else []
+
+
+def _digest(parameters: list[torch.Tensor]) -> str:
+    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in parameters)).hexdigest()
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = load_file(folder / "adapter_model.safetensors")
+    return tensors
+
+
+def test_training_lowers_the_loss_and_writes_an_adapter_that_the_server_accepts(config: TrainConfig) -> None:
+    result = train(replace(config, schedule=replace(config.schedule, epochs=6)))
+
+    losses = [loss for _, loss in result.report["eval_loss"]]
+    assert losses[-1] < losses[0] / 2
+    assert _listing(config.out) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    modules = adaptable_modules(load_base(config.base, device="cpu", dtype="float32").model)
+    assert read(config.out, modules, max_rank=64, max_size=2**30).rank == 4
+    assert _listing(report_folder(config.out)) == ["loss.png", "train.json"]
+    assert json.loads((report_folder(config.out) / "train.json").read_text())["steps"] == result.report["steps"]
+
+
+def test_only_the_low_rank_parameters_change(config: TrainConfig) -> None:
+    base = load_base(config.base, device="cpu", dtype="float32")
+    trainer, _ = prepare(config, base, read_dataset(config.data), None, ignore)
+    low_rank = list(trainer.parameters.values())
+    frozen = [p for p in base.model.parameters() if not any(p is low for low in low_rank)]
+    before, low_before = _digest(frozen), [p.detach().clone() for p in low_rank]
+
+    trainer.run(ignore, lambda: False, lambda: None)
+
+    assert _digest(frozen) == before
+    assert all(not torch.equal(p, was) for p, was in zip(low_rank, low_before, strict=True))
+
+
+def test_training_starts_as_the_base(config: TrainConfig) -> None:
+    base = load_base(config.base, device="cpu", dtype="float32")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.inference_mode():
+        bare = base.model(ids).logits
+    trainer, _ = prepare(config, base, read_dataset(config.data), None, ignore)
+
+    with torch.inference_mode():
+        assert torch.equal(trainer.model(ids).logits, bare)
+
+
+def test_same_seed_gives_the_same_adapter_and_another_seed_another(config: TrainConfig, tmp_path: Path) -> None:
+    outs = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        one = replace(config, out=tmp_path / name, schedule=replace(config.schedule, seed=seed))
+        outs.append(_weights(train(one).out))
+
+    assert all(torch.equal(outs[0][k], outs[1][k]) for k in outs[0])
+    assert any(not torch.equal(outs[0][k], outs[2][k]) for k in outs[0])
+
+
+def test_interrupted_training_resumes_to_the_uninterrupted_result(config: TrainConfig, tmp_path: Path) -> None:
+    """Bit for bit on one CPU thread, dropout included."""
+    config = replace(config, lora=LoraShape(rank=4, dropout=0.2))
+    whole = train(replace(config, out=tmp_path / "whole"))
+    steps: list[int] = []
+    first = train(config, listen=lambda e: steps.append(e.done), should_stop=lambda: 3 in steps)
+
+    assert not first.finished
+    assert first.report["steps"] == 3
+    assert not config.out.exists()
+    resumed = train(config, resume=True)
+
+    assert resumed.report["train_loss"] == whole.report["train_loss"]
+    assert resumed.report["eval_loss"] == whole.report["eval_loss"]
+    wanted, found = _weights(whole.out), _weights(resumed.out)
+    assert all(torch.equal(wanted[k], found[k]) for k in wanted)
+    assert not checkpoint_folder(config.out).exists()
+
+
+def test_resuming_with_other_data_or_settings_is_refused(config: TrainConfig) -> None:
+    train(config, should_stop=lambda: True)
+
+    with pytest.raises(InvalidRequest, match="used other data or settings"):
+        train(replace(config, schedule=replace(config.schedule, lr=0.5)), resume=True)
+    with pytest.raises(InvalidRequest, match=r"interrupted training of this --out exists"):
+        train(config)
+
+
+def test_resuming_nothing_is_refused(config: TrainConfig) -> None:
+    with pytest.raises(InvalidRequest, match="nothing to resume"):
+        train(config, resume=True)
+
+
+def test_early_stop_ends_training_and_keeps_the_best_step(config: TrainConfig) -> None:
+    schedule = replace(config.schedule, epochs=40, lr=0.3, warmup=0.0, eval_every=1, early_stop=3)
+
+    report = train(replace(config, schedule=schedule)).report
+
+    losses = dict(report["eval_loss"])
+    assert report["steps"] < 40 * 4
+    assert report["best_eval_loss"] == min(losses.values()) == losses[report["best_step"]]
+    assert report["best_step"] == report["steps"] - 3
+
+
+def test_kept_weights_are_those_of_the_best_step(config: TrainConfig) -> None:
+    base = load_base(config.base, device="cpu", dtype="float32")
+    held_out = read_dataset(config.eval_data) if config.eval_data else None
+    schedule = replace(config.schedule, epochs=4, lr=0.3, eval_every=1)
+    trainer, _ = prepare(replace(config, schedule=schedule), base, read_dataset(config.data), held_out, ignore)
+
+    trainer.run(ignore, lambda: False, lambda: None)
+
+    assert trainer.evaluation_loss(trainer._held_out) == pytest.approx(trainer.history.best_loss, rel=1e-5)
+
+
+def test_accumulated_batches_make_the_step_of_one_large_batch(config: TrainConfig, tmp_path: Path) -> None:
+    one = replace(config, schedule=replace(config.schedule, batch_size=8, accumulate=4, epochs=1), eval_data=None)
+    reports = []
+    for name, schedule in (("a", one.schedule), ("b", replace(one.schedule, batch_size=32, accumulate=1))):
+        reports.append(train(replace(one, out=tmp_path / name, schedule=schedule)).report)
+
+    assert [r["steps"] for r in reports] == [1, 1]
+    assert reports[0]["train_loss"][0][1] == pytest.approx(reports[1]["train_loss"][0][1], rel=1e-5)
+
+
+def test_learning_rate_rises_then_falls_as_a_cosine(config: TrainConfig) -> None:
+    base = load_base(config.base, device="cpu", dtype="float32")
+    schedule = replace(config.schedule, epochs=5, warmup=0.2, lr=1.0)
+    trainer, _ = prepare(replace(config, schedule=schedule), base, read_dataset(config.data), None, ignore)
+
+    rates = [trainer.learning_rate(step) for step in range(trainer.num_steps)]
+
+    assert trainer.num_steps == 20
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[12] == pytest.approx(0.5 * (1 + math.cos(math.pi * 8 / 16)))
+    assert rates[3:] == sorted(rates[3:], reverse=True)
+
+
+def test_diverging_training_names_rows_and_leaves_nothing(config: TrainConfig) -> None:
+    base = load_base(config.base, device="cpu", dtype="float32")
+    trainer, _ = prepare(config, base, read_dataset(config.data), None, ignore)
+    with torch.no_grad():
+        next(iter(trainer.parameters.values())).fill_(math.nan)
+
+    with pytest.raises(ManyloraError, match=r"diverged at step 1 \(loss nan\) on rows \d+"):
+        trainer.run(ignore, lambda: False, lambda: None)
+    assert _listing(config.out.parent) == []
+
+
+def test_base_that_answers_nan_ends_in_a_clear_message_and_leaves_nothing(config: TrainConfig, tmp_path: Path) -> None:
+    broken = make_tiny_model("llama", tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"].fill_(math.nan)
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(ManyloraError, match=r"diverged at step 1 \(loss nan\)"):
+        train(replace(config, base=str(broken)))
+    assert _listing(config.out.parent) == []
+
+
+def test_full_disk_is_said_and_leaves_no_half_written_adapter(config: TrainConfig) -> None:
+    """A limit on the size of files makes every larger write fail, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(ManyloraError, match="could not be written"):
+            train(replace(config, schedule=replace(config.schedule, epochs=1, checkpoint_every=100)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert _listing(config.out.parent) == []
+
+
+def test_existing_folder_is_not_replaced_unless_told(config: TrainConfig) -> None:
+    config.out.mkdir(parents=True)
+    (config.out / "precious").write_text("x")
+
+    with pytest.raises(InvalidRequest, match="exists"):
+        train(config)
+    assert _listing(config.out) == ["precious"]
+    train(replace(config, schedule=replace(config.schedule, epochs=1)), overwrite=True)
+    assert "precious" not in _listing(config.out)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"lora": LoraShape(rank=0)}, "--rank must be positive"),
+        ({"lora": LoraShape(dropout=1.0)}, "--dropout"),
+        ({"lora": LoraShape(targets=("nothing_like_it",))}, "--targets nothing_like_it"),
+        ({"lr": 30.0}, "--lr must be at most 1"),
+        ({"eval_data": None, "early": 2}, "--early-stop watches the evaluation loss"),
+    ],
+)
+def test_bad_settings_are_refused(config: TrainConfig, change: dict[str, Any], words: str) -> None:
+    change = dict(change)
+    schedule = replace(config.schedule, early_stop=change.pop("early", 0), lr=change.pop("lr", 1e-2))
+    changed = replace(config, schedule=schedule, **change)
+
+    with pytest.raises(InvalidRequest, match=words):
+        train(changed)
+
+
+def test_bad_data_is_refused_before_the_model_is_looked_for(config: TrainConfig, tmp_path: Path) -> None:
+    one_class = write_rows(tmp_path / "one.jsonl", [{"text": "a", "label": "x"}, {"text": "b", "label": "x"}])
+
+    with pytest.raises(InvalidRequest, match="only the label"):
+        train(replace(config, data=one_class, eval_data=None, base="/no/such/model"))
+
+
+def test_evaluation_labels_must_be_known(config: TrainConfig, tmp_path: Path) -> None:
+    odd = write_rows(tmp_path / "odd.jsonl", [{"text": "a", "label": "animal"}])
+
+    with pytest.raises(InvalidRequest, match="labels that --data lacks: animal"):
+        train(replace(config, eval_data=odd))
+
+
+def test_lengths_come_first_and_an_estimate_after_three_steps(config: TrainConfig) -> None:
+    events: list[Progress] = []
+
+    train(config, listen=events.append)
+
+    assert events[0].stage == "data"
+    assert "32 examples" in events[0].message
+    steps = [e for e in events if e.stage == "train"]
+    assert [("remaining_s" in e.values) for e in steps[:4]] == [False, False, True, True]
+    assert steps[-1].done == steps[-1].total
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "phi3", "gemma3"])
+def test_other_architectures_train_too(config: TrainConfig, tiny_model_dir: ModelMaker, architecture: str) -> None:
+    report = train(replace(config, base=str(tiny_model_dir(architecture)))).report
+
+    assert report["eval_loss"][-1][1] < report["train_loss"][0][1]
+
+
+def test_rslora_and_alpha_reach_the_config(config: TrainConfig) -> None:
+    train(replace(config, lora=LoraShape(rank=2, alpha=6, targets=("q_proj",), rslora=True)))
+
+    written = json.loads((config.out / "adapter_config.json").read_text())
+    assert (written["r"], written["lora_alpha"], written["use_rslora"], written["target_modules"]) == (
+        2, 6, True, ["q_proj"],
+    )  # fmt: skip
+    assert written["base_model_name_or_path"] == "tiny-llama"
+
+
+def test_no_machine_path_gets_into_the_result(config: TrainConfig) -> None:
+    train(config)
+
+    for folder in (config.out, report_folder(config.out)):
+        for path in folder.iterdir():
+            if path.suffix in (".json", ".md"):
+                assert str(config.out.parent) not in path.read_text(encoding="utf-8")
