@@ -151,6 +151,8 @@ class Catalog:
 
         async def receive(folder: Path) -> tuple[Wish, Path]:
             files = {name: found.path / name for name in ADAPTER_FILES if (found.path / name).is_file()}
+            if len(files) < len(ADAPTER_FILES):
+                await self._quarantine.validate(found.path)  # says what is there instead, such as a pickle
             await asyncio.to_thread(sources.copy_bounded, files, folder, self._rules.max_bytes)
             return wish, folder
 
