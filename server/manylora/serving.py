@@ -11,21 +11,22 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 from manylora.api import adapters, dashboard_routes
 from manylora.app import create_app
 from manylora.catalog.database import open_database
 from manylora.catalog.service import Catalog
-from manylora.engine.async_engine import AsyncEngine
-from manylora.engine.build import EngineBuilder
 from manylora.errors import StartupError
 from manylora.http_server import DrainingServer, bind, is_loopback, make_config
 from manylora.log import configure_logging
 from manylora.metrics import Metrics
-from manylora.models.loading import load_base
 from manylora.settings import Settings
 from manylora.tenants.gate import TenantGate
 from manylora.tenants.keys import KeyStore
+
+if TYPE_CHECKING:
+    from manylora.engine.async_engine import AsyncEngine
 
 __all__ = ["Announcement", "safe_host", "serve", "url_of"]
 
@@ -78,6 +79,9 @@ class _Server:
 
     async def run(self) -> None:
         """Start everything, answer until a signal, and end everything in the opposite order."""
+        from manylora.engine.build import EngineBuilder  # not before the port is ours: torch takes seconds to import
+        from manylora.models.loading import load_base
+
         settings = self._settings
         builder = EngineBuilder(settings, load_base(settings))
         async with AsyncExitStack() as stack:
@@ -97,7 +101,7 @@ class _Server:
             gc.freeze()
             await self._answer(catalog, engine, gate)
 
-    async def _answer(self, catalog: Catalog, engine: AsyncEngine, gate: TenantGate) -> None:
+    async def _answer(self, catalog: Catalog, engine: "AsyncEngine", gate: TenantGate) -> None:
         settings = self._settings
         app = create_app(
             settings,
@@ -118,7 +122,7 @@ class _Server:
         except OSError as error:
             raise StartupError(f"{self._host}:{settings.port} cannot be listened on: {error.strerror}.") from error
 
-    def _announcement(self, catalog: Catalog, engine: AsyncEngine, gate: TenantGate) -> Announcement:
+    def _announcement(self, catalog: Catalog, engine: "AsyncEngine", gate: TenantGate) -> Announcement:
         return Announcement(
             url=url_of(self._host, self._sock.getsockname()[1]),
             model=engine.model.name,

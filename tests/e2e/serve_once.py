@@ -1,0 +1,26 @@
+"""The server as a process for the tests: settings as JSON in the first argument, one JSON line when it answers."""
+
+import json
+import sys
+from dataclasses import asdict
+
+from manylora.errors import StartupError
+from manylora.serving import Announcement, serve
+from manylora.settings import load_settings
+
+
+def main() -> int:
+    def announce(announcement: Announcement) -> None:
+        sys.stdout.write(json.dumps(asdict(announcement)) + "\n")
+        sys.stdout.flush()
+
+    try:
+        serve(load_settings(**json.loads(sys.argv[1])), announce)
+    except StartupError as error:
+        sys.stderr.write(f"{error.code}: {error.message}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
