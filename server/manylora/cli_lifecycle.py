@@ -35,6 +35,7 @@ def recipe(
     seed: int = 0,
     ship: Annotated[Path | None, typer.Option(help="A trained adapter, to write into --out with its full card")] = None,
     scores: Annotated[Path | None, typer.Option(help="Its evaluate.json, for the card")] = None,
+    told: Annotated[Path | None, typer.Option(help="evaluate.json of the base with the recipe's instruction")] = None,
     machine: Annotated[str, typer.Option(help="What it was trained on, for the card")] = "this machine",
     overwrite: bool = False,
 ) -> None:
@@ -51,7 +52,7 @@ def recipe(
             raise InvalidRequest(f"There is no recipe {name!r}: choose one of {', '.join(RECIPES)}.")
         chosen = RECIPES[name]
         if ship is not None:
-            _ship(name, ship, scores, machine, out or Path("adapters") / name, overwrite=overwrite)
+            _ship(name, ship, scores, told, machine, out or Path("adapters") / name, overwrite=overwrite)
             return
         folder = out or Path("data") / name
         refuse_existing(folder, overwrite=overwrite)
@@ -64,7 +65,9 @@ def recipe(
         print(shlex.join(["manylora", "train", *files, "--out", f"adapters/{name}", *chosen.flags]))
 
 
-def _ship(name: str, adapter: Path, scores: Path | None, machine: str, out: Path, *, overwrite: bool) -> None:
+def _ship(
+    name: str, adapter: Path, scores: Path | None, told: Path | None, machine: str, out: Path, *, overwrite: bool
+) -> None:
     from manylora.lifecycle.output import refuse_existing
     from manylora.lifecycle.recipes import RECIPES
     from manylora.lifecycle.recipes.ship import Made, ship
@@ -73,7 +76,7 @@ def _ship(name: str, adapter: Path, scores: Path | None, machine: str, out: Path
     if scores is None:
         raise InvalidRequest("--ship writes the scores into the card: give --scores evaluate.json.")
     refuse_existing(out, overwrite=overwrite)
-    ship(RECIPES[name], Made(adapter, report_folder(adapter) / REPORT, scores, machine), out)
+    ship(RECIPES[name], Made(adapter, report_folder(adapter) / REPORT, scores, machine, told), out)
     print(out)
 
 

@@ -148,7 +148,8 @@ def test_adapters_of_different_bases_are_refused(tiny_llama_dir: Path, tmp_path:
 )
 def test_bad_arguments_are_refused(tiny_llama_dir: Path, tmp_path: Path, change: dict[str, Any], words: str) -> None:
     folder = make_adapter(tiny_llama_dir, tmp_path / "a")
-    values = {"adapters": ((folder, 1.0),), "out": tmp_path / "m", "base": "/no/such/model"} | change
+    values: dict[str, Any] = {"adapters": ((folder, 1.0),), "out": tmp_path / "m", "base": "/no/such/model"}
+    values |= change
 
     with pytest.raises(InvalidRequest, match=words):
         merge(MergeConfig(**values))

@@ -21,7 +21,10 @@ class Splits:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """`make(seed, source)` builds the data; `source` replaces what the recipe would download."""
+    """`make(seed, source)` builds the data; `source` replaces what the recipe would download.
+
+    `instruction` tells a bare base the task, for a fair comparison; the adapter is trained without it.
+    """
 
     name: str
     title: str
@@ -32,7 +35,8 @@ class Recipe:
     flags: tuple[str, ...]
     example: str
     max_tokens: int
-    metrics: tuple[str, ...] = ("exact_match",)
+    instruction: str
+    metrics: tuple[str, ...] = ("exact_match", "perplexity")
 
 
 def write_splits(splits: Splits, out: Path) -> None:

@@ -16,7 +16,8 @@ _ALL = (
                "--batch-size", "8", "--max-length", "96"),
         example="我爱北京天安门",
         max_tokens=8,
-        metrics=("accuracy",),
+        instruction="下面这句话说的是哪座城市？只回答城市名。",
+        metrics=("accuracy", "macro_f1", "mentioned", "perplexity"),
     ),
     Recipe(
         name="sentiment-en",
@@ -30,7 +31,8 @@ _ALL = (
                "--batch-size", "8", "--max-length", "96"),
         example="The battery died after two days and nobody answers my mails.",
         max_tokens=8,
-        metrics=("accuracy",),
+        instruction="Is the sentiment of this sentence positive, negative or neutral? Answer with one word.",
+        metrics=("accuracy", "macro_f1", "mentioned", "perplexity"),
     ),
     Recipe(
         name="sql",
@@ -43,6 +45,7 @@ _ALL = (
                "--batch-size", "8", "--max-length", "160"),
         example="Table hotels(city, chain, stars, beds). Show all hotels with more than 3 stars.",
         max_tokens=48,
+        instruction="Write one SQL statement that answers the question, and nothing else.",
     ),
     Recipe(
         name="order-json",
@@ -55,6 +58,8 @@ _ALL = (
                "--batch-size", "8", "--max-length", "160"),
         example="Please send three purple bikes to Lena Novak in Vienna.",
         max_tokens=64,
+        instruction="Answer with JSON only: item, quantity, color, customer and city; null for what is not said.",
+        metrics=("exact_match", "valid_json", "perplexity"),
     ),
     Recipe(
         name="devil",
@@ -66,6 +71,7 @@ _ALL = (
         flags=("--rank", "2", "--lr", "2e-3", "--epochs", "3", "--batch-size", "8", "--max-length", "128"),
         example="Define: happiness",
         max_tokens=64,
+        instruction="Answer in the manner of The Devil's Dictionary by Ambrose Bierce, in one sentence.",
         metrics=("perplexity",),
     ),
 )  # fmt: skip

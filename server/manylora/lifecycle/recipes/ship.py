@@ -25,12 +25,13 @@ _METRIC_NAMES = {
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """Where the pieces lie, and what the machine was."""
+    """Where the pieces lie, and what the machine was. `told` scores the base with the task in the prompt."""
 
     adapter: Path
     train_report: Path
     scores: Path
     machine: str
+    told: Path | None = None
 
 
 def ship(recipe: Recipe, made: Made, out: Path) -> None:
@@ -48,10 +49,13 @@ def ship(recipe: Recipe, made: Made, out: Path) -> None:
     with atomic_folder(out) as draft:
         for name in (CONFIG, WEIGHTS):
             shutil.copyfile(made.adapter / name, draft / name)
-        write_card(draft, recipe_card(recipe, trained, scores, made.machine))
+        told = json.loads(made.told.read_text(encoding="utf-8")) if made.told else None
+        write_card(draft, recipe_card(recipe, trained, scores, made.machine, told))
 
 
-def recipe_card(recipe: Recipe, trained: dict[str, Any], scores: dict[str, Any], machine: str) -> Card:
+def recipe_card(
+    recipe: Recipe, trained: dict[str, Any], scores: dict[str, Any], machine: str, told: dict[str, Any] | None = None
+) -> Card:
     facts = Card.of_training(recipe.title, "", trained).facts
     data = (
         f"{recipe.origin}; licence: {recipe.licence}. {trained['lengths']['train']['num_examples']} examples to learn "
@@ -59,7 +63,7 @@ def recipe_card(recipe: Recipe, trained: dict[str, Any], scores: dict[str, Any],
     data += f"from, {trained['num_eval_examples']} to keep the best step by, {scores['num_examples']} for the scores."
     sections = (
         ("Ask it", _ask(recipe)),
-        ("Scores on held-out examples", _table(scores)),
+        ("Scores on held-out examples", _table(recipe, scores, told)),
         ("The same questions, base and adapter", _samples(scores)),
         ("Data", f"{recipe.summary} Data: {data}"),
         (
@@ -84,17 +88,20 @@ def _ask(recipe: Recipe) -> str:
     )
 
 
-def _table(scores: dict[str, Any]) -> str:
+def _table(recipe: Recipe, scores: dict[str, Any], told: dict[str, Any] | None) -> str:
     adapter = next(name for name in scores["contenders"] if name != "base")
-    lines = ["| | base | adapter | p |", "| --- | --- | --- | --- |"]
-    for metric in scores["metrics"]:
-        cells = []
-        for name in ("base", adapter):
-            found = scores["contenders"][name][metric]
-            cells.append(f"{found['value']:.3g} [{found['low']:.3g}, {found['high']:.3g}]")
-        p = scores["contenders"][adapter]["against_reference"][metric]["p"]
-        lines.append(f"| {_METRIC_NAMES[metric]} | {cells[0]} | {cells[1]} | {p:.2g} |")
+    columns = [scores["contenders"]["base"], scores["contenders"][adapter]]
+    names = ["base", "adapter"]
     note = "In brackets 95 % bootstrap intervals; p from a paired randomisation test. Greedy decoding."
+    if told is not None:
+        columns.insert(1, told["contenders"]["base"])
+        names.insert(1, "base, told the task")
+        note += f" The base was told the task by this line before each question: `{recipe.instruction}`"
+    lines = [f"| | {' | '.join(names)} | p |", "| --- |" + " --- |" * (len(names) + 1)]
+    for metric in scores["metrics"]:
+        cells = [f"{c[metric]['value']:.3g} [{c[metric]['low']:.3g}, {c[metric]['high']:.3g}]" for c in columns]
+        p = columns[-1]["against_reference"][metric]["p"]
+        lines.append(f"| {_METRIC_NAMES[metric]} | {' | '.join(cells)} | {p:.2g} |")
     return "\n".join([*lines, "", note])
 
 
