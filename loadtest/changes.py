@@ -8,10 +8,11 @@ from typing import Any, Final
 
 import aiohttp
 
-from loadtest.client import Client, authorization
+from loadtest.client import Client
 from loadtest.errors import ScenarioError
 from loadtest.results import ChangeResult
 from loadtest.scenario import LiveChange
+from loadtest.stream import authorization
 
 __all__ = ["read_folders", "run_change"]
 

@@ -173,18 +173,17 @@ def _run(
 
 
 def _show(console: Console, run: Run, summary: Summary) -> None:
-    table = Table(box=None, padding=(0, 2))
-    for column in ("", "requests", "failed", "tokens/s", "TTFT p50", "p95", "p99", "TPOT p50", "p95", "within SLO"):
-        table.add_column(column, justify="left" if not column else "right")
+    table = Table(box=None, padding=(0, 1))
+    table.add_column("", no_wrap=True)
+    for column in ("requests", "failed", "tokens/s", "TTFT p50/p95/p99 ms", "TPOT p50/p95 ms", "in SLO"):
+        table.add_column(column, justify="right", no_wrap=True)
     rows = [(stage.label, figures) for stage, figures in summary.stages]
-    rows += [(f"tenant {name}", figures) for name, figures in summary.tenants.items() if len(summary.tenants) > 1]
+    rows += [(name, figures) for name, figures in summary.tenants.items() if len(summary.tenants) > 1]
     for label, figures in rows:
-        times = [figures.latency_s["ttft"].get(p) for p in ("p50", "p95", "p99")]
-        times += [figures.latency_s["tpot"].get(p) for p in ("p50", "p95")]
-        cells = ["–" if value is None else f"{value * 1000:,.1f}" for value in times]
         table.add_row(
             escape(label), str(figures.requests), str(figures.requests - figures.ok),
-            f"{figures.output_tokens_per_s:,.1f}", *cells, f"{figures.slo_attainment:.1%}",
+            f"{figures.output_tokens_per_s:,.1f}", _times(figures.latency_s["ttft"], "p50", "p95", "p99"),
+            _times(figures.latency_s["tpot"], "p50", "p95"), f"{figures.slo_attainment:.1%}",
         )  # fmt: skip
     console.print(table)
     for outcome, count in summary.totals.outcomes.items():
@@ -201,6 +200,10 @@ def _show(console: Console, run: Run, summary: Summary) -> None:
         actual = "not measured" if threshold.actual is None else f"{threshold.actual:,.4g}"
         sign = "≤" if threshold.is_upper else "≥"
         console.print(f"{verdict}  {threshold.name} {actual} ({sign} {threshold.limit:,.4g})", highlight=False)
+
+
+def _times(values: dict[str, float], *names: str) -> str:
+    return "/".join(f"{values[name] * 1000:,.0f}" for name in names) if values else "–"
 
 
 def _with_arrival(scenario: Scenario, changes: dict[str, Any]) -> Scenario:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
-from loadtest.client import Client, authorization
+from loadtest.client import Client
 from loadtest.errors import ScenarioError, ServerUnavailable
 from loadtest.scenario import Scenario, Tenant
+from loadtest.stream import authorization
 
 __all__ = ["Counters", "Served", "discover", "read_counters", "resolve_adapters"]
 

@@ -71,8 +71,7 @@ def latency_cdfs(run: Run) -> str:
             if (limit := run.scenario.slo.limits_ms.get(name)) is not None:
                 ax.axvline(limit, color=_BAD, ls="--", lw=1, label="objective")
             ax.set(title=title, xlabel="ms", ylim=(0, 1.01))
-            if ax.lines and max(float(np.max(line.get_xdata(), initial=0)) for line in ax.lines) > 0:
-                ax.set_xscale("log")
+            _readable_scale(ax.xaxis, [float(x) for line in ax.lines for x in line.get_xdata()])
             if ax.get_legend_handles_labels()[1]:
                 ax.legend(fontsize=8)
         axes[0][0].set_ylabel("share of requests")
@@ -94,7 +93,7 @@ def timeline(run: Run) -> str:
         if bad.any():
             rate.stairs(bad / width_s, edges, color=_BAD, fill=True, label="failed")
         rate.set(ylabel="requests/s")
-        rate.legend(fontsize=8, ncols=3, loc="upper right")
+        rate.legend(fontsize=8, ncols=3, loc="upper left")
         made, _ = np.histogram(
             [r.end_s for r in measured if r.is_ok], edges, weights=[r.output_tokens for r in measured if r.is_ok]
         )
@@ -105,7 +104,7 @@ def timeline(run: Run) -> str:
             if points:
                 ttft.scatter(*zip(*points, strict=True), s=5, alpha=0.5, color=colour, lw=0,
                              rasterized=len(points) > 5000, label="adapter" if adapter else "base")  # fmt: skip
-                ttft.set_yscale("log")
+        _readable_scale(ttft.yaxis, [r.ttft_s * 1000 for r in measured if r.ttft_s])
         for change in run.changes:
             ttft.axvline(change.start_s, color=_COLOURS[3] if change.is_ok else _BAD, lw=0.8, alpha=0.6)
         ttft.set(ylabel="TTFT, ms", xlabel="seconds (by scheduled arrival)")
@@ -134,7 +133,8 @@ def adapter_heat_map(run: Run) -> str:
             low, high = max(0.1, float(finite.min())), max(0.2, float(finite.max()))
             norm = LogNorm(low, high if high > low else low * 1.01)
             mesh = ax.pcolormesh(edges, np.arange(len(names) + 1), cells, norm=norm, cmap="viridis", rasterized=True)
-            figure.colorbar(mesh, ax=ax, label="TTFT p95, ms", pad=0.01)
+            bar = figure.colorbar(mesh, ax=ax, label="TTFT p95, ms", pad=0.01)
+            _readable_scale(bar.ax.yaxis, [low, high])
         labels = [_plain(f"{name} ({len(by_adapter[name])})") for name in names]
         ax.set_yticks(np.arange(len(names)) + 0.5, labels, fontsize=7)
         ax.invert_yaxis()
@@ -162,6 +162,20 @@ def slo_against_rate(run: Run, summary: Summary) -> str:
         for ax in (left, right):
             ax.set(xlabel="clients" if closed else "requests/s offered", xlim=(0, max(loads) * 1.05))
         return svg(figure)
+
+
+def _readable_scale(axis: Any, values: Sequence[float]) -> None:
+    """Logarithmic where values differ more than tenfold, with numbers as people write them in either case."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+
+    positive = [value for value in values if value > 0]
+    if positive and max(positive) > 10 * min(positive):
+        axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(positive) < 1000 * min(positive) else (1,)))
+    else:
+        axis.set_major_locator(MaxNLocator(5))
+    axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _bins(run: Run) -> Any:

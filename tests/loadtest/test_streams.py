@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtest.client import StreamReader
 from loadtest.results import RequestResult
+from loadtest.stream import StreamReader
 from loadtest.summary import jain_index, meets, statistics
 from loadtest.thresholds import Slo, Thresholds
 
