@@ -1,0 +1,127 @@
+"""The command line's way to a server: one request, its answer or an exit code, tables for people, JSON for scripts.
+
+Exit codes: 0 done · 1 the server failed · 2 wrong usage or request · 3 the adapter was refused · 4 there is no such
+adapter · 5 the key is wrong or may not do this · 6 the state does not allow it · 7 a quota is used up or the server
+is busy, come back later · 8 the server cannot be reached.
+"""
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any, Final, NoReturn
+
+import httpx
+import orjson
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+FAILED, USAGE, REFUSED, NOT_FOUND, DENIED, CONFLICT, LATER, UNREACHABLE = range(1, 9)
+_DEFAULT_URL: Final = "http://127.0.0.1:8000"
+_EXIT_CODES: Final = {400: USAGE, 401: DENIED, 403: DENIED, 404: NOT_FOUND, 405: USAGE, 409: CONFLICT, 413: REFUSED,
+                      422: REFUSED, 429: LATER, 503: LATER}  # fmt: skip
+
+# A table that goes into a file or a pipe has no width to keep to.
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 240)
+complaints = Console(stderr=True, highlight=False)
+
+
+class Server:
+    """Requests to one server; everything but a success ends the program."""
+
+    def __init__(self, client: httpx.Client, *, as_json: bool) -> None:
+        self._client = client
+        self._as_json = as_json
+
+    def call(self, method: str, path: str, **kwargs: Any) -> Any:
+        """The answer's JSON, None for an empty one."""
+        try:
+            response = self._client.request(method, path, **kwargs)
+        except httpx.HTTPError as error:
+            where = self._client.base_url
+            fail(f"The server at {where} cannot be reached: {error}. Is MANYLORA_URL right?", UNREACHABLE)
+        if not response.is_success:
+            self._refuse(response)
+        return orjson.loads(response.content) if response.content else None
+
+    def _refuse(self, response: httpx.Response) -> NoReturn:
+        code = _EXIT_CODES.get(response.status_code, FAILED)
+        try:
+            error = response.json()["error"]
+            message = str(error["message"])
+        except (ValueError, KeyError, TypeError):
+            fail(f"The server answered {response.status_code} without an explanation. Is MANYLORA_URL right?", code)
+        if self._as_json:
+            print_json({"error": error})
+            raise typer.Exit(code)
+        if "problems" in error:
+            show_problems(error["problems"])
+        if "retry-after" in response.headers:
+            message += f" (Retry-After: {response.headers['retry-after']} s)"
+        fail(message, code)
+
+
+@contextmanager
+def server(*, as_json: bool) -> Iterator[Server]:
+    """The server at MANYLORA_URL, with the key in MANYLORA_KEY."""
+    key = os.environ.get("MANYLORA_KEY")
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    url = os.environ.get("MANYLORA_URL") or _DEFAULT_URL
+    timeout = httpx.Timeout(10.0, read=600.0, write=600.0)  # an upload is answered once it was validated
+    try:
+        client = httpx.Client(base_url=url, headers=headers, timeout=timeout)
+    except (httpx.InvalidURL, ValueError) as error:
+        fail(f"MANYLORA_URL is not a URL: {error}", USAGE)
+    with client:
+        yield Server(client, as_json=as_json)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """One line on standard error, then the exit code."""
+    complaints.print("error:", message, style="red", markup=False, soft_wrap=True)
+    raise typer.Exit(code)
+
+
+def print_json(value: Any) -> None:
+    """For scripts: one indented JSON document on standard output."""
+    sys.stdout.write(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode() + "\n")
+
+
+def show_problems(problems: list[Mapping[str, str]]) -> None:
+    """What is wrong with an adapter, on standard error, one paragraph each."""
+    for problem in problems:
+        complaints.print(_plain(f"{problem['code']}: {problem['where']}"), style="bold", soft_wrap=True)
+        complaints.print(_plain(f"    {problem['message']}"), soft_wrap=True)
+
+
+def table(columns: list[str], rows: list[list[str]]) -> Table:
+    """A plain table. Cells are text, never markup: names and messages come from elsewhere."""
+    shown = Table(box=None, header_style="bold", pad_edge=False)
+    for column in columns:
+        shown.add_column(column, overflow="fold")
+    for row in rows:
+        shown.add_row(*(_plain(cell) for cell in row))
+    return shown
+
+
+def _plain(text: str) -> Text:
+    return Text("".join(c if c.isprintable() else "�" for c in text))
+
+
+def in_bytes(size: int) -> str:
+    """1536 as `1.5 KiB`."""
+    value, units = float(size), iter(("B", "KiB", "MiB", "GiB"))
+    unit = next(units)
+    while value >= 1024 and unit != "GiB":
+        value, unit = value / 1024, next(units)
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def as_time(seconds: int | None) -> str:
+    """A Unix time in this machine's time zone."""
+    if seconds is None:
+        return "never"
+    return datetime.fromtimestamp(seconds, UTC).astimezone().strftime("%Y-%m-%d %H:%M")

@@ -1,0 +1,54 @@
+"""Validating an adapter without a server: the same reader, against a base of which only the config is read."""
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from manylora.catalog.archive import unpack
+from manylora.catalog.upload import Rules, report_of
+from manylora.errors import ModelUnusable
+from manylora.lora.format import ModuleSpec
+from manylora.settings import load_settings
+
+
+def validate_offline(path: Path, model: str | None, *, max_rank: int | None = None) -> dict[str, Any]:
+    """What the server would say of a folder or an archive, but for the measured effect, which is null.
+
+    Raises InvalidAdapter, TooLarge or ModelUnusable.
+    """
+    settings = load_settings(model=model, max_rank=max_rank)
+    rules = Rules(modules_of(settings.model), settings.max_rank, int(settings.max_adapter_size))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = path
+        if path.is_file():
+            folder = Path(scratch) / "adapter"
+            folder.mkdir()
+            unpack(path, folder, max_bytes=rules.max_bytes)
+        adapter = rules.read(folder)
+        return {
+            "digest": adapter.digest,
+            "kind": "lora",
+            "rank": adapter.rank,
+            "alpha": adapter.alpha,
+            "target_modules": list(adapter.target_modules),
+            "size_bytes": adapter.size_bytes,
+            "report": report_of(adapter, None),
+        }
+
+
+def modules_of(model: str | None) -> Mapping[str, ModuleSpec]:
+    """The base's adaptable modules, from its config alone. Raises ModelUnusable."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from manylora.models.loading import resolve_model
+    from manylora.models.wrapping import adaptable_modules
+
+    folder = resolve_model(model)
+    try:
+        with torch.device("meta"):
+            base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    except (OSError, ValueError) as error:
+        raise ModelUnusable(f"The config of {folder} cannot be read: {error}") from error
+    return adaptable_modules(base)
