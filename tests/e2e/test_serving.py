@@ -122,7 +122,7 @@ async def test_forty_requests_at_once_get_what_each_gets_alone(server: Server) -
 
         async def ask(name: str, prompt: str) -> str:
             answer = await client.completions.create(model=name, prompt=prompt, **GREEDY)
-            return answer.choices[0].text
+            return str(answer.choices[0].text)
 
         together = await asyncio.gather(*(ask(n, p) for n, p in zip(names, prompts, strict=True)))
         alone = [await ask(n, p) for n, p in zip(names, prompts, strict=True)]
@@ -177,6 +177,11 @@ def test_bad_input_is_refused_and_nothing_is_lost(
     answer = httpx.post(f"{server.url}/v1/completions", json={"model": "tiny", "prompt": "The", **body}, timeout=120)
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
     assert client.completions.create(model="small", prompt="The", **GREEDY).choices[0].text
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/version", "/v1/stats", "/dashboard", "/docs", "/openapi.json"])
+def test_every_page_is_there(server: Server, path: str) -> None:
+    assert httpx.get(f"{server.url}{path}").status_code == 200
 
 
 def test_metrics_name_the_adapters(server: Server, client: openai.OpenAI) -> None:

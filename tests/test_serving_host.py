@@ -1,0 +1,53 @@
+"""Where the server listens, and what it says about it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from manylora.catalog.database import open_database
+from manylora.serving import safe_host, url_of
+from manylora.settings import Settings
+from manylora.tenants.interface import Role
+from manylora.tenants.keys import KeyStore
+
+
+def settings(tmp_path: Path, **changes: Any) -> Settings:
+    return Settings(data_dir=tmp_path, **changes)
+
+
+def make_key(settings: Settings) -> None:
+    database = open_database(settings.resolved_database_url)
+    KeyStore(database).create("acme", Role.USER)
+    database.close()
+
+
+def test_without_a_key_only_this_machine_may_connect(tmp_path: Path) -> None:
+    assert safe_host(settings(tmp_path, host="0.0.0.0")) == "127.0.0.1"
+
+
+def test_with_a_key_the_host_asked_for_is_used(tmp_path: Path) -> None:
+    make_key(settings(tmp_path))
+    assert safe_host(settings(tmp_path, host="0.0.0.0")) == "0.0.0.0"
+
+
+def test_allow_open_means_what_it_says(tmp_path: Path) -> None:
+    assert safe_host(settings(tmp_path, host="0.0.0.0", allow_open=True)) == "0.0.0.0"
+
+
+def test_loopback_is_always_used_as_asked_for(tmp_path: Path) -> None:
+    assert safe_host(settings(tmp_path, host="::1")) == "::1"
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:80"),
+        ("0.0.0.0", "http://127.0.0.1:80"),
+        ("::", "http://127.0.0.1:80"),
+        ("::1", "http://[::1]:80"),
+        ("gpu7", "http://gpu7:80"),
+    ],
+)
+def test_the_address_can_be_opened_in_a_browser(host: str, url: str) -> None:
+    assert url_of(host, 80) == url
