@@ -6,6 +6,7 @@ holds the two together.
 
 import os
 import re
+import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,7 +36,7 @@ ENV_PREFIX = "MANYLORA_"
 
 
 def parse_size(value: object) -> int | float:
-    """`"512MiB"`, `"2GB"`, `1048576` are bytes (int); `"25%"` is a share of memory (float in (0, 1]).
+    """`"512MiB"`, `"2GB"`, `1048576` are bytes (int); `"25%"` and `"0.25"` are shares of memory (float in (0, 1]).
 
     Raises ValueError for anything else.
     """
@@ -49,6 +50,10 @@ def parse_size(value: object) -> int | float:
         number, unit = float(match[1]), match[2].lower()
         if unit == "%" and 0 < number <= 100:
             return number / 100
+        if not unit and "." in match[1]:  # no number of bytes
+            unit = "share"
+            if 0 < number <= 1:
+                return number
         unit = unit.removesuffix("b") if unit != "b" else unit
         if unit in _UNITS and number > 0:
             return int(number * _UNITS[unit])
@@ -187,3 +192,5 @@ def load_settings(**flags: Any) -> Settings:
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in error.errors())
         raise InvalidSettings(f"Invalid settings: {faults}. See docs/configuration.md.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise InvalidSettings(f"manylora.toml cannot be read: {error}.") from error

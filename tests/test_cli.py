@@ -1,0 +1,106 @@
+"""The program as a person meets it: help, versions, and errors in one line."""
+
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from manylora import __version__
+from manylora.cli import build
+from manylora.cli_serve import flag_of
+from manylora.settings import Settings
+
+
+def run(*words: str, cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "manylora", *words], capture_output=True, text=True, check=False, cwd=cwd, timeout=300
+    )
+
+
+def test_help_does_not_import_torch() -> None:
+    script = (
+        "import sys; sys.argv = ['manylora', '--help']\n"
+        "from manylora.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'fastapi', 'sqlalchemy', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)\n"
+    )
+
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+    assert "serve" in done.stdout
+
+
+def test_version() -> None:
+    done = run("--version")
+
+    assert (done.stdout, done.returncode) == (f"manylora {__version__}\n", 0)
+
+
+def test_every_setting_is_a_flag_with_its_variable_and_default() -> None:
+    text = CliRunner().invoke(build(), ["serve", "--help"], env={"COLUMNS": "400"}).output
+
+    for name in Settings.model_fields:
+        assert f"[MANYLORA_{name.upper()}]" in text
+        assert name == "model" or re.search(rf"^  {flag_of(name)}\b", text, re.MULTILINE), name
+    assert "(default: 8000)" in text
+    assert "(default: 10%)" in text
+    assert "(default: 1GiB)" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["serve", "--port", "http"], 2, "port"),
+        (["serve", "--device", "tpu"], 2, "device"),
+        (["serve", "--kv-cache-memory", "lots"], 2, "kv_cache_memory"),
+        (["serve", "--no-such-flag"], 2, "--no-such-flag"),
+        (["serve", "one", "two"], 2, "two"),
+        (["fly"], 2, "fly"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2_without_a_traceback(words: list[str], code: int, said: str) -> None:
+    done = run(*words)
+
+    assert done.returncode == code
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_model_that_does_not_exist_is_exit_code_1_and_one_line(tmp_path: Path) -> None:
+    done = run("serve", "./nowhere", "--port", "0", "--data-dir", str(tmp_path / "data"))
+
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert "'./nowhere'" in errors[0]
+
+
+def test_a_port_in_use_is_reported_before_the_model_is_looked_for(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+
+        done = run("serve", "./nowhere", "--port", str(port), "--data-dir", str(tmp_path / "data"))
+
+    assert done.returncode == 1
+    assert f"Port {port}" in done.stderr
+    assert "nowhere" not in done.stderr
+
+
+def test_a_bad_settings_file_is_exit_code_2(tmp_path: Path) -> None:
+    (tmp_path / "manylora.toml").write_text("prot = 1\n")
+
+    done = run("serve", cwd=tmp_path)
+
+    assert done.returncode == 2
+    assert "prot" in done.stderr
+    assert "Traceback" not in done.stderr
