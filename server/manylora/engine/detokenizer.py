@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 Decode = Callable[[Sequence[int]], str]
 
 CONTEXT_TOKENS = 6  # tokens of the prompt decoded with the first output, for the spaces between words
+MAX_BYTES = 4  # of one character in UTF-8
+MAX_PENDING = 8  # tokens that may wait for the end of a character
 INCOMPLETE = "\ufffd"  # what a decoder writes for bytes that are no whole character yet
 
 
@@ -27,19 +29,21 @@ class Detokenizer:
     def add(self, token_ids: Sequence[int]) -> str:
         """Text that is certain after these tokens. Nothing comes any more once `is_stopped`."""
         self._ids.extend(token_ids)
-        before = self._decode(self._ids[self._prefix : self._read])
-        now = self._decode(self._ids[self._prefix :])
-        if len(now) <= len(before) or now.endswith(INCOMPLETE):
+        end = len(self._ids)
+        new = self._new_text(end)
+        if new.endswith(INCOMPLETE):
+            end = self._certain_end()
+            new = self._new_text(end)
+        if not new:
             return ""
-        self._prefix, self._read = self._read, len(self._ids)
-        return self._emit(now[len(before) :])
+        self._prefix, self._read = self._read, end
+        return self._emit(new)
 
     def flush(self) -> str:
         """What was still held back, at the end: incomplete characters become U+FFFD."""
         if self.is_stopped:
             return ""
-        before = self._decode(self._ids[self._prefix : self._read])
-        rest = self._decode(self._ids[self._prefix :])[len(before) :]
+        rest = self._new_text(len(self._ids))
         self._prefix = self._read = len(self._ids)
         text = self._emit(rest)
         if self.is_stopped:
@@ -47,15 +51,38 @@ class Detokenizer:
         text, self._held = text + self._held, ""
         return text
 
+    def _new_text(self, end: int) -> str:
+        """The text of the tokens from `_read` to `end`."""
+        before = self._decode(self._ids[self._prefix : self._read])
+        now = self._decode(self._ids[self._prefix : end])
+        if before.endswith(INCOMPLETE):  # a character begun in the prompt may have become whole
+            return now[_num_common(before, now) :]
+        return now[len(before) :]
+
+    def _certain_end(self) -> int:
+        """How far the pending tokens are certain, although they end inside a character.
+
+        Nothing is, unless there are more than a character can take: then they hold bytes that belong to none,
+        and waiting for the end of those would make the window longer with every step.
+        """
+        end = len(self._ids)
+        if end - self._read <= MAX_PENDING:
+            return self._read
+        now = self._decode(self._ids[self._prefix :])
+        for cut in range(end - MAX_BYTES + 1, self._read, -1):
+            if self._decode(self._ids[self._prefix : cut]) + self._decode(self._ids[cut:]) == now:
+                return cut
+        return self._read
+
     def _emit(self, text: str) -> str:
         if not self._stop:
             return text
         pending = self._held + text
-        found = [i for i in (pending.find(s) for s in self._stop) if i >= 0]
-        if found:
+        found = [(i + len(s), i) for i, s in ((pending.find(s), s) for s in self._stop) if i >= 0]
+        if found:  # the one that is complete first, so that it does not matter how the text was cut
             self.is_stopped = True
             self._held = ""
-            return pending[: min(found)]
+            return pending[: min(found)[1]]
         keep = max(_overlap(pending, s) for s in self._stop)
         self._held = pending[len(pending) - keep :]
         return pending[: len(pending) - keep]
@@ -65,3 +92,8 @@ def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that is a beginning of `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if stop.startswith(text[len(text) - n :])), 0)
+
+
+def _num_common(a: str, b: str) -> int:
+    """Length of the longest beginning that both have."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -14,6 +14,7 @@ from manylora.engine.interface import TokenLogprob
 from manylora.engine.sequence import Sequence
 
 NUM_CANDIDATES = 256  # top-p is first tried among this many; the full sort is for flat distributions only
+MIN_TEMPERATURE = 1e-30  # lower ones, which float32 would round to 0, draw the likeliest token all the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,29 +63,71 @@ def _adjusted(logits: torch.Tensor, seqs: list[Sequence]) -> torch.Tensor:
 
 
 def _draw(logits: torch.Tensor, seqs: list[Sequence]) -> torch.Tensor:
-    """One draw per row of `logits` [rows, vocab]; returns token ids [rows]."""
+    """One draw per row of `logits` [rows, vocab]; returns token ids [rows].
+
+    Which way a row goes depends on the row alone: tokens of equal probability would come in another order on
+    another way, and the same seed would give other tokens beside other requests.
+    """
     device, vocab = logits.device, logits.shape[1]
-    temperature = torch.tensor([s.params.temperature for s in seqs], device=device)
-    probs = torch.softmax(logits / temperature[:, None], dim=-1)
-    uniform = torch.tensor([uniform_number(s.seed, s.index, s.num_output_tokens) for s in seqs], device=device)
-    top_k = torch.tensor([s.params.top_k or vocab for s in seqs], device=device).clamp(max=vocab)
-    top_p = torch.tensor([s.params.top_p for s in seqs], device=device)
-    min_p = torch.tensor([s.params.min_p for s in seqs], device=device)
-    if bool(((top_k >= vocab) & (top_p >= 1) & (min_p <= 0)).all()):
+    temperature = torch.tensor([s.params.temperature for s in seqs], device=device).clamp(min=MIN_TEMPERATURE)
+    # The largest logit becomes 0, so that no temperature can push it past the largest float.
+    probs = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature[:, None], dim=-1)
+    uniform = torch.tensor(
+        [uniform_number(s.seed, s.index, s.num_output_tokens) for s in seqs], dtype=torch.float64, device=device
+    )
+    cuts = _Cuts(
+        torch.tensor([s.params.top_k or vocab for s in seqs], device=device).clamp(max=vocab),
+        torch.tensor([s.params.top_p for s in seqs], device=device),
+        torch.tensor([s.params.min_p for s in seqs], device=device),
+    )
+    is_whole = (cuts.top_k >= vocab) & (cuts.top_p >= 1) & (cuts.min_p <= 0)
+    if bool(is_whole.all()):
         return _inverse_cdf(probs, uniform)
-    width = min(vocab, NUM_CANDIDATES)
-    values, ids = probs.topk(width, dim=-1)
-    is_tail_free = (values.sum(-1) >= top_p) & (top_p < 1) & (top_k >= vocab)
-    is_cut_by_min_p = (values[:, -1] < min_p * values[:, 0]) & ((top_k >= vocab) | (top_p >= 1))
-    enough = (top_k <= width) | is_tail_free | is_cut_by_min_p
-    if width < vocab and not bool(enough.all()):
-        values, ids = probs.sort(dim=-1, descending=True)
-    rank = torch.arange(values.shape[1], device=device)
-    kept = values.masked_fill(rank >= top_k[:, None], 0)
-    kept_mass = torch.where(top_k < vocab, kept.sum(-1), 1.0)
+    chosen = torch.empty(len(seqs), dtype=torch.int64, device=device)
+    whole = is_whole.nonzero()[:, 0]
+    if whole.numel():
+        chosen[whole] = _inverse_cdf(probs[whole], uniform[whole])
+    rest = (~is_whole).nonzero()[:, 0]
+    some = probs if rest.numel() == len(seqs) else probs[rest]
+    values, ids = some.topk(min(vocab, NUM_CANDIDATES), dim=-1)
+    is_enough = cuts.rows(rest).are_among(values, vocab)
+    near, far = rest[is_enough], rest[~is_enough]
+    chosen[near] = _draw_sorted(values[is_enough], ids[is_enough], cuts.rows(near), uniform[near], vocab)
+    if far.numel():
+        values, ids = probs[far].sort(dim=-1, descending=True, stable=True)
+        chosen[far] = _draw_sorted(values, ids, cuts.rows(far), uniform[far], vocab)
+    return chosen
+
+
+@dataclass(frozen=True, slots=True)
+class _Cuts:
+    """Which tokens each row may take; every tensor [rows]."""
+
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+    min_p: torch.Tensor
+
+    def rows(self, index: torch.Tensor) -> "_Cuts":
+        return _Cuts(self.top_k[index], self.top_p[index], self.min_p[index])
+
+    def are_among(self, values: torch.Tensor, vocab: int) -> torch.Tensor:
+        """Per row, whether the likeliest `values` [rows, width], sorted, hold every token that may be taken."""
+        width = values.shape[1]
+        is_tail_free = (values.sum(-1) >= self.top_p) & (self.top_p < 1) & (self.top_k >= vocab)
+        is_cut_by_min_p = (values[:, -1] < self.min_p * values[:, 0]) & ((self.top_k >= vocab) | (self.top_p >= 1))
+        return (self.top_k <= width) | is_tail_free | is_cut_by_min_p
+
+
+def _draw_sorted(
+    values: torch.Tensor, ids: torch.Tensor, cuts: _Cuts, uniform: torch.Tensor, vocab: int
+) -> torch.Tensor:
+    """One draw per row of `values` [rows, width], probabilities sorted downwards, of the tokens `ids`."""
+    rank = torch.arange(values.shape[1], device=values.device)
+    kept = values.masked_fill(rank >= cuts.top_k[:, None], 0)
+    kept_mass = torch.where(cuts.top_k < vocab, kept.sum(-1), 1.0)
     before = kept.cumsum(-1) - kept
     # The first token is always kept: a row must never become empty by rounding.
-    drop = (before >= (top_p * kept_mass)[:, None]) | (values < (min_p * values[:, 0])[:, None])
+    drop = (before >= (cuts.top_p * kept_mass)[:, None]) | (values < (cuts.min_p * values[:, 0])[:, None])
     kept = kept.masked_fill(drop & (rank > 0), 0)
     return ids.gather(1, _inverse_cdf(kept, uniform)[:, None])[:, 0]
 
