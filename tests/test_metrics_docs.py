@@ -28,13 +28,15 @@ def test_every_field_of_the_bodies_is_documented() -> None:
 
 
 def descendants(kind: type[ManyloraError]) -> set[type[ManyloraError]]:
-    children = set(kind.__subclasses__())
-    return children.union(*(descendants(child) for child in children))
+    found: set[type[ManyloraError]] = set()
+    for child in kind.__subclasses__():
+        found |= {child} | descendants(child)
+    return found
 
 
 def test_every_error_that_a_caller_can_meet_is_documented() -> None:
     text = (DOCS / "api.md").read_text()
-    for error in {ManyloraError, *descendants(ManyloraError)}:
+    for error in descendants(ManyloraError) | {ManyloraError}:
         if error.__module__ == "manylora.errors" and not any(b.__name__ == "StartupError" for b in error.__mro__):
             row = next(line for line in text.splitlines() if line.startswith("|") and f"`{error.code}`" in line)
             assert f"| {error.status} | `{error.type}`" in row, error
