@@ -1,0 +1,66 @@
+# `make serve` and `make test` work on a fresh clone: they make .venv and install what they need, once.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# On a machine without a GPU: make serve TORCH_INDEX=https://download.pytorch.org/whl/cpu (a tenth of the download).
+TORCH_INDEX ?=
+BUILD_INPUTS := pyproject.toml setup.py $(wildcard server/manylora/csrc/*)
+ARGS ?=
+
+.PHONY: help serve test check quick format docs clean distclean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make serve    install what is needed, fetch the default model, serve it with adapters/ on port 8000"
+	@echo "              (more flags: make serve ARGS='--port 9000 --max-num-seqs 32')"
+	@echo "make test     install what is needed, then check and all tests"
+	@echo "make quick    the tests that take seconds"
+	@echo "make check    linter, formatting, types"
+	@echo "make format   put the code into its format"
+	@echo "make docs     write the tables in docs/configuration.md anew"
+	@echo "make clean    remove what was built; make distclean: .venv too"
+
+serve: $(VENV)/.runtime
+	$(BIN)/manylora serve --adapters adapters $(ARGS)
+
+test: check
+	$(BIN)/python -m pytest $(ARGS)
+
+quick: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.dev
+	$(BIN)/python scripts/document_settings.py
+
+# The build needs torch's headers, so torch comes first and the build is not isolated from it.
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "manylora needs Python 3.11 or newer: make PYTHON=/path/to/python3")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch==2.13.0 "setuptools>=77" numpy ninja
+	@touch $@
+
+$(VENV)/.runtime: $(VENV)/.torch $(BUILD_INPUTS)
+	$(PIP) install --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch $(BUILD_INPUTS)
+	$(PIP) install --no-build-isolation -e .[dev]
+	@touch $(VENV)/.runtime $@
+
+clean:
+	rm -rf build dist *.egg-info server/*.egg-info server/manylora/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find server tests loadtest benchmarks scripts -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	rm -f $(VENV)/.runtime $(VENV)/.dev
+
+distclean: clean
+	rm -rf $(VENV)
