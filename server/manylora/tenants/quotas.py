@@ -37,10 +37,11 @@ class Bucket:
 
     def wait_s(self, amount: float) -> float:
         """Seconds until `amount` can be taken; 0 if now. More than the capacity needs a full bucket."""
-        short = min(amount, self.capacity) - self.level
         if self.capacity == 0:
             return _NEVER_RETRY_S
-        return max(short, 0.0) * _MINUTE_S / self.capacity
+        short = min(amount, self.capacity) - self.level
+        # Who comes back exactly when told must not fail on the last bit of a sum of floats.
+        return short * _MINUTE_S / self.capacity if short > self.capacity * 1e-9 else 0.0
 
     def take(self, amount: float) -> None:
         """May leave the bucket in debt. A negative amount gives back."""

@@ -1,0 +1,110 @@
+"""`--adapters DIR`: what is found, what is skipped, what is refused."""
+
+from pathlib import Path
+
+import pytest
+
+from manylora.errors import StartupError
+from manylora.settings import Settings
+
+from .rig import TENSOR_FILE, running, write_sound
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    folder = tmp_path / "adapters"
+    for number, name in enumerate(("billing", "nested/deeper/sql")):
+        write_sound(folder / name, float(number + 1))
+    return folder
+
+
+async def test_every_peft_folder_is_registered_for_everybody_under_its_name(settings: Settings, root: Path) -> None:
+    (root / "billing" / "optimizer.pt").write_bytes(b"not the adapter's")
+    async with running(settings) as rig:
+        done = await rig.catalog.register_folder(root)
+        assert [(p.adapter.tenant, p.adapter.name) for p in done] == [("public", "billing"), ("public", "sql")]
+
+
+async def test_an_unchanged_folder_costs_nothing_at_the_next_start(settings: Settings, root: Path) -> None:
+    async with running(settings) as rig:
+        await rig.catalog.register_folder(root)
+    async with running(settings) as rig:
+        assert await rig.catalog.register_folder(root) == []
+        assert rig.engine.probed == []
+
+
+async def test_a_changed_folder_is_the_next_version(settings: Settings, root: Path) -> None:
+    async with running(settings) as rig:
+        await rig.catalog.register_folder(root)
+        write_sound(root / "billing", 7.0)
+        (done,) = await rig.catalog.register_folder(root)
+        assert (done.version.ref.label, done.adapter.active_version) == ("billing@2", 2)
+
+
+async def test_a_folder_that_was_only_touched_is_no_new_version(settings: Settings, root: Path) -> None:
+    async with running(settings) as rig:
+        await rig.catalog.register_folder(root)
+        (root / "billing" / TENSOR_FILE).touch()
+        (done,) = await rig.catalog.register_folder(root)
+        assert not done.is_new
+        assert await rig.catalog.register_folder(root) == []
+
+
+async def test_a_roll_back_survives_a_restart_with_an_unchanged_folder(settings: Settings, root: Path) -> None:
+    async with running(settings) as rig:
+        await rig.catalog.register_folder(root)
+        write_sound(root / "billing", 7.0)
+        await rig.catalog.register_folder(root)
+        await rig.call("PATCH", "/v1/adapters/billing", json={"active_version": 1})
+    async with running(settings) as rig:
+        await rig.catalog.register_folder(root)
+        assert rig.catalog.directory.resolve("public", "billing").version == 1
+
+
+async def test_an_adapter_deleted_by_hand_comes_back_with_its_folder(settings: Settings, root: Path) -> None:
+    async with running(settings) as rig:
+        await rig.catalog.register_folder(root)
+        await rig.call("DELETE", "/v1/adapters/sql")
+        (done,) = await rig.catalog.register_folder(root)
+        assert done.version.ref.label == "sql@2"
+
+
+async def test_a_broken_folder_is_told_with_every_problem_and_the_others_are_served(
+    settings: Settings, root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_sound(root / "broken", r=0, bias="all")
+    pickled = write_sound(root / "pickled")
+    (pickled / TENSOR_FILE).rename(pickled / "adapter_model.bin")
+    write_sound(root / "Bad Name")
+    async with running(settings) as rig:
+        done = await rig.catalog.register_folder(root)
+        assert {p.adapter.name for p in done} == {"billing", "sql"}
+        for word in ("bad_config", "unsupported_feature", "not_safetensors", "'name' must be"):
+            assert word in caplog.text
+        await rig.assert_answers()
+
+
+async def test_a_folder_that_broke_later_keeps_its_last_version(settings: Settings, root: Path) -> None:
+    async with running(settings) as rig:
+        await rig.catalog.register_folder(root)
+        (root / "billing" / TENSOR_FILE).write_bytes(b"broken")
+        assert await rig.catalog.register_folder(root) == []
+        assert rig.catalog.directory.resolve("public", "billing").version == 1
+
+
+async def test_two_folders_of_one_name_are_both_refused(
+    settings: Settings, root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_sound(root / "other" / "billing", 9.0)
+    async with running(settings) as rig:
+        done = await rig.catalog.register_folder(root)
+        assert {p.adapter.name for p in done} == {"sql"}
+        assert caplog.text.count("the same name") == 2
+
+
+async def test_a_folder_that_does_not_exist_is_a_startup_error(settings: Settings, tmp_path: Path) -> None:
+    async with running(settings) as rig:
+        with pytest.raises(StartupError, match="not a folder"):
+            await rig.catalog.register_folder(tmp_path / "nothing")
