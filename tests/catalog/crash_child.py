@@ -1,0 +1,75 @@
+"""The process that `test_crash` kills: a real catalog over a fake engine, changing things until it is dead.
+
+Prints one JSON line before each operation (`begin`) and one after it (`end`), so that the parent knows what was
+promised when the kill came.
+"""
+
+import asyncio
+import json
+import random
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from manylora.catalog.receive import ARCHIVE_PART
+from manylora.catalog.service import Catalog
+from manylora.errors import AdapterNotFound, Conflict
+from manylora.settings import Settings
+
+from .rig import MODULES, CatalogEngine, sound_files, tar_of
+
+TENANT = "acme"
+NAMES = ("a", "b", "c")
+SEEDS = (1.0, 2.0, 3.0, 4.0)
+
+
+def _say(**facts: Any) -> None:
+    sys.stdout.write(json.dumps(facts) + "\n")
+    sys.stdout.flush()
+
+
+async def _body(name: str, seed: float) -> AsyncIterator[bytes]:
+    yield b'--b\r\nContent-Disposition: form-data; name="name"\r\n\r\n' + name.encode() + b"\r\n"
+    yield f'--b\r\nContent-Disposition: form-data; name="{ARCHIVE_PART}"\r\n\r\n'.encode()
+    yield tar_of(sound_files(seed)) + b"\r\n--b--\r\n"
+
+
+async def _step(catalog: Catalog, chance: random.Random) -> None:
+    name, seed = chance.choice(NAMES), chance.choice(SEEDS)
+    entry = catalog.directory.own(TENANT, name)
+    action = chance.choices(["upload", "promote", "pin", "delete", "delete version"], [6, 2, 1, 1, 1])[0]
+    versions = [] if entry is None else list(entry.versions)
+    if action != "upload" and not versions:
+        return
+    number = chance.choice(versions) if versions else 0
+    _say(begin=action, name=name, seed=seed, version=number)
+    result: Any = None
+    try:
+        if action == "upload":
+            done = await catalog.upload(TENANT, _body(name, seed), "multipart/form-data; boundary=b", None)
+            result = [done.version.ref.version, done.version.ref.digest]
+        elif action == "promote":
+            await catalog.update(TENANT, name, active_version=number)
+        elif action == "pin":
+            await catalog.update(TENANT, name, pinned=chance.random() < 0.5)
+        else:
+            await catalog.delete(TENANT, name, number if action == "delete version" else None)
+    except (Conflict, AdapterNotFound) as error:
+        result = error.code
+    _say(end=action, name=name, result=result)
+
+
+async def main(data_dir: Path, seed: int) -> None:
+    catalog = Catalog.open(Settings(data_dir=data_dir), MODULES)
+    await catalog.attach(CatalogEngine())
+    chance = random.Random(seed)
+    _say(ready=True)
+    while True:
+        await _step(catalog, chance)
+
+
+if __name__ == "__main__":
+    tempfile.tempdir = sys.argv[3]
+    asyncio.run(main(Path(sys.argv[1]), int(sys.argv[2])))
