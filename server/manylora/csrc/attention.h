@@ -15,6 +15,12 @@ struct AttentionTask {
   int64_t partial;  // index of the first row's partial result, or -1: the task sees all keys of its rows
 };
 
+template <class T>
+struct KeyBlock {
+  const T *keys[kKeysPerBlock], *values[kKeysPerBlock];
+  int64_t count;
+};
+
 struct AttentionBuffers {
   vu* packed_keys;  // [lanes of a head, kKeysPerBlock] as single lanes
   uint32_t* queries;  // [rows, lanes of a head]
@@ -53,13 +59,27 @@ struct Attention {
     return {reinterpret_cast<vu*>(parts[0]), reinterpret_cast<uint32_t*>(parts[1]), parts[2], parts[3], parts[4], parts[5]};
   }
 
-  void find_entries(const CacheView& cache, const AttentionTask& task, int64_t begin, int64_t end, const T** entries) const {
+  // Where the task's keys and values from `begin` on lie; the memory is asked for them, as the CPU cannot foresee the
+  // block table.
+  void find_entries(const AttentionTask& task, int64_t begin, KeyBlock<T>& block) const {
     const int32_t* table = args.block_tables + task.sequence * args.block_table_stride;
-    const T* head = static_cast<const T*>(cache.data) + task.kv_head * cache.head_stride;
-    for (int64_t key = begin; key < end; ++key)
-      entries[key - begin] = head + table[key / args.block_size] * cache.block_stride +
-                             key % args.block_size * cache.position_stride;
+    block.count = std::min(kKeysPerBlock, task.last_key - begin);
+    int64_t entry_bytes = args.head_dim * sizeof(T), page = begin / args.block_size, offset = begin % args.block_size;
+    for (int64_t i = 0; i < block.count; ++i) {
+      block.keys[i] = cache_entry<const T>(args.k_cache, table[page], task.kv_head, offset);
+      block.values[i] = cache_entry<const T>(args.v_cache, table[page], task.kv_head, offset);
+      for (int64_t byte = 0; byte < entry_bytes; byte += 64) {
+        __builtin_prefetch(reinterpret_cast<const char*>(block.keys[i]) + byte);
+        __builtin_prefetch(reinterpret_cast<const char*>(block.values[i]) + byte);
+      }
+      if (++offset == args.block_size) {
+        offset = 0;
+        ++page;
+      }
+    }
   }
+  // Blocks begin at multiples of their size, so that a row's sums do not depend on how queries are cut into tasks.
+  static int64_t first_block(const AttentionTask& task) { return task.first_key / kKeysPerBlock * kKeysPerBlock; }
 
   void pack_queries(const AttentionTask& task, const AttentionBuffers& to) const {
     for (int64_t row = 0; row < task.num_queries * group; ++row) {
@@ -131,7 +151,7 @@ struct Attention {
       store(weights + i, weight);
       total += weight;
     }
-    float correction = std::exp(at.maxima[row] - maximum);
+    float correction = vexp(splat(at.maxima[row] - maximum))[0];
     at.totals[row] = at.totals[row] * correction + sum_lanes(total);
     at.maxima[row] = maximum;
     if (correction != 1)
@@ -186,25 +206,31 @@ struct Attention {
     if (begin < end) add_values<R>(at, values, row, begin, end);
   }
 
-  void run(const AttentionTask& task, float* partials) const {
+  void attend_block(const AttentionTask& task, const AttentionBuffers& at, const KeyBlock<T>& block, int64_t first,
+                    int64_t rows) const {
+    pack_keys(block.keys, block.count, at.packed_keys);
+    int64_t row = 0;
+    for (; row + 4 <= rows; row += 4) attend_tile<4>(task, at, block.values, row, first, block.count);
+    if (rows - row == 3) attend_tile<3>(task, at, block.values, row, first, block.count);
+    if (rows - row == 2) attend_tile<2>(task, at, block.values, row, first, block.count);
+    if (rows - row == 1) attend_tile<1>(task, at, block.values, row, first, block.count);
+  }
+
+  void run(const AttentionTask& task, const AttentionTask* next_task, float* partials) const {
     int64_t rows = task.num_queries * group;
     AttentionBuffers at = buffers(rows);
     pack_queries(task, at);
     std::fill_n(at.sums, rows * padded_dim, 0.f);
     std::fill_n(at.totals, rows, 0.f);
     std::fill_n(at.maxima, rows, -INFINITY);
-    const T *keys[kKeysPerBlock], *values[kKeysPerBlock];
-    // Blocks begin at multiples of their size, so that a row's sums do not depend on how queries are cut into tasks.
-    for (int64_t block = task.first_key / kKeysPerBlock * kKeysPerBlock; block < task.last_key; block += kKeysPerBlock) {
-      int64_t count = std::min(kKeysPerBlock, task.last_key - block);
-      find_entries(args.k_cache, task, block, block + count, keys);
-      find_entries(args.v_cache, task, block, block + count, values);
-      pack_keys(keys, count, at.packed_keys);
-      int64_t row = 0;
-      for (; row + 4 <= rows; row += 4) attend_tile<4>(task, at, values, row, block, count);
-      if (rows - row == 3) attend_tile<3>(task, at, values, row, block, count);
-      if (rows - row == 2) attend_tile<2>(task, at, values, row, block, count);
-      if (rows - row == 1) attend_tile<1>(task, at, values, row, block, count);
+    KeyBlock<T> blocks[2];
+    find_entries(task, first_block(task), blocks[0]);
+    for (int64_t first = first_block(task), i = 0; first < task.last_key; first += kKeysPerBlock, i ^= 1) {
+      if (first + kKeysPerBlock < task.last_key)
+        find_entries(task, first + kKeysPerBlock, blocks[i ^ 1]);
+      else if (next_task)
+        find_entries(*next_task, first_block(*next_task), blocks[i ^ 1]);
+      attend_block(task, at, blocks[i], first, rows);
     }
     for (int64_t row = 0; row < rows; ++row) {
       const float* sums = at.sums + row * padded_dim;
@@ -283,7 +309,9 @@ void attend(const AttentionArgs& args) {
   const AttentionTask* tasks = plan.tasks.data();
   std::unique_ptr<float[]> partials(new float[plan.num_partials * attention.partial_size]);
   int64_t count = static_cast<int64_t>(plan.tasks.size());
-  parallel(count, 1 + plan.cost / kCostPerThread, [&](int64_t i) { attention.run(tasks[i], partials.get()); });
+  parallel(count, 1 + plan.cost / kCostPerThread, [&](int64_t i, int64_t next) {
+    attention.run(tasks[i], next < count ? &tasks[next] : nullptr, partials.get());
+  });
   for (int64_t i = 0; i < count;) {
     const AttentionTask& task = tasks[i];
     int64_t splits = 1;

@@ -1,4 +1,4 @@
-// Writing into the paged cache.
+// The paged cache: where a position lies, and writing to it.
 
 template <class T>
 ML_INLINE T* cache_entry(const CacheView& cache, int64_t block, int64_t head, int64_t position) {

@@ -127,9 +127,11 @@ const Kernels& kernels();
 void select_path(const char* name);
 bool is_path_available(const char* name);
 
-// Runs task(context, i) for every i in [0, count), on at most `threads` threads of torch's pool, each taking the next
-// one when it is free: a worker that wakes late or shares its core costs no more than its own share.
-void run_tasks(int64_t count, int64_t threads, void (*task)(void* context, int64_t index), void* context);
+// Runs task(context, i, next) for every i in [0, count), on at most `threads` threads of torch's pool, each taking one
+// when it is free: a worker that wakes late or shares its core costs no more than its own share. `next` is what the same
+// thread will do after i, count or more if nothing.
+using Task = void (*)(void* context, int64_t index, int64_t next);
+void run_tasks(int64_t count, int64_t threads, Task task, void* context);
 int64_t num_threads();
 // Memory of the calling thread, 64-byte aligned, kept between calls; valid until its next call on the same thread.
 void* scratch(size_t size_bytes);

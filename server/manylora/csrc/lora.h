@@ -162,12 +162,12 @@ void add_lora_split(const LoraArgs& args, std::vector<LoraUnit>& units, int64_t 
   auto split = [&](int64_t piece, int64_t size, int64_t step) {
     return std::min(size, (size * piece / pieces + step - 1) / step * step);
   };
-  parallel(count * pieces, threads, [&](int64_t i) {
+  parallel(count * pieces, threads, [&](int64_t i, int64_t) {
     const LoraUnit& unit = units[i / pieces];
     int64_t piece = i % pieces;
     shrink<T>(unit, args.x, args.in_features, split(piece, unit.rank, W), split(piece + 1, unit.rank, W));
   });
-  parallel(count * pieces, threads, [&](int64_t i) {
+  parallel(count * pieces, threads, [&](int64_t i, int64_t) {
     const LoraUnit& unit = units[i / pieces];
     int64_t piece = i % pieces, step = kExpandColumns;
     expand<T>(unit, args.out, split(piece, unit.width, step), split(piece + 1, unit.width, step));
@@ -187,7 +187,7 @@ void add_lora(const LoraArgs& args) {
       add_lora_split<T>(args, units, threads);
       return;
     }
-    parallel(count, threads, [&](int64_t i) {
+    parallel(count, threads, [&](int64_t i, int64_t) {
       LoraUnit unit = units[i];
       unit.low = static_cast<float*>(scratch(unit.num_rows * unit.low_stride * sizeof(float)));
       shrink<T>(unit, args.x, args.in_features, 0, unit.rank);

@@ -10,15 +10,20 @@
 
 namespace manylora {
 
-void run_tasks(int64_t count, int64_t threads, void (*task)(void*, int64_t), void* context) {
+void run_tasks(int64_t count, int64_t threads, Task task, void* context) {
   threads = std::min({count, threads, num_threads()});
   if (threads <= 1) {
-    for (int64_t i = 0; i < count; ++i) task(context, i);
+    for (int64_t i = 0; i < count; ++i) task(context, i, i + 1);
     return;
   }
   std::atomic<int64_t> next{0};
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) task(context, i);
+    int64_t mine = next.fetch_add(1);
+    while (mine < count) {
+      int64_t then = next.fetch_add(1);
+      task(context, mine, then);
+      mine = then;
+    }
   });
 }
 

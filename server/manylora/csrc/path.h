@@ -22,11 +22,12 @@ ML_INLINE void with_dtype(DType dtype, F&& f) {
 template <class F>
 void parallel(int64_t count, int64_t threads, F&& f) {
   using Function = std::remove_reference_t<F>;
-  run_tasks(count, threads, [](void* context, int64_t i) { (*static_cast<Function*>(context))(i); }, &f);
+  run_tasks(count, threads, [](void* context, int64_t i, int64_t next) { (*static_cast<Function*>(context))(i, next); }, &f);
 }
 
-#include "attention.h"
 #include "cache.h"
+
+#include "attention.h"
 #include "lora.h"
 
 }  // namespace

@@ -189,17 +189,22 @@ ML_INLINE vf sum_each(vf (&v)[W]) {
     return v[0];
   }
 }
-ML_INLINE float sum_lanes(vf v) {
-  float sum = 0;
-#pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) sum += v[i];
-  return sum;
+// Lane i of the result is lane i ^ S.
+template <int S, size_t... I>
+ML_INLINE vf swap_blocks(vf v, std::index_sequence<I...>) {
+  return __builtin_shuffle(v, vi{(int(I) ^ S)...});
 }
+template <int S = W / 2>
+ML_INLINE float sum_lanes(vf v) {
+  v += swap_blocks<S>(v, LaneIndices{});
+  if constexpr (S > 1) return sum_lanes<S / 2>(v);
+  return v[0];
+}
+template <int S = W / 2>
 ML_INLINE float max_lanes(vf v) {
-  float best = v[0];
-#pragma GCC unroll 16
-  for (int i = 1; i < W; ++i) best = best > v[i] ? best : v[i];
-  return best;
+  v = vmax(v, swap_blocks<S>(v, LaneIndices{}));
+  if constexpr (S > 1) return max_lanes<S / 2>(v);
+  return v[0];
 }
 template <size_t... I>
 ML_INLINE vi lane_numbers(std::index_sequence<I...>) {
