@@ -16,7 +16,7 @@ COPY pyproject.toml setup.py README.md LICENSE ./
 COPY server server
 COPY loadtest loadtest
 RUN pip install --no-build-isolation ".[s3,postgres]" \
-    && python -c "import manylora._C"
+    && python -c "import torch, manylora._C"
 
 FROM python:${PYTHON}-slim-bookworm
 RUN apt-get update \

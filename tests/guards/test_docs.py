@@ -1,0 +1,214 @@
+"""The pages say what the program does: settings, flags, routes, errors, commands, version."""
+
+import importlib.util
+import inspect
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
+
+import pytest
+import typer
+from fastapi.routing import APIRoute
+
+from manylora import __version__, errors
+from manylora.cli import build
+from manylora.errors import ManyloraError
+from manylora.settings import ENV_PREFIX, Settings
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md")), *sorted((ROOT / "adapters").glob("*/README.md"))]
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# settings
+
+
+def test_the_settings_page_is_the_one_that_make_docs_writes() -> None:
+    page = (DOCS / "configuration.md").read_text(encoding="utf-8")
+
+    assert script("document_settings").with_table(page) == page, "run `make docs`"
+
+
+@pytest.mark.parametrize("name", Settings.model_fields)
+def test_every_setting_says_what_it_means_and_is_on_the_page(name: str) -> None:
+    page = (DOCS / "configuration.md").read_text(encoding="utf-8")
+
+    assert (Settings.model_fields[name].description or "").endswith(".")
+    assert f"`{ENV_PREFIX}{name.upper()}`" in page
+    assert f"`{name}`" in page
+
+
+@pytest.mark.parametrize("name", Settings.model_fields)
+def test_every_setting_is_used(name: str) -> None:
+    text = "\n".join(
+        path.read_text(encoding="utf-8")
+        for path in (ROOT / "server" / "manylora").rglob("*.py")
+        if path.name != "settings.py"
+    )
+
+    assert re.search(rf"settings\.(resolved_)?{name}\b", text), "accepted and ignored"
+
+
+# routes
+
+
+def routes() -> Iterator[str]:
+    from manylora.api import adapters, dashboard_routes, openai, ops
+
+    catalog = cast("Any", None)  # the routes are looked at, not called
+    for router in (ops.router, openai.router, adapters.build_router(catalog), dashboard_routes.build_router()):
+        for route in router.routes:
+            if isinstance(route, APIRoute) and "assets" not in route.path:
+                yield from (f"{method} {route.path}" for method in sorted(route.methods or ()))
+
+
+def documented_routes() -> set[str]:
+    text = (DOCS / "api.md").read_text(encoding="utf-8")
+    spoken = re.findall(r"`(GET|POST|PATCH|DELETE) (/[^`? ]*)", text)
+    found = {f"{method} {shape(path)}" for method, path in spoken}
+    # A row may write `DELETE /x`, `…/versions/{n}` for two routes.
+    for method, path, more in re.findall(r"`(\w+) (/[^`]*)`, `…(/[^`]*)`", text):
+        found.add(f"{method} {shape(path + more)}")
+    return found
+
+
+def shape(path: str) -> str:
+    return re.sub(r"\{[^}]*\}", "{}", path).rstrip("/")
+
+
+def test_every_route_is_documented() -> None:
+    served = {shape(route) for route in routes()}
+
+    assert len(served) > 10
+    assert served - documented_routes() == set()
+
+
+def test_every_documented_route_exists() -> None:
+    served = {shape(route) for route in routes()} | {"GET /docs", "GET /openapi.json"}
+
+    assert documented_routes() - served == set()
+
+
+# errors
+
+
+def tree() -> list[tuple[int, str, str]]:
+    """(depth, name, rest) of each line of the tree in the docstring."""
+    drawn = re.findall(r"^ {4}([│├└─ ]*)(\w+) {2,}(\d{3} .*)$", errors.__doc__ or "", re.MULTILINE)
+    assert drawn
+    return [(len(prefix) // 4, name, rest) for prefix, name, rest in drawn]
+
+
+def test_the_tree_in_the_docstring_is_the_tree_of_classes() -> None:
+    path: list[str] = []
+    drawn = {}
+    for depth, name, _ in tree():
+        path[depth:] = [name]
+        drawn[name] = path[depth - 1] if depth else "Exception"
+
+    real = {
+        name: kind.__bases__[0].__name__
+        for name, kind in vars(errors).items()
+        if inspect.isclass(kind) and issubclass(kind, ManyloraError)
+    }
+
+    assert drawn == real
+
+
+def test_the_tree_gives_each_class_its_status_type_and_code() -> None:
+    for _, name, rest in tree():
+        kind = getattr(errors, name)
+        status, error_type, *code = rest.split()
+
+        assert (int(status), error_type) == (kind.status, kind.type), name
+        assert not code or code == [kind.code], name
+
+
+def test_every_error_becomes_an_answer_with_its_own_status() -> None:
+    from manylora.api.errors import error_response
+
+    for name, kind in vars(errors).items():
+        if inspect.isclass(kind) and issubclass(kind, ManyloraError):
+            assert 400 <= kind.status < 600, name
+            if kind is not errors.InvalidAdapter:
+                response = error_response(kind("why"))
+                assert response.status_code == kind.status
+                assert f'"code":"{kind.code}"'.encode() in response.body
+
+
+# commands
+
+
+def commands() -> list[tuple[str, str]]:
+    """(page, command line) of every line in a bash block that starts with a program of ours, joined over `\\`."""
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for block in re.findall(r"^```(?:bash|sh|console)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = line.strip().removeprefix("$ ").removeprefix(".venv/bin/")
+                if words.startswith(("make ", "manylora ")):
+                    found.append((str(page.relative_to(ROOT)), words))
+    return found
+
+
+def test_the_readme_has_commands() -> None:
+    assert ("README.md", "make serve") in commands()
+
+
+@pytest.mark.parametrize(("page", "line"), commands())
+def test_commands_in_the_pages_exist(page: str, line: str) -> None:
+    words = shlex.split(re.split(r" [|>] ", line)[0], comments=True)
+    if words[0] == "make":
+        targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+        wanted = {word for word in words[1:] if "=" not in word and not word.startswith("-")}
+        assert wanted <= targets
+    else:
+        assert_known(words[1:])
+
+
+def assert_known(words: list[str]) -> None:
+    """Every subcommand and flag of a manylora command line exists."""
+    command: Any = typer.main.get_command(build())
+    while hasattr(command, "commands") and words and not words[0].startswith("-"):
+        assert words[0] in command.commands, words[0]
+        command, words = command.commands[words[0]], words[1:]
+    flags = {flag for param in command.params for flag in (*param.opts, *param.secondary_opts)} | {"--help", "-h"}
+    used = {word.split("=")[0] for word in words if re.match(r"--?[a-zA-Z]", word)}
+    assert used <= flags, used - flags
+
+
+def test_links_between_the_pages_lead_somewhere() -> None:
+    broken = [
+        f"{page.relative_to(ROOT)}: {target}"
+        for page in PAGES
+        for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", page.read_text(encoding="utf-8"))
+        if not (page.parent / target).exists()
+    ]
+
+    assert broken == []
+
+
+# version
+
+
+def test_the_newest_version_in_the_changelog_is_the_packages() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+    versions = re.findall(r"^## \[(\d[^\]]*)\]", text, re.MULTILINE)
+
+    assert versions[0] == __version__
+    assert f'version = "{__version__}"' in pyproject

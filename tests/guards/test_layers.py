@@ -1,0 +1,136 @@
+"""Who may import whom, read from the source, and what never loads torch, tried in a fresh process."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[2] / "server"
+PACKAGE = SOURCE / "manylora"
+FOUNDATION = {"manylora", "manylora.errors", "manylora.settings", "manylora.metrics", "manylora.log"}
+
+# For each part: prefixes of what else of ours it may import. `engine` here is its interface alone.
+ALLOWED: dict[str, set[str]] = {
+    "api": {"api", "tenants", "catalog", "engine.interface", "lora.ref"},
+    "tenants": {"tenants", "catalog", "engine.interface", "lora.ref"},
+    "catalog": {"catalog", "tenants.interface", "engine.interface", "lora"},
+    "engine": {"engine", "models", "lora"},
+    "models": {"models", "lora"},
+    "lora": {"lora", "models.native"},  # the one place that loads the C++ extension
+    "lifecycle": {"lifecycle", "lora", "models"},
+}
+STANDALONE = ("errors", "settings", "metrics")
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def modules() -> dict[str, Path]:
+    return {module_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports(module: str, path: Path) -> Iterator[str]:
+    """Every module of ours that the file names, lazily imported ones and those for types included."""
+    is_package = path.name == "__init__.py"
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith("manylora"))
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                home = module.split(".")[: None if is_package and node.level == 1 else -node.level + is_package]
+                base = ".".join([*home, *([node.module] if node.module else [])])
+            if base.split(".")[0] == "manylora":
+                names = [f"{base}.{alias.name}" for alias in node.names]
+                yield from (name if name in MODULES else base for name in names)
+
+
+MODULES = modules()
+
+
+def is_below(module: str, prefix: str) -> bool:
+    return module == prefix or module.startswith(f"{prefix}.")
+
+
+@pytest.mark.parametrize("part", ALLOWED)
+def test_each_package_imports_only_its_neighbours(part: str) -> None:
+    allowed = {f"manylora.{prefix}" for prefix in ALLOWED[part]}
+    inside = {name: path for name, path in MODULES.items() if is_below(name, f"manylora.{part}")}
+    assert inside
+
+    wrong = [
+        f"{name} imports {imported}"
+        for name, path in inside.items()
+        for imported in imports(name, path)
+        if imported not in FOUNDATION and not any(is_below(imported, prefix) for prefix in allowed)
+    ]
+
+    assert wrong == []
+
+
+@pytest.mark.parametrize("name", STANDALONE)
+def test_foundations_import_nothing_of_ours_but_errors(name: str) -> None:
+    module = f"manylora.{name}"
+
+    assert set(imports(module, MODULES[module])) <= {"manylora.errors"} - {module}
+
+
+def test_only_the_bridge_knows_asyncio_and_threads_inside_the_engine() -> None:
+    knowing = {
+        name
+        for name, path in MODULES.items()
+        if is_below(name, "manylora.engine")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for imported in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])
+        if imported.split(".")[0] in ("asyncio", "threading", "anyio", "concurrent")
+    }
+
+    assert knowing == {"manylora.engine.async_engine"}
+
+
+def without_torch() -> list[str]:
+    """Packages and modules that must work, and load, without torch."""
+    bookkeeping = ("engine.block_manager", "engine.scheduler", "engine.fairness", "engine.interface", "lora.slots",
+                   "lora.eviction", "lora.format", "lora.ref", "catalog.registry", "errors", "settings", "metrics",
+                   "cli", "app")  # fmt: skip
+    wanted = {f"manylora.{name}" for name in bookkeeping}
+    wanted |= {name for name in MODULES if is_below(name, "manylora.api") or is_below(name, "manylora.tenants")}
+    return sorted(wanted & set(MODULES))
+
+
+def test_http_tenants_registry_and_bookkeeping_never_load_torch() -> None:
+    script = (
+        "import importlib, sys\n"
+        f"for name in {without_torch()!r}:\n"
+        "    importlib.import_module(name)\n"
+        "    if 'torch' in sys.modules:\n"
+        "        sys.exit(f'{name} loads torch')\n"
+    )
+
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_guard_sees_relative_and_lazy_imports(tmp_path: Path) -> None:
+    path = tmp_path / "x.py"
+    path.write_text(
+        "from . import ops\n"
+        "from ..errors import NotFound\n"
+        "def f():\n"
+        "    from manylora.engine import engine\n"
+        "    import manylora.app\n"
+    )
+
+    assert list(imports("manylora.api.x", path)) == [
+        "manylora.api.ops",
+        "manylora.errors",
+        "manylora.engine.engine",
+        "manylora.app",
+    ]
