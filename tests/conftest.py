@@ -9,6 +9,14 @@ import pytest
 ModelMaker: TypeAlias = Callable[[str], Path]
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> ModelMaker:
     """`tiny_model_dir("qwen2")`: the folder of a tiny random model. Shared and read-only: never write into it."""

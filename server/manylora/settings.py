@@ -91,7 +91,7 @@ class Settings(BaseSettings):
     """Number format of the weights and the KV cache; `auto` is bfloat16 on a CPU that computes in it, else float32,
     and on CUDA the model's own."""
     quantization: Literal["none", "int8"] = "none"
-    """`int8` quantises the base's linears once at load; adapters stay as they are."""
+    """How the base's linears are kept; `int8` is not available in this version and refused."""
     max_model_len: int | None = Field(default=None, ge=16)
     """Longest sequence, prompt and answer together, in tokens; unset: the model's own limit."""
     kernels: Literal["auto", "torch"] = "auto"

@@ -73,8 +73,7 @@ def _refuse_others(folder: Path, raw: dict[str, Any]) -> None:
     if isinstance(quantized, dict):
         method = quantized.get("quant_method", "an unnamed method")
         raise ModelUnusable(
-            f"{folder} is quantised with {method}, which is not supported. Give the unquantised checkpoint; "
-            "--quantization int8 quantises it at load."
+            f"{folder} is quantised with {method}, which is not supported. Give the unquantised checkpoint."
         )
 
 

