@@ -17,8 +17,8 @@ def with_adapter(model_dir: Path, adapter: Path | None) -> PreTrainedModel:
     model = load(model_dir)
     if adapter is None:
         return model
-    with warnings.catch_warnings():  # PEFT uses names that transformers is about to drop
-        warnings.simplefilter("ignore", FutureWarning)
+    with warnings.catch_warnings():  # of tied weights, and of names that transformers is about to drop
+        warnings.simplefilter("ignore")
         tuned: PreTrainedModel = PeftModel.from_pretrained(model, adapter).eval()
     return tuned
 

@@ -8,8 +8,9 @@ Users are counted under the same lock that evicts, so an adapter in use cannot l
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,9 +147,10 @@ class AdapterTiers:
         with self._lock:
             entry = self._entry(ref)
             entry.is_pinned = pinned
-            if pinned and not entry.is_resident:
+            if not pinned:
+                self.give_up(ref)  # requests that wait for it ask again
+            elif not entry.is_resident:
                 self._want(entry)
-            self._settle(entry)
 
     def forget(self, ref: AdapterRef, timeout_s: float | None = None) -> bool:
         """Wait until nobody uses or loads the adapter, then free its memory. False if `timeout_s` ran out."""
@@ -276,12 +278,15 @@ class AdapterTiers:
                 return  # in host memory; tried again when a slot falls free
             entry.place = place
             entry.size_bytes = packed.size_bytes
-            if place.is_new_slab:
-                self.memory.allocate(place, packed.layout, self.book.places_in(place.slab))
-        self.memory.fill(place, packed)
+            with self._place_given_back_on_error(entry):
+                if place.is_new_slab:
+                    self.memory.allocate(place, packed.layout, self.book.places_in(place.slab))
+        with self._place_given_back_on_error(entry):
+            self.memory.fill(place, packed)
         with self._lock:
             self.memory.publish(place, packed)
             entry.is_resident = True
+            entry.error = None
             self._wanted.pop(entry.ref.id, None)
             self._policy.on_use(entry.ref.id, entry.size_bytes, float(entry.size_bytes))
         self._events.on_load("host", time.perf_counter() - started)
@@ -312,12 +317,26 @@ class AdapterTiers:
     def _evict_device(self, entry: _Entry) -> None:
         if entry.place is None or not entry.is_resident:
             return
-        slot, entry.place, entry.is_resident = entry.place.slot, None, False
-        self.memory.withdraw(slot)
-        slab = self.book.release(slot)
-        if slab is not None:
-            self.memory.free(slab)
+        entry.is_resident = False
+        self.memory.withdraw(entry.place.slot)
+        self._give_place_back(entry)
         self._policy.on_remove(entry.ref.id)
+
+    @contextmanager
+    def _place_given_back_on_error(self, entry: _Entry) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._give_place_back(entry)
+            raise
+
+    def _give_place_back(self, entry: _Entry) -> None:
+        with self._lock:
+            assert entry.place is not None
+            slot, entry.place = entry.place.slot, None
+            slab = self.book.release(slot)
+            if slab is not None:
+                self.memory.free(slab)
 
     def check_integrity(self) -> None:
         """Slots, counts and bytes agree."""

@@ -1,0 +1,121 @@
+import pytest
+import torch
+
+from manylora.lora.kernels.reference import LowRank
+from manylora.lora.memory import DeviceMemory
+from manylora.lora.packing import PackedAdapter
+from manylora.lora.slots import Place, SlotBook
+from tests.lora.packed import random_packed
+
+SHAPES = {0: (40, 30), 1: (7, 11), 2: (40, 24)}
+CPU = torch.device("cpu")
+
+
+class Device:
+    """A book and its memory, used as the tiers use them."""
+
+    def __init__(self, places_per_slab: int, dtype: torch.dtype = torch.float32, num_slots: int = 8) -> None:
+        self.book = SlotBook(num_slots, 2**24, dtype.itemsize, places_per_slab)
+        self.memory = DeviceMemory(len(SHAPES), num_slots, dtype, CPU)
+
+    def bring(self, packed: PackedAdapter) -> Place:
+        place = self.book.reserve(packed.layout)
+        assert place is not None
+        if place.is_new_slab:
+            self.memory.allocate(place, packed.layout, self.book.places_in(place.slab))
+        self.memory.fill(place, packed)
+        self.memory.publish(place, packed)
+        return place
+
+    def evict(self, slot: int) -> None:
+        self.memory.withdraw(slot)
+        slab = self.book.release(slot)
+        if slab is not None:
+            self.memory.free(slab)
+
+    def assert_holds(self, slot: int, pairs: dict[int, LowRank]) -> None:
+        for site in SHAPES:
+            found = self.memory.matrices(slot, site)
+            if site not in pairs:
+                assert found is None
+                continue
+            assert found is not None
+            assert torch.equal(found[0], pairs[site].a)
+            assert torch.equal(found[1], pairs[site].b)
+
+
+@pytest.mark.parametrize("places_per_slab", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_brought_in_is_read_back_bit_by_bit(places_per_slab: int, dtype: torch.dtype) -> None:
+    device = Device(places_per_slab, dtype)
+    ranks = [{0: 3, 1: 8}, {0: 3, 1: 5}, {2: 16}, {0: 2, 1: 7, 2: 1}, {0: 4, 1: 8}, {}]
+    made = [random_packed(r, SHAPES, seed=i, dtype=dtype) for i, r in enumerate(ranks)]
+    places = [device.bring(packed) for packed, _ in made]
+    for place, (_, pairs) in zip(places, made, strict=True):
+        device.assert_holds(place.slot, pairs)
+        assert device.memory.ranks[:, place.slot].tolist() == [
+            len(pairs[s].a) if s in pairs else 0 for s in sorted(SHAPES)
+        ]
+
+
+@pytest.mark.parametrize("places_per_slab", [1, 3])
+def test_tables_hold_the_addresses_of_contiguous_matrices(places_per_slab: int) -> None:
+    device = Device(places_per_slab)
+    for seed in range(3):
+        packed, pairs = random_packed({0: 3, 2: 8}, SHAPES, seed=seed)
+        slot = device.bring(packed).slot
+        for site in pairs:
+            found = device.memory.matrices(slot, site)
+            assert found is not None
+            assert all(matrix.is_contiguous() for matrix in found)
+            expected = [found[0].data_ptr(), found[1].data_ptr(), len(pairs[site].a)]
+            assert device.memory.tables[site, slot].tolist() == expected
+        assert device.memory.tables[1, slot].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("places_per_slab", [1, 3])
+def test_a_withdrawn_slot_is_empty_and_its_neighbours_stay(places_per_slab: int) -> None:
+    device = Device(places_per_slab)
+    made = [random_packed({0: 3, 1: 8}, SHAPES, seed=i) for i in range(3)]
+    places = [device.bring(packed) for packed, _ in made]
+    device.evict(places[1].slot)
+    assert not device.memory.tables[:, places[1].slot].any()
+    device.assert_holds(places[1].slot, {})
+    for i in (0, 2):
+        device.assert_holds(places[i].slot, made[i][1])
+
+
+def test_a_used_place_holds_nothing_of_the_adapter_before() -> None:
+    device = Device(3)
+    keeper = device.bring(random_packed({0: 8}, SHAPES)[0])
+    old = device.bring(random_packed({0: 8}, SHAPES, seed=1)[0])
+    device.evict(old.slot)
+    packed, pairs = random_packed({0: 5}, SHAPES, seed=2)
+    new = device.bring(packed)
+    assert (new.slab, new.row) == (old.slab, old.row)
+    device.assert_holds(new.slot, pairs)
+    padding = device.memory.slabs[new.slab].stack_b(packed.layout.extents[0])[new.row, 5:]
+    assert not padding.any()
+    device.evict(keeper.slot)
+
+
+def test_memory_is_freed_with_the_last_adapter_of_a_slab() -> None:
+    device = Device(2)
+    places = [device.bring(random_packed({0: 8}, SHAPES, seed=i)[0]) for i in range(3)]
+    for place in places:
+        device.evict(place.slot)
+    assert not device.memory.slabs
+    assert not device.memory.places
+    assert not device.memory.ranks.any()
+
+
+@pytest.mark.parametrize("places_per_slab", [1, 2])
+def test_an_embeddings_matrices_are_read_by_token(places_per_slab: int) -> None:
+    device = Device(places_per_slab)
+    for seed in range(2):
+        packed, pairs = random_packed({0: 3}, SHAPES, seed=seed, embeddings=frozenset({0}))
+        found = device.memory.embedding_matrices(device.bring(packed).slot, 0)
+        assert found is not None
+        assert torch.equal(found[0], pairs[0].a.T)
+        assert torch.equal(found[1], pairs[0].b)
+        assert device.memory.embedding_matrices(7, 0) is None
