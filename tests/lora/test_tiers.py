@@ -567,7 +567,7 @@ def test_many_threads_at_once_never_see_another_adapters_weights() -> None:
             setup.tiers.release(ref(number))
             if turn % 10 == 9:
                 with names:
-                    fresh = 100 * seed + turn
+                    fresh = 1000 * (seed + 1) + turn
                     gone.add(fresh)
                 setup.tiers.prefetch(ref(fresh))
                 setup.tiers.forget(ref(fresh), timeout_s=PATIENCE_S)
