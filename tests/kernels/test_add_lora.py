@@ -1,9 +1,9 @@
 import pytest
 import torch
-from tests.kernels.lora_case import POPULARITIES, LoraCase, make_case
-from tests.kernels.tolerance import assert_close, assert_same_bits
 
 from manylora.models import native
+from tests.kernels.lora_case import POPULARITIES, LoraCase, make_case
+from tests.kernels.tolerance import assert_close, assert_same_bits
 
 
 def run(case: LoraCase) -> torch.Tensor:

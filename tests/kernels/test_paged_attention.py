@@ -2,9 +2,9 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from tests.kernels.tolerance import assert_close, assert_same_bits
 
 from manylora.models import native
+from tests.kernels.tolerance import assert_close, assert_same_bits
 
 
 @dataclass

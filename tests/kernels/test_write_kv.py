@@ -1,8 +1,8 @@
 import pytest
 import torch
-from tests.kernels.tolerance import assert_same_bits
 
 from manylora.models import native
+from tests.kernels.tolerance import assert_same_bits
 
 
 @pytest.mark.parametrize("head_dim", [1, 5, 64, 80])

@@ -2,6 +2,7 @@
 
 #include "kernels.h"
 
+#include <ATen/ops/empty.h>
 #include <Python.h>
 #include <torch/library.h>
 
@@ -131,6 +132,119 @@ void write_kv(const Tensor& k, const Tensor& v, Tensor k_cache, Tensor v_cache, 
   kernels().write_kv(write_kv_args(k, v, k_cache, v_cache, slots));
 }
 
+Tensor normed(const Tensor& x, Tensor* residual, const Tensor& weight, double eps, double weight_offset) {
+  check(x, "x", 2, x.scalar_type());
+  check(weight, "weight", 1, x.scalar_type());
+  TORCH_CHECK_VALUE(weight.numel() == x.size(1), "weight must have one entry per column of x");
+  Tensor out = at::empty(x.sizes(), x.options());
+  NormArgs args{};
+  args.dtype = dtype_of(x);
+  args.out = {out.data_ptr(), out.stride(0)};
+  if (residual) {
+    check(*residual, "residual", 2, x.scalar_type());
+    TORCH_CHECK_VALUE(residual->sizes() == x.sizes(), "residual and x must have the same shape");
+    args.residual = {residual->data_ptr(), residual->stride(0)};
+  }
+  args.x = {x.const_data_ptr(), x.stride(0)};
+  args.weight = weight.const_data_ptr();
+  args.num_rows = x.size(0);
+  args.hidden = x.size(1);
+  args.eps = static_cast<float>(eps);
+  args.weight_offset = static_cast<float>(weight_offset);
+  kernels().rms_norm(args);
+  return out;
+}
+
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, double weight_offset) {
+  return normed(x, nullptr, weight, eps, weight_offset);
+}
+
+Tensor add_rms_norm_(Tensor residual, const Tensor& x, const Tensor& weight, double eps, double weight_offset) {
+  return normed(x, &residual, weight, eps, weight_offset);
+}
+
+Tensor gated(const Tensor& gate_up, Activation activation) {
+  check(gate_up, "gate_up", 2, gate_up.scalar_type());
+  TORCH_CHECK_VALUE(gate_up.size(1) % 2 == 0, "gate_up must have an even number of columns");
+  Tensor out = at::empty({gate_up.size(0), gate_up.size(1) / 2}, gate_up.options());
+  GatedArgs args{};
+  args.dtype = dtype_of(gate_up);
+  args.activation = activation;
+  args.out = {out.data_ptr(), out.stride(0)};
+  args.gate_up = {gate_up.const_data_ptr(), gate_up.stride(0)};
+  args.num_rows = out.size(0);
+  args.width = out.size(1);
+  kernels().gated_activation(args);
+  return out;
+}
+
+Tensor silu_and_mul(const Tensor& gate_up) { return gated(gate_up, Activation::silu); }
+Tensor gelu_tanh_and_mul(const Tensor& gate_up) { return gated(gate_up, Activation::gelu_tanh); }
+
+Tensor rope_write_kv(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos, const Tensor& sin, Tensor k_cache,
+                     Tensor v_cache, const Tensor& slots) {
+  check(q, "q", 3, k.scalar_type());
+  check(cos, "cos", 2, at::kFloat);
+  check(sin, "sin", 2, at::kFloat);
+  TORCH_CHECK_VALUE(q.size(0) == k.size(0) && q.size(2) == k.size(2), "q and k must have the same tokens and head_dim");
+  TORCH_CHECK_VALUE(cos.sizes() == sin.sizes() && cos.size(0) == q.size(0), "cos and sin must have one row per token");
+  TORCH_CHECK_VALUE(cos.size(1) % 2 == 0 && cos.size(1) <= q.size(2), "cos must have an even width, at most head_dim");
+  Tensor out = at::empty(q.sizes(), q.options());
+  RopeArgs args{};
+  args.kv = write_kv_args(k, v, k_cache, v_cache, slots);
+  args.q = q.const_data_ptr();
+  args.q_row_stride = q.stride(0);
+  args.q_head_stride = q.stride(1);
+  args.num_heads = q.size(1);
+  args.out = out.data_ptr();
+  args.cos = {cos.const_data_ptr<float>(), cos.stride(0)};
+  args.sin = {sin.const_data_ptr<float>(), sin.stride(0)};
+  args.rotary_dim = cos.size(1);
+  kernels().rope_write_kv(args);
+  return out;
+}
+
+Tensor int8_linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const Tensor& group_sums,
+                   const std::optional<Tensor>& bias, int64_t group_size) {
+  check(x, "x", 2, x.scalar_type());
+  check(packed, "packed", 4, at::kChar);
+  check(scales, "scales", 1, at::kFloat);
+  check(group_sums, "group_sums", 2, at::kInt);
+  int64_t in_features = x.size(1), out_features = scales.numel();
+  TORCH_CHECK_VALUE(packed.is_contiguous() && packed.size(0) == (out_features + kInt8PanelWidth - 1) / kInt8PanelWidth &&
+                        packed.size(1) == (in_features + kInt8Depth - 1) / kInt8Depth &&
+                        packed.size(2) == kInt8PanelWidth && packed.size(3) == kInt8Depth,
+                    "packed does not fit x and scales");
+  TORCH_CHECK_VALUE(group_size > 0 && group_size % kInt8Depth == 0, "group_size must be a multiple of ", kInt8Depth);
+  int64_t num_groups = (in_features + group_size - 1) / group_size;
+  TORCH_CHECK_VALUE(group_sums.is_contiguous() && group_sums.size(0) == num_groups &&
+                        group_sums.size(1) == packed.size(0) * kInt8PanelWidth,
+                    "group_sums does not fit packed and group_size");
+  if (bias) {
+    check(*bias, "bias", 1, at::kFloat);
+    TORCH_CHECK_VALUE(bias->numel() == out_features, "bias must have one entry per output");
+  }
+  Tensor out = at::empty({x.size(0), out_features}, x.options());
+  Tensor quantised = at::empty({x.size(0), packed.size(1) * kInt8Depth}, x.options().dtype(at::kByte));
+  Tensor row_scales = at::empty({x.size(0), num_groups}, scales.options());
+  Int8LinearArgs args{};
+  args.dtype = dtype_of(x);
+  args.out = {out.data_ptr(), out.stride(0)};
+  args.x = {x.const_data_ptr(), x.stride(0)};
+  args.packed = packed.const_data_ptr<int8_t>();
+  args.scales = scales.const_data_ptr<float>();
+  args.group_sums = group_sums.const_data_ptr<int32_t>();
+  args.bias = bias ? bias->const_data_ptr<float>() : nullptr;
+  args.quantised = quantised.data_ptr<uint8_t>();
+  args.row_scales = row_scales.data_ptr<float>();
+  args.num_rows = x.size(0);
+  args.in_features = in_features;
+  args.out_features = out_features;
+  args.group_size = group_size;
+  kernels().int8_linear(args);
+  return out;
+}
+
 void set_cpu_path(c10::string_view name) {
   std::string wanted(name);
   TORCH_CHECK_VALUE(is_path_available(wanted.c_str()), "this machine cannot run the CPU path '", wanted, "'");
@@ -153,12 +267,27 @@ TORCH_LIBRARY(manylora, m) {
       "paged_attention(Tensor(a!) out, Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, "
       "Tensor query_starts, Tensor context_lens, float scale, int sliding_window, float softcap) -> ()");
   m.def("write_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots) -> ()");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps, float weight_offset) -> Tensor");
+  m.def("add_rms_norm_(Tensor(a!) residual, Tensor x, Tensor weight, float eps, float weight_offset) -> Tensor");
+  m.def("silu_and_mul(Tensor gate_up) -> Tensor");
+  m.def("gelu_tanh_and_mul(Tensor gate_up) -> Tensor");
+  m.def(
+      "rope_write_kv(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+      "Tensor slots) -> Tensor");
+  m.def(
+      "int8_linear(Tensor x, Tensor packed, Tensor scales, Tensor group_sums, Tensor? bias, int group_size) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(manylora, CPU, m) {
   m.impl("add_lora_", add_lora_);
   m.impl("paged_attention", paged_attention);
   m.impl("write_kv", write_kv);
+  m.impl("rms_norm", rms_norm);
+  m.impl("add_rms_norm_", add_rms_norm_);
+  m.impl("silu_and_mul", silu_and_mul);
+  m.impl("gelu_tanh_and_mul", gelu_tanh_and_mul);
+  m.impl("rope_write_kv", rope_write_kv);
+  m.impl("int8_linear", int8_linear);
 }
 
 }  // namespace manylora

@@ -113,6 +113,10 @@ struct Kernels {
   void (*add_lora)(const LoraArgs&);
   void (*paged_attention)(const AttentionArgs&);
   void (*write_kv)(const WriteKvArgs&);
+  void (*rms_norm)(const NormArgs&);
+  void (*gated_activation)(const GatedArgs&);
+  void (*rope_write_kv)(const RopeArgs&);
+  void (*int8_linear)(const Int8LinearArgs&);
 };
 
 // Null where the compiler or the architecture cannot build the path; whether the CPU has it is dispatch.cpp's matter.

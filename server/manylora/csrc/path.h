@@ -28,12 +28,16 @@ void parallel(int64_t count, int64_t threads, F&& f) {
 #include "cache.h"
 
 #include "attention.h"
+#include "elementwise.h"
 #include "lora.h"
+
+#include "int8.h"
 
 }  // namespace
 
 const Kernels* ML_PATH_FUNCTION() {
-  static constexpr Kernels table = {ML_PATH_NAME, add_lora, paged_attention, write_kv};
+  static constexpr Kernels table = {ML_PATH_NAME,     add_lora,      paged_attention, write_kv, rms_norm,
+                                    gated_activation, rope_write_kv, int8_linear};
   return &table;
 }
 

@@ -115,3 +115,57 @@ def write_kv(
     [T], negative to leave a row out.
     """
     torch.ops.manylora.write_kv(k, v, k_cache, v_cache, slots)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float = 0.0) -> torch.Tensor:
+    """x [T, hidden] over its root mean square, times weight [hidden] -> [T, hidden], rounded as Hugging Face does.
+
+    With weight_offset 0 (Llama): weight * round(x / sqrt(mean(x^2) + eps)). With another (1 for Gemma):
+    round((weight_offset + weight) * x / sqrt(mean(x^2) + eps)), without a rounding in between.
+    """
+    out: torch.Tensor = torch.ops.manylora.rms_norm(x, weight, eps, weight_offset)
+    return out
+
+
+def add_rms_norm_(
+    residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float = 0.0
+) -> torch.Tensor:
+    """residual [T, hidden] += x, in place and rounded; returns rms_norm(residual, weight, eps, weight_offset)."""
+    out: torch.Tensor = torch.ops.manylora.add_rms_norm_(residual, x, weight, eps, weight_offset)
+    return out
+
+
+def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """gate_up [T, 2 * width] -> [T, width]: silu(gate) * up, gate being the first half; rounded once."""
+    out: torch.Tensor = torch.ops.manylora.silu_and_mul(gate_up)
+    return out
+
+
+def gelu_tanh_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """gate_up [T, 2 * width] -> [T, width]: gelu(gate) * up with gelu's tanh form; rounded once."""
+    out: torch.Tensor = torch.ops.manylora.gelu_tanh_and_mul(gate_up)
+    return out
+
+
+def rope_write_kv(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+) -> torch.Tensor:
+    """Turn q and k by their positions, store k and v in the cache, return the turned q.
+
+    With h = rotary_dim / 2, for d < h (Hugging Face's half-split convention):
+        y[d] = x[d] cos[d] - x[d + h] sin[d]          y[d + h] = x[d + h] cos[d + h] + x[d] sin[d + h]
+    and y[d] = x[d] from rotary_dim on. Computed in float32, rounded once.
+
+    q [T, heads, head_dim]; k, v [T, kv_heads, head_dim], as slices of one fused row if you like; cos, sin float32
+    [T, rotary_dim], rotary_dim even and at most head_dim; caches and slots as for `write_kv`. Returns a new, contiguous
+    [T, heads, head_dim].
+    """
+    out: torch.Tensor = torch.ops.manylora.rope_write_kv(q, k, v, cos, sin, k_cache, v_cache, slots)
+    return out
