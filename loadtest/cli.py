@@ -175,7 +175,7 @@ def _run(
 def _show(console: Console, run: Run, summary: Summary) -> None:
     table = Table(box=None, padding=(0, 1))
     table.add_column("", no_wrap=True)
-    for column in ("requests", "failed", "tokens/s", "TTFT p50/p95/p99 ms", "TPOT p50/p95 ms", "in SLO"):
+    for column in ("sent", "failed", "tokens/s", "TTFT p50/95/99 ms", "TPOT p50/95 ms", "in SLO"):
         table.add_column(column, justify="right", no_wrap=True)
     rows = [(stage.label, figures) for stage, figures in summary.stages]
     rows += [(name, figures) for name, figures in summary.tenants.items() if len(summary.tenants) > 1]

@@ -1,4 +1,4 @@
-"""The Locust file, run by Locust itself. In a process of its own, since importing locust patches the standard library."""
+"""The Locust file, run by Locust itself, in another process: importing locust patches the standard library."""
 
 import importlib.util
 import os
