@@ -22,12 +22,13 @@ from manylora.lora.memory import DeviceMemory
 from manylora.lora.packing import PackedAdapter, pack
 from manylora.lora.slots import SlotBook
 from manylora.lora.tiers import AdapterTiers
-from manylora.models import native, selfcheck
+from manylora.models import fused, native, selfcheck
 from manylora.models.kv_cache import KVCache
 from manylora.models.wrapping import WrappedModel, wrap
 
-KERNELS: Mapping[str, Callable[[], LoraKernel]] = {"torch": TorchKernel, "native": NativeKernel}
-available_kernels = ["torch", "native"] if native.is_available() else ["torch"]
+KERNELS: Mapping[str, Callable[[], LoraKernel]] = {"torch": TorchKernel, "native": NativeKernel, "fused": NativeKernel}
+# "native" keeps the model's own layers, "fused" runs those of the usual shape through the fused operators.
+available_kernels = ["torch", "native", "fused"] if native.is_available() else ["torch"]
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -113,7 +114,9 @@ def build_rig(
     if poison:
         for room in (*cache.keys, *cache.values):
             room.fill_(float("nan"))
-    wrapped.attach_cache(cache)
+    wrapped.attach_cache(cache, use_native=kernel != "torch")
+    if kernel == "fused":
+        fused.fuse(wrapped, cache)
     selfcheck.check(wrapped, cache)
     lora_kernel = KERNELS[kernel]()
     book = SlotBook(num_slots, slot_bytes, model.dtype.itemsize, lora_kernel.places_per_slab)
@@ -147,5 +150,3 @@ def build_rig(
     )
     refs = {name: AdapterRef(f"id-{name}", "public", name, 1, name) for name in adapters or {}}
     return Rig(engine, scheduler, tiers, wrapped, refs, loaded=loaded)
-
-

@@ -13,7 +13,7 @@ from manylora.engine.engine import Engine
 from manylora.engine.interface import AdapterSource, ModelInfo
 from manylora.engine.model_runner import ModelRunner
 from manylora.engine.scheduler import Scheduler
-from manylora.errors import NotEnoughMemory
+from manylora.errors import ModelUnusable, NotEnoughMemory
 from manylora.lora import format as adapter_format
 from manylora.lora.format import ModuleSpec
 from manylora.lora.kernels import LoraKernel
@@ -25,7 +25,7 @@ from manylora.lora.ref import Tier
 from manylora.lora.slots import SlotBook
 from manylora.lora.tiers import AdapterTiers, TierEvents
 from manylora.metrics import Metrics
-from manylora.models import native, selfcheck
+from manylora.models import fused, native, selfcheck
 from manylora.models.kv_cache import KVCache, bytes_per_block
 from manylora.models.loading import LoadedBase
 from manylora.models.wrapping import WrappedModel, wrap
@@ -70,9 +70,10 @@ class EngineBuilder:
         """Lay out memory, check the model against itself, and put the parts together. Raises StartupError."""
         settings = self.settings
         cache = self._cache()
-        self.wrapped.attach_cache(cache)
-        selfcheck.check(self.wrapped, cache)
-        kernel: LoraKernel = TorchKernel() if self._wants_torch() else NativeKernel()
+        use_native = self._can_use_native()
+        self.wrapped.attach_cache(cache, use_native=use_native)
+        self._prove(cache, use_native=use_native)
+        kernel: LoraKernel = NativeKernel() if use_native else TorchKernel()
         budget = in_bytes(settings.adapter_memory, self.device)
         book = SlotBook(settings.max_slots, budget, self.dtype.itemsize, kernel.places_per_slab)
         memory = DeviceMemory(len(self.modules), settings.max_slots, self.dtype, self.device)
@@ -100,8 +101,19 @@ class EngineBuilder:
         )
         return engine, tiers
 
-    def _wants_torch(self) -> bool:
-        return self.settings.kernels == "torch" or self.device.type != "cpu" or not native.is_available()
+    def _can_use_native(self) -> bool:
+        return self.settings.kernels == "auto" and self.device.type == "cpu" and native.is_available()
+
+    def _prove(self, cache: KVCache, *, use_native: bool) -> None:
+        """Check the model against itself, first with fused layers, then, should they not fit it, with its own."""
+        originals = fused.fuse(self.wrapped, cache) if use_native else {}
+        try:
+            selfcheck.check(self.wrapped, cache)
+        except ModelUnusable:
+            if not originals:
+                raise
+            fused.undo(self.wrapped, originals)
+            selfcheck.check(self.wrapped, cache)
 
     def _packer(self) -> Callable[[Path], PackedAdapter]:
         modules, sites, dtype = self.modules, self.wrapped.sites, self.dtype

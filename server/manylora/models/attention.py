@@ -73,9 +73,8 @@ def read_options(module: torch.nn.Module, head_dim: int, kwargs: dict[str, Any])
     )
 
 
-def paged_attention_function(cache: KVCache, context: ForwardContext) -> AttentionFunction:
+def paged_attention_function(cache: KVCache, context: ForwardContext, *, use_native: bool) -> AttentionFunction:
     """The function that transformers calls: q [1, H, T, D], k and v [1, KVH, T, D] -> [1, T, H, D]."""
-    use_native = native.is_available()
 
     def attend(
         module: torch.nn.Module,

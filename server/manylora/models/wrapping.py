@@ -52,10 +52,10 @@ class WrappedModel:
     modules: dict[str, ModuleSpec]
     sites: dict[str, int]
 
-    def attach_cache(self, cache: KVCache) -> None:
-        """Attend over this cache from now on."""
+    def attach_cache(self, cache: KVCache, *, use_native: bool) -> None:
+        """Attend over this cache from now on, by the C++ kernels or in torch operations."""
         name = f"manylora-{next(_numbers)}"
-        attention.register(name, attention.paged_attention_function(cache, self.context))
+        attention.register(name, attention.paged_attention_function(cache, self.context, use_native=use_native))
         self.model.set_attn_implementation(name)
 
 
