@@ -55,7 +55,7 @@ class Server:
         began = time.perf_counter()
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(self.command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        while not self._is_ready():
+        while not self.is_ready():
             if self._process.poll() is not None:
                 raise ServerDied(f"{self.name} ended with code {self._process.returncode}:\n{self._log_end()}")
             if time.perf_counter() - began > timeout_s:
@@ -93,7 +93,8 @@ class Server:
             if is_pausing:
                 self.pause()
 
-    def _is_ready(self) -> bool:
+    def is_ready(self) -> bool:
+        """Whether `ready_path` answers 200 now."""
         try:
             with urllib.request.urlopen(self.url + self.ready_path, timeout=5) as response:
                 return bool(response.status == 200)
