@@ -26,7 +26,7 @@ def with_adapter(model_dir: Path, adapter: Path | None) -> PreTrainedModel:
 @torch.inference_mode()
 def generate(model: PreTrainedModel, prompt: Sequence[int], max_tokens: int) -> list[int]:
     ids = torch.tensor([list(prompt)])
-    out = model.generate(  # type: ignore[operator]
+    out = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=max_tokens,

@@ -1,11 +1,15 @@
 """A mixed batch gives each request what Hugging Face and PEFT give it alone, in float32."""
 
 import random
+from collections.abc import Collection
+from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 
 import pytest
 import torch
 
+from manylora.engine.scheduler import Scheduled
+from manylora.engine.sequence import Sequence
 from tests.engine.harness import Rig, available_kernels, build_rig, load
 from tests.engine.oracle import check_greedy, with_adapter
 from tests.tiny_adapters import make_adapter
@@ -100,18 +104,18 @@ def test_broken_adapter_moves_no_bit_of_its_neighbours_logits(
     assert all(torch.equal(a, b) for a, b in zip(clean, beside, strict=True))
 
 
-def recorded_logits(rig: Rig, watched: list[object]) -> list[torch.Tensor]:
+def recorded_logits(rig: Rig, watched: Collection[Sequence]) -> list[torch.Tensor]:
     """Run to the end, keeping the logits from which the watched sequences were sampled."""
     seen: list[torch.Tensor] = []
     forward = rig.engine.runner.forward
 
-    def recording(scheduled: list[object]) -> torch.Tensor:
-        logits = forward(scheduled)  # type: ignore[arg-type]
-        samplers = [item for item in scheduled if item.samples]  # type: ignore[attr-defined]
+    def recording(scheduled: SequenceOf[Scheduled]) -> torch.Tensor:
+        logits = forward(scheduled)
+        samplers = [item for item in scheduled if item.samples]
         seen.extend(logits[i].clone() for i, item in enumerate(samplers) if item.seq in watched)
         return logits
 
-    rig.engine.runner.forward = recording  # type: ignore[method-assign,assignment]
+    rig.engine.runner.forward = recording  # type: ignore[method-assign]
     rig.run()
     return seen
 
@@ -138,8 +142,6 @@ def test_prefix_cache_never_answers_for_another_adapter(llama: Path, adapters: d
         rig.run()
     rig.close()
     for name in ("a00", "a01", None):
-        check_greedy(
-            with_adapter(llama, adapters[name] if name else None), prompt, rig.tokens(f"for-{name}")[:16]
-        )
+        check_greedy(with_adapter(llama, adapters[name] if name else None), prompt, rig.tokens(f"for-{name}")[:16])
     assert rig.outputs["for-a00/0"][16].delta.num_cached_tokens == 36
     assert rig.outputs["for-a01/0"][0].delta.num_cached_tokens == 0

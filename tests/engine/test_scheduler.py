@@ -58,9 +58,7 @@ def ref(name: str) -> AdapterRef:
     return AdapterRef(name, "public", name, 1, name)
 
 
-def scheduler(
-    *, slots: FakeSlots | None = None, num_blocks: int = 100, seats: int = 8, budget: int = 32
-) -> Scheduler:
+def scheduler(*, slots: FakeSlots | None = None, num_blocks: int = 100, seats: int = 8, budget: int = 32) -> Scheduler:
     return Scheduler(
         BlockManager(num_blocks, 4), slots or FakeSlots(8), max_num_seqs=seats, max_num_batched_tokens=budget
     )

@@ -13,8 +13,9 @@ from manylora.models.wrapping import PROBE_LENGTH, WrappedModel
 
 _CHUNK = 7  # the probe runs as one chunk of this length and then token by token
 
-# Largest difference of two logits, as a share of the logits' own spread.
-TOLERANCE = {torch.float32: 2e-3, torch.float16: 4e-2, torch.bfloat16: 2e-1}
+# Root mean square of the difference, as a share of the logits' own spread. In bfloat16 two correct orders of
+# summation differ by some hundredths after thirty layers; a wrong layer differs by tenths.
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1.5e-1}
 
 
 def check(wrapped: WrappedModel, cache: KVCache, *, tolerance: float | None = None) -> None:
@@ -36,7 +37,7 @@ def check(wrapped: WrappedModel, cache: KVCache, *, tolerance: float | None = No
             finally:
                 wrapped.context.batch = None
             found.append(output.logits[0].float())
-    difference = float((torch.cat(found) - expected).abs().max() / expected.std().clamp(min=1e-6))
+    difference = float((torch.cat(found) - expected).square().mean().sqrt() / expected.std().clamp(min=1e-6))
     allowed = TOLERANCE[wrapped.model.dtype] if tolerance is None else tolerance
     if not difference <= allowed:
         raise ModelUnusable(
