@@ -5,14 +5,26 @@ Heavy modules are imported inside the commands, so that `manylora --help` does n
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from manylora.cli_lifecycle_tools import command, console, errors, one_of, progress, stop_on_interrupt
+from manylora.cli_lifecycle_tools import (
+    command,
+    console,
+    errors,
+    names_of,
+    numbers_of,
+    one_of,
+    progress,
+    stop_on_interrupt,
+)
 from manylora.cli_lifecycle_weights import compress, extract, inspect, merge
 from manylora.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from manylora.lifecycle.train import TrainConfig
 
 INTERRUPTED = 130
 
@@ -22,6 +34,7 @@ def register(app: typer.Typer) -> None:
     app.command()(recipe)
     app.command()(train)
     app.command()(evaluate)
+    app.command()(choose_rank)
     app.command()(extract)
     app.command()(compress)
     app.command()(merge)
@@ -116,16 +129,13 @@ def train(
     overwrite: Annotated[bool, typer.Option(help="Replace --out")] = False,
 ) -> None:
     """Train a LoRA adapter on the frozen base; write it in PEFT layout with its loss curve, report and card."""
-    from manylora.lifecycle.publish import connect
-    from manylora.lifecycle.publish import publish as upload
     from manylora.lifecycle.train import LoraShape, TrainConfig
-    from manylora.lifecycle.train import train as run
     from manylora.lifecycle.training import Schedule
 
     with errors():
         config = TrainConfig(
             data=data, out=out, eval_data=eval_data, base=model, base_name=base_name,
-            lora=LoraShape(rank, alpha, tuple(t.strip() for t in targets.split(",") if t.strip()), dropout, rslora),
+            lora=LoraShape(rank, alpha, names_of(targets), dropout, rslora),
             schedule=Schedule(
                 epochs=epochs, batch_size=batch_size, accumulate=accumulate, lr=lr, warmup=warmup,
                 weight_decay=weight_decay, max_grad_norm=max_grad_norm, early_stop=early_stop, eval_every=eval_every,
@@ -137,17 +147,76 @@ def train(
             dtype=one_of("--dtype", dtype, ("auto", "bfloat16", "float16", "float32")),
             threads=threads, title=title, command=command(),
         )  # fmt: skip
-        if publish:
-            connect(server, key).close()  # a server that is not there is said before the work, not after it
+        _run_training(config, publish, server, key, resume=resume, overwrite=overwrite)
+
+
+def _run_training(config: "TrainConfig", name: str, server: str, key: str, *, resume: bool, overwrite: bool) -> None:
+    from manylora.lifecycle.publish import connect, publish
+    from manylora.lifecycle.train import train as run
+
+    if name:
+        with connect(server, key):  # a server that is not there is said before the work, not after it
+            pass
+    with stop_on_interrupt() as stopped, progress() as listen:
+        result = run(config, resume=resume, overwrite=overwrite, listen=listen, should_stop=stopped)
+    if not result.finished:
+        console.print(f"Stopped after step {result.report['steps']}. Run the same command with --resume to go on.")
+        raise typer.Exit(INTERRUPTED)
+    print(f"{config.out}: {result.report['steps']} steps, {result.report['size_bytes'] / 1e6:.2f} MB")
+    if name:
+        with connect(server, key) as client:
+            print(f"published as {publish(client, config.out, name, description=config.title)}")
+
+
+def choose_rank(
+    data: Annotated[Path, typer.Option(help="Rows to cross-validate on: .jsonl, .csv or .parquet")],
+    out: Annotated[Path, typer.Option(help="The table and plot go into OUT.ranks, the final adapter into OUT")],
+    ranks: Annotated[str, typer.Option(help="Ranks to compare, comma-separated")] = "1,2,4,8,16,32",
+    folds: int = 5,
+    targets: Annotated[list[str] | None, typer.Option(help="A set of linears, comma-separated; several times")] = None,
+    final: Annotated[bool, typer.Option("--train-final", help="Train the chosen shape on all rows")] = False,
+    model: Annotated[str | None, typer.Option(help="The base; the default model when left out")] = None,
+    base_name: Annotated[str | None, typer.Option(help="The base's name in the adapter's config")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Scale numerator; twice the rank when left out")] = None,
+    rslora: bool = False,
+    dropout: float = 0.0,
+    epochs: int = 3,
+    batch_size: int = 8,
+    lr: float = 5e-4,
+    max_length: int = 1024,
+    render: str = "auto",
+    instruction: str = "",
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    resume: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Cross-validate ranks and targets; choose the smallest adapter within one standard error of the best."""
+    from manylora.lifecycle.choose_rank import ChooseConfig
+    from manylora.lifecycle.choose_rank import choose_rank as run
+    from manylora.lifecycle.train import LoraShape, TrainConfig
+    from manylora.lifecycle.training import Schedule
+
+    with errors():
+        training = TrainConfig(
+            data=data, out=out, base=model, base_name=base_name,
+            lora=LoraShape(alpha=alpha, dropout=dropout, rslora=rslora),
+            schedule=Schedule(epochs=epochs, batch_size=batch_size, lr=lr, seed=seed),
+            render=one_of("--render", render, ("auto", "chat", "plain")), instruction=instruction,
+            max_length=max_length, device=one_of("--device", device, ("auto", "cpu", "cuda")),
+            dtype=one_of("--dtype", dtype, ("auto", "bfloat16", "float16", "float32")), command=command(),
+        )  # fmt: skip
+        sets = tuple(names_of(one) for one in targets or ())
+        config = ChooseConfig(training, numbers_of("--ranks", ranks), folds, sets, final)
         with stop_on_interrupt() as stopped, progress() as listen:
-            result = run(config, resume=resume, overwrite=overwrite, listen=listen, should_stop=stopped)
-        if not result.finished:
-            console.print(f"Stopped after step {result.report['steps']}. Run the same command with --resume to go on.")
+            report, trained = run(config, resume=resume, overwrite=overwrite, listen=listen, should_stop=stopped)
+        if report is None or (trained is not None and not trained.finished):
+            console.print("Stopped. Run the same command with --resume to go on.")
             raise typer.Exit(INTERRUPTED)
-        print(f"{out}: {result.report['steps']} steps, {result.report['size_bytes'] / 1e6:.2f} MB")
-        if publish:
-            with connect(server, key) as client:
-                print(f"published as {upload(client, out, publish, description=title)}")
+        chosen = report["chosen"]
+        print(f"chosen: rank {chosen['rank']}, loss {chosen['mean']:.4f} ± {chosen['standard_error']:.4f}, "
+              f"{chosen['size_bytes'] / 1e6:.2f} MB")  # fmt: skip
 
 
 def evaluate(
@@ -176,7 +245,7 @@ def evaluate(
     with errors(), progress() as listen:
         request = EvaluateRequest(
             data=data, adapters=tuple(adapter or ()), with_base=with_base, server=server, key=key,
-            metrics=tuple(m.strip() for m in metrics.split(",") if m.strip()), max_tokens=max_tokens, out=out,
+            metrics=names_of(metrics), max_tokens=max_tokens, out=out,
             promote_if_better=promote_if_better, min_gain=min_gain, model=model, max_length=max_length,
             render=one_of("--render", render, ("auto", "chat", "plain")), instruction=instruction, seed=seed,
             device=one_of("--device", device, ("auto", "cpu", "cuda")),

@@ -27,6 +27,19 @@ def one_of(flag: str, value: str, allowed: tuple[_T, ...]) -> _T:
     raise InvalidRequest(f"{flag} must be one of {', '.join(allowed)}, not {value!r}.")
 
 
+def names_of(text: str) -> tuple[str, ...]:
+    """`a, b` as ("a", "b")."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def numbers_of(flag: str, text: str) -> tuple[int, ...]:
+    """`1,2` as (1, 2). Raises InvalidRequest."""
+    try:
+        return tuple(int(part) for part in names_of(text))
+    except ValueError as error:
+        raise InvalidRequest(f"{flag} must be whole numbers with commas between, not {text!r}.") from error
+
+
 def command() -> str:
     """The command as it can be typed again, without this machine's way of starting the program."""
     return shlex.join(["manylora", *sys.argv[1:]])

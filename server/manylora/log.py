@@ -66,3 +66,4 @@ def configure_logging(*, level: str, as_json: bool, stream: TextIO | None = None
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
+        logger.setLevel(logging.NOTSET)

@@ -150,6 +150,13 @@ class CatalogMachine(RuleBasedStateMachine):
             return
         self.held[ref.id] = ref
 
+    @rule(tenant=TENANTS, name=NAMES)
+    def delete_in_use(self, tenant: str, name: str) -> None:
+        """The request runs on while the retirement has time to go wrong."""
+        self.acquire(tenant, name)
+        self.delete(tenant, name)
+        self._run(asyncio.sleep(0.01))
+
     @precondition(lambda self: self.held)
     @rule()
     def release(self) -> None:

@@ -77,6 +77,7 @@ async def stats(caller: Caller, services: ServicesDep, timeline: bool = False) -
 def _engine_counts(services: Services, tenant: str | None) -> dict[str, Any]:
     """The counts say nothing of who; the list of resident adapters does, and is cut to what the tenant may see."""
     counts = asdict(services.engine.stats())
+    counts["slots_resident"] = len(counts["resident"])
     if tenant is not None:
         counts["resident"] = [r for r in counts["resident"] if r.get("tenant") in (tenant, PUBLIC_TENANT)]
     return counts

@@ -191,7 +191,7 @@ class AsyncEngine:
     async def measure_effect(self, ref: AdapterRef, folder: Path) -> Effect:
         """Logits of a fixed prompt with the adapter against those without; see `interface.EngineClient`."""
         self._check_open()
-        prompt = self.codec.encode(PROBE_TEXT)
+        prompt = self.codec.encode(PROBE_TEXT)[: self.model.context_length - 1]
         self._num_probes += 1
         params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
         self._tiers.offer(ref, folder)
@@ -226,7 +226,9 @@ class AsyncEngine:
         """Wait for the last user, then free; see `interface.EngineClient`."""
         while any(s.adapter is not None and s.adapter.id == ref.id for g in self._open() for s in g.seqs):
             await asyncio.sleep(0.02)
-        await asyncio.to_thread(self._tiers.forget, ref)
+        while not await asyncio.to_thread(self._tiers.forget, ref, _IDLE_WAIT_S):
+            if not self._thread.is_alive():  # nobody is left to release it
+                raise EngineDead("The engine has stopped, so the adapter stays in memory until the process ends.")
 
     # state
 
@@ -258,11 +260,17 @@ class AsyncEngine:
         deadline = time.monotonic() + timeout_s
         while self._generations and self.is_ready and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
+        self._end_all()
+
+    def _end_all(self) -> None:
         for generation in set(self._open()):
             generation.put(Draining("The server shut down before this request was done."))
             self.leave(generation)
 
     async def close(self) -> None:
+        """Stop the thread; requests that still run end with Draining, and later ones are refused."""
+        self.is_draining = True
+        self._end_all()
         self._is_stopping = True
         self._wake.set()
         if self._thread.ident is not None:

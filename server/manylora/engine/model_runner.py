@@ -81,7 +81,10 @@ class ModelRunner:
     def _read_prompt(self, item: Scheduled, logits: torch.Tensor, result: StepResult) -> None:
         seq = item.seq
         if seq.capture_logits:
-            result.captured[id(seq)] = logits.float().clone()
+            earlier = seq.captured if item.start else []
+            seq.captured = [*earlier, logits.float().clone()]
+            if item.samples:
+                result.captured[id(seq)] = torch.cat(seq.captured)
             return
         following = seq.tokens[item.start + 1 : item.start + item.num_tokens + 1]
         if item.start == 0:

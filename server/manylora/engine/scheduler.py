@@ -17,7 +17,7 @@ from manylora.engine.interface import AdapterRef, FinishReason
 from manylora.engine.sequence import Sequence, SequenceStatus
 from manylora.errors import ManyloraError
 
-STARVATION_STEPS = 128  # a sequence passed over this often for want of a slot makes another adapter yield
+STARVATION_STEPS = 128  # each time a sequence was passed over this often for want of a slot, an adapter yields
 LOOK_AHEAD = 256  # waiting sequences of one tenant that a plan looks at
 
 
@@ -131,7 +131,7 @@ class Scheduler:
             self._release(seq)
         elif self._is_queued(seq):
             self.waiting.remove(seq)
-            if seq.status is SequenceStatus.LOADING_ADAPTER and seq.adapter and not self._others_want(seq.adapter):
+            if seq.adapter and not self._others_want(seq.adapter):
                 self._slots.give_up(seq.adapter)
         self._forget_waiting(seq)
         seq.status = SequenceStatus.FINISHED
@@ -204,7 +204,7 @@ class Scheduler:
             if seq.load_started_s is None:
                 seq.load_started_s = monotonic()
         self._passed_over[id(seq)] += 1
-        if self._passed_over[id(seq)] >= STARVATION_STEPS and seq not in self._yielding.values():
+        if self._passed_over[id(seq)] % STARVATION_STEPS == 0:
             self._make_adapter_yield(seq, adapter, work)
         return False
 

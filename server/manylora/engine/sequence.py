@@ -4,6 +4,7 @@ import secrets
 import time
 from collections import Counter
 from enum import StrEnum
+from typing import Any
 
 from manylora.engine.interface import AdapterRef, FinishReason, SamplingParams, TokenLogprob
 
@@ -58,6 +59,7 @@ class Sequence:
         self.num_charged = 0
         self.output_counts: Counter[int] = Counter()
         self.prompt_logprobs: list[TokenLogprob] = []
+        self.captured: list[Any] = []  # logits of the prompt's chunks so far, where they are asked for
         self.followers: list[Sequence] = []
         self.arrived_s = time.monotonic()
         self.load_started_s: float | None = None

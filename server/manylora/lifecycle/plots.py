@@ -108,3 +108,25 @@ def _place(path: str) -> tuple[int, str]:
     parts = path.split(".")
     layer = next((int(part) for part in parts if part.isdigit()), -1)
     return layer, parts[-1]
+
+
+def rank_curve(path: Path, candidates: Sequence[dict[str, Any]], chosen: dict[str, Any]) -> None:
+    """Held-out loss with its standard error against rank, one line per set of targets, bytes beside the points."""
+    figure, axes = _figure()
+    names = list(dict.fromkeys(",".join(c["targets"]) for c in candidates))
+    for name in names:
+        mine = [c for c in candidates if ",".join(c["targets"]) == name]
+        axes.errorbar(
+            [c["rank"] for c in mine], [c["mean"] for c in mine], yerr=[c["standard_error"] for c in mine],
+            marker="o", capsize=3, label=name or "every linear",
+        )  # fmt: skip
+        for c in mine:
+            size = f"{c['size_bytes'] / 1e6:.2g} MB"
+            axes.annotate(size, (c["rank"], c["mean"]), textcoords="offset points", xytext=(4, 6), fontsize=7)
+    axes.plot(chosen["rank"], chosen["mean"], "*", color="black", markersize=13, label="chosen", zorder=5)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([c["rank"] for c in candidates], [str(c["rank"]) for c in candidates])
+    axes.set(xlabel="rank", ylabel="held-out loss per answer token (nats)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=_DPI)

@@ -1,5 +1,7 @@
 """The lifecycle's side of the HTTP contract: upload an adapter, find versions, promote."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from manylora.lifecycle.contenders import checked
 _TIMEOUT = httpx.Timeout(600.0, connect=10.0)
 
 
-def connect(server: str, key: str) -> httpx.Client:
+def _open(server: str, key: str) -> httpx.Client:
     """A client of a running server. Raises ManyloraError when it does not answer."""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     client = httpx.Client(base_url=server.rstrip("/"), headers=headers, timeout=_TIMEOUT)
@@ -48,3 +50,13 @@ def served_base(client: httpx.Client) -> str:
         if not model.get("parent"):
             return str(model["id"])
     raise ManyloraError("The server lists no base model.")
+
+
+@contextmanager
+def connect(server: str, key: str) -> Iterator[httpx.Client]:
+    """An answering server's client, closed at the end. It has been used before, so it cannot be entered itself."""
+    client = _open(server, key)
+    try:
+        yield client
+    finally:
+        client.close()

@@ -12,6 +12,8 @@ import logging
 
 import torch
 
+from manylora.models.int8 import Int8Weight
+
 CPU_PATHS = ("avx512_bf16", "avx512", "avx2_vnni", "avx2", "portable")
 
 _log = logging.getLogger(__name__)
@@ -168,4 +170,18 @@ def rope_write_kv(
     [T, heads, head_dim].
     """
     out: torch.Tensor = torch.ops.manylora.rope_write_kv(q, k, v, cos, sin, k_cache, v_cache, slots)
+    return out
+
+
+def int8_linear(x: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [T, in_features] times a packed weight, plus bias (float32 [out_features]) -> [T, out_features] of x's dtype.
+
+        out[t, n] = scales[n] * sum over groups g of s[t, g] * sum over k in g of q[t, k] * integers[n, k]
+        s[t, g] = max over k in g of |x[t, k]| / 127          q[t, k] = x[t, k] / s[t, g], rounded to an integer
+
+    The inner sum is exact, the outer one is made in float32. A row with a NaN or an infinity comes out as NaN.
+    """
+    out: torch.Tensor = torch.ops.manylora.int8_linear(
+        x, weight.packed, weight.scales, weight.group_sums, bias, weight.group_size
+    )
     return out

@@ -45,7 +45,7 @@ class Chart {
       cursor: { y: false, drag: { x: false, y: false }, points: { size: 6 }, sync: { key: "live" } },
       scales: { x: { time: true }, y: { range: (_, low, high) => [0, high > 0 ? high * 1.15 : 1] } },
       axes: [
-        { ...axis, grid: { show: false }, size: 26, space: 70, values: (_, ticks) => ticks.map(clockTick) },
+        { ...axis, grid: { show: false }, size: 26, space: 52, values: (_, ticks) => ticks.map(clockTick) },
         { ...axis, size: 46, space: 34, values: (_, ticks) => ticks.map(this.axis) },
       ],
       series: [{}, ...this.series.map((one) => ({

@@ -52,7 +52,7 @@ function meter(label) {
   const box = h("div", { class: "meter" }, h("dt", {}, label), h("dd", {}, value, bar, note));
   return {
     box,
-    set(valueText, part, noteText) {
+    set(valueText, part, noteText, isPressing = false) {
       setText(value, valueText);
       setText(note, noteText);
       bar.hidden = part === null;
@@ -61,7 +61,7 @@ function meter(label) {
       bar.setAttribute("aria-valuenow", Math.round(share * 100));
       bar.setAttribute("aria-valuetext", valueText);
       bar.firstElementChild.style.setProperty("--share", share);
-      bar.dataset.state = share > 0.95 ? "bad" : share > 0.8 ? "warn" : "";
+      bar.dataset.state = isPressing && share > 0.8 ? (share > 0.95 ? "bad" : "warn") : "";
     },
   };
 }
@@ -72,7 +72,7 @@ export class Meters {
     this.slots = meter("Adapter slots");
     this.prefix = meter("Prompt from prefix cache");
     this.queue = meter("Waiting");
-    this.memory = meter("Adapter memory");
+    this.memory = meter("Host memory of adapters");
     this.preemptions = meter("Preemptions");
     const all = [this.blocks, this.slots, this.prefix, this.queue, this.memory, this.preemptions];
     byId("meters").replaceChildren(...all.map((one) => one.box));
@@ -81,11 +81,11 @@ export class Meters {
   show(stats) {
     const { totals, latency } = stats;
     const share = (used, total) => (total > 0 ? used / total : 0);
-    this.blocks.set(`${count(stats.kv_blocks_used)} of ${count(stats.kv_blocks_total)}`, share(stats.kv_blocks_used, stats.kv_blocks_total), `${percent(stats.kv_blocks_used, stats.kv_blocks_total)} held by sequences`);
-    this.slots.set(`${count(stats.slots_used)} of ${count(stats.slots_total)}`, share(stats.slots_used, stats.slots_total), `${bytes(stats.device_tier_bytes)} on the device`);
+    this.blocks.set(`${count(stats.kv_blocks_used)} of ${count(stats.kv_blocks_total)}`, share(stats.kv_blocks_used, stats.kv_blocks_total), `${percent(stats.kv_blocks_used, stats.kv_blocks_total)} held by sequences`, true);
+    this.slots.set(`${count(stats.slots_resident)} of ${count(stats.slots_total)}`, share(stats.slots_resident, stats.slots_total), `${count(stats.slots_used)} in use, ${bytes(stats.device_tier_bytes)} on the device`);
     this.prefix.set(percent(totals.prefix_cache_hit_tokens, totals.prompt_tokens), null, `${count(totals.prefix_cache_hit_tokens)} of ${count(totals.prompt_tokens)} prompt tokens`);
     this.queue.set(count(stats.waiting + stats.waiting_for_adapter), null, `queue wait p95 ${ms(latency.queue_ms.p95)}`);
-    this.memory.set(bytes(stats.host_tier_bytes), null, "kept in host memory");
+    this.memory.set(bytes(stats.host_tier_bytes), null, "ready to be copied to the device");
     this.preemptions.set(count(stats.preemptions), null, `${count(stats.steps)} engine steps`);
   }
 }

@@ -48,17 +48,17 @@ export class SlotMap {
     if (this.cells.length !== total) this.build(total);
     const uses = new Map(stats.adapters.map((row) => [row.id, row]));
     const bySlot = new Map(stats.resident.map((r) => [r.slot, r]));
-    let foreign = stats.slots_used - stats.resident.length; // other tenants' adapters: counted, not shown
+    let foreign = stats.slots_resident - stats.resident.length; // other tenants' adapters: counted, not shown
     for (let slot = 0; slot < total; slot += 1) {
       const resident = bySlot.get(slot) ?? null;
       this.residents[slot] = resident;
       if (resident) this.paint(slot, String(heat(resident, uses.get(resident.id), stats.now)), describe(resident, uses.get(resident.id), stats.now), resident);
       else if (foreign > 0) {
         foreign -= 1;
-        this.paint(slot, "foreign", "taken by another tenant's adapter", null);
+        this.paint(slot, "foreign", "holds another tenant's adapter", null);
       } else this.paint(slot, "empty", `slot ${slot} · empty`, null);
     }
-    setText(byId("slots-count"), `${count(stats.slots_used)} of ${count(stats.slots_total)} taken`);
+    setText(byId("slots-count"), `${count(stats.slots_resident)} of ${count(stats.slots_total)} hold an adapter`);
     this.explain(this.hovered);
   }
 

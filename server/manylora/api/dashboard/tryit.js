@@ -10,7 +10,7 @@ class Pane {
     this.title = h("h3", {}, title);
     this.badge = h("span", { class: "hint" });
     this.text = h("div", { class: "answer", tabindex: 0 });
-    this.foot = h("p", { class: "answer-foot", role: "status" });
+    this.foot = h("p", { class: "answer-foot", role: "status" }, "Not run yet.");
     this.element = h("section", { class: "pane", "aria-busy": "false" }, h("div", { class: "pane-head" }, this.title, this.badge), this.text, this.foot);
     this.text.setAttribute("aria-label", `Answer of ${title}`);
   }

@@ -8,7 +8,7 @@ import { problemList, reportView } from "./report.js";
 const CONFIG = "adapter_config.json";
 const WEIGHTS = "adapter_model.safetensors";
 const ARCHIVE = /\.(zip|tar|tar\.gz|tgz)$/i;
-const NAME = "[a-z0-9][a-z0-9._-]{0,63}";
+const NAME = "[a-z0-9][a-z0-9._\\-]{0,63}";
 
 /** All files of a drop, folders opened one level deep, as [{path, file}]. */
 async function filesOf(transfer) {

@@ -1,0 +1,293 @@
+"""Uploading, promoting, pinning and deleting through the page."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from playwright.sync_api import Page, expect
+from safetensors.numpy import load_file, save_file
+
+from tests.e2e.conftest import Server
+
+from .conftest import NAMES, OpenPage, complete, upload
+
+pytestmark = pytest.mark.slow
+PROMPT = "The quick brown"
+HOSTILE = '<img src=x onerror="document.title=1">'
+
+
+@pytest.fixture
+def broken(folders: dict[str, Path], tmp_path: Path) -> Path:
+    """An adapter with several things wrong at once, one of them named by an attacker."""
+    folder = tmp_path / "broken"
+    shutil.copytree(folders["spare"], folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config |= {"use_dora": True, "frobnicate": HOSTILE, "target_modules": [*config["target_modules"], HOSTILE]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({**tensors, HOSTILE: next(iter(tensors.values()))}, folder / "adapter_model.safetensors")
+    return folder
+
+
+def problems_of(server: Server, folder: Path) -> list[dict[str, str]]:
+    files = [("files", (n, (folder / n).read_bytes())) for n in ("adapter_config.json", "adapter_model.safetensors")]
+    answer = httpx.post(f"{server.url}/v1/adapters", data={"name": "broken"}, files=files, timeout=60)
+    assert answer.status_code == 422
+    problems: list[dict[str, str]] = answer.json()["error"]["problems"]
+    return problems
+
+
+def row_of(page: Page, name: str) -> Any:
+    return page.locator("#adapters-body tr").filter(has=page.get_by_role("button", name=name, exact=True))
+
+
+def open_adapter(page: Page, name: str) -> Any:
+    page.get_by_role("button", name=name, exact=True).first.click()
+    drawer = page.locator("#detail")
+    expect(drawer).to_be_visible()
+    return drawer
+
+
+def test_a_folder_dropped_on_the_page_becomes_an_adapter(
+    open_page: OpenPage, server: Server, folders: dict[str, Path]
+) -> None:
+    visit = open_page()
+    page = visit.page
+    expect(page.locator("#upload-button")).to_be_visible()
+    visit.drop(folders["spare"])
+    expect(page.locator(".staged li")).to_have_count(2)
+    expect(page.locator("#upload-name")).to_have_value("sales-notes")
+    page.locator("#upload").get_by_role("button", name="Upload").click()
+    expect(page.locator(".good-line")).to_have_text("sales-notes@1 is ready and active.")
+    expect(page.locator("#upload .report")).to_contain_text("matched")
+    expect(row_of(page, "sales-notes")).to_be_visible()
+    assert httpx.get(f"{server.url}/v1/adapters/sales-notes").json()["active_version"] == 1
+
+
+def test_an_archive_and_two_files_can_be_dropped_too(
+    open_page: OpenPage, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    visit = open_page()
+    page = visit.page
+    expect(page.locator("#upload-button")).to_be_visible()
+    archive = Path(shutil.make_archive(str(tmp_path / "From Archive"), "zip", folders["other"]))
+    visit.drop(archive)
+    page.locator("#upload").get_by_role("button", name="Upload").click()
+    expect(page.locator(".good-line")).to_have_text("from-archive@1 is ready and active.")
+    visit.drop(folders["other"] / "adapter_config.json", folders["other"] / "adapter_model.safetensors")
+    page.locator("#upload-name").fill("from-archive")
+    page.locator("#upload").get_by_role("button", name="Upload").click()
+    expect(page.locator(".good-line")).to_contain_text("exactly this content already")
+
+
+def test_progress_is_shown_while_bytes_travel(open_page: OpenPage, folders: dict[str, Path]) -> None:
+    visit = open_page()
+    page = visit.page
+    expect(page.locator("#upload-button")).to_be_visible()
+    page.evaluate(
+        "() => { window.seen = []; new MutationObserver(() => {"
+        "const bar = document.querySelector('progress'); if (!bar.hidden) window.seen.push(bar.value); })"
+        ".observe(document.querySelector('#upload'), { attributes: true, childList: true, subtree: true }); }"
+    )
+    visit.drop(folders["spare"])
+    page.locator("#upload-name").fill("progressing")
+    page.locator("#upload").get_by_role("button", name="Upload").click()
+    expect(page.locator(".good-line")).to_be_visible()
+    assert 1 in page.evaluate("window.seen")
+    expect(page.locator("progress")).to_be_hidden()
+
+
+def test_a_refused_upload_lists_every_problem_and_stores_nothing(
+    open_page: OpenPage, server: Server, broken: Path
+) -> None:
+    problems = problems_of(server, broken)
+    assert len(problems) >= 3
+    visit = open_page(expected={422})
+    page = visit.page
+    expect(page.locator("#upload-button")).to_be_visible()
+    visit.drop(broken)
+    page.locator("#upload").get_by_role("button", name="Upload").click()
+    items = page.locator(".problems li")
+    expect(items).to_have_count(len(problems))
+    expect(page.locator(".problem-line")).to_contain_text(f"{len(problems)} problems")
+    shown = [(item.locator(".code").inner_text(), item.locator(".message").inner_text()) for item in items.all()]
+    assert shown == [(p["code"], " ".join(p["message"].split())) for p in problems]
+    assert httpx.get(f"{server.url}/v1/adapters/broken").status_code == 404
+
+
+def test_hostile_text_in_problems_stays_text(open_page: OpenPage, server: Server, broken: Path) -> None:
+    assert any(HOSTILE in p["message"] + p["where"] for p in problems_of(server, broken))
+    visit = open_page(expected={422})
+    page = visit.page
+    expect(page.locator("#upload-button")).to_be_visible()
+    visit.drop(broken)
+    page.locator("#upload").get_by_role("button", name="Upload").click()
+    expect(page.locator(".problems")).to_contain_text(HOSTILE)
+    assert page.locator("img").count() == 0
+    assert page.title() == "manylora"
+
+
+def test_hostile_names_and_errors_stay_text(open_page: OpenPage, server: Server) -> None:
+    """A registry that let such names in, or another program behind the same address."""
+    visit = open_page()
+    page = visit.page
+
+    def poisoned(name: str, change: Callable[[dict[str, Any]], None]) -> None:
+        def answer(route: Any) -> None:
+            body = httpx.get(f"{server.url}/v1/{name}").json()
+            change(body)
+            route.fulfill(json=body)
+
+        page.route(f"**/v1/{name}**", answer)
+
+    def in_list(body: dict[str, Any]) -> None:
+        body["data"][0] |= {"name": HOSTILE, "description": HOSTILE, "tenant": HOSTILE}
+
+    def in_stats(body: dict[str, Any]) -> None:
+        body["server"]["model"] = HOSTILE
+        resident = {"id": "1", "tenant": HOSTILE, "name": HOSTILE, "version": 1, "size_bytes": 1, "users": 1}
+        body["resident"] = [{"slot": 0, "pinned": False, **resident}]
+        error = {"request_id": HOSTILE, "tenant": HOSTILE, "adapter": HOSTILE, "code": HOSTILE, "message": HOSTILE}
+        body["recent_errors"] = [{"at": body["now"], **error}]
+
+    poisoned("adapters", in_list)
+    poisoned("stats", in_stats)
+    page.reload()
+    expect(page.locator("#adapters-body")).to_contain_text(HOSTILE)
+    expect(page.locator("#errors .message")).to_have_text(HOSTILE)
+    expect(page.locator("#model")).to_have_text(HOSTILE)
+    expect(page.locator(".slot").first).to_contain_text(HOSTILE)
+    assert page.locator("img").count() == 0
+    assert page.title() == "manylora"
+
+
+def test_the_policy_stops_markup_even_if_the_code_would_write_it(open_page: OpenPage) -> None:
+    visit = open_page()
+    refused = visit.page.evaluate(
+        "(text) => { try { document.body.innerHTML = text; } catch (e) { return e.name; } }", HOSTILE
+    )
+    assert refused == "TypeError"
+    assert all("TrustedHTML" in complaint for complaint in visit.complaints)
+    visit.complaints.clear()
+
+
+def test_promoting_and_rolling_back_change_what_the_try_it_box_answers(
+    open_page: OpenPage, server: Server, folders: dict[str, Path]
+) -> None:
+    upload(server.url, folders["spare"], "promoted")
+    upload(server.url, folders["other"], "promoted", activate="false")
+    first, second = (complete(server.url, f"promoted@{n}", PROMPT) for n in (1, 2))
+    assert first != second
+    page = open_page().page
+    expect(row_of(page, "promoted")).to_contain_text("1 of 2")
+
+    def answer() -> str:
+        page.locator("#try-adapter").fill("promoted")
+        page.locator("#try-mode").select_option("completion")
+        page.locator("#try-tokens").fill("24")
+        page.locator("#try-prompt").fill(PROMPT)
+        page.get_by_role("button", name="Run both").click()
+        expect(page.get_by_role("button", name="Run both")).to_be_enabled()
+        text: str = page.locator(".pane .answer").first.text_content() or ""
+        return text
+
+    assert answer() == first
+    expect(page.locator(".pane-head .hint").first).to_contain_text("promoted@1")
+    drawer = open_adapter(page, "promoted")
+    drawer.get_by_role("button", name="Promote").click()
+    expect(drawer.locator("[data-active=true]")).to_contain_text("Version 2")
+    drawer.get_by_role("button", name="Close").click()
+    assert answer() == second
+    drawer = open_adapter(page, "promoted")
+    drawer.get_by_role("button", name="Roll back to this").click()
+    expect(drawer.locator("[data-active=true]")).to_contain_text("Version 1")
+    drawer.get_by_role("button", name="Close").click()
+    assert answer() == first
+
+
+def test_the_base_answers_beside_the_adapter(open_page: OpenPage, server: Server) -> None:
+    page = open_page().page
+    page.locator("#try-adapter").fill("sql")
+    page.locator("#try-mode").select_option("completion")
+    page.locator("#try-tokens").fill("24")
+    page.locator("#try-prompt").fill(PROMPT)
+    page.get_by_role("button", name="Run both").click()
+    feet = page.locator(".answer-foot")
+    for foot in (feet.first, feet.last):
+        expect(foot).to_contain_text("24 tokens")
+    texts = [pane.text_content() for pane in page.locator(".pane .answer").all()]
+    assert texts == [complete(server.url, model, PROMPT) for model in ("sql", "tiny")]
+
+
+def test_a_chat_with_a_missing_adapter_says_why(open_page: OpenPage) -> None:
+    page = open_page(expected={404}).page
+    page.locator("#try-adapter").fill("nobody")
+    page.locator("#try-prompt").fill(PROMPT)
+    page.get_by_role("button", name="Run both").click()
+    expect(page.locator(".pane").first.locator(".answer-foot")).to_contain_text("does not exist")
+    expect(page.locator(".pane").last.locator(".answer-foot")).to_contain_text("tokens")
+
+
+def test_pinning_brings_the_adapter_to_the_device_and_marks_it(
+    open_page: OpenPage, server: Server, folders: dict[str, Path]
+) -> None:
+    upload(server.url, folders["spare"], "kept")
+    page = open_page().page
+    drawer = open_adapter(page, "kept")
+    drawer.get_by_role("button", name="Pin").click()
+    expect(drawer.get_by_role("button", name="Unpin")).to_be_visible()
+    drawer.get_by_role("button", name="Close").click()
+    expect(row_of(page, "kept").get_by_label("pinned")).to_be_visible()
+    expect(page.locator(".slot.pinned")).to_contain_text("kept")
+    page.locator("#tier-filter").select_option("pinned")
+    expect(page.locator("#adapters-body tr")).to_have_count(1)
+    drawer = open_adapter(page, "kept")
+    drawer.get_by_role("button", name="Unpin").click()
+    expect(drawer.get_by_role("button", name="Pin", exact=True)).to_be_visible()
+    assert httpx.get(f"{server.url}/v1/adapters/kept").json()["pinned"] is False
+
+
+def test_deleting_asks_first_and_then_is_final(open_page: OpenPage, server: Server, folders: dict[str, Path]) -> None:
+    upload(server.url, folders["spare"], "doomed")
+    page = open_page().page
+    drawer = open_adapter(page, "doomed")
+    dialog = page.locator("#confirm-dialog")
+    drawer.get_by_role("button", name="Delete adapter").click()
+    expect(dialog.get_by_role("button", name="Cancel")).to_be_focused()
+    page.keyboard.press("Escape")
+    expect(dialog).to_be_hidden()
+    assert httpx.get(f"{server.url}/v1/adapters/doomed").status_code == 200
+    drawer.get_by_role("button", name="Delete adapter").click()
+    dialog.get_by_role("button", name="Delete adapter").click()
+    expect(row_of(page, "doomed")).to_have_count(0)
+    assert httpx.get(f"{server.url}/v1/adapters/doomed").status_code == 404
+
+
+def test_a_downloaded_version_is_the_servers_archive(open_page: OpenPage, server: Server) -> None:
+    page = open_page().page
+    drawer = open_adapter(page, NAMES[0])
+    with page.expect_download() as download:
+        drawer.get_by_role("button", name="Download").click()
+    assert download.value.suggested_filename == f"{NAMES[0]}@1.tar.gz"
+    sent = httpx.get(f"{server.url}/v1/adapters/{NAMES[0]}/versions/1/download").content
+    assert Path(download.value.path()).read_bytes()[:2] == sent[:2] == b"\x1f\x8b"
+
+
+def test_the_table_sorts_and_filters(open_page: OpenPage) -> None:
+    page = open_page().page
+    names = page.locator("#adapters-body button.name")
+    expect(names.first).to_be_visible()
+    page.get_by_role("button", name="Adapter", exact=True).click()
+    expect(page.locator("th[data-column=name]")).to_have_attribute("aria-sort", "ascending")
+    up = names.all_inner_texts()
+    assert up == sorted(up)
+    page.get_by_role("button", name="Adapter", exact=True).click()
+    assert names.all_inner_texts() == up[::-1]
+    page.locator("#filter").fill("LEGAL")
+    assert names.all_inner_texts() == ["legal-contracts"]
+    page.locator("#filter").fill("nothing like it")
+    expect(page.locator("#adapters-empty")).to_have_text("No adapter matches this filter.")
