@@ -121,7 +121,8 @@ class Settings(BaseSettings):
     max_num_batched_tokens: int = Field(default=512, ge=16)
     """Most tokens in one forward pass; longer prompts are prefilled in pieces."""
     max_queue: int = Field(default=2048, ge=1)
-    """Most requests waiting; more are answered with 429."""
+    """Most sequences (a request has one for each choice) waiting beside those in the batch; more are answered
+    with 429."""
     kv_cache_memory: Size = 0.1
     """Memory for the KV cache: bytes, or a share of what is free once the model is loaded."""
     block_size: int = Field(default=16, ge=1)

@@ -88,6 +88,8 @@ class FakeGeneration:
         if engine.error_at == 0:
             raise engine.error
         ids = engine.script(self)
+        if not ids:
+            yield Delta(0, "", (), finish_reason=FinishReason.LENGTH, prompt_logprobs=self._prompt_logprobs())
         for step, token_id in enumerate(ids):
             await engine.pace()
             if step and engine.error_at == step:

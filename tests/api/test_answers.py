@@ -105,6 +105,17 @@ def test_echo_with_logprobs_covers_the_prompt(rig: Rig) -> None:
     }
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_can_be_scored_without_an_answer(rig: Rig, stream: bool) -> None:
+    answer = rig.complete(prompt="hé", max_tokens=0, logprobs=0, echo=True, stream=stream)
+    body = events(answer.text)[-1] if stream else answer.json()
+    choice = body["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == ("hé", "length")
+    assert choice["logprobs"]["tokens"] == ["<s>", "h", "é"]
+    assert body["manylora"]["adapter"] is None
+    assert stream or body["usage"]["completion_tokens"] == 0
+
+
 def backwards(indices: range) -> Sequence[int]:
     return indices[::-1]
 

@@ -92,7 +92,6 @@ def test_null_is_the_default_for_every_field(rig: Rig) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("max_tokens", 0),
         ("max_tokens", -1),
         ("max_tokens", 1.5),
         ("max_tokens", "5"),
@@ -149,6 +148,21 @@ def test_a_value_out_of_range_is_refused_by_name(rig: Rig, route: str, name: str
     assert str(error["param"]).startswith(name)
     assert name in error["message"]
     assert not rig.engine.generations
+
+
+def test_no_tokens_at_all_can_be_asked_for_of_completions_only(rig: Rig) -> None:
+    assert rig.complete(max_tokens=0).status_code == 200
+    assert rig.engine.generations[0].params.max_tokens == 0
+    refused = rig.chat(max_tokens=0)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "max_tokens")
+
+
+def test_more_answers_than_can_ever_be_queued_are_refused_at_once(rig: Rig) -> None:
+    rig = Rig(rig.settings.model_copy(update={"max_queue": 10}))
+    assert rig.complete(prompt=["a", "b"], n=5).status_code == 200
+    for body, param in (({"prompt": ["a", "b"], "n": 6}, "n"), ({"prompt": ["a"] * 11}, "prompt")):
+        answer = rig.complete(**body)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
 
 
 @pytest.mark.parametrize("value", [-1, 21, True, "1"])

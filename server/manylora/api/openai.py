@@ -154,8 +154,13 @@ class _Call:
     def _job(
         self, body: CompletionRequest | ChatRequest, adapter: AdapterRef | None, prompts: list[EncodedPrompt]
     ) -> Job:
-        model = self._services.engine.model
+        model, most = self._services.engine.model, self._services.settings.max_queue
         params = sampling_params(body, model)
+        if len(prompts) * params.n > most:
+            raise InvalidRequest(
+                f"The request asks for {len(prompts) * params.n} answers; at most {most} are queued here. Send less.",
+                param="n" if params.n > 1 else "prompt",
+            )
         return Job(
             id=uuid.uuid4().hex,
             principal=self._caller,

@@ -127,6 +127,7 @@ class CompletionRequest(GenerationRequest):
     unsupported: ClassVar[frozenset[str]] = COMPLETION_UNSUPPORTED
 
     prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: Int | None = Field(default=None, ge=0, description="0 runs the prompt alone, to score it with `echo`.")
     echo: bool = False
     logprobs: Int | None = Field(default=None, ge=0)
 

@@ -99,13 +99,13 @@ class AsyncEngine:
     """Implements `interface.EngineClient`. Call `start` on the event loop before anything else."""
 
     def __init__(
-        self, engine: Engine, tiers: AdapterTiers, model: ModelInfo, codec: TextCodec, *, max_queue: int
+        self, engine: Engine, tiers: AdapterTiers, model: ModelInfo, codec: TextCodec, *, max_open: int
     ) -> None:
         self.model = model
         self.codec = codec
         self._engine = engine
         self._tiers = tiers
-        self._max_queue = max_queue
+        self._max_open = max_open  # sequences, in the batch and waiting
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -143,7 +143,7 @@ class AsyncEngine:
     ) -> RunningGeneration:
         """Queue a request; see `interface.EngineClient`."""
         self._check_open()
-        if len(self._generations) + params.n > self._max_queue:
+        if len(self._generations) + params.n > self._max_open:
             raise QueueFull("The server's queue is full. Try again shortly.", retry_after_s=1.0)
         if len(prompt_ids) + 1 > self.model.context_length:
             raise ContextLengthExceeded(

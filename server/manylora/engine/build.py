@@ -64,7 +64,8 @@ class EngineBuilder:
     def build(self, source: AdapterSource, metrics: Metrics) -> AsyncEngine:
         """The engine with its bridge to asyncio, not started yet."""
         engine, tiers = self.build_core(source, metrics)
-        return AsyncEngine(engine, tiers, self._model_info(), self.base.codec, max_queue=self.settings.max_queue)
+        max_open = self.settings.max_num_seqs + self.settings.max_queue
+        return AsyncEngine(engine, tiers, self._model_info(), self.base.codec, max_open=max_open)
 
     def build_core(self, source: AdapterSource, metrics: Metrics) -> tuple[Engine, AdapterTiers]:
         """Lay out memory, check the model against itself, and put the parts together. Raises StartupError."""

@@ -101,11 +101,13 @@ class Engine:
     def _advance(self, item: Scheduled, result: StepResult) -> Output:
         """Give a sequence its new token, and end it where a stop condition holds."""
         seq = item.seq
+        if seq.first_token_s is None:
+            seq.first_token_s = time.monotonic()
+        if not seq.params.max_tokens:
+            return self._end_without_answer(seq)
         token_id = result.token_ids[id(seq)]
         is_first = not seq.num_output_tokens
         seq.append(token_id)
-        if seq.first_token_s is None:
-            seq.first_token_s = time.monotonic()
         self.scheduler.charge_output(seq)
         detokenizer = self._detokenizers[id(seq)]
         reason = self._stop_reason(seq, token_id)
@@ -130,6 +132,20 @@ class Engine:
             num_cached_tokens=seq.num_cached_tokens if is_first else 0,
         )
         return Output(seq, delta, captured=result.captured.get(id(seq)))
+
+    def _end_without_answer(self, seq: Sequence) -> Output:
+        """The prompt alone was asked for, to be scored or brought into the cache."""
+        self.scheduler.finish(seq, FinishReason.LENGTH)
+        del self._detokenizers[id(seq)]
+        delta = Delta(
+            seq.index,
+            "",
+            (),
+            finish_reason=FinishReason.LENGTH,
+            prompt_logprobs=tuple(seq.prompt_logprobs),
+            num_cached_tokens=seq.num_cached_tokens,
+        )
+        return Output(seq, delta)
 
     def _stop_reason(self, seq: Sequence, token_id: int) -> FinishReason | None:
         params = seq.params

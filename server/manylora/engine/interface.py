@@ -43,10 +43,10 @@ class FinishReason(StrEnum):
 class SamplingParams:
     """How to choose tokens. Ranges are checked at the edge, by `api/schemas.py`.
 
-    `temperature` 0 is greedy. `top_k` 0 keeps all. `logprobs` is the number of alternatives reported beside
-    the chosen token (0: the chosen one alone), None for no log-probabilities at all. `prompt_logprobs` is
-    the same for the prompt's own tokens (used by `echo`). `n` choices share the prompt's blocks; choice i
-    draws from its own stream of random numbers derived from `seed`.
+    `max_tokens` 0 runs the prompt alone. `temperature` 0 is greedy. `top_k` 0 keeps all. `logprobs` is the
+    number of alternatives reported beside the chosen token (0: the chosen one alone), None for no
+    log-probabilities at all. `prompt_logprobs` is the same for the prompt's own tokens (used by `echo`). `n`
+    choices share the prompt's blocks; choice i draws from its own stream of random numbers derived from `seed`.
     """
 
     max_tokens: int

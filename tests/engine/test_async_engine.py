@@ -1,0 +1,216 @@
+"""The bridge to asyncio over a real engine: queues, ends of every kind, and an engine that dies."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from manylora.engine.async_engine import PROBE_TEXT, AsyncEngine, RunningGeneration
+from manylora.engine.interface import Delta, FinishReason, ModelInfo, SamplingParams
+from manylora.errors import ContextLengthExceeded, Draining, EngineDead, ManyloraError, QueueFull
+from manylora.models.checkpoint import load_tokenizer
+from manylora.models.codec import HuggingFaceCodec
+from tests.engine.harness import Rig, build_rig, load
+from tests.engine.oracle import check_greedy, with_adapter
+from tests.tiny_adapters import make_adapter
+from tests.tiny_models import VOCAB_SIZE
+
+pytestmark = pytest.mark.anyio
+PROMPT = [5, 9, 200, 31, 77]
+LONG = 150
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_adapter(tiny_llama_dir, tmp_path_factory.mktemp("adapter"))
+
+
+@pytest.fixture
+def rig(tiny_llama_dir: Path, adapter: Path) -> Rig:
+    return build_rig(load(tiny_llama_dir), {"tuned": adapter}, num_blocks=120, max_num_seqs=2)
+
+
+@asynccontextmanager
+async def started(rig: Rig, folder: Path, *, max_open: int = 64) -> AsyncIterator[AsyncEngine]:
+    codec = HuggingFaceCodec(load_tokenizer(folder), ())
+    model = ModelInfo("tiny", context_length=400, vocab_size=VOCAB_SIZE, created=0)
+    engine = AsyncEngine(rig.engine, rig.tiers, model, codec, max_open=max_open)
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.close()
+
+
+@pytest.fixture
+async def engine(rig: Rig, tiny_llama_dir: Path) -> AsyncIterator[AsyncEngine]:
+    async with started(rig, tiny_llama_dir) as engine:
+        yield engine
+
+
+def ask(
+    engine: AsyncEngine, name: str = "r", max_tokens: int = 8, rig: Rig | None = None, **how: Any
+) -> RunningGeneration:
+    """A greedy request; with `rig`, for its adapter."""
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, **how)
+    return engine.generate(name, PROMPT, params, adapter=rig.refs["tuned"] if rig else None)
+
+
+async def collect(generation: RunningGeneration) -> list[Delta]:
+    return [delta async for delta in generation]
+
+
+async def nothing_runs(engine: AsyncEngine) -> None:
+    while (stats := engine.stats()).running or stats.waiting:
+        await asyncio.sleep(0.001)
+
+
+async def test_a_request_is_answered_to_its_end(engine: AsyncEngine, tiny_llama_dir: Path) -> None:
+    deltas = await collect(ask(engine))
+    check_greedy(load(tiny_llama_dir), PROMPT, [t for d in deltas for t in d.token_ids])
+    assert [d.finish_reason for d in deltas] == [None] * 7 + [FinishReason.LENGTH]
+
+
+async def test_a_request_for_no_tokens_runs_its_prompt_only(engine: AsyncEngine) -> None:
+    deltas = await collect(ask(engine, max_tokens=0, logprobs=1, prompt_logprobs=1, n=2))
+    assert [(d.token_ids, d.text, d.finish_reason) for d in deltas] == [((), "", FinishReason.LENGTH)] * 2
+    assert [entry.token_id for entry in deltas[0].prompt_logprobs] == PROMPT
+    assert engine.stats().kv_blocks_used == 0
+
+
+async def test_a_dying_engine_fails_every_request_and_is_not_ready(rig: Rig, engine: AsyncEngine) -> None:
+    rig.engine.runner.forward = dies_after(rig, steps=5)  # type: ignore[method-assign]
+    assert engine.is_ready
+    asked = [ask(engine, f"r{i}", LONG, rig if i % 2 else None) for i in range(5)]  # two run, three wait
+
+    ends = await asyncio.gather(*map(collect, asked), return_exceptions=True)
+
+    assert all(isinstance(end, EngineDead) and "the device fell off" in end.message for end in ends)
+    assert not engine.is_ready
+    with pytest.raises(EngineDead, match="the device fell off"):
+        ask(engine)
+    with pytest.raises(EngineDead):
+        await engine.measure_effect(rig.refs["tuned"], Path())
+
+
+def dies_after(rig: Rig, steps: int) -> Any:
+    forward = rig.engine.runner.forward
+
+    def dying(scheduled: Any) -> torch.Tensor:
+        if rig.engine.num_steps >= steps:
+            raise RuntimeError("the device fell off")
+        return forward(scheduled)
+
+    return dying
+
+
+async def test_a_full_queue_refuses_and_says_when_to_come_back(rig: Rig, tiny_llama_dir: Path) -> None:
+    async with started(rig, tiny_llama_dir, max_open=3) as engine:
+        asked = [ask(engine, "one"), ask(engine, "two", n=2)]
+        with pytest.raises(QueueFull) as refused:
+            ask(engine, "three")
+        assert refused.value.retry_after_s > 0
+        assert [len(await collect(generation)) for generation in asked] == [8, 16]
+        assert len(await collect(ask(engine, "four"))) == 8
+
+
+async def test_a_prompt_that_leaves_no_room_is_refused(engine: AsyncEngine) -> None:
+    with pytest.raises(ContextLengthExceeded, match="400"):
+        engine.generate("r", [1] * 400, SamplingParams(max_tokens=1))
+
+
+async def test_leaving_early_frees_blocks_and_slot(rig: Rig, engine: AsyncEngine) -> None:
+    generation = ask(engine, max_tokens=LONG, rig=rig, n=3)
+    async for _ in generation:
+        break
+    assert engine.stats().kv_blocks_used
+    await generation.aclose()
+    await nothing_runs(engine)
+    assert (engine.stats().kv_blocks_used, engine.stats().slots_used) == (0, 0)
+
+
+async def test_draining_finishes_what_runs_and_refuses_what_comes(engine: AsyncEngine) -> None:
+    running = asyncio.ensure_future(collect(ask(engine, max_tokens=LONG)))
+    drained = asyncio.ensure_future(engine.drain(60))
+    await asyncio.sleep(0)
+    with pytest.raises(Draining):
+        ask(engine)
+    await drained
+    assert (await running)[-1].finish_reason is FinishReason.LENGTH
+
+
+async def test_what_outlasts_the_drain_is_told_so(engine: AsyncEngine) -> None:
+    running = asyncio.ensure_future(collect(ask(engine, max_tokens=LONG)))
+    await asyncio.sleep(0)
+    await engine.drain(0)
+    with pytest.raises(Draining):
+        await running
+    await nothing_runs(engine)
+    assert engine.stats().kv_blocks_used == 0
+
+
+async def test_closing_ends_what_still_runs(engine: AsyncEngine) -> None:
+    running = asyncio.ensure_future(collect(ask(engine, max_tokens=LONG)))
+    await asyncio.sleep(0)
+    await engine.close()
+    with pytest.raises(Draining):
+        await running
+    with pytest.raises(Draining):
+        ask(engine)
+
+
+async def test_an_adapter_is_forgotten_after_its_last_request(rig: Rig, engine: AsyncEngine) -> None:
+    ref = rig.refs["tuned"]
+    running = asyncio.ensure_future(collect(ask(engine, max_tokens=LONG, rig=rig)))
+    await asyncio.sleep(0)
+    forgotten = asyncio.ensure_future(engine.forget(ref))
+    done, _ = await asyncio.wait({running, forgotten}, return_when=asyncio.FIRST_COMPLETED)
+    assert done == {running}
+    await forgotten
+    assert engine.tier_of(ref) == "disk"
+
+
+async def test_an_effect_is_measured_beside_running_requests(
+    rig: Rig, engine: AsyncEngine, tiny_llama_dir: Path, adapter: Path
+) -> None:
+    beside = asyncio.ensure_future(collect(ask(engine, max_tokens=40)))
+    effect = await engine.measure_effect(rig.refs["tuned"], adapter)
+    await beside
+
+    ids = engine.codec.encode(PROBE_TEXT)
+    with torch.inference_mode():
+        base, tuned = (
+            m(torch.tensor([ids])).logits[0] for m in (load(tiny_llama_dir), with_adapter(tiny_llama_dir, adapter))
+        )
+    assert effect.prompt_tokens == len(ids)
+    assert effect.max_abs_logit_delta == pytest.approx(float((base - tuned).abs().max()), rel=1e-3)
+    assert effect.kl > 0
+
+
+async def test_timing_tells_waiting_from_loading(rig: Rig, engine: AsyncEngine) -> None:
+    first, second = ask(engine, "first", rig=rig), None
+    await collect(first)
+    second = ask(engine, "second", rig=rig)
+    await collect(second)
+    assert (first.timing.load_tier, second.timing.load_tier) == ("disk", "device")
+    assert first.timing.load_ms > second.timing.load_ms == 0
+    assert first.timing.ttft_ms >= first.timing.load_ms + first.timing.queue_ms
+
+
+async def test_an_error_of_one_request_is_its_own(rig: Rig, engine: AsyncEngine) -> None:
+    rig.tiers._folder_of = lambda ref: Path("/nowhere")
+    lost, beside = ask(engine, "lost", rig=rig, n=2), ask(engine, "beside")
+    with pytest.raises(ManyloraError):
+        await collect(lost)
+    assert len(await collect(beside)) == 8
+    await nothing_runs(engine)
+    assert engine.is_ready
