@@ -27,6 +27,7 @@ from manylora.catalog.records import (
     adapter_record,
 )
 from manylora.catalog.tables import AdapterRow, FolderRow, VersionRow
+from manylora.catalog.usage.store import note_stored
 from manylora.errors import Conflict
 from manylora.lora.ref import AdapterRef
 
@@ -52,6 +53,7 @@ class _Transaction:
         """The adapter as it is at this point of the transaction, noted for the directory."""
         self.session.flush()
         record = queries.load_record(self.session, row, self._base)
+        note_stored(self.session, record, now_us())
         self.changed.append((record, row.is_deleted))
         return record
 
@@ -219,9 +221,7 @@ class Registry:
                 return None
             with self._database.read() as session:
                 seen = session.execute(queries.revision_query()).scalar_one()
-                rows = session.execute(select(AdapterRow).where(AdapterRow.is_deleted.is_(False))).scalars().all()
-                versions = queries.versions_by_adapter(session, None)
-                entries = [entry_of(adapter_record(row, versions[row.id], self._base)) for row in rows]
+                entries = queries.all_entries(session, self._base)
             self._seen = seen
             return self.directory.replace(entries)
 
