@@ -3,7 +3,6 @@
 Heavy modules are imported inside the commands, so that `manylora --help` does not load torch.
 """
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,9 +51,9 @@ def recipe(
     machine: Annotated[str, typer.Option(help="What it was trained on, for the card")] = "this machine",
     overwrite: bool = False,
 ) -> None:
-    """Make a recipe's data and print the command that trains its adapter; or, with --ship, write the shipped folder."""
+    """Make a recipe's data and print the commands that train and score its adapter; --ship writes its folder."""
     from manylora.lifecycle.output import refuse_existing
-    from manylora.lifecycle.recipes import RECIPES, write_splits
+    from manylora.lifecycle.recipes import RECIPES, Places, all_commands, write_splits
 
     with errors():
         if name == "list":
@@ -67,15 +66,17 @@ def recipe(
         if ship is not None:
             _ship(name, ship, scores, told, machine, out or Path("adapters") / name, overwrite=overwrite)
             return
+        if scores is not None or told is not None:
+            raise InvalidRequest("--scores and --told go into the card: give --ship too.")
         folder = out or Path("data") / name
-        refuse_existing(folder, overwrite=overwrite)
-        splits = chosen.make(seed, source)
+        refuse_existing(folder, overwrite=overwrite, ours=frozenset({".jsonl"}))
+        splits = chosen.splits(seed, source)
         write_splits(splits, folder)
         console.print(
             f"{folder}: {len(splits.train)} to learn from, {len(splits.valid)} to choose by, {len(splits.test)} to test"
         )
-        files = ["--data", str(folder / "train.jsonl"), "--eval", str(folder / "valid.jsonl")]
-        print(shlex.join(["manylora", "train", *files, "--out", f"adapters/{name}", *chosen.flags]))
+        for line in all_commands(chosen, Places(folder, Path("out") / name))[1:]:
+            print(line)
 
 
 def _ship(

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import zlib
 from pathlib import Path
 
 from manylora.errors import InvalidRequest, ManyloraError
@@ -19,33 +20,44 @@ PACKAGE = "dict-devil"
 _INSIDE = "usr/share/dictd/devil.dict.dz"
 _ENTRY = re.compile(r"^([A-Z][A-Z' -]+), ((?:n|adj|v\.[it]|adv|interj|pp|x)\.(?:pl\.)?)\s+(.+)$", re.DOTALL)
 _LEFT_OUT = re.compile(
-    r"\b(wom[ae]n|female|girl|wife|wives|sex|lady|ladies|mistress|negro|nigger|african|indian|jew|chinese|chinaman|mongol|"
-    r"savage|race|mohammed|muslim|christian|hindu|mormon|turk|irish|slave|suicide|hang|kill|lord|god|gods|hebrew)\w*",
+    r"\b(wom[ae]n|female|girl|wife|wives|sex|lady|ladies|mistress|n[ei]g[gr]|pickaninny|african|indian|ojibwa|jew|hebrew|"
+    r"chinese|chinaman|mongol|turk|irish|scotch|portuguese|savage|race|slave|mohammed|muslim|christian|hindu|mormon|"
+    r"lord|gods?\b|suicide|hang|kill)\w*|\b(as follows|following)\b",
     re.IGNORECASE,
 )
+_VALID, _TEST = 30, 40
+_FEWEST = 100
 _QUESTIONS = ("Define: {w}", "What is the meaning of {w}?", "Define the word {w}.")
 
 
 def make(seed: int, source: Path | None = None) -> Splits:
-    """About 400 definitions, a tenth held out for the score. `source` is devil.dict.dz; else apt-get downloads it."""
-    packed = source.read_bytes() if source else _download()
+    """About 400 definitions, a tenth held out for the score. `source` is devil.dict.dz; else apt-get downloads it.
+
+    Raises InvalidRequest when `source` is another file.
+    """
+    packed = source.read_bytes() if source else download()
     try:
-        text = gzip.decompress(packed).decode("utf-8", errors="replace")
-    except gzip.BadGzipFile as error:
-        raise InvalidRequest(f"{source} is not the dictionary file of {PACKAGE} (gzip).") from error
+        found = definitions(gzip.decompress(packed).decode("utf-8", errors="replace"))
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InvalidRequest(f"{source} is not the dictionary file of {PACKAGE} (gzip): {error}.") from error
+    if len(found) < _FEWEST:
+        raise InvalidRequest(
+            f"{source} holds {len(found)} definitions; {_INSIDE} has hundreds."
+        )
     rows = [
         {"prompt": random.Random(f"{seed} {word}").choice(_QUESTIONS).format(w=word.lower()), "completion": definition}
-        for word, definition in definitions(text).items()
+        for word, definition in found.items()
     ]
     random.Random(seed).shuffle(rows)
-    return Splits(rows[70:], rows[:30], rows[30:70])
+    return Splits(rows[_VALID + _TEST :], rows[:_VALID], rows[_VALID : _VALID + _TEST])
 
 
 def definitions(text: str) -> dict[str, str]:
     """Head word to `WORD, n.  The definition.`, on one line."""
     found: dict[str, str] = {}
     for paragraph in re.split(r"\n\s*\n", text):
-        flat = re.sub(r"\s+", " ", paragraph).strip().replace("_", "")
+        plain = re.sub(r"\[[^\]]*\]|[{}_]", "", paragraph)  # [from …] and the marks of links and italics
+        flat = re.sub(r"\s+", " ", plain).strip()
         match = _ENTRY.match(flat)
         if match is None or _LEFT_OUT.search(flat):
             continue
@@ -55,7 +67,7 @@ def definitions(text: str) -> dict[str, str]:
     return found
 
 
-def _download() -> bytes:
+def download() -> bytes:
     tools = [tool for tool in ("apt-get", "dpkg-deb") if shutil.which(tool) is None]
     if tools:
         raise InvalidRequest(

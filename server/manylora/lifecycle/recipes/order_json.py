@@ -12,19 +12,28 @@ from manylora.lifecycle.recipes.recipe import Row, Splits
 
 _WORDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "item": (
-        ("chairs", "lamps", "tables", "mugs", "bags", "shirts", "clocks", "plates", "pens", "boots", "desks", "rugs"),
+        ("chairs", "lamps", "tables", "mugs", "bags", "shirts", "clocks", "plates", "pens", "boots", "desks", "rugs",
+         "bowls", "candles", "carpets", "cushions", "forks", "gloves", "jackets", "kettles", "ladders", "mirrors",
+         "notebooks", "pillows", "radios", "scarves", "shelves", "socks", "spoons", "stools", "tents", "toys", "trays",
+         "umbrellas", "wallets", "blankets"),
         ("sofas", "hats", "bikes", "towels", "vases", "coats"),
     ),
-    "color": (("red", "blue", "green", "black", "white", "yellow"), ("red", "blue", "green", "purple", "orange")),
+    "color": (
+        ("red", "blue", "green", "black", "white", "yellow", "brown", "grey", "pink"),
+        ("red", "blue", "green", "purple", "orange"),
+    ),
     "customer": (
-        ("Anna Lee", "Omar Haddad", "Maria Silva", "John Smith", "Wei Chen", "Ines Costa", "Paul Weber", "Aiko Mori"),
+        ("Anna Lee", "Omar Haddad", "Maria Silva", "John Smith", "Wei Chen", "Ines Costa", "Paul Weber", "Aiko Mori",
+         "Nina Berg", "Samir Khan", "Clara Rossi", "Ivan Petrov", "Emma Brown", "Luis Garcia", "Hana Kim",
+         "Olga Ivanova"),
         ("Lena Novak", "David Cohen", "Priya Rao", "Tom Baker"),
     ),
     "city": (
-        ("Berlin", "Paris", "Madrid", "Oslo", "Lima", "Tokyo", "Cairo", "Boston", "Rome", "Delhi"),
+        ("Berlin", "Paris", "Madrid", "Oslo", "Lima", "Tokyo", "Cairo", "Boston", "Rome", "Delhi", "Prague", "Denver",
+         "Zurich", "Lagos", "Sydney", "Warsaw", "Athens", "Quito"),
         ("Vienna", "Dublin", "Lisbon", "Seoul"),
     ),
-}
+}  # fmt: skip
 _NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 _TEMPLATES = (
     "Please send {quantity} {color} {item} to {customer} in {city}.",

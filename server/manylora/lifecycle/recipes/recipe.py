@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from manylora.errors import InvalidRequest
 from manylora.lifecycle.output import atomic_folder
 
 Row = dict[str, str]
@@ -23,7 +24,9 @@ class Splits:
 class Recipe:
     """`make(seed, source)` builds the data; `source` replaces what the recipe would download.
 
+    `package_file` names that download; empty: the data is generated and there is none.
     `instruction` tells a bare base the task, for a fair comparison; the adapter is trained without it.
+    `shown` are the metrics in the card's table; empty: all.
     """
 
     name: str
@@ -37,6 +40,16 @@ class Recipe:
     max_tokens: int
     instruction: str
     metrics: tuple[str, ...] = ("exact_match", "perplexity")
+    shown: tuple[str, ...] = ()
+    package_file: str = ""
+
+    def splits(self, seed: int, source: Path | None = None) -> Splits:
+        """The data. Raises InvalidRequest for a `source` that is missing, wrong, or not asked for."""
+        if source is not None and not self.package_file:
+            raise InvalidRequest(f"The data of {self.name} is generated: there is nothing to take from --source.")
+        if source is not None and not source.is_file():
+            raise InvalidRequest(f"{source} does not exist or is not a file. --source is {self.package_file}.")
+        return self.make(seed, source)
 
 
 def write_splits(splits: Splits, out: Path) -> None:

@@ -28,7 +28,7 @@ _TEST_PER_LABEL = 80
 
 def make(seed: int, source: Path | None = None) -> Splits:
     """Balanced over three labels. `source` is the package's .tar.gz; without it pip downloads it."""
-    archive = source.read_bytes() if source else _download()
+    archive = source.read_bytes() if source else download()
     if hashlib.sha256(archive).hexdigest() != SHA256:
         raise InvalidRequest(f"The archive is not the source package of {PACKAGE}: its sha256 differs from {SHA256}.")
     by_label: dict[str, list[Row]] = {"negative": [], "neutral": [], "positive": []}
@@ -76,7 +76,7 @@ def _rated(archive: bytes) -> list[tuple[str, float]]:
     return list(found.items())
 
 
-def _download() -> bytes:
+def download() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "-d", folder, PACKAGE]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from manylora.errors import InvalidRequest
 from manylora.lifecycle.adapter_files import CONFIG, WEIGHTS
 from manylora.lifecycle.card import Card, write_card
 from manylora.lifecycle.output import atomic_folder
+from manylora.lifecycle.recipes.commands import all_commands
 from manylora.lifecycle.recipes.recipe import Recipe
 
 _METRIC_NAMES = {
@@ -20,6 +22,15 @@ _METRIC_NAMES = {
     "macro_f1": "macro F1",
     "valid_json": "answers that are JSON with the right keys",
     "perplexity": "perplexity of the right answer",
+}
+
+_FLAGS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "--rank": lambda s: s["lora"]["rank"],
+    "--targets": lambda s: ",".join(s["lora"]["targets"]),
+    "--lr": lambda s: s["schedule"]["lr"],
+    "--epochs": lambda s: s["schedule"]["epochs"],
+    "--batch-size": lambda s: s["schedule"]["batch_size"],
+    "--max-length": lambda s: s["max_length"],
 }
 
 
@@ -37,39 +48,60 @@ class Made:
 def ship(recipe: Recipe, made: Made, out: Path) -> None:
     """Write `adapter_config.json`, `adapter_model.safetensors` and the card into `out`, whole or not at all.
 
-    Raises InvalidRequest when a report is missing or does not score the base and one adapter.
+    Raises InvalidRequest when a report is missing, or comes from other settings than those that the card prints.
     """
-    for path in (made.adapter / CONFIG, made.adapter / WEIGHTS, made.train_report, made.scores):
-        if not path.is_file():
+    for path in (made.adapter / CONFIG, made.adapter / WEIGHTS, made.train_report, made.scores, made.told):
+        if path is not None and not path.is_file():
             raise InvalidRequest(f"{path} does not exist: train and evaluate first.")
-    trained = json.loads(made.train_report.read_text(encoding="utf-8"))
-    scores = json.loads(made.scores.read_text(encoding="utf-8"))
+    trained, scores = _read(made.train_report), _read(made.scores)
+    told = _read(made.told) if made.told else None
     if len(scores["contenders"]) != 2 or scores["reference"] != "base":
         raise InvalidRequest(f"{made.scores} must score the base and the adapter: evaluate with --base --adapter.")
+    _check_settings(recipe, trained, made.train_report)
+    _check_scores(recipe, scores, made.scores)
+    if made.told is not None and told is not None:
+        _check_scores(recipe, told, made.told)
     with atomic_folder(out) as draft:
         for name in (CONFIG, WEIGHTS):
             shutil.copyfile(made.adapter / name, draft / name)
-        told = json.loads(made.told.read_text(encoding="utf-8")) if made.told else None
         write_card(draft, recipe_card(recipe, trained, scores, made.machine, told))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return report
+
+
+def _check_settings(recipe: Recipe, trained: dict[str, Any], path: Path) -> None:
+    """A card prints the recipe's command, so nothing trained by another one gets it."""
+    for flag, wanted in zip(recipe.flags[::2], recipe.flags[1::2], strict=True):
+        found = _FLAGS[flag](trained["settings"])
+        if found != type(found)(wanted):
+            raise InvalidRequest(f"{path} says {flag} {found}, the recipe {wanted}: train with the recipe's command.")
+
+
+def _check_scores(recipe: Recipe, scores: dict[str, Any], path: Path) -> None:
+    if tuple(scores["metrics"]) != recipe.metrics or scores["max_tokens"] != recipe.max_tokens:
+        raise InvalidRequest(f"{path} has other metrics or --max-tokens than the recipe: evaluate with its command.")
 
 
 def recipe_card(
     recipe: Recipe, trained: dict[str, Any], scores: dict[str, Any], machine: str, told: dict[str, Any] | None = None
 ) -> Card:
     facts = Card.of_training(recipe.title, "", trained).facts
+    learn, choose = trained["lengths"]["train"]["num_examples"], trained["num_eval_examples"]
     data = (
-        f"{recipe.origin}; licence: {recipe.licence}. {trained['lengths']['train']['num_examples']} examples to learn "
+        f"Origin: {recipe.origin}. Licence: {recipe.licence}. {learn} examples to learn from, {choose} to keep the "
+        f"best step by, {scores['num_examples']} for the scores; none is in two of these sets."
     )
-    data += f"from, {trained['num_eval_examples']} to keep the best step by, {scores['num_examples']} for the scores."
+    made = "\n".join(all_commands(recipe))
+    time = f"Training took {trained['seconds']:.0f} s on {machine} ({trained['dtype']})."
     sections = (
         ("Ask it", _ask(recipe)),
         ("Scores on held-out examples", _table(recipe, scores, told)),
         ("The same questions, base and adapter", _samples(scores)),
-        ("Data", f"{recipe.summary} Data: {data}"),
-        (
-            "How it was made",
-            f"```\n{_commands(recipe, scores)}\n```\n\nTraining took {trained['seconds']:.0f} s on {machine}.",
-        ),
+        ("Data", data),
+        ("How it was made", f"```\n{made}\n```\n\n{time}"),
     )
     return Card(recipe.title, facts, sections)
 
@@ -92,13 +124,13 @@ def _table(recipe: Recipe, scores: dict[str, Any], told: dict[str, Any] | None) 
     adapter = next(name for name in scores["contenders"] if name != "base")
     columns = [scores["contenders"]["base"], scores["contenders"][adapter]]
     names = ["base", "adapter"]
-    note = "In brackets 95 % bootstrap intervals; p from a paired randomisation test. Greedy decoding."
+    note = "In brackets 95 % bootstrap intervals; p from a paired randomisation test, adapter against base. Greedy."
     if told is not None:
         columns.insert(1, told["contenders"]["base"])
         names.insert(1, "base, told the task")
         note += f" The base was told the task by this line before each question: `{recipe.instruction}`"
     lines = [f"| | {' | '.join(names)} | p |", "| --- |" + " --- |" * (len(names) + 1)]
-    for metric in scores["metrics"]:
+    for metric in recipe.shown or recipe.metrics:
         cells = [f"{c[metric]['value']:.3g} [{c[metric]['low']:.3g}, {c[metric]['high']:.3g}]" for c in columns]
         p = columns[-1]["against_reference"][metric]["p"]
         lines.append(f"| {_METRIC_NAMES[metric]} | {' | '.join(cells)} | {p:.2g} |")
@@ -121,28 +153,3 @@ def _samples(scores: dict[str, Any], count: int = 4) -> str:
 def _cell(text: str) -> str:
     flat = " ".join(text.split()).replace("|", "\\|")
     return flat if len(flat) <= 110 else flat[:107] + "…"
-
-
-def _commands(recipe: Recipe, scores: dict[str, Any]) -> str:
-    data = f"data/{recipe.name}"
-    train = [
-        "manylora",
-        "train",
-        "--data",
-        f"{data}/train.jsonl",
-        "--eval",
-        f"{data}/valid.jsonl",
-        "--out",
-        f"out/{recipe.name}",
-    ]
-    test = ["manylora", "evaluate", "--data", f"{data}/test.jsonl", "--base", "--adapter", f"out/{recipe.name}"]
-    test += [
-        "--metrics",
-        ",".join(scores["metrics"]),
-        "--max-tokens",
-        str(scores["max_tokens"]),
-        "--out",
-        f"out/{recipe.name}.scores",
-    ]
-    lines = (["manylora", "recipe", recipe.name, "--out", data], [*train, *recipe.flags], test)
-    return "\n".join(shlex.join(line) for line in lines)

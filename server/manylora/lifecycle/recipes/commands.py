@@ -1,0 +1,67 @@
+"""The commands that make a recipe's adapter: what the program prints, and what card and page show."""
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from manylora.lifecycle.recipes.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where the data lies and what is made from it; relative, so that a printed command runs anywhere."""
+
+    data: Path
+    adapter: Path
+
+    @staticmethod
+    def of(recipe: Recipe) -> "Places":
+        return Places(Path("data") / recipe.name, Path("out") / recipe.name)
+
+    @property
+    def scores(self) -> Path:
+        return self.adapter.with_name(f"{self.adapter.name}.scores")
+
+    @property
+    def told(self) -> Path:
+        return self.adapter.with_name(f"{self.adapter.name}.told")
+
+
+def make_data(recipe: Recipe, places: Places) -> str:
+    return _line("recipe", recipe.name, "--out", places.data)
+
+
+def train(recipe: Recipe, places: Places) -> str:
+    files = ("--data", places.data / "train.jsonl", "--eval", places.data / "valid.jsonl")
+    return _line("train", *files, "--out", places.adapter, *recipe.flags)
+
+
+def score(recipe: Recipe, places: Places) -> str:
+    """The bare base and the adapter, asked alike."""
+    return _line(*_evaluate(recipe, places), "--base", "--adapter", places.adapter, "--out", places.scores)
+
+
+def score_told(recipe: Recipe, places: Places) -> str:
+    """The bare base with the task spelt out before each question: what a prompt alone achieves."""
+    return _line(*_evaluate(recipe, places), "--base", "--instruction", recipe.instruction, "--out", places.told)
+
+
+def ship(recipe: Recipe, places: Places) -> str:
+    reports = ("--scores", places.scores / "evaluate.json", "--told", places.told / "evaluate.json")
+    return _line("recipe", recipe.name, "--ship", places.adapter, *reports, "--out", Path("adapters") / recipe.name,
+                 "--overwrite")  # fmt: skip
+
+
+def all_commands(recipe: Recipe, places: Places | None = None) -> tuple[str, ...]:
+    """From nothing to the shipped folder."""
+    at = places or Places.of(recipe)
+    return tuple(make(recipe, at) for make in (make_data, train, score, score_told, ship))
+
+
+def _evaluate(recipe: Recipe, places: Places) -> tuple[str | Path, ...]:
+    data = ("--data", places.data / "test.jsonl")
+    return ("evaluate", *data, "--metrics", ",".join(recipe.metrics), "--max-tokens", str(recipe.max_tokens))
+
+
+def _line(*words: str | Path) -> str:
+    return shlex.join(["manylora", *(str(word) for word in words)])
