@@ -1,6 +1,7 @@
 """The metrics: every one of the contract, bounded labels, counters that only grow."""
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from manylora.engine.interface import EngineStats
-from manylora.metrics import BASE_LABEL, BUCKETS, OTHER_LABEL, BusiestNames, Metrics, RequestSample
+from manylora.metrics import BASE_LABEL, BUCKETS, OTHER_LABEL, BusiestNames, Metrics, NoMetrics, RequestSample
 
 CONTRACT = {
     "histogram": "request_duration_seconds time_to_first_token_seconds inter_token_latency_seconds "
@@ -18,6 +19,16 @@ CONTRACT = {
     "gauge": "requests_running requests_waiting requests_waiting_for_adapter kv_blocks_used kv_blocks_total "
     "adapter_slots_used adapter_slots_total host_tier_bytes",
 }
+# What alerts and dashboards want beyond it.
+MORE = {"counter": "adapter_load_failures", "gauge": "engine_ready device_tier_bytes"}
+
+
+def always() -> bool:
+    return True
+
+
+def names_of(*groups: dict[str, str]) -> dict[str, str]:
+    return {f"manylora_{name}": kind for group in groups for kind, names in group.items() for name in names.split()}
 
 
 def sample(tenant: str = "acme", adapter: str | None = "a", outcome: str = "ok", tokens: int = 3) -> RequestSample:
@@ -37,11 +48,12 @@ def totals(metrics: Metrics, name: str) -> dict[tuple[str, str], float]:
 
 def test_every_metric_of_the_contract_is_there_with_its_type() -> None:
     metrics = Metrics()
-    metrics.watch_engine(EngineStats)
+    metrics.watch_engine(EngineStats, always)
     metrics.observe_request(sample())
     families = {f.name: f.type for f in text_string_to_metric_families(metrics.render().decode())}
-    expected = {f"manylora_{name}": kind for kind, names in CONTRACT.items() for name in names.split()}
-    assert families == expected
+    ours = {name: kind for name, kind in families.items() if name.startswith("manylora_")}
+    assert ours == names_of(CONTRACT, MORE)
+    assert families["process_start_time_seconds"] == families["process_resident_memory_bytes"] == "gauge"
 
 
 def test_the_buckets_span_a_millisecond_to_a_minute() -> None:
@@ -52,7 +64,7 @@ def test_the_buckets_span_a_millisecond_to_a_minute() -> None:
 def test_gauges_are_read_when_scraped() -> None:
     metrics = Metrics()
     stats = [EngineStats(running=1), EngineStats(running=2, slots_total=9, host_tier_bytes=7)]
-    metrics.watch_engine(lambda: stats[0])
+    metrics.watch_engine(lambda: stats[0], always)
     assert b"manylora_requests_running 1.0" in metrics.render()
     stats.pop(0)
     text = metrics.render()
@@ -64,15 +76,69 @@ def test_gauges_are_read_when_scraped() -> None:
 def test_what_the_engine_and_the_catalog_record() -> None:
     metrics = Metrics()
     metrics.observe_step("forward", 0.02)
-    metrics.observe_adapter_load("disk", 0.5)
-    metrics.count_eviction("device")
-    metrics.count_upload("refused")
+    metrics.observe_adapter_load("acme", "a", "disk", 0.5)
+    metrics.count_load_failure("acme", "broken")
+    metrics.count_eviction("acme", "a", "device")
+    metrics.count_upload("acme", "refused")
     text = metrics.render().decode()
     assert 'manylora_step_duration_seconds_bucket{le="0.025",phase="forward"} 1.0' in text
     assert 'manylora_step_duration_seconds_bucket{le="0.01",phase="forward"} 0.0' in text
-    assert 'manylora_adapter_load_seconds_sum{tier="disk"} 0.5' in text
-    assert 'manylora_adapter_evictions_total{tier="device"} 1.0' in text
-    assert 'manylora_uploads_total{result="refused"} 1.0' in text
+    assert 'manylora_adapter_load_seconds_sum{adapter="a",tenant="acme",tier="disk"} 0.5' in text
+    assert 'manylora_adapter_load_failures_total{adapter="broken",tenant="acme"} 1.0' in text
+    assert 'manylora_adapter_evictions_total{adapter="a",tenant="acme",tier="device"} 1.0' in text
+    assert 'manylora_uploads_total{result="refused",tenant="acme"} 1.0' in text
+
+
+def test_an_engine_that_has_died_is_seen_at_the_next_scrape() -> None:
+    metrics = Metrics()
+    is_ready = [True]
+    metrics.watch_engine(EngineStats, lambda: is_ready[0])
+    assert b"manylora_engine_ready 1.0" in metrics.render()
+    is_ready[0] = False
+    assert b"manylora_engine_ready 0.0" in metrics.render()
+
+
+def test_adapters_that_are_loaded_and_evicted_have_bounded_labels_and_exact_sums() -> None:
+    metrics = Metrics(free_labels=8, reserve_labels=4)
+    for number in range(1000):
+        metrics.observe_adapter_load(f"t{number % 50}", f"a{number}", "disk", 0.1)
+        metrics.count_eviction(f"t{number % 50}", f"a{number}", "device")
+    for name in ("adapter_load_seconds_count", "adapter_evictions_total"):
+        found = totals(metrics, name)
+        assert sum(found.values()) == 1000
+        assert len({adapter for _, adapter in found}) <= 13
+        assert len({tenant for tenant, _ in found}) <= 13
+
+
+def test_loads_do_not_take_the_labels_of_those_who_ask() -> None:
+    metrics = Metrics(free_labels=1, reserve_labels=0)
+    metrics.observe_adapter_load("public", "a", "disk", 0.1)
+    metrics.observe_request(sample("acme", "b"))
+    assert totals(metrics, "requests_total") == {("acme", "b"): 1}
+
+
+def test_loader_threads_lose_no_count() -> None:
+    metrics = Metrics(free_labels=4, reserve_labels=4)
+
+    def load(thread: int) -> None:
+        for number in range(2000):
+            metrics.count_eviction("acme", f"a{thread * number % 97}", "host")
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(load, range(8)))
+    assert sum(totals(metrics, "adapter_evictions_total").values()) == 16000
+
+
+def test_with_metrics_off_nothing_is_counted() -> None:
+    metrics = NoMetrics()
+    metrics.observe_request(sample())
+    metrics.observe_step("forward", 1.0)
+    metrics.observe_adapter_load("acme", "a", "disk", 0.1)
+    metrics.count_load_failure("acme", "a")
+    metrics.count_eviction("acme", "a", "device")
+    metrics.count_upload("acme", "created")
+    families = text_string_to_metric_families(metrics.render().decode())
+    assert not any(sample.name.startswith("manylora_") for family in families for sample in family.samples)
 
 
 def test_the_base_has_a_label_that_no_adapter_can_have() -> None:

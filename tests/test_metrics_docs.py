@@ -13,11 +13,11 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 def test_every_metric_is_documented_and_nothing_else() -> None:
     metrics = Metrics()
-    metrics.watch_engine(EngineStats)
+    metrics.watch_engine(EngineStats, lambda: True)
     exported = {f"{m.name}_total" if m.type == "counter" else m.name for m in metrics.registry.collect()}
     text = (DOCS / "metrics.md").read_text()
-    tables = "\n".join(line.split("|")[1] for line in text.splitlines() if line.startswith("| `manylora_"))
-    assert set(re.findall(r"manylora_\w+", tables)) == exported
+    tables = "\n".join(line.split("|")[1] for line in text.splitlines() if line.startswith("| `"))
+    assert set(re.findall(r"(?:manylora|process)_\w+", tables)) == exported
     assert ", ".join(f"{bucket:g}" for bucket in BUCKETS) in text
 
 

@@ -68,7 +68,7 @@ def create_app(
 
     app.add_middleware(BodyLimit, limit_of=limit_of)
     app.add_middleware(RequestContext)
-    metrics.watch_engine(engine.stats)
+    metrics.watch_engine(engine.stats, lambda: engine.is_ready)
     return app
 
 

@@ -52,7 +52,10 @@ def _announce(what: "Announcement") -> None:
     console = Console(highlight=False, soft_wrap=True)
     adapters = "1 adapter" if what.num_adapters == 1 else f"{what.num_adapters} adapters"
     console.print(f"[bold]manylora[/] serves [bold]{what.model}[/] and {adapters}")
-    for title, path in (("API", "/v1"), ("Dashboard", "/dashboard"), ("Docs", "/docs"), ("Metrics", "/metrics")):
+    pages = {"API": "/v1", "Dashboard": "/dashboard", "Docs": "/docs"} | (
+        {"Metrics": "/metrics"} if what.has_metrics else {}
+    )
+    for title, path in pages.items():
         console.print(f"  {title:10} {what.url}{path}")
     if what.is_open:
         console.print(

@@ -4,24 +4,36 @@ Cost is paid per request or per step, never per token: a request's inter-token g
 it ends. The engine's gauges are read when somebody scrapes.
 
 Labels are bounded. `tenant` and `adapter` are the caller's tenant and the adapter's name, `__base__` for the
-bare base and `__other__` for names without a label of their own; see `BusiestNames` for who gets one.
+bare base and `__other__` for names without a label of their own; see `BusiestNames` for who gets one. Where an
+adapter is moved between tiers, nobody calls: `tenant` is then the adapter's owner.
 """
 
+import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import ClassVar, Final, Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-__all__ = ["BASE_LABEL", "BUCKETS", "OTHER_LABEL", "BusiestNames", "EngineCounts", "Metrics", "RequestSample"]
+__all__ = [
+    "BASE_LABEL",
+    "BUCKETS",
+    "OTHER_LABEL",
+    "BusiestNames",
+    "EngineCounts",
+    "Metrics",
+    "NoMetrics",
+    "RequestSample",
+]
 
 BASE_LABEL: Final = "__base__"
 OTHER_LABEL: Final = "__other__"
 BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _PREFIX: Final = "manylora"
-_BY_CALLER: Final = ("tenant", "adapter")
+_BY_CALLER: Final = ("tenant", "adapter")  # who asks, and for what
+_BY_OWNER: Final = ("tenant", "adapter")  # whose adapter it is
 
 
 class EngineCounts(Protocol):
@@ -41,6 +53,8 @@ class EngineCounts(Protocol):
     def slots_used(self) -> int: ...
     @property
     def slots_total(self) -> int: ...
+    @property
+    def device_tier_bytes(self) -> int: ...
     @property
     def host_tier_bytes(self) -> int: ...
     @property
@@ -123,6 +137,22 @@ class BusiestNames:
         assert all(0 <= error < count for count, error in self._sketch.values())
 
 
+class _Labels:
+    """The labels of (tenant, adapter) pairs: each tenant's own name or `__other__`, and so for its adapters."""
+
+    def __init__(self, free: int, reserve: int) -> None:
+        self._pairs = BusiestNames(free, reserve)
+        self._tenants = BusiestNames(free, reserve)
+
+    def tenant(self, tenant: str) -> str:
+        return tenant if self._tenants.see(tenant) else OTHER_LABEL
+
+    def of(self, tenant: str, adapter: str) -> tuple[str, str]:
+        label = self.tenant(tenant)
+        has_label = self._pairs.see((tenant, adapter)) and label == tenant
+        return label, adapter if has_label else OTHER_LABEL
+
+
 class _EngineCollector(Collector):
     """Reads the engine's counts when scraped."""
 
@@ -132,8 +162,9 @@ class _EngineCollector(Collector):
         ("requests_waiting_for_adapter", "Sequences that wait for their adapter.", "waiting_for_adapter"),
         ("kv_blocks_used", "KV cache blocks held by sequences.", "kv_blocks_used"),
         ("kv_blocks_total", "KV cache blocks there are.", "kv_blocks_total"),
-        ("adapter_slots_used", "Device slots that hold an adapter.", "slots_used"),
+        ("adapter_slots_used", "Device slots whose adapter running sequences use.", "slots_used"),
         ("adapter_slots_total", "Device slots there are.", "slots_total"),
+        ("device_tier_bytes", "Bytes of adapters on the device.", "device_tier_bytes"),
         ("host_tier_bytes", "Bytes of adapters in host memory.", "host_tier_bytes"),
     )
 
@@ -187,10 +218,14 @@ class Metrics:
     `observe_request` is called on the event loop's thread only; every other method is safe on any thread.
     """
 
+    is_on: ClassVar[bool] = True
+
     def __init__(self, *, free_labels: int = 32, reserve_labels: int = 32) -> None:
         self.registry = CollectorRegistry()
-        self._pairs = BusiestNames(free_labels, reserve_labels)
-        self._tenants = BusiestNames(free_labels, reserve_labels)
+        ProcessCollector(registry=self.registry)
+        self._callers = _Labels(free_labels, reserve_labels)
+        self._owners = _Labels(free_labels, reserve_labels)
+        self._owners_lock = threading.Lock()
         self._series: dict[tuple[str, str], _Series] = {}
         self.request_duration = self._histogram("request_duration_seconds", "Arrival to last token.", _BY_CALLER)
         self.time_to_first_token = self._histogram("time_to_first_token_seconds", "Arrival to first token.", _BY_CALLER)
@@ -199,7 +234,7 @@ class Metrics:
         )
         self.queue_wait = self._histogram("queue_wait_seconds", "Arrival to first scheduled step.", _BY_CALLER)
         self.adapter_load = self._histogram(
-            "adapter_load_seconds", "Bringing an adapter to the device, by the tier it came from.", ("tier",)
+            "adapter_load_seconds", "Bringing an adapter up one tier, by the tier it left.", (*_BY_OWNER, "tier")
         )
         self.step_duration = self._histogram("step_duration_seconds", "One engine step, by phase.", ("phase",))
         self.requests = self._counter("requests", "Inference requests by outcome.", (*_BY_CALLER, "outcome"))
@@ -211,8 +246,13 @@ class Metrics:
         self.adapter_requests_by_tier = self._counter(
             "adapter_requests_by_tier", "Requests by the tier their adapter was in on arrival.", (*_BY_CALLER, "tier")
         )
-        self.adapter_evictions = self._counter("adapter_evictions", "Adapters evicted from a tier.", ("tier",))
-        self.uploads = self._counter("uploads", "Adapter uploads by result.", ("result",))
+        self.adapter_load_failures = self._counter(
+            "adapter_load_failures", "Loads of an adapter that failed, on the way to the device.", _BY_OWNER
+        )
+        self.adapter_evictions = self._counter(
+            "adapter_evictions", "Adapters evicted from a tier.", (*_BY_OWNER, "tier")
+        )
+        self.uploads = self._counter("uploads", "Adapter uploads by result.", ("tenant", "result"))
 
     def _histogram(self, name: str, text: str, labels: tuple[str, ...]) -> Histogram:
         return Histogram(f"{_PREFIX}_{name}", text, labels, buckets=BUCKETS, registry=self.registry)
@@ -220,9 +260,12 @@ class Metrics:
     def _counter(self, name: str, text: str, labels: tuple[str, ...]) -> Counter:
         return Counter(f"{_PREFIX}_{name}", text, labels, registry=self.registry)
 
-    def watch_engine(self, read: Callable[[], EngineCounts]) -> None:
-        """Expose the gauges that `read()` gives; called once, when the engine exists."""
+    def watch_engine(self, read: Callable[[], EngineCounts], is_ready: Callable[[], bool]) -> None:
+        """Expose the gauges that `read()` and `is_ready()` give; called once, when the engine exists."""
         self.registry.register(_EngineCollector(read))
+        text = "1 while the engine steps, 0 once it has died."
+        ready = Gauge(f"{_PREFIX}_engine_ready", text, registry=self.registry)
+        ready.set_function(lambda: float(is_ready()))
 
     def render(self) -> bytes:
         """The Prometheus text format."""
@@ -232,7 +275,7 @@ class Metrics:
 
     def observe_request(self, sample: RequestSample) -> None:
         """Record one finished inference request, whatever its outcome."""
-        tenant, adapter = self._labels(sample.tenant, sample.adapter)
+        tenant, adapter = self._callers.of(sample.tenant, BASE_LABEL if sample.adapter is None else sample.adapter)
         series = self._series.get((tenant, adapter))
         if series is None:
             series = self._series[tenant, adapter] = _Series(self, tenant, adapter)
@@ -250,26 +293,46 @@ class Metrics:
         for gap in sample.gaps_s:
             series.gap.observe(gap)
 
-    def _labels(self, tenant: str, adapter: str | None) -> tuple[str, str]:
-        name = BASE_LABEL if adapter is None else adapter
-        tenant_label = tenant if self._tenants.see(tenant) else OTHER_LABEL
-        has_label = self._pairs.see((tenant, name)) and tenant_label == tenant
-        return tenant_label, name if has_label else OTHER_LABEL
-
     # recorded by the engine and the catalog
 
     def observe_step(self, phase: str, seconds: float) -> None:
         """One phase (`schedule`, `forward`, `sample`, `deliver`) of one engine step."""
         self.step_duration.labels(phase).observe(seconds)
 
-    def observe_adapter_load(self, tier: str, seconds: float) -> None:
-        """An adapter reached the device from `tier` (`host` or `disk`)."""
-        self.adapter_load.labels(tier).observe(seconds)
+    def observe_adapter_load(self, tenant: str, adapter: str, tier: str, seconds: float) -> None:
+        """An adapter of `tenant` went up from `tier`: `disk` (read into host memory) or `host` (to the device)."""
+        self.adapter_load.labels(*self._owner(tenant, adapter), tier).observe(seconds)
 
-    def count_eviction(self, tier: str) -> None:
-        """An adapter left `tier` (`device` or `host`) to make room."""
-        self.adapter_evictions.labels(tier).inc()
+    def count_load_failure(self, tenant: str, adapter: str) -> None:
+        """An adapter of `tenant` that was asked for could not be brought to the device."""
+        self.adapter_load_failures.labels(*self._owner(tenant, adapter)).inc()
 
-    def count_upload(self, result: str) -> None:
-        """An upload ended: `created`, `unchanged`, `refused` or `failed`."""
-        self.uploads.labels(result).inc()
+    def count_eviction(self, tenant: str, adapter: str, tier: str) -> None:
+        """An adapter of `tenant` left `tier` (`device` or `host`) to make room."""
+        self.adapter_evictions.labels(*self._owner(tenant, adapter), tier).inc()
+
+    def _owner(self, tenant: str, adapter: str) -> tuple[str, str]:
+        with self._owners_lock:
+            return self._owners.of(tenant, adapter)
+
+    def count_upload(self, tenant: str, result: str) -> None:
+        """An upload for `tenant` ended: `created`, `unchanged`, `refused`, `cancelled` or `failed`."""
+        self.uploads.labels(self._callers.tenant(tenant), result).inc()
+
+
+class NoMetrics(Metrics):
+    """Records nothing and has nothing to show, for servers that run with metrics switched off."""
+
+    is_on = False
+
+    def observe_request(self, sample: RequestSample) -> None: ...
+
+    def observe_step(self, phase: str, seconds: float) -> None: ...
+
+    def observe_adapter_load(self, tenant: str, adapter: str, tier: str, seconds: float) -> None: ...
+
+    def count_load_failure(self, tenant: str, adapter: str) -> None: ...
+
+    def count_eviction(self, tenant: str, adapter: str, tier: str) -> None: ...
+
+    def count_upload(self, tenant: str, result: str) -> None: ...

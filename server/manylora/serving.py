@@ -20,7 +20,7 @@ from manylora.catalog.service import Catalog
 from manylora.errors import StartupError
 from manylora.http_server import DrainingServer, bind, is_loopback, make_config
 from manylora.log import configure_logging
-from manylora.metrics import Metrics
+from manylora.metrics import Metrics, NoMetrics
 from manylora.settings import Settings
 from manylora.tenants.gate import TenantGate
 from manylora.tenants.keys import KeyStore
@@ -41,6 +41,7 @@ class Announcement:
     model: str
     num_adapters: int
     is_open: bool
+    has_metrics: bool = True
     moved_from: str | None = None
 
 
@@ -75,7 +76,7 @@ class _Server:
         self._host = host
         self._sock = sock
         self._announce = announce
-        self._metrics = Metrics()
+        self._metrics = Metrics() if settings.metrics else NoMetrics()
 
     async def run(self) -> None:
         """Start everything, answer until a signal, and end everything in the opposite order."""
@@ -128,6 +129,7 @@ class _Server:
             model=engine.model.name,
             num_adapters=len(catalog.directory),
             is_open=gate.is_open,
+            has_metrics=self._metrics.is_on,
             moved_from=self._settings.host if self._host != self._settings.host else None,
         )
 

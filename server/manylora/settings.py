@@ -110,6 +110,8 @@ class Settings(BaseSettings):
     """Largest request body, uploads aside."""
     drain_timeout_s: float = Field(default=30.0, ge=0)
     """Seconds that running requests get to finish after SIGTERM."""
+    metrics: bool = True
+    """Count and time what happens, for `GET /metrics`; off, that route is not there."""
     log_json: bool = False
     """Log JSON lines instead of text."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -47,7 +47,7 @@ async def test_a_malformed_adapter_gets_its_code_and_leaves_nothing(
         assert code in {problem["code"] for problem in error["problems"]}
         assert all(problem["where"] and problem["message"] for problem in error["problems"])
         await _assert_nothing_stayed(rig)
-        assert 'uploads_total{result="refused"} 1.0' in rig.metrics.render().decode()
+        assert 'uploads_total{result="refused",tenant="public"} 1.0' in rig.metrics.render().decode()
 
 
 def _tar(*members: tuple[tarfile.TarInfo, bytes]) -> bytes:

@@ -79,7 +79,7 @@ async def test_the_same_content_again_is_the_existing_version(settings: Settings
         assert again.json() == first
         assert len(rig.engine.probed) == 1
         assert len(rig.stored()) == 2
-        assert 'uploads_total{result="unchanged"} 1.0' in rig.metrics.render().decode()
+        assert 'uploads_total{result="unchanged",tenant="public"} 1.0' in rig.metrics.render().decode()
 
 
 async def test_other_content_is_the_next_version_and_becomes_active(settings: Settings) -> None:

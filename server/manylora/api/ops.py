@@ -13,7 +13,7 @@ from manylora import __version__
 from manylora.api.auth import Admin, Caller, has_role
 from manylora.api.state import Services, ServicesDep
 from manylora.catalog.interface import PUBLIC_TENANT
-from manylora.errors import Draining, Unavailable
+from manylora.errors import Draining, NotFound, Unavailable
 from manylora.tenants.interface import Role
 
 __all__ = ["router"]
@@ -45,7 +45,9 @@ async def version() -> dict[str, str]:
 
 @router.get("/metrics")
 async def metrics(caller: Admin, services: ServicesDep) -> Response:
-    """Prometheus text."""
+    """Prometheus text; 404 where metrics are switched off."""
+    if not services.metrics.is_on:
+        raise NotFound("Metrics are switched off on this server (--no-metrics).")
     text = await anyio.to_thread.run_sync(services.metrics.render)
     return Response(text, media_type=CONTENT_TYPE_PLAIN_0_0_4)
 

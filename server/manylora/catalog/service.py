@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Final
 
 from sqlalchemy.exc import SQLAlchemyError
+from starlette.requests import ClientDisconnect
 
 from manylora.catalog import folders, sources
 from manylora.catalog.blobs import Blobs
@@ -30,7 +31,7 @@ from manylora.catalog.retirement import Retirement
 from manylora.catalog.store import Store, open_store
 from manylora.catalog.upload import Quarantine, Rules, new_version, probe, wish_of
 from manylora.engine.interface import AdapterRef, EngineClient, Tier
-from manylora.errors import InvalidAdapter, InvalidSettings, ManyloraError, TooLarge
+from manylora.errors import InvalidSettings, ManyloraError
 from manylora.lora.format import ModuleSpec
 from manylora.settings import Settings
 
@@ -60,7 +61,7 @@ class Catalog:
         self._retirement: Retirement | None = None
         self._pins: Pins | None = None
         self._watching: asyncio.Task[None] | None = None
-        self._count_upload: Callable[[str], None] = _ignore
+        self._count_upload: Callable[[str, str], None] = _ignore
 
     @classmethod
     def open(cls, settings: Settings, modules: Mapping[str, ModuleSpec]) -> "Catalog":
@@ -92,8 +93,11 @@ class Catalog:
         """Implements `engine.interface.AdapterSource`."""
         return self._blobs.local_folder(ref)
 
-    async def attach(self, engine: EngineClient, *, count_upload: Callable[[str], None] | None = None) -> None:
-        """Work with this engine from now on: pin what is pinned, follow other processes' changes."""
+    async def attach(self, engine: EngineClient, *, count_upload: Callable[[str, str], None] | None = None) -> None:
+        """Work with this engine from now on: pin what is pinned, follow other processes' changes.
+
+        `count_upload` hears of every upload's tenant and result.
+        """
         self._engine = engine
         self._count_upload = count_upload or _ignore
         self._pins = Pins(engine, self.directory)
@@ -125,7 +129,7 @@ class Catalog:
             wish = self._checked(wish_of(received.fields, tenant))
             return wish, await self._quarantine.unpack(received)
 
-        return await self._counted(self._add(receive))
+        return await self._counted(tenant, self._add(receive))
 
     async def import_from(self, wish: Wish, source: str) -> Published:
         """An import from a source on the allow-list. Raises what `upload` and `sources.fetch` raise."""
@@ -136,7 +140,7 @@ class Catalog:
             await asyncio.to_thread(sources.fetch, source, folder, allow=allow, max_bytes=limit)
             return wish, folder
 
-        return await self._counted(self._add(receive))
+        return await self._counted(wish.tenant, self._add(receive))
 
     async def register_folder(self, root: Path) -> list[Published]:
         """Register the PEFT folders at or below `root` for the tenant `public`, each under its own name.
@@ -189,16 +193,19 @@ class Catalog:
         check_name(wish.name, reserved=self._attached.model.name)
         return wish
 
-    async def _counted(self, adding: Awaitable[Published]) -> Published:
+    async def _counted(self, tenant: str, adding: Awaitable[Published]) -> Published:
         result = "failed"
         try:
             done = await adding
             result = "created" if done.is_new else "unchanged"
-        except (InvalidAdapter, TooLarge):
-            result = "refused"
+        except ManyloraError as error:
+            result = "refused" if error.status < 500 else "failed"
+            raise
+        except (ClientDisconnect, asyncio.CancelledError):
+            result = "cancelled"
             raise
         finally:
-            self._count_upload(result)
+            self._count_upload(tenant, result)
         return done
 
     # reading
@@ -300,5 +307,5 @@ def base_signature(modules: Mapping[str, ModuleSpec]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _ignore(_result: str) -> None:
+def _ignore(_tenant: str, _result: str) -> None:
     """Nobody counts."""

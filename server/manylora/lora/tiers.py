@@ -43,9 +43,14 @@ class _Entry:
 class TierEvents:
     """What the tiers tell the metrics. The base class says nothing."""
 
-    def on_load(self, tier: Tier, seconds: float) -> None: ...
+    def on_load(self, ref: AdapterRef, tier: Tier, seconds: float) -> None:
+        """It went up from `tier`: from disk to host memory, or from there to the device."""
 
-    def on_eviction(self, tier: Tier) -> None: ...
+    def on_failure(self, ref: AdapterRef) -> None:
+        """It was asked for and could not be brought to the device."""
+
+    def on_eviction(self, ref: AdapterRef, tier: Tier) -> None:
+        """It left `tier` to make room."""
 
 
 class AdapterTiers:
@@ -67,7 +72,7 @@ class AdapterTiers:
         self.memory = memory
         self.host_bytes = 0
         self._host_budget = host_bytes
-        self._host: OrderedDict[str, PackedAdapter] = OrderedDict()
+        self._host: OrderedDict[AdapterRef, PackedAdapter] = OrderedDict()
         self._folder_of = folder_of
         self._packer = packer
         self.on_change = on_change  # called on a loader thread after every load
@@ -133,7 +138,7 @@ class AdapterTiers:
             entry = self._entries.get(ref.id)
             if entry is not None and entry.is_resident:
                 return "device"
-            return "host" if ref.id in self._host else "disk"
+            return "host" if ref in self._host else "disk"
 
     def offer(self, ref: AdapterRef, folder: Path | None) -> None:
         """Load this adapter from `folder` instead of asking the catalog, until it is offered None."""
@@ -157,7 +162,7 @@ class AdapterTiers:
         with self._lock:
             entry = self._entries.get(ref.id)
             if entry is None:
-                self._drop_host(ref.id)
+                self._drop_host(ref)
                 return True
             entry.is_forgotten = True
             entry.is_pinned = False
@@ -165,7 +170,7 @@ class AdapterTiers:
             if not self._idle.wait_for(lambda: not entry.users and not entry.is_loading, timeout_s):
                 return False
             self._evict_device(entry)
-            self._drop_host(ref.id)
+            self._drop_host(ref)
             self._entries.pop(ref.id, None)
             self._retry_wanted()
             return True
@@ -237,34 +242,37 @@ class AdapterTiers:
 
     def _fail(self, entry: _Entry, error: ManyloraError) -> None:
         with self._lock:
-            if self._wanted.pop(entry.ref.id, None) is not None:
-                entry.error = error
+            if self._wanted.pop(entry.ref.id, None) is None:
+                return
+            entry.error = error
+        self._events.on_failure(entry.ref)
 
     def _to_host(self, entry: _Entry) -> PackedAdapter:
         with self._lock:
-            packed = self._host.get(entry.ref.id)
+            packed = self._host.get(entry.ref)
             if packed is not None:
-                self._host.move_to_end(entry.ref.id)
+                self._host.move_to_end(entry.ref)
                 return packed
             folder = entry.folder
         started = time.perf_counter()
         packed = self._packer(folder or self._folder_of(entry.ref))
-        self._events.on_load("disk", time.perf_counter() - started)
+        self._events.on_load(entry.ref, "disk", time.perf_counter() - started)
         with self._lock:
-            self._keep_on_host(entry.ref.id, packed)
+            self._keep_on_host(entry.ref, packed)
         return packed
 
-    def _keep_on_host(self, key: str, packed: PackedAdapter) -> None:
-        if packed.size_bytes > self._host_budget or key in self._host:
+    def _keep_on_host(self, ref: AdapterRef, packed: PackedAdapter) -> None:
+        if packed.size_bytes > self._host_budget or ref in self._host:
             return
         while self.host_bytes + packed.size_bytes > self._host_budget:
-            self._drop_host(next(iter(self._host)))
-            self._events.on_eviction("host")
-        self._host[key] = packed
+            oldest = next(iter(self._host))
+            self._drop_host(oldest)
+            self._events.on_eviction(oldest, "host")
+        self._host[ref] = packed
         self.host_bytes += packed.size_bytes
 
-    def _drop_host(self, key: str) -> None:
-        packed = self._host.pop(key, None)
+    def _drop_host(self, ref: AdapterRef) -> None:
+        packed = self._host.pop(ref, None)
         if packed is not None:
             self.host_bytes -= packed.size_bytes
 
@@ -289,7 +297,7 @@ class AdapterTiers:
             entry.error = None
             self._wanted.pop(entry.ref.id, None)
             self._policy.on_use(entry.ref.id, entry.size_bytes, float(entry.size_bytes))
-        self._events.on_load("host", time.perf_counter() - started)
+        self._events.on_load(entry.ref, "host", time.perf_counter() - started)
 
     def _make_room(self, packed: PackedAdapter) -> Place | None:
         """A reserved place, evicting idle adapters as needed; None while all that could leave is in use."""
@@ -310,7 +318,7 @@ class AdapterTiers:
             evicted = self._entries[victim]
             self._evict_device(evicted)
             self._settle(evicted)
-            self._events.on_eviction("device")
+            self._events.on_eviction(evicted.ref, "device")
             place = self.book.reserve(packed.layout)
         return place
 
