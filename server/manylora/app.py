@@ -13,7 +13,7 @@ from manylora.api.middleware import BodyLimit, RequestContext
 from manylora.api.record import Recorder
 from manylora.api.state import Services
 from manylora.api.traffic import Traffic
-from manylora.catalog.interface import AdapterDirectory
+from manylora.catalog.interface import AdapterDirectory, UsageSink
 from manylora.engine.interface import EngineClient
 from manylora.errors import InvalidSettings
 from manylora.metrics import Metrics
@@ -35,9 +35,10 @@ def create_app(
     *,
     extra_routers: Sequence[APIRouter] = (),
     recorders: Sequence[Recorder] = (),
+    usage: UsageSink | None = None,
     may_run_open: bool = True,
 ) -> FastAPI:
-    """The HTTP application. `recorders` hear of every finished inference request."""
+    """The HTTP application. `recorders` hear of every finished inference request, `usage` counts them for good."""
     app = FastAPI(
         title="manylora",
         version=__version__,
@@ -54,6 +55,7 @@ def create_app(
         metrics=metrics,
         traffic=Traffic(),
         recorders=tuple(recorders),
+        usage=usage,
         may_run_open=may_run_open,
     )
     for router in (ops.router, openai.router, *extra_routers):

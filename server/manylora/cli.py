@@ -12,7 +12,7 @@ from manylora.errors import InvalidSettings, ManyloraError
 __all__ = ["build", "main"]
 
 # Each has `register(app)`, which adds commands without importing torch.
-_COMMANDS = ("cli_serve", "cli_adapters", "cli_keys", "cli_lifecycle")
+_COMMANDS = ("cli_serve", "cli_adapters", "cli_keys", "cli_usage", "cli_lifecycle")
 _USAGE, _FAILURE, _INTERRUPTED = 2, 1, 130
 
 

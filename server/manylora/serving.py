@@ -14,12 +14,15 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from manylora.api import adapters, dashboard_routes
+from manylora.api import usage as usage_routes
 from manylora.app import create_app
 from manylora.catalog.database import open_database
 from manylora.catalog.service import Catalog
+from manylora.catalog.usage.ledger import UsageLedger
 from manylora.errors import StartupError
 from manylora.http_server import DrainingServer, bind, is_loopback, make_config
 from manylora.log import configure_logging
+from manylora.lora.occupancy import Occupancy
 from manylora.metrics import Metrics, NoMetrics
 from manylora.settings import Settings
 from manylora.tenants.gate import TenantGate
@@ -88,7 +91,11 @@ class _Server:
         async with AsyncExitStack() as stack:
             catalog = Catalog.open(settings, builder.modules)
             stack.push_async_callback(catalog.aclose)
-            engine = builder.build(catalog, self._metrics)
+            occupancy = Occupancy()
+            usage = UsageLedger(catalog.database, occupancy)
+            usage.start()
+            stack.push_async_callback(usage.aclose)
+            engine = builder.build(catalog, self._metrics, occupancy)
             await engine.start()
             stack.push_async_callback(engine.close)
             gate = TenantGate(catalog.database)
@@ -100,9 +107,9 @@ class _Server:
             # The model, its libraries and what else lives as long as the process need no looking at ever again.
             gc.collect()
             gc.freeze()
-            await self._answer(catalog, engine, gate)
+            await self._answer(catalog, engine, gate, usage)
 
-    async def _answer(self, catalog: Catalog, engine: "AsyncEngine", gate: TenantGate) -> None:
+    async def _answer(self, catalog: Catalog, engine: "AsyncEngine", gate: TenantGate, usage: UsageLedger) -> None:
         settings = self._settings
         app = create_app(
             settings,
@@ -110,7 +117,12 @@ class _Server:
             catalog.directory,
             gate,
             self._metrics,
-            extra_routers=(adapters.build_router(catalog), dashboard_routes.build_router()),
+            extra_routers=(
+                adapters.build_router(catalog),
+                usage_routes.build_router(usage),
+                dashboard_routes.build_router(),
+            ),
+            usage=usage,
             may_run_open=settings.allow_open or is_loopback(self._host),
         )
         server = DrainingServer(

@@ -14,6 +14,7 @@ from manylora.engine.interface import (
     EngineStats,
     FinishReason,
     ModelInfo,
+    Progress,
     RequestTiming,
     SamplingParams,
     Tier,
@@ -74,6 +75,11 @@ class FakeGeneration:
     adapter: AdapterRef | None
     tenant: str
     is_closed: bool = False
+    num_output_tokens: int = 0
+
+    @property
+    def progress(self) -> Progress:
+        return Progress(self.num_output_tokens, arrived_s=1.0, scheduled_s=1.0015, first_token_s=1.01225)
 
     @property
     def timing(self) -> RequestTiming:
@@ -94,6 +100,7 @@ class FakeGeneration:
             await engine.pace()
             if step and engine.error_at == step:
                 raise engine.error
+            self.num_output_tokens += self.params.n
             for index in engine.choice_order(range(self.params.n)):
                 yield self._delta(index, step, token_id, is_last=step == len(ids) - 1)
         self.is_closed = True

@@ -64,6 +64,7 @@ class Answer:
         async for index, delta in self.deltas(run):
             choices[index].add(delta)
         rendered = [self.choice(i, "".join(c.texts), c.logprobs, c.finish_reason) for i, c in enumerate(choices)]
+        await run.complete()
         return orjson.dumps(
             {
                 **self._head,
@@ -78,7 +79,7 @@ class Answer:
         """The stream's events, ready to send, `[DONE]` included.
 
         With `include_usage` the last event has no choices but the usage, and all others have `usage: null`.
-        The last event, whichever it is, has the `manylora` block.
+        The last event, whichever it is, has the `manylora` block. `[DONE]` waits until the usage is stored.
         """
         head = b"data: " + orjson.dumps({**self._head, "object": self.chunk_object})[:-1] + b',"choices":'
         tail = b',"usage":null}\n\n' if include_usage else b"}\n\n"
@@ -93,9 +94,10 @@ class Answer:
             if num_left or include_usage:
                 yield payload + tail
             else:
-                yield payload + b"," + self._ending(run, with_usage=False) + _DONE
-        if include_usage:
-            yield head + b"[]," + self._ending(run, with_usage=True) + _DONE
+                yield payload + b"," + self._ending(run, with_usage=False)
+        await run.complete()
+        last = head + b"[]," + self._ending(run, with_usage=True) if include_usage else b""
+        yield last + _DONE
 
     def _ending(self, run: Run, *, with_usage: bool) -> bytes:
         ending: dict[str, Any] = {"usage": usage(run.record)} if with_usage else {}

@@ -2,8 +2,8 @@
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any, Final
 
 from fastapi import APIRouter, Request
@@ -106,7 +106,7 @@ class _Call:
         services.traffic.begin(self._record)
 
     async def completion(self) -> Response:
-        with self._ending():
+        async with self._ending():
             body = parse(CompletionRequest, await self._read())
             adapter = self._resolve(body)
             job = self._job(body, adapter, await encode_prompts(body, self._services.engine))
@@ -114,20 +114,20 @@ class _Call:
             return await self._answer(body, job, answer)
 
     async def chat(self) -> Response:
-        with self._ending():
+        async with self._ending():
             body = parse(ChatRequest, await self._read())
             adapter = self._resolve(body)
             job = self._job(body, adapter, [await encode_chat(body, self._services.engine)])
             answer = ChatAnswer(job, self._services.engine.codec, **self._names(body))
             return await self._answer(body, job, answer)
 
-    @contextmanager
-    def _ending(self) -> Iterator[None]:
+    @asynccontextmanager
+    async def _ending(self) -> AsyncIterator[None]:
         """Ends the record of a call that fails before its run does it."""
         try:
             yield
         except BaseException as error:
-            self._end(self._record.finish(error))
+            await self._end(self._record.finish(error))
             raise
 
     async def _read(self) -> bytes:
@@ -196,8 +196,11 @@ class _Call:
             finally:
                 await events.aclose()
 
-    def _end(self, finished: FinishedRequest) -> None:
-        """Called when the run ends, and when the call fails before or in it; the first call counts."""
+    async def _end(self, finished: FinishedRequest) -> None:
+        """Called when the run ends, and when the call fails before or in it; the first call counts.
+
+        Whoever gets an answer gets the end of it once its usage is stored.
+        """
         if self._is_ended:
             return
         self._is_ended = True
@@ -206,3 +209,8 @@ class _Call:
         self._services.metrics.observe_request(finished.sample())
         for record in self._services.recorders:
             record(finished)
+        usage = self._services.usage
+        if usage is not None:
+            usage.add(finished.use())
+            if finished.outcome != "cancelled":
+                await usage.stored()

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from manylora.engine.interface import AdapterRef, RequestTiming, Tier
+from manylora.catalog.interface import Use
+from manylora.engine.interface import AdapterRef, Progress, RequestTiming, Tier
 from manylora.errors import ManyloraError
 from manylora.metrics import RequestSample
 
@@ -34,6 +35,7 @@ class FinishedRequest:
     completion_tokens: int
     cached_tokens: int
     gaps_s: tuple[float, ...]
+    progress: tuple[Progress, ...] = ()  # of each prompt that reached the engine
     error: ManyloraError | None = None
 
     @property
@@ -55,6 +57,12 @@ class FinishedRequest:
             completion_tokens=self.completion_tokens,
             cached_tokens=self.cached_tokens,
             gaps_s=self.gaps_s,
+        )
+
+    def use(self) -> Use:
+        """What it is charged for."""
+        return Use(
+            self.tenant, self.adapter, self.outcome, self.prompt_tokens, self.completion_tokens, self.cached_tokens
         )
 
     def log_fields(self) -> dict[str, Any]:
@@ -113,6 +121,7 @@ class RequestRecord:
     timings: list[RequestTiming] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
     last_token: dict[int, float] = field(default_factory=dict)
+    progress: tuple[Progress, ...] = ()
 
     @property
     def traffic_key(self) -> tuple[str, str | None]:
@@ -156,5 +165,6 @@ class RequestRecord:
             completion_tokens=self.completion_tokens,
             cached_tokens=self.cached_tokens,
             gaps_s=tuple(self.gaps),
+            progress=self.progress,
             error=error if isinstance(error, ManyloraError) else None,
         )

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -45,11 +45,15 @@ class Run:
 
     Entering charges the quota and queues the prompts; it raises QuotaExceeded, QueueFull, Draining, EngineDead.
     Leaving, for whatever reason, aborts what still runs, settles the quota and hands the finished request to
-    `on_end`.
+    `on_end`; an answer that is whole calls `complete` before its last bytes leave.
     """
 
     def __init__(
-        self, services: Services, job: Job, record: RequestRecord, on_end: Callable[[FinishedRequest], None]
+        self,
+        services: Services,
+        job: Job,
+        record: RequestRecord,
+        on_end: Callable[[FinishedRequest], Awaitable[None]],
     ) -> None:
         self.job = job
         self.record = record
@@ -57,7 +61,8 @@ class Run:
         self._on_end = on_end
         self._lease: Lease | None = None
         self._generations: list[Generation] = []
-        self._heard: set[int] = set()  # prompts whose first delta has come
+        self._heard: dict[int, int] = {}  # tokens that came so far, by prompt
+        self._is_closed = False
 
     async def __aenter__(self) -> Self:
         job = self.job
@@ -85,14 +90,31 @@ class Run:
     ) -> None:
         await self._close(error)
 
+    async def complete(self) -> None:
+        """All of the answer is known: count it. Returns when its usage is stored."""
+        await self._close(None)
+
     async def _close(self, error: BaseException | None) -> None:
+        if self._is_closed:
+            return
+        self._is_closed = True
         try:
             for generation in self._generations:
                 await generation.aclose()
         finally:
+            self._account_for_the_rest()
             if self._lease is not None:
                 self._lease.settle(self.record.prompt_tokens, self.record.completion_tokens)
-            self._on_end(self.record.finish(error))
+            await self._on_end(self.record.finish(error))
+
+    def _account_for_the_rest(self) -> None:
+        """Tokens that were generated and never fetched, since the client left or the request failed."""
+        record = self.record
+        record.progress = tuple(generation.progress for generation in self._generations)
+        for prompt, progress in enumerate(record.progress):
+            if progress.num_output_tokens and prompt not in self._heard:
+                record.prompt_tokens += len(self.job.prompts[prompt].ids)
+            record.completion_tokens += progress.num_output_tokens - self._heard.get(prompt, 0)
 
     async def deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
         """Every delta with the number of its choice. Raises what the engine raises."""
@@ -109,11 +131,12 @@ class Run:
     def _account(self, prompt: int, choice: int, delta: Delta) -> None:
         record, now = self.record, time.perf_counter()
         if prompt not in self._heard:
-            self._heard.add(prompt)
+            self._heard[prompt] = 0
             record.prompt_tokens += len(self.job.prompts[prompt].ids)
             record.timings.append(self._generations[prompt].timing)
         record.cached_tokens += delta.num_cached_tokens
         num_tokens = len(delta.token_ids)
+        self._heard[prompt] += num_tokens
         record.add_tokens(choice, num_tokens, now)
         self._services.traffic.tick(record, num_tokens, now)
         if delta.finish_reason is FinishReason.ABORTED:

@@ -7,7 +7,7 @@ from fastapi import Depends, Request
 
 from manylora.api.record import Recorder
 from manylora.api.traffic import Traffic
-from manylora.catalog.interface import AdapterDirectory
+from manylora.catalog.interface import AdapterDirectory, UsageSink
 from manylora.engine.interface import EngineClient
 from manylora.metrics import Metrics
 from manylora.settings import Settings
@@ -20,6 +20,8 @@ __all__ = ["Services", "ServicesDep", "services_of"]
 class Services:
     """`recorders` hear of every finished inference request, on the event loop's thread, and must be quick.
 
+    `usage`, where there is one, counts them for good.
+
     `may_run_open` is False where an open server would be reachable from elsewhere unasked.
     """
 
@@ -30,6 +32,7 @@ class Services:
     metrics: Metrics
     traffic: Traffic
     recorders: tuple[Recorder, ...] = ()
+    usage: UsageSink | None = None
     may_run_open: bool = True
 
 

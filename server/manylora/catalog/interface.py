@@ -1,4 +1,4 @@
-"""What the inference routes need of the catalog: a name becomes an identity, and a list of what may be named."""
+"""What the inference routes need of the catalog: names become identities, a list of names, usage is counted."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -28,3 +28,25 @@ class AdapterDirectory(Protocol):
         ...
 
     def visible_to(self, tenant: str) -> list[PublishedAdapter]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """What one finished request used, whatever its outcome. `tenant` is the caller's."""
+
+    tenant: str
+    adapter: AdapterRef | None
+    outcome: str
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+class UsageSink(Protocol):
+    """Where usage is counted; see `catalog.usage.ledger`."""
+
+    def add(self, use: Use) -> None: ...
+
+    async def stored(self) -> None:
+        """Wait until what was added is in the database."""
+        ...

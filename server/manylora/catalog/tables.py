@@ -1,4 +1,4 @@
-"""The database's tables: adapters and their versions, keys, tenants, and what start-up remembers.
+"""The database's tables: adapters and their versions, keys, tenants, usage, and what start-up remembers.
 
 Times are whole microseconds since the Unix epoch, so that ordering by them is exact. The schema changes only
 through `migrations/`; a test holds these classes and the migrations together.
@@ -6,7 +6,7 @@ through `migrations/`; a test holds these classes and the migrations together.
 
 from typing import Any, ClassVar
 
-from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Text, UniqueConstraint
+from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, Text, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 
@@ -125,3 +125,56 @@ class RevisionRow(Base):
 
     topic: Mapped[str] = mapped_column(primary_key=True)
     value: Mapped[int]
+
+
+class UsageRow(Base):
+    """Requests of one tenant for one adapter that ended within one quarter of an hour in one way.
+
+    `quarter` is its beginning in Unix seconds, `owner` whose the adapter is; both names are empty for the base.
+    """
+
+    __tablename__ = "usage"
+
+    quarter: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    tenant: Mapped[str] = mapped_column(primary_key=True)
+    owner: Mapped[str] = mapped_column(primary_key=True)
+    adapter: Mapped[str] = mapped_column(primary_key=True)
+    outcome: Mapped[str] = mapped_column(primary_key=True)
+    requests: Mapped[int]
+    prompt_tokens: Mapped[int]
+    completion_tokens: Mapped[int]
+    cached_tokens: Mapped[int]
+
+
+class SlotTimeRow(Base):
+    """How long versions of one adapter sat in device slots within one quarter of an hour."""
+
+    __tablename__ = "slot_time"
+
+    quarter: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    tenant: Mapped[str] = mapped_column(primary_key=True)
+    adapter: Mapped[str] = mapped_column(primary_key=True)
+    microseconds: Mapped[int]
+
+
+class StoredRow(Base):
+    """From `at` on, one adapter's versions take `size_bytes` together. Written with each change, never changed."""
+
+    __tablename__ = "stored"
+    __table_args__ = (Index("ix_stored_adapter", "tenant", "adapter", "id"),)
+
+    id: Mapped[int] = mapped_column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True)
+    tenant: Mapped[str]
+    adapter: Mapped[str]
+    at: Mapped[int]
+    size_bytes: Mapped[int]
+
+
+class UsageWriterRow(Base):
+    """One server process that writes usage, and the last batch it wrote: a batch sent again is known by it."""
+
+    __tablename__ = "usage_writers"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    batch: Mapped[int]
+    at: Mapped[int]

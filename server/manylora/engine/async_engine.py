@@ -22,6 +22,7 @@ from manylora.engine.interface import (
     Effect,
     EngineStats,
     ModelInfo,
+    Progress,
     RequestTiming,
     SamplingParams,
     TextCodec,
@@ -92,6 +93,20 @@ class RunningGeneration:
             load_ms=load * 1e3,
             load_tier=self._load_tier,
             ttft_ms=((first.first_token_s or now) - first.arrived_s) * 1e3,
+        )
+
+    @property
+    def progress(self) -> Progress:
+        first = self.seqs[0]
+        ended = [seq.finished_s for seq in self.seqs if seq.finished_s is not None]
+        return Progress(
+            num_output_tokens=sum(seq.num_output_tokens for seq in self.seqs),
+            arrived_s=first.arrived_s,
+            load_started_s=first.load_started_s,
+            load_ended_s=first.load_ended_s,
+            scheduled_s=first.first_scheduled_s,
+            first_token_s=first.first_token_s,
+            finished_s=max(ended) if len(ended) == len(self.seqs) else None,
         )
 
 

@@ -20,8 +20,9 @@ from manylora.lora.kernels import LoraKernel
 from manylora.lora.kernels.native import NativeKernel
 from manylora.lora.kernels.torch import TorchKernel
 from manylora.lora.memory import DeviceMemory
+from manylora.lora.occupancy import Occupancy
 from manylora.lora.packing import PackedAdapter, pack
-from manylora.lora.ref import Tier
+from manylora.lora.ref import AdapterRef, Tier
 from manylora.lora.slots import SlotBook
 from manylora.lora.tiers import AdapterTiers, TierEvents
 from manylora.metrics import Metrics
@@ -33,14 +34,24 @@ from manylora.settings import Settings
 
 
 class _TierMetrics(TierEvents):
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, occupancy: Occupancy) -> None:
         self._metrics = metrics
+        self._occupancy = occupancy
 
-    def on_load(self, tier: Tier, seconds: float) -> None:
-        self._metrics.observe_adapter_load(tier, seconds)
+    def on_load(self, ref: AdapterRef, tier: Tier, seconds: float) -> None:
+        self._metrics.observe_adapter_load(ref.tenant, ref.name, tier, seconds)
 
-    def on_eviction(self, tier: Tier) -> None:
-        self._metrics.count_eviction(tier)
+    def on_failure(self, ref: AdapterRef) -> None:
+        self._metrics.count_load_failure(ref.tenant, ref.name)
+
+    def on_eviction(self, ref: AdapterRef, tier: Tier) -> None:
+        self._metrics.count_eviction(ref.tenant, ref.name, tier)
+
+    def on_enter(self, ref: AdapterRef) -> None:
+        self._occupancy.enter(ref)
+
+    def on_leave(self, ref: AdapterRef) -> None:
+        self._occupancy.leave(ref)
 
 
 class EngineBuilder:
@@ -61,13 +72,15 @@ class EngineBuilder:
         """What an adapter may touch, by path."""
         return self.wrapped.modules
 
-    def build(self, source: AdapterSource, metrics: Metrics) -> AsyncEngine:
-        """The engine with its bridge to asyncio, not started yet."""
-        engine, tiers = self.build_core(source, metrics)
+    def build(self, source: AdapterSource, metrics: Metrics, occupancy: Occupancy | None = None) -> AsyncEngine:
+        """The engine with its bridge to asyncio, not started yet. `occupancy` hears who is in a slot."""
+        engine, tiers = self.build_core(source, metrics, occupancy)
         max_open = self.settings.max_num_seqs + self.settings.max_queue
         return AsyncEngine(engine, tiers, self._model_info(), self.base.codec, max_open=max_open)
 
-    def build_core(self, source: AdapterSource, metrics: Metrics) -> tuple[Engine, AdapterTiers]:
+    def build_core(
+        self, source: AdapterSource, metrics: Metrics, occupancy: Occupancy | None = None
+    ) -> tuple[Engine, AdapterTiers]:
         """Lay out memory, check the model against itself, and put the parts together. Raises StartupError."""
         settings = self.settings
         cache = self._cache()
@@ -84,7 +97,7 @@ class EngineBuilder:
             host_bytes=in_bytes(settings.host_tier_memory, torch.device("cpu")),
             folder_of=source.local_folder,
             packer=self._packer(),
-            events=_TierMetrics(metrics),
+            events=_TierMetrics(metrics, occupancy or Occupancy()),
         )
         scheduler = Scheduler(
             BlockManager(cache.num_blocks, settings.block_size, share_prefixes=settings.prefix_cache),

@@ -22,6 +22,7 @@ __all__ = [
     "FinishReason",
     "Generation",
     "ModelInfo",
+    "Progress",
     "RequestTiming",
     "SamplingParams",
     "TextCodec",
@@ -87,6 +88,22 @@ class RequestTiming:
 
 
 @dataclass(frozen=True, slots=True)
+class Progress:
+    """How far one request has come. Times are seconds of `time.monotonic`, None where it has not been.
+
+    `num_output_tokens` counts all choices, delivered or not. `finished_s` is the last choice's end.
+    """
+
+    num_output_tokens: int
+    arrived_s: float
+    load_started_s: float | None = None
+    load_ended_s: float | None = None
+    scheduled_s: float | None = None
+    first_token_s: float | None = None
+    finished_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """What one step added to one choice.
 
@@ -118,6 +135,11 @@ class Generation(Protocol):
     @property
     def timing(self) -> RequestTiming:
         """Known once the first delta has arrived."""
+        ...
+
+    @property
+    def progress(self) -> Progress:
+        """Known at any time."""
         ...
 
 

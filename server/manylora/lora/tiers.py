@@ -52,6 +52,12 @@ class TierEvents:
     def on_eviction(self, ref: AdapterRef, tier: Tier) -> None:
         """It left `tier` to make room."""
 
+    def on_enter(self, ref: AdapterRef) -> None:
+        """A device slot is its own from now on."""
+
+    def on_leave(self, ref: AdapterRef) -> None:
+        """Its device slot is free again."""
+
 
 class AdapterTiers:
     """The three tiers. Every public method is thread-safe and returns without waiting for a load."""
@@ -286,6 +292,7 @@ class AdapterTiers:
                 return  # in host memory; tried again when a slot falls free
             entry.place = place
             entry.size_bytes = packed.size_bytes
+            self._events.on_enter(entry.ref)
             with self._place_given_back_on_error(entry):
                 if place.is_new_slab:
                     self.memory.allocate(place, packed.layout, self.book.places_in(place.slab))
@@ -342,6 +349,7 @@ class AdapterTiers:
         with self._lock:
             assert entry.place is not None
             slot, entry.place = entry.place.slot, None
+            self._events.on_leave(entry.ref)
             slab = self.book.release(slot)
             if slab is not None:
                 self.memory.free(slab)
