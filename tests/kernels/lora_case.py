@@ -2,25 +2,21 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+
+from loadtest.popularity import Popularity
 
 POPULARITIES = ("identical", "distinct", "uniform", "zipf", "skewed", "base")
 
 
 def draw_slots(popularity: str, num_rows: int, num_slots: int, generator: torch.Generator) -> torch.Tensor:
-    """Each row's slot, -1 for the base."""
-    if popularity == "identical":
-        return torch.full((num_rows,), num_slots - 1)
-    if popularity == "distinct":
-        return torch.arange(num_rows) % num_slots
+    """Each row's slot, -1 for the base; the highest slot holds the most popular adapter."""
     if popularity == "base":
         return torch.where(torch.arange(num_rows) % 3 == 0, 0, -1)
-    weights = torch.ones(num_slots)
-    if popularity == "zipf":
-        weights = 1 / torch.arange(1, num_slots + 1)
-    if popularity == "skewed":
-        weights[0] = 10 * num_slots
-    return torch.multinomial(weights, num_rows, replacement=True, generator=generator)
+    rng = np.random.default_rng(int(torch.randint(2**31, (), generator=generator)))
+    drawn = Popularity.model_validate({"kind": popularity}).draw(num_slots, num_rows, rng)
+    return torch.from_numpy(num_slots - 1 - drawn)
 
 
 @dataclass
