@@ -127,7 +127,7 @@ class UsageLedger:
                 self._current, self._next = self._next, _Sending()
                 await self._write(self._current)
                 self._current = None
-            elif self._is_closing:
+            if self._is_closing and self._next.batch.is_empty:
                 return
 
     async def _write(self, sending: _Sending) -> None:
