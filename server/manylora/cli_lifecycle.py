@@ -3,12 +3,14 @@
 Heavy modules are imported inside the commands, so that `manylora --help` does not load torch.
 """
 
+import json
+import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
+from manylora.cli_lifecycle_tables import print_ranks, print_scores
 from manylora.cli_lifecycle_tools import (
     command,
     console,
@@ -20,12 +22,30 @@ from manylora.cli_lifecycle_tools import (
     stop_on_interrupt,
 )
 from manylora.cli_lifecycle_weights import compress, extract, inspect, merge
-from manylora.errors import InvalidRequest
+from manylora.errors import InvalidRequest, ManyloraError
 
 if TYPE_CHECKING:
     from manylora.lifecycle.train import TrainConfig
 
 INTERRUPTED = 130
+
+_Model = Annotated[str | None, typer.Option(help="The base; the default model when left out")]
+_BaseName = Annotated[str | None, typer.Option(help="The base's name in the adapter's config")]
+_Alpha = Annotated[float | None, typer.Option(help="Scale numerator; twice the rank when left out")]
+_Rslora = Annotated[bool, typer.Option("--rslora", help="Scale by alpha/sqrt(rank) instead of alpha/rank")]
+_Dropout = Annotated[float, typer.Option(help="Dropout before A")]
+_Epochs = Annotated[int, typer.Option(help="Times that each row is seen")]
+_BatchSize = Annotated[int, typer.Option(help="Rows in one forward pass")]
+_Accumulate = Annotated[int, typer.Option(help="Batches per optimizer step")]
+_Lr = Annotated[float, typer.Option(help="Highest learning rate, after the warm-up; then a cosine to zero")]
+_Warmup = Annotated[float, typer.Option(help="Share of the steps with rising learning rate")]
+_WeightDecay = Annotated[float, typer.Option(help="AdamW's weight decay")]
+_MaxLength = Annotated[int, typer.Option(help="Tokens of an example; longer prompts are cut on the left")]
+_Render = Annotated[str, typer.Option(help="How a row becomes text: chat (the base's template), plain, or auto")]
+_Instruction = Annotated[str, typer.Option(help="Text before every prompt, on a line of its own")]
+_Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
+_Dtype = Annotated[str, typer.Option(help="The base's: auto, bfloat16, float16 or float32")]
+_Threads = Annotated[int | None, typer.Option(help="CPU threads")]
 
 
 def register(app: typer.Typer) -> None:
@@ -98,30 +118,30 @@ def train(
     data: Annotated[Path, typer.Option(help="Training rows: .jsonl, .csv or .parquet")],
     out: Annotated[Path, typer.Option(help="Folder for the adapter")],
     eval_data: Annotated[Path | None, typer.Option("--eval", help="Held-out rows, to keep the best step")] = None,
-    model: Annotated[str | None, typer.Option(help="The base; the default model when left out")] = None,
-    base_name: Annotated[str | None, typer.Option(help="The base's name in the adapter's config")] = None,
+    model: _Model = None,
+    base_name: _BaseName = None,
     rank: Annotated[int, typer.Option(help="Rank of the low-rank matrices")] = 8,
-    alpha: Annotated[float | None, typer.Option(help="Scale numerator; twice the rank when left out")] = None,
+    alpha: _Alpha = None,
     targets: Annotated[str, typer.Option(help="Linears by name, comma-separated; all but the head when left out")] = "",
-    rslora: Annotated[bool, typer.Option(help="Scale by alpha/sqrt(rank)")] = False,
-    dropout: Annotated[float, typer.Option(help="Dropout before A")] = 0.0,
-    epochs: int = 3,
-    batch_size: int = 8,
-    accumulate: Annotated[int, typer.Option(help="Batches per optimizer step")] = 1,
-    lr: float = 5e-4,
-    warmup: Annotated[float, typer.Option(help="Share of the steps with rising learning rate")] = 0.06,
-    weight_decay: float = 0.01,
-    max_grad_norm: float = 1.0,
+    rslora: _Rslora = False,
+    dropout: _Dropout = 0.0,
+    epochs: _Epochs = 3,
+    batch_size: _BatchSize = 8,
+    accumulate: _Accumulate = 1,
+    lr: _Lr = 5e-4,
+    warmup: _Warmup = 0.06,
+    weight_decay: _WeightDecay = 0.01,
+    max_grad_norm: Annotated[float, typer.Option(help="Longest gradient; a longer one is clipped")] = 1.0,
     early_stop: Annotated[int, typer.Option(help="Stop after so many evaluations without gain; 0: never")] = 0,
     eval_every: Annotated[int, typer.Option(help="Steps between evaluations; 0: once an epoch")] = 0,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints")] = 50,
-    max_length: Annotated[int, typer.Option(help="Tokens of an example; longer prompts are cut on the left")] = 1024,
-    render: Annotated[str, typer.Option(help="auto, chat or plain")] = "auto",
-    instruction: Annotated[str, typer.Option(help="Text before every prompt")] = "",
-    seed: int = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="CPU threads")] = None,
+    max_length: _MaxLength = 1024,
+    render: _Render = "auto",
+    instruction: _Instruction = "",
+    seed: Annotated[int, typer.Option(help="Decides the order of the rows, the first weights and the dropout")] = 0,
+    device: _Device = "auto",
+    dtype: _Dtype = "auto",
+    threads: _Threads = None,
     title: Annotated[str, typer.Option(help="Title of the card")] = "",
     publish: Annotated[str, typer.Option(help="Upload it under this name when it is done")] = "",
     server: Annotated[str, typer.Option(help="Server to publish to", envvar="MANYLORA_URL")] = "http://127.0.0.1:8000",
@@ -152,46 +172,56 @@ def train(
 
 
 def _run_training(config: "TrainConfig", name: str, server: str, key: str, *, resume: bool, overwrite: bool) -> None:
-    from manylora.lifecycle.publish import connect, publish
+    from manylora.lifecycle.publish import check_name, connect, publish
     from manylora.lifecycle.train import train as run
 
     if name:
-        with connect(server, key):  # a server that is not there is said before the work, not after it
-            pass
+        with connect(server, key) as client:  # what would refuse the result is said before the work, not after it
+            check_name(client, name)
     with stop_on_interrupt() as stopped, progress() as listen:
         result = run(config, resume=resume, overwrite=overwrite, listen=listen, should_stop=stopped)
     if not result.finished:
         console.print(f"Stopped after step {result.report['steps']}. Run the same command with --resume to go on.")
         raise typer.Exit(INTERRUPTED)
     print(f"{config.out}: {result.report['steps']} steps, {result.report['size_bytes'] / 1e6:.2f} MB")
-    if name:
+    if not name:
+        return
+    try:
         with connect(server, key) as client:
             print(f"published as {publish(client, config.out, name, description=config.title)}")
+    except ManyloraError:
+        again = shlex.join(["manylora", "adapters", "push", str(config.out), "--name", name])
+        console.print(f"The adapter is whole in {config.out}. Publish it with: {again}", highlight=False)
+        raise
 
 
 def choose_rank(
     data: Annotated[Path, typer.Option(help="Rows to cross-validate on: .jsonl, .csv or .parquet")],
     out: Annotated[Path, typer.Option(help="The table and plot go into OUT.ranks, the final adapter into OUT")],
     ranks: Annotated[str, typer.Option(help="Ranks to compare, comma-separated")] = "1,2,4,8,16,32",
-    folds: int = 5,
+    folds: Annotated[int, typer.Option(help="Parts of the data; each is held out once")] = 5,
     targets: Annotated[list[str] | None, typer.Option(help="A set of linears, comma-separated; several times")] = None,
     final: Annotated[bool, typer.Option("--train-final", help="Train the chosen shape on all rows")] = False,
-    model: Annotated[str | None, typer.Option(help="The base; the default model when left out")] = None,
-    base_name: Annotated[str | None, typer.Option(help="The base's name in the adapter's config")] = None,
-    alpha: Annotated[float | None, typer.Option(help="Scale numerator; twice the rank when left out")] = None,
-    rslora: bool = False,
-    dropout: float = 0.0,
-    epochs: int = 3,
-    batch_size: int = 8,
-    lr: float = 5e-4,
-    max_length: int = 1024,
-    render: str = "auto",
-    instruction: str = "",
-    seed: int = 0,
-    device: str = "auto",
-    dtype: str = "auto",
-    resume: bool = False,
-    overwrite: bool = False,
+    model: _Model = None,
+    base_name: _BaseName = None,
+    alpha: _Alpha = None,
+    rslora: _Rslora = False,
+    dropout: _Dropout = 0.0,
+    epochs: _Epochs = 3,
+    batch_size: _BatchSize = 8,
+    accumulate: _Accumulate = 1,
+    lr: _Lr = 5e-4,
+    warmup: _Warmup = 0.06,
+    weight_decay: _WeightDecay = 0.01,
+    max_length: _MaxLength = 1024,
+    render: _Render = "auto",
+    instruction: _Instruction = "",
+    seed: Annotated[int, typer.Option(help="Decides the folds, the order of the rows and the first weights")] = 0,
+    device: _Device = "auto",
+    dtype: _Dtype = "auto",
+    threads: _Threads = None,
+    resume: Annotated[bool, typer.Option(help="Go on where an interrupted search stopped")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT.ranks, and with --train-final OUT")] = False,
 ) -> None:
     """Cross-validate ranks and targets; choose the smallest adapter within one standard error of the best."""
     from manylora.lifecycle.choose_rank import ChooseConfig
@@ -203,21 +233,26 @@ def choose_rank(
         training = TrainConfig(
             data=data, out=out, base=model, base_name=base_name,
             lora=LoraShape(alpha=alpha, dropout=dropout, rslora=rslora),
-            schedule=Schedule(epochs=epochs, batch_size=batch_size, lr=lr, seed=seed),
+            schedule=Schedule(
+                epochs=epochs, batch_size=batch_size, accumulate=accumulate, lr=lr, warmup=warmup,
+                weight_decay=weight_decay, seed=seed,
+            ),
             render=one_of("--render", render, ("auto", "chat", "plain")), instruction=instruction,
             max_length=max_length, device=one_of("--device", device, ("auto", "cpu", "cuda")),
-            dtype=one_of("--dtype", dtype, ("auto", "bfloat16", "float16", "float32")), command=command(),
+            dtype=one_of("--dtype", dtype, ("auto", "bfloat16", "float16", "float32")), threads=threads,
+            command=command(),
         )  # fmt: skip
         sets = tuple(names_of(one) for one in targets or ())
         config = ChooseConfig(training, numbers_of("--ranks", ranks), folds, sets, final)
         with stop_on_interrupt() as stopped, progress() as listen:
             report, trained = run(config, resume=resume, overwrite=overwrite, listen=listen, should_stop=stopped)
-        if report is None or (trained is not None and not trained.finished):
-            console.print("Stopped. Run the same command with --resume to go on.")
-            raise typer.Exit(INTERRUPTED)
-        chosen = report["chosen"]
-        print(f"chosen: rank {chosen['rank']}, loss {chosen['mean']:.4f} ± {chosen['standard_error']:.4f}, "
-              f"{chosen['size_bytes'] / 1e6:.2f} MB")  # fmt: skip
+    if report is not None:
+        print_ranks(report)
+    if report is None or (trained is not None and not trained.finished):
+        console.print("Stopped. Run the same command with --resume to go on.")
+        raise typer.Exit(INTERRUPTED)
+    if trained is not None:
+        print(f"{out}: {trained.report['steps']} steps, {trained.report['size_bytes'] / 1e6:.2f} MB")
 
 
 def evaluate(
@@ -229,16 +264,18 @@ def evaluate(
     metrics: Annotated[str, typer.Option(help="Comma-separated; those that fit the data when left out")] = "",
     max_tokens: Annotated[int, typer.Option(help="Longest answer in tokens")] = 64,
     out: Annotated[Path | None, typer.Option(help="Folder for evaluate.json and the confusion matrices")] = None,
-    promote_if_better: Annotated[str, typer.Option(help="Metric that decides; promotes the last --adapter")] = "",
-    min_gain: Annotated[float, typer.Option(help="Least gain over the first contender")] = 0.0,
-    model: Annotated[str | None, typer.Option(help="The base; the default model when left out")] = None,
-    max_length: int = 1024,
-    render: str = "auto",
-    instruction: str = "",
-    seed: int = 0,
-    device: str = "auto",
-    dtype: str = "auto",
-    overwrite: bool = False,
+    promote_if_better: Annotated[str, typer.Option(help="Metric by which the last --adapter becomes active")] = "",
+    min_gain: Annotated[float, typer.Option(help="Least gain over the active version, in the metric's unit")] = 0.0,
+    model: _Model = None,
+    max_length: _MaxLength = 1024,
+    render: _Render = "auto",
+    instruction: _Instruction = "",
+    seed: Annotated[int, typer.Option(help="Decides the resampling of intervals and tests")] = 0,
+    device: _Device = "auto",
+    dtype: _Dtype = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="The whole report as JSON on stdout")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on where an interrupted evaluation with this --out stopped")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace --out")] = False,
 ) -> None:
     """Score adapters and the base side by side, with intervals and a paired test against the first."""
     from manylora.lifecycle.evaluate_command import EvaluateRequest, run_evaluation
@@ -250,26 +287,13 @@ def evaluate(
             promote_if_better=promote_if_better, min_gain=min_gain, model=model, max_length=max_length,
             render=one_of("--render", render, ("auto", "chat", "plain")), instruction=instruction, seed=seed,
             device=one_of("--device", device, ("auto", "cpu", "cuda")),
-            dtype=one_of("--dtype", dtype, ("auto", "bfloat16", "float16", "float32")), overwrite=overwrite,
+            dtype=one_of("--dtype", dtype, ("auto", "bfloat16", "float16", "float32")), resume=resume,
+            overwrite=overwrite,
         )  # fmt: skip
         report, promotion = run_evaluation(request, listen)
-    _print_scores(report)
+    if as_json:
+        print(json.dumps(report | {"promotion": promotion or None}, ensure_ascii=False, indent=2))
+        return
+    print_scores(report)
     if promotion:
         print(promotion)
-
-
-def _print_scores(report: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    table = Table(title=f"{report['data']}: {report['num_examples']} examples, 95 % intervals")
-    names = list(report["metrics"])
-    for column in ("contender", *names):
-        table.add_column(column)
-    for contender, entry in report["contenders"].items():
-        cells = []
-        for name in names:
-            cell = f"{entry[name]['value']:.4g} [{entry[name]['low']:.4g}, {entry[name]['high']:.4g}]"
-            test = entry.get("against_reference", {}).get(name)
-            cells.append(cell + (f" p={test['p']:.2g}" if test else ""))
-        table.add_row(contender, *cells)
-    Console().print(table)

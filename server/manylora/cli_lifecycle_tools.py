@@ -41,8 +41,19 @@ def numbers_of(flag: str, text: str) -> tuple[int, ...]:
 
 
 def command() -> str:
-    """The command as it can be typed again, without this machine's way of starting the program."""
-    return shlex.join(["manylora", *sys.argv[1:]])
+    """The command as it can be typed again, without this machine's way of starting the program, and without a key.
+
+    It goes into cards and reports, which are published.
+    """
+    return shlex.join(["manylora", *_without_key(sys.argv[1:])])
+
+
+def _without_key(words: list[str]) -> Iterator[str]:
+    is_key = False
+    for word in words:
+        if not is_key and word != "--key" and not word.startswith("--key="):
+            yield word
+        is_key = word == "--key" and not is_key
 
 
 @contextmanager
@@ -106,7 +117,9 @@ def progress() -> Iterator[Callable[["Progress"], None]]:
 
 
 def _figures(values: dict[str, float]) -> str:
+    from manylora.lifecycle.pace import in_words
+
     parts = [f"{name} {value:.4f}" for name, value in values.items() if name != "remaining_s"]
     if "remaining_s" in values:
-        parts.append(f"about {max(1, round(values['remaining_s'] / 60))} min left")
+        parts.append(f"about {in_words(values['remaining_s'])} left")
     return "  ".join(parts)

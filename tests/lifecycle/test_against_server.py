@@ -15,7 +15,8 @@ from manylora.lifecycle.data import read_dataset
 from manylora.lifecycle.evaluate_command import EvaluateRequest, run_evaluation
 from manylora.lifecycle.publish import connect, promote, publish, served_base
 from manylora.lifecycle.recipes import city
-from manylora.lifecycle.train import LoraShape, train
+from manylora.lifecycle.train import train
+from manylora.lifecycle.train_config import LoraShape
 from tests.e2e.conftest import ROOT, running
 from tests.lifecycle.helpers import label_rows, tiny_config, write_rows
 from tests.tiny_adapters import make_adapter
@@ -93,12 +94,15 @@ def test_only_a_significantly_better_version_is_promoted(tmp_path: Path, tiny_ll
             _request(data, url, tiny_llama_dir, first, second), with_base=False, promote_if_better="perplexity"
         )
 
-        _, refused = run_evaluation(replace(request, adapters=(second, first)))
+        with pytest.raises(InvalidRequest, match="words@1 is the active version"):
+            run_evaluation(replace(request, adapters=(second, first)))
         _, promoted = run_evaluation(request)
+        _, refused = run_evaluation(replace(request, adapters=(first,)))
 
         versions = client.get("/v1/adapters/words").json()["versions"]
-    assert "words@1 was not promoted" in refused
     assert promoted.startswith("words@2 was promoted: perplexity gain")
+    assert refused.startswith("words@1 was not promoted: perplexity gain -")
+    assert "over words@2" in refused
     assert [v["version"] for v in versions if v["active"]] == [2]
 
 

@@ -9,7 +9,7 @@ from manylora.errors import InvalidRequest
 from manylora.lifecycle.choose_rank import Candidate, ChooseConfig, choose_rank, one_standard_error, split_folds
 from manylora.lifecycle.data import read_dataset
 from manylora.lifecycle.encoding import Encoder
-from manylora.lifecycle.train import LoraShape
+from manylora.lifecycle.train_config import LoraShape
 from tests.lifecycle.helpers import label_rows, tiny_config, write_rows
 from tests.tiny_models import make_tokenizer
 

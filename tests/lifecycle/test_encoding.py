@@ -5,7 +5,8 @@ import pytest
 
 from manylora.errors import InvalidRequest
 from manylora.lifecycle.data import read_dataset
-from manylora.lifecycle.encoding import Encoder, length_statistics
+from manylora.lifecycle.encoding import Encoder
+from manylora.lifecycle.lengths import length_statistics
 from tests.lifecycle.helpers import write_rows
 from tests.tiny_models import make_tokenizer
 

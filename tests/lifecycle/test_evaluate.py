@@ -65,7 +65,9 @@ def test_report_has_scores_tests_and_confusion_pictures(request_: EvaluateReques
     names = sorted(p.name for p in request_.out.iterdir())
     assert names == ["confusion-a1.png", "confusion-a2.png", "confusion-base.png", "evaluate.json"]
     assert report["reference"] == "base"
-    assert set(report["contenders"]["a1"]["against_reference"]) == {"accuracy", "macro_f1", "perplexity"}
+    assert set(report["contenders"]["a1"]["against_reference"]) == {
+        "accuracy", "macro_precision", "macro_recall", "macro_f1", "perplexity",
+    }  # fmt: skip
     assert sum(map(sum, report["contenders"]["a1"]["confusion"])) == report["num_examples"]
 
 
@@ -93,6 +95,11 @@ def test_two_folders_of_one_name_are_told_apart(
         ({"promote_if_better": "accuracy"}, "give --server"),
         ({"promote_if_better": "accuracy", "server": "http://x", "adapters": ("a",)}, "must name its version"),
         ({"promote_if_better": "valid_json", "server": "http://x"}, "must be one of the metrics computed"),
+        ({"promote_if_better": "accuracy", "server": "http://x", "min_gain": -1.0}, "--min-gain must not be negative"),
+        ({"promote_if_better": "accuracy", "server": "http://x", "adapters": ()}, "needs a candidate"),
+        ({"seed": -1}, "--seed must be"),
+        ({"max_length": 0}, "--max-length must be positive"),
+        ({"resume": True, "out": None}, "give --out"),
         ({"adapters": ("/no/such/folder",)}, "is not an adapter in PEFT layout"),
     ],
 )

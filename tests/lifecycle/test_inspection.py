@@ -26,7 +26,7 @@ def _pair(*columns: int, size: int = 8, scale: float = 1.0) -> Pair:
 def test_norms_and_spectra_are_those_of_the_full_matrix(tmp_path: Path, tiny_llama_dir: Path) -> None:
     folder = make_adapter(tiny_llama_dir, tmp_path / "a", rank=4, alpha=9)
 
-    report = inspect_adapter(InspectConfig(folder, base=str(tiny_llama_dir), with_base=True))
+    report = inspect_adapter(InspectConfig(folder, base=str(tiny_llama_dir)))
 
     for path, pair in read_lora(folder).pairs.items():
         module, values = report["modules"][path], torch.linalg.svdvals(pair.dense())
@@ -54,7 +54,7 @@ def test_unused_rank_and_a_dominant_module_are_warned_of(tmp_path: Path) -> None
 def test_change_close_to_nothing_is_warned_of(tmp_path: Path, tiny_llama_dir: Path) -> None:
     folder = make_adapter(tiny_llama_dir, tmp_path / "a", strength=1e-8)
 
-    report = inspect_adapter(InspectConfig(folder, base=str(tiny_llama_dir), with_base=True))
+    report = inspect_adapter(InspectConfig(folder, base=str(tiny_llama_dir)))
 
     assert "close to nothing" in report["warnings"][-1]
 
@@ -65,8 +65,8 @@ def test_principal_angles_tell_shared_from_foreign_directions(tmp_path: Path) ->
 
     against = inspect_adapter(InspectConfig(a, against=b))["against"]
 
-    assert against["modules"]["l.0.q"]["input_angles"] == pytest.approx([1.0, 0.0])
-    assert against["modules"]["l.0.q"]["output_angles"] == pytest.approx([1.0, 0.0])
+    assert against["modules"]["l.0.q"]["input_angles"] == pytest.approx([0.0, 90.0], abs=1e-4)
+    assert against["modules"]["l.0.q"]["output_angles"] == pytest.approx([0.0, 90.0], abs=1e-4)
     assert against["cosine"] == pytest.approx(0.5)
 
 

@@ -11,11 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from manylora.errors import InvalidRequest, ManyloraError
-from manylora.lifecycle.base import load_base
-from manylora.lifecycle.checkpoint import checkpoint_folder
+from manylora.lifecycle.base import Base, load_base
+from manylora.lifecycle.checkpoint import checkpoint_path
 from manylora.lifecycle.data import read_dataset
+from manylora.lifecycle.output import report_folder
 from manylora.lifecycle.progress import Progress, ignore
-from manylora.lifecycle.train import LoraShape, TrainConfig, prepare, report_folder, train
+from manylora.lifecycle.train import encode, prepare, train
+from manylora.lifecycle.train_config import LoraShape, TrainConfig
+from manylora.lifecycle.training import Trainer
 from manylora.lora.format import read
 from manylora.models.wrapping import adaptable_modules
 from tests.conftest import ModelMaker
@@ -44,6 +47,11 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def _trainer(config: TrainConfig, base: Base, *, with_eval: bool = False) -> Trainer:
+    held_out = read_dataset(config.eval_data) if config.eval_data and with_eval else None
+    return prepare(config, base, encode(config, read_dataset(config.data), held_out, ignore))
+
+
 def test_training_lowers_the_loss_and_writes_an_adapter_that_the_server_accepts(config: TrainConfig) -> None:
     result = train(replace(config, schedule=replace(config.schedule, epochs=6)))
 
@@ -58,7 +66,7 @@ def test_training_lowers_the_loss_and_writes_an_adapter_that_the_server_accepts(
 
 def test_only_the_low_rank_parameters_change(config: TrainConfig) -> None:
     base = load_base(config.base, device="cpu", dtype="float32")
-    trainer, _ = prepare(config, base, read_dataset(config.data), None, ignore)
+    trainer = _trainer(config, base)
     low_rank = list(trainer.parameters.values())
     frozen = [p for p in base.model.parameters() if not any(p is low for low in low_rank)]
     before, low_before = _digest(frozen), [p.detach().clone() for p in low_rank]
@@ -74,7 +82,7 @@ def test_training_starts_as_the_base(config: TrainConfig) -> None:
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.inference_mode():
         bare = base.model(ids).logits
-    trainer, _ = prepare(config, base, read_dataset(config.data), None, ignore)
+    trainer = _trainer(config, base)
 
     with torch.inference_mode():
         assert torch.equal(trainer.model(ids).logits, bare)
@@ -106,7 +114,7 @@ def test_interrupted_training_resumes_to_the_uninterrupted_result(config: TrainC
     assert resumed.report["eval_loss"] == whole.report["eval_loss"]
     wanted, found = _weights(whole.out), _weights(resumed.out)
     assert all(torch.equal(wanted[k], found[k]) for k in wanted)
-    assert not checkpoint_folder(config.out).exists()
+    assert not checkpoint_path(config.out).exists()
 
 
 def test_resuming_with_other_data_or_settings_is_refused(config: TrainConfig) -> None:
@@ -136,9 +144,8 @@ def test_early_stop_ends_training_and_keeps_the_best_step(config: TrainConfig) -
 
 def test_kept_weights_are_those_of_the_best_step(config: TrainConfig) -> None:
     base = load_base(config.base, device="cpu", dtype="float32")
-    held_out = read_dataset(config.eval_data) if config.eval_data else None
     schedule = replace(config.schedule, epochs=4, lr=0.3, eval_every=1)
-    trainer, _ = prepare(replace(config, schedule=schedule), base, read_dataset(config.data), held_out, ignore)
+    trainer = _trainer(replace(config, schedule=schedule), base, with_eval=True)
 
     trainer.run(ignore, lambda: False, lambda: None)
 
@@ -158,7 +165,7 @@ def test_accumulated_batches_make_the_step_of_one_large_batch(config: TrainConfi
 def test_learning_rate_rises_then_falls_as_a_cosine(config: TrainConfig) -> None:
     base = load_base(config.base, device="cpu", dtype="float32")
     schedule = replace(config.schedule, epochs=5, warmup=0.2, lr=1.0)
-    trainer, _ = prepare(replace(config, schedule=schedule), base, read_dataset(config.data), None, ignore)
+    trainer = _trainer(replace(config, schedule=schedule), base)
 
     rates = [trainer.learning_rate(step) for step in range(trainer.num_steps)]
 
@@ -170,7 +177,7 @@ def test_learning_rate_rises_then_falls_as_a_cosine(config: TrainConfig) -> None
 
 def test_diverging_training_names_rows_and_leaves_nothing(config: TrainConfig) -> None:
     base = load_base(config.base, device="cpu", dtype="float32")
-    trainer, _ = prepare(config, base, read_dataset(config.data), None, ignore)
+    trainer = _trainer(config, base)
     with torch.no_grad():
         next(iter(trainer.parameters.values())).fill_(math.nan)
 
@@ -204,13 +211,13 @@ def test_full_disk_is_said_and_leaves_no_half_written_adapter(config: TrainConfi
 
 def test_existing_folder_is_not_replaced_unless_told(config: TrainConfig) -> None:
     config.out.mkdir(parents=True)
-    (config.out / "precious").write_text("x")
+    (config.out / "precious.json").write_text("x")
 
     with pytest.raises(InvalidRequest, match="exists"):
         train(config)
-    assert _listing(config.out) == ["precious"]
+    assert _listing(config.out) == ["precious.json"]
     train(replace(config, schedule=replace(config.schedule, epochs=1)), overwrite=True)
-    assert "precious" not in _listing(config.out)
+    assert "precious.json" not in _listing(config.out)
 
 
 @pytest.mark.parametrize(
@@ -251,8 +258,11 @@ def test_lengths_come_first_and_an_estimate_after_three_steps(config: TrainConfi
 
     train(config, listen=events.append)
 
-    assert events[0].stage == "data"
-    assert "32 examples" in events[0].message
+    told = [e.message for e in events if e.stage == "data"]
+    assert told[0].startswith("--data: 32 examples")
+    assert told[1].startswith("--eval: 7 examples")
+    stages = list(dict.fromkeys(e.stage for e in events))
+    assert stages.index("data") < stages.index("train") < stages.index("estimate")
     steps = [e for e in events if e.stage == "train"]
     assert [("remaining_s" in e.values) for e in steps[:4]] == [False, False, True, True]
     assert steps[-1].done == steps[-1].total

@@ -1,17 +1,28 @@
 """The frozen base model as training and evaluation need it: a transformers model and its tokenizer."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from manylora.errors import ModelUnusable
-from manylora.models import default_model
+from manylora.errors import InvalidRequest, NotEnoughMemory
+from manylora.models import checkpoint, default_model
 from manylora.models.loading import DeviceName, DtypeName, resolve_model, select_device, select_dtype
 
-__all__ = ["Base", "DeviceName", "DtypeName", "accepts_logits_to_keep", "load_base", "load_tokenizer"]
+__all__ = [
+    "Base",
+    "DeviceName",
+    "DtypeName",
+    "accepts_logits_to_keep",
+    "load_base",
+    "load_tokenizer",
+    "memory_faults",
+    "named_base",
+]
 
 _SHORT = 256  # up to here plain matmuls beat torch's fused CPU attention, measured at 48 to 128 tokens
 
@@ -46,43 +57,41 @@ def load_base(
     max_length: int | None = None,
 ) -> Base:
     """Load a base with all its parameters frozen. Raises ModelUnusable when the folder holds no causal LM."""
-    import transformers
-
     folder = resolve_model(model)
-    tokenizer, context = load_tokenizer(model)
     place = select_device(device)
-    attention = "eager" if place.type == "cpu" and max_length is not None and max_length <= _SHORT else None
-    try:
-        stored_dtype = transformers.AutoConfig.from_pretrained(folder, local_files_only=True).dtype
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=select_dtype(dtype, place, stored_dtype),
-            attn_implementation=attention,
-            local_files_only=True,
-            use_safetensors=True,
-        )
-    except (OSError, ValueError) as error:
-        raise ModelUnusable(f"{folder} holds no causal language model that transformers can load: {error}") from error
+    config = checkpoint.read_config(folder)
+    tokenizer, context = load_tokenizer(model)
+    stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    loaded: Any = checkpoint.load_model(folder, config, select_dtype(dtype, place, stored))
+    if place.type == "cpu" and max_length is not None and max_length <= _SHORT:
+        loaded.set_attn_implementation("eager")
     loaded.requires_grad_(False)
     loaded.config.use_cache = False
-    stored = torch.float32 if stored_dtype is None else stored_dtype
     return Base(loaded.to(place), tokenizer, name or base_name(model, folder), context, stored)
 
 
 def load_tokenizer(model: str | None) -> tuple[Any, int]:
     """The base's tokenizer and its context length in tokens. Raises ModelUnusable when there is none."""
-    import transformers
-
     folder = resolve_model(model)
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ModelUnusable(
-            f"{folder} has no configuration and tokenizer that transformers can load: {error}"
-        ) from error
+    config: Any = checkpoint.read_config(folder)
+    tokenizer: Any = checkpoint.load_tokenizer(folder)
+    if tokenizer.eos_token_id is None:
+        raise InvalidRequest(f"The tokenizer in {folder} has no end-of-text token, so no answer could end.")
     context = int(getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 0) or 1024)
     return tokenizer, context
+
+
+@contextmanager
+def memory_faults(advice: str) -> Iterator[None]:
+    """Raises NotEnoughMemory, with what to do about it, in place of torch's own errors."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise NotEnoughMemory(f"The GPU's memory is too small for this. {advice}") from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        raise NotEnoughMemory(f"This machine's memory is too small for this. {advice}") from error
 
 
 def base_name(model: str | None, folder: Path) -> str:
@@ -90,6 +99,13 @@ def base_name(model: str | None, folder: Path) -> str:
     if model is None:
         return default_model.NAME
     return folder.resolve().name if Path(model).exists() else model
+
+
+def named_base(name: str | None) -> tuple[bool, str | None]:
+    """Whether the base that an adapter's config names is on this machine, and what `load_base` calls it."""
+    if name == default_model.NAME:
+        return True, None
+    return (True, name) if name and Path(name).is_dir() else (False, None)
 
 
 def accepts_logits_to_keep(model: Any) -> bool:

@@ -49,6 +49,12 @@ def epoch_order(lengths: Sequence[int], batch_size: int, *, seed: int, epoch: in
     return [batches[i] for i in shuffled]
 
 
+def padding_share(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> float:
+    """The share of positions that are padding when each batch is as long as its longest example."""
+    padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
+    return 1 - sum(lengths) / padded
+
+
 def sorted_batches(examples: Sequence[Encoded], batch_size: int) -> Iterator[list[int]]:
     """Indices in batches of like length, for evaluation, where order does not matter."""
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]))

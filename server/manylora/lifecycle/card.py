@@ -33,6 +33,11 @@ class Card:
         made = (("How it was made", f"```\n{command}\n```"),) if command else ()
         return Card(title, tuple(facts), made)
 
+    @staticmethod
+    def of_weights(title: str, command: str, facts: tuple[tuple[str, str], ...]) -> "Card":
+        """The card of an adapter that was computed from weights, without training."""
+        return Card(title, facts, (("How it was made", f"```\n{command}\n```"),) if command else ())
+
     def markdown(self) -> str:
         lines = [f"# {self.title}", ""]
         if self.facts:

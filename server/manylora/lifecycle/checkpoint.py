@@ -1,31 +1,36 @@
-"""A training's state on disk: tensors as safetensors, the rest as JSON; never pickle."""
+"""A training's state on disk, in one safetensors file: tensors, and the rest as JSON in its header; never pickle.
+
+One file, so that it is replaced in one rename: a process killed at any moment leaves the last whole checkpoint.
+"""
 
 import json
 import math
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from manylora.errors import InvalidRequest
-from manylora.lifecycle.output import atomic_folder, write_json
+from manylora.lifecycle.output import atomic_file
 from manylora.lifecycle.training import History, Trainer
 
+_RANDOM, _RANDOM_CUDA = "random", "random.cuda"
+_OPTIMIZER = ("step", "exp_avg", "exp_avg_sq")
 
-def checkpoint_folder(out: Path) -> Path:
+
+def checkpoint_path(out: Path) -> Path:
     """Beside the result, hidden, so that an interrupted training leaves nothing under the result's name."""
-    return out.parent / f".{out.name}.checkpoint"
+    return out.parent / f".{out.name}.checkpoint.safetensors"
 
 
-def save_checkpoint(folder: Path, trainer: Trainer, fingerprint: str) -> None:
-    """Replace the checkpoint in `folder` by the trainer's state now. Raises ManyloraError when it cannot be written."""
-    tensors: dict[str, torch.Tensor] = {"random": torch.get_rng_state()}
+def save_checkpoint(path: Path, trainer: Trainer, fingerprint: str) -> None:
+    """Replace the checkpoint by the trainer's state now. Raises ManyloraError when it cannot be written."""
+    tensors: dict[str, torch.Tensor] = {_RANDOM: torch.get_rng_state()}
     if torch.cuda.is_available():
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
+        tensors[_RANDOM_CUDA] = torch.cuda.get_rng_state()
     for name, parameter in trainer.parameters.items():
         tensors[f"weight.{name}"] = parameter.detach().contiguous()
         tensors[f"best.{name}"] = trainer.best[name].contiguous()
@@ -33,46 +38,56 @@ def save_checkpoint(folder: Path, trainer: Trainer, fingerprint: str) -> None:
             tensors[f"adamw.{key}.{name}"] = torch.as_tensor(value).contiguous()
     history = asdict(trainer.history)
     history["best_loss"] = None if math.isinf(trainer.history.best_loss) else trainer.history.best_loss
-    with atomic_folder(folder) as draft:
+    state = {"fingerprint": fingerprint, "history": json.dumps(history)}
+    with atomic_file(path) as draft:
         try:
-            save_file(tensors, draft / "state.safetensors")
+            save_file(tensors, draft, metadata=state)
         except SafetensorError as error:
             raise OSError(None, f"the checkpoint: {error}") from error
-        write_json(draft / "state.json", {"fingerprint": fingerprint, "history": history})
 
 
-def load_checkpoint(folder: Path, trainer: Trainer, fingerprint: str) -> None:
+def load_checkpoint(path: Path, trainer: Trainer, fingerprint: str) -> None:
     """Put the trainer where the checkpoint was taken.
 
-    Raises InvalidRequest when there is none, or when it belongs to other data or settings.
+    Raises InvalidRequest when it belongs to other data or settings, or cannot be read.
     """
-    if not (folder / "state.json").is_file():
-        raise InvalidRequest(f"There is nothing to resume: {folder} does not exist. Run without --resume.")
-    state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    try:
+        with safe_open(path, framework="pt") as file:
+            state: dict[str, str] = file.metadata()
+            _check(state, fingerprint)
+            tensors: dict[str, torch.Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise InvalidRequest(f"{path} cannot be read: {error}. Start again with --overwrite.") from error
+    torch.set_rng_state(tensors[_RANDOM])
+    if _RANDOM_CUDA in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors[_RANDOM_CUDA])
+    with torch.no_grad():
+        for name, parameter in trainer.parameters.items():
+            parameter.copy_(tensors[f"weight.{name}"])
+            trainer.best[name] = tensors[f"best.{name}"].to(parameter.device)
+            for key in _OPTIMIZER:
+                stored = tensors.get(f"adamw.{key}.{name}")
+                if stored is not None:
+                    place = parameter.device if key != "step" else torch.device("cpu")
+                    trainer.optimizer.state[parameter][key] = stored.to(place)
+    trainer.history = _history(state["history"])
+
+
+def discard_checkpoint(path: Path) -> None:
+    path.unlink(missing_ok=True)
+
+
+def _check(state: dict[str, str], fingerprint: str) -> None:
     if state["fingerprint"] != fingerprint:
         raise InvalidRequest(
             "The interrupted training used other data or settings. Resume it with those, or start again with "
             "--overwrite."
         )
-    tensors = load_file(folder / "state.safetensors")
-    torch.set_rng_state(tensors["random"])
-    if "random.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random.cuda"])
-    with torch.no_grad():
-        for name, parameter in trainer.parameters.items():
-            parameter.copy_(tensors[f"weight.{name}"])
-            trainer.best[name] = tensors[f"best.{name}"].to(parameter.device)
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                stored = tensors.get(f"adamw.{key}.{name}")
-                if stored is not None:
-                    place = parameter.device if key != "step" else torch.device("cpu")
-                    trainer.optimizer.state[parameter][key] = stored.to(place)
-    history = state["history"]
-    history["best_loss"] = math.inf if history["best_loss"] is None else history["best_loss"]
-    history["train_loss"] = [(int(step), float(loss)) for step, loss in history["train_loss"]]
-    history["eval_loss"] = [(int(step), float(loss)) for step, loss in history["eval_loss"]]
-    trainer.history = History(**history)
 
 
-def discard_checkpoint(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
+def _history(text: str) -> History:
+    values: dict[str, Any] = json.loads(text)
+    values["best_loss"] = math.inf if values["best_loss"] is None else values["best_loss"]
+    for key in ("train_loss", "eval_loss"):
+        values[key] = [(int(step), float(loss)) for step, loss in values[key]]
+    return History(**values)

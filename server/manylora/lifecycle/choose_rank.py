@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,13 +13,17 @@ import numpy as np
 import torch
 
 from manylora.errors import InvalidRequest
-from manylora.lifecycle.base import Base, load_base
+from manylora.lifecycle.base import Base, load_base, load_tokenizer, memory_faults
+from manylora.lifecycle.checkpoint import checkpoint_path
 from manylora.lifecycle.data import Dataset, read_dataset
 from manylora.lifecycle.encoding import Encoded, Encoder
+from manylora.lifecycle.journal import Journal
+from manylora.lifecycle.lengths import tell_lengths
 from manylora.lifecycle.output import atomic_folder, refuse_existing, write_json
 from manylora.lifecycle.plots import rank_curve
 from manylora.lifecycle.progress import Listener, Progress, ignore
-from manylora.lifecycle.train import LoraShape, TrainConfig, TrainResult, add_lora, report_folder, train
+from manylora.lifecycle.train import MEMORY_ADVICE, TrainResult, add_lora, train
+from manylora.lifecycle.train_config import LoraShape, TrainConfig, check_settings
 from manylora.lifecycle.training import Trainer
 
 
@@ -70,31 +75,52 @@ def choose_rank(
 
     Raises InvalidRequest for bad input before the model is loaded.
     """
+    dataset = _check(config, resume=resume, overwrite=overwrite)
     out = config.training.out
-    dataset = _check(config, overwrite=overwrite)
-    progress = _Journal(out, _fingerprint(config), resume=resume, overwrite=overwrite)
-    base = load_base(
-        config.training.base, name=config.training.base_name, device=config.training.device,
-        dtype=config.training.dtype, max_length=config.training.max_length,
-    )  # fmt: skip
-    encoder = Encoder(
-        base.tokenizer, render=config.training.render, instruction=config.training.instruction,
-        max_length=config.training.max_length,
-    )  # fmt: skip
-    encoded = encoder.encode(dataset, context_length=base.context_length)
-    candidates = _cross_validate(config, base, encoded, progress, listen, should_stop)
+    journal = Journal(
+        out.parent / f".{out.name}.ranks.json", _fingerprint(config), resume=resume, overwrite=overwrite, what="search"
+    )
+    candidates = _candidates(config, dataset, journal, listen, should_stop)
     if candidates is None:
         return None, None
     chosen = one_standard_error(candidates)
-    report = _report(candidates, chosen)
-    with atomic_folder(out.parent / f"{out.name}.ranks") as draft:
+    report = _report(config, dataset, candidates, chosen)
+    with atomic_folder(ranks_folder(out)) as draft:
         write_json(draft / "ranks.json", report)
         rank_curve(draft / "ranks.png", report["candidates"], report["chosen"])
-    progress.discard()
-    if not config.train_final:
-        return report, None
-    final = replace(config.training, lora=chosen.shape)
-    return report, train(final, overwrite=overwrite, listen=listen, should_stop=should_stop)
+    trained = None
+    if config.train_final:
+        final = replace(config.training, lora=chosen.shape)
+        going_on = resume and checkpoint_path(final.out).exists()
+        trained = train(final, resume=going_on, overwrite=overwrite, listen=listen, should_stop=should_stop)
+    if trained is None or trained.finished:
+        journal.discard()
+    return report, trained
+
+
+def ranks_folder(out: Path) -> Path:
+    """Where table and plot go: beside the final adapter's place."""
+    return out.parent / f"{out.name}.ranks"
+
+
+def _candidates(
+    config: ChooseConfig, dataset: Dataset, journal: Journal, listen: Listener, should_stop: Callable[[], bool]
+) -> list[Candidate] | None:
+    training = config.training
+    tokenizer, context_length = load_tokenizer(training.base)
+    encoder = Encoder(
+        tokenizer, render=training.render, instruction=training.instruction, max_length=training.max_length
+    )
+    encoded = encoder.encode(dataset, context_length=context_length)
+    tell_lengths("--data", encoded, listen)
+    if training.threads:
+        torch.set_num_threads(training.threads)
+    base = load_base(
+        training.base, name=training.base_name, device=training.device, dtype=training.dtype,
+        max_length=training.max_length,
+    )  # fmt: skip
+    with memory_faults(MEMORY_ADVICE):
+        return _cross_validate(config, base, encoded, journal, listen, should_stop)
 
 
 def one_standard_error(candidates: Sequence[Candidate]) -> Candidate:
@@ -118,27 +144,31 @@ def _cross_validate(
     config: ChooseConfig,
     base: Base,
     encoded: Sequence[Encoded],
-    progress: "_Journal",
+    journal: Journal,
     listen: Listener,
     should_stop: Callable[[], bool],
 ) -> list[Candidate] | None:
     folds = split_folds(encoded, config.folds, config.training.schedule.seed)
     done, total = 0, len(config.shapes) * len(folds)
-    candidates = []
+    candidates, seconds = [], []
     for shape in config.shapes:
         losses, size = [], 0
         for number, held_out in enumerate(folds):
             key = json.dumps([asdict(shape), number])
-            if key not in progress.results:
+            if key not in journal.results:
+                started = time.monotonic()
                 found = _one_fold(config, base, encoded, held_out, shape, should_stop)
                 if found is None:
                     return None
-                progress.add(key, found)
-            loss, size = progress.results[key][0], int(progress.results[key][1])
+                seconds.append(time.monotonic() - started)
+                journal.add(key, found)
+            loss, size = journal.results[key][0], int(journal.results[key][1])
             losses.append(loss)
             done += 1
-            message = f"{_name(shape)}: loss {np.mean(losses):.4f}" if number == len(folds) - 1 else ""
-            listen(Progress("cross-validate", done, total, message, {"loss": loss}))
+            values = {"loss": loss}
+            if seconds:
+                values["remaining_s"] = sum(seconds) / len(seconds) * (total - done)
+            listen(Progress("cross-validate", done, total, values=values))
         candidates.append(Candidate(shape, size, tuple(losses)))
     return candidates
 
@@ -166,47 +196,18 @@ def _one_fold(
         model.unload()
 
 
-class _Journal:
-    """Results of finished folds on disk, so that an interrupted search goes on where it stopped."""
-
-    def __init__(self, out: Path, fingerprint: str, *, resume: bool, overwrite: bool) -> None:
-        self._path = out.parent / f".{out.name}.ranks.json"
-        self._fingerprint = fingerprint
-        self.results: dict[str, tuple[float, int]] = {}
-        if self._path.exists() and not resume and not overwrite:
-            raise InvalidRequest(
-                "An interrupted search for this --out exists: give --resume, or --overwrite to drop it."
-            )
-        if resume:
-            self._read()
-
-    def add(self, key: str, result: tuple[float, int]) -> None:
-        self.results[key] = result
-        write_json(self._path, {"fingerprint": self._fingerprint, "results": self.results})
-
-    def discard(self) -> None:
-        self._path.unlink(missing_ok=True)
-
-    def _read(self) -> None:
-        if not self._path.exists():
-            raise InvalidRequest("There is nothing to resume for this --out. Run without --resume.")
-        state = json.loads(self._path.read_text(encoding="utf-8"))
-        if state["fingerprint"] != self._fingerprint:
-            raise InvalidRequest("The interrupted search used other data or settings. Resume it with those.")
-        self.results = {key: (float(loss), int(size)) for key, (loss, size) in state["results"].items()}
-
-
-def _check(config: ChooseConfig, *, overwrite: bool) -> Dataset:
+def _check(config: ChooseConfig, *, resume: bool, overwrite: bool) -> Dataset:
     if not config.ranks or min(config.ranks) < 1 or len(set(config.ranks)) != len(config.ranks):
         raise InvalidRequest("--ranks must be different numbers from 1 up, as in 1,2,4,8.")
     if config.folds < 2:
         raise InvalidRequest(f"--folds must be at least 2, not {config.folds}.")
-    out = config.training.out
-    refuse_existing(out.parent / f"{out.name}.ranks", overwrite=overwrite)
+    training = config.training
+    check_settings(training.lora, training.schedule, training.max_length, training.threads)
+    # an interrupted final training comes after the table was written
+    refuse_existing(ranks_folder(training.out), overwrite=overwrite or resume)
     if config.train_final:
-        refuse_existing(out, overwrite=overwrite)
-        refuse_existing(report_folder(out), overwrite=overwrite)
-    dataset = read_dataset(config.training.data, min_labels=2)
+        refuse_existing(training.out, overwrite=overwrite)
+    dataset = read_dataset(training.data, min_labels=2)
     smallest = min((sum(e.label == label for e in dataset.examples) for label in dataset.labels), default=len(dataset))
     if smallest < config.folds:
         raise InvalidRequest(f"--folds {config.folds} needs that many examples (of every label); there are {smallest}.")
@@ -214,16 +215,15 @@ def _check(config: ChooseConfig, *, overwrite: bool) -> Dataset:
 
 
 def _fingerprint(config: ChooseConfig) -> str:
-    parts = [asdict(config.training.schedule), config.training.instruction, config.training.render, config.folds]
-    text = json.dumps([*parts, config.training.max_length, config.training.dtype], sort_keys=True)
-    return hashlib.sha256(text.encode() + config.training.data.read_bytes()).hexdigest()
+    training = config.training
+    parts = [asdict(training.schedule), training.instruction, training.render, config.folds]
+    text = json.dumps([*parts, training.max_length, training.dtype, training.base], sort_keys=True)
+    return hashlib.sha256(text.encode() + training.data.read_bytes()).hexdigest()
 
 
-def _name(shape: LoraShape) -> str:
-    return f"rank {shape.rank}" + (f" on {','.join(shape.targets)}" if shape.targets else "")
-
-
-def _report(candidates: Sequence[Candidate], chosen: Candidate) -> dict[str, Any]:
+def _report(
+    config: ChooseConfig, dataset: Dataset, candidates: Sequence[Candidate], chosen: Candidate
+) -> dict[str, Any]:
     rows = [
         {
             "rank": c.shape.rank,
@@ -235,4 +235,13 @@ def _report(candidates: Sequence[Candidate], chosen: Candidate) -> dict[str, Any
         }
         for c in candidates
     ]
-    return {"candidates": rows, "chosen": rows[list(candidates).index(chosen)], "rule": "one standard error"}
+    return {
+        "data": config.training.data.name,
+        "num_examples": len(dataset),
+        "folds": config.folds,
+        "schedule": asdict(config.training.schedule),
+        "score": "held-out loss in nats per answer token",
+        "rule": "one standard error",
+        "candidates": rows,
+        "chosen": rows[list(candidates).index(chosen)],
+    }

@@ -20,7 +20,7 @@ METHODS: tuple[Method, ...] = get_args(Method)
 def combined(
     deltas: Sequence[torch.Tensor], weights: Sequence[float], method: Method, *, density: float, seed: int
 ) -> torch.Tensor:
-    """One ΔW [out, in] out of several of the same shape."""
+    """One ΔW [out, in] out of several of the same shape. `seed` decides what dare_ties drops."""
     stacked, factors = torch.stack(list(deltas)), torch.tensor(weights)[:, None, None]
     if method in ("linear", "cat", "svd"):
         return (stacked * factors).sum(0)

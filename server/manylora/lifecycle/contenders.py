@@ -1,5 +1,6 @@
 """Those who are evaluated: the base and adapters, in this process or on a running server."""
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -9,10 +10,13 @@ from typing import Any, Protocol, TypeVar
 import httpx
 import torch
 
-from manylora.errors import InvalidRequest, ManyloraError
+from manylora.errors import InvalidRequest
 from manylora.lifecycle.base import Base, accepts_logits_to_keep
 from manylora.lifecycle.batches import answer_nll, collate, sorted_batches
+from manylora.lifecycle.data import Message
 from manylora.lifecycle.encoding import Encoded, Encoder
+from manylora.lifecycle.probes import PROMPTS
+from manylora.lifecycle.remote import call
 
 _T = TypeVar("_T")
 BASE = "base"
@@ -126,15 +130,27 @@ class ServerContenders:
     encoder: Encoder
     at_once: int = 16
 
+    def check_tokenizer(self) -> None:
+        """Raises InvalidRequest when the server counts a prompt's tokens otherwise than the encoder here."""
+        for text in PROMPTS:
+            prompt = (Message("user", text),)
+            here = self.encoder.num_prompt_tokens(prompt)
+            there = self._ask(self.base_name, prompt, 1)["usage"]["prompt_tokens"]
+            if here != there:
+                raise InvalidRequest(
+                    f"The server's base {self.base_name} makes {there} tokens of {text!r}, and the model here {here}: "
+                    "they are different. Give the server's model with --model."
+                )
+
     def answers(self, name: str, examples: Sequence[Encoded], max_tokens: int, tick: Tick) -> list[str]:
         def ask(example: Encoded) -> str:
-            body: dict[str, Any] = {"model": self._model(name), "max_tokens": max_tokens, "temperature": 0}
-            prompt = self.encoder.request(example.example.prompt)
-            if isinstance(prompt, str):
-                return str(self._post("/v1/completions", body | {"prompt": prompt})["choices"][0]["text"])
-            messages = [{"role": m.role, "content": m.content} for m in prompt]
-            answer = self._post("/v1/chat/completions", body | {"messages": messages})
-            return str(answer["choices"][0]["message"]["content"])
+            model = self._model(name)
+            if example.num_cut:  # what is left of a prompt is tokens, no longer a message
+                body = {"model": model, "max_tokens": max_tokens, "temperature": 0, "prompt": list(example.prompt_ids)}
+                choice = self._post("/v1/completions", body)["choices"][0]
+            else:
+                choice = self._ask(model, example.example.prompt, max_tokens)["choices"][0]
+            return str(choice["message"]["content"] if "message" in choice else choice["text"])
 
         return self._all(ask, examples, tick)
 
@@ -145,7 +161,8 @@ class ServerContenders:
                 "max_tokens": 1, "temperature": 0,
             }  # fmt: skip
             logprobs = self._post("/v1/completions", body)["choices"][0]["logprobs"]["token_logprobs"]
-            return -float(sum(p for p, learnt in zip(logprobs, example.is_answer, strict=False) if learnt))
+            wanted = [p for p, learnt in zip(logprobs, example.is_answer, strict=False) if learnt]
+            return math.nan if None in wanted else -float(sum(wanted))
 
         return self._all(ask, examples, tick)
 
@@ -157,20 +174,16 @@ class ServerContenders:
                 tick(len(found))
         return found
 
+    def _ask(self, model: str, prompt: Sequence[Message], max_tokens: int) -> dict[str, Any]:
+        body: dict[str, Any] = {"model": model, "max_tokens": max_tokens, "temperature": 0}
+        request = self.encoder.request(prompt)
+        if isinstance(request, str):
+            return self._post("/v1/completions", body | {"prompt": request})
+        messages = [{"role": m.role, "content": m.content} for m in request]
+        return self._post("/v1/chat/completions", body | {"messages": messages})
+
     def _model(self, name: str) -> str:
         return self.base_name if name == BASE else name
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        return checked(self.client.post(path, json=body))
-
-
-def checked(response: httpx.Response) -> dict[str, Any]:
-    """The JSON of a good answer. Raises ManyloraError with the server's own words otherwise."""
-    if response.is_success:
-        content: dict[str, Any] = response.json() if response.content else {}
-        return content
-    try:
-        message = response.json()["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        message = response.text[:200]
-    raise ManyloraError(f"{response.request.url.path}: {response.status_code} {message}")
+        return call(self.client, "POST", path, json=body)

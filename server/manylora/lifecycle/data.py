@@ -129,9 +129,15 @@ def _jsonl(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
             row = json.loads(text.rstrip())
         except json.JSONDecodeError as error:
             where = f"row {number}, column {error.colno}"
-            raise InvalidRequest(f"{path.name}: {where} is not JSON: {error.msg}.") from error
+            hint = " Each line holds one row; a list over several lines is not read." if text.strip() == "[" else ""
+            raise InvalidRequest(f"{path.name}: {where} is not JSON: {error.msg}.{hint}") from error
+        except RecursionError as error:
+            raise InvalidRequest(f"{path.name}: row {number} is nested too deeply.") from error
         if not isinstance(row, dict):
-            raise InvalidRequest(f"{path.name}: row {number} is a JSON {type(row).__name__}, not an object.")
+            raise InvalidRequest(
+                f"{path.name}: row {number} is a JSON {type(row).__name__}, not an object. Each line holds one row, as "
+                '{"prompt": "…", "completion": "…"}.'
+            )
         yield number, row
 
 
@@ -179,10 +185,17 @@ def _problems(row: Mapping[str, Any], shape: Shape) -> str:
     for field in _FIELDS[shape]:
         if not isinstance(row[field], str):
             return f"{field} must be a string, not {type(row[field]).__name__}"
+        if not _is_text(row[field]):
+            return f"{field} holds half a character (a lone surrogate)"
     for field in ("completion", "label", "text"):
         if field in _FIELDS[shape] and not row[field].strip():
             return f"{field} is empty"
     return ""
+
+
+def _is_text(value: str) -> bool:
+    """JSON can spell halves of characters, which no UTF-8 and no tokenizer has."""
+    return not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def _chat_problems(messages: object) -> str:
@@ -191,6 +204,8 @@ def _chat_problems(messages: object) -> str:
     for index, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             return f"messages[{index}] must be an object with role and content, both strings"
+        if not _is_text(message["content"]):
+            return f"messages[{index}].content holds half a character (a lone surrogate)"
         if message.get("role") not in _ROLES:
             return f"messages[{index}].role must be one of {', '.join(_ROLES)}"
     if messages[-1]["role"] != "assistant":
@@ -202,5 +217,7 @@ def _example(number: int, row: Mapping[str, Any], shape: Shape) -> Example:
     if shape == "chat":
         return Example(number, tuple(Message(m["role"], m["content"]) for m in row["messages"]))
     question, answer = (row[field] for field in _FIELDS[shape])
+    if shape == "label":
+        answer = answer.strip()  # "good " and "good" are one class
     messages = (Message("user", question), Message("assistant", answer))
     return Example(number, messages, label=answer if shape == "label" else None)

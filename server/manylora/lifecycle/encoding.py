@@ -8,8 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-
 from manylora.errors import InvalidRequest
 from manylora.lifecycle.data import Dataset, Example, Message
 
@@ -41,21 +39,6 @@ class Encoded:
     @property
     def num_answer_tokens(self) -> int:
         return sum(self.is_answer)
-
-
-@dataclass(frozen=True, slots=True)
-class LengthStatistics:
-    """Lengths in tokens, of whole examples and of answers."""
-
-    num_examples: int
-    num_tokens: int
-    median: int
-    p95: int
-    longest: int
-    longest_row: int
-    answer_median: int
-    answer_longest: int
-    num_truncated: int
 
 
 class Encoder:
@@ -100,6 +83,11 @@ class Encoder:
     def request(self, prompt: Sequence[Message]) -> str | tuple[Message, ...]:
         """What a client sends for this prompt: the text of a completion, or the messages of a chat."""
         return self._instructed(prompt) if self.is_chat else self._plain(prompt)
+
+    def num_prompt_tokens(self, prompt: Sequence[Message]) -> int:
+        if not self.is_chat:
+            return len(self._ids(self._plain(prompt), special=True))
+        return len(self._ids(self._chat(self._instructed(prompt), for_answer=True), special=False))
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
@@ -169,19 +157,3 @@ class Encoder:
         if excess <= 0:
             return one
         return Encoded(one.example, one.ids[excess:], one.is_answer[excess:], excess)
-
-
-def length_statistics(encoded: Sequence[Encoded]) -> LengthStatistics:
-    lengths = np.array([len(e) for e in encoded])
-    answers = np.array([e.num_answer_tokens for e in encoded])
-    return LengthStatistics(
-        num_examples=len(encoded),
-        num_tokens=int(lengths.sum()),
-        median=int(np.median(lengths)),
-        p95=int(np.percentile(lengths, 95)),
-        longest=int(lengths.max()),
-        longest_row=encoded[int(lengths.argmax())].example.row,
-        answer_median=int(np.median(answers)),
-        answer_longest=int(answers.max()),
-        num_truncated=sum(e.num_cut > 0 for e in encoded),
-    )

@@ -1,14 +1,16 @@
 """`manylora evaluate`: several contenders on one file, side by side, with intervals and a paired test."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from manylora.errors import InvalidRequest
+from manylora.errors import InvalidRequest, ManyloraError
 from manylora.lifecycle.contenders import Contenders
 from manylora.lifecycle.data import Dataset, read_dataset
 from manylora.lifecycle.encoding import Encoded
+from manylora.lifecycle.journal import Journal
 from manylora.lifecycle.output import atomic_folder, write_json
 from manylora.lifecycle.plots import confusion_matrix
 from manylora.lifecycle.progress import Listener, Progress, ignore
@@ -25,6 +27,7 @@ from manylora.lifecycle.scores import (
 )
 
 SIGNIFICANT = 0.05
+_OF_LABELS = ("accuracy", "macro_precision", "macro_recall", "macro_f1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +46,14 @@ def evaluation_data(path: Path, metrics: Sequence[str]) -> tuple[Dataset, tuple[
     dataset = read_dataset(path)
     fitting = ["exact_match", "valid_json", "perplexity"]
     if dataset.shape == "label":
-        fitting = ["accuracy", "macro_f1", "mentioned", "exact_match", "perplexity"]
+        fitting = [*_OF_LABELS, "mentioned", "exact_match", "perplexity"]
     for metric in metrics:
         if metric not in HIGHER_IS_BETTER:
             raise InvalidRequest(f"--metrics: {metric!r} is not one of {', '.join(HIGHER_IS_BETTER)}.")
         if metric not in fitting:
-            raise InvalidRequest(f"--metrics: {metric} needs rows of text and label, {path.name} has none.")
-    default = ["accuracy", "macro_f1", "perplexity"] if dataset.shape == "label" else ["exact_match", "perplexity"]
+            needed = "rows of text and label" if metric != "valid_json" else "rows whose answers are JSON, not labels"
+            raise InvalidRequest(f"--metrics: {metric} needs {needed}, {path.name} has none.")
+    default = [*_OF_LABELS, "perplexity"] if dataset.shape == "label" else ["exact_match", "perplexity"]
     return dataset, tuple(metrics or default)
 
 
@@ -59,15 +63,19 @@ def evaluate(
     encoded: Sequence[Encoded],
     contenders: Contenders,
     metrics: Sequence[str],
+    journal: Journal,
     listen: Listener = ignore,
 ) -> dict[str, Any]:
-    """Run every contender over the examples; the report, also written to `config.out` with the pictures."""
-    if not contenders.names:
-        raise InvalidRequest("Nothing to evaluate: give --adapter or --base.")
+    """Run every contender over the examples; the report, also written to `config.out` with the pictures.
+
+    What the journal has is not run again. Raises ManyloraError when a contender's likelihoods are no numbers.
+    """
     golds = [e.example.answer for e in encoded]
     results, answers = {}, {}
     for name in contenders.names:
-        results[name], answers[name] = _run(config, dataset, encoded, contenders, name, metrics, listen)
+        answers[name], nll = _run(config, encoded, contenders, name, metrics, journal, listen)
+        tokens = [e.num_answer_tokens for e in encoded]
+        results[name] = outcomes(golds, answers[name], labels=dataset.labels, nll=nll, tokens=tokens)
     reference = contenders.names[0]
     report: dict[str, Any] = {
         "data": config.data.name,
@@ -107,24 +115,32 @@ def deserves_promotion(test: Comparison, min_gain: float) -> bool:
 
 def _run(
     config: EvaluateConfig,
-    dataset: Dataset,
     encoded: Sequence[Encoded],
     contenders: Contenders,
     name: str,
     metrics: Sequence[str],
+    journal: Journal,
     listen: Listener,
-) -> tuple[Outcomes, list[str]]:
-    def tick(done: int) -> None:
-        listen(Progress(name, done, total))
+) -> tuple[list[str], list[float] | None]:
+    """One contender's answers and, where perplexity is asked for, the likelihoods of the right answers."""
 
-    golds = [e.example.answer for e in encoded]
-    total = len(encoded)
-    answers = [""] * total
+    def tick(done: int) -> None:
+        listen(Progress(name, done, len(encoded)))
+
+    answers = [""] * len(encoded)
     if set(metrics) != {"perplexity"}:
-        answers = contenders.answers(name, encoded, config.max_tokens, tick)
-    nll = contenders.nll(name, encoded, tick) if "perplexity" in metrics else None
-    tokens = [e.num_answer_tokens for e in encoded]
-    return outcomes(golds, answers, labels=dataset.labels, nll=nll, tokens=tokens), answers
+        if f"{name}/answers" not in journal.results:
+            journal.add(f"{name}/answers", contenders.answers(name, encoded, config.max_tokens, tick))
+        answers = journal.results[f"{name}/answers"]
+    if "perplexity" not in metrics:
+        return answers, None
+    if f"{name}/nll" not in journal.results:
+        found = contenders.nll(name, encoded, tick)
+        wrong = [e.example.row for e, value in zip(encoded, found, strict=True) if not math.isfinite(value)]
+        if wrong:
+            raise ManyloraError(f"{name} gives no finite likelihood for row {wrong[0]} ({len(wrong)} rows in all).")
+        journal.add(f"{name}/nll", found)
+    return answers, journal.results[f"{name}/nll"]
 
 
 def _write(out: Path, report: dict[str, Any], results: dict[str, Outcomes], labels: Sequence[str]) -> None:

@@ -10,9 +10,10 @@ import torch
 from manylora.errors import InvalidRequest
 from manylora.lifecycle.adapter_files import write_adapter
 from manylora.lifecycle.base import Base, load_base
+from manylora.lifecycle.card import Card, write_card
 from manylora.lifecycle.compress import check_rank_or_energy, chosen_dtype
-from manylora.lifecycle.low_rank import Pair, applied, lora_files, rank_for_energy, short_targets, truncate
-from manylora.lifecycle.output import atomic_folder, refuse_existing, write_json
+from manylora.lifecycle.low_rank import Pair, applied, as_stored, lora_files, rank_for_energy, short_targets, truncate
+from manylora.lifecycle.output import refuse_existing, result_and_report, write_json
 from manylora.lifecycle.probes import difference, logits_of
 from manylora.lifecycle.progress import Listener, Progress, ignore
 from manylora.lora.spec import ModuleSpec
@@ -29,6 +30,7 @@ class ExtractConfig:
     energy: float | None = None
     dtype: str = "float32"
     base_name: str | None = None
+    command: str = ""
 
 
 def extract(config: ExtractConfig, *, overwrite: bool = False, listen: Listener = ignore) -> dict[str, Any]:
@@ -46,27 +48,43 @@ def extract(config: ExtractConfig, *, overwrite: bool = False, listen: Listener 
     before, after = dict(base.model.named_parameters()), dict(tuned.model.named_parameters())
     _check_alike(before, after)
     linears = _linears(base, before)
-    pairs, modules = _factorise(config, linears, before, after, listen)
+    pairs, modules = _factorise(config, linears, before, after, dtype, listen)
     if not pairs:
         raise InvalidRequest(f"No linear of {config.tuned} differs from the base: there is nothing to extract.")
-    targets = short_targets(list(pairs), list(linears))
-    with atomic_folder(config.out) as draft:
-        size = write_adapter(draft, *lora_files(pairs, targets=targets, base_name=base.name, dtype=dtype))
+    files = lora_files(pairs, targets=short_targets(list(pairs), list(linears)), base_name=base.name, dtype=dtype)
     listen(Progress("compare", message="Comparing the logits of base + adapter with the fine-tune's"))
     wanted = logits_of(tuned.model, base.tokenizer)
     unadapted = difference(wanted, logits_of(base.model, base.tokenizer))
-    with applied(base.model, pairs):
+    with applied(base.model, {path: as_stored(pair, dtype) for path, pair in pairs.items()}):
         adapted = difference(wanted, logits_of(base.model, base.tokenizer))
-    report = {
+    report: dict[str, Any] = {
         "base": base.name,
         "tuned": Path(config.tuned).name,
-        "size_bytes": size,
+        "dtype": config.dtype,
         "modules": modules,
         "not_expressed": _not_expressed(before, after, {f"{path}.weight" for path in linears}),
         "difference": {"base": asdict(unadapted), "adapter": asdict(adapted)},
     }
-    write_json(config.out.parent / f"{config.out.name}.report" / "extract.json", report)
+    with result_and_report(config.out) as (result, beside):
+        report["size_bytes"] = write_adapter(result, *files)
+        write_card(result, _card(config, report))
+        write_json(beside / "extract.json", report)
     return report
+
+
+def _card(config: ExtractConfig, report: dict[str, Any]) -> Card:
+    modules, found = report["modules"].values(), report["difference"]["adapter"]
+    missing = ", ".join(entry["parameter"] for entry in report["not_expressed"][:3])
+    more = len(report["not_expressed"]) - 3
+    facts = [
+        ("Base", report["base"]),
+        ("Made from", f"{report['tuned']}, a full fine-tune"),
+        ("Ranks", f"{min(m['rank'] for m in modules)} to {max(m['rank'] for m in modules)}"),
+        ("Least energy kept in a module", f"{min(m['energy'] for m in modules):.2%}"),
+        ("Largest logit difference from the fine-tune", f"{found['max_abs_logit']:.3g} on the probe prompts"),
+        ("Changes it does not hold", (missing + (f" and {more} more" if more > 0 else "")) or "none"),
+    ]
+    return Card.of_weights(config.out.name, config.command, tuple(facts))
 
 
 def _check_alike(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> None:
@@ -94,6 +112,7 @@ def _factorise(
     linears: Mapping[str, ModuleSpec],
     before: Mapping[str, torch.Tensor],
     after: Mapping[str, torch.Tensor],
+    dtype: torch.dtype,
     listen: Listener,
 ) -> tuple[dict[str, Pair], dict[str, dict[str, float]]]:
     pairs: dict[str, Pair] = {}
@@ -103,13 +122,21 @@ def _factorise(
         delta = (after[f"{path}.weight"] - before[f"{path}.weight"]).detach()
         if not bool(delta.any()):
             continue
+        if not bool(delta.isfinite().all()):
+            raise InvalidRequest(f"{path} is not finite (NaN or infinity) in the base or in the fine-tune.")
         if spec.kind == "conv1d":
             delta = delta.T
         left, values, right = torch.linalg.svd(delta, full_matrices=False)
         rank = config.rank if config.energy is None else rank_for_energy(values, config.energy)
         assert rank is not None
-        pairs[path], kept, error = truncate(left, values, right, spec.kind, rank)
-        modules[path] = {"rank": pairs[path].rank, "energy": kept, "error": error, "norm": float(delta.norm())}
+        pairs[path], kept, discarded = truncate(left, values, right, spec.kind, rank)
+        modules[path] = {
+            "rank": pairs[path].rank,
+            "energy": kept,
+            "norm": float(delta.norm()),
+            "discarded": discarded,
+            "error": float((delta - as_stored(pairs[path], dtype).dense()).norm()),
+        }
     return pairs, modules
 
 

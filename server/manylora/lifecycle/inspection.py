@@ -8,10 +8,13 @@ from typing import Any
 import torch
 
 from manylora.errors import InvalidRequest
+from manylora.lifecycle.base import load_base, named_base
 from manylora.lifecycle.low_rank import Lora, Pair, read_lora, thin_svd
-from manylora.lifecycle.output import atomic_folder, refuse_existing
+from manylora.lifecycle.merging import AUTO, DEFAULT, NONE
+from manylora.lifecycle.output import atomic_folder, refuse_existing, write_json
 from manylora.lifecycle.plots import heat_map, spectra
 from manylora.lifecycle.progress import Listener, Progress, ignore
+from manylora.lora.spec import ModuleSpec
 
 _UNUSED = 1e-3  # a singular value below this share of the module's largest carries nothing
 _DOMINANT = 0.5  # share of the whole ‖ΔW‖² in one module
@@ -20,21 +23,21 @@ _FAINT = 1e-5  # ‖ΔW‖ relative to ‖W‖
 
 @dataclass(frozen=True, slots=True)
 class InspectConfig:
-    """`base` (a model) adds norms relative to W; `against` another adapter folder adds similarities."""
+    """`base` adds norms relative to W: a model, `default`, `none`, or `auto`: the one that the adapter names, where it
+    is on this machine. `against`, another adapter's folder, adds similarities.
+    """
 
     adapter: Path
     against: Path | None = None
-    base: str | None = None
-    with_base: bool = False
+    base: str = AUTO
 
 
 def inspect_adapter(config: InspectConfig, listen: Listener = ignore) -> dict[str, Any]:
     """The report. Raises InvalidRequest or InvalidAdapter for folders that are no adapters of one base."""
-    weights = _base_norms(config) if config.with_base else None
-    lora = read_lora(config.adapter, weights[0] if weights else None)
+    lora, weights = _read(config)
     modules = {}
     for done, (path, pair) in enumerate(lora.pairs.items(), start=1):
-        modules[path] = describe(pair, weights[1].get(path) if weights else None)
+        modules[path] = describe(pair, weights.get(path))
         listen(Progress("inspect", done, len(lora.pairs)))
     report: dict[str, Any] = {
         "adapter": config.adapter.name,
@@ -55,11 +58,26 @@ def inspect_adapter(config: InspectConfig, listen: Listener = ignore) -> dict[st
 
 
 def draw(report: dict[str, Any], out: Path, *, overwrite: bool = False) -> None:
-    """Write `heatmap.png` and `spectra.png` into a new folder. Raises InvalidRequest when it exists."""
+    """Write the report and its pictures into a new folder. Raises InvalidRequest when it exists."""
     refuse_existing(out, overwrite=overwrite)
     with atomic_folder(out) as draft:
-        heat_map(draft / "heatmap.png", report["modules"])
+        write_json(draft / "inspect.json", report)
+        heat_map(draft / "heatmap.png", *sizes(report["modules"]))
         spectra(draft / "spectra.png", report["modules"])
+        if "against" in report:
+            cosines = {path: m["cosine"] for path, m in report["against"]["modules"].items()}
+            heat_map(draft / "similarity.png", cosines, "cosine of the two changes", f"against {_other(report)}")
+
+
+def sizes(modules: dict[str, dict[str, Any]]) -> tuple[dict[str, float], str, str]:
+    """By module: ‖ΔW‖ relative to ‖W‖ where that is known; with its label and title for a picture."""
+    is_relative = all(m["relative_norm"] is not None for m in modules.values())
+    values = {path: m["relative_norm" if is_relative else "norm"] for path, m in modules.items()}
+    return values, "‖ΔW‖ / ‖W‖" if is_relative else "‖ΔW‖", "size of the change"
+
+
+def _other(report: dict[str, Any]) -> str:
+    return str(report["against"]["adapter"])
 
 
 def describe(pair: Pair, base_norm: float | None) -> dict[str, Any]:
@@ -70,7 +88,7 @@ def describe(pair: Pair, base_norm: float | None) -> dict[str, Any]:
         "rank": pair.rank,
         "shape": list(pair.shape),
         "norm": norm,
-        "relative_norm": None if base_norm is None else norm / base_norm if base_norm else math.inf,
+        "relative_norm": None if base_norm is None else norm / base_norm if base_norm else None,
         "singular_values": [float(v) for v in values],
         "effective_rank": effective_rank(values),
         "num_used": int((values > _UNUSED * values[0]).sum()) if norm else 0,
@@ -111,7 +129,7 @@ def warnings_about(report: dict[str, Any]) -> list[str]:
 
 
 def similarity(one: Lora, other: Lora) -> dict[str, Any]:
-    """Per shared module: cosine of the two ΔW, and cosines of the principal angles of their in and out spaces."""
+    """Per shared module: cosine of the two ΔW, and the principal angles between their in and out spaces, degrees."""
     shared = [path for path in one.pairs if path in other.pairs]
     if not shared:
         raise InvalidRequest("The two adapters have no module in common.")
@@ -124,8 +142,8 @@ def similarity(one: Lora, other: Lora) -> dict[str, Any]:
         inner, left, right = _inner(a, b), _inner(a, a), _inner(b, b)
         modules[path] = {
             "cosine": inner / math.sqrt(left * right) if left and right else 0.0,
-            "input_angles": _principal_cosines(a.a.T, b.a.T),
-            "output_angles": _principal_cosines(a.b, b.b),
+            "input_angles": _principal_angles(a.a.T, b.a.T),
+            "output_angles": _principal_angles(a.b, b.b),
         }
         product, squares, other_squares = product + inner, squares + left, other_squares + right
     cosine = product / math.sqrt(squares * other_squares) if squares and other_squares else 0.0
@@ -137,9 +155,17 @@ def _inner(a: Pair, b: Pair) -> float:
     return float(((b.b.double().T @ a.b.double()) * (b.a.double() @ a.a.double().T)).sum())
 
 
-def _principal_cosines(a: torch.Tensor, b: torch.Tensor) -> list[float]:
-    """Cosines of the principal angles between two column spaces, descending; directions of no weight left out."""
-    return [min(1.0, float(v)) for v in torch.linalg.svdvals(_basis(a).T @ _basis(b))]
+def _principal_angles(a: torch.Tensor, b: torch.Tensor) -> list[float]:
+    """Angles between two column spaces in degrees, ascending (Knyazev and Argentati, 2002, by scipy).
+
+    0 is a shared direction, 90 a foreign one; directions of no weight are left out.
+    """
+    from scipy.linalg import subspace_angles
+
+    one, other = _basis(a), _basis(b)
+    if not one.shape[1] or not other.shape[1]:
+        return []
+    return [math.degrees(float(angle)) for angle in subspace_angles(one.numpy(), other.numpy())[::-1]]
 
 
 def _basis(matrix: torch.Tensor) -> torch.Tensor:
@@ -149,10 +175,29 @@ def _basis(matrix: torch.Tensor) -> torch.Tensor:
     return basis
 
 
-def _base_norms(config: InspectConfig) -> tuple[dict[str, Any], dict[str, float]]:
-    from manylora.lifecycle.base import load_base
+def _read(config: InspectConfig) -> tuple[Lora, dict[str, float]]:
+    """The adapter, and ‖W‖ of the base's modules where the base is looked at."""
+    if config.base == NONE:
+        return read_lora(config.adapter), {}
+    if config.base != AUTO:
+        modules, norms = _base_norms(None if config.base == DEFAULT else config.base)
+        return read_lora(config.adapter, modules), norms
+    lora = read_lora(config.adapter)
+    is_there, model = named_base(lora.base_name)
+    if not is_there:
+        return lora, {}
+    modules, norms = _base_norms(model)
+    fits = all(path in modules and (p.shape == _shape(modules[path])) for path, p in lora.pairs.items())
+    return (read_lora(config.adapter, modules), norms) if fits else (lora, {})
+
+
+def _shape(spec: ModuleSpec) -> tuple[int, int]:
+    return spec.out_features, spec.in_features
+
+
+def _base_norms(model: str | None) -> tuple[dict[str, ModuleSpec], dict[str, float]]:
     from manylora.models.wrapping import adaptable_modules
 
-    base = load_base(config.base, device="cpu", dtype="float32")
+    base = load_base(model, device="cpu", dtype="float32")
     modules = adaptable_modules(base.model)
     return modules, {path: float(base.model.get_submodule(path).weight.norm()) for path in modules}

@@ -116,6 +116,18 @@ def thin_svd(pair: Pair) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return (q_b @ left).float(), values.float(), (right @ q_a.T).float()
 
 
+def as_stored(pair: Pair, dtype: torch.dtype) -> Pair:
+    """The pair as it is read back from a file of this dtype."""
+    return replace(pair, a=pair.a.to(dtype).float(), b=pair.b.to(dtype).float())
+
+
+def distance(one: Pair, other: Pair) -> float:
+    """‖ΔW₁ − ΔW₂‖ (Frobenius) without forming either: the norm of the small middle of [B₁ −B₂][A₁; A₂]."""
+    r_b = torch.linalg.qr(torch.cat([one.b, -other.b], dim=1).double(), mode="r")[1]
+    r_a = torch.linalg.qr(torch.cat([one.a, other.a]).double().T, mode="r")[1]
+    return float((r_b @ r_a.T).norm())
+
+
 def rank_for_energy(values: torch.Tensor, energy: float) -> int:
     """The fewest leading singular values that hold this share of the sum of squares; at least one."""
     squares = values.double().square()

@@ -1,6 +1,6 @@
 """Every picture of the lifecycle, drawn with matplotlib's file backend."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +9,13 @@ import numpy as np
 _DPI = 110
 
 
-def _figure(width: float = 7.0, height: float = 4.2) -> tuple[Any, Any]:
+def _figure(width: float = 7.0, height: float = 4.2, *, columns: int = 1) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
+    return figure, figure.subplots(1, columns)
 
 
 def loss_curve(
@@ -67,11 +67,9 @@ def font_for(text: str) -> str | None:
     return None
 
 
-def heat_map(path: Path, modules: dict[str, dict[str, Any]]) -> None:
-    """‖ΔW‖ (relative to ‖W‖ where known) by layer and kind of module."""
-    relative = all(m["relative_norm"] is not None for m in modules.values())
-    key = "relative_norm" if relative else "norm"
-    cells = {_place(name): m[key] for name, m in modules.items()}
+def heat_map(path: Path, values: dict[str, float], label: str, title: str) -> None:
+    """A value of each module, by layer and kind of module."""
+    cells = {_place(name): value for name, value in values.items()}
     layers = sorted({layer for layer, _ in cells})
     leaves = list(dict.fromkeys(leaf for _, leaf in cells))
     grid = np.full((len(layers), len(leaves)), np.nan)
@@ -82,8 +80,8 @@ def heat_map(path: Path, modules: dict[str, dict[str, Any]]) -> None:
     axes.set_xticks(range(len(leaves)), leaves, rotation=45, ha="right")
     step = max(1, len(layers) // 16)
     axes.set_yticks(range(0, len(layers), step), [layers[i] for i in range(0, len(layers), step)])
-    axes.set(ylabel="layer", title="size of the change")
-    figure.colorbar(image, label="‖ΔW‖ / ‖W‖" if relative else "‖ΔW‖")
+    axes.set(ylabel="layer", title=title)
+    figure.colorbar(image, label=label)
     figure.savefig(path, dpi=_DPI)
 
 
@@ -111,22 +109,25 @@ def _place(path: str) -> tuple[int, str]:
 
 
 def rank_curve(path: Path, candidates: Sequence[dict[str, Any]], chosen: dict[str, Any]) -> None:
-    """Held-out loss with its standard error against rank, one line per set of targets, bytes beside the points."""
-    figure, axes = _figure()
-    names = list(dict.fromkeys(",".join(c["targets"]) for c in candidates))
-    for name in names:
-        mine = [c for c in candidates if ",".join(c["targets"]) == name]
-        axes.errorbar(
-            [c["rank"] for c in mine], [c["mean"] for c in mine], yerr=[c["standard_error"] for c in mine],
-            marker="o", capsize=3, label=name or "every linear",
-        )  # fmt: skip
-        for c in mine:
-            size = f"{c['size_bytes'] / 1e6:.2g} MB"
-            axes.annotate(size, (c["rank"], c["mean"]), textcoords="offset points", xytext=(4, 6), fontsize=7)
-    axes.plot(chosen["rank"], chosen["mean"], "*", color="black", markersize=13, label="chosen", zorder=5)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks([c["rank"] for c in candidates], [str(c["rank"]) for c in candidates])
-    axes.set(xlabel="rank", ylabel="held-out loss per answer token (nats)")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    """Held-out loss with its standard error, against rank on the left and against bytes on the right."""
+    figure, (by_rank, by_size) = _figure(10.0, 4.2, columns=2)
+    of: tuple[tuple[Any, Callable[[dict[str, Any]], float]], ...] = (
+        (by_rank, lambda c: float(c["rank"])),
+        (by_size, lambda c: float(c["size_bytes"]) / 1e6),
+    )
+    for axes, value in of:
+        for name in dict.fromkeys(",".join(c["targets"]) for c in candidates):
+            mine = [c for c in candidates if ",".join(c["targets"]) == name]
+            axes.errorbar(
+                [value(c) for c in mine], [c["mean"] for c in mine], yerr=[c["standard_error"] for c in mine],
+                marker="o", capsize=3, label=name or "every linear",
+            )  # fmt: skip
+        axes.plot(value(chosen), chosen["mean"], "*", color="black", markersize=13, label="chosen", zorder=5)
+        axes.set_xscale("log", base=2)
+        ticks = sorted({round(value(c), 3) for c in candidates})
+        axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+        axes.grid(alpha=0.3)
+    by_rank.set(xlabel="rank", ylabel="held-out loss per answer token (nats)")
+    by_size.set(xlabel="size of the adapter in bfloat16 (MB)")
+    by_rank.legend(fontsize="small")
     figure.savefig(path, dpi=_DPI)

@@ -1,7 +1,6 @@
 """The lifecycle's side of the HTTP contract: upload an adapter, find versions, promote."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,30 +8,49 @@ import httpx
 
 from manylora.errors import InvalidRequest, ManyloraError
 from manylora.lifecycle.adapter_files import CONFIG, WEIGHTS
-from manylora.lifecycle.contenders import checked
+from manylora.lifecycle.remote import call, connect
 
-_TIMEOUT = httpx.Timeout(600.0, connect=10.0)
+__all__ = ["active_version", "check_may_manage", "check_name", "connect", "pinned", "promote", "publish", "served_base"]
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
-def _open(server: str, key: str) -> httpx.Client:
-    """A client of a running server. Raises ManyloraError when it does not answer."""
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    client = httpx.Client(base_url=server.rstrip("/"), headers=headers, timeout=_TIMEOUT)
-    try:
-        if not client.get("/ready").is_success:
-            raise ManyloraError(f"The server at {server} is not ready.")
-    except httpx.HTTPError as error:
-        client.close()
-        raise ManyloraError(f"No server answers at {server}: {error}") from error
-    return client
+def check_name(client: httpx.Client, name: str) -> None:
+    """Raises before any work for what would make `publish` fail after it: a bad name, a wrong key."""
+    if not _NAME.fullmatch(name):
+        raise InvalidRequest(
+            f"--publish {name!r} is no adapter's name: up to 64 of a-z, 0-9, dot, dash and underscore, starting with a "
+            "letter or digit."
+        )
+    check_may_manage(client)
+
+
+def check_may_manage(client: httpx.Client) -> None:
+    """Raises InvalidRequest when the key may not upload or promote, ManyloraError when it is unknown."""
+    role = call(client, "GET", "/v1/stats").get("you", {}).get("role")
+    if role == "user":
+        raise InvalidRequest("This key has the role 'user': publishing and promoting need 'manager' or 'admin'.")
 
 
 def publish(client: httpx.Client, folder: Path, name: str, *, description: str = "", activate: bool = True) -> str:
     """Upload a PEFT folder; `name@version` of the result. Raises ManyloraError with the server's reasons."""
     files = [("files", (part, (folder / part).read_bytes())) for part in (CONFIG, WEIGHTS)]
     form = {"name": name, "description": description, "activate": "true" if activate else "false"}
-    version = checked(client.post("/v1/adapters", data=form, files=files))
+    version = call(client, "POST", "/v1/adapters", data=form, files=files)
     return f"{version['name']}@{version['version']}"
+
+
+def active_version(client: httpx.Client, name: str) -> str | None:
+    """`name@version` that serves `name` now; None when there is none. Raises ManyloraError for an unknown name."""
+    versions: list[dict[str, Any]] = call(client, "GET", f"/v1/adapters/{name}")["versions"]
+    return next((f"{name}@{v['version']}" for v in versions if v["active"]), None)
+
+
+def pinned(client: httpx.Client, adapter: str) -> str:
+    """A bare name as the version that it means now, so that a promotion meanwhile changes nothing."""
+    if "@" in adapter:
+        return adapter
+    return active_version(client, adapter) or adapter
 
 
 def promote(client: httpx.Client, adapter: str) -> None:
@@ -40,23 +58,13 @@ def promote(client: httpx.Client, adapter: str) -> None:
     name, _, version = adapter.partition("@")
     if not version.isdigit():
         raise InvalidRequest(f"Only a version can be promoted: {adapter!r} should be NAME@VERSION.")
-    checked(client.patch(f"/v1/adapters/{name}", json={"active_version": int(version)}))
+    call(client, "PATCH", f"/v1/adapters/{name}", json={"active_version": int(version)})
 
 
 def served_base(client: httpx.Client) -> str:
     """The name under which the server serves its bare base: the model that has no parent."""
-    models: list[dict[str, Any]] = checked(client.get("/v1/models"))["data"]
+    models: list[dict[str, Any]] = call(client, "GET", "/v1/models")["data"]
     for model in models:
         if not model.get("parent"):
             return str(model["id"])
     raise ManyloraError("The server lists no base model.")
-
-
-@contextmanager
-def connect(server: str, key: str) -> Iterator[httpx.Client]:
-    """An answering server's client, closed at the end. It has been used before, so it cannot be entered itself."""
-    client = _open(server, key)
-    try:
-        yield client
-    finally:
-        client.close()

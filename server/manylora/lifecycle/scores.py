@@ -17,6 +17,8 @@ OTHER = "(other)"
 HIGHER_IS_BETTER = {
     "exact_match": True,
     "accuracy": True,
+    "macro_precision": True,
+    "macro_recall": True,
     "macro_f1": True,
     "mentioned": True,
     "valid_json": True,
@@ -98,8 +100,8 @@ def metric_value(name: str, o: Outcomes) -> float:
     """One of `HIGHER_IS_BETTER`'s metrics."""
     if name == "perplexity":
         return math.exp(min(700.0, float(o.nll.sum() / o.tokens.sum())))
-    if name == "macro_f1":
-        return float(_f1(o).mean())
+    if name.startswith("macro_"):
+        return float(_by_class(name.removeprefix("macro_"), o).mean())
     flags = {"exact_match": o.exact, "mentioned": o.mentioned, "valid_json": o.valid_json}
     return float((o.gold == o.predicted).mean() if name == "accuracy" else flags[name].mean())
 
@@ -152,11 +154,14 @@ def per_class(o: Outcomes, labels: Sequence[str]) -> dict[str, dict[str, float]]
     }
 
 
-def _f1(o: Outcomes) -> NDArray[np.float64]:
+def _by_class(name: str, o: Outcomes) -> NDArray[np.float64]:
+    """precision, recall or f1 of each class, 0 where it is not defined; [num_classes]."""
     width = o.num_classes + 1
     right = np.bincount(o.gold[o.gold == o.predicted], minlength=width)[:-1]
-    both = np.bincount(o.gold, minlength=width)[:-1] + np.bincount(o.predicted, minlength=width)[:-1]
-    scores: NDArray[np.float64] = np.where(both > 0, 2 * right / np.maximum(both, 1), 0.0)
+    wanted = np.bincount(o.gold, minlength=width)[:-1]
+    said = np.bincount(o.predicted, minlength=width)[:-1]
+    of = {"precision": 2 * said, "recall": 2 * wanted, "f1": said + wanted}[name]
+    scores: NDArray[np.float64] = np.where(of > 0, 2 * right / np.maximum(of, 1), 0.0)
     return scores
 
 

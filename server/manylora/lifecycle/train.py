@@ -5,7 +5,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,50 +13,24 @@ import torch
 
 from manylora.errors import InvalidRequest
 from manylora.lifecycle.adapter_files import plain_config, write_adapter
-from manylora.lifecycle.base import Base, DeviceName, DtypeName, load_base
+from manylora.lifecycle.base import Base, load_base, load_tokenizer, memory_faults
+from manylora.lifecycle.batches import epoch_order, padding_share
 from manylora.lifecycle.card import Card, write_card
-from manylora.lifecycle.checkpoint import checkpoint_folder, discard_checkpoint, load_checkpoint, save_checkpoint
-from manylora.lifecycle.data import Dataset, read_dataset
-from manylora.lifecycle.encoding import Encoded, Encoder, Render, length_statistics
-from manylora.lifecycle.output import atomic_folder, refuse_existing, write_json
+from manylora.lifecycle.checkpoint import checkpoint_path, discard_checkpoint, load_checkpoint, save_checkpoint
+from manylora.lifecycle.data import Dataset
+from manylora.lifecycle.encoding import Encoded, Encoder
+from manylora.lifecycle.lengths import length_statistics, tell_lengths
+from manylora.lifecycle.output import report_folder, result_and_report, write_json
 from manylora.lifecycle.plots import loss_curve
-from manylora.lifecycle.progress import Listener, Progress, ignore
-from manylora.lifecycle.training import Schedule, Trainer
+from manylora.lifecycle.progress import Listener, ignore
+from manylora.lifecycle.train_config import LoraShape, TrainConfig, check, check_checkpoint
+from manylora.lifecycle.training import Diverged, Trainer
+
+__all__ = ["LoraShape", "TrainConfig", "TrainResult", "add_lora", "encode", "prepare", "report_folder", "train"]
 
 REPORT = "train.json"
 CURVE = "loss.png"
-
-
-@dataclass(frozen=True, slots=True)
-class LoraShape:
-    """Which low-rank matrices there are. `alpha=None` means 2 × rank; no targets means every linear but the head."""
-
-    rank: int = 8
-    alpha: float | None = None
-    targets: tuple[str, ...] = ()
-    dropout: float = 0.0
-    rslora: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class TrainConfig:
-    """Everything that decides the result; its JSON is kept in the report."""
-
-    data: Path
-    out: Path
-    eval_data: Path | None = None
-    base: str | None = None
-    base_name: str | None = None
-    lora: LoraShape = field(default_factory=LoraShape)
-    schedule: Schedule = field(default_factory=Schedule)
-    render: Render = "auto"
-    instruction: str = ""
-    max_length: int = 1024
-    device: DeviceName = "auto"
-    dtype: DtypeName = "auto"
-    threads: int | None = None
-    title: str = ""
-    command: str = ""
+MEMORY_ADVICE = "Lower --batch-size (and raise --accumulate as much, for the same result), or --max-length."
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,20 +55,26 @@ def train(
     All input is checked before the model is loaded. Raises InvalidRequest for bad data or settings,
     ManyloraError when training diverges or the disk is full.
     """
-    train_set, held_out = _check(config, overwrite=overwrite)
-    checkpoint = checkpoint_folder(config.out)
-    _check_checkpoint(checkpoint, resume=resume, overwrite=overwrite)
+    train_set, held_out = check(config, overwrite=overwrite, listen=listen)
+    checkpoint = checkpoint_path(config.out)
+    check_checkpoint(checkpoint, resume=resume, overwrite=overwrite)
+    data = encode(config, train_set, held_out, listen)
     if config.threads:
         torch.set_num_threads(config.threads)
     base = load_base(
         config.base, name=config.base_name, device=config.device, dtype=config.dtype, max_length=config.max_length
     )
-    trainer, lengths = prepare(config, base, train_set, held_out, listen)
+    trainer = prepare(config, base, data)
     fingerprint = _fingerprint(config)
     if resume:
         load_checkpoint(checkpoint, trainer, fingerprint)
-    finished = trainer.run(listen, should_stop, lambda: save_checkpoint(checkpoint, trainer, fingerprint))
-    report = _report(config, base, trainer, lengths, train_set, held_out)
+    try:
+        with memory_faults(MEMORY_ADVICE):
+            finished = trainer.run(listen, should_stop, lambda: save_checkpoint(checkpoint, trainer, fingerprint))
+    except Diverged:
+        discard_checkpoint(checkpoint)  # going on from there would only diverge again
+        raise
+    report = _report(config, base, trainer, data, train_set)
     if not finished:
         return TrainResult(False, config.out, report)
     _write(config, base, trainer, report)
@@ -102,23 +82,41 @@ def train(
     return TrainResult(True, config.out, report)
 
 
-def report_folder(out: Path) -> Path:
-    """Beside the adapter, not in it: a folder in PEFT layout holds nothing that a strict reader would refuse."""
-    return out.parent / f"{out.name}.report"
+@dataclass(frozen=True, slots=True)
+class TrainData:
+    """The examples as tokens, and what is to be said of their lengths. `padding` is its share of all positions."""
+
+    train: list[Encoded]
+    held_out: list[Encoded]
+    lengths: dict[str, Any]
+    padding: float
 
 
-def prepare(
-    config: TrainConfig, base: Base, train_set: Dataset, held_out: Dataset | None, listen: Listener
-) -> tuple[Trainer, dict[str, Any]]:
-    """The trainer on fresh low-rank matrices, and the lengths of the data (told to the listener as well)."""
-    encoder = Encoder(
-        base.tokenizer, render=config.render, instruction=config.instruction, max_length=config.max_length
-    )
-    encoded = encoder.encode(train_set, context_length=base.context_length)
-    encoded_eval = encoder.encode(held_out, context_length=base.context_length) if held_out else []
-    lengths = _tell_lengths(encoded, encoded_eval, listen)
+def encode(config: TrainConfig, train_set: Dataset, held_out: Dataset | None, listen: Listener) -> TrainData:
+    """Both files as tokens, with their lengths told; needs the base's tokenizer only.
+
+    Raises InvalidRequest naming the rows that the model cannot hold.
+    """
+    tokenizer, context_length = load_tokenizer(config.base)
+    encoder = Encoder(tokenizer, render=config.render, instruction=config.instruction, max_length=config.max_length)
+    train = encoder.encode(train_set, context_length=context_length)
+    evaluation = encoder.encode(held_out, context_length=context_length) if held_out else []
+    lengths = [len(e) for e in train]
+    batches = epoch_order(lengths, config.schedule.batch_size, seed=config.schedule.seed, epoch=0)
+    padding = padding_share(lengths, batches)
+    tell_lengths("--data", train, listen, f"; {padding:.1%} padding in batches of like length")
+    if evaluation:
+        tell_lengths("--eval", evaluation, listen)
+    told = {"train": asdict(length_statistics(train)), "eval": None}
+    if evaluation:
+        told["eval"] = asdict(length_statistics(evaluation))
+    return TrainData(train, evaluation, told, padding)
+
+
+def prepare(config: TrainConfig, base: Base, data: TrainData) -> Trainer:
+    """The trainer on fresh low-rank matrices, the same for the same seed."""
     torch.manual_seed(config.schedule.seed)
-    return Trainer(add_lora(base, config.lora), base, encoded, encoded_eval, config.schedule), lengths
+    return Trainer(add_lora(base, config.lora), base, data.train, data.held_out, config.schedule)
 
 
 def add_lora(base: Base, shape: LoraShape) -> Any:
@@ -146,54 +144,6 @@ def add_lora(base: Base, shape: LoraShape) -> Any:
         raise InvalidRequest(f"--targets {','.join(shape.targets)}: {error}") from error
 
 
-def _check(config: TrainConfig, *, overwrite: bool) -> tuple[Dataset, Dataset | None]:
-    refuse_existing(config.out, overwrite=overwrite)
-    schedule, lora = config.schedule, config.lora
-    positive = {
-        "--rank": lora.rank, "--epochs": schedule.epochs, "--batch-size": schedule.batch_size,
-        "--accumulate": schedule.accumulate, "--lr": schedule.lr, "--max-length": config.max_length,
-        "--checkpoint-every": schedule.checkpoint_every,
-    }  # fmt: skip
-    for flag, value in positive.items():
-        if value <= 0:
-            raise InvalidRequest(f"{flag} must be positive, not {value}.")
-    if schedule.lr > 1:
-        raise InvalidRequest(f"--lr must be at most 1, not {schedule.lr:g}: training would only diverge.")
-    if not 0 <= lora.dropout < 1:
-        raise InvalidRequest(f"--dropout must be at least 0 and below 1, not {lora.dropout}.")
-    if schedule.early_stop and config.eval_data is None:
-        raise InvalidRequest("--early-stop watches the evaluation loss: give --eval too.")
-    train_set = read_dataset(config.data, min_labels=2)
-    held_out = read_dataset(config.eval_data) if config.eval_data else None
-    if held_out and held_out.shape != train_set.shape:
-        raise InvalidRequest(f"--eval has {held_out.shape} rows, --data has {train_set.shape} rows.")
-    unseen = set(held_out.labels) - set(train_set.labels) if held_out else set()
-    if unseen:
-        raise InvalidRequest(f"--eval has labels that --data lacks: {', '.join(sorted(unseen))}.")
-    return train_set, held_out
-
-
-def _check_checkpoint(checkpoint: Path, *, resume: bool, overwrite: bool) -> None:
-    if overwrite and not resume:
-        discard_checkpoint(checkpoint)
-    if checkpoint.exists() and not resume:
-        raise InvalidRequest("An interrupted training of this --out exists. Give --resume, or --overwrite to drop it.")
-    if resume and not checkpoint.exists():
-        raise InvalidRequest("There is nothing to resume for this --out. Run without --resume.")
-
-
-def _tell_lengths(train: list[Encoded], held_out: list[Encoded], listen: Listener) -> dict[str, Any]:
-    found = length_statistics(train)
-    message = (
-        f"{found.num_examples} examples, {found.num_tokens} tokens; lengths: median {found.median}, "
-        f"95% {found.p95}, longest {found.longest} (row {found.longest_row}); answers: median {found.answer_median}"
-    )
-    listen(Progress("data", message=message))
-    if found.num_truncated:
-        listen(Progress("warning", message=f"{found.num_truncated} prompts are cut on the left to fit --max-length."))
-    return {"train": asdict(found), "eval": asdict(length_statistics(held_out)) if held_out else None}
-
-
 def _fingerprint(config: TrainConfig) -> str:
     """What a checkpoint belongs to: the settings and the bytes of the data."""
     digest = hashlib.sha256(json.dumps(_settings(config), sort_keys=True).encode())
@@ -211,22 +161,24 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
     return values
 
 
-def _report(
-    config: TrainConfig, base: Base, trainer: Trainer, lengths: dict[str, Any], train_set: Dataset, held: Dataset | None
-) -> dict[str, Any]:
+def _report(config: TrainConfig, base: Base, trainer: Trainer, data: TrainData, train_set: Dataset) -> dict[str, Any]:
     history = trainer.history
+    said = trainer.estimate
+    estimate = None if said is None else {"after_step": said[0], "seconds": round(said[1], 1)}
     return {
         "settings": _settings(config),
         "base": base.name,
         "dtype": str(base.model.dtype).removeprefix("torch."),
         "device": base.device.type,
-        "lengths": lengths,
+        "lengths": data.lengths,
+        "padding": round(data.padding, 4),
         "labels": list(train_set.labels),
-        "num_eval_examples": len(held) if held else 0,
+        "num_eval_examples": len(data.held_out),
         "num_parameters": sum(p.numel() for p in trainer.parameters.values()),
         "steps": history.step,
         "tokens": history.num_tokens,
         "seconds": round(history.seconds, 1),
+        "estimate": estimate,
         "best_step": history.best_step,
         "best_eval_loss": history.best_loss if history.eval_loss else None,
         "train_loss": history.train_loss,
@@ -245,9 +197,8 @@ def _write(config: TrainConfig, base: Base, trainer: Trainer, report: dict[str, 
 
     model: Any = trainer.model
     tensors = {k: v.detach().to("cpu", torch.bfloat16) for k, v in get_peft_model_state_dict(model).items()}
-    with atomic_folder(config.out) as draft:
-        report["size_bytes"] = write_adapter(draft, plain_config(model.peft_config["default"], base.name), tensors)
-        write_card(draft, Card.of_training(config.title or config.out.name, config.command, report))
-    with atomic_folder(report_folder(config.out)) as draft:
-        write_json(draft / REPORT, report)
-        loss_curve(draft / CURVE, report["train_loss"], report["eval_loss"], report["best_step"])
+    with result_and_report(config.out) as (result, beside):
+        report["size_bytes"] = write_adapter(result, plain_config(model.peft_config["default"], base.name), tensors)
+        write_card(result, Card.of_training(config.title or config.out.name, config.command, report))
+        write_json(beside / REPORT, report)
+        loss_curve(beside / CURVE, report["train_loss"], report["eval_loss"], report["best_step"])
