@@ -1,9 +1,14 @@
-"""The server as a process for the tests: settings as JSON in the first argument, one JSON line when it answers."""
+"""The server as a process for the tests: settings as JSON in the first argument, one JSON line when it answers.
+
+SIGUSR1 breaks the model: every step from then on fails, as it would on a device that is gone.
+"""
 
 import json
+import signal
 import sys
 from dataclasses import asdict
 
+from manylora.engine.model_runner import ModelRunner
 from manylora.errors import StartupError
 from manylora.serving import Announcement, serve
 from manylora.settings import load_settings
@@ -14,6 +19,10 @@ def main() -> int:
         sys.stdout.write(json.dumps(asdict(announcement)) + "\n")
         sys.stdout.flush()
 
+    def fail(*_args: object) -> None:
+        raise RuntimeError("the device is gone")
+
+    signal.signal(signal.SIGUSR1, lambda *_: setattr(ModelRunner, "forward", fail))
     try:
         serve(load_settings(**json.loads(sys.argv[1])), announce)
     except StartupError as error:

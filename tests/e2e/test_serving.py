@@ -12,6 +12,8 @@ import httpx
 import openai
 import pytest
 
+from tests.tiny_adapters import make_adapter
+
 from .conftest import ADAPTERS, Server
 
 pytestmark = pytest.mark.slow
@@ -179,6 +181,26 @@ def test_bad_input_is_refused_and_nothing_is_lost(
     assert client.completions.create(model="small", prompt="The", **GREEDY).choices[0].text
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"model": "tiny", "prompt": "\xff\xfe", "max_tokens": 1}',
+        b'{"model": "tiny", "prompt": "\\ud83d", "max_tokens": 1}',
+        b'{"model": "tiny", "prompt": "The", "temperature": 1e999}',
+        b'{"model": "tiny", "prompt": "The", "top_k": -99999999999999999999}',
+        b'{"model": "tiny", "prompt": "The", "seed": 1' + b"0" * 4000 + b"}",
+        b'{"model": "tiny", "prompt": []}',
+        b"[" * 100_000,
+    ],
+)
+def test_a_body_that_says_nothing_sensible_is_refused(server: Server, body: bytes) -> None:
+    headers = {"content-type": "application/json"}
+    answer = httpx.post(f"{server.url}/v1/completions", content=body, headers=headers, timeout=120)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+    assert server.process.poll() is None
+
+
 @pytest.mark.parametrize("path", ["/health", "/ready", "/version", "/v1/stats", "/dashboard", "/docs", "/openapi.json"])
 def test_every_page_is_there(server: Server, path: str) -> None:
     assert httpx.get(f"{server.url}{path}").status_code == 200
@@ -222,6 +244,68 @@ async def test_sigterm_lets_running_requests_finish_and_then_ends_well(own_serve
         assert rest[-1] == "data: [DONE]"
         assert '"finish_reason":"length"' in rest[-2]
         assert server.process.wait(60) == 0
+
+
+@pytest.mark.anyio
+async def test_a_dead_engine_ends_every_request_and_readiness(own_server: Callable[..., Any]) -> None:
+    with own_server(max_num_seqs=2) as server:
+        body = {"model": "small", "prompt": "The", "max_tokens": 450, "ignore_eos": True}
+        url = f"{server.url}/v1/completions"
+        async with httpx.AsyncClient(timeout=120) as client:
+
+            async def ask() -> httpx.Response:
+                return await client.post(url, json=body)
+
+            async with client.stream("POST", url, json={**body, "stream": True}) as answer:
+                lines = answer.aiter_lines()
+                await anext(lines)
+                waiting = [asyncio.create_task(ask()) for _ in range(6)]
+                while (await client.get(f"{server.url}/v1/stats")).json()["waiting"] < 5:
+                    pass
+                server.process.send_signal(signal.SIGUSR1)
+                rest = [line async for line in lines if line]
+            answers = await asyncio.gather(*waiting)
+            answers.append(await ask())
+            ready = await client.get(f"{server.url}/ready")
+            health = await client.get(f"{server.url}/health")
+        assert '"code":"engine_dead"' in rest[-1]
+        assert {(a.status_code, a.json()["error"]["code"]) for a in answers} == {(503, "engine_dead")}
+        assert "the device is gone" in answers[0].json()["error"]["message"]
+        assert (ready.status_code, health.status_code) == (503, 200)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(60) == 0
+
+
+@pytest.mark.anyio
+async def test_a_full_queue_is_a_429_that_says_when_to_come_back(own_server: Callable[..., Any]) -> None:
+    with own_server(max_num_seqs=1, max_queue=2) as server:
+        body = {"model": "small", "prompt": "The", "max_tokens": 200, "ignore_eos": True}
+        async with httpx.AsyncClient(timeout=120) as client:
+            asked = (client.post(f"{server.url}/v1/completions", json=body) for _ in range(8))
+            answers = await asyncio.gather(*asked)
+    assert [a.status_code for a in answers].count(200) >= 3
+    refused = [a for a in answers if a.status_code != 200]
+    assert refused
+    for answer in refused:
+        assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
+        assert int(answer.headers["retry-after"]) >= 1
+
+
+def test_an_adapter_folder_for_another_base_is_refused_in_the_log_with_all_reasons(
+    own_server: Callable[..., Any], tiny_model_dir: Callable[[str], Path], adapters_dir: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "mixed"
+    shutil.copytree(adapters_dir, root)
+    make_adapter(tiny_model_dir("gpt2"), root / "of-gpt2", targets=["c_attn", "c_fc"], fan_in_fan_out=True)
+    with own_server(adapters=str(root)) as server:
+        assert {m.id for m in server.client().models.list()} == set(NAMES)
+        log = server.stderr.read_text()
+        answer = httpx.post(f"{server.url}/v1/completions", json={"model": "of-gpt2", "prompt": "The"})
+    assert "Not registered" in log
+    assert "of-gpt2" in log
+    assert "c_attn" in log
+    assert "c_fc" in log
+    assert answer.status_code == 404
 
 
 def test_adapters_found_once_are_there_after_a_restart(own_server: Callable[..., Any]) -> None:
