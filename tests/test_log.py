@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import structlog
+from opentelemetry import trace
 
 from manylora.log import configure_logging, get_logger
 
@@ -64,3 +65,61 @@ def test_text_for_people_has_no_colour_codes_in_a_file() -> None:
     get_logger("manylora.x").info("request", tenant="acme")
     assert "tenant=acme" in stream.getvalue()
     assert "\x1b" not in stream.getvalue()
+
+
+HOSTILE = "x\nrequest tenant=admin \x1b[2J \u202e"
+
+
+def test_what_strangers_send_stays_in_its_line_and_commands_no_terminal() -> None:
+    stream = io.StringIO()
+    configure_logging(level="info", as_json=False, stream=stream)
+    get_logger("manylora.x").info("request", user=HOSTILE, path="/a\nb", metadata={"k": HOSTILE})
+    logging.getLogger("other").warning("Lost: %s", HOSTILE)
+    assert len(stream.getvalue().splitlines()) == 2
+    assert not {"\x1b", "\u202e"} & set(stream.getvalue())
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_tracebacks_show_code_and_no_values(as_json: bool) -> None:
+    stream = io.StringIO()
+    configure_logging(level="info", as_json=as_json, stream=stream)
+
+    def fail(prompt: str) -> float:
+        return len(prompt) / 0
+
+    prompt = "sec" + "ret"
+    try:
+        fail(prompt)
+    except ZeroDivisionError:
+        get_logger("manylora.x").exception("failed")
+    text = stream.getvalue()
+    assert "return len(prompt) / 0" in text
+    assert "ZeroDivisionError" in text
+    assert "secret" not in text
+
+
+def test_an_exceptions_message_commands_no_terminal() -> None:
+    stream = io.StringIO()
+    configure_logging(level="info", as_json=False, stream=stream)
+
+    def fail() -> None:
+        raise ValueError(HOSTILE)
+
+    try:
+        fail()
+    except ValueError:
+        logging.getLogger("other").exception("failed")
+    assert not {"\x1b", "\u202e"} & set(stream.getvalue())
+    assert stream.getvalue().endswith("\n")
+
+
+def test_lines_within_a_traced_request_name_its_trace() -> None:
+    stream = io.StringIO()
+    configure_logging(level="info", as_json=True, stream=stream)
+    context = trace.SpanContext(0xA1, 0xB2, is_remote=False)
+    with trace.use_span(trace.NonRecordingSpan(context)):
+        get_logger("manylora.x").info("within")
+    get_logger("manylora.x").info("without")
+    within, without = map(json.loads, stream.getvalue().splitlines())
+    assert (within["trace_id"], within["span_id"]) == (f"{0xA1:032x}", f"{0xB2:016x}")
+    assert "trace_id" not in without

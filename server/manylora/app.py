@@ -12,6 +12,7 @@ from manylora.api.errors import install_error_handlers
 from manylora.api.middleware import BodyLimit, RequestContext
 from manylora.api.record import Recorder
 from manylora.api.state import Services
+from manylora.api.tracing import NO_TRACING, Tracing
 from manylora.api.traffic import Traffic
 from manylora.catalog.interface import AdapterDirectory, UsageSink
 from manylora.engine.interface import EngineClient
@@ -36,6 +37,7 @@ def create_app(
     extra_routers: Sequence[APIRouter] = (),
     recorders: Sequence[Recorder] = (),
     usage: UsageSink | None = None,
+    tracing: Tracing | None = None,
     may_run_open: bool = True,
 ) -> FastAPI:
     """The HTTP application. `recorders` hear of every finished inference request, `usage` counts them for good."""
@@ -46,6 +48,7 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        telemetry=NO_TRACING if tracing is None else tracing.telemetry,
     )
     app.state.services = Services(
         settings=settings,
@@ -54,7 +57,7 @@ def create_app(
         gate=gate,
         metrics=metrics,
         traffic=Traffic(),
-        recorders=tuple(recorders),
+        recorders=(*recorders, *(() if tracing is None else (tracing.record,))),
         usage=usage,
         may_run_open=may_run_open,
     )

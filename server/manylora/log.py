@@ -1,14 +1,17 @@
 """Logging: structlog for our own lines and the standard library's, one format for both.
 
-One line for each request, and no prompt text anywhere.
+One line for each request, and no prompt text unless the setting `log_prompts` asks for it: so a traceback shows
+lines of code and never the values of variables. What comes from strangers cannot forge a line or command a terminal.
 """
 
 import logging
 import sys
+import traceback
 from typing import Any, TextIO
 
 import structlog
-from structlog.typing import EventDict, Processor
+from opentelemetry import trace
+from structlog.typing import EventDict, ExcInfo, Processor
 
 __all__ = ["configure_logging", "get_logger"]
 
@@ -20,6 +23,33 @@ def _without_colour_copy(_logger: object, _method: str, event: EventDict) -> Eve
     """uvicorn sends each message a second time, coloured."""
     event.pop("color_message", None)
     return event
+
+
+def _with_trace_ids(_logger: object, _method: str, event: EventDict) -> EventDict:
+    """Which trace a line belongs to, while requests are traced."""
+    context = trace.get_current_span().get_span_context()
+    if context.is_valid:
+        event["trace_id"] = trace.format_trace_id(context.trace_id)
+        event["span_id"] = trace.format_span_id(context.span_id)
+    return event
+
+
+def _in_one_line(_logger: object, _method: str, event: EventDict) -> EventDict:
+    """Line breaks and what else a terminal would act on as escapes; JSON has them anyway, and so has `repr`."""
+    for name, value in event.items():
+        if isinstance(value, str) and not value.isprintable():
+            event[name] = _escaped(value)
+    return event
+
+
+def _escaped(text: str, *, keep: str = "") -> str:
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+def _write_traceback(out: TextIO, info: ExcInfo) -> None:
+    """Without the local variables that structlog's own would print: prompts are among them."""
+    text = "".join(traceback.format_exception(*info))
+    out.write("\n" + _escaped(text, keep="\n").rstrip("\n"))
 
 
 def get_logger(name: str) -> structlog.stdlib.BoundLogger:
@@ -37,6 +67,7 @@ def configure_logging(*, level: str, as_json: bool, stream: TextIO | None = None
         structlog.stdlib.add_log_level,
         structlog.stdlib.ExtraAdder(),
         _without_colour_copy,
+        _with_trace_ids,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.StackInfoRenderer(),
     ]
@@ -44,7 +75,8 @@ def configure_logging(*, level: str, as_json: bool, stream: TextIO | None = None
     if as_json:
         renderers += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     else:
-        renderers.append(structlog.dev.ConsoleRenderer(colors=target.isatty()))
+        text = structlog.dev.ConsoleRenderer(colors=target.isatty(), exception_formatter=_write_traceback)
+        renderers += [_in_one_line, text]
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,

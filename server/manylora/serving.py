@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from manylora.api import adapters, dashboard_routes
 from manylora.api import usage as usage_routes
+from manylora.api.tracing import open_tracing
 from manylora.app import create_app
 from manylora.catalog.database import open_database
 from manylora.catalog.service import Catalog
@@ -80,6 +81,7 @@ class _Server:
         self._sock = sock
         self._announce = announce
         self._metrics = Metrics() if settings.metrics else NoMetrics()
+        self._tracing = open_tracing(settings)
 
     async def run(self) -> None:
         """Start everything, answer until a signal, and end everything in the opposite order."""
@@ -89,6 +91,8 @@ class _Server:
         settings = self._settings
         builder = EngineBuilder(settings, load_base(settings))
         async with AsyncExitStack() as stack:
+            if self._tracing is not None:
+                stack.push_async_callback(asyncio.to_thread, self._tracing.close)
             catalog = Catalog.open(settings, builder.modules)
             stack.push_async_callback(catalog.aclose)
             occupancy = Occupancy()
@@ -123,6 +127,7 @@ class _Server:
                 dashboard_routes.build_router(),
             ),
             usage=usage,
+            tracing=self._tracing,
             may_run_open=settings.allow_open or is_loopback(self._host),
         )
         server = DrainingServer(

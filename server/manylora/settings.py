@@ -116,6 +116,10 @@ class Settings(BaseSettings):
     """Log JSON lines instead of text."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """The least severe messages that are logged."""
+    log_prompts: bool = False
+    """Write the text of the prompts into the requests' log lines; without it no line has any."""
+    tracing: bool = False
+    """Send OpenTelemetry traces by OTLP over HTTP; where to and which ones is for the standard `OTEL_…` variables."""
 
     # the batch
     max_num_seqs: int = Field(default=64, ge=1)

@@ -13,12 +13,15 @@ import httpx2
 import numpy as np
 from fastapi import FastAPI
 
+from manylora.api import usage as usage_routes
 from manylora.api.adapters import build_router
 from manylora.app import create_app
 from manylora.catalog.service import Catalog
+from manylora.catalog.usage.ledger import UsageLedger
 from manylora.engine.interface import AdapterRef, Effect, Tier
 from manylora.errors import Conflict
 from manylora.lora.format import CONFIG_FILE, TENSOR_FILE
+from manylora.lora.occupancy import Occupancy
 from manylora.metrics import Metrics
 from manylora.settings import Settings
 from manylora.tenants.gate import TenantGate
@@ -129,7 +132,11 @@ async def running(settings: Settings, *keys: str, engine: CatalogEngine | None =
         gate = TenantGate(catalog.database)
         stack.push_async_callback(gate.aclose)
         await catalog.attach(engine, count_upload=metrics.count_upload)
-        app = create_app(settings, engine, catalog.directory, gate, metrics, extra_routers=(build_router(catalog),))
+        usage = UsageLedger(catalog.database, Occupancy())
+        usage.start()
+        stack.push_async_callback(usage.aclose)
+        routers = (build_router(catalog), usage_routes.build_router(usage))
+        app = create_app(settings, engine, catalog.directory, gate, metrics, extra_routers=routers, usage=usage)
         transport = httpx2.ASGITransport(app=app, raise_app_exceptions=True)
         client = await stack.enter_async_context(httpx2.AsyncClient(transport=transport, base_url="http://test"))
         rig = Rig(settings, engine, catalog, gate, metrics, app, client)

@@ -31,7 +31,10 @@ async def current_principal(request: Request, services: ServicesDep) -> Principa
             "Make a key with `manylora keys create`, or start it with --allow-open."
         )
     principal = services.gate.authenticate(request.headers.get("authorization"))
-    request.scope.setdefault("manylora.log", {})["tenant"] = principal.tenant
+    fields = request.scope.setdefault("manylora.log", {})
+    fields["tenant"] = principal.tenant
+    if principal.key_id is not None:
+        fields["key_id"] = principal.key_id
     return principal
 
 

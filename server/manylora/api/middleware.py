@@ -16,12 +16,12 @@ from manylora.api.record import ClientGone
 from manylora.errors import TooLarge
 from manylora.log import get_logger
 
-__all__ = ["REQUEST_ID_HEADER", "BodyLimit", "RequestContext"]
+__all__ = ["POLLED_PATHS", "REQUEST_ID_HEADER", "BodyLimit", "RequestContext"]
 
 REQUEST_ID_HEADER: Final = "x-request-id"
 _SANE_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-# Asked for every few seconds by machines; their lines are for debugging only.
-_POLLED: Final = frozenset({"/health", "/ready", "/metrics", "/v1/stats"})
+# Asked for every few seconds by machines; their lines are for debugging only, and they are not traced.
+POLLED_PATHS: Final = frozenset({"/health", "/ready", "/metrics", "/v1/stats"})
 _DISCARD_BYTES: Final = 256 * 2**20
 _DISCARD_S: Final = 10.0
 
@@ -67,7 +67,7 @@ class RequestContext:
             self._write(scope, request_id, status[0] if status else None, time.perf_counter() - started, fields)
 
     def _write(self, scope: Scope, request_id: str, status: int | None, seconds: float, fields: dict[str, Any]) -> None:
-        write = _log.debug if scope["path"] in _POLLED else _log.info
+        write = _log.debug if scope["path"] in POLLED_PATHS else _log.info
         write(
             "request",
             request_id=request_id,

@@ -156,13 +156,17 @@ class _Call:
     ) -> Job:
         model, most = self._services.engine.model, self._services.settings.max_queue
         params = sampling_params(body, model)
+        if self._services.settings.log_prompts:
+            decode = self._services.engine.codec.decode
+            self._log["prompts"] = [decode(prompt.ids, skip_special_tokens=False) for prompt in prompts]
         if len(prompts) * params.n > most:
             raise InvalidRequest(
                 f"The request asks for {len(prompts) * params.n} answers; at most {most} are queued here. Send less.",
                 param="n" if params.n > 1 else "prompt",
             )
+        job_id = self._log["job_id"] = uuid.uuid4().hex
         return Job(
-            id=uuid.uuid4().hex,
+            id=job_id,
             principal=self._caller,
             adapter=adapter,
             prompts=tuple(prompts),

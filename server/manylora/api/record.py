@@ -70,6 +70,7 @@ class FinishedRequest:
         fields: dict[str, Any] = {
             "tenant": self.tenant,
             "adapter": self.adapter.label if self.adapter else "base",
+            **({"adapter_id": self.adapter.id} if self.adapter else {}),
             "outcome": self.outcome,
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,

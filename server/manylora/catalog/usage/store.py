@@ -66,11 +66,11 @@ class UsageStore:
         with self._database.write(None) as session:
             connection = session.connection()
             known = {"id": self._writer, "batch": number, "at": now_us}
-            if connection.execute(self._number_batch, known).rowcount == 0:
+            if connection.execute(self._number_batch, known).first() is None:
                 return
             if batch.usage:
-                named = (*_USAGE_KEY, *_USAGE_SUMS)
-                rows = [dict(zip(named, (*key, *sums), strict=True)) for key, sums in sorted(batch.usage.items())]
+                columns = (*_USAGE_KEY, *_USAGE_SUMS)
+                rows = [dict(zip(columns, (*key, *sums), strict=True)) for key, sums in sorted(batch.usage.items())]
                 connection.execute(self._add_usage, rows)
             if batch.slots:
                 named = (*_SLOT_KEY, *_SLOT_SUMS)
@@ -95,14 +95,15 @@ class UsageStore:
         )
         return added
 
-    def _numbering(self) -> Insert:
+    def _numbering(self) -> Any:
+        """Returns a row where the batch is new."""
         insert = self._insert(UsageWriterRow)
-        numbered: Insert = insert.on_conflict_do_update(
+        numbered = insert.on_conflict_do_update(
             index_elements=["id"],
             set_={"batch": insert.excluded.batch, "at": insert.excluded.at},
             where=UsageWriterRow.batch < insert.excluded.batch,
         )
-        return numbered
+        return numbered.returning(UsageWriterRow.id)
 
 
 def note_stored(session: Session, record: AdapterRecord, now_us: int) -> None:

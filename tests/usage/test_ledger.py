@@ -1,0 +1,248 @@
+"""Counting into the database: nothing lost, nothing twice."""
+
+import asyncio
+import logging
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from sqlalchemy import select
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
+
+from manylora.catalog.database import Database, Topic, open_database
+from manylora.catalog.interface import Use
+from manylora.catalog.tables import SlotTimeRow, UsageRow, UsageWriterRow
+from manylora.catalog.usage.ledger import UsageLedger, add_stays
+from manylora.catalog.usage.period import QUARTER_S
+from manylora.catalog.usage.store import Batch, UsageStore
+from manylora.lora.occupancy import Occupancy, Stay
+from manylora.lora.ref import AdapterRef
+
+pytestmark = pytest.mark.anyio
+QUARTER = 1_795_521_600
+REF = AdapterRef("v1", "public", "sql", 3, "d")
+
+
+def use(tenant: str = "acme", adapter: AdapterRef | None = REF, outcome: str = "ok", tokens: int = 5) -> Use:
+    return Use(tenant, adapter, outcome, prompt_tokens=10, completion_tokens=tokens, cached_tokens=1)
+
+
+class Clock:
+    """Unix seconds that stand still."""
+
+    def __init__(self) -> None:
+        self.now = QUARTER + 1.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def us(self) -> int:
+        return int(self.now * 1_000_000)
+
+
+class Broken(Database):
+    """A database that refuses to write while it `is_down`, or confirms nothing while it `is_mute`."""
+
+    is_down = False
+    is_mute = False
+
+    @contextmanager
+    def write(self, topic: Topic | None) -> Iterator[Session]:
+        if self.is_down:
+            raise OperationalError("BEGIN", {}, sqlite3.OperationalError("disk I/O error"))
+        with super().write(topic) as session:
+            yield session
+        if self.is_mute:
+            raise OperationalError("COMMIT", {}, sqlite3.OperationalError("connection lost"))
+
+
+@pytest.fixture
+def broken(database: Database) -> Broken:
+    return Broken(database._engine)
+
+
+def ledger_of(database: Database, clock: Clock, occupancy: Occupancy | None = None) -> UsageLedger:
+    ledger = UsageLedger(database, occupancy or Occupancy(clock.us), clock=clock, retry_s=0.01)
+    ledger.start()
+    return ledger
+
+
+def rows(database: Database, table: Any = UsageRow) -> list[tuple[Any, ...]]:
+    columns = table.__table__.c
+    with database.read() as session:
+        return [tuple(row) for row in session.execute(select(*columns).order_by(*columns))]
+
+
+async def test_a_count_is_in_the_database_when_it_is_said_to_be_stored(database: Database) -> None:
+    ledger = ledger_of(database, Clock())
+    ledger.add(use())
+    await ledger.stored()
+    assert rows(database) == [(QUARTER, "acme", "public", "sql", "ok", 1, 10, 5, 1)]
+    await ledger.aclose()
+
+
+async def test_counts_of_one_key_add_up_and_others_stay_apart(database: Database) -> None:
+    clock = Clock()
+    ledger = ledger_of(database, clock)
+    for each in (use(), use(tokens=7), use("rival"), use(adapter=None), use(outcome="cancelled")):
+        ledger.add(each)
+        await ledger.stored()
+    clock.now += QUARTER_S
+    ledger.add(use())
+    await ledger.aclose()
+    assert [row[:6] for row in rows(database)] == [
+        (QUARTER, "acme", "", "", "ok", 1),
+        (QUARTER, "acme", "public", "sql", "cancelled", 1),
+        (QUARTER, "acme", "public", "sql", "ok", 2),
+        (QUARTER, "rival", "public", "sql", "ok", 1),
+        (QUARTER + QUARTER_S, "acme", "public", "sql", "ok", 1),
+    ]
+    assert rows(database)[2][7] == 12
+
+
+async def test_two_servers_on_one_database_add_to_the_same_rows(database: Database, database_url: str) -> None:
+    second = open_database(database_url)
+    ledgers = [ledger_of(each, Clock()) for each in (database, second)]
+    refs = [AdapterRef(f"v{n}", "public", f"a{n}", 1, "d") for n in range(4)]
+
+    async def busy(ledger: UsageLedger, order: int) -> None:
+        for _ in range(20):
+            for ref in refs[::order]:
+                ledger.add(use(adapter=ref))
+            await ledger.stored()
+
+    await asyncio.gather(busy(ledgers[0], 1), busy(ledgers[1], -1))
+    for ledger in ledgers:
+        await ledger.aclose()
+    assert [row[5] for row in rows(database)] == [40] * 4
+    second.close()
+
+
+async def test_what_ends_while_a_transaction_runs_shares_the_next_one(database: Database) -> None:
+    writes = 0
+
+    class Counting(Database):
+        @contextmanager
+        def write(self, topic: Topic | None) -> Iterator[Session]:
+            nonlocal writes
+            writes += 1
+            with super().write(topic) as session:
+                yield session
+
+    ledger = ledger_of(Counting(database._engine), Clock())
+
+    async def request() -> None:
+        ledger.add(use())
+        await ledger.stored()
+
+    await asyncio.gather(*(request() for _ in range(100)))
+    assert writes <= 3
+    assert rows(database)[0][5] == 100
+    await ledger.aclose()
+
+
+async def test_a_database_that_is_down_holds_nobody_up_and_gets_everything_later(
+    broken: Broken, caplog: pytest.LogCaptureFixture
+) -> None:
+    ledger = ledger_of(broken, Clock())
+    broken.is_down = True
+    with caplog.at_level(logging.ERROR):
+        for _ in range(10):
+            ledger.add(use())
+            await ledger.stored()
+    assert len(caplog.records) == 1
+    assert rows(broken) == []
+    broken.is_down = False
+    while not rows(broken):
+        await asyncio.sleep(0.01)
+    ledger.add(use())
+    await ledger.aclose()
+    assert rows(broken)[0][5] == 11
+
+
+async def test_a_batch_whose_confirmation_was_lost_is_not_counted_twice(broken: Broken) -> None:
+    ledger = ledger_of(broken, Clock())
+    broken.is_mute = True
+    ledger.add(use())
+    await ledger.stored()
+    broken.is_mute = False
+    ledger.add(use(tokens=1))
+    await ledger.aclose()
+    assert [(row[5], row[7]) for row in rows(broken)] == [(2, 6)]
+
+
+async def test_what_the_database_never_took_is_said_to_be_lost(
+    broken: Broken, caplog: pytest.LogCaptureFixture
+) -> None:
+    ledger = ledger_of(broken, Clock())
+    broken.is_down = True
+    ledger.add(use())
+    with caplog.at_level(logging.ERROR):
+        await ledger.aclose()
+    assert "The usage of 1 requests is lost" in caplog.text
+
+
+async def test_a_writer_that_has_ended_leaves_no_trace_of_itself(database: Database) -> None:
+    ledger = ledger_of(database, Clock())
+    ledger.add(use())
+    await ledger.stored()
+    assert len(rows(database, UsageWriterRow)) == 1
+    await ledger.aclose()
+    assert rows(database, UsageWriterRow) == []
+
+
+def test_writers_that_were_killed_are_forgotten_after_a_week(database: Database) -> None:
+    killed, ended = (UsageStore(database, name) for name in ("killed", "ended"))
+    batch = Batch()
+    batch.add((QUARTER, "acme", "", "", "ok"), 1, 1, 0)
+    week_us = 7 * 86_400 * 1_000_000
+    killed.write(1, batch, now_us=0)
+    ended.write(1, batch, now_us=week_us)
+    ended.forget_writer(now_us=week_us)
+    assert [row[0] for row in rows(database, UsageWriterRow)] == ["killed"]
+    ended.forget_writer(now_us=week_us + 1)
+    assert rows(database, UsageWriterRow) == []
+
+
+# time in slots
+
+
+async def test_time_in_slots_is_counted_to_the_microsecond_for_the_owner(database: Database) -> None:
+    clock = Clock()
+    occupancy = Occupancy(clock.us)
+    ledger = ledger_of(database, clock, occupancy)
+    occupancy.enter(REF)
+    clock.now += 2.5
+    await ledger.flush()
+    assert rows(database, SlotTimeRow) == [(QUARTER, "public", "sql", 2_500_000)]
+    clock.now += 1.25
+    occupancy.leave(REF)
+    clock.now += 10
+    await ledger.flush()
+    assert rows(database, SlotTimeRow) == [(QUARTER, "public", "sql", 3_750_000)]
+    await ledger.aclose()
+
+
+async def test_the_end_of_the_server_ends_every_stay(database: Database) -> None:
+    clock = Clock()
+    occupancy = Occupancy(clock.us)
+    ledger = ledger_of(database, clock, occupancy)
+    occupancy.enter(REF)
+    clock.now += 7
+    await ledger.aclose()
+    assert rows(database, SlotTimeRow) == [(QUARTER, "public", "sql", 7_000_000)]
+
+
+def test_a_stay_is_cut_where_quarters_begin_and_its_parts_are_the_whole() -> None:
+    batch = Batch()
+    start_us = (QUARTER - 1) * 1_000_000
+    add_stays(batch, [Stay("acme", "sql", 5, 5 + 1_802_000_001)], offset_us=start_us - 5)
+    assert batch.slots == {
+        (QUARTER - QUARTER_S, "acme", "sql"): 1_000_000,
+        (QUARTER, "acme", "sql"): 900_000_000,
+        (QUARTER + QUARTER_S, "acme", "sql"): 900_000_000,
+        (QUARTER + 2 * QUARTER_S, "acme", "sql"): 1_000_001,
+    }
