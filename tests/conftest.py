@@ -6,6 +6,8 @@ from typing import TypeAlias
 
 import pytest
 
+import manylora  # noqa: F401 - before any test imports torch: it sets how torch's threads wait
+
 ModelMaker: TypeAlias = Callable[[str], Path]
 
 
