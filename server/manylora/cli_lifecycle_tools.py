@@ -3,6 +3,7 @@
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T", bound=str)
 console = Console(stderr=True)
+_EVERY_S = 10.0
 
 
 def one_of(flag: str, value: str, allowed: tuple[_T, ...]) -> _T:
@@ -89,37 +91,72 @@ def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def progress() -> Iterator[Callable[["Progress"], None]]:
-    """A bar with the newest figures; messages and warnings above it."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bar
+    """Messages and warnings as lines; a bar with the newest figures on a terminal, a line now and then elsewhere."""
+    if not console.is_terminal:
+        yield _Lines()
+        return
+    bars = _Bars()
+    try:
+        yield bars
+    finally:
+        bars.stop()
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[figures]}"),
-    )
-    with Bar(*columns, console=console) as bar:
-        tasks: dict[str, int] = {}
 
-        def listen(event: "Progress") -> None:
-            if event.message:
-                bar.console.print(event.message, style="yellow" if event.stage == "warning" else None, markup=False)
-            if not event.total:
-                return
-            if event.stage not in tasks:
-                tasks[event.stage] = bar.add_task(event.stage, total=event.total, figures="")
-            task = tasks[event.stage]
-            bar.update(bar.task_ids[task], completed=event.done, total=event.total, figures=_figures(event.values))
+def _say(event: "Progress") -> None:
+    style = "yellow" if event.stage == "warning" else None
+    console.print(event.message, style=style, markup=False, highlight=False, soft_wrap=True)
 
-        yield listen
+
+class _Bars:
+    """One bar for each stage, from the stage's first event on."""
+
+    def __init__(self) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bar
+
+        self._bar = Bar(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("{task.fields[figures]}"), console=console,
+        )  # fmt: skip
+        self._tasks: dict[str, Any] = {}
+
+    def __call__(self, event: "Progress") -> None:
+        if event.message:
+            _say(event)
+        if not event.total:
+            return
+        if event.stage not in self._tasks:
+            self._bar.start()
+            self._tasks[event.stage] = self._bar.add_task(event.stage, total=event.total, figures="")
+        self._bar.update(
+            self._tasks[event.stage], completed=event.done, total=event.total, figures=_figures(event.values)
+        )
+
+    def stop(self) -> None:
+        if self._tasks:
+            self._bar.stop()
+
+
+class _Lines:
+    """For logs: a line when a stage ends, and at least every few seconds in between."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def __call__(self, event: "Progress") -> None:
+        if event.message:
+            _say(event)
+        now = time.monotonic()
+        if event.total and (event.done == event.total or now - self._last > _EVERY_S):
+            self._last = now
+            line = f"{event.stage} {event.done}/{event.total}  {_figures(event.values)}".rstrip()
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _figures(values: dict[str, float]) -> str:
     from manylora.lifecycle.pace import in_words
 
     parts = [f"{name} {value:.4f}" for name, value in values.items() if name != "remaining_s"]
-    if "remaining_s" in values:
+    if values.get("remaining_s"):
         parts.append(f"about {in_words(values['remaining_s'])} left")
     return "  ".join(parts)

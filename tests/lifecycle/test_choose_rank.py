@@ -10,6 +10,7 @@ from manylora.lifecycle.choose_rank import Candidate, ChooseConfig, choose_rank,
 from manylora.lifecycle.data import read_dataset
 from manylora.lifecycle.encoding import Encoder
 from manylora.lifecycle.train_config import LoraShape
+from tests.conftest import ModelMaker
 from tests.lifecycle.helpers import label_rows, tiny_config, write_rows
 from tests.tiny_models import make_tokenizer
 
@@ -83,6 +84,44 @@ def test_interrupted_search_resumes_to_the_same_table(config: ChooseConfig) -> N
     whole, _ = choose_rank(config, overwrite=True)
 
     assert resumed == whole
+
+
+def test_interrupted_final_training_resumes_with_the_same_choice(config: ChooseConfig, tmp_path: Path) -> None:
+    config = replace(config, ranks=(1, 2), train_final=True)
+    steps: list[str] = []
+
+    first, trained = choose_rank(
+        config, listen=lambda e: steps.append(e.stage), should_stop=lambda: steps.count("train") == 2
+    )
+    assert first is not None
+    assert trained is not None
+    assert not trained.finished
+    with pytest.raises(InvalidRequest, match="exists"):
+        choose_rank(config)
+    steps.clear()
+    resumed, finished = choose_rank(config, resume=True, listen=lambda e: steps.append(e.stage))
+
+    assert resumed == first
+    assert finished is not None
+    assert finished.finished
+    assert steps.count("train") == finished.report["steps"] - 2
+    assert sorted(p.name for p in config.training.out.parent.iterdir()) == ["words", "words.ranks", "words.report"]
+
+
+def test_search_on_another_base_is_not_gone_on_with(config: ChooseConfig, tiny_model_dir: ModelMaker) -> None:
+    calls: list[int] = []
+    choose_rank(config, should_stop=lambda: bool(calls.append(1)) or len(calls) > 5)
+    other = replace(config, training=replace(config.training, base=str(tiny_model_dir("qwen2"))))
+
+    with pytest.raises(InvalidRequest, match="other data or settings"):
+        choose_rank(other, resume=True)
+
+
+def test_bad_training_settings_are_refused_before_the_model_is_looked_for(config: ChooseConfig) -> None:
+    training = replace(config.training, base="/no/such/model", schedule=replace(config.training.schedule, epochs=0))
+
+    with pytest.raises(InvalidRequest, match="--epochs must be positive"):
+        choose_rank(replace(config, training=training))
 
 
 @pytest.mark.parametrize(

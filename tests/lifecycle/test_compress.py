@@ -7,6 +7,7 @@ import torch
 from manylora.errors import InvalidRequest
 from manylora.lifecycle.compress import CompressConfig, compress
 from manylora.lifecycle.low_rank import read_lora
+from manylora.lifecycle.progress import Progress
 from tests.tiny_adapters import make_adapter
 
 
@@ -33,6 +34,37 @@ def test_error_of_a_module_is_its_discarded_singular_values(tmp_path: Path, tiny
         error = float((after.pairs[path].dense() - pair.dense()).norm())
         assert error == pytest.approx(float(values[2:].norm()), rel=1e-3)
         assert report["modules"][path]["error"] == pytest.approx(error, rel=1e-3)
+
+
+def test_error_is_that_of_what_is_written_rounding_included(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    folder = make_adapter(tiny_llama_dir, tmp_path / "a", rank=5)
+
+    report = compress(CompressConfig(folder, tmp_path / "b", rank=5, dtype="bfloat16"))
+
+    after = read_lora(tmp_path / "b")
+    for path, pair in read_lora(folder).pairs.items():
+        error = float((after.pairs[path].dense().double() - pair.dense().double()).norm())
+        assert report["modules"][path]["discarded"] < 1e-5 < error
+        assert report["modules"][path]["error"] == pytest.approx(error, rel=1e-3)
+
+
+def test_rank_that_no_module_exceeds_is_said(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    events: list[Progress] = []
+
+    compress(CompressConfig(make_adapter(tiny_llama_dir, tmp_path / "a", rank=4), tmp_path / "b", rank=9),
+             listen=events.append)  # fmt: skip
+
+    assert events[0].message == "No module has a rank above 9: nothing gets smaller."
+
+
+def test_card_says_what_it_was_made_from(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    folder = make_adapter(tiny_llama_dir, tmp_path / "a", rank=4)
+
+    compress(CompressConfig(folder, tmp_path / "b", rank=2, command="manylora compress a --rank 2"))
+
+    card = (tmp_path / "b" / "README.md").read_text(encoding="utf-8")
+    assert "| Made from | a, " in card
+    assert "manylora compress a --rank 2" in card
 
 
 def test_energy_chooses_a_rank_for_each_module(tmp_path: Path, tiny_llama_dir: Path) -> None:

@@ -14,6 +14,7 @@ from manylora.lifecycle.base import load_base
 from manylora.lifecycle.low_rank import (
     Pair,
     applied,
+    distance,
     lora_files,
     rank_for_energy,
     read_lora,
@@ -81,6 +82,15 @@ def test_truncation_error_is_the_discarded_singular_values(rank: int, seed: int)
     assert error == pytest.approx(np.sqrt((values[rank:] ** 2).sum()), rel=1e-3, abs=1e-3)
     assert float((best.dense() - pair.dense()).norm()) == pytest.approx(error, rel=1e-3, abs=1e-3)
     assert kept == pytest.approx((values[:rank] ** 2).sum() / (values**2).sum(), rel=1e-4)
+
+
+@given(st.integers(0, 50), st.integers(1, 6), st.integers(1, 6))
+def test_distance_without_the_full_matrices_is_numpys(seed: int, rank: int, other_rank: int) -> None:
+    one, other = _pair(rank, seed=seed), _pair(other_rank, seed=seed + 1)
+    wanted = np.linalg.norm(one.dense().double().numpy() - other.dense().double().numpy())
+
+    assert distance(one, other) == pytest.approx(wanted, rel=1e-5)
+    assert distance(one, one) == pytest.approx(0.0, abs=1e-10)
 
 
 def test_factors_are_balanced() -> None:

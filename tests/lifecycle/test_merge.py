@@ -1,4 +1,6 @@
+import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +9,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from manylora.errors import InvalidRequest
+from manylora.errors import InvalidRequest, ManyloraError
 from manylora.lifecycle.combine import combined
 from manylora.lifecycle.low_rank import read_lora
 from manylora.lifecycle.merge import MergeConfig, merge, parse_adapter
+from manylora.lifecycle.merging import delta_of
+from manylora.lifecycle.progress import Progress
 from tests.conftest import ModelMaker
 from tests.tiny_adapters import make_adapter
 from tests.tiny_models import make_tiny_model
@@ -105,6 +109,87 @@ def test_dare_at_full_density_is_ties_and_keeps_the_mean_below_it() -> None:
     torch.testing.assert_close(full, combined(deltas, [1.0, 0.5], "ties", density=1.0, seed=0))
     assert float((one.mean(0) - deltas[0]).abs().mean()) < 0.06
     assert float((one[0] == 0).float().mean()) == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize("method", ["linear", "cat", "svd", "ties", "dare_ties"])
+def test_merged_adapter_is_verified_on_the_base_that_its_parts_name(
+    tiny_llama_dir: Path, tmp_path: Path, method: Any
+) -> None:
+    a = make_adapter(tiny_llama_dir, tmp_path / "a", rank=4, seed=1)
+    b = make_adapter(tiny_llama_dir, tmp_path / "b", rank=4, seed=2)
+
+    report = merge(MergeConfig(((a, 0.5), (b, 0.5)), tmp_path / "m", into_base=False, method=method, rank=64))
+
+    assert report["difference"]["max_abs_logit"] < 1e-3 < report["effect"]["max_abs_logit"]
+    assert json.loads((tmp_path / "m.report" / "merge.json").read_text()) == report
+
+
+def test_merged_adapter_of_too_small_a_rank_is_warned_of(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    a = make_adapter(tiny_llama_dir, tmp_path / "a", rank=8, seed=1)
+    b = make_adapter(tiny_llama_dir, tmp_path / "b", rank=8, seed=2)
+    events: list[Progress] = []
+
+    config = MergeConfig(((a, 1.0), (b, 1.0)), tmp_path / "m", into_base=False, method="svd", rank=1)
+    report = merge(config, listen=events.append)
+
+    assert "much of their effect is lost. Choose a larger --rank" in report["warnings"][0]
+    assert report["warnings"][0] in [e.message for e in events if e.stage == "warning"]
+
+
+def test_base_that_is_not_here_is_said_and_another_can_be_named(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    parts = []
+    for seed, name in enumerate("ab"):
+        folder = make_adapter(tiny_llama_dir, tmp_path / name, seed=seed)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "far/away"}))
+        parts.append((folder, 1.0))
+    events: list[Progress] = []
+
+    report = merge(MergeConfig(tuple(parts), tmp_path / "m", into_base=False), listen=events.append)
+    named = merge(MergeConfig(tuple(parts), tmp_path / "n", into_base=False, verify_on=str(tiny_llama_dir)))
+
+    assert "difference" not in report
+    assert "far/away, which is not here. Give --verify-on" in next(e.message for e in events if e.stage == "warning")
+    assert named["difference"]["max_abs_logit"] < 1e-3
+
+
+def test_checkpoint_that_answers_with_nan_is_not_written(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    folder = make_adapter(tiny_llama_dir, tmp_path / "a")
+    config = MergeConfig(((folder, 1e7),), tmp_path / "m", base=str(tiny_llama_dir), dtype="float16")
+
+    with pytest.raises(ManyloraError, match="float16 cannot hold it"):
+        merge(config)
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_effect_that_rounding_swallows_is_warned_of(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    folder = make_adapter(tiny_llama_dir, tmp_path / "a", strength=1e-5)
+
+    report = merge(MergeConfig(((folder, 1.0),), tmp_path / "m", base=str(tiny_llama_dir), dtype="bfloat16"))
+
+    assert "much of their effect is lost. Choose --dtype float32" in report["warnings"][0]
+
+
+def test_dare_drops_other_entries_in_each_module_and_the_same_for_a_seed(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    folders = [make_adapter(tiny_llama_dir, tmp_path / name, seed=i) for i, name in enumerate("ab")]
+    loras = [read_lora(folder) for folder in folders]
+    config = MergeConfig(tuple((f, 1.0) for f in folders), tmp_path / "m", method="dare_ties", density=0.3)
+    paths = ("model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj")
+
+    kept = [delta_of(config, loras, path) != 0 for path in paths]
+
+    assert not torch.equal(kept[0], kept[1])
+    assert torch.equal(kept[0], delta_of(config, loras, paths[0]) != 0)
+    assert not torch.equal(kept[0], delta_of(replace(config, seed=1), loras, paths[0]) != 0)
+
+
+def test_adapter_of_another_base_is_warned_of(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    folder = make_adapter(make_tiny_model("llama", tmp_path / "other"), tmp_path / "a")
+    events: list[Progress] = []
+
+    merge(MergeConfig(((folder, 1.0),), tmp_path / "m", base=str(tiny_llama_dir)), listen=events.append)
+
+    assert any("other as its base, and it is merged into tiny-llama" in e.message for e in events)
 
 
 def test_dtype_of_the_checkpoint_is_chosen(tiny_llama_dir: Path, tmp_path: Path) -> None:

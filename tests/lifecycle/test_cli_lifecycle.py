@@ -1,0 +1,216 @@
+"""The commands as a person meets them: bad input is one line that names the fault, and leaves nothing behind."""
+
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner, Result
+
+from manylora.cli import build
+from tests.lifecycle.helpers import label_rows, write_rows
+from tests.tiny_adapters import make_adapter
+from tests.tiny_models import make_tiny_model
+
+GOOD = '{"prompt": "a", "completion": "b"}\n'
+BAD_FILES: dict[str, tuple[str, bytes, str]] = {
+    "missing field": ("a.jsonl", (GOOD + '{"prompt": "x"}\n').encode(), "row 2: missing completion"),
+    "empty file": ("a.jsonl", b"", "a.jsonl is empty"),
+    "header only": ("a.csv", b"text,label\n", "a.csv is empty"),
+    "one class": ("a.csv", b"text,label\nx,good\ny,good \n", "only the label 'good'"),
+    "too long": ("a.jsonl", json.dumps({"prompt": "x" * 900, "completion": "b"}).encode(), "row 1 has"),
+    "long answer": ("a.jsonl", json.dumps({"prompt": "x", "completion": "b" * 400}).encode(), "row 1's answer"),
+    "not UTF-8": ("a.jsonl", GOOD.encode() + b'{"prompt": "\xff", "completion": "b"}', "row 2 is not UTF-8"),
+    "half a character": (
+        "a.jsonl",
+        b'{"prompt": "\\ud83d", "completion": "b"}',
+        "row 1: prompt holds half a",
+    ),
+    "a list": ("a.json", b'[\n{"prompt": "a", "completion": "b"}]', "a list over several lines is not read"),
+    "not JSON": ("a.jsonl", GOOD.encode() + b"{", "row 2, column 2 is not JSON"),
+    "not parquet": ("a.parquet", b"PAR1", "not a readable parquet file"),
+    "unknown kind": ("a.txt", GOOD.encode(), "must be a .jsonl, .csv or .parquet file"),
+}
+
+
+def run(*words: str | Path) -> Result:
+    return CliRunner().invoke(build(), [str(word) for word in words], env={"COLUMNS": "300"})
+
+
+def train(data: Path, out: Path, base: Path, *more: str) -> Result:
+    fixed = ("--model", base, "--device", "cpu", "--dtype", "float32", "--max-length", "128", "--epochs", "1")
+    return run("train", "--data", data, "--out", out, *fixed, *more)
+
+
+def everything_in(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir()) if folder.exists() else []
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """A limit on the size of files makes every larger write fail, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("command", ["train", "choose-rank", "evaluate"])
+@pytest.mark.parametrize("fault", BAD_FILES)
+def test_bad_data_ends_in_a_message_that_names_it_and_leaves_nothing(
+    fault: str, command: str, tmp_path: Path, tiny_llama_dir: Path
+) -> None:
+    if command == "evaluate" and fault == "one class":
+        pytest.skip("held-out rows of one class can be scored")
+    name, content, words = BAD_FILES[fault]
+    (tmp_path / name).write_bytes(content)
+    flags = ["--base"] if command == "evaluate" else ["--folds", "2"] if command == "choose-rank" else []
+    if command == "choose-rank" and fault in ("too long", "long answer"):
+        (tmp_path / name).write_bytes(content + b"\n" + GOOD.encode())
+
+    done = run(
+        command, "--data", tmp_path / name, "--out", tmp_path / "out" / "a", "--model", tiny_llama_dir,
+        "--max-length", "128", *flags,
+    )  # fmt: skip
+
+    assert done.exit_code == 1, done.output
+    assert words in done.stderr
+    assert everything_in(tmp_path / "out") == []
+
+
+def test_loss_that_is_no_number_names_step_and_rows(tmp_path: Path) -> None:
+    broken = make_tiny_model("llama", tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"].fill_(float("nan"))
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    data = write_rows(tmp_path / "a.jsonl", label_rows())
+
+    done = train(data, tmp_path / "out" / "a", broken)
+
+    assert done.exit_code == 1
+    assert "diverged at step 1 (loss nan) on rows" in done.stderr
+    assert everything_in(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("command", ["train", "extract", "compress", "merge", "merge into base"])
+def test_full_disk_is_said_and_leaves_nothing(command: str, tmp_path: Path, tiny_llama_dir: Path) -> None:
+    data = write_rows(tmp_path / "a.jsonl", label_rows())
+    folder = make_adapter(tiny_llama_dir, tmp_path / "adapter", rank=8)
+    out = tmp_path / "out" / "a"
+    tuned = tmp_path / "tuned"
+    if command == "extract":
+        assert run("merge", "--adapter", folder, "--base", tiny_llama_dir, "--out", tuned).exit_code == 0
+    words: dict[str, list[Any]] = {
+        "train": ["train", "--data", data, "--model", tiny_llama_dir, "--epochs", "1", "--max-length", "128"],
+        "extract": ["extract", "--base", tiny_llama_dir, "--tuned", tuned, "--rank", "8"],
+        "compress": ["compress", folder, "--rank", "4"],
+        "merge": ["merge", "--adapter", folder, "--adapter", folder, "--method", "cat"],
+        "merge into base": ["merge", "--adapter", folder, "--base", tiny_llama_dir],
+    }
+
+    with full_disk():
+        done = run(*words[command], "--out", out)
+
+    assert done.exit_code == 1, done.output
+    assert "could not be written" in done.stderr
+    assert everything_in(tmp_path / "out") == []
+
+
+def test_the_key_does_not_get_into_the_card(tmp_path: Path, tiny_llama_dir: Path, monkeypatch: Any) -> None:
+    data = write_rows(tmp_path / "a.jsonl", label_rows())
+    words = ["train", "--data", str(data), "--model", str(tiny_llama_dir), "--out", str(tmp_path / "a")]
+    words += ["--epochs", "1", "--key", "sk-secret", "--dtype", "float32", "--max-length", "128"]
+    monkeypatch.setattr(sys, "argv", ["manylora", *words])
+
+    assert run(*words).exit_code == 0
+
+    card = (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
+    assert "manylora train --data" in card
+    assert "--epochs 1 --dtype float32" in card
+    assert "secret" not in card
+
+
+def test_server_that_is_not_there_is_said_before_the_training(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    data = write_rows(tmp_path / "a.jsonl", label_rows())
+
+    done = train(data, tmp_path / "out", tiny_llama_dir, "--publish", "a", "--server", "http://127.0.0.1:9")
+
+    assert done.exit_code == 1
+    assert "No server answers at http://127.0.0.1:9" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--lr", "nan"], "--lr must be positive"),
+        (["--alpha", "0"], "--alpha must be positive"),
+        (["--seed", "-1"], "--seed must not be negative"),
+        (["--threads", "0"], "--threads must be positive"),
+        (["--warmup", "2"], "--warmup is a share"),
+        (["--device", "tpu"], "--device must be one of"),
+        (["--dtype", "int8"], "--dtype must be one of"),
+        (["--render", "xml"], "--render must be one of"),
+    ],
+)
+def test_number_out_of_range_is_one_line(words: list[str], said: str, tmp_path: Path, tiny_llama_dir: Path) -> None:
+    data = write_rows(tmp_path / "a.jsonl", label_rows())
+
+    done = train(data, tmp_path / "out", tiny_llama_dir, *words)
+
+    assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
+    assert said in done.stderr
+
+
+def test_commands_print_tables_and_json(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    data = write_rows(tmp_path / "a.jsonl", label_rows()[::4])
+    folder = make_adapter(tiny_llama_dir, tmp_path / "adapter", rank=4)
+    fixed = ["--model", tiny_llama_dir, "--max-length", "128", "--max-tokens", "4", "--dtype", "float32"]
+
+    table = run("evaluate", "--data", data, "--base", "--adapter", folder, *fixed)
+    as_json = run("evaluate", "--data", data, "--base", *fixed, "--json")
+    shown = run("inspect", folder, "--against", folder)
+    ranks = run("choose-rank", "--data", data, "--ranks", "1,2", "--folds", "2", "--epochs", "1",
+                "--model", tiny_llama_dir, "--max-length", "128", "--out", tmp_path / "a")  # fmt: skip
+
+    assert [r.exit_code for r in (table, as_json, shown, ranks)] == [0, 0, 0, 0]
+    assert "macro_recall" in table.stdout
+    assert "fruit" in table.stdout
+    assert json.loads(as_json.stdout)["contenders"].keys() == {"base"}
+    assert "cosine of the changes 1.000 over 14 modules" in shown.stdout
+    assert "chosen: rank" in ranks.stdout
+
+
+@pytest.mark.slow
+def test_killed_training_resumes_to_the_uninterrupted_result(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    """kill -9 in the middle of it; then bit for bit what it would have been."""
+    data = write_rows(tmp_path / "a.jsonl", label_rows())
+    words = [sys.executable, "-m", "manylora", "train", "--data", data, "--eval", data, "--model", tiny_llama_dir]
+    words += ["--dtype", "float32", "--device", "cpu", "--threads", "1", "--max-length", "128", "--dropout", "0.1"]
+    words += ["--epochs", "30", "--checkpoint-every", "1"]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+
+    with subprocess.Popen([*words, "--out", killed], stderr=subprocess.DEVNULL) as process:
+        checkpoint = tmp_path / ".killed.checkpoint.safetensors"
+        while not checkpoint.exists() and process.poll() is None:
+            pass
+        process.kill()
+    assert process.returncode == -9, "it was over before it could be killed"
+    assert not killed.exists()
+    subprocess.run([*words, "--out", killed, "--resume"], check=True, capture_output=True)
+    subprocess.run([*words, "--out", whole], check=True, capture_output=True)
+
+    reports = [json.loads((tmp_path / f"{name}.report" / "train.json").read_text()) for name in ("killed", "whole")]
+    assert reports[0]["train_loss"] == reports[1]["train_loss"]
+    assert reports[0]["eval_loss"] == reports[1]["eval_loss"]
+    one, other = (load_file(out / "adapter_model.safetensors") for out in (killed, whole))
+    assert all(bool((one[name] == other[name]).all()) for name in one)
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
