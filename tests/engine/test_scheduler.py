@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from itertools import groupby
 
 import pytest
 from hypothesis import given, settings
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from manylora.engine.block_manager import BlockManager
 from manylora.engine.interface import AdapterRef, FinishReason, SamplingParams
-from manylora.engine.scheduler import STARVATION_STEPS, Plan, Scheduler
+from manylora.engine.scheduler import FIRST_TURN_STEPS, LONGEST_TURN_STEPS, TURN_STEPS, Plan, Scheduler
 from manylora.engine.sequence import Sequence, SequenceStatus
 from manylora.errors import AdapterLoadFailed
 
@@ -24,14 +25,18 @@ class FakeSlots:
         self.resident: dict[str, int] = {}
         self.asked: Counter[str] = Counter()
         self.broken: set[str] = set()
+        self.pinned: set[str] = set()
+        self.hurried: set[str] = set()
 
     def acquire(self, ref: AdapterRef) -> int | None:
         if ref.id in self.broken:
             raise AdapterLoadFailed("broken")
         if ref.id not in self.resident:
             self.asked[ref.id] += 1
-            if self.asked[ref.id] <= self.delay or not self._make_room():
+            goes_first = not self.hurried or ref.id in self.hurried
+            if self.asked[ref.id] <= self.delay or not goes_first or not self._make_room():
                 return None
+            self.hurried.discard(ref.id)
             free = set(range(self.num_slots)) - set(self.resident.values())
             self.resident[ref.id] = min(free)
             self.asked[ref.id] = 0
@@ -52,6 +57,16 @@ class FakeSlots:
 
     def give_up(self, ref: AdapterRef) -> None:
         self.asked[ref.id] = 0
+        self.hurried.discard(ref.id)
+
+    def lacks_room(self, ref: AdapterRef) -> bool:
+        return ref.id not in self.resident and self.asked[ref.id] > self.delay
+
+    def hurry(self, ref: AdapterRef) -> None:
+        self.hurried.add(ref.id)
+
+    def may_leave(self, ref: AdapterRef) -> bool:
+        return ref.id not in self.pinned
 
 
 def ref(name: str) -> AdapterRef:
@@ -99,6 +114,18 @@ def drain(s: Scheduler, limit: int = 20_000) -> int:
         if not s.has_work:
             return count
         step(s)
+    raise AssertionError("work is left")
+
+
+def drain_noting(s: Scheduler, requests: list[Sequence], first_token: dict[int, int]) -> int:
+    """As `drain`, and when each request got its first token."""
+    for count in range(20_000):
+        if not s.has_work:
+            return count
+        step(s)
+        for number, r in enumerate(requests):
+            if r.num_output_tokens:
+                first_token.setdefault(number, count)
     raise AssertionError("work is left")
 
 
@@ -215,7 +242,57 @@ def test_starving_adapter_gets_its_turn() -> None:
             s.add(request(4, 50, adapter="popular"))
         step(s)
         steps += 1
-        assert steps < 3 * STARVATION_STEPS
+        assert steps < 4 * TURN_STEPS + 5
+
+
+def test_more_adapters_than_slots_take_turns_until_all_are_done() -> None:
+    s = scheduler(slots=FakeSlots(2), seats=16, num_blocks=400)
+    requests = [request(4, 60, adapter=f"a{i}") for i in range(8)]
+    for r in requests:
+        s.add(r)
+    first_token: dict[int, int] = {}
+    steps = drain_noting(s, requests, first_token)
+    assert max(first_token.values()) <= 8 * (FIRST_TURN_STEPS + 3), "nobody waits for another's whole answer"
+    assert s.num_preemptions > 0
+    assert steps <= 1.3 * 60 * 8 / 2, "and turns cost little"
+
+
+def test_an_adapter_keeps_its_turn_against_others_that_have_begun() -> None:
+    s = scheduler(slots=FakeSlots(1), seats=16)
+    for name in ("a", "b"):
+        s.add(request(4, 200, adapter=name))
+    order = []
+    for _ in range(200):
+        order += [i.seq.adapter.id for i in step(s).scheduled if i.seq.adapter is not None]
+    turns = [len(list(run)) for _, run in groupby(order)]
+    assert min(turns[2:-1]) >= TURN_STEPS
+    assert len(turns) > 5
+
+
+def test_pinned_adapter_never_yields() -> None:
+    slots = FakeSlots(1)
+    slots.pinned.add("pinned")
+    s = scheduler(slots=slots)
+    s.add(holder := request(4, 2 * LONGEST_TURN_STEPS, adapter="pinned"))
+    step(s)
+    s.add(rare := request(4, 4, adapter="rare"))
+    for _ in range(LONGEST_TURN_STEPS + 20):
+        step(s)
+    assert s.num_preemptions == 0
+    assert not rare.num_output_tokens
+    assert holder.status is SequenceStatus.RUNNING
+
+
+def test_new_requests_beyond_the_seats_do_not_interrupt_what_has_begun() -> None:
+    s = scheduler(slots=FakeSlots(2), seats=3, num_blocks=400)
+    requests = [request(4, 40, adapter=f"a{i}") for i in range(20)]
+    for r in requests:
+        s.add(r)
+    most = 0
+    while s.has_work:
+        step(s)
+        most = max(most, sum(0 < r.num_output_tokens < 40 for r in requests))
+    assert most <= 3 + 2
 
 
 def test_failed_load_ends_its_sequences_only() -> None:

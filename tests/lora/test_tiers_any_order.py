@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from manylora.errors import AdapterLoadFailed
+from manylora.errors import AdapterLoadFailed, Conflict
 from tests.lora.tier_setup import PATIENCE_S, SMALL, Setup, ref
 
 
@@ -55,8 +55,18 @@ class Lives(RuleBasedStateMachine):
 
     @rule(number=numbers, pinned=st.booleans())
     def pin(self, number: int, pinned: bool) -> None:
-        self.setup.tiers.set_pinned(ref(number), pinned)
+        try:
+            self.setup.tiers.set_pinned(ref(number), pinned)
+        except Conflict:
+            assert pinned
+            assert number not in self.pinned
+            return
         (self.pinned.add if pinned else self.pinned.discard)(number)
+        assert len(self.pinned) < 4
+
+    @rule(number=numbers)
+    def hurry(self, number: int) -> None:
+        self.setup.tiers.hurry(ref(number))
 
     @rule(number=numbers)
     def forget(self, number: int) -> None:
@@ -82,8 +92,7 @@ class Lives(RuleBasedStateMachine):
         assert {r["id"]: r["users"] for r in tiers.residents() if r["users"]} == {
             f"id-{n}": count for n, count in self.users.items() if count
         }
-        assert tiers._policy._priority.keys() == {r["id"] for r in tiers.residents()}
-        tiers._policy.check_integrity()
+        assert tiers._device._policy._priority.keys() == {r["id"] for r in tiers.residents()}
         assert set(self.setup.memory.places) == {r["slot"] for r in tiers.residents()}
 
     def teardown(self) -> None:

@@ -102,5 +102,5 @@ def test_thousands_of_adapters_leave_nothing_behind() -> None:
     assert len(setup.tiers._entries) <= 4
     assert len(setup.tiers._host) <= 4
     assert not setup.tiers._wanted
-    assert len(setup.tiers._policy._priority) == setup.book.num_used
+    assert len(setup.tiers._device._policy._priority) == setup.book.num_used
     setup.tiers.close()

@@ -2,6 +2,10 @@
 
 Bookkeeping only; it touches no tensor and never waits. A sequence whose adapter is not on the device yet is
 passed over until it is, and holds nobody up.
+
+When more adapters are asked for than have places, they take turns: one that has run for a while yields to one that
+waits, soonest where that has had no token yet, and comes back in its turn. Its sequences find most of their blocks
+in the prefix cache. So the time to a first token does not grow with the answers of others.
 """
 
 from collections import Counter
@@ -17,7 +21,11 @@ from manylora.engine.interface import AdapterRef, FinishReason
 from manylora.engine.sequence import Sequence, SequenceStatus
 from manylora.errors import ManyloraError
 
-STARVATION_STEPS = 128  # each time a sequence was passed over this often for want of a slot, an adapter yields
+TURN_STEPS = 16  # what an adapter may run, for each of its sequences, before it yields to one that waits for a place
+FIRST_TURN_STEPS = 4  # the same, where who waits has had no token yet
+LONGEST_TURN_STEPS = 128  # however many sequences it has
+HEAD_START_STEPS = 64  # by how much a first token is more urgent than a later one, in steps of waiting
+GRANT_STEPS = 8  # how long a place that was given up may take to reach who waits, before another one is
 LOOK_AHEAD = 256  # waiting sequences of one tenant that a plan looks at
 
 
@@ -29,6 +37,12 @@ class SlotProvider(Protocol):
     def release(self, ref: AdapterRef) -> None: ...
 
     def give_up(self, ref: AdapterRef) -> None: ...
+
+    def lacks_room(self, ref: AdapterRef) -> bool: ...
+
+    def hurry(self, ref: AdapterRef) -> None: ...
+
+    def may_leave(self, ref: AdapterRef) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +84,10 @@ class Scheduler:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._passed_over: Counter[int] = Counter()  # by id() of waiting sequences
         self._yielding: dict[str, Sequence] = {}  # adapter id -> the sequence it makes room for
+        self._granted: dict[int, int] = {}  # id() of a waiting sequence -> the plan that made another yield to it
+        self._lacking: list[Sequence] = []  # of this plan: the first of each adapter that finds no place
+        self._held_since: dict[str, int] = {}  # adapter id -> the plan since which it has run without a break
+        self._num_plans = 0
 
     @property
     def has_work(self) -> bool:
@@ -85,6 +103,8 @@ class Scheduler:
         """Choose the next step's work and reserve its blocks and slots."""
         plan = Plan()
         work: dict[int, Scheduled] = {}
+        self._num_plans += 1
+        self._lacking.clear()
         budget = self._max_num_batched_tokens
         may_admit = True
         for seq in sorted(self.running, key=lambda s: s.num_uncomputed > 1):
@@ -102,6 +122,8 @@ class Scheduler:
                 budget -= count
         if may_admit:
             self._admit(plan, work, budget)
+        if self._lacking:
+            self._take_turns(work)
         plan.scheduled = sorted(work.values(), key=lambda s: s.num_tokens > 1)
         plan.num_tokens = sum(s.num_tokens for s in plan.scheduled)
         waits = self._passed_over and (s.status is SequenceStatus.LOADING_ADAPTER for s in self.waiting)
@@ -147,7 +169,7 @@ class Scheduler:
     def _admit(self, plan: Plan, work: dict[int, Scheduled], budget: int) -> None:
         not_ready: set[str] = set()
         while budget > 0:
-            seq = self._next_ready(plan, not_ready, work)
+            seq = self._next_ready(plan, not_ready)
             if seq is None:
                 return
             if not self._make_seat(seq, work):
@@ -172,8 +194,10 @@ class Scheduler:
         if seq.first_scheduled_s is None:
             seq.first_scheduled_s = now
         self.running.append(seq)
+        if seq.adapter is not None:
+            self._held_since.setdefault(seq.adapter.id, self._num_plans)
 
-    def _next_ready(self, plan: Plan, not_ready: set[str], work: dict[int, Scheduled]) -> Sequence | None:
+    def _next_ready(self, plan: Plan, not_ready: set[str]) -> Sequence | None:
         """The next sequence to serve, its adapter's slot acquired; None when nobody can go on."""
         for tenant in self.waiting.tenants():
             for seq in list(islice(self.waiting.of(tenant), LOOK_AHEAD)):
@@ -182,7 +206,7 @@ class Scheduler:
                 if seq.adapter.id in not_ready:
                     continue
                 try:
-                    ready = self._acquire(seq, seq.adapter, work)
+                    ready = self._acquire(seq, seq.adapter)
                 except ManyloraError as error:
                     plan.failed.append((seq, error))
                     self.finish(seq, FinishReason.ERROR)
@@ -192,7 +216,7 @@ class Scheduler:
                 not_ready.add(seq.adapter.id)
         return None
 
-    def _acquire(self, seq: Sequence, adapter: AdapterRef, work: dict[int, Scheduled]) -> bool:
+    def _acquire(self, seq: Sequence, adapter: AdapterRef) -> bool:
         if self._yielding.get(adapter.id, seq) is not seq:
             return False
         slot = self._slots.acquire(adapter)
@@ -204,8 +228,8 @@ class Scheduler:
             if seq.load_started_s is None:
                 seq.load_started_s = monotonic()
         self._passed_over[id(seq)] += 1
-        if self._passed_over[id(seq)] % STARVATION_STEPS == 0:
-            self._make_adapter_yield(seq, adapter, work)
+        if self._slots.lacks_room(adapter):
+            self._lacking.append(seq)
         return False
 
     def _unacquire(self, seq: Sequence) -> None:
@@ -213,16 +237,59 @@ class Scheduler:
             self._slots.release(seq.adapter)
             seq.slot = -1
 
-    def _make_adapter_yield(self, starving: Sequence, adapter: AdapterRef, work: dict[int, Scheduled]) -> None:
-        """Preempt the running adapter with the fewest sequences and keep it out until `starving` runs."""
-        users = Counter(s.adapter.id for s in self.running if s.adapter and s.adapter.id != adapter.id)
-        users = Counter({a: n for a, n in users.items() if a not in self._yielding})
-        if not users:
+    # turns
+
+    def _take_turns(self, work: dict[int, Scheduled]) -> None:
+        """Make one adapter yield to the most urgent of those that find no place, if one has had its turn."""
+        lacking = [s for s in self._lacking if self._num_plans - self._granted.get(id(s), -GRANT_STEPS) >= GRANT_STEPS]
+        starving, turn_steps = self._most_urgent(lacking)
+        if starving is None or starving.adapter is None:
             return
-        chosen = min(users, key=lambda a: users[a])
+        chosen = self._who_yields(turn_steps)
+        if chosen is None:
+            if not any(s.adapter is not None and self._slots.may_leave(s.adapter) for s in self.running):
+                self._slots.hurry(starving.adapter)  # into a place that is kept for another one that waits
+            return
+        self._slots.hurry(starving.adapter)
+        self._granted[id(starving)] = self._num_plans
         self._yielding[chosen] = starving
         for seq in [s for s in reversed(self.running) if s.adapter and s.adapter.id == chosen]:
             self._preempt(seq, work)
+
+    def _most_urgent(self, lacking: list[Sequence]) -> tuple[Sequence | None, int]:
+        """Who has waited longest, new ones with a head start; and how long an adapter must have run to yield to it.
+
+        A tenant begins no more requests than its share of seats: beyond, they would only slow each other down, and
+        a new one waits for a place to fall free, or for an adapter that has run for very long.
+        """
+        begun = Counter(s.tenant for s in (*self.running, *self.waiting) if s.num_output_tokens)
+        num_tenants = len({s.tenant for s in self.running} | set(self.waiting.tenants()))
+        may_begin = {t for t in {s.tenant for s in lacking} if begun[t] * num_tenants < self._max_num_seqs}
+
+        def urgency(seq: Sequence) -> int:
+            return self._passed_over[id(seq)] + (0 if seq.num_output_tokens else HEAD_START_STEPS)
+
+        allowed = [s for s in lacking if s.num_output_tokens or s.tenant in may_begin]
+        starving = max(allowed or lacking, key=urgency, default=None)
+        if starving is None or not allowed:
+            return starving, LONGEST_TURN_STEPS
+        return starving, TURN_STEPS if starving.num_output_tokens else FIRST_TURN_STEPS
+
+    def _who_yields(self, turn_steps: int) -> str | None:
+        """The adapter that has run longest for the number of its sequences; None if none has had its turn."""
+        users: dict[str, list[Sequence]] = {}
+        for seq in self.running:
+            if seq.adapter is not None and seq.adapter.id not in self._yielding:
+                users.setdefault(seq.adapter.id, []).append(seq)
+        longest: tuple[float, str | None] = (0.0, None)
+        for adapter_id, seqs in users.items():
+            steps = self._num_plans - self._held_since[adapter_id]
+            turn = min(turn_steps * len(seqs), LONGEST_TURN_STEPS)
+            has_begun = all(s.num_output_tokens for s in seqs) or steps >= LONGEST_TURN_STEPS
+            adapter = seqs[0].adapter
+            if steps >= turn and has_begun and adapter is not None and self._slots.may_leave(adapter):
+                longest = max(longest, (steps / len(seqs), adapter_id))
+        return longest[1]
 
     # room
 
@@ -286,6 +353,8 @@ class Scheduler:
     def _release(self, seq: Sequence) -> None:
         self.blocks.free(seq)
         if seq.adapter is not None:
+            if not any(s.adapter is not None and s.adapter.id == seq.adapter.id for s in self.running):
+                del self._held_since[seq.adapter.id]
             self._slots.release(seq.adapter)
             seq.slot = -1
 
@@ -299,6 +368,7 @@ class Scheduler:
 
     def _forget_waiting(self, seq: Sequence) -> None:
         self._passed_over.pop(id(seq), None)
+        self._granted.pop(id(seq), None)
         for adapter_id in [a for a, s in self._yielding.items() if s is seq]:
             del self._yielding[adapter_id]
 
@@ -318,5 +388,6 @@ class Scheduler:
             assert seq.status in (SequenceStatus.WAITING, SequenceStatus.LOADING_ADAPTER, SequenceStatus.PREEMPTED)
             assert not seq.block_table
             assert seq.slot == -1
-        assert self._passed_over.keys() <= {id(s) for s in self.waiting}
+        assert self._passed_over.keys() | self._granted.keys() <= {id(s) for s in self.waiting}
+        assert self._held_since.keys() == {s.adapter.id for s in self.running if s.adapter is not None}
         assert all(any(w is s for w in self.waiting) for s in self._yielding.values())

@@ -3,60 +3,36 @@
 The engine asks with `acquire`, which answers at once: a slot, or "not yet" after starting the load. Loads run
 on threads of their own; a slot that is being filled is named by no batch, so a step never waits for one.
 Users are counted under the same lock that evicts, so an adapter in use cannot leave.
+
+Adapters that are waited for stand in a line. Each is read to host memory at once. Who finds no place on the device
+is tried again, in the line's order, when one may have fallen free, and not before: while everything is in use,
+waiting costs nothing, and files are not read over and over. What was brought in for a request stays until that
+request has taken it, so that those who wait do not push each other out.
 """
 
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from manylora.errors import AdapterLoadFailed, ManyloraError
-from manylora.lora.eviction import GreedyDualSizeFrequency
+from manylora.errors import AdapterLoadFailed, Conflict, ManyloraError
+from manylora.lora.device import DeviceTier
+from manylora.lora.entries import Entry, TierEvents
+from manylora.lora.host import HostCache
 from manylora.lora.memory import DeviceMemory
 from manylora.lora.packing import PackedAdapter
 from manylora.lora.ref import AdapterRef, Tier
-from manylora.lora.slots import Place, SlotBook
+from manylora.lora.slots import SlotBook
+
+__all__ = ["AdapterTiers", "FolderOf", "Packer", "TierEvents"]
 
 Packer = Callable[[Path], PackedAdapter]
 FolderOf = Callable[[AdapterRef], Path]
-
-
-@dataclass(slots=True)
-class _Entry:
-    ref: AdapterRef
-    folder: Path | None = None
-    place: Place | None = None
-    is_resident: bool = False
-    is_loading: bool = False
-    is_pinned: bool = False
-    is_forgotten: bool = False
-    users: int = 0
-    error: ManyloraError | None = None
-    size_bytes: int = 0
-
-
-class TierEvents:
-    """What the tiers tell the metrics. The base class says nothing."""
-
-    def on_load(self, ref: AdapterRef, tier: Tier, seconds: float) -> None:
-        """It went up from `tier`: from disk to host memory, or from there to the device."""
-
-    def on_failure(self, ref: AdapterRef) -> None:
-        """It was asked for and could not be brought to the device."""
-
-    def on_eviction(self, ref: AdapterRef, tier: Tier) -> None:
-        """It left `tier` to make room."""
-
-    def on_enter(self, ref: AdapterRef) -> None:
-        """A device slot is its own from now on."""
-
-    def on_leave(self, ref: AdapterRef) -> None:
-        """Its device slot is free again."""
+LOOK_AHEAD = 256  # of those in the line, how many are looked at when a place falls free
 
 
 class AdapterTiers:
@@ -76,16 +52,18 @@ class AdapterTiers:
     ) -> None:
         self.book = book
         self.memory = memory
-        self.host_bytes = 0
-        self._host_budget = host_bytes
-        self._host: OrderedDict[AdapterRef, PackedAdapter] = OrderedDict()
+        self.on_change = on_change  # called on a loader thread after every load
         self._folder_of = folder_of
         self._packer = packer
-        self.on_change = on_change  # called on a loader thread after every load
         self._events = events or TierEvents()
-        self._entries: dict[str, _Entry] = {}
-        self._wanted: dict[str, _Entry] = {}  # not resident, asked for; in the order they were asked for
-        self._policy: GreedyDualSizeFrequency[str] = GreedyDualSizeFrequency()
+        self._host = HostCache(host_bytes, lambda ref: self._events.on_eviction(ref, "host"))
+        self._device = DeviceTier(book, memory, self._events, self._settle)
+        self._entries: dict[str, Entry] = {}
+        self._wanted: OrderedDict[str, Entry] = OrderedDict()  # the line: asked for and not resident
+        self._hurried: set[str] = set()  # those of the line that go before all others
+        self._room = 0  # how often a place may have fallen free
+        self._num_retries = 0  # loads under way of entries that had found no place before
+        self._typical_bytes = 0  # of an adapter that was not read yet: as the last one that was
         self._lock = threading.RLock()
         self._idle = threading.Condition(self._lock)
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="adapter-loader")
@@ -106,7 +84,9 @@ class AdapterTiers:
                 raise error
             if entry.is_resident and entry.place is not None:
                 entry.users += 1
-                self._policy.on_use(ref.id, entry.size_bytes, float(entry.size_bytes))
+                entry.is_claimed = False
+                self._device.refile(entry)
+                self._device.count_use(entry, is_on_host=ref in self._host)
                 return entry.place.slot
             self._want(entry)
             return None
@@ -126,16 +106,43 @@ class AdapterTiers:
             entry.users -= 1
             if entry.users == 0:
                 self._idle.notify_all()
-                self._retry_wanted()
+                self._refile(entry)
 
     def give_up(self, ref: AdapterRef) -> None:
         """Nobody waits for this adapter any more."""
         with self._lock:
             entry = self._entries.get(ref.id)
-            if entry is not None and not entry.is_pinned:
-                self._wanted.pop(ref.id, None)
+            if entry is None:
+                return
+            entry.is_claimed = False
+            if not entry.is_pinned:
+                self._leave_line(entry)
                 entry.error = None
-                self._settle(entry)
+            self._refile(entry)
+            self._settle(entry)
+            self._retry_wanted()
+
+    def lacks_room(self, ref: AdapterRef) -> bool:
+        """Whether it is waited for and found every place in use: it needs one that somebody lets go of."""
+        with self._lock:
+            entry = self._wanted.get(ref.id)
+            return entry is not None and entry.refused_at >= 0 and not entry.is_loading
+
+    def hurry(self, ref: AdapterRef) -> None:
+        """The next place that falls free is for this adapter, if it is waited for."""
+        with self._lock:
+            entry = self._wanted.get(ref.id)
+            if entry is not None and not entry.is_hurried:
+                entry.is_hurried = True
+                self._hurried.add(ref.id)
+                self._wanted.move_to_end(ref.id, last=False)
+                self._room_appeared()  # it may take what is kept for requests that wait in the queue
+
+    def may_leave(self, ref: AdapterRef) -> bool:
+        """Whether its place could be another's once nobody uses it."""
+        with self._lock:
+            entry = self._entries.get(ref.id)
+            return entry is not None and entry.is_resident and not entry.is_pinned
 
     # what the catalog calls, through the engine's interface
 
@@ -154,32 +161,48 @@ class AdapterTiers:
             self._settle(entry)
 
     def set_pinned(self, ref: AdapterRef, pinned: bool) -> None:
-        """Pinned adapters are brought in and never evicted."""
+        """Pinned adapters are brought in and never evicted.
+
+        Raises Conflict where pins would leave no room for any other adapter.
+        """
         with self._lock:
             entry = self._entry(ref)
+            if pinned and not entry.is_pinned:
+                try:
+                    self._device.check_pins([e for e in self._entries.values() if e.is_pinned], entry)
+                except Conflict:
+                    self._settle(entry)
+                    raise
             entry.is_pinned = pinned
+            entry.is_claimed = False
             if not pinned:
                 self.give_up(ref)  # requests that wait for it ask again
             elif not entry.is_resident:
                 self._want(entry)
+            else:
+                self._refile(entry)
 
     def forget(self, ref: AdapterRef, timeout_s: float | None = None) -> bool:
         """Wait until nobody uses or loads the adapter, then free its memory. False if `timeout_s` ran out."""
         with self._lock:
             entry = self._entries.get(ref.id)
             if entry is None:
-                self._drop_host(ref)
+                self._host.drop(ref)
                 return True
             entry.is_forgotten = True
-            entry.is_pinned = False
-            self._wanted.pop(ref.id, None)
+            entry.is_pinned = entry.is_claimed = False
+            self._leave_line(entry)
             if not self._idle.wait_for(lambda: not entry.users and not entry.is_loading, timeout_s):
                 return False
-            self._evict_device(entry)
-            self._drop_host(ref)
+            self._device.evict(entry)
+            self._host.drop(ref)
             self._entries.pop(ref.id, None)
-            self._retry_wanted()
+            self._room_appeared()
             return True
+
+    @property
+    def host_bytes(self) -> int:
+        return self._host.used_bytes
 
     def residents(self) -> list[dict[str, Any]]:
         """One row per adapter on the device, for the dashboard's map of slots."""
@@ -195,7 +218,7 @@ class AdapterTiers:
                     "users": e.users,
                     "pinned": e.is_pinned,
                 }
-                for e in self._entries.values()
+                for e in self._device.entries()
                 if e.is_resident and e.place is not None
             ]
 
@@ -204,37 +227,63 @@ class AdapterTiers:
             self._closed = True
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    # loading
+    # the line
 
-    def _entry(self, ref: AdapterRef) -> _Entry:
+    def _entry(self, ref: AdapterRef) -> Entry:
         entry = self._entries.get(ref.id)
         if entry is None:
-            entry = self._entries[ref.id] = _Entry(ref)
+            entry = self._entries[ref.id] = Entry(ref)
         return entry
 
-    def _settle(self, entry: _Entry) -> None:
+    def _settle(self, entry: Entry) -> None:
         """Drop an entry that says nothing any more, so that ten thousand adapters cost nothing here."""
         idle = not (entry.is_resident or entry.is_loading or entry.is_pinned or entry.users)
         if idle and entry.folder is None and entry.error is None and entry.ref.id not in self._wanted:
             self._entries.pop(entry.ref.id, None)
 
-    def _want(self, entry: _Entry) -> None:
+    def _leave_line(self, entry: Entry) -> None:
+        self._wanted.pop(entry.ref.id, None)
+        entry.refused_at = -1
+        if entry.is_hurried:
+            entry.is_hurried = False
+            self._hurried.remove(entry.ref.id)
+            self._room += 1  # for those who came later
+
+    def _want(self, entry: Entry) -> None:
+        """Put it in the line if it is not there yet, and start the load if that can lead to anything."""
         self._wanted.setdefault(entry.ref.id, entry)
-        if not entry.is_loading and not self._closed:
-            entry.is_loading = True
-            self._pool.submit(self._load, entry)
+        if entry.is_loading or self._closed:
+            return
+        if entry.refused_at == self._room:
+            return
+        has_chance = self._num_retries < self._device.num_chances(entry, self._typical_bytes)
+        is_retry = entry.refused_at >= 0
+        if not has_chance and (is_retry or not self._host.could_keep(self._typical_bytes, self._wanted)):
+            entry.refused_at = self._room if not is_retry else entry.refused_at
+            return
+        self._num_retries += is_retry
+        entry.is_loading = True
+        self._pool.submit(self._load, entry, is_retry)
 
     def _retry_wanted(self) -> None:
-        """Room may have appeared: start again what waits for a slot."""
-        for entry in list(self._wanted.values()):
-            if entry.error is None:
-                self._want(entry)
+        """Start again, in the line's order, as many as may find a place."""
+        for entry in list(islice(self._wanted.values(), LOOK_AHEAD)):
+            self._want(entry)
 
-    def _load(self, entry: _Entry) -> None:
+    def _room_appeared(self) -> None:
+        self._room += 1
+        self._retry_wanted()
+
+    def _refile(self, entry: Entry) -> None:
+        if self._device.refile(entry):
+            self._room_appeared()
+
+    # loading
+
+    def _load(self, entry: Entry, is_retry: bool) -> None:
         """On a loader thread: disk to host, host to device. Ends with `is_loading` false, whatever happens."""
         try:
-            packed = self._to_host(entry)
-            self._to_device(entry, packed)
+            self._to_device(entry, self._to_host(entry))
         except ManyloraError as error:
             self._fail(entry, error)
         except (OSError, ValueError, KeyError, RuntimeError, MemoryError) as error:
@@ -242,128 +291,70 @@ class AdapterTiers:
         finally:
             with self._lock:
                 entry.is_loading = False
+                self._num_retries -= is_retry
                 self._settle(entry)
+                self._retry_wanted()
                 self._idle.notify_all()
         self.on_change()
 
-    def _fail(self, entry: _Entry, error: ManyloraError) -> None:
+    def _fail(self, entry: Entry, error: ManyloraError) -> None:
         with self._lock:
-            if self._wanted.pop(entry.ref.id, None) is None:
+            if entry.ref.id not in self._wanted:
                 return
+            self._leave_line(entry)
             entry.error = error
         self._events.on_failure(entry.ref)
 
-    def _to_host(self, entry: _Entry) -> PackedAdapter:
+    def _to_host(self, entry: Entry) -> PackedAdapter:
         with self._lock:
             packed = self._host.get(entry.ref)
             if packed is not None:
-                self._host.move_to_end(entry.ref)
                 return packed
             folder = entry.folder
         started = time.perf_counter()
         packed = self._packer(folder or self._folder_of(entry.ref))
         self._events.on_load(entry.ref, "disk", time.perf_counter() - started)
         with self._lock:
-            self._keep_on_host(entry.ref, packed)
+            self._host.keep(entry.ref, packed, self._wanted)
         return packed
 
-    def _keep_on_host(self, ref: AdapterRef, packed: PackedAdapter) -> None:
-        if packed.size_bytes > self._host_budget or ref in self._host:
-            return
-        while self.host_bytes + packed.size_bytes > self._host_budget:
-            oldest = next(iter(self._host))
-            self._drop_host(oldest)
-            self._events.on_eviction(oldest, "host")
-        self._host[ref] = packed
-        self.host_bytes += packed.size_bytes
-
-    def _drop_host(self, ref: AdapterRef) -> None:
-        packed = self._host.pop(ref, None)
-        if packed is not None:
-            self.host_bytes -= packed.size_bytes
-
-    def _to_device(self, entry: _Entry, packed: PackedAdapter) -> None:
+    def _to_device(self, entry: Entry, packed: PackedAdapter) -> None:
         started = time.perf_counter()
         with self._lock:
+            entry.size_bytes = self._typical_bytes = packed.size_bytes
             if entry.is_resident or entry.is_forgotten:
                 return
-            place = self._make_room(packed)
-            if place is None:
-                return  # in host memory; tried again when a slot falls free
-            entry.place = place
-            entry.size_bytes = packed.size_bytes
-            self._events.on_enter(entry.ref)
-            with self._place_given_back_on_error(entry):
-                if place.is_new_slab:
-                    self.memory.allocate(place, packed.layout, self.book.places_in(place.slab))
-        with self._place_given_back_on_error(entry):
-            self.memory.fill(place, packed)
-        with self._lock:
-            self.memory.publish(place, packed)
-            entry.is_resident = True
-            entry.error = None
-            self._wanted.pop(entry.ref.id, None)
-            self._policy.on_use(entry.ref.id, entry.size_bytes, float(entry.size_bytes))
-        self._events.on_load(entry.ref, "host", time.perf_counter() - started)
-
-    def _make_room(self, packed: PackedAdapter) -> Place | None:
-        """A reserved place, evicting idle adapters as needed; None while all that could leave is in use."""
-        if not self.book.can_ever_hold(packed.layout):
-            raise AdapterLoadFailed(
-                f"The adapter needs {packed.size_bytes} bytes on the device and the whole budget is "
-                f"{self.book.budget_bytes}: raise --adapter-memory."
-            )
-        place = self.book.reserve(packed.layout)
-        while place is None:
-            victim = self._policy.victim(
-                key
-                for key, e in self._entries.items()
-                if e.is_resident and not e.users and not e.is_pinned and not e.is_loading
-            )
-            if victim is None:
-                return None
-            evicted = self._entries[victim]
-            self._evict_device(evicted)
-            self._settle(evicted)
-            self._events.on_eviction(evicted.ref, "device")
-            place = self.book.reserve(packed.layout)
-        return place
-
-    def _evict_device(self, entry: _Entry) -> None:
-        if entry.place is None or not entry.is_resident:
-            return
-        entry.is_resident = False
-        self.memory.withdraw(entry.place.slot)
-        self._give_place_back(entry)
-        self._policy.on_remove(entry.ref.id)
-
-    @contextmanager
-    def _place_given_back_on_error(self, entry: _Entry) -> Iterator[None]:
+            comes_later = bool(self._hurried) and not entry.is_hurried
+            seen = self._room
+            if comes_later or not self._device.make_room(entry, packed):
+                entry.refused_at = seen
+                return
         try:
-            yield
+            self._device.fill(entry, packed)
         except BaseException:
-            self._give_place_back(entry)
+            with self._lock:
+                self._device.give_back(entry)
             raise
-
-    def _give_place_back(self, entry: _Entry) -> None:
         with self._lock:
-            assert entry.place is not None
-            slot, entry.place = entry.place.slot, None
-            self._events.on_leave(entry.ref)
-            slab = self.book.release(slot)
-            if slab is not None:
-                self.memory.free(slab)
+            entry.is_claimed = entry.ref.id in self._wanted and not entry.is_pinned
+            self._leave_line(entry)
+            entry.error = None
+            self._device.publish(entry, packed)
+            self._device.count_use(entry, is_on_host=entry.ref in self._host)
+        self._events.on_load(entry.ref, "host", time.perf_counter() - started)
 
     def check_integrity(self) -> None:
         """Slots, counts and bytes agree."""
         with self._lock:
-            self.book.check_integrity()
-            placed = [e for e in self._entries.values() if e.place is not None]
-            assert len(placed) == self.book.num_used
+            self._device.check_integrity()
+            self._host.check_integrity()
             for entry in self._entries.values():
                 assert entry.users >= 0
                 assert not entry.users or entry.is_resident
                 assert not entry.is_resident or entry.place is not None
                 assert not (entry.is_resident and entry.ref.id in self._wanted)
-            assert self._wanted.keys() <= self._entries.keys()
-            assert self.host_bytes == sum(p.size_bytes for p in self._host.values()) <= self._host_budget
+                assert entry.is_hurried == (entry.ref.id in self._hurried)
+                assert not entry.is_claimed or (entry.is_resident and not entry.users and not entry.is_pinned)
+            assert self._hurried <= self._wanted.keys() <= self._entries.keys()
+            assert all(self._entries.get(e.ref.id) is e for e in self._device.entries())
+            assert self._num_retries >= 0
