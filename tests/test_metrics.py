@@ -1,6 +1,6 @@
 """The metrics: every one of the contract, bounded labels, counters that only grow."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from manylora.engine.interface import EngineStats
-from manylora.metrics import BASE_LABEL, BUCKETS, OTHER_LABEL, BusiestNames, Metrics, NoMetrics, RequestSample
+from manylora.metrics import (
+    BASE_LABEL,
+    BUCKETS,
+    OTHER_LABEL,
+    OUTCOMES,
+    BusiestNames,
+    Metrics,
+    NoMetrics,
+    RequestSample,
+)
 
 CONTRACT = {
     "histogram": "request_duration_seconds time_to_first_token_seconds inter_token_latency_seconds "
@@ -38,12 +47,12 @@ def sample(tenant: str = "acme", adapter: str | None = "a", outcome: str = "ok",
 
 
 def totals(metrics: Metrics, name: str) -> dict[tuple[str, str], float]:
-    return {
-        (s.labels["tenant"], s.labels["adapter"]): s.value
-        for family in text_string_to_metric_families(metrics.render().decode())
-        for s in family.samples
-        if s.name == f"manylora_{name}"
-    }
+    found: dict[tuple[str, str], float] = defaultdict(float)
+    for family in text_string_to_metric_families(metrics.render().decode()):
+        for s in family.samples:
+            if s.name == f"manylora_{name}":
+                found[s.labels["tenant"], s.labels["adapter"]] += s.value
+    return found
 
 
 def test_every_metric_of_the_contract_is_there_with_its_type() -> None:
@@ -204,8 +213,11 @@ def test_labels_are_few_and_kept_for_ever(uses: list[int], free: int, reserve: i
     assert len(labelled) >= min(free, len(seen))
 
 
-@pytest.mark.parametrize("outcome", ["ok", "cancelled", "error"])
-def test_outcomes_are_told_apart(outcome: str) -> None:
+@pytest.mark.parametrize("outcome", OUTCOMES)
+def test_outcomes_are_told_apart_and_all_there_from_the_start(outcome: str) -> None:
     metrics = Metrics()
     metrics.observe_request(sample(outcome=outcome))
-    assert f'outcome="{outcome}"' in metrics.render().decode()
+    text = metrics.render().decode()
+    for each in OUTCOMES:
+        count = float(each == outcome)
+        assert f'manylora_requests_total{{adapter="a",outcome="{each}",tenant="acme"}} {count}' in text

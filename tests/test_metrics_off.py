@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-from tests.api.conftest import Rig
-
 from manylora.metrics import NoMetrics
 from manylora.settings import Settings
+from tests.api.conftest import Rig
 
 
 def rig_without_metrics(folder: Path) -> Rig:

@@ -21,6 +21,7 @@ __all__ = [
     "BASE_LABEL",
     "BUCKETS",
     "OTHER_LABEL",
+    "OUTCOMES",
     "BusiestNames",
     "EngineCounts",
     "Metrics",
@@ -31,6 +32,7 @@ __all__ = [
 BASE_LABEL: Final = "__base__"
 OTHER_LABEL: Final = "__other__"
 BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+OUTCOMES: Final = ("ok", "cancelled", "invalid", "rejected", "error")
 _PREFIX: Final = "manylora"
 _BY_CALLER: Final = ("tenant", "adapter")  # who asks, and for what
 _BY_OWNER: Final = ("tenant", "adapter")  # whose adapter it is
@@ -200,9 +202,14 @@ class _WithoutCreated(CollectorRegistry):
 
 
 class _Series:
-    """The children of one (tenant, adapter) pair, looked up once."""
+    """The children of one (tenant, adapter) pair, looked up once.
+
+    Every outcome is there from the first request on: of a counter that appears with its first count, Prometheus
+    sees no increase.
+    """
 
     def __init__(self, metrics: "Metrics", tenant: str, adapter: str) -> None:
+        self.requests = {outcome: metrics.requests.labels(tenant, adapter, outcome) for outcome in OUTCOMES}
         self.duration = metrics.request_duration.labels(tenant, adapter)
         self.ttft = metrics.time_to_first_token.labels(tenant, adapter)
         self.gap = metrics.inter_token_latency.labels(tenant, adapter)
@@ -279,7 +286,7 @@ class Metrics:
         series = self._series.get((tenant, adapter))
         if series is None:
             series = self._series[tenant, adapter] = _Series(self, tenant, adapter)
-        self.requests.labels(tenant, adapter, sample.outcome).inc()
+        series.requests[sample.outcome].inc()
         series.duration.observe(sample.duration_s)
         if sample.ttft_s is not None:
             series.ttft.observe(sample.ttft_s)
