@@ -6,7 +6,7 @@ through `migrations/`; a test holds these classes and the migrations together.
 
 from typing import Any, ClassVar
 
-from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, Text, UniqueConstraint
+from sqlalchemy import JSON, BigInteger, Float, ForeignKey, Index, Integer, Text, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 
@@ -16,6 +16,7 @@ class Base(DeclarativeBase):
     type_annotation_map: ClassVar[dict[Any, Any]] = {
         str: Text(),
         int: BigInteger(),
+        float: Float(),
         dict[str, Any]: JSON(),
         list[str]: JSON(),
     }

@@ -1,0 +1,69 @@
+"""The migrations make the tables that the code names, and can be undone."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Engine, create_engine, inspect
+
+from manylora.catalog.database import open_database
+from manylora.catalog.tables import Base
+
+from . import postgres
+
+
+def _config() -> Config:
+    config = Config()
+    config.set_main_option("script_location", "manylora.catalog:migrations")
+    return config
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'registry.sqlite3'}"
+        return
+    programs = postgres.programs()
+    if programs is None:
+        pytest.skip("PostgreSQL is not installed (Debian's package postgresql)")
+    with postgres.running(programs) as cluster:
+        yield cluster.new_database()
+
+
+@pytest.fixture
+def migrated(url: str) -> Iterator[Engine]:
+    open_database(url).close()
+    engine = create_engine(url.replace("postgresql://", "postgresql+psycopg://"))
+    yield engine
+    engine.dispose()
+
+
+def test_the_tables_are_those_of_the_code(migrated: Engine) -> None:
+    with migrated.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, Base.metadata) == []
+
+
+def test_opening_again_changes_nothing(url: str, migrated: Engine) -> None:
+    with migrated.connect() as connection:
+        before = MigrationContext.configure(connection).get_current_revision()
+    open_database(url).close()
+    with migrated.connect() as connection:
+        assert MigrationContext.configure(connection).get_current_revision() == before
+    assert before == ScriptDirectory.from_config(_config()).get_current_head()
+
+
+def test_every_step_can_be_undone_and_done_again(migrated: Engine) -> None:
+    config = _config()
+    for _ in range(2):
+        for change, target in ((command.downgrade, "base"), (command.upgrade, "head")):
+            with migrated.begin() as connection:
+                config.attributes["connection"] = connection
+                change(config, target)
+            tables = set(inspect(migrated).get_table_names()) - {"alembic_version"}
+            assert tables == (set(Base.metadata.tables) if target == "head" else set())

@@ -1,0 +1,108 @@
+"""The registry, the keys and the quotas in PostgreSQL, with one server on it and with two."""
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from manylora.errors import QuotaExceeded
+from manylora.settings import Settings
+from manylora.tenants.limits import TenantLimits, TenantStore
+
+from . import postgres
+from .rig import running, sound_files
+
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[postgres.Cluster]:
+    programs = postgres.programs()
+    if programs is None:
+        pytest.skip("PostgreSQL is not installed (Debian's package postgresql)")
+    with postgres.running(programs) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def settings(cluster: postgres.Cluster, tmp_path: Path) -> Settings:
+    return Settings(data_dir=tmp_path / "data", database_url=cluster.new_database(), max_adapter_size=4 * 2**20)
+
+
+async def test_everything_is_there_after_a_restart(settings: Settings) -> None:
+    async with running(settings) as rig:
+        await rig.push("x", pinned="true", description="first")
+        await rig.push("x", sound_files(2.0), activate="false")
+        await rig.push("y")
+        await rig.call("DELETE", "/v1/adapters/y")
+        before = (await rig.call("GET", "/v1/adapters/x")).json()
+    async with running(settings) as rig:
+        assert (await rig.call("GET", "/v1/adapters/x")).json() == before
+        assert (await rig.call("GET", "/v1/adapters/y")).status_code == 404
+        assert [ref.label for ref in rig.engine.pinned.values()] == ["x@1"]
+        assert (await rig.push("y", sound_files(3.0))).json()["version"] == 2
+        rig.catalog.check_integrity()
+
+
+async def test_promote_roll_back_and_delete(settings: Settings) -> None:
+    async with running(settings) as rig:
+        for seed in (1.0, 2.0):
+            await rig.push("x", sound_files(seed))
+        assert (await rig.call("PATCH", "/v1/adapters/x", json={"active_version": 1})).status_code == 200
+        assert rig.catalog.directory.resolve("public", "x").version == 1
+        assert (await rig.call("DELETE", "/v1/adapters/x/versions/1")).status_code == 409
+        assert (await rig.call("DELETE", "/v1/adapters/x/versions/2")).status_code == 204
+        await rig.settle()
+        assert len(rig.stored()) == 2
+        rig.catalog.check_integrity()
+
+
+async def test_many_uploads_at_once_number_without_gaps(settings: Settings) -> None:
+    async with running(settings) as rig:
+        done = await asyncio.gather(*(rig.push("x", sound_files(float(n + 1))) for n in range(8)))
+        assert sorted(response.json()["version"] for response in done) == list(range(1, 9))
+        rig.catalog.check_integrity()
+
+
+async def test_pages_go_through_every_adapter_newest_first(settings: Settings) -> None:
+    async with running(settings) as rig:
+        for i in range(5):
+            await rig.push(f"n{i}", sound_files(float(i + 1)))
+        first = (await rig.call("GET", "/v1/adapters?limit=3")).json()
+        rest = (await rig.call("GET", f"/v1/adapters?limit=3&after={first['last_id']}")).json()
+        assert [a["name"] for a in first["data"] + rest["data"]] == ["n4", "n3", "n2", "n1", "n0"]
+
+
+async def test_keys_and_quotas_hold(settings: Settings) -> None:
+    async with running(settings, "acme:manager", "rival:user") as rig:
+        TenantStore(rig.catalog.database).change("acme", max_adapters=1, weight=2.0)
+        assert (await rig.push("x", who="acme:manager")).status_code == 201
+        refused = await rig.push("y", sound_files(2.0), who="acme:manager")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, QuotaExceeded.code)
+        assert (await rig.call("GET", "/v1/adapters/x", "rival:user")).status_code == 404
+        assert TenantStore(rig.catalog.database).list() == {"acme": TenantLimits(weight=2.0, max_adapters=1)}
+
+
+async def test_two_servers_on_one_database_see_each_others_changes(settings: Settings, tmp_path: Path) -> None:
+    # fsspec's folder in memory stands for a bucket that both can reach.
+    shared = settings.model_copy(update={"store_url": f"memory://{tmp_path.name}/store"})
+    other = shared.model_copy(update={"data_dir": tmp_path / "other"})
+    async with running(shared, "acme:manager") as a, running(other) as b:
+        b.keys = a.keys
+        await b.gate.refresh()
+        await a.push("x", who="acme:manager", pinned="true")
+        await b.catalog.refresh()
+        assert [ref.label for ref in b.engine.pinned.values()] == ["x@1"]
+        done = await asyncio.gather(
+            *((a, b)[n % 2].push("y", sound_files(float(n + 1)), "acme:manager") for n in range(6))
+        )
+        assert sorted(response.json()["version"] for response in done) == list(range(1, 7))
+        await b.call("DELETE", "/v1/adapters/x", "acme:manager")
+        for rig in (a, b):
+            await rig.catalog.refresh()
+            await rig.settle()
+            assert (await rig.call("GET", "/v1/adapters/x", "acme:manager")).status_code == 404
+            rig.catalog.check_integrity()
+        assert a.engine.pinned == b.engine.pinned == {}
+        assert [v.ref.version for v in (await a.catalog.get("acme", "y")).versions] == list(range(1, 7))
