@@ -141,12 +141,14 @@ class _Lines:
     """For logs: a line when a stage ends, and at least every few seconds in between."""
 
     def __init__(self) -> None:
-        self._last = time.monotonic()
+        self._stage, self._last = "", time.monotonic()
 
     def __call__(self, event: "Progress") -> None:
         if event.message:
             _say(event)
         now = time.monotonic()
+        if event.stage != self._stage:
+            self._stage, self._last = event.stage, now
         if event.total and (event.done == event.total or now - self._last > _EVERY_S):
             self._last = now
             line = f"{event.stage} {event.done}/{event.total}  {_figures(event.values)}".rstrip()

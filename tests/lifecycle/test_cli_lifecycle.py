@@ -173,7 +173,7 @@ def test_number_out_of_range_is_one_line(words: list[str], said: str, tmp_path: 
 def test_commands_print_tables_and_json(tmp_path: Path, tiny_llama_dir: Path) -> None:
     data = write_rows(tmp_path / "a.jsonl", label_rows()[::4])
     folder = make_adapter(tiny_llama_dir, tmp_path / "adapter", rank=4)
-    fixed = ["--model", tiny_llama_dir, "--max-length", "128", "--max-tokens", "4", "--dtype", "float32"]
+    fixed = ["--model", str(tiny_llama_dir), "--max-length", "128", "--max-tokens", "4", "--dtype", "float32"]
 
     table = run("evaluate", "--data", data, "--base", "--adapter", folder, *fixed)
     as_json = run("evaluate", "--data", data, "--base", *fixed, "--json")
@@ -193,7 +193,8 @@ def test_commands_print_tables_and_json(tmp_path: Path, tiny_llama_dir: Path) ->
 def test_killed_training_resumes_to_the_uninterrupted_result(tmp_path: Path, tiny_llama_dir: Path) -> None:
     """kill -9 in the middle of it; then bit for bit what it would have been."""
     data = write_rows(tmp_path / "a.jsonl", label_rows())
-    words = [sys.executable, "-m", "manylora", "train", "--data", data, "--eval", data, "--model", tiny_llama_dir]
+    words: list[str | Path] = [sys.executable, "-m", "manylora", "train", "--data", data, "--eval", data]
+    words += ["--model", tiny_llama_dir]
     words += ["--dtype", "float32", "--device", "cpu", "--threads", "1", "--max-length", "128", "--dropout", "0.1"]
     words += ["--epochs", "30", "--checkpoint-every", "1"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"

@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from manylora.errors import InvalidRequest
+from manylora.errors import InvalidRequest, ManyloraError
 from manylora.lifecycle.evaluate import deserves_promotion
 from manylora.lifecycle.evaluate_command import EvaluateRequest, run_evaluation
+from manylora.lifecycle.progress import Progress
 from manylora.lifecycle.scores import Comparison
 from tests.lifecycle.helpers import label_rows, write_rows
 from tests.tiny_adapters import make_adapter
@@ -73,6 +75,55 @@ def test_report_has_scores_tests_and_confusion_pictures(request_: EvaluateReques
 
 def test_same_seed_gives_the_same_report(request_: EvaluateRequest) -> None:
     assert run_evaluation(replace(request_, out=None)) == run_evaluation(replace(request_, out=None))
+
+
+def test_interrupted_evaluation_goes_on_with_what_is_left(request_: EvaluateRequest) -> None:
+    stages: list[str] = []
+
+    def interrupt(event: Progress) -> None:
+        if event.stage == "a1: answers":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_evaluation(request_, interrupt)
+    with pytest.raises(InvalidRequest, match="interrupted evaluation"):
+        run_evaluation(request_)
+    with pytest.raises(InvalidRequest, match="other data or settings"):
+        run_evaluation(replace(request_, max_tokens=3, resume=True))
+    resumed, _ = run_evaluation(replace(request_, resume=True), lambda e: stages.append(e.stage))
+    whole, _ = run_evaluation(replace(request_, out=None))
+
+    assert resumed == whole
+    assert "a1: answers" in stages
+    assert not [stage for stage in stages if stage.startswith("base")]
+    assert request_.out is not None
+    assert sorted(p.name for p in request_.out.parent.iterdir() if p.name.startswith(".")) == []
+
+
+def test_right_answers_longer_than_may_be_given_are_warned_of(request_: EvaluateRequest) -> None:
+    events: list[Progress] = []
+
+    run_evaluation(replace(request_, max_tokens=2, out=None), events.append)
+
+    warned = [e.message for e in events if e.stage == "warning"]
+    assert warned == ["11 right answers are longer than --max-tokens 2: they cannot be given."]
+
+
+def test_prompt_that_leaves_no_room_for_an_answer_is_refused(request_: EvaluateRequest) -> None:
+    with pytest.raises(InvalidRequest, match=r"The prompt of row \d+ has \d+ tokens; with --max-tokens 500"):
+        run_evaluation(replace(request_, max_tokens=500))
+
+
+def test_adapter_that_answers_nan_is_named(request_: EvaluateRequest) -> None:
+    weights = Path(request_.adapters[0]) / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    next(iter(tensors.values())).fill_(math.nan)
+    save_file(tensors, weights, metadata={"format": "pt"})
+
+    with pytest.raises(ManyloraError, match=r"a1 gives no finite likelihood for row \d+"):
+        run_evaluation(replace(request_, metrics=("perplexity",)))
+    assert request_.out is not None
+    assert not request_.out.exists()
 
 
 def test_two_folders_of_one_name_are_told_apart(

@@ -149,7 +149,7 @@ def test_base_that_is_not_here_is_said_and_another_can_be_named(tiny_llama_dir: 
     named = merge(MergeConfig(tuple(parts), tmp_path / "n", into_base=False, verify_on=str(tiny_llama_dir)))
 
     assert "difference" not in report
-    assert "far/away, which is not here. Give --verify-on" in next(e.message for e in events if e.stage == "warning")
+    assert "base (far/away) is not here. Give --verify-on" in next(e.message for e in events if e.stage == "warning")
     assert named["difference"]["max_abs_logit"] < 1e-3
 
 

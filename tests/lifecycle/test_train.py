@@ -2,16 +2,19 @@ import hashlib
 import json
 import math
 import resource
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from manylora.errors import InvalidRequest, ManyloraError
 from manylora.lifecycle.base import Base, load_base
+from manylora.lifecycle.batches import padding_share
 from manylora.lifecycle.checkpoint import checkpoint_path
 from manylora.lifecycle.data import read_dataset
 from manylora.lifecycle.output import report_folder
@@ -266,6 +269,110 @@ def test_lengths_come_first_and_an_estimate_after_three_steps(config: TrainConfi
     steps = [e for e in events if e.stage == "train"]
     assert [("remaining_s" in e.values) for e in steps[:4]] == [False, False, True, True]
     assert steps[-1].done == steps[-1].total
+
+
+def test_rows_are_checked_with_the_tokenizer_alone_before_any_weights_are_read(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (Path(str(config.base)) / name).is_file():
+            (tmp_path / "no-weights").mkdir(exist_ok=True)
+            shutil.copy(Path(str(config.base)) / name, tmp_path / "no-weights" / name)
+    long = write_rows(tmp_path / "long.jsonl", [*label_rows(), {"text": "x" * 900, "label": "tool"}])
+
+    with pytest.raises(InvalidRequest, match="row 33 has"):
+        train(replace(config, data=long, base=str(tmp_path / "no-weights")))
+
+
+def test_cut_prompts_are_warned_of_by_their_rows(config: TrainConfig, tmp_path: Path) -> None:
+    long = write_rows(tmp_path / "long.jsonl", [*label_rows(), {"text": "x" * 200, "label": "tool"}])
+    events: list[Progress] = []
+
+    train(replace(config, data=long, eval_data=None), listen=events.append)
+
+    [warning] = [e.message for e in events if e.stage == "warning"]
+    assert warning.startswith("--data: 1 prompts lose up to")
+    assert "(rows 33)" in warning
+
+
+def test_held_out_rows_that_are_learnt_too_are_warned_of(config: TrainConfig) -> None:
+    events: list[Progress] = []
+
+    train(config, listen=events.append)
+
+    assert events[0].stage == "warning"
+    assert events[0].message.startswith("7 of 7 rows of --eval are in --data too (the first is row 1)")
+
+
+def test_report_keeps_the_first_estimate_beside_what_it_took(config: TrainConfig) -> None:
+    report = train(config).report
+
+    assert report["estimate"]["after_step"] == 3
+    assert report["estimate"]["seconds"] > 0
+    assert report["seconds"] > 0
+
+
+def test_batches_of_like_length_pad_less_than_batches_in_order(config: TrainConfig, tmp_path: Path) -> None:
+    rows = [{"prompt": "x" * (5 + 60 * (i % 2)), "completion": "y"} for i in range(64)]
+    data = write_rows(tmp_path / "mixed.jsonl", rows)
+
+    report = train(replace(config, data=data, eval_data=None)).report
+
+    assert report["padding"] < 0.01
+    assert padding_share([5, 65] * 32, [list(range(i, i + 8)) for i in range(0, 64, 8)]) > 0.4
+
+
+def test_divergence_leaves_no_checkpoint_to_go_on_from(config: TrainConfig) -> None:
+    train(config, should_stop=lambda: True)
+    path = checkpoint_path(config.out)
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        state = file.metadata()
+    for name in tensors:
+        if name.startswith("weight."):
+            tensors[name].fill_(math.nan)
+    save_file(tensors, path, metadata=state)
+
+    with pytest.raises(ManyloraError, match="diverged"):
+        train(config, resume=True)
+    assert _listing(config.out.parent) == []
+
+
+def test_evaluation_loss_that_is_no_number_ends_the_training(config: TrainConfig) -> None:
+    base = load_base(config.base, device="cpu", dtype="float32")
+    trainer = _trainer(config, base, with_eval=True)
+
+    def spoil(event: Progress) -> None:
+        if event.stage == "evaluate":
+            with torch.no_grad():
+                next(iter(trainer.parameters.values())).fill_(math.nan)
+
+    with pytest.raises(ManyloraError, match="evaluation loss after step 4 is nan"):
+        trainer.run(spoil, lambda: False, lambda: None)
+
+
+def test_broken_checkpoint_is_said(config: TrainConfig) -> None:
+    train(config, should_stop=lambda: True)
+    checkpoint_path(config.out).write_bytes(b"x")
+
+    with pytest.raises(InvalidRequest, match=r"cannot be read.*--overwrite"):
+        train(config, resume=True)
+
+
+@pytest.mark.gpu
+def test_interrupted_training_on_cuda_resumes_to_the_same_loss(config: TrainConfig, tmp_path: Path) -> None:
+    """Within 1e-3: CUDA's sums have no fixed order."""
+    config = replace(config, device="cuda", lora=LoraShape(rank=4, dropout=0.2))
+    whole = train(replace(config, out=tmp_path / "whole")).report
+    steps: list[int] = []
+    train(config, listen=lambda e: steps.append(e.done), should_stop=lambda: 3 in steps)
+    resumed = train(config, resume=True).report
+
+    assert whole["device"] == "cuda"
+    assert [loss for _, loss in resumed["train_loss"]] == pytest.approx(
+        [loss for _, loss in whole["train_loss"]], abs=1e-3
+    )
+    assert resumed["eval_loss"][-1][1] == pytest.approx(whole["eval_loss"][-1][1], abs=1e-3)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "phi3", "gemma3"])

@@ -1,6 +1,7 @@
 """The frozen base model as training and evaluation need it: a transformers model and its tokenizer."""
 
 import inspect
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ __all__ = [
     "load_tokenizer",
     "memory_faults",
     "named_base",
+    "quiet_peft",
 ]
 
 _SHORT = 256  # up to here plain matmuls beat torch's fused CPU attention, measured at 48 to 128 tokens
@@ -79,6 +81,14 @@ def load_tokenizer(model: str | None) -> tuple[Any, int]:
         raise InvalidRequest(f"The tokenizer in {folder} has no end-of-text token, so no answer could end.")
     context = int(getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 0) or 1024)
     return tokenizer, context
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """PEFT asks transformers an old question on every wrap; the answer is a FutureWarning that no user can act on."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        yield
 
 
 @contextmanager

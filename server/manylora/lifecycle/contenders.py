@@ -11,7 +11,7 @@ import httpx
 import torch
 
 from manylora.errors import InvalidRequest
-from manylora.lifecycle.base import Base, accepts_logits_to_keep
+from manylora.lifecycle.base import Base, accepts_logits_to_keep, quiet_peft
 from manylora.lifecycle.batches import answer_nll, collate, sorted_batches
 from manylora.lifecycle.data import Message
 from manylora.lifecycle.encoding import Encoded, Encoder
@@ -67,10 +67,11 @@ def _with_adapters(base: Base, folders: dict[str, Path]) -> Any:
     model: Any = base.model
     for index, (name, folder) in enumerate(folders.items()):
         try:
-            if index:
-                model.load_adapter(str(folder), adapter_name=name)
-            else:
-                model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+            with quiet_peft():
+                if index:
+                    model.load_adapter(str(folder), adapter_name=name)
+                else:
+                    model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
         except (ValueError, OSError, RuntimeError, KeyError) as error:
             raise InvalidRequest(f"{folder} cannot be put on this base: {error}") from error
     return model.eval()

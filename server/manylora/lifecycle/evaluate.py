@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from manylora.errors import InvalidRequest, ManyloraError
-from manylora.lifecycle.contenders import Contenders
+from manylora.lifecycle.contenders import Contenders, Tick
 from manylora.lifecycle.data import Dataset, read_dataset
 from manylora.lifecycle.encoding import Encoded
 from manylora.lifecycle.journal import Journal
@@ -124,18 +124,18 @@ def _run(
 ) -> tuple[list[str], list[float] | None]:
     """One contender's answers and, where perplexity is asked for, the likelihoods of the right answers."""
 
-    def tick(done: int) -> None:
-        listen(Progress(name, done, len(encoded)))
+    def telling(what: str) -> Tick:
+        return lambda done: listen(Progress(f"{name}: {what}", done, len(encoded)))
 
     answers = [""] * len(encoded)
     if set(metrics) != {"perplexity"}:
         if f"{name}/answers" not in journal.results:
-            journal.add(f"{name}/answers", contenders.answers(name, encoded, config.max_tokens, tick))
+            journal.add(f"{name}/answers", contenders.answers(name, encoded, config.max_tokens, telling("answers")))
         answers = journal.results[f"{name}/answers"]
     if "perplexity" not in metrics:
         return answers, None
     if f"{name}/nll" not in journal.results:
-        found = contenders.nll(name, encoded, tick)
+        found = contenders.nll(name, encoded, telling("likelihoods"))
         wrong = [e.example.row for e, value in zip(encoded, found, strict=True) if not math.isfinite(value)]
         if wrong:
             raise ManyloraError(f"{name} gives no finite likelihood for row {wrong[0]} ({len(wrong)} rows in all).")

@@ -26,6 +26,7 @@ from manylora.lifecycle.merging import (
 from manylora.lifecycle.output import result_and_report, write_json
 from manylora.lifecycle.probes import logits_of
 from manylora.lifecycle.progress import Listener, Progress, ignore
+from manylora.models.stages import quiet
 
 __all__ = ["MergeConfig", "merge", "parse_adapter"]
 
@@ -109,7 +110,8 @@ def _add(base: Base, deltas: Mapping[str, torch.Tensor], kinds: Mapping[str, str
 
 def _save(base: Base, folder: Path, dtype: torch.dtype) -> None:
     try:
-        base.model.to(dtype).save_pretrained(folder)
+        with quiet():
+            base.model.to(dtype).save_pretrained(folder)
         base.tokenizer.save_pretrained(folder)
     except SafetensorError as error:
         raise OSError(None, f"the checkpoint: {error}") from error

@@ -57,11 +57,12 @@ def _verify_adapter(
     is_there, model = (True, None if config.verify_on == DEFAULT else config.verify_on)
     if config.verify_on == AUTO:
         is_there, model = named_base(report["base"])
-    if config.verify_on == NONE or not is_there:
-        named = report["base"] or "no common base"
-        told = f"Not verified on logits: the adapters name {named}, which is not here. Give --verify-on MODEL."
-        if config.verify_on == AUTO:
-            listen(Progress("warning", message=told))
+    if config.verify_on == NONE:
+        return
+    if not is_there:
+        named = ", ".join(sorted({lora.base_name or "none" for lora in loras}))
+        message = f"Not verified on logits: the adapters' base ({named}) is not here. Give --verify-on MODEL."
+        listen(Progress("warning", message=message))
         return
     base = load_base(model, device="cpu", dtype="float32")
     before = logits_of(base.model, base.tokenizer)

@@ -97,11 +97,12 @@ def outcomes(
 
 
 def metric_value(name: str, o: Outcomes) -> float:
-    """One of `HIGHER_IS_BETTER`'s metrics."""
+    """One of `HIGHER_IS_BETTER`'s metrics. The macro ones are means over the classes that have examples."""
     if name == "perplexity":
         return math.exp(min(700.0, float(o.nll.sum() / o.tokens.sum())))
     if name.startswith("macro_"):
-        return float(_by_class(name.removeprefix("macro_"), o).mean())
+        has_examples = np.bincount(o.gold, minlength=o.num_classes) > 0
+        return float(_by_class(name.removeprefix("macro_"), o)[has_examples].mean())
     flags = {"exact_match": o.exact, "mentioned": o.mentioned, "valid_json": o.valid_json}
     return float((o.gold == o.predicted).mean() if name == "accuracy" else flags[name].mean())
 

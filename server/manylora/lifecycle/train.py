@@ -3,7 +3,6 @@
 import hashlib
 import json
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 
 from manylora.errors import InvalidRequest
 from manylora.lifecycle.adapter_files import plain_config, write_adapter
-from manylora.lifecycle.base import Base, load_base, load_tokenizer, memory_faults
+from manylora.lifecycle.base import Base, load_base, load_tokenizer, memory_faults, quiet_peft
 from manylora.lifecycle.batches import epoch_order, padding_share
 from manylora.lifecycle.card import Card, write_card
 from manylora.lifecycle.checkpoint import checkpoint_path, discard_checkpoint, load_checkpoint, save_checkpoint
@@ -137,8 +136,7 @@ def add_lora(base: Base, shape: LoraShape) -> Any:
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.model.modules()),
     )
     try:
-        with warnings.catch_warnings():
-            _quiet_peft()
+        with quiet_peft():
             return get_peft_model(base.model, config)
     except ValueError as error:
         raise InvalidRequest(f"--targets {','.join(shape.targets)}: {error}") from error
@@ -185,11 +183,6 @@ def _report(config: TrainConfig, base: Base, trainer: Trainer, data: TrainData, 
         "eval_loss": history.eval_loss,
         "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-
-
-def _quiet_peft() -> None:
-    """PEFT asks transformers an old question on every wrap; the answer is a FutureWarning that no user can act on."""
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
 
 
 def _write(config: TrainConfig, base: Base, trainer: Trainer, report: dict[str, Any]) -> None:
