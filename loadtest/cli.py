@@ -195,6 +195,8 @@ def _show(console: Console, run: Run, summary: Summary) -> None:
             console.print(f"[red]{change.kind} {escape(change.adapter)}[/]: {escape(change.error)}", highlight=False)
     if summary.counter_mismatches:
         console.print(f"[red]the server counted {summary.counters}, sent and answered were {summary.totals}[/]")
+    if summary.usage_mismatches:
+        console.print(f"[red]the server charges for {summary.usage}, sent and answered were {summary.totals}[/]")
     for threshold in summary.thresholds:
         verdict = "[green]passed[/]" if threshold.is_passed else "[red]failed[/]"
         actual = "not measured" if threshold.actual is None else f"{threshold.actual:,.4g}"

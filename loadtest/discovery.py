@@ -1,4 +1,4 @@
-"""Asks a server what it serves: the base's name, the adapters, its version, its own counters."""
+"""Asks a server what it serves: the base's name, the adapters, its version, its own counts."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from loadtest.errors import ScenarioError, ServerUnavailable
 from loadtest.scenario import Scenario, Tenant
 from loadtest.stream import authorization
 
-__all__ = ["Counters", "Served", "discover", "read_counters", "resolve_adapters"]
+__all__ = ["Counters", "Served", "discover", "read_counters", "read_usage", "resolve_adapters"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Served:
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """A server's own totals since it started (the `manylora_` counters of `/metrics`)."""
+    """A server's own totals: since it started (the `manylora_` counters of `/metrics`), or as it charges for them."""
 
     requests_ok: float
     prompt_tokens: float
@@ -95,6 +95,21 @@ async def read_counters(client: Client, key: str | None) -> Counters | None:
     try:
         return _parse_counters(text)
     except ValueError:
+        return None
+
+
+async def read_usage(client: Client, key: str | None) -> Counters | None:
+    """What the server charges for, all told (`/v1/usage`); None where it has no such export.
+
+    A key that is no admin's sees its own tenant only.
+    """
+    try:
+        async with client.session.get(client.url + "/v1/usage", headers=authorization(key)) as response:
+            if response.status != 200:
+                return None
+            total = (await response.json(content_type=None))["total"]
+        return Counters(total["outcomes"].get("ok", 0), total["prompt_tokens"], total["completion_tokens"])
+    except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

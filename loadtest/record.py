@@ -44,6 +44,7 @@ def read_run(path: Path) -> Run:
             stages=[StageSpan(**r) for r in by_kind.get("stage", [])],
             client=ClientLoad(**end["client"]),
             counters=Counters(**end["counters"]) if end["counters"] else None,
+            usage=Counters(**end["usage"]) if end.get("usage") else None,
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ScenarioError(f"{path} is not the record of a run: {error}") from error

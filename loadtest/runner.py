@@ -15,7 +15,7 @@ from typing import Any
 
 from loadtest.changes import read_folders, run_change
 from loadtest.client import Client
-from loadtest.discovery import Counters, read_counters, resolve_adapters
+from loadtest.discovery import Counters, read_counters, read_usage, resolve_adapters
 from loadtest.load_meter import ClientLoad, LoadMeter
 from loadtest.machine import machine
 from loadtest.plan import Plan, PlannedRequest, Stage, make_plan
@@ -58,7 +58,10 @@ class Progress:
 
 @dataclass(slots=True)
 class Run:
-    """A finished run. `counters`: the server's own totals over the run, where it has them."""
+    """A finished run. `counters`: the server's own totals over the run, `usage`: what it charges for the run.
+
+    Either is None where the server does not have it.
+    """
 
     scenario: Scenario
     url: str
@@ -70,8 +73,10 @@ class Run:
     client: ClientLoad
     machine: dict[str, Any] = field(default_factory=machine)
     counters: Counters | None = None
+    usage: Counters | None = None
 
 
+Reader = Callable[[Client, str | None], Awaitable[Counters | None]]
 Watcher = Callable[[Progress], Awaitable[None]]
 
 
@@ -97,7 +102,10 @@ async def run_scenario(
     async with Client(url, clock=clock, timeout_s=scenario.requests.timeout_s) as client:
         base, adapters = await resolve_adapters(client, scenario, keys)
         plan = make_plan(scenario, base, adapters)
-        before = await read_counters(client, metrics_key or key)
+        own_key = metrics_key or key
+        before = await read_counters(client, own_key)
+        # Who may not read the counters would see one tenant's usage only.
+        charged_before = None if before is None else await read_usage(client, own_key)
         started = time.perf_counter()
         session = _Session(scenario, client, clock, keys, plan)
         start_time = datetime.now(UTC)
@@ -106,20 +114,22 @@ async def run_scenario(
             scenario, client.url, base, start_time, session.progress.results, session.progress.changes,
             session.spans, load,
         )  # fmt: skip
-        if before is not None:
-            run.counters = await _settled_counters(client, metrics_key or key, before, run.results)
+        run.counters = await _settled(read_counters, client, own_key, before, run.results)
+        run.usage = await _settled(read_usage, client, own_key, charged_before, run.results)
     return run
 
 
-async def _settled_counters(
-    client: Client, key: str | None, before: Counters, results: Sequence[RequestResult]
+async def _settled(
+    read: Reader, client: Client, key: str | None, before: Counters | None, results: Sequence[RequestResult]
 ) -> Counters | None:
     """A server may count a request just after its last byte; so ask until the totals are equal, for a while."""
+    if before is None:
+        return None
     ok = [result for result in results if result.is_ok]
     expected = Counters(len(ok), sum(r.prompt_tokens for r in ok), sum(r.output_tokens for r in ok))
     until = time.perf_counter() + _COUNTERS_WITHIN_S
     while True:
-        now = await read_counters(client, key)
+        now = await read(client, key)
         counted = now and now.since(before)
         if counted is None or counted == expected or time.perf_counter() > until:
             return counted

@@ -79,6 +79,8 @@ class Summary:
     num_failed_changes: int
     counters: Counters | None
     counter_mismatches: int | None
+    usage: Counters | None
+    usage_mismatches: int | None
     rate_within_slo: float | None
     thresholds: list[ThresholdResult] = field(default_factory=list)
 
@@ -109,6 +111,8 @@ def summarise(run: Run) -> Summary:
         num_failed_changes=_num_failed(run.changes),
         counters=run.counters,
         counter_mismatches=_mismatches(totals, run.counters),
+        usage=run.usage,
+        usage_mismatches=_mismatches(totals, run.usage),
         rate_within_slo=_rate_within(stages, slo),
     )
     summary.thresholds.extend(run.scenario.thresholds.check(threshold_figures(summary)))
@@ -131,6 +135,7 @@ def threshold_figures(summary: Summary) -> dict[str, float | None]:
         "change_failures": float(summary.num_failed_changes),
         "client_lag_p99_ms": summary.client.lag_p99_ms,
         "counter_mismatches": summary.counter_mismatches,
+        "usage_mismatches": summary.usage_mismatches,
     }
     for name in LATENCIES:
         for statistic in STATISTICS:

@@ -18,8 +18,11 @@ LATENCIES: Final = ("ttft", "tpot", "e2e")
 STATISTICS: Final = ("mean", "p50", "p90", "p95", "p99", "max")
 _LATENCY: Final = re.compile(rf"({'|'.join(LATENCIES)})_({'|'.join(STATISTICS)})_ms")
 _AT_MOST: Final = frozenset(
-    {"error_rate", "share_ratio", "tenant_ttft_ratio", "change_failures", "client_lag_p99_ms", "counter_mismatches"}
-)
+    {
+        "error_rate", "share_ratio", "tenant_ttft_ratio", "change_failures", "client_lag_p99_ms", "counter_mismatches",
+        "usage_mismatches",
+    }
+)  # fmt: skip
 _AT_LEAST: Final = frozenset(
     {
         "goodput_rps", "slo_attainment", "jain_index", "output_tokens_per_s", "requests_per_s", "rate_within_slo",

@@ -31,6 +31,8 @@ class FakeServer:
     hold_until: int = 0  # answers wait until so many requests have come
     slow_tenants: dict[str, float] = field(default_factory=dict)
     undercount: int = 0  # completion tokens its /metrics forgets
+    has_usage: bool = True
+    overcharge: int = 0  # prompt tokens its /v1/usage makes up
 
     num_requests: int = 0
     num_ok: int = 0
@@ -53,6 +55,7 @@ class FakeServer:
                 Route("/v1/adapters", self.upload, methods=["POST"]),
                 Route("/v1/adapters/{name}", self.adapter, methods=["GET", "PATCH"]),
                 Route("/metrics", self.metrics),
+                *([Route("/v1/usage", self.usage)] if self.has_usage else []),
             ]
         )
 
@@ -135,6 +138,11 @@ class FakeServer:
             "# TYPE manylora_completion_tokens_total counter\n"
             f'manylora_completion_tokens_total{{tenant="x"}} {max(0, self.completion_tokens - self.undercount)}\n'
         )
+
+    async def usage(self, request: Request) -> Response:
+        charged = self.prompt_tokens + (self.overcharge if self.num_ok else 0)
+        total = {"prompt_tokens": charged, "completion_tokens": self.completion_tokens, "outcomes": {"ok": self.num_ok}}
+        return JSONResponse({"object": "usage", "data": [], "total": total})
 
     def _tenant(self, request: Request) -> str | None:
         if not self.keys:

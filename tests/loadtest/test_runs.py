@@ -32,7 +32,23 @@ def test_counters_of_the_server_are_compared(serve: Serve) -> None:
 
 def test_server_that_forgets_tokens_is_found_out(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loadtest.runner._COUNTERS_WITHIN_S", 0.2)
-    assert summarise(run(scenario(), serve(FakeServer(undercount=1)))).counter_mismatches == 1
+    summary = summarise(run(scenario(), serve(FakeServer(undercount=1))))
+    assert (summary.counter_mismatches, summary.usage_mismatches) == (1, 0)
+
+
+def test_the_usage_export_is_compared_too(serve: Serve) -> None:
+    url = serve(FakeServer())
+    assert [summarise(run(scenario(), url)).usage_mismatches for _ in range(2)] == [0, 0]
+
+
+def test_server_that_charges_too_much_is_found_out(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loadtest.runner._COUNTERS_WITHIN_S", 0.2)
+    summary = summarise(run(scenario(), serve(FakeServer(overcharge=1))))
+    assert (summary.counter_mismatches, summary.usage_mismatches) == (0, 1)
+
+
+def test_without_a_usage_export_there_is_nothing_to_compare(serve: Serve) -> None:
+    assert summarise(run(scenario(), serve(FakeServer(has_usage=False)))).usage_mismatches is None
 
 
 def test_adapters_are_named_by_popularity(serve: Serve) -> None:
