@@ -200,7 +200,7 @@ def choose_rank(
     out: Annotated[Path, typer.Option(help="The table and plot go into OUT.ranks, the final adapter into OUT")],
     ranks: Annotated[str, typer.Option(help="Ranks to compare, comma-separated")] = "1,2,4,8,16,32",
     folds: Annotated[int, typer.Option(help="Parts of the data; each is held out once")] = 5,
-    targets: Annotated[list[str] | None, typer.Option(help="A set of linears, comma-separated; several times")] = None,
+    targets: Annotated[list[str] | None, typer.Option(help="A set of linears, comma-separated")] = None,
     final: Annotated[bool, typer.Option("--train-final", help="Train the chosen shape on all rows")] = False,
     model: _Model = None,
     base_name: _BaseName = None,

@@ -60,7 +60,7 @@ def compress(
 
 
 def merge(
-    adapter: Annotated[list[str], typer.Option(help="FOLDER or FOLDER:WEIGHT; several times")],
+    adapter: Annotated[list[str], typer.Option(help="FOLDER or FOLDER:WEIGHT")],
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint or the adapter")],
     base: Annotated[str, typer.Option(help="Into this base (`default`: the default model); else one adapter")] = "",
     method: Annotated[str, typer.Option(help="linear, cat, svd, ties or dare_ties")] = "linear",

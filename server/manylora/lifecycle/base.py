@@ -113,9 +113,11 @@ def base_name(model: str | None, folder: Path) -> str:
 
 def named_base(name: str | None) -> tuple[bool, str | None]:
     """Whether the base that an adapter's config names is on this machine, and what `load_base` calls it."""
-    if name == default_model.NAME:
-        return True, None
-    return (True, name) if name and Path(name).is_dir() else (False, None)
+    if not name:
+        return False, None
+    if Path(name).is_dir():
+        return True, name
+    return name.rpartition("/")[2].lower() == default_model.NAME, None
 
 
 def accepts_logits_to_keep(model: Any) -> bool:

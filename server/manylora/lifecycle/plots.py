@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 _DPI = 110
+_FAINTEST = 1e-8  # of a module's largest singular value; below is rounding
 
 
 def _figure(width: float = 7.0, height: float = 4.2, *, columns: int = 1) -> tuple[Any, Any]:
@@ -44,11 +45,13 @@ def confusion_matrix(path: Path, table: Any, rows: Sequence[str], columns: Seque
     half = np.max(table) / 2
     for (row, column), count in np.ndenumerate(table):
         axes.text(column, row, int(count), ha="center", va="center", color="white" if count > half else "black")
-    family = font_for("".join(columns))
-    names = list(columns) if family else [f"class {i}" for i in range(len(rows))] + list(columns[len(rows) :])
+    family = font_for("".join((*columns, title)))
+    names = list(columns) if family else [*map(str, range(1, len(rows) + 1)), *columns[len(rows) :]]
     axes.set_xticks(range(len(columns)), names, rotation=45, ha="right", fontfamily=family)
     axes.set_yticks(range(len(rows)), names[: len(rows)], fontfamily=family)
     axes.set(xlabel="answered", ylabel="right", title=title)
+    if not family:
+        figure.supxlabel("no font here has the labels: classes by number, as ordered in the report", fontsize="x-small")
     figure.savefig(path, dpi=_DPI)
 
 
@@ -61,6 +64,8 @@ def font_for(text: str) -> str | None:
     if all(FT2Font(default).get_char_index(ord(c)) for c in text):
         return "DejaVu Sans"
     for entry in font_manager.fontManager.ttflist:
+        if entry.name.startswith("Last Resort"):  # it has a box for every character, and comes with matplotlib
+            continue
         font = FT2Font(entry.fname)
         if all(font.get_char_index(ord(c)) for c in text):
             return str(entry.name)
@@ -86,16 +91,17 @@ def heat_map(path: Path, values: dict[str, float], label: str, title: str) -> No
 
 
 def spectra(path: Path, modules: dict[str, dict[str, Any]]) -> None:
-    """Singular values of every module's ΔW, one thin line each, coloured by kind of module."""
+    """Singular values of every module's ΔW, one thin line each, coloured by kind of module; zeros are left out."""
     figure, axes = _figure()
     leaves = list(dict.fromkeys(_place(name)[1] for name in modules))
     for name, m in modules.items():
         leaf = _place(name)[1]
-        values = np.array(m["singular_values"])
+        values = np.array(m["singular_values"], dtype=float)
+        values[values < _FAINTEST * max(values.max(), 1e-30)] = np.nan
         axes.plot(np.arange(1, len(values) + 1), values, color=f"C{leaves.index(leaf) % 10}", alpha=0.4, linewidth=0.9)
     for index, leaf in enumerate(leaves):
         axes.plot([], [], color=f"C{index % 10}", label=leaf)
-    axes.set(xlabel="index", ylabel="singular value of ΔW", yscale="symlog")
+    axes.set(xlabel="index", ylabel="singular value of ΔW", yscale="log")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=_DPI)
