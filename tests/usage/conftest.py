@@ -6,25 +6,24 @@ from pathlib import Path
 import pytest
 
 from manylora.catalog.database import Database, open_database
-
-from .postgres import Postgres, binaries, running_postgres
+from tests.catalog import postgres
 
 
 @pytest.fixture(scope="session")
-def postgres() -> Iterator[Postgres]:
-    folder = binaries()
-    if folder is None:
-        pytest.skip("needs PostgreSQL's programs")
-    with running_postgres(folder) as server:
-        yield server
+def cluster() -> Iterator[postgres.Cluster]:
+    programs = postgres.programs()
+    if programs is None:
+        pytest.skip("PostgreSQL is not installed (Debian's package postgresql)")
+    with postgres.running(programs) as cluster:
+        yield cluster
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'usage.sqlite3'}"
-    server: Postgres = request.getfixturevalue("postgres")
-    return server.new_database()
+    cluster: postgres.Cluster = request.getfixturevalue("cluster")
+    return cluster.new_database()
 
 
 @pytest.fixture

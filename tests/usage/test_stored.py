@@ -1,4 +1,4 @@
-"""Bytes stored follow uploads and deletions, and the schema is what the classes say."""
+"""Bytes stored follow uploads and deletions, also those from before usage was kept."""
 
 import json
 from pathlib import Path
@@ -7,12 +7,8 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from alembic import command
-from alembic.autogenerate import compare_metadata
 from alembic.config import Config
-from alembic.migration import MigrationContext
 
-from manylora.catalog.database import Database, open_database
-from manylora.catalog.tables import Base
 from manylora.settings import Settings
 from tests.catalog.rig import Rig, running, sound_files
 
@@ -86,19 +82,3 @@ INSERT_VERSION = (
 
 def version(number: int, at: int) -> dict[str, Any]:
     return {"id": f"v{number}", "version": number, "empty": json.dumps([]), "report": json.dumps({}), "created": at}
-
-
-def test_the_migrations_make_the_tables_that_the_classes_describe(database: Database, database_url: str) -> None:
-    engine = engine_of(database_url)
-    with engine.connect() as connection:
-        # SQLite calls every number with a point the same, whatever was asked for.
-        context = MigrationContext.configure(connection, opts={"compare_type": not database.is_sqlite})
-        assert compare_metadata(context, Base.metadata) == []
-    engine.dispose()
-
-
-def test_opening_a_migrated_database_again_changes_nothing(database: Database, database_url: str) -> None:
-    before = database.revision("catalog")
-    again = open_database(database_url)
-    assert again.revision("catalog") == before
-    again.close()
