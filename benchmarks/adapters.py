@@ -73,10 +73,10 @@ def upload(args: argparse.Namespace) -> None:
     served = fleet(args, NUM_STREAMS)
     spare = make_fleet(args.model, args.out / "spare", args.repeats + 1, [16], pattern="new{:03d}", seed=99)
     models = [f"a{i:03d}" for i in range(NUM_STREAMS)]
-    shape = {"prompt_tokens": 64, "output_tokens": args.tokens}
+    shape = {"prompt_tokens": 16, "output_tokens": args.tokens}
     rows: dict[str, list[dict[str, float]]] = {"without": [], "with": []}
     with serving(args, "data-upload", "--adapters", str(served)) as server, server.awake(False):
-        asyncio.run(run_streams(server.url, models, prompt_tokens=64, output_tokens=16, seed=0))  # all to the device
+        asyncio.run(run_streams(server.url, models, prompt_tokens=16, output_tokens=16, seed=0))  # all to the device
         if args.prepare:
             return
         for repeat in range(args.repeats):
@@ -100,6 +100,8 @@ def upload(args: argparse.Namespace) -> None:
 def slots(args: argparse.Namespace) -> None:
     common = ("--adapters", str(fleet(args, 64)), "--host-tier-memory", "2GiB", "--adapter-memory", "2GiB")
     for num_adapters, num_slots in ((33, 32), (64, 8)):
+        if args.slots not in (None, num_slots):
+            continue
         with (
             serving(args, "data-fits", *common, "--max-slots", "64") as fits,
             serving(args, f"data-{num_slots}-slots", *common, "--max-slots", str(num_slots)) as tight,
@@ -114,18 +116,26 @@ def slots(args: argparse.Namespace) -> None:
 def alternate(
     args: argparse.Namespace, workload_a: Workload, workload_b: Workload, a: Server, b: Server
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Rounds of both servers in turn, after one warm-up round that is thrown away."""
+    """Rounds of both servers in turn, after every adapter was asked for once."""
     pairs = []
-    for repeat in range(-1, args.repeats):
+    for server, workload in ((a, workload_a), (b, workload_b)):
+        with server.awake(True):
+            asyncio.run(_ask_each(server.url, [f"a{i:03d}" for i in range(workload.adapters)]))
+    for repeat in range(args.repeats):
         records = []
         for server, workload in ((a, workload_a), (b, workload_b)):
             with server.awake(True):
                 records.append(measure(server, workload, scale=args.scale, seed=repeat + 1))
-        if repeat >= 0:
-            pairs.append((records[0], records[1]))
-            for record in records:
-                say(**_short(record))
+                say(**_short(records[-1]))
+        pairs.append((records[0], records[1]))
     return pairs
+
+
+async def _ask_each(url: str, names: list[str]) -> None:
+    """So that every adapter that fits is in host memory."""
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=900)) as session:
+        for start in range(0, len(names), 32):
+            await asyncio.gather(*(complete(session, url, name) for name in names[start : start + 32]))
 
 
 def _short(record: dict[str, Any]) -> dict[str, Any]:
@@ -218,8 +228,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="the base, a Hugging Face folder with safetensors")
     parser.add_argument("--out", type=Path, required=True, help="folder for adapters, data folders and logs")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--scale", type=float, default=2.0, help="of the number of requests: 1 is two per client")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the number of requests: 1 is two per client")
     parser.add_argument("--tokens", type=int, default=192, help="of each stream in `upload`")
+    parser.add_argument("--slots", type=int, choices=[8, 32], help="only this case of `slots`")
     parser.add_argument("--prepare", action="store_true", help="only make the folders")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
