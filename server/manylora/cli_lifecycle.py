@@ -12,6 +12,7 @@ import typer
 
 from manylora.cli_lifecycle_tables import print_ranks, print_scores
 from manylora.cli_lifecycle_tools import (
+    INTERRUPTED,
     command,
     console,
     errors,
@@ -26,8 +27,6 @@ from manylora.errors import InvalidRequest, ManyloraError
 
 if TYPE_CHECKING:
     from manylora.lifecycle.train import TrainConfig
-
-INTERRUPTED = 130
 
 _Model = Annotated[str | None, typer.Option(help="The base; the default model when left out")]
 _BaseName = Annotated[str | None, typer.Option(help="The base's name in the adapter's config")]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T", bound=str)
 console = Console(stderr=True)
+INTERRUPTED = 130
 _EVERY_S = 10.0
 
 
@@ -60,9 +61,12 @@ def _without_key(words: list[str]) -> Iterator[str]:
 
 @contextmanager
 def errors() -> Iterator[None]:
-    """A refusal or a failure is one line on stderr and exit code 1."""
+    """A refusal or a failure is one line on stderr and exit code 1; so is an interruption, with code 130."""
     try:
         yield
+    except KeyboardInterrupt as error:
+        console.print("interrupted", style="red")
+        raise typer.Exit(INTERRUPTED) from error
     except ManyloraError as error:
         console.print("error:", error.message, style="red", markup=False, highlight=False, soft_wrap=True)
         if isinstance(error, InvalidAdapter):

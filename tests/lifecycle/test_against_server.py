@@ -1,6 +1,7 @@
 """Train, evaluate, publish and ask, against a real server process."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -104,6 +105,44 @@ def test_only_a_significantly_better_version_is_promoted(tmp_path: Path, tiny_ll
     assert refused.startswith("words@1 was not promoted: perplexity gain -")
     assert "over words@2" in refused
     assert [v["version"] for v in versions if v["active"]] == [2]
+
+
+def test_candidate_is_compared_with_the_active_version_by_itself(
+    tmp_path: Path, tiny_llama_dir: Path, url: str
+) -> None:
+    data = write_rows(tmp_path / "data.jsonl", label_rows()[::2])
+    with connect(url, "") as client:
+        for seed in (1, 2):
+            folder = make_adapter(tiny_llama_dir, tmp_path / f"seed{seed}", seed=seed)
+            publish(client, folder, "twins", activate=seed == 1)
+        request = replace(_request(data, url, tiny_llama_dir, "twins@2"), promote_if_better="accuracy")
+
+        report, said = run_evaluation(request)
+        named, _ = run_evaluation(replace(request, adapters=("twins", "twins@2"), promote_if_better=""))
+
+    assert (report["reference"], list(report["contenders"])) == ("twins@1", ["twins@1", "base", "twins@2"])
+    assert said.startswith("twins@2 was not promoted: accuracy gain +0 over twins@1")
+    assert list(named["contenders"]) == ["base", "twins@1", "twins@2"]
+
+
+def test_model_whose_prompts_are_not_the_servers_is_refused(tmp_path: Path, tiny_llama_dir: Path, url: str) -> None:
+    other = shutil.copytree(tiny_llama_dir, tmp_path / "other")
+    template = (other / "chat_template.jinja").read_text(encoding="utf-8")
+    (other / "chat_template.jinja").write_text("Be brief. " + template, encoding="utf-8")
+    data = write_rows(tmp_path / "data.jsonl", label_rows()[:4])
+
+    with pytest.raises(InvalidRequest, match=r"they are different. Give the server's model with --model"):
+        run_evaluation(_request(data, url, other))
+
+
+def test_cut_prompts_are_scored_alike_on_the_server_and_here(tmp_path: Path, tiny_llama_dir: Path, url: str) -> None:
+    data = write_rows(tmp_path / "data.jsonl", [{"prompt": "a long way " * 12, "completion": "home"}])
+    remote = replace(_request(data, url, tiny_llama_dir), max_length=64)
+
+    there, _ = run_evaluation(remote)
+    here, _ = run_evaluation(replace(remote, server="", device="cpu", dtype="float32"))
+
+    assert here["contenders"]["base"]["answers"] == there["contenders"]["base"]["answers"]
 
 
 def test_refused_upload_says_why(tmp_path: Path, tiny_llama_dir: Path, url: str) -> None:

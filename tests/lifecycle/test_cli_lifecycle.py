@@ -189,6 +189,21 @@ def test_commands_print_tables_and_json(tmp_path: Path, tiny_llama_dir: Path) ->
     assert "chosen: rank" in ranks.stdout
 
 
+def test_ctrl_c_ends_with_130_and_leaves_nothing(
+    tmp_path: Path, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_adapter(tiny_llama_dir, tmp_path / "adapter", rank=8)
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("manylora.lifecycle.compress.write_adapter", interrupted)
+    done = run("compress", folder, "--rank", "4", "--out", tmp_path / "out" / "a")
+
+    assert (done.exit_code, done.stderr) == (130, "compress 14/14\ninterrupted\n")
+    assert everything_in(tmp_path / "out") == []
+
+
 @pytest.mark.slow
 def test_killed_training_resumes_to_the_uninterrupted_result(tmp_path: Path, tiny_llama_dir: Path) -> None:
     """kill -9 in the middle of it; then bit for bit what it would have been."""
