@@ -226,6 +226,19 @@ async def test_time_in_slots_is_counted_to_the_microsecond_for_the_owner(databas
     await ledger.aclose()
 
 
+async def test_looking_often_does_not_write_often(database: Database) -> None:
+    clock = Clock()
+    occupancy = Occupancy(clock.us)
+    ledger = ledger_of(database, clock, occupancy)
+    occupancy.enter(REF)
+    for _ in range(16):
+        await ledger.flush()
+        clock.now += 0.125
+    assert rows(database, SlotTimeRow) == [(QUARTER, "public", "sql", 1_000_000)]
+    await ledger.aclose()
+    assert rows(database, SlotTimeRow) == [(QUARTER, "public", "sql", 2_000_000)]
+
+
 async def test_the_end_of_the_server_ends_every_stay(database: Database) -> None:
     clock = Clock()
     occupancy = Occupancy(clock.us)
