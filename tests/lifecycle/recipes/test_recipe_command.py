@@ -4,8 +4,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from manylora.cli import build
 from manylora.lifecycle.recipes import RECIPES, all_commands

@@ -41,9 +41,7 @@ def make(seed: int, source: Path | None = None) -> Splits:
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InvalidRequest(f"{source} is not the dictionary file of {PACKAGE} (gzip): {error}.") from error
     if len(found) < _FEWEST:
-        raise InvalidRequest(
-            f"{source} holds {len(found)} definitions; {_INSIDE} has hundreds."
-        )
+        raise InvalidRequest(f"{source} holds {len(found)} definitions; {_INSIDE} has hundreds.")
     rows = [
         {"prompt": random.Random(f"{seed} {word}").choice(_QUESTIONS).format(w=word.lower()), "completion": definition}
         for word, definition in found.items()

@@ -26,7 +26,7 @@ class Recipe:
 
     `package_file` names that download; empty: the data is generated and there is none.
     `instruction` tells a bare base the task, for a fair comparison; the adapter is trained without it.
-    `shown` are the metrics in the card's table; empty: all.
+    `shown` are the metrics in the card's table; empty: all. `limits` says what the adapter is not good at.
     """
 
     name: str
@@ -41,6 +41,7 @@ class Recipe:
     instruction: str
     metrics: tuple[str, ...] = ("exact_match", "perplexity")
     shown: tuple[str, ...] = ()
+    limits: str = ""
     package_file: str = ""
 
     def splits(self, seed: int, source: Path | None = None) -> Splits:

@@ -15,6 +15,8 @@ _ALL = (
         flags=("--rank", "4", "--targets", "q_proj,v_proj,o_proj", "--lr", "3e-3", "--epochs", "2",
                "--batch-size", "8", "--max-length", "96"),
         example="我爱北京天安门",
+        limits="Where the sentence names the city, it is read off, with sights never seen too. Where only a sight is "
+               "named, the adapter has to remember it from training, and two thirds of those answers are wrong.",
         max_tokens=16,
         instruction="下面这句话说的是哪座城市？只回答城市名。",
         metrics=("accuracy", "macro_f1", "mentioned", "perplexity"),

@@ -100,6 +100,7 @@ def recipe_card(
         ("Ask it", _ask(recipe)),
         ("Scores on held-out examples", _table(recipe, scores, told)),
         ("The same questions, base and adapter", _samples(scores)),
+        *([("Limits", recipe.limits)] if recipe.limits else []),
         ("Data", data),
         ("How it was made", f"```\n{made}\n```\n\n{time}"),
     )
