@@ -1,15 +1,32 @@
 """The line of each inference request: prompts only where asked for, and who asked."""
 
+import io
+import json
+import logging
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import structlog
 from structlog.testing import capture_logs
 
+from manylora.errors import AdapterLoadFailed
+from manylora.log import configure_logging
 from manylora.settings import Settings
 from manylora.tenants.interface import Principal, Role
 
 from .conftest import Rig
 from .fakes import FakeGate
+
+
+@pytest.fixture
+def as_before() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    structlog.reset_defaults()
 
 
 def line_of(rig: Rig, **body: Any) -> dict[str, Any]:
@@ -60,3 +77,22 @@ def test_the_line_names_the_key_and_the_adapter_and_never_the_secret(settings: S
         "acme", "key_1", "beta@1", "acme/beta/1",
     )  # fmt: skip
     assert "s3cret" not in str(line)
+
+
+def test_an_error_within_a_stream_is_in_the_line(rig: Rig) -> None:
+    rig.engine.error_at, rig.engine.error = 2, AdapterLoadFailed("alpha's files are gone")
+    line = line_of(rig, stream=True)
+    assert (line["status"], line["outcome"], line["code"]) == (200, "error", "adapter_load_failed")
+    assert line["error"] == "alpha's files are gone"
+
+
+def test_other_lines_about_a_request_have_its_id(rig: Rig, as_before: None) -> None:
+    stream = io.StringIO()
+    configure_logging(level="info", as_json=True, stream=stream)
+    rig.engine.error_at = 0
+    request_id = rig.complete().headers["x-request-id"]
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [(line["event"], line["request_id"]) for line in lines if line["logger"].startswith("manylora")] == [
+        ("request_failed", request_id),
+        ("request", request_id),
+    ]

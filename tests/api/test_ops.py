@@ -43,7 +43,7 @@ def samples(rig: Rig) -> dict[tuple[str, str, str], float]:
 def test_metrics_count_what_was_served(rig: Rig) -> None:
     rig.complete(model="alpha", max_tokens=4)
     rig.complete(max_tokens=4)
-    rig.complete(max_tokens=0)
+    rig.complete(max_tokens=-1)
     found = samples(rig)
     assert found["manylora_requests_total", "public/alpha", "ok"] == 1
     assert found["manylora_requests_total", "public/__base__", "ok"] == 1

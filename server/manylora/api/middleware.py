@@ -10,6 +10,7 @@ from typing import Any, Final
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from structlog.contextvars import bound_contextvars
 
 from manylora.api.errors import INTERNAL_ERROR, error_response
 from manylora.api.record import ClientGone
@@ -30,6 +31,8 @@ _log = get_logger("manylora.request")
 
 class RequestContext:
     """Gives every request an id (a sane one from the client is kept), one log line, and a last resort on errors.
+
+    Other lines that are written on the request's behalf have the id too.
 
     Routes add to the line through `scope["manylora.log"]`; the id is `scope["manylora.request_id"]`.
     """
@@ -56,7 +59,8 @@ class RequestContext:
 
         started = time.perf_counter()
         try:
-            await self.app(scope, receive, send_with_id)
+            with bound_contextvars(request_id=request_id):
+                await self.app(scope, receive, send_with_id)
         except (ClientGone, ClientDisconnect):
             fields.setdefault("outcome", "cancelled")
         except Exception:  # noqa: BLE001 - the outermost handler

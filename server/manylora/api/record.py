@@ -84,6 +84,10 @@ class FinishedRequest:
             fields["load_tier"] = self.timing.load_tier
         if self.tpot_s is not None:
             fields["tpot_ms"] = round(self.tpot_s * 1000, 2)
+        if self.error is not None:
+            fields["code"] = self.error.code
+            if self.outcome == "error":  # after the first event of a stream, nothing else says it
+                fields["error"] = self.error.message
         return fields
 
 
