@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from manylora.errors import InvalidRequest, ManyloraError
 from manylora.lifecycle.output import (
@@ -12,6 +13,7 @@ from manylora.lifecycle.output import (
     refuse_existing,
     report_folder,
     result_and_report,
+    safetensors_as_os_errors,
     write_json,
 )
 
@@ -27,12 +29,12 @@ def _write(out: Path, text: str, *, fails: bool = False) -> None:
             raise OSError
 
 
-def _write_both(out: Path, *, fails: bool) -> None:
-    with result_and_report(out) as (result, report):
+def _write_both(out: Path, *, fails: Exception | None) -> None:
+    with result_and_report(out) as (result, report), safetensors_as_os_errors("the weights"):
         (result / "a").write_text("x")
         (report / "b").write_text("x")
         if fails:
-            raise OSError
+            raise fails
 
 
 def _dead_pid() -> int:
@@ -61,13 +63,23 @@ def test_folder_is_replaced_whole(tmp_path: Path) -> None:
     assert _names(tmp_path / "out") == ["a.json"]
 
 
+def test_full_disk_is_told_from_other_failures_and_the_result_is_named(tmp_path: Path) -> None:
+    full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(ManyloraError, match=r"/out could not be written: no space left"):
+        _write_both(tmp_path / "out", fails=full)
+    with pytest.raises(ManyloraError, match=r"/out could not be written: the weights: broken"):
+        _write_both(tmp_path / "out", fails=SafetensorError("broken"))
+    assert _names(tmp_path) == []
+
+
 def test_result_exists_only_with_its_report(tmp_path: Path) -> None:
     out = tmp_path / "out"
 
     with pytest.raises(ManyloraError):
-        _write_both(out, fails=True)
+        _write_both(out, fails=OSError())
     assert _names(tmp_path) == []
-    _write_both(out, fails=False)
+    _write_both(out, fails=None)
     assert _names(tmp_path) == ["out", "out.report"]
 
 

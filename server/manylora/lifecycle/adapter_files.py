@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from manylora.errors import InvalidRequest
+from manylora.lifecycle.output import safetensors_as_os_errors
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -19,10 +20,8 @@ CARD = "README.md"
 def write_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> int:
     """Write config and tensors into an existing folder; the size of the weights in bytes. Raises OSError."""
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
-    try:
+    with safetensors_as_os_errors("the weights"):
         save_file({k: v.contiguous() for k, v in tensors.items()}, folder / WEIGHTS, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(None, f"the weights: {error}") from error
     (folder / WEIGHTS).chmod(0o644)  # safetensors leaves the file to its owner alone
     return (folder / WEIGHTS).stat().st_size
 

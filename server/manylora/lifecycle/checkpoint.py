@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from manylora.errors import InvalidRequest
-from manylora.lifecycle.output import atomic_file
+from manylora.lifecycle.output import atomic_file, safetensors_as_os_errors
 from manylora.lifecycle.training import History, Trainer
 
 _RANDOM, _RANDOM_CUDA = "random", "random.cuda"
@@ -39,11 +39,8 @@ def save_checkpoint(path: Path, trainer: Trainer, fingerprint: str) -> None:
     history = asdict(trainer.history)
     history["best_loss"] = None if math.isinf(trainer.history.best_loss) else trainer.history.best_loss
     state = {"fingerprint": fingerprint, "history": json.dumps(history)}
-    with atomic_file(path) as draft:
-        try:
-            save_file(tensors, draft, metadata=state)
-        except SafetensorError as error:
-            raise OSError(None, f"the checkpoint: {error}") from error
+    with atomic_file(path) as draft, safetensors_as_os_errors("the checkpoint"):
+        save_file(tensors, draft, metadata=state)
 
 
 def load_checkpoint(path: Path, trainer: Trainer, fingerprint: str) -> None:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from manylora.errors import InvalidRequest
 from manylora.lifecycle.base import Base, load_base
@@ -23,7 +22,7 @@ from manylora.lifecycle.merging import (
     unmerged,
     verify,
 )
-from manylora.lifecycle.output import result_and_report, write_json
+from manylora.lifecycle.output import result_and_report, safetensors_as_os_errors, write_json
 from manylora.lifecycle.probes import logits_of
 from manylora.lifecycle.progress import Listener, Progress, ignore
 from manylora.models.stages import quiet
@@ -109,9 +108,6 @@ def _add(base: Base, deltas: Mapping[str, torch.Tensor], kinds: Mapping[str, str
 
 
 def _save(base: Base, folder: Path, dtype: torch.dtype) -> None:
-    try:
-        with quiet():
-            base.model.to(dtype).save_pretrained(folder)
+    with quiet(), safetensors_as_os_errors("the checkpoint"):
+        base.model.to(dtype).save_pretrained(folder)
         base.tokenizer.save_pretrained(folder)
-    except SafetensorError as error:
-        raise OSError(None, f"the checkpoint: {error}") from error

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from safetensors import SafetensorError
 
 from manylora.errors import InvalidRequest, ManyloraError
 
@@ -69,6 +71,15 @@ def atomic_folder(out: Path) -> Iterator[Path]:
     A full disk or any other failure to write becomes a ManyloraError. What had the name before is there until
     the new one is complete, whatever happens; see `recover`.
     """
+    try:
+        with _drafted(out) as draft:
+            yield draft
+    except OSError as error:
+        raise write_failed(out, error) from error
+
+
+@contextmanager
+def _drafted(out: Path) -> Iterator[Path]:
     draft = out.parent / f".{out.name}.{os.getpid()}.draft"
     _remove(draft)
     try:
@@ -78,8 +89,6 @@ def atomic_folder(out: Path) -> Iterator[Path]:
             if path.is_file():
                 _sync(path)
         _put(draft, out)
-    except OSError as error:
-        raise write_failed(out, error) from error
     finally:
         _remove(draft)
 
@@ -139,9 +148,22 @@ def report_folder(out: Path) -> Path:
 
 @contextmanager
 def result_and_report(out: Path) -> Iterator[tuple[Path, Path]]:
-    """Drafts of the result and of its report. The report is put first: where there is a result, there is one."""
-    with atomic_folder(out) as result, atomic_folder(report_folder(out)) as report:
-        yield result, report
+    """Drafts of the result and of its report, as `atomic_folder`. The report is put first, so no result lacks one."""
+    try:
+        with _drafted(out) as result, _drafted(report_folder(out)) as report:
+            yield result, report
+    except OSError as error:
+        raise write_failed(out, error) from error
+
+
+@contextmanager
+def safetensors_as_os_errors(what: str) -> Iterator[None]:
+    """The safetensors library's failures to write as OSErrors, with the number that its message ends in."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else None, f"{what}: {error}") from error
 
 
 def write_failed(path: Path, error: OSError) -> ManyloraError:
