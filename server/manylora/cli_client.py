@@ -70,6 +70,8 @@ def server(*, as_json: bool) -> Iterator[Server]:
     key = os.environ.get("MANYLORA_KEY")
     headers = {"authorization": f"Bearer {key}"} if key else {}
     url = os.environ.get("MANYLORA_URL") or _DEFAULT_URL
+    if not url.startswith(("http://", "https://")):
+        fail(f"MANYLORA_URL must begin with http:// or https://; it is '{url}'.", USAGE)
     timeout = httpx.Timeout(10.0, read=600.0, write=600.0)  # an upload is answered once it was validated
     try:
         client = httpx.Client(base_url=url, headers=headers, timeout=timeout)
@@ -99,7 +101,7 @@ def show_problems(problems: list[Mapping[str, str]]) -> None:
 
 def table(columns: list[str], rows: list[list[str]]) -> Table:
     """A plain table. Cells are text, never markup: names and messages come from elsewhere."""
-    shown = Table(box=None, header_style="bold", pad_edge=False)
+    shown = Table(box=None, header_style="bold", pad_edge=False, show_header=any(columns))
     for column in columns:
         shown.add_column(column, overflow="fold")
     for row in rows:

@@ -94,13 +94,17 @@ def revoke(
     name: Annotated[str, typer.Argument(metavar="ID|PREFIX", help="As `keys list` shows them.")],
     data_dir: DataDir = None,
     database_url: DatabaseUrl = None,
+    as_json: AsJson = False,
 ) -> None:
     """Make a key worthless from now on."""
     from manylora.tenants.keys import KeyStore
 
     with _database(data_dir, database_url) as database:
         key = KeyStore(database).revoke(name)
-    console.print(f"{key.id} of {key.tenant} is revoked", markup=False)
+    if as_json:
+        print_json({"id": key.id, "tenant": key.tenant, "revoked": _seconds(key.revoked)})
+    else:
+        console.print(f"{key.id} of {key.tenant} is revoked", markup=False)
 
 
 @tenants.command("list")
@@ -132,6 +136,7 @@ def set_limits(
     max_pinned: Limit = None,
     data_dir: DataDir = None,
     database_url: DatabaseUrl = None,
+    as_json: AsJson = False,
 ) -> None:
     """Set what is given and leave the rest; `none` lifts a limit."""
     from manylora.tenants.limits import TenantStore
@@ -151,6 +156,9 @@ def set_limits(
         fail("Say what to set, for example --weight 2 --requests-per-minute 60.", USAGE)
     with _database(data_dir, database_url) as database:
         limits = TenantStore(database).change(tenant, **given)
+    if as_json:
+        print_json(asdict(limits))
+        return
     shown = ", ".join(
         f"{name.replace('_', ' ')} {value}" for name, value in asdict(limits).items() if value is not None
     )

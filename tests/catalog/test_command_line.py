@@ -1,0 +1,184 @@
+"""`manylora adapters` and `manylora keys` against a real server process: tables, JSON, exit codes."""
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from manylora.cli import build
+from manylora.tenants.interface import Role
+
+from .real_server import Server, serving
+from .rig import CONFIG_FILE, files_of, sound_files, tar_of, write_sound
+
+pytestmark = pytest.mark.slow
+
+HOLDERS = (("acme", Role.MANAGER), ("acme", Role.USER), ("rival", Role.MANAGER), ("ops", Role.ADMIN))
+
+
+class Shell:
+    """Runs commands as a user with a key would."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.keys = {
+            f"{tenant}:{role}": self.run(
+                None, "keys", "create", "--tenant", tenant, "--role", role, "--data-dir", str(server.data)
+            ).stdout.strip()
+            for tenant, role in (
+                ("acme", Role.MANAGER),
+                ("acme", Role.USER),
+                ("rival", Role.MANAGER),
+                ("ops", Role.ADMIN),
+            )
+        }
+
+    def run(self, who: str | None, *words: str, url: str | None = None) -> Result:
+        env = {"MANYLORA_URL": url or str(self.server.client.base_url), "COLUMNS": "300"}
+        env["MANYLORA_KEY"] = self.keys.get(who, who) if who else ""
+        return CliRunner().invoke(build(), list(words), env=env)
+
+    def json(self, who: str, *words: str) -> Any:
+        result = self.run(who, *words, "--json")
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def shell(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
+    with serving(tiny_base, tmp_path_factory.mktemp("server")) as server:
+        shell = Shell(server)
+        while shell.run("acme:user", "adapters", "list").exit_code != 0:  # noticed within a second
+            pass
+        yield shell
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_sound(tmp_path / "billing", 3.0)
+
+
+def test_a_folder_is_pushed_shown_promoted_and_deleted(shell: Shell, folder: Path) -> None:
+    who = "acme:manager"
+    pushed = shell.run(who, "adapters", "push", str(folder), "--description", "Bills")
+    assert (pushed.exit_code, pushed.stdout) == (0, "billing@1 is ready and active\n")
+    write_sound(folder, 4.0)
+    second = shell.json(who, "adapters", "push", str(folder), "--name", "billing", "--no-activate")
+    assert (second["version"], second["active"]) == (2, False)
+    shown = shell.run(who, "adapters", "show", "billing").stdout
+    assert "Bills" in shown
+    assert [line.split()[0] for line in shown.splitlines() if line[:1].isdigit()] == ["1", "2"]
+    assert shell.run(who, "adapters", "promote", "billing@2").stdout == "billing@2 is active\n"
+    assert shell.json(who, "adapters", "show", "billing")["active_version"] == 2
+    assert shell.run(who, "adapters", "pin", "billing").exit_code == 0
+    assert shell.json(who, "adapters", "show", "billing@2")["pinned"] is True
+    assert shell.run(who, "adapters", "pin", "billing", "--off").exit_code == 0
+    assert shell.run(who, "adapters", "delete", "billing@2", "--yes").exit_code == 6
+    assert shell.json(who, "adapters", "delete", "billing") == {"deleted": "billing"}
+    assert shell.run(who, "adapters", "show", "billing").exit_code == 4
+
+
+def test_an_archive_is_pushed_and_listed(shell: Shell, tmp_path: Path) -> None:
+    archive = tmp_path / "letters.tar.gz"
+    archive.write_bytes(tar_of(sound_files(5.0)))
+    assert shell.run("acme:manager", "adapters", "push", str(archive)).exit_code == 0
+    (listed,) = shell.json("acme:user", "adapters", "list")
+    assert (listed["name"], listed["tenant"], listed["active_version"]) == ("letters", "acme", 1)
+    assert "letters" in shell.run("acme:user", "adapters", "list").stdout
+    assert "letters" not in shell.run("rival:manager", "adapters", "list").stdout
+    assert "letters" in shell.run("ops:admin", "adapters", "list", "--tenant", "acme").stdout
+
+
+def test_what_is_pushed_comes_back_byte_for_byte(shell: Shell, tmp_path: Path) -> None:
+    folder = write_sound(tmp_path / "bytes", 6.0)
+    (folder / CONFIG_FILE).write_text(json.dumps(json.loads((folder / CONFIG_FILE).read_text()), indent=7))
+    assert shell.run("acme:manager", "adapters", "push", str(folder)).exit_code == 0
+    answer = shell.server.client.get(
+        "/v1/adapters/bytes/versions/1/download", headers={"authorization": f"Bearer {shell.keys['acme:manager']}"}
+    )
+    assert answer.status_code == 200
+    with tarfile.open(fileobj=io.BytesIO(answer.content)) as tar:
+        tar.extractall(tmp_path / "back", filter="data")
+    assert files_of(tmp_path / "back") == files_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("who", "words", "code", "said"),
+    [
+        ("acme:user", ["adapters", "push", "{sound}"], 5, "role 'manager'"),
+        ("nonsense", ["adapters", "list"], 5, "API key"),
+        ("acme:manager", ["adapters", "push", "{bad}"], 3, "bad_config"),
+        ("acme:manager", ["adapters", "push", "{sound}", "--name", "Not a name"], 2, "'name' must be"),
+        ("acme:manager", ["adapters", "push", "/nowhere"], 2, "neither a folder"),
+        ("acme:manager", ["adapters", "show", "absent"], 4, "no adapter 'absent'"),
+        ("acme:manager", ["adapters", "show", "a/b"], 2, "not NAME"),
+        ("acme:manager", ["adapters", "promote", "absent"], 2, "not NAME@VERSION"),
+        ("rival:manager", ["adapters", "push", "{sound}", "--tenant", "acme"], 5, "'admin'"),
+    ],
+)
+def test_an_exit_code_says_what_went_wrong(
+    shell: Shell, tmp_path: Path, who: str, words: list[str], code: int, said: str
+) -> None:
+    sound = write_sound(tmp_path / "sound", 7.0)
+    bad = write_sound(tmp_path / "bad", r=0)
+    result = shell.run(who, *(word.format(sound=sound, bad=bad) for word in words))
+    assert (result.exit_code, result.exception is None or isinstance(result.exception, SystemExit)) == (code, True)
+    assert said in result.stderr
+
+
+@pytest.mark.parametrize(("url", "code"), [("http://127.0.0.1:1", 8), ("127.0.0.1:8000", 2)])
+def test_a_server_that_cannot_be_reached_has_its_own_exit_code(shell: Shell, url: str, code: int) -> None:
+    result = shell.run("acme:manager", "adapters", "list", url=url)
+    assert result.exit_code == code
+    assert "MANYLORA_URL" in result.stderr
+
+
+def test_a_used_up_quota_is_told_with_the_time_to_come_back(shell: Shell, tmp_path: Path) -> None:
+    data = ["--data-dir", str(shell.server.data)]
+    limits = shell.run(None, "tenants", "set", "rival", "--max-adapters", "0", "--json", *data)
+    assert json.loads(limits.stdout)["max_adapters"] == 0
+    result = shell.run("rival:manager", "adapters", "push", str(write_sound(tmp_path / "one", 8.0)))
+    assert result.exit_code == 7
+    assert "quota of adapters (0 of 0)" in result.stderr
+    assert "Retry-After: 60 s" in result.stderr
+
+
+def test_a_revoked_key_is_worthless_within_seconds(shell: Shell) -> None:
+    data = ["--data-dir", str(shell.server.data)]
+    key = shell.run(None, "keys", "create", "--tenant", "acme", "--json", *data).stdout
+    made = json.loads(key)
+    while shell.run(made["key"], "adapters", "list").exit_code != 0:
+        pass
+    revoked = json.loads(shell.run(None, "keys", "revoke", made["prefix"], "--json", *data).stdout)
+    assert (revoked["id"], revoked["revoked"] is not None) == (made["id"], True)
+    while shell.run(made["key"], "adapters", "list").exit_code != 5:
+        pass
+    listed = shell.run(None, "keys", "list", *data).stdout
+    assert made["prefix"] in listed
+    assert made["key"] not in listed
+
+
+def test_validate_gives_offline_the_report_that_a_push_gives(shell: Shell, tiny_base: Path, folder: Path) -> None:
+    offline = json.loads(
+        shell.run(None, "adapters", "validate", str(folder), "--model", str(tiny_base), "--json").stdout
+    )
+    pushed = shell.json("acme:manager", "adapters", "push", str(folder), "--name", "validated")
+    effect = pushed["report"].pop("effect")
+    assert effect["max_abs_logit_delta"] > 0
+    assert offline["report"].pop("effect") is None
+    assert offline == {key: pushed[key] for key in offline}
+
+
+def test_validate_finds_offline_the_problems_that_a_push_finds(shell: Shell, tiny_base: Path, tmp_path: Path) -> None:
+    bad = write_sound(tmp_path / "bad", r=0, surprise=1)
+    offline = shell.run(None, "adapters", "validate", str(bad), "--model", str(tiny_base), "--json")
+    pushed = shell.run("acme:manager", "adapters", "push", str(bad), "--json")
+    assert offline.exit_code == pushed.exit_code == 3
+    problems = [json.loads(result.stdout)["error"]["problems"] for result in (offline, pushed)]
+    assert problems[0] == problems[1]
+    assert {problem["code"] for problem in problems[0]} == {"bad_config", "unknown_config_key"}
