@@ -2,11 +2,13 @@
 
 import asyncio
 import logging
+import random
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import psycopg
 import pytest
 from sqlalchemy import select
 from sqlalchemy.exc import OperationalError
@@ -259,3 +261,66 @@ def test_a_stay_is_cut_where_quarters_begin_and_its_parts_are_the_whole() -> Non
         (QUARTER + QUARTER_S, "acme", "sql"): 900_000_000,
         (QUARTER + 2 * QUARTER_S, "acme", "sql"): 1_000_001,
     }
+
+
+# whatever happens
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_random_lives_lose_nothing_and_count_nothing_twice(broken: Broken, seed: int) -> None:
+    chance = random.Random(seed)
+    clock = Clock()
+    occupancy = Occupancy(clock.us)
+    ledger = ledger_of(broken, clock, occupancy)
+    num_requests = num_tokens = slot_us = 0
+    resident_since: int | None = None
+    for _ in range(150):
+        match chance.choice(["add", "add", "add", "stored", "break", "mend", "slot", "look", "restart", "wait"]):
+            case "add":
+                tokens = chance.randrange(100)
+                ledger.add(use(chance.choice("xyz"), tokens=tokens))
+                num_requests, num_tokens = num_requests + 1, num_tokens + tokens
+            case "stored":
+                await ledger.stored()
+            case "break":
+                broken.is_down, broken.is_mute = chance.choice([(True, False), (False, True)])
+            case "mend":
+                broken.is_down = broken.is_mute = False
+            case "slot" if resident_since is None:
+                occupancy.enter(REF)
+                resident_since = clock.us()
+            case "slot" if resident_since is not None:
+                occupancy.leave(REF)
+                slot_us += clock.us() - resident_since
+                resident_since = None
+            case "look":
+                await ledger.flush()
+            case "restart":
+                broken.is_down = broken.is_mute = False
+                await ledger.aclose()
+                ledger = ledger_of(broken, clock, occupancy)
+            case "wait":
+                clock.now += chance.random() * 1000
+                await asyncio.sleep(0)
+    broken.is_down = broken.is_mute = False
+    await ledger.aclose()
+    slot_us += 0 if resident_since is None else clock.us() - resident_since
+    assert sum(row[5] for row in rows(broken)) == num_requests
+    assert sum(row[7] for row in rows(broken)) == num_tokens
+    assert sum(row[3] for row in rows(broken, SlotTimeRow)) == slot_us
+
+
+@pytest.mark.slow
+async def test_a_connection_that_broke_is_replaced_and_nothing_is_lost(postgres_url: str) -> None:
+    database = open_database(postgres_url)
+    ledger = ledger_of(database, Clock())
+    ledger.add(use())
+    await ledger.stored()
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()")
+    ledger.add(use())
+    await ledger.stored()
+    ledger.add(use())
+    await ledger.aclose()
+    assert rows(database)[0][5] == 3
+    database.close()

@@ -41,8 +41,8 @@ _log = logging.getLogger(__name__)
 class _Sending:
     """A batch and those who wait for it."""
 
-    def __init__(self) -> None:
-        self.batch = Batch()
+    def __init__(self, batch: Batch | None = None) -> None:
+        self.batch = batch or Batch()
         self.tried = asyncio.Event()
 
 
@@ -152,11 +152,17 @@ class UsageLedger:
                     _log.error("The database does not take usage, which is kept and tried again: %s", error)
                 self._is_failing = True
                 sending.tried.set()
+                self._release_next()
                 await asyncio.sleep(self._retry_s)
             else:
                 self._is_failing = False
                 sending.tried.set()
                 return
+
+    def _release_next(self) -> None:
+        """The next batch has to wait, and those who wait for it shall not."""
+        released, self._next = self._next, _Sending(self._next.batch)
+        released.tried.set()
 
     async def _on_thread(self, work: Callable[[], None]) -> None:
         await asyncio.get_running_loop().run_in_executor(self._thread, work)
