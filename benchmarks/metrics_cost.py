@@ -1,0 +1,184 @@
+"""What the metrics cost: the standard workload with them and without, alternating, in one run.
+
+    python benchmarks/metrics_cost.py MODEL_DIR --fleet FOLDER [--pairs 4] [--only calls|engine|http]
+
+`calls`: microseconds of one recording. `engine`: one engine in this process, its observer switched on and off. `http`:
+two servers side by side, one with `--no-metrics`; the one with metrics is also scraped every second. Within a pair the
+order changes from pair to pair. Prints one JSON line per measurement, and the median of the pairs' ratios with against
+without. FOLDER is filled with 32 adapters of rank 16 where it is empty.
+"""
+
+import argparse
+import contextlib
+import json
+import statistics
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, outside an installed checkout
+
+from benchmarks.compare import BASE_NAME, measure
+from benchmarks.servers import Server, fill_in, free_port
+from benchmarks.steps import Folders, load_all, measure_workload
+from benchmarks.workloads import EQUAL_PATTERN, FLEET_SIZE, OUTPUT_TOKENS, standard
+from loadtest.fleet import make_fleet
+from manylora.engine.build import EngineBuilder
+from manylora.metrics import Metrics, NoMetrics, RequestSample
+from manylora.models.loading import load_base
+from manylora.settings import load_settings
+
+COMMAND = (
+    f"{sys.executable} -m manylora serve {{model}} --served-name {BASE_NAME} --adapters {{adapters}} "
+    "--data-dir {data} --port {port}"
+)
+SCRAPE_EVERY_S = 1.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--fleet", type=Path, required=True)
+    parser.add_argument("--pairs", type=int, default=4)
+    parser.add_argument("--only", choices=["calls", "engine", "http"])
+    args = parser.parse_args()
+    if not args.fleet.exists():
+        make_fleet(args.model, args.fleet, FLEET_SIZE, [16], pattern=EQUAL_PATTERN)
+    if args.only in (None, "calls"):
+        print(json.dumps({"measured": "calls", **calls()}), flush=True)
+    if args.only in (None, "engine"):
+        report("engine", engine(args))
+    if args.only in (None, "http"):
+        report("http", http(args))
+
+
+def report(measured: str, rates: Iterator[tuple[bool, float]]) -> None:
+    """Print each rate and, at the end, the ratios of the pairs. `rates` alternates in pairs."""
+    pairs: list[dict[bool, float]] = []
+    for is_on, rate in rates:
+        if not pairs or len(pairs[-1]) == 2:
+            pairs.append({})
+        pairs[-1][is_on] = rate
+        line = {"measured": measured, "metrics": "on" if is_on else "off", "output_tokens_per_s": round(rate, 1)}
+        print(json.dumps(line), flush=True)
+    found = [pair[True] / pair[False] for pair in pairs]
+    line = {"ratios": [round(ratio, 4) for ratio in found], "median": round(statistics.median(found), 4)}
+    print(json.dumps({"measured": measured, **line}), flush=True)
+
+
+def order(pairs: int) -> Iterator[bool]:
+    for number in range(pairs):
+        yield from ((True, False) if number % 2 else (False, True))
+
+
+# calls
+
+
+def calls() -> dict[str, float]:
+    """Microseconds of a step's recordings and of a request's, with 64 output tokens."""
+    metrics = Metrics()
+    gaps = (0.1,) * (OUTPUT_TOKENS - 1)
+    samples = [
+        RequestSample("acme", f"a{i:03d}", "ok", 7.0, 0.7, 0.1, "device", 128, OUTPUT_TOKENS, 0, gaps)
+        for i in range(FLEET_SIZE)
+    ]
+
+    def step() -> None:
+        for phase in ("schedule", "forward", "sample", "deliver"):
+            metrics.observe_step(phase, 0.02)
+
+    def request() -> None:
+        for sample in samples:
+            metrics.observe_request(sample)
+
+    return {
+        "step_us": round(microseconds(step), 2),
+        "request_us": round(microseconds(request) / FLEET_SIZE, 2),
+        "scrape_ms": round(microseconds(metrics.render, 20) / 1e3, 2),
+        "scrape_kilobytes": round(len(metrics.render()) / 1e3),
+    }
+
+
+def microseconds(call: Callable[[], object], times: int = 500) -> float:
+    """The median over a few rounds."""
+    found = []
+    for _ in range(7):
+        began = time.perf_counter()
+        for _ in range(times):
+            call()
+        found.append((time.perf_counter() - began) / times * 1e6)
+    return statistics.median(found)
+
+
+# engine
+
+
+def engine(args: argparse.Namespace) -> Iterator[tuple[bool, float]]:
+    settings = load_settings(model=str(args.model))
+    observers = {True: Metrics().observe_step, False: NoMetrics().observe_step}
+    built, tiers = EngineBuilder(settings, load_base(settings)).build_core(Folders(), Metrics())
+    refs = load_all(tiers, sorted(p.parent for p in args.fleet.rglob("adapter_config.json")))
+    measure_workload(built, refs, 0)
+    for number, is_on in enumerate(order(args.pairs)):
+        built._observe = observers[is_on]
+        yield is_on, measure_workload(built, refs, 1 + number // 2)["output_tokens_per_s"]
+    tiers.close()
+
+
+# http
+
+
+def http(args: argparse.Namespace) -> Iterator[tuple[bool, float]]:
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
+        servers = {is_on: server(args, Path(scratch), is_on=is_on) for is_on in (True, False)}
+        for each in servers.values():
+            each.start(180)
+            stack.callback(each.stop)
+            measure(each, standard(), scale=0.5, seed=0)
+            each.pause()
+        for number, is_on in enumerate(order(args.pairs)):
+            with servers[is_on].awake(True), scraped(servers[is_on].url if is_on else None):
+                record = measure(servers[is_on], standard(), scale=1.0, seed=1 + number // 2)
+            if record["errors"]:
+                raise SystemExit(f"{record['errors']} requests failed: {record['error_messages']}")
+            yield is_on, record["output_tokens_per_s"]
+
+
+def server(args: argparse.Namespace, scratch: Path, *, is_on: bool) -> Server:
+    name = "with" if is_on else "without"
+    port = free_port()
+    values: dict[str, Any] = {
+        "model": str(args.model.resolve()), "port": str(port), "adapters": str(args.fleet.resolve()),
+        "data": str(scratch / name),
+    }  # fmt: skip
+    command = fill_in(COMMAND + ("" if is_on else " --no-metrics"), values)
+    return Server(name, command, f"http://127.0.0.1:{port}", scratch / f"{name}.log", "/ready")
+
+
+@contextlib.contextmanager
+def scraped(url: str | None) -> Iterator[None]:
+    """Read `/metrics` every second, as Prometheus would every five or fifteen."""
+    is_over = threading.Event()
+
+    def scrape() -> None:
+        while not is_over.wait(SCRAPE_EVERY_S):
+            urllib.request.urlopen(f"{url}/metrics", timeout=30).read()
+
+    thread = threading.Thread(target=scrape)
+    if url is not None:
+        thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        if url is not None:
+            thread.join()
+
+
+if __name__ == "__main__":
+    main()
