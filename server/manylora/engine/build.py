@@ -13,7 +13,7 @@ from manylora.engine.engine import Engine
 from manylora.engine.interface import AdapterSource, ModelInfo
 from manylora.engine.model_runner import ModelRunner
 from manylora.engine.scheduler import Scheduler
-from manylora.errors import ModelUnusable, NotEnoughMemory
+from manylora.errors import InvalidSettings, ModelUnusable, NotEnoughMemory
 from manylora.lora import format as adapter_format
 from manylora.lora.format import ModuleSpec
 from manylora.lora.kernels import LoraKernel
@@ -29,6 +29,7 @@ from manylora.metrics import Metrics
 from manylora.models import fused, native, selfcheck
 from manylora.models.kv_cache import KVCache, bytes_per_block
 from manylora.models.loading import LoadedBase
+from manylora.models.positions import position_limit
 from manylora.models.wrapping import WrappedModel, wrap
 from manylora.settings import Settings
 
@@ -138,10 +139,10 @@ class EngineBuilder:
         return packer
 
     def _context_length(self) -> int:
-        own = int(getattr(self.base.model.config, "max_position_embeddings", 0) or 0)
+        own = position_limit(self.base.model.config)
         wanted = self.settings.max_model_len
         if own and wanted and wanted > own:
-            raise NotEnoughMemory(f"--max-model-len {wanted} is more than the model's own {own} positions.")
+            raise InvalidSettings(f"max_model_len: {wanted} is more than the {own} positions the model is served with.")
         return wanted or own or 2048
 
     def _cache(self) -> KVCache:
