@@ -34,12 +34,12 @@ def running(programs: Path) -> Iterator["Cluster"]:
     data = root / "data"
     try:
         subprocess.run(
-            [programs / "initdb", "-D", data, "-U", _USER, "-A", "trust", "-E", "UTF8", "--no-sync"],
+            [str(programs / "initdb"), "-D", str(data), "-U", _USER, "-A", "trust", "-E", "UTF8", "--no-sync"],
             check=True, capture_output=True, user=user, cwd=root,
         )  # fmt: skip
         options = f"-k {root} -c listen_addresses='' -c fsync=off"
-        ctl = [programs / "pg_ctl", "-D", data, "-w"]
-        subprocess.run([*ctl, "-l", root / "log", "-o", options, "start"], check=True, stdout=subprocess.DEVNULL,
+        ctl = [str(programs / "pg_ctl"), "-D", str(data), "-w"]
+        subprocess.run([*ctl, "-l", str(root / "log"), "-o", options, "start"], check=True, stdout=subprocess.DEVNULL,
                        user=user, cwd=root)  # fmt: skip
         try:
             yield Cluster(root)
