@@ -106,8 +106,8 @@ async def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
             await asyncio.sleep(0)
         signal.raise_signal(signal.SIGINT)
         await task
+        assert not engine.open, "what ran was aborted, since nobody waits for it any more"
         await answer.aclose()
-    assert not engine.open, "what ran was aborted, since nobody waits for it any more"
 
 
 @pytest.mark.anyio

@@ -86,6 +86,14 @@ class DrainingServer(uvicorn.Server):  # type: ignore[misc]  # uvicorn is not fo
         if self.started:
             self._on_started()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Requests that still run when patience has ended end here, so that what they used is counted."""
+        await super().shutdown(sockets=sockets)
+        running = list(self.server_state.tasks)
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._num_signals += 1
         if self._num_signals > 1 or self._loop is None:
