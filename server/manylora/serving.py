@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from manylora.api import adapters, dashboard_routes
+from manylora.api import adapters, dashboard_routes, inspection
 from manylora.api import usage as usage_routes
+from manylora.api.inspection import Inspect
 from manylora.api.tracing import open_tracing
 from manylora.app import create_app
 from manylora.catalog.database import open_database
@@ -86,10 +87,13 @@ class _Server:
     async def run(self) -> None:
         """Start everything, answer until a signal, and end everything in the opposite order."""
         from manylora.engine.build import EngineBuilder  # not before the port is ours: torch takes seconds to import
+        from manylora.lifecycle.served import Inspector
         from manylora.models.loading import load_base
 
         settings = self._settings
-        builder = EngineBuilder(settings, load_base(settings))
+        base = load_base(settings)
+        builder = EngineBuilder(settings, base)
+        inspector = Inspector(base.folder, builder.modules)
         async with AsyncExitStack() as stack:
             if self._tracing is not None:
                 stack.push_async_callback(asyncio.to_thread, self._tracing.close)
@@ -111,9 +115,11 @@ class _Server:
             # The model, its libraries and what else lives as long as the process need no looking at ever again.
             gc.collect()
             gc.freeze()
-            await self._answer(catalog, engine, gate, usage)
+            await self._answer(catalog, engine, gate, usage, inspector)
 
-    async def _answer(self, catalog: Catalog, engine: "AsyncEngine", gate: TenantGate, usage: UsageLedger) -> None:
+    async def _answer(
+        self, catalog: Catalog, engine: "AsyncEngine", gate: TenantGate, usage: UsageLedger, inspector: Inspect
+    ) -> None:
         settings = self._settings
         app = create_app(
             settings,
@@ -123,6 +129,7 @@ class _Server:
             self._metrics,
             extra_routers=(
                 adapters.build_router(catalog),
+                inspection.build_router(catalog, inspector),
                 usage_routes.build_router(usage),
                 dashboard_routes.build_router(),
             ),

@@ -66,16 +66,13 @@ class Visit:
             assert time.monotonic() < deadline, f"never true: {expression} {argument}"
             self.page.wait_for_timeout(50)
 
-    def drop(self, *paths: Path, onto: str = "main") -> None:
-        """Drop files or folders from the desktop, as the browser itself delivers it."""
-        box = self.page.locator(onto).bounding_box()
-        assert box is not None
+    def drop(self, *paths: Path) -> None:
+        """Drop files or folders from the desktop into the middle of what is seen, as the browser itself delivers it."""
+        width, height = self.page.evaluate("[innerWidth, innerHeight]")
         session = self.page.context.new_cdp_session(self.page)
         data = {"items": [], "files": [str(path) for path in paths], "dragOperationsMask": 1}
         for kind in ("dragEnter", "dragOver", "drop"):
-            session.send(
-                "Input.dispatchDragEvent", {"type": kind, "x": box["x"] + 40, "y": box["y"] + 20, "data": data}
-            )
+            session.send("Input.dispatchDragEvent", {"type": kind, "x": width // 2, "y": height // 2, "data": data})
         session.detach()
 
     def check(self) -> None:

@@ -102,10 +102,12 @@ def test_the_table_has_traffic_by_adapter(open_page: OpenPage) -> None:
     visit = open_page()
     row = visit.page.locator("#adapters-body tr", has_text=NAMES[0])
     expect(row).to_contain_text("device")
-    expect(row.locator("td").nth(6)).to_contain_text("s")
+    expect(row.locator("td[data-column=ttft]")).to_contain_text("s")
     visit.until(
         "(name) => [...document.querySelectorAll('#adapters-body tr')]"
-        ".some((r) => r.textContent.includes(name) && parseInt(r.children[4].textContent) > 1)",
+        ".some((r) => r.textContent.includes(name)"
+        " && parseInt(r.querySelector('[data-column=requests]').textContent) > 1"
+        " && parseFloat(r.querySelector('[data-column=tokens]').textContent) > 0)",
         NAMES[0],
     )
 

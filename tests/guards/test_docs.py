@@ -65,10 +65,15 @@ def test_every_setting_is_used(name: str) -> None:
 
 
 def routes() -> Iterator[str]:
-    from manylora.api import adapters, dashboard_routes, openai, ops, usage
+    from manylora.api import adapters, dashboard_routes, inspection, openai, ops, usage
 
     catalog = cast("Any", None)  # the routes are looked at, not called
-    built = (adapters.build_router(catalog), usage.build_router(catalog), dashboard_routes.build_router())
+    built = (
+        adapters.build_router(catalog),
+        inspection.build_router(catalog, catalog),
+        usage.build_router(catalog),
+        dashboard_routes.build_router(),
+    )
     for router in (ops.router, openai.router, *built):
         for route in router.routes:
             if isinstance(route, APIRoute) and "assets" not in route.path:

@@ -18,7 +18,7 @@ from manylora.catalog.service import Catalog
 from manylora.errors import AdapterNotFound, InvalidRequest, PermissionDenied, TooLarge
 from manylora.tenants.interface import Principal, Role
 
-__all__ = ["build_router"]
+__all__ = ["build_router", "version_of"]
 
 _MAX_JSON_BYTES: Final = 2**20
 _CHUNK_BYTES: Final = 2**18
@@ -158,13 +158,13 @@ def _add_reads(router: APIRouter, catalog: Catalog) -> None:
     @router.get("/v1/adapters/{name}/versions/{n}")
     async def get_version(name: str, n: str, caller: Caller, tenant: _TenantQuery = None) -> Response:
         """One version with its validation report."""
-        record, version = await _version(catalog, caller, name, n, tenant)
+        record, version = await version_of(catalog, caller, name, n, tenant)
         return JSONResponse(version_view(record, version, catalog.tier_of(version.ref)))
 
     @router.get("/v1/adapters/{name}/versions/{n}/download")
     async def download_version(name: str, n: str, caller: Manager, tenant: _TenantQuery = None) -> Response:
         """The version as a .tar.gz in PEFT layout, its files byte for byte as they came in."""
-        _, version = await _version(catalog, caller, name, n, tenant)
+        _, version = await version_of(catalog, caller, name, n, tenant)
         file = await catalog.download(version)
         headers = {
             "content-disposition": f'attachment; filename="{version.ref.name}-{version.ref.version}.tar.gz"',
@@ -195,9 +195,10 @@ async def _record(catalog: Catalog, caller: Principal, name: str, tenant: str | 
         raise not_found(name) from None
 
 
-async def _version(
+async def version_of(
     catalog: Catalog, caller: Principal, name: str, n: str, tenant: str | None
 ) -> tuple[AdapterRecord, VersionRecord]:
+    """The version that a path names, if the caller may see it. Raises AdapterNotFound."""
     number = version_number(name, n)
     try:
         record = await _record(catalog, caller, name, tenant)

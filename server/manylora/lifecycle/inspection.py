@@ -1,6 +1,7 @@
 """`manylora inspect`: what an adapter does to each module, how much of its rank it uses, how like another it is."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,20 @@ class InspectConfig:
 def inspect_adapter(config: InspectConfig, listen: Listener = ignore) -> dict[str, Any]:
     """The report. Raises InvalidRequest or InvalidAdapter for folders that are no adapters of one base."""
     lora, weights = _read(config)
+    report = report_of(config.adapter.name, lora, weights, listen)
+    if config.against is not None:
+        report["against"] = {"adapter": config.against.name} | similarity(lora, read_lora(config.against))
+    return report
+
+
+def report_of(name: str, lora: Lora, norms: Mapping[str, float], listen: Listener = ignore) -> dict[str, Any]:
+    """What is in an adapter; `norms` are ‖W‖ of those of the base's modules where it is known."""
     modules = {}
     for done, (path, pair) in enumerate(lora.pairs.items(), start=1):
-        modules[path] = describe(pair, weights.get(path))
+        modules[path] = describe(pair, norms.get(path))
         listen(Progress("inspect", done, len(lora.pairs)))
     report: dict[str, Any] = {
-        "adapter": config.adapter.name,
+        "adapter": name,
         "base": lora.base_name,
         "target_modules": lora.config.get("target_modules"),
         "rank": max(p.rank for p in lora.pairs.values()),
@@ -52,8 +61,6 @@ def inspect_adapter(config: InspectConfig, listen: Listener = ignore) -> dict[st
         "modules": modules,
     }
     report["warnings"] = warnings_about(report)
-    if config.against is not None:
-        report["against"] = {"adapter": config.against.name} | similarity(lora, read_lora(config.against))
     return report
 
 

@@ -5,7 +5,7 @@ import { byId, h, icon, PIN, setText } from "./dom.js";
 import { bytes, count, ms, rate } from "./format.js";
 
 const PAGE = 1000;
-const ROWS = 50;
+const ROWS = 15;
 const MOST = 10_000;
 const TIERS = { device: 0, host: 1, disk: 2 };
 const TIER_NAMES = { device: "device", host: "host", disk: "disk" };
@@ -16,9 +16,10 @@ const COLUMNS = [
   { id: "tenant", label: "Tenant", text: true, wide: true, value: (a) => a.tenant },
   { id: "version", label: "Version", wide: true, value: (a) => a.version ?? 0 },
   { id: "tier", label: "Tier", text: true, value: (a) => TIERS[a.tier] ?? 3 },
+  { id: "pinned", label: "Pinned", wide: true, value: (a) => (a.pinned ? 1 : 0) },
   { id: "requests", label: "Requests", hint: "in the last 5 minutes", value: (a) => a.requests },
-  { id: "tokens", label: "Tokens/s", value: (a) => a.tokensPerS },
-  { id: "ttft", label: "TTFT p95", wide: true, value: (a) => a.ttft },
+  { id: "tokens", label: "Tokens/s", hint: "in the last 10 seconds", value: (a) => a.tokensPerS },
+  { id: "ttft", label: "TTFT p95", hint: "of requests in the last 5 minutes", value: (a) => a.ttft },
   { id: "size", label: "Size", wide: true, value: (a) => a.size },
 ];
 
@@ -41,7 +42,7 @@ export class AdapterTable {
     byId("filter").addEventListener("input", changed);
     byId("tier-filter").addEventListener("change", changed);
     byId("adapters-more").addEventListener("click", () => {
-      this.limit += ROWS * 2;
+      this.limit += ROWS * 3;
       this.draw(true);
     });
     const body = byId("adapters-body");
@@ -150,10 +151,11 @@ export class AdapterTable {
         this.rows.delete(key);
       }
     }
+    const most = Math.max(...shown.map((a) => a.tokensPerS), 0);
     shown.forEach((adapter, i) => {
       let row = this.rows.get(adapter.key);
       if (!row) this.rows.set(adapter.key, (row = this.row()));
-      row.set(adapter);
+      row.set(adapter, most);
       if (body.children[i] !== row.element) body.insertBefore(row.element, body.children[i] ?? null);
     });
   }
@@ -162,24 +164,28 @@ export class AdapterTable {
     let current = null;
     const open = h("button", { type: "button", class: "name", onclick: () => this.onopen(current) });
     const pin = h("span", { class: "pin", title: "pinned", role: "img", "aria-label": "pinned" }, icon(PIN));
+    const narrowPin = h("span", { class: "pin narrow", "aria-hidden": "true" }, icon(PIN)); // where there is no column for it
     const about = h("span", { class: "about" });
     const tier = h("span", { class: "tier" });
-    const cells = Object.fromEntries(COLUMNS.map((c) => [c.id, h("td", { class: this.classOf(c) })]));
-    cells.name.append(h("span", { class: "name-line" }, open, pin), about);
+    const cells = Object.fromEntries(COLUMNS.map((c) => [c.id, h("td", { class: this.classOf(c), data: { column: c.id } })]));
+    cells.name.append(h("span", { class: "name-line" }, open, narrowPin), about);
     cells.tier.append(tier);
+    cells.pinned.append(pin);
     return {
       element: h("tr", {}, Object.values(cells)),
-      set: (a) => {
+      set: (a, most) => {
         current = a;
         setText(open, a.name);
-        pin.toggleAttribute("hidden", !a.pinned);
+        for (const mark of [pin, narrowPin]) mark.toggleAttribute("hidden", !a.pinned);
         setText(about, a.description);
         setText(cells.tenant, a.tenant);
         setText(cells.version, a.version === null ? "none" : `${a.version}${a.numVersions > 1 ? ` of ${a.numVersions}` : ""}`);
         setText(tier, TIER_NAMES[a.tier] ?? "–");
+        tier.title = TIER_NAMES[a.tier] ?? "";
         tier.dataset.tier = a.tier ?? "";
         setText(cells.requests, count(a.requests));
         setText(cells.tokens, rate(a.tokensPerS));
+        cells.tokens.style.setProperty("--share", most > 0 ? a.tokensPerS / most : 0);
         setText(cells.ttft, ms(a.ttft));
         setText(cells.size, bytes(a.size));
       },

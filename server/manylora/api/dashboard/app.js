@@ -5,7 +5,7 @@ import { ApiError, getJson, key } from "./api.js";
 import { Charts } from "./charts.js";
 import { Detail } from "./detail.js";
 import { byId, setText, toast } from "./dom.js";
-import { duration, ms, rate } from "./format.js";
+import { count, duration, ms, rate } from "./format.js";
 import { Meters, showErrors, Tiles } from "./live.js";
 import { Session } from "./session.js";
 import { SlotMap } from "./slots.js";
@@ -18,8 +18,8 @@ const PATIENCE = 3; // failed polls before the page calls the server unreachable
 
 const session = new Session(() => onWho());
 const charts = new Charts(
-  { throughput: byId("chart-throughput"), ttft: byId("chart-ttft"), tpot: byId("chart-tpot") },
-  { rate, ms },
+  { throughput: byId("chart-throughput"), ttft: byId("chart-ttft"), tpot: byId("chart-tpot"), queue: byId("chart-queue") },
+  { rate, ms, count },
 );
 const tiles = new Tiles();
 const meters = new Meters();

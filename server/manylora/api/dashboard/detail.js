@@ -3,6 +3,7 @@
 import { download, getJson, send } from "./api.js";
 import { byId, confirmed, h, toast } from "./dom.js";
 import { bytes, day } from "./format.js";
+import { Inspection } from "./inspect.js";
 import { reportView } from "./report.js";
 
 export class Detail {
@@ -12,6 +13,7 @@ export class Detail {
     this.ontry = ontry;
     this.dialog = byId("detail");
     this.adapter = null;
+    this.unfolded = null; // what is shown below a version: {button, place, shown}
     this.dialog.addEventListener("click", (event) => {
       if (event.target === this.dialog) this.dialog.close();
     });
@@ -50,6 +52,7 @@ export class Detail {
   }
 
   draw() {
+    this.foldAway();
     const { adapter } = this;
     const may = this.session.mayManage(adapter.tenant);
     const versions = adapter.versions.toSorted((a, b) => b.version - a.version);
@@ -86,7 +89,12 @@ export class Detail {
     const isReady = version.status === "ready";
     const label = `${adapter.name}@${version.version}`;
     const place = h("div", { class: "version-report" });
-    const buttons = [h("button", { type: "button", class: "quiet", "aria-expanded": "false", onclick: (event) => this.report(event.currentTarget, version, place) }, "Report")];
+    const fold = (label, show) => h("button", { type: "button", class: "quiet", "aria-expanded": "false", onclick: (event) => this.fold(event.currentTarget, place, show) }, label);
+    const path = `/versions/${version.version}`;
+    const buttons = [
+      fold("Report", async () => ({ element: reportView(await getJson(this.path(adapter, path))) })),
+      fold("Inspect", () => Inspection.load(this.path(adapter, `${path}/inspection`))),
+    ];
     if (may && !isActive && isReady) {
       const isOlder = adapter.active_version !== null && version.version < adapter.active_version;
       const promote = () => this.change({ active_version: version.version }, `${label} answers from now on.`);
@@ -105,16 +113,32 @@ export class Detail {
       place);
   }
 
-  async report(button, version, place) {
-    if (place.childElementCount) {
-      place.replaceChildren();
-      button.setAttribute("aria-expanded", "false");
-      return;
-    }
+  /** Show something below a version, or fold it away again; only one thing is open. */
+  async fold(button, place, show) {
+    const wasThis = button === this.unfolded?.button;
+    this.foldAway();
+    if (wasThis) return;
     await this.guarded(async () => {
-      place.replaceChildren(reportView(await getJson(this.path(this.adapter, `/versions/${version.version}`))));
-      button.setAttribute("aria-expanded", "true");
+      button.setAttribute("aria-busy", "true");
+      try {
+        const shown = await show();
+        this.foldAway();
+        this.unfolded = { button, place, shown };
+        place.replaceChildren(shown.element);
+        button.setAttribute("aria-expanded", "true");
+      } finally {
+        button.removeAttribute("aria-busy");
+      }
     });
+  }
+
+  foldAway() {
+    if (!this.unfolded) return;
+    const { button, place, shown } = this.unfolded;
+    this.unfolded = null;
+    shown.destroy?.();
+    place.replaceChildren();
+    button.setAttribute("aria-expanded", "false");
   }
 
   tryIt(label) {

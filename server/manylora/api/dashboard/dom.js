@@ -36,10 +36,17 @@ export function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
+/** A note that goes away by itself. Above an open dialog, too: the newest popover is the topmost. */
 export function toast(text, kind = "good") {
   const note = h("p", { class: "toast", data: { kind } }, text);
-  byId("toasts").append(note);
-  setTimeout(() => note.remove(), kind === "bad" ? 9000 : 5000);
+  const shelf = byId("toasts");
+  if (shelf.matches(":popover-open")) shelf.hidePopover();
+  shelf.append(note);
+  shelf.showPopover();
+  setTimeout(() => {
+    note.remove();
+    if (!shelf.childElementCount && shelf.matches(":popover-open")) shelf.hidePopover();
+  }, kind === "bad" ? 9000 : 5000);
 }
 
 /** Resolves to true when the person confirms. Escape and "Cancel" are no. */

@@ -36,12 +36,12 @@ export class Tiles {
     this.tokens.set(rate(rates.completion_tokens_per_s), "tokens/s", `${count(totals.completion_tokens)} since start`);
     this.requests.set(rate(rates.requests_per_s), "per s", `${count(totals.requests)} since start`);
     const waiting = stats.waiting + stats.waiting_for_adapter;
-    const queue = waiting === 0 ? "nobody waits" : `${count(stats.waiting)} wait, ${count(stats.waiting_for_adapter)} for an adapter`;
+    const queue = waiting === 0 ? "nobody waits" : `${count(waiting)} waiting, ${count(stats.waiting_for_adapter)} for an adapter`;
     this.running.set(count(stats.running), stats.running === 1 ? "sequence" : "sequences", queue, waiting > stats.running && waiting > 8 ? "warn" : "");
     this.ttft.set(...msParts(live.ttft_ms.p95), `p50 ${ms(live.ttft_ms.p50)} · p99 ${ms(live.ttft_ms.p99)}`);
     this.tpot.set(...msParts(live.tpot_ms.p95), `p50 ${ms(live.tpot_ms.p50)} · p99 ${ms(live.tpot_ms.p99)}`);
     const { error = 0, rejected = 0 } = totals.outcomes;
-    this.failed.set(count(error), error === 1 ? "error" : "errors", `${count(rejected)} rejected as too much`, error > 0 ? "bad" : "");
+    this.failed.set(count(error), error === 1 ? "error" : "errors", `${count(rejected)} turned away`, error > 0 ? "bad" : "");
   }
 }
 
