@@ -74,6 +74,7 @@ _ALL = (
         package_file=f"devil.dict.dz out of Debian's package {devil.PACKAGE}",
         flags=("--rank", "2", "--lr", "2e-3", "--epochs", "2", "--batch-size", "8", "--max-length", "128"),
         example="Define: meeting",
+        limits="Form and tone are learnt; wit comes by chance, at this size of base.",
         max_tokens=64,
         instruction="Answer in one sentence, in the manner of Ambrose Bierce.",
         metrics=("exact_match", "perplexity"),
