@@ -29,7 +29,7 @@ class Tenant(HttpUser):  # type: ignore[misc]  # locust is an optional extra
     wait_time = between(0, 1)
 
     def on_start(self) -> None:
-        self._requests = _endless(_stage(self.host or "", tuple(self._discover())))
+        self._requests = _endless(_stage(tuple(self._discover())))
 
     @task  # type: ignore[untyped-decorator]
     def infer(self) -> None:
@@ -61,11 +61,11 @@ class Tenant(HttpUser):  # type: ignore[misc]  # locust is an optional extra
                     exception=None, context={},
                 )  # fmt: skip
 
-    def _discover(self) -> Iterator[tuple[str, bool]]:
-        """The served models, with whether each is an adapter."""
-        key = _secret(_scenario().tenants[0].name)
-        for model in self.client.get("/v1/models", headers=authorization(key)).json()["data"]:
-            yield model["id"], model.get("parent") is not None
+    def _discover(self) -> Iterator[tuple[str, str, bool]]:
+        """Tenant, model and whether it is an adapter, for every model that each tenant is shown."""
+        for tenant in _scenario().tenants:
+            models = self.client.get("/v1/models", headers=authorization(_secret(tenant.name))).json()["data"]
+            yield from ((tenant.name, model["id"], model.get("parent") is not None) for model in models)
 
 
 @cache
@@ -79,18 +79,18 @@ def _secret(tenant: str) -> str | None:
 
 
 @cache
-def _stage(host: str, models: tuple[tuple[str, bool], ...]) -> Stage:
+def _stage(models: tuple[tuple[str, str, bool], ...]) -> Stage:
     """Planned once and shared by all users."""
     scenario = _scenario()
-    bases = [name for name, is_adapter in models if not is_adapter]
-    found = sorted(name for name, is_adapter in models if is_adapter)
+    base = scenario.base or next(name for _, name, is_adapter in models if not is_adapter)
     adapters = {}
     for tenant in scenario.tenants:
         mix = tenant.adapters or scenario.adapters
+        found = sorted(name for owner, name, is_adapter in models if is_adapter and owner == tenant.name)
         adapters[tenant.name] = found[: mix.count] if mix.discover else list(mix.listed)
     arrival = Arrival(process="closed", concurrency=(1,), requests=_PLANNED)
     planned = scenario.model_copy(update={"arrival": arrival, "trace": None, "warmup_requests": 0})
-    return make_plan(planned, scenario.base or bases[0], adapters).stages[0]
+    return make_plan(planned, base, adapters).stages[0]
 
 
 @cache
