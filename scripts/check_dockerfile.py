@@ -29,6 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 DEBIAN = "http://deb.debian.org/debian"
 PACKAGES = "python3.11,python3.11-venv,python3-pip,python3.11-dev,ca-certificates"  # pip, since the image has it
+RESOLV = Path("/etc/resolv.conf")  # a container's engine puts its own there too
 START_S, STOP_S = 600, 60
 
 
@@ -110,10 +111,11 @@ def is_sent(path: str, ignore: str) -> bool:
 
 
 class Builder:
-    """Executes stages below `folder`."""
+    """Executes stages below `folder`. With `is_done`, their files are there from an earlier run."""
 
-    def __init__(self, folder: Path, env: dict[str, str], binds: list[Path]) -> None:
+    def __init__(self, folder: Path, env: dict[str, str], binds: list[Path], *, is_done: bool = False) -> None:
         self.folder = folder
+        self._is_done = is_done
         self._env = env
         self._binds = binds
         self.images: dict[str, Image] = {}
@@ -129,10 +131,11 @@ class Builder:
 
     def _start(self, stage: Stage) -> Image:
         root = self.folder / stage.name
-        shutil.rmtree(root, ignore_errors=True)
         parent = self.images.get(stage.base)
-        source = parent.root if parent else self._debian()
-        run("cp", "-a", "--reflink=auto", str(source), str(root))
+        if not self._is_done:
+            shutil.rmtree(root, ignore_errors=True)
+            source = parent.root if parent else self._debian()
+            run("cp", "-a", "--reflink=auto", str(source), str(root))
         if parent is None:
             return Image(root, {"PATH": "/usr/local/bin:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin"})
         return Image(root, dict(parent.env), parent.workdir, parent.user, health=parent.health)
@@ -152,13 +155,8 @@ class Builder:
         """/dev, /proc, name resolution and the paths of --bind inside, until the block ends."""
         mounted: list[Path] = []
         try:
-            for path in (Path("/dev"), Path("/proc"), Path("/etc/resolv.conf"), *self._binds):
-                inside = root / path.relative_to("/")
-                if path.is_dir():
-                    inside.mkdir(parents=True, exist_ok=True)
-                else:
-                    inside.parent.mkdir(parents=True, exist_ok=True)
-                    inside.touch()
+            for path in (Path("/dev"), Path("/proc"), RESOLV, *self._binds):
+                inside = make_place(root, path)
                 run("mount", "--bind", str(path), str(inside))
                 mounted.append(inside)
             yield
@@ -167,6 +165,8 @@ class Builder:
                 run("umount", str(inside))
 
     def _step(self, image: Image, word: str, rest: str) -> None:
+        if word in ("RUN", "COPY") and self._is_done:
+            return
         if word == "RUN":
             command = re.sub(r"^(--mount=\S+\s+)+", "", rest)
             say(f"RUN {command}")
@@ -215,6 +215,15 @@ class Builder:
                 shutil.copy2(path, goal)
 
 
+def make_place(root: Path, path: Path) -> Path:
+    """Where `path` of this machine is mounted inside; there is something of its kind there."""
+    inside = root / path.relative_to("/")
+    (inside if path.is_dir() else inside.parent).mkdir(parents=True, exist_ok=True)
+    if not path.is_dir():
+        inside.touch()
+    return inside
+
+
 def copy_sent(folder: Path, goal: Path) -> None:
     """A folder of the project, as far as .dockerignore sends it."""
     ignore = (ROOT / ".dockerignore").read_text(encoding="utf-8")
@@ -231,8 +240,9 @@ def copy_sent(folder: Path, goal: Path) -> None:
 class Container:
     """The image's command on a root file system that cannot be written, as its user, without capabilities."""
 
-    def __init__(self, image: Image, folder: Path, env: dict[str, str]) -> None:
+    def __init__(self, image: Image, folder: Path, env: dict[str, str], binds: list[Path]) -> None:
         self._image = image
+        self._binds = {path: make_place(image.root, path) for path in (RESOLV, *binds)}
         self._env = {**image.env, **env}
         for name in ("data", "cache"):
             volume = folder / f"volume-{name}"
@@ -250,6 +260,7 @@ class Container:
             f"mount --bind {self._folder}/volume-cache {root}/cache",
             f"mount --bind /proc {root}/proc",
             f"mount --rbind /dev {root}/dev",
+            *(f"mount --bind {path} {inside}" for path, inside in self._binds.items()),
         ]
         drop = f"setpriv --reuid {user} --regid {group} --clear-groups --bounding-set -all --no-new-privs"
         inside = shlex.join(["env", "-i", *pairs(self._env), *words])
@@ -323,6 +334,7 @@ def main() -> None:
     parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--serve-env", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--bind", action="append", default=[], type=Path)
+    parser.add_argument("--serve-only", action="store_true", help="what an earlier run has built")
     parser.add_argument("--port", type=int, default=8123)
     args = parser.parse_args()
     if os.geteuid():
@@ -330,11 +342,13 @@ def main() -> None:
     folder = args.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     every = stages((ROOT / "Dockerfile").read_text(encoding="utf-8"), VARIANT=args.variant)
-    image = Builder(folder, dict(pair.split("=", 1) for pair in args.env), args.bind).build(needed(every))
+    build_env = dict(pair.split("=", 1) for pair in args.env)
+    image = Builder(folder, build_env, args.bind, is_done=args.serve_only).build(needed(every))
     size = subprocess.run(["du", "-sm", image.root], capture_output=True, text=True, check=True).stdout.split()[0]
     say(f"the image's files take {size} MiB")
     serving = {"MANYLORA_PORT": str(args.port), "MANYLORA_ALLOW_OPEN": "true"}
-    Container(image, folder, serving | dict(pair.split("=", 1) for pair in args.serve_env)).check(args.port)
+    serving |= dict(pair.split("=", 1) for pair in args.serve_env)
+    Container(image, folder, serving, args.bind).check(args.port)
 
 
 if __name__ == "__main__":
