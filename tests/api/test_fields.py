@@ -150,6 +150,15 @@ def test_a_value_out_of_range_is_refused_by_name(rig: Rig, route: str, name: str
     assert not rig.engine.generations
 
 
+def test_the_other_routes_own_field_is_shown_the_way(rig: Rig) -> None:
+    for answer, path in (
+        (rig.complete(messages=[]), "/v1/chat/completions"),
+        (rig.chat(prompt="hi"), "/v1/completions"),
+    ):
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "unsupported_field")
+        assert f"Send it to {path}." in answer.json()["error"]["message"]
+
+
 def test_no_tokens_at_all_can_be_asked_for_of_completions_only(rig: Rig) -> None:
     assert rig.complete(max_tokens=0).status_code == 200
     assert rig.engine.generations[0].params.max_tokens == 0

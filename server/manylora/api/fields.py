@@ -80,6 +80,7 @@ CHAT_UNSUPPORTED: Final = _BOTH | {
 MESSAGE_UNSUPPORTED: Final = frozenset(
     {"annotations", "audio", "function_call", "reasoning", "reasoning_content", "refusal", "tool_calls"}
 )
+_ROUTE_OF: Final = {"messages": "/v1/chat/completions", "prompt": "/v1/completions"}
 STREAM_OPTION_UNSUPPORTED: Final = frozenset({"continuous_usage_stats", "include_obfuscation"})
 
 
@@ -102,7 +103,8 @@ def without_neutral(
 
 
 def unsupported_field(path: str) -> UnsupportedField:
-    return UnsupportedField(f"The field '{path}' is not supported by this server. Leave it out.", param=path)
+    advice = f"Send it to {_ROUTE_OF[path]}." if path in _ROUTE_OF else "Leave it out."
+    return UnsupportedField(f"The field '{path}' is not supported by this route. {advice}", param=path)
 
 
 def _is_neutral(name: str, value: Any, raw: dict[str, Any]) -> bool:

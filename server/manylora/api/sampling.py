@@ -42,7 +42,7 @@ def fit_to_context(
     room = model.context_length - num_prompt_tokens
     asked = request.token_limit
     if room < 1 or (asked is not None and asked > room):
-        completion = f" and {asked} for the answer" if asked is not None else " and leaves no room for an answer"
+        completion = f", the answer up to {asked}" if asked is not None else " and leaves no room for an answer"
         raise ContextLengthExceeded(
             f"The model's context is {model.context_length} tokens; the prompt takes {num_prompt_tokens}{completion}. "
             "Shorten the prompt or ask for fewer tokens.",
