@@ -18,7 +18,7 @@ help:
 	@echo "make quick    the tests that take seconds"
 	@echo "make check    linter, formatting, types"
 	@echo "make format   put the code into its format"
-	@echo "make docs     write the tables in docs/configuration.md anew"
+	@echo "make docs     write the tables in docs/configuration.md and docs/lifecycle.md anew"
 	@echo "make clean    remove what was built; make distclean: .venv too"
 
 serve: $(VENV)/.runtime
@@ -41,6 +41,7 @@ format: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	$(BIN)/python scripts/document_settings.py
+	$(BIN)/python scripts/document_lifecycle.py
 
 # The build needs torch's headers, so torch comes first and the build is not isolated from it.
 $(VENV)/.torch:
