@@ -1,11 +1,13 @@
 """The process that `test_crash` kills: a real catalog over a fake engine, changing things until it is dead.
 
 Prints one JSON line before each operation (`begin`) and one after it (`end`), so that the parent knows what was
-promised when the kill came.
+promised when the kill came. What takes long to import is imported once: a first process makes a new one, by a fork,
+for each seed that it reads, says its process id (`pid`), and says when it is dead.
 """
 
 import asyncio
 import json
+import os
 import random
 import sys
 import tempfile
@@ -65,11 +67,23 @@ async def main(data_dir: Path, seed: int) -> None:
     catalog = Catalog.open(Settings(data_dir=data_dir), MODULES)
     await catalog.attach(CatalogEngine())
     chance = random.Random(seed)
-    _say(ready=True)
+    _say(open=True)
     while True:
         await _step(catalog, chance)
 
 
+def _serve_forks(data_dir: Path) -> None:
+    _say(ready=True)
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            asyncio.run(main(data_dir, int(line)))
+        _say(pid=child)
+        os.waitpid(child, 0)
+        sys.stdout.write("\n")  # the dead one may have left half a line
+        _say(dead=child)
+
+
 if __name__ == "__main__":
-    tempfile.tempdir = sys.argv[3]
-    asyncio.run(main(Path(sys.argv[1]), int(sys.argv[2])))
+    tempfile.tempdir = sys.argv[2]
+    _serve_forks(Path(sys.argv[1]))

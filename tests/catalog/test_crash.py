@@ -4,9 +4,12 @@ import asyncio
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +26,40 @@ KILLS = 25
 _ROOT = Path(__file__).resolve().parents[2]
 
 
-def _run_until_killed(data_dir: Path, scratch: Path, seed: int) -> list[dict[str, Any]]:
-    """Start the child, kill it after a random while, and give what it said."""
-    command = [sys.executable, "-m", "tests.catalog.crash_child", str(data_dir), str(seed), str(scratch)]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=_ROOT, text=True, env=_environment())
-    assert child.stdout is not None
-    lines = [child.stdout.readline()]
-    assert json.loads(lines[0]) == {"ready": True}
+@contextmanager
+def _forks(data_dir: Path, scratch: Path) -> Iterator["subprocess.Popen[str]"]:
+    """The process that makes those that are killed."""
+    command = [sys.executable, "-m", "tests.catalog.crash_child", str(data_dir), str(scratch)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=_ROOT, text=True, env=_environment(), **pipes) as process:  # type: ignore[call-overload]
+        assert json.loads(process.stdout.readline()) == {"ready": True}
+        yield process
+        process.stdin.close()
+
+
+def _run_until_killed(forks: "subprocess.Popen[str]", seed: int) -> list[dict[str, Any]]:
+    """Start a child, kill it after a random while, and give what it said."""
+    assert forks.stdin is not None
+    assert forks.stdout is not None
+    forks.stdin.write(f"{seed}\n")
+    forks.stdin.flush()
+    said = [json.loads(forks.stdout.readline())]
+    while not {"pid", "open"} <= {key for line in said for key in line}:
+        said.append(json.loads(forks.stdout.readline()))
     time.sleep(random.Random(seed).uniform(0.0, 0.6))
-    child.kill()
-    lines += child.stdout.readlines()
-    child.stdout.close()
-    child.wait()
-    return [json.loads(line) for line in lines[1:] if line.endswith("\n")]
+    os.kill(next(line["pid"] for line in said if "pid" in line), signal.SIGKILL)
+    while "dead" not in said[-1]:
+        said.append(_parsed(forks.stdout.readline()))
+    return [line for line in said if line.keys() & {"begin", "end"}]
+
+
+def _parsed(line: str) -> dict[str, Any]:
+    """Nothing for a line that the kill cut in two."""
+    try:
+        parsed: dict[str, Any] = json.loads(line)
+    except json.JSONDecodeError:
+        return {}
+    return parsed
 
 
 def _environment() -> dict[str, str]:
@@ -108,12 +132,13 @@ def test_kill_at_random_moments_leaves_every_adapter_absent_or_whole(tmp_path: P
     scratch.mkdir()
     highest: dict[str, int] = {}
     num_operations = num_interrupted = 0
-    for seed in range(KILLS):
-        said = _run_until_killed(data_dir, scratch, seed)
-        state = asyncio.run(_inspect(data_dir))
-        _check_promises(said, highest, state)
-        num_operations += len([line for line in said if "end" in line])
-        num_interrupted += bool(said) and "begin" in said[-1]
+    with _forks(data_dir, scratch) as forks:
+        for seed in range(KILLS):
+            said = _run_until_killed(forks, seed)
+            state = asyncio.run(_inspect(data_dir))
+            _check_promises(said, highest, state)
+            num_operations += len([line for line in said if "end" in line])
+            num_interrupted += bool(said) and "begin" in said[-1]
     assert num_operations > KILLS
     assert num_interrupted > 0, "no kill hit an operation; the test shows nothing"
     assert max(highest.values()) > 1
