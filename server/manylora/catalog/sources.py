@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 import fsspec
-import httpx
+import httpx2
 from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -120,7 +120,7 @@ def _fetch_hf(source: str, target: Path, max_bytes: int) -> None:
         raise InvalidRequest(f"'source' is not a repository: {error}", param="source") from error
     except HfHubHTTPError as error:
         raise InvalidRequest(f"'source' cannot be fetched: {error}", param="source") from error
-    except (httpx.HTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (httpx2.HTTPError, LocalEntryNotFoundError, OSError) as error:
         raise Unavailable(f"The Hugging Face hub does not answer: {error}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
