@@ -197,7 +197,9 @@ def load_settings(**flags: Any) -> Settings:
     try:
         return Settings(**{k: v for k, v in flags.items() if v is not None})
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in error.errors())
+        faults = "; ".join(
+            f"{'.'.join(str(p) for p in e['loc'])}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()
+        )
         raise InvalidSettings(f"Invalid settings: {faults}. See docs/configuration.md.") from error
     except tomllib.TOMLDecodeError as error:
         raise InvalidSettings(f"manylora.toml cannot be read: {error}.") from error

@@ -154,7 +154,7 @@ class EngineBuilder:
         if num_blocks < needed:
             raise NotEnoughMemory(
                 f"The KV cache has room for {num_blocks * settings.block_size} tokens and one sequence of "
-                f"{self.context_length} needs {needed * per_block / 2**20:.0f} MiB: raise --kv-cache-memory "
+                f"{self.context_length} needs {-(-needed * per_block // 2**10):,} KiB: raise --kv-cache-memory "
                 "or lower --max-model-len."
             )
         return KVCache(shapes, num_blocks, settings.block_size, self.dtype, self.device)
