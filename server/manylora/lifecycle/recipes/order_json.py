@@ -48,10 +48,10 @@ _TEMPLATES = (
 
 
 def make(seed: int, source: Path | None = None) -> Splits:
-    """500 orders to learn from, 40 to choose by, 100 with unseen words for the score."""
+    """500 orders to learn from, 40 to choose by, 32 with unseen words for the score."""
     random_ = random.Random(seed)
     seen = _orders(540, 0, random_)
-    return Splits(seen[40:], seen[:40], _orders(100, 1, random_))
+    return Splits(seen[40:], seen[:40], _orders(32, 1, random_))
 
 
 def _orders(count: int, part: int, random_: random.Random) -> list[Row]:
