@@ -93,7 +93,8 @@ class Settings(BaseSettings):
     quantization: Literal["none", "int8"] = "none"
     """How the base's linears are kept; `int8` is not available in this version and refused."""
     max_model_len: int | None = Field(default=None, ge=16)
-    """Longest sequence, prompt and answer together, in tokens; unset: the model's own limit."""
+    """Longest sequence, prompt and answer together, in tokens; unset: the model's own limit (of a LongRoPE model its
+    original context, since one longer sequence would change the answers of all others in its batch)."""
     kernels: Literal["auto", "torch"] = "auto"
     """`auto` takes the C++ kernels where they were built for this machine; `torch` never does."""
     num_threads: int | None = Field(default=None, ge=1)
