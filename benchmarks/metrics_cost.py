@@ -2,11 +2,11 @@
 
     python benchmarks/metrics_cost.py MODEL_DIR --fleet FOLDER [--pairs 4] [--only calls|engine|http]
 
-`calls`: microseconds of one recording. `engine`: one engine in this process, its observer switched on and off. `http`:
-two servers side by side, one with `--no-metrics`; the one with metrics is also scraped every five seconds. Within a
-pair the order changes from pair to pair. Prints one JSON line per measurement, and the median of the pairs' ratios with
-against without: by the clock, and by the processor time of the process that serves, which other programs on the machine
-disturb less. FOLDER is filled with 32 adapters of rank 16 where it is empty.
+`calls`: microseconds of one recording. `engine`: decode steps of 32 rows with 32 adapters, every other one recorded, by
+processor time. `http`: two servers side by side, one with `--no-metrics`; the one with metrics is also scraped every
+five seconds. Within a pair the order changes from pair to pair. Prints one JSON line per measurement, and the median of
+the pairs' ratios with against without: by the clock, and by the processor time of the process that serves, which other
+programs on the machine disturb less. FOLDER is filled with 32 adapters of rank 16 where it does not exist.
 """
 
 import argparse
@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, outside a
 
 from benchmarks.compare import BASE_NAME, measure
 from benchmarks.servers import Server, fill_in, free_port
-from benchmarks.steps import Folders, load_all, measure_workload
+from benchmarks.steps import Folders, load_all, sequence
 from benchmarks.workloads import EQUAL_PATTERN, FLEET_SIZE, OUTPUT_TOKENS, standard
 from loadtest.fleet import make_fleet
 from manylora.engine.build import EngineBuilder
@@ -48,7 +48,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--fleet", type=Path, required=True)
-    parser.add_argument("--pairs", type=int, default=4)
+    parser.add_argument("--pairs", type=int, default=4, help="of http")
+    parser.add_argument("--steps", type=int, default=100, help="of engine, with and without each")
     parser.add_argument("--only", choices=["calls", "engine", "http"])
     args = parser.parse_args()
     if not args.fleet.exists():
@@ -56,7 +57,7 @@ def main() -> None:
     if args.only in (None, "calls"):
         print(json.dumps({"measured": "calls", **calls()}), flush=True)
     if args.only in (None, "engine"):
-        report("engine", engine(args))
+        print(json.dumps({"measured": "engine", **engine(args)}), flush=True)
     if args.only in (None, "http"):
         report("http", http(args))
 
@@ -123,19 +124,28 @@ def microseconds(call: Callable[[], object], times: int = 500) -> float:
 # engine
 
 
-def engine(args: argparse.Namespace) -> Iterator[tuple[bool, Rates]]:
+def engine(args: argparse.Namespace) -> dict[str, float]:
+    """Medians over the steps with and without recording, in ms, and how much slower the former are."""
     settings = load_settings(model=str(args.model))
-    observers = {True: Metrics().observe_step, False: NoMetrics().observe_step}
+    observers = (Metrics().observe_step, NoMetrics().observe_step)
     built, tiers = EngineBuilder(settings, load_base(settings)).build_core(Folders(), Metrics())
     refs = load_all(tiers, sorted(p.parent for p in args.fleet.rglob("adapter_config.json")))
-    measure_workload(built, refs, 0)
-    for number, is_on in enumerate(order(args.pairs)):
-        built._observe = observers[is_on]
-        began, cpu = time.perf_counter(), time.process_time()
-        by_clock = measure_workload(built, refs, 1 + number // 2)["output_tokens_per_s"]
-        num_tokens = by_clock * (time.perf_counter() - began)
-        yield is_on, (by_clock, num_tokens / (time.process_time() - cpu))
+    seqs = [sequence(i, refs, 128, 2 * args.steps + 16) for i in range(FLEET_SIZE)]
+    for seq in seqs:
+        built.add(seq)
+    while any(seq.num_output_tokens < 2 for seq in seqs):
+        built.step()
+    spent: tuple[list[float], list[float]] = ([], [])
+    for number in range(2 * args.steps):
+        built._observe = observers[number % 2]
+        began = time.process_time()
+        built.step()
+        spent[number % 2].append((time.process_time() - began) * 1e3)
+    built.abort(seqs)
     tiers.close()
+    with_it, without = (statistics.median(times) for times in spent)
+    return {"steps": args.steps, "with_ms": round(with_it, 2), "without_ms": round(without, 2),
+            "ratio": round(without / with_it, 4)}  # fmt: skip
 
 
 # http
