@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manylora.lifecycle.base import accepts_logits_to_keep, load_base
@@ -17,6 +17,7 @@ def _encoded(ids: list[int], num_prompt: int) -> Encoded:
     return Encoded(example, tuple(ids), tuple(i >= num_prompt for i in range(len(ids))))
 
 
+@settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 50), min_size=1, max_size=200),
     batch_size=st.integers(1, 9),

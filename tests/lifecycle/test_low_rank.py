@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -62,6 +62,7 @@ def test_base_is_itself_again_after_applying(tiny_llama_dir: Path, tmp_path: Pat
         assert torch.equal(base.model(ids).logits, before)
 
 
+@settings(deadline=None)
 @given(rank=st.integers(1, 20), out=st.integers(1, 16), width=st.integers(1, 16), seed=st.integers(0, 50))
 def test_svd_without_the_full_matrix_is_numpys_svd_of_it(rank: int, out: int, width: int, seed: int) -> None:
     pair = _pair(rank, out, width, seed)
@@ -72,6 +73,7 @@ def test_svd_without_the_full_matrix_is_numpys_svd_of_it(rank: int, out: int, wi
     torch.testing.assert_close((left * values) @ right, pair.dense(), rtol=1e-3, atol=1e-3)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 4), st.integers(0, 50))
 def test_truncation_error_is_the_discarded_singular_values(rank: int, seed: int) -> None:
     pair = _pair(seed=seed)
@@ -84,6 +86,7 @@ def test_truncation_error_is_the_discarded_singular_values(rank: int, seed: int)
     assert kept == pytest.approx((values[:rank] ** 2).sum() / (values**2).sum(), rel=1e-4)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 50), st.integers(1, 6), st.integers(1, 6))
 def test_distance_without_the_full_matrices_is_numpys(seed: int, rank: int, other_rank: int) -> None:
     one, other = _pair(rank, seed=seed), _pair(other_rank, seed=seed + 1)

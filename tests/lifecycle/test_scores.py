@@ -2,7 +2,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
 
@@ -23,6 +23,7 @@ def _said(golds: list[str], answers: list[str]) -> Outcomes:
     return outcomes(golds, answers, labels=LABELS)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(LABELS), st.sampled_from([*LABELS, "what?"])), min_size=1, max_size=40))
 def test_label_metrics_are_scikit_learns(pairs: list[tuple[str, str]]) -> None:
     golds, answers = [g for g, _ in pairs], [a for _, a in pairs]
