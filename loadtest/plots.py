@@ -171,7 +171,7 @@ def _readable_scale(axis: Any, values: Sequence[float]) -> None:
     positive = [value for value in values if value > 0]
     if positive and max(positive) > 10 * min(positive):
         axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(positive) < 1000 * min(positive) else (1,)))
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(positive) < 100 * min(positive) else (1,)))
     else:
         axis.set_major_locator(MaxNLocator(5))
     axis.set_major_formatter(StrMethodFormatter("{x:,g}"))

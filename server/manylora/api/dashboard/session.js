@@ -64,6 +64,7 @@ export class Session {
     dialog.replaceChildren(
       h("h2", { id: "key-title" }, "API key"),
       h("p", { id: "key-note" }, "This server asks for a key. It stays in this tab and is forgotten when the tab is closed."),
+      ...(held && this.you && !reason ? [h("p", { class: "hint" }, `Signed in for the tenant ${this.you.tenant}. This key ${MAY[this.you.role] ?? ""}.`)] : []),
       ...(reason ? [h("p", { class: "problem-line", role: "alert" }, reason)] : []),
       h("form", { onsubmit: submit },
         h("label", { for: "key-input" }, "Key"),
