@@ -91,7 +91,7 @@ class Settings(BaseSettings):
     """Number format of the weights and the KV cache; `auto` is bfloat16 on a CPU that computes in it, else float32,
     and on CUDA the model's own."""
     quantization: Literal["none", "int8"] = "none"
-    """How the base's linears are kept; `int8` is not available in this version and refused."""
+    """How the base's linears are kept; `int8` rounds them, and what they multiply, to 8 bits: faster, on CPUs only."""
     max_model_len: int | None = Field(default=None, ge=16)
     """Longest sequence, prompt and answer together, in tokens; unset: the model's own limit (of a LongRoPE model its
     original context, since one longer sequence would change the answers of all others in its batch)."""

@@ -24,6 +24,7 @@ from manylora.lora.slots import SlotBook
 from manylora.lora.tiers import AdapterTiers
 from manylora.models import fused, native, selfcheck
 from manylora.models.kv_cache import KVCache
+from manylora.models.matmul import factory
 from manylora.models.wrapping import WrappedModel, wrap
 
 KERNELS: Mapping[str, Callable[[], LoraKernel]] = {"torch": TorchKernel, "native": NativeKernel, "fused": NativeKernel}
@@ -109,7 +110,7 @@ def build_rig(
     eos_ids: frozenset[int] = frozenset(),
 ) -> Rig:
     """An engine whose cache starts out full of NaN, so that reading a position nobody wrote shows at once."""
-    wrapped = wrap(model)
+    wrapped = wrap(model, factory(use_native=kernel != "torch"))
     cache = KVCache(wrapped.survey.kv_shapes, num_blocks, block_size, model.dtype, torch.device("cpu"))
     if poison:
         for room in (*cache.keys, *cache.values):

@@ -9,6 +9,7 @@ from transformers import GraniteConfig, GraniteForCausalLM, PreTrainedModel
 from manylora.errors import ModelUnusable
 from manylora.models import fused, native, selfcheck
 from manylora.models.kv_cache import KVCache
+from manylora.models.matmul import factory
 from manylora.models.wrapping import WrappedModel, wrap
 from tests.engine.harness import load
 from tests.tiny_models import make_tiny_model
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.skipif(not native.is_available(), reason="the C++ kerne
 
 
 def wrapped(model: PreTrainedModel) -> tuple[WrappedModel, KVCache]:
-    ours = wrap(model)
+    ours = wrap(model, factory(use_native=True))
     cache = KVCache(ours.survey.kv_shapes, 8, 4, model.dtype, torch.device("cpu"))
     ours.attach_cache(cache, use_native=True)
     return ours, cache

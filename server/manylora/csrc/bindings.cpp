@@ -204,6 +204,34 @@ Tensor rope_write_kv(const Tensor& q, const Tensor& k, const Tensor& v, const Te
   return out;
 }
 
+Tensor linear(const Tensor& x, const Tensor& packed, int64_t out_features, const std::optional<Tensor>& bias) {
+  check(x, "x", 2, x.scalar_type());
+  check(packed, "packed", 4, x.scalar_type());
+  int64_t in_features = x.size(1), depth = x.scalar_type() == at::kBFloat16 ? kBf16Depth : 1;
+  TORCH_CHECK_VALUE(packed.is_contiguous() && packed.size(0) == (out_features + kPanelWidth - 1) / kPanelWidth &&
+                        packed.size(1) == (in_features + depth - 1) / depth && packed.size(2) == kPanelWidth &&
+                        packed.size(3) == depth,
+                    "packed does not fit x and out_features");
+  if (bias) {
+    check(*bias, "bias", 1, at::kFloat);
+    TORCH_CHECK_VALUE(bias->numel() == out_features, "bias must have one entry per output");
+  }
+  Tensor out = at::empty({x.size(0), out_features}, x.options()), inputs;
+  LinearArgs args{};
+  args.dtype = dtype_of(x);
+  if (args.dtype != DType::f32) inputs = at::empty({x.size(0), packed.size(1) * depth}, x.options().dtype(at::kFloat));
+  args.out = {out.data_ptr(), out.stride(0)};
+  args.x = {x.const_data_ptr(), x.stride(0)};
+  args.packed = packed.const_data_ptr();
+  args.bias = bias ? bias->const_data_ptr<float>() : nullptr;
+  args.inputs = inputs.defined() ? inputs.data_ptr() : nullptr;
+  args.num_rows = x.size(0);
+  args.in_features = in_features;
+  args.out_features = out_features;
+  kernels().linear(args);
+  return out;
+}
+
 Tensor int8_linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const Tensor& group_sums,
                    const std::optional<Tensor>& bias, int64_t group_size) {
   check(x, "x", 2, x.scalar_type());
@@ -211,14 +239,14 @@ Tensor int8_linear(const Tensor& x, const Tensor& packed, const Tensor& scales, 
   check(scales, "scales", 1, at::kFloat);
   check(group_sums, "group_sums", 2, at::kInt);
   int64_t in_features = x.size(1), out_features = scales.numel();
-  TORCH_CHECK_VALUE(packed.is_contiguous() && packed.size(0) == (out_features + kInt8PanelWidth - 1) / kInt8PanelWidth &&
+  TORCH_CHECK_VALUE(packed.is_contiguous() && packed.size(0) == (out_features + kPanelWidth - 1) / kPanelWidth &&
                         packed.size(1) == (in_features + kInt8Depth - 1) / kInt8Depth &&
-                        packed.size(2) == kInt8PanelWidth && packed.size(3) == kInt8Depth,
+                        packed.size(2) == kPanelWidth && packed.size(3) == kInt8Depth,
                     "packed does not fit x and scales");
   TORCH_CHECK_VALUE(group_size > 0 && group_size % kInt8Depth == 0, "group_size must be a multiple of ", kInt8Depth);
   int64_t num_groups = (in_features + group_size - 1) / group_size;
   TORCH_CHECK_VALUE(group_sums.is_contiguous() && group_sums.size(0) == num_groups &&
-                        group_sums.size(1) == packed.size(0) * kInt8PanelWidth,
+                        group_sums.size(1) == packed.size(0) * kPanelWidth,
                     "group_sums does not fit packed and group_size");
   if (bias) {
     check(*bias, "bias", 1, at::kFloat);
@@ -274,6 +302,7 @@ TORCH_LIBRARY(manylora, m) {
   m.def(
       "rope_write_kv(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) k_cache, Tensor(b!) v_cache, "
       "Tensor slots) -> Tensor");
+  m.def("linear(Tensor x, Tensor packed, int out_features, Tensor? bias) -> Tensor");
   m.def(
       "int8_linear(Tensor x, Tensor packed, Tensor scales, Tensor group_sums, Tensor? bias, int group_size) -> Tensor");
 }
@@ -287,6 +316,7 @@ TORCH_LIBRARY_IMPL(manylora, CPU, m) {
   m.impl("silu_and_mul", silu_and_mul);
   m.impl("gelu_tanh_and_mul", gelu_tanh_and_mul);
   m.impl("rope_write_kv", rope_write_kv);
+  m.impl("linear", linear);
   m.impl("int8_linear", int8_linear);
 }
 

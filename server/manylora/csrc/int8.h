@@ -36,7 +36,7 @@ struct Int8Shape {
   explicit Int8Shape(const Int8LinearArgs& args)
       : num_groups((args.in_features + args.group_size - 1) / args.group_size),
         padded_in((args.in_features + kInt8Depth - 1) / kInt8Depth * kInt8Depth),
-        padded_out((args.out_features + kInt8PanelWidth - 1) / kInt8PanelWidth * kInt8PanelWidth) {}
+        padded_out((args.out_features + kPanelWidth - 1) / kPanelWidth * kPanelWidth) {}
 };
 
 template <class T>
@@ -79,7 +79,7 @@ ML_INLINE void int8_tile(const Int8LinearArgs& args, const Int8Shape& shape, con
   for (int64_t k = begin; k < end; k += kInt8Depth) {
     vi weights[NV];
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) weights[v] = load_bits<vi>(panel + k * kInt8PanelWidth + v * W * kInt8Depth);
+    for (int v = 0; v < NV; ++v) weights[v] = load_bits<vi>(panel + k * kPanelWidth + v * W * kInt8Depth);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       int32_t four;
@@ -94,7 +94,7 @@ ML_INLINE void int8_tile(const Int8LinearArgs& args, const Int8Shape& shape, con
     vf scale = splat(args.row_scales[(row + r) * shape.num_groups + group]);
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
-      float* at = sums + r * kInt8PanelWidth + v * W;
+      float* at = sums + r * kPanelWidth + v * W;
       store(at, __builtin_convertvector(products[r][v], vf) * scale + load(at));
     }
   }
@@ -105,9 +105,9 @@ template <class T>
 void int8_panel(const Int8LinearArgs& args, const Int8Shape& shape, int64_t panel, int64_t begin, int64_t end) {
   constexpr int NV = W == 16 ? 4 : 2;
   constexpr int64_t strip = NV * W;
-  int64_t first = panel * kInt8PanelWidth, width = std::min(kInt8PanelWidth, args.out_features - first);
-  float* sums = static_cast<float*>(scratch((end - begin) * kInt8PanelWidth * sizeof(float)));
-  std::fill_n(sums, (end - begin) * kInt8PanelWidth, 0.f);
+  int64_t first = panel * kPanelWidth, width = std::min(kPanelWidth, args.out_features - first);
+  float* sums = static_cast<float*>(scratch((end - begin) * kPanelWidth * sizeof(float)));
+  std::fill_n(sums, (end - begin) * kPanelWidth, 0.f);
   const int8_t* weights = args.packed + first * shape.padded_in;
   for (int64_t group = 0; group < shape.num_groups; ++group) {
     for (int64_t column = 0; column < width; column += strip) {
@@ -115,7 +115,7 @@ void int8_panel(const Int8LinearArgs& args, const Int8Shape& shape, int64_t pane
       const int32_t* group_sums = args.group_sums + group * shape.padded_out + first + column;
       float* to = sums + column;
       int64_t row = begin;
-      for (; row + 4 <= end; row += 4, to += 4 * kInt8PanelWidth) int8_tile<4, NV>(args, shape, at, group, group_sums, row, to);
+      for (; row + 4 <= end; row += 4, to += 4 * kPanelWidth) int8_tile<4, NV>(args, shape, at, group, group_sums, row, to);
       if (end - row == 3) int8_tile<3, NV>(args, shape, at, group, group_sums, row, to);
       if (end - row == 2) int8_tile<2, NV>(args, shape, at, group, group_sums, row, to);
       if (end - row == 1) int8_tile<1, NV>(args, shape, at, group, group_sums, row, to);
@@ -123,7 +123,7 @@ void int8_panel(const Int8LinearArgs& args, const Int8Shape& shape, int64_t pane
   }
   for (int64_t row = begin; row < end; ++row) {
     T* out = static_cast<T*>(args.out.data) + row * args.out.stride + first;
-    const float* from = sums + (row - begin) * kInt8PanelWidth;
+    const float* from = sums + (row - begin) * kPanelWidth;
     for_vectors(width, [&](int64_t i, auto count) {
       vf value = load(from + i) * load(args.scales + first + i, count);
       if (args.bias) value += load(args.bias + first + i, count);
@@ -133,15 +133,12 @@ void int8_panel(const Int8LinearArgs& args, const Int8Shape& shape, int64_t pane
 }
 
 void int8_linear(const Int8LinearArgs& args) {
-  constexpr int64_t kRowsPerTask = 64, kBytesPerThread = 256 * 1024;
+  constexpr int64_t kBytesPerThread = 256 * 1024;
   Int8Shape shape(args);
-  int64_t num_panels = shape.padded_out / kInt8PanelWidth;
+  int64_t num_panels = shape.padded_out / kPanelWidth;
   int64_t bytes = shape.padded_out * shape.padded_in * std::max<int64_t>(1, args.num_rows / 8);
   int64_t threads = std::min(num_threads(), std::max<int64_t>(1, bytes / kBytesPerThread));
-  // Few panels do not divide well among threads; then the rows are halved too.
-  int64_t rows_per_task = kRowsPerTask;
-  if (threads > 1 && num_panels < 16 * threads && args.num_rows >= 16)
-    rows_per_task = std::min(rows_per_task, (args.num_rows + 7) / 8 * 4);
+  int64_t rows_per_task = rows_per_panel_task(args.num_rows, num_panels, threads);
   int64_t num_chunks = (args.num_rows + rows_per_task - 1) / rows_per_task;
   with_dtype(args.dtype, [&](auto type) {
     using T = decltype(type);

@@ -91,9 +91,20 @@ struct GatedArgs {
   int64_t num_rows, width;
 };
 
-// Layout of a packed int8 weight [N, K]: [ceil(N / 64)][ceil(K / 4)][64][4], zero where N or K ends.
-constexpr int64_t kInt8PanelWidth = 64;
+// Layout of a packed weight [N, K]: [ceil(N / 64)][ceil(K / depth)][64][depth], zero where N or K ends.
+constexpr int64_t kPanelWidth = 64;
+constexpr int64_t kBf16Depth = 2;  // float32 and float16: 1
 constexpr int64_t kInt8Depth = 4;
+
+struct LinearArgs {
+  DType dtype;
+  Rows<void*> out;
+  Rows<const void*> x;
+  const void* packed;
+  const float* bias;  // [N] or null
+  void* inputs;       // scratch [num_rows, K rounded up to depth] floats, for types other than float32
+  int64_t num_rows, in_features, out_features;
+};
 
 struct Int8LinearArgs {
   DType dtype;
@@ -116,6 +127,7 @@ struct Kernels {
   void (*rms_norm)(const NormArgs&);
   void (*gated_activation)(const GatedArgs&);
   void (*rope_write_kv)(const RopeArgs&);
+  void (*linear)(const LinearArgs&);
   void (*int8_linear)(const Int8LinearArgs&);
 };
 

@@ -31,13 +31,21 @@ void parallel(int64_t count, int64_t threads, F&& f) {
 #include "elementwise.h"
 #include "lora.h"
 
+// Rows of a task over one panel of weights. Few panels do not divide well among threads; then the rows are halved too.
+ML_INLINE int64_t rows_per_panel_task(int64_t num_rows, int64_t num_panels, int64_t threads) {
+  constexpr int64_t kRowsPerPanelTask = 64;
+  if (threads > 1 && num_panels < 16 * threads && num_rows >= 16) return std::min(kRowsPerPanelTask, (num_rows + 7) / 8 * 4);
+  return kRowsPerPanelTask;
+}
+
 #include "int8.h"
+#include "linear.h"
 
 }  // namespace
 
 const Kernels* ML_PATH_FUNCTION() {
   static constexpr Kernels table = {ML_PATH_NAME,     add_lora,      paged_attention, write_kv, rms_norm,
-                                    gated_activation, rope_write_kv, int8_linear};
+                                    gated_activation, rope_write_kv, linear,          int8_linear};
   return &table;
 }
 

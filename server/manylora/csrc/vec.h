@@ -21,6 +21,7 @@ struct f16 {
 };
 
 #define ML_INLINE inline __attribute__((always_inline))
+#define ML_INLINE_LAMBDA __attribute__((always_inline))
 
 template <class To, class From>
 ML_INLINE To bitcast(From from) {

@@ -29,6 +29,7 @@ from manylora.metrics import Metrics
 from manylora.models import fused, native, selfcheck
 from manylora.models.kv_cache import KVCache, bytes_per_block
 from manylora.models.loading import LoadedBase
+from manylora.models.matmul import factory
 from manylora.models.positions import position_limit
 from manylora.models.wrapping import WrappedModel, wrap
 from manylora.settings import Settings
@@ -65,7 +66,8 @@ class EngineBuilder:
             torch.set_num_threads(settings.num_threads)
         self.device = next(base.model.parameters()).device
         self.dtype: torch.dtype = base.model.dtype
-        self.wrapped: WrappedModel = wrap(base.model)
+        self._use_native = settings.kernels == "auto" and self.device.type == "cpu" and native.is_available()
+        self.wrapped: WrappedModel = wrap(base.model, factory(settings.quantization, use_native=self._use_native))
         self.context_length = self._context_length()
 
     @property
@@ -85,7 +87,7 @@ class EngineBuilder:
         """Lay out memory, check the model against itself, and put the parts together. Raises StartupError."""
         settings = self.settings
         cache = self._cache()
-        use_native = self._can_use_native()
+        use_native = self._use_native
         self.wrapped.attach_cache(cache, use_native=use_native)
         self._prove(cache, use_native=use_native)
         kernel: LoraKernel = NativeKernel() if use_native else TorchKernel()
@@ -116,19 +118,17 @@ class EngineBuilder:
         )
         return engine, tiers
 
-    def _can_use_native(self) -> bool:
-        return self.settings.kernels == "auto" and self.device.type == "cpu" and native.is_available()
-
     def _prove(self, cache: KVCache, *, use_native: bool) -> None:
         """Check the model against itself, first with fused layers, then, should they not fit it, with its own."""
         originals = fused.fuse(self.wrapped, cache) if use_native else {}
+        tolerance = selfcheck.INT8_TOLERANCE if self.settings.quantization == "int8" else None
         try:
-            selfcheck.check(self.wrapped, cache)
+            selfcheck.check(self.wrapped, cache, tolerance=tolerance)
         except ModelUnusable:
             if not originals:
                 raise
             fused.undo(self.wrapped, originals)
-            selfcheck.check(self.wrapped, cache)
+            selfcheck.check(self.wrapped, cache, tolerance=tolerance)
 
     def _packer(self) -> Callable[[Path], PackedAdapter]:
         modules, sites, dtype = self.modules, self.wrapped.sites, self.dtype

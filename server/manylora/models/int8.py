@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-PANEL_WIDTH = 64  # outputs that lie side by side in a packed weight
+from manylora.models.panels import PANEL_WIDTH
+
 DEPTH = 4  # inputs that one instruction multiplies and adds
 MAX_GROUP_SIZE = 192
 _MIN_GROUP_SIZE = 64

@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from manylora.errors import InvalidSettings, ModelUnusable, NotEnoughMemory
-from manylora.models import checkpoint, default_model, gguf
+from manylora.models import checkpoint, default_model, gguf, native
 from manylora.models.model_cache import default_cache
 
 if TYPE_CHECKING:
@@ -121,9 +121,8 @@ def has_bfloat16(capabilities: Mapping[str, Any]) -> bool:
 
 def load_base(settings: "Settings") -> LoadedBase:
     """Find, check and load the base model. Raises ModelUnusable, NotEnoughMemory or InvalidSettings."""
-    if settings.quantization != "none":
-        raise InvalidSettings(f"quantization: {settings.quantization} is not available in this version. Leave it out.")
     device = select_device(settings.device)
+    _check_quantization(settings, device)
     folder = resolve_model(settings.model)
     config = checkpoint.read_config(folder)
     dtype = select_dtype(settings.dtype, device, getattr(config, "dtype", None))
@@ -152,6 +151,20 @@ def base_name(model: str | None) -> str:
     if path.is_dir():
         return path.resolve().name
     return path.stem if path.suffix == ".gguf" else path.name.partition("@")[0]
+
+
+def _check_quantization(settings: "Settings", device: torch.device) -> None:
+    if settings.quantization == "none":
+        return
+    if device.type != "cpu":
+        raise InvalidSettings(
+            f"quantization: {settings.quantization} is for CPUs. Leave it out, or choose --device cpu."
+        )
+    if settings.kernels == "torch" or not native.is_available():
+        raise InvalidSettings(
+            f"quantization: {settings.quantization} needs the C++ kernels. Leave out --kernels torch; if they were not "
+            "built, install a C++ compiler and install manylora again."
+        )
 
 
 def _check_memory(folder: Path, dtype: torch.dtype, device: torch.device) -> None:

@@ -1,20 +1,55 @@
 """The base's matmul, in the form that is fastest for the dtype and the device."""
 
-from collections.abc import Callable
+from typing import Literal, Protocol
 
 import torch
 from torch.nn import functional
 
-BaseMatmul = Callable[[torch.Tensor], torch.Tensor]  # [T, in_features] -> a new [T, out_features]
+from manylora.models import native
+from manylora.models.int8 import pack_int8
+from manylora.models.panels import pack_panels
+
+__all__ = ["BaseMatmul", "MatmulFactory", "Quantization", "factory"]
+
+Quantization = Literal["none", "int8"]
 
 # Rows for which oneDNN chooses the packed weight's order: that of a busy decode step. Others run well on it too.
 _PACKED_FOR_ROWS = 32
 
 
-def dense(weight: torch.Tensor, bias: torch.Tensor | None) -> BaseMatmul:
-    """The plain product x W^T + b, for `weight` [out, in]."""
+class BaseMatmul(Protocol):
+    """[T, in_features] -> a new [T, out_features]."""
 
-    def matmul(x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, /) -> torch.Tensor: ...
+
+
+class MatmulFactory(Protocol):
+    """Makes the matmul of `weight` [out, in] and `bias` [out]; `weight` may be thrown away afterwards."""
+
+    def __call__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> BaseMatmul: ...
+
+
+def factory(quantization: Quantization = "none", *, use_native: bool = False) -> MatmulFactory:
+    """What to make every linear of a model with. int8 is for the C++ kernels only.
+
+    bfloat16 goes to oneDNN where it has kernels for it, everything else on a CPU to our own panels: torch's matmul
+    brings a weight into another order in every call, which costs more than the product while the rows are few.
+    """
+    if quantization == "int8":
+        return int8
+
+    def best(weight: torch.Tensor, bias: torch.Tensor | None) -> BaseMatmul:
+        if can_pack(weight):
+            return packed(weight, bias)
+        return paneled(weight, bias) if use_native else dense(weight, bias)
+
+    return best
+
+
+def dense(weight: torch.Tensor, bias: torch.Tensor | None) -> BaseMatmul:
+    """The plain product x W^T + b."""
+
+    def matmul(x: torch.Tensor, /) -> torch.Tensor:
         return functional.linear(x, weight, bias)
 
     return matmul
@@ -27,11 +62,35 @@ def packed(weight: torch.Tensor, bias: torch.Tensor | None) -> BaseMatmul:
     """
     ordered = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACKED_FOR_ROWS)
 
-    def matmul(x: torch.Tensor) -> torch.Tensor:
+    def matmul(x: torch.Tensor, /) -> torch.Tensor:
         out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, ordered, bias, "none", [], "")
         return out
 
     return matmul
+
+
+def paneled(weight: torch.Tensor, bias: torch.Tensor | None) -> BaseMatmul:
+    """The same by our own kernel, which reads the weight in the order in which it lies. The weight is a copy."""
+    panels, added = pack_panels(weight), _float(bias)
+
+    def matmul(x: torch.Tensor, /) -> torch.Tensor:
+        return native.linear(x, panels, added)
+
+    return matmul
+
+
+def int8(weight: torch.Tensor, bias: torch.Tensor | None) -> BaseMatmul:
+    """The product with the weight and, on the way, the inputs rounded to 8 bits; see `native.int8_linear`."""
+    rounded, added = pack_int8(weight), _float(bias)
+
+    def matmul(x: torch.Tensor, /) -> torch.Tensor:
+        return native.int8_linear(x, rounded, added)
+
+    return matmul
+
+
+def _float(bias: torch.Tensor | None) -> torch.Tensor | None:
+    return None if bias is None else bias.float()
 
 
 def can_pack(weight: torch.Tensor) -> bool:
@@ -43,8 +102,3 @@ def can_pack(weight: torch.Tensor) -> bool:
         and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     )
-
-
-def best(weight: torch.Tensor, bias: torch.Tensor | None) -> BaseMatmul:
-    """`packed` where it works, else `dense`."""
-    return packed(weight, bias) if can_pack(weight) else dense(weight, bias)

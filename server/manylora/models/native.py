@@ -13,6 +13,7 @@ import logging
 import torch
 
 from manylora.models.int8 import Int8Weight
+from manylora.models.panels import PanelWeight
 
 CPU_PATHS = ("avx512_bf16", "avx512", "avx2_vnni", "avx2", "portable")
 
@@ -170,6 +171,15 @@ def rope_write_kv(
     [T, heads, head_dim].
     """
     out: torch.Tensor = torch.ops.manylora.rope_write_kv(q, k, v, cos, sin, k_cache, v_cache, slots)
+    return out
+
+
+def linear(x: torch.Tensor, weight: PanelWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [T, in_features] W^T + bias (float32 [out_features]) -> [T, out_features]; x and W of one dtype.
+
+    Accumulated in float32, rounded once. A row's result does not depend on the rows beside it.
+    """
+    out: torch.Tensor = torch.ops.manylora.linear(x, weight.packed, weight.out_features, bias)
     return out
 
 

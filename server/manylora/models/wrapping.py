@@ -23,9 +23,7 @@ from manylora.models import attention
 from manylora.models.batch import ForwardContext
 from manylora.models.kv_cache import KVCache, KVShape
 from manylora.models.linear import AdaptedEmbedding, AdaptedLinear, FusedLinears, FusedMember
-from manylora.models.matmul import BaseMatmul, best
-
-MatmulFactory = Callable[[str, torch.Tensor, torch.Tensor | None], BaseMatmul]  # (path, weight [out, in], bias)
+from manylora.models.matmul import MatmulFactory, factory
 
 PROBE_LENGTH = 12
 _numbers = itertools.count()
@@ -149,7 +147,7 @@ def adaptable_modules(model: PreTrainedModel) -> dict[str, ModuleSpec]:
 
 def wrap(model: PreTrainedModel, make_matmul: MatmulFactory | None = None) -> WrappedModel:
     """Replace linears, embedding and attention by ours, in place. Raises ModelUnusable."""
-    make = make_matmul or (lambda _path, weight, bias: best(weight, bias))
+    make = make_matmul or factory()
     found = survey(model)
     specs = adaptable_modules(model)
     groups = _complete_groups(found.groups, specs)
@@ -195,7 +193,7 @@ def _replace_linears(wrapped: WrappedModel, group: list[str], make: MatmulFactor
     site_group = SiteGroup(
         wrapped.sites[group[0]], offsets, torch.tensor(offsets, dtype=torch.int32, device=weight.device)
     )
-    matmul = make(group[0], weight, bias)
+    matmul = make(weight, bias)
     linear = AdaptedLinear(
         matmul, site_group, wrapped.context, in_features=weight.shape[1], on_logit_rows=on_logit_rows
     )

@@ -1,0 +1,43 @@
+"""The base with its linears rounded to 8 bits: the same model but for the rounding, and adapters beside it exact."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from manylora.errors import ModelUnusable
+from manylora.models import fused, native, selfcheck
+from manylora.models.kv_cache import KVCache
+from manylora.models.matmul import factory
+from manylora.models.wrapping import wrap
+from tests.engine.harness import load
+from tests.kernels.lora_case import make_case
+from tests.tiny_models import make_tiny_model
+
+pytestmark = pytest.mark.skipif(not native.is_available(), reason="the C++ kernels are not installed")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "phi3", "gpt2", "gemma2"])
+def test_rounded_model_differs_from_the_whole_one_by_its_rounding_only(architecture: str, tmp_path: Path) -> None:
+    ours = wrap(load(make_tiny_model(architecture, tmp_path)), factory("int8", use_native=True))
+    cache = KVCache(ours.survey.kv_shapes, 8, 4, torch.float32, torch.device("cpu"))
+    ours.attach_cache(cache, use_native=True)
+    fused.fuse(ours, cache)
+
+    selfcheck.check(ours, cache, tolerance=selfcheck.INT8_TOLERANCE)
+
+    with pytest.raises(ModelUnusable, match="logits differ"):
+        selfcheck.check(ours, cache)
+
+
+def test_an_adapters_delta_is_made_from_the_input_as_it_was() -> None:
+    case = make_case(torch.float32, [16], in_features=96, widths=(64,), rows=5, popularity="identical")
+    weight = torch.randn(64, 96) / 10
+    base = factory("int8", use_native=True)(weight, None)(case.x)
+    out = base.clone()
+    native.add_lora_(out, case.x, *case.arguments())
+
+    pair = case.weights[0][0]
+    assert pair is not None
+    torch.testing.assert_close(out - base, case.x @ pair[0].T @ pair[1], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(base, case.x @ weight.T, rtol=1e-5, atol=1e-5)
