@@ -30,12 +30,7 @@ class Shell:
             f"{tenant}:{role}": self.run(
                 None, "keys", "create", "--tenant", tenant, "--role", role, "--data-dir", str(server.data)
             ).stdout.strip()
-            for tenant, role in (
-                ("acme", Role.MANAGER),
-                ("acme", Role.USER),
-                ("rival", Role.MANAGER),
-                ("ops", Role.ADMIN),
-            )
+            for tenant, role in HOLDERS
         }
 
     def run(self, who: str | None, *words: str, url: str | None = None) -> Result:
@@ -53,7 +48,7 @@ class Shell:
 def shell(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
     with serving(tiny_base, tmp_path_factory.mktemp("server")) as server:
         shell = Shell(server)
-        while shell.run("acme:user", "adapters", "list").exit_code != 0:  # noticed within a second
+        while shell.run("a wrong key", "adapters", "list").exit_code == 0:  # open until it notices the first key
             pass
         yield shell
 
