@@ -131,7 +131,8 @@ class Settings(BaseSettings):
     """Most sequences (a request has one for each choice) waiting beside those in the batch; more are answered
     with 429."""
     kv_cache_memory: Size = 0.1
-    """Memory for the KV cache: bytes, or a share of what is free once the model is loaded."""
+    """Memory for the KV cache: bytes, or a share of what is free once the model is loaded; a share is raised to what
+    one sequence of `max_model_len` needs, if that is at most half of what is free."""
     block_size: int = Field(default=16, ge=1)
     """Tokens in one block of the KV cache."""
     prefix_cache: bool = True

@@ -34,6 +34,8 @@ from manylora.models.positions import position_limit
 from manylora.models.wrapping import WrappedModel, wrap
 from manylora.settings import Settings
 
+_MOST_OF_FREE = 0.5  # memory that one sequence may take where the cache's share of it would be less
+
 
 class _TierMetrics(TierEvents):
     def __init__(self, metrics: Metrics, occupancy: Occupancy) -> None:
@@ -151,6 +153,8 @@ class EngineBuilder:
         per_block = bytes_per_block(shapes, settings.block_size, self.dtype)
         num_blocks = in_bytes(settings.kv_cache_memory, self.device) // per_block
         needed = -(-self.context_length // settings.block_size)
+        if isinstance(settings.kv_cache_memory, float) and needed * per_block <= in_bytes(_MOST_OF_FREE, self.device):
+            num_blocks = max(num_blocks, needed)  # a share says how much may be taken, not that nothing may be served
         if num_blocks < needed:
             raise NotEnoughMemory(
                 f"The KV cache has room for {num_blocks * settings.block_size} tokens and one sequence of "

@@ -1,0 +1,31 @@
+"""Memory is laid out so that a small machine serves too, and says so where it cannot."""
+
+from pathlib import Path
+
+import pytest
+
+from manylora.engine.build import EngineBuilder, in_bytes
+from manylora.errors import NotEnoughMemory
+from manylora.models.loading import load_base
+from manylora.settings import Settings, load_settings
+
+
+def build(folder: Path, data: Path, **options: object) -> tuple[EngineBuilder, Settings]:
+    settings = load_settings(model=str(folder), data_dir=data, device="cpu", dtype="float32", **options)
+    return EngineBuilder(settings, load_base(settings)), settings
+
+
+def test_a_share_too_small_for_one_sequence_is_raised_to_it(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    builder, settings = build(tiny_llama_dir, tmp_path, kv_cache_memory=1e-9)
+    assert in_bytes(settings.kv_cache_memory, builder.device) < 1000
+
+    cache = builder._cache()
+
+    assert cache.num_blocks == -(-builder.context_length // settings.block_size)
+
+
+def test_bytes_are_taken_at_their_word(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    builder, _ = build(tiny_llama_dir, tmp_path, kv_cache_memory=1000)
+
+    with pytest.raises(NotEnoughMemory, match="one sequence of"):
+        builder._cache()
