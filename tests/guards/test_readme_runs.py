@@ -32,7 +32,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, default_model_dir: Path) ->
     with (
         said.open("w") as out,
         subprocess.Popen(
-            [*command, "--data-dir", str(folder / "data"), "--kv-cache-memory", "256MiB"],
+            [*command, "--data-dir", str(folder / "data"), "--kv-cache-memory", "512MiB"],
             stdout=out,
             stderr=out,
             cwd=ROOT,
