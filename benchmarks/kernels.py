@@ -1,6 +1,6 @@
 """The C++ kernels beside torch's operations and beside what the machine can do at most.
 
-    python benchmarks/kernels.py [--dtype float32] [--rows 1,8,32,128] [--rank 16] [--adapters 32]
+    OMP_WAIT_POLICY=passive python benchmarks/kernels.py [--dtype float32] [--rows 1,8,32,128] [--rank 16]
 
 One JSON line per kernel and number of rows: the median microseconds of the kernel and of torch, taken in turns, their
 ratio, and the kernel's arithmetic and memory rate as shares of the two rates measured in the same run (`gemm_gflops`: a
@@ -54,7 +54,8 @@ def linears(rows: int, dtype: torch.dtype) -> Iterator[dict[str, object]]:
     for size, width in SHAPES:
         x = torch.randn(rows, size).to(dtype)
         weights = copies(lambda size=size, width=width: (torch.randn(width, size) / size**0.5).to(dtype))  # type: ignore[misc]
-        plain, panels, rounded = cycle(weights), cycle(map(pack_panels, weights)), cycle(map(pack_int8, weights))
+        plain, panels = cycle(weights), cycle([pack_panels(each) for each in weights])
+        rounded = cycle([pack_int8(each) for each in weights])
         torch_s, panels_s, int8_s = in_turns(
             lambda x=x, w=plain: functional.linear(x, next(w)),  # type: ignore[misc]
             lambda x=x, w=panels: native.linear(x, next(w)),  # type: ignore[misc]
