@@ -18,7 +18,7 @@ from .files import dashboard, panels, rules
 from .watched import BASE, Load, Prometheus, make_key, prometheus, substituted, until
 
 pytestmark = pytest.mark.slow
-ADAPTERS = ("one", "two", "three", "four")
+ADAPTERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 @dataclass
@@ -46,7 +46,7 @@ def lose_files(store: Path, of: Path) -> None:
 
 @pytest.fixture(scope="module")
 def watched(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
-    """Two slots and host memory for two adapters, so that five of them push each other out everywhere."""
+    """Two slots and host memory for two adapters, so that those of three users push each other out everywhere."""
     program = installed("prometheus")
     folder = tmp_path_factory.mktemp("watched")
     made = [
@@ -104,7 +104,7 @@ def test_every_query_of_the_panel_returns_numbers_and_what_happened_is_seen(
 
 
 @pytest.mark.parametrize(
-    "choice", [{"tenant": "acme"}, {"adapter": "one|two"}, {"tenant": "beta", "adapter": "__base__"}], ids=str
+    "choice", [{"tenant": "acme"}, {"adapter": "one|five"}, {"tenant": "beta", "adapter": "__base__"}], ids=str
 )
 def test_one_tenant_and_one_adapter_can_be_chosen(watched: Watched, choice: dict[str, str]) -> None:
     busy = next(panel for panel in panels() if panel["title"] == "Requests by outcome")["targets"][0]

@@ -114,7 +114,7 @@ class Load:
 
     url: str
     keys: dict[str, str]  # tenant -> key; the first one is an admin's
-    adapters: tuple[str, ...]
+    adapters: tuple[str, ...]  # a part for each user, so that no two of them share what is loaded
     broken: str
     upload: Path
     failures: list[str] = field(default_factory=list)
@@ -146,10 +146,10 @@ class Load:
             self.failures.append(f"{type(error).__name__}: {error}")
 
     def _round(self, client: httpx.Client, number: int) -> None:
-        for turn, name in enumerate((*self.adapters, BASE)):
+        mine = self.adapters[number :: len(self._threads)]
+        for name in (*mine, BASE):
             self._complete(client, 200, model=name, prompt="The quick brown fox jumps over the lazy dog", max_tokens=8)
-            if turn == number:
-                self._leave(client, name)
+        self._leave(client, mine[0])
         self._complete(client, 404, model="nobody", prompt="x")
         self._complete(client, 500, model=self.broken, prompt="x")
         if number == 0:

@@ -1,6 +1,7 @@
 """The SQL database behind catalog and tenants: SQLite by default, PostgreSQL by URL, migrated when opened."""
 
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from manylora.errors import StartupError
 Topic = Literal["catalog", "tenants"]
 
 _BUSY_TIMEOUT_MS: Final = 30_000
+_CLOSE_WAIT_S: Final = 10.0
 # Any fixed number: two processes that migrate the same PostgreSQL database take turns on it.
 _MIGRATION_LOCK: Final = 7_217_001
 _log = logging.getLogger(__name__)
@@ -30,6 +32,9 @@ class Database:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._writing = engine.execution_options(manylora_write=True)
+        self._num_in_use = 0
+        self._is_closed = False
+        self._changed = threading.Condition()
 
     @property
     def is_sqlite(self) -> bool:
@@ -38,7 +43,7 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[Session]:
         """One consistent view; nothing is written."""
-        with Session(self._engine) as session, session.begin():
+        with self._in_use(), Session(self._engine) as session, session.begin():
             yield session
 
     @contextmanager
@@ -48,7 +53,7 @@ class Database:
         With a `topic`, its revision is raised first: on PostgreSQL that row's lock puts the topic's writers in
         one order, on SQLite `BEGIN IMMEDIATE` does.
         """
-        with Session(self._writing, expire_on_commit=False) as session, session.begin():
+        with self._in_use(), Session(self._writing, expire_on_commit=False) as session, session.begin():
             if topic is not None:
                 session.execute(
                     update(RevisionRow).where(RevisionRow.topic == topic).values(value=RevisionRow.value + 1)
@@ -69,14 +74,35 @@ class Database:
         if self.is_sqlite:
             yield
             return
-        with self._engine.connect() as connection:
+        with self._in_use(), self._engine.connect() as connection:
             connection.execute(text("SELECT pg_advisory_lock(:n)"), {"n": number})
             try:
                 yield
             finally:
                 connection.execute(text("SELECT pg_advisory_unlock(:n)"), {"n": number})
 
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        with self._changed:
+            if self._is_closed:
+                raise RuntimeError("The database is closed.")
+            self._num_in_use += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._num_in_use -= 1
+                self._changed.notify_all()
+
     def close(self) -> None:
+        """Let transactions that run end, for ten seconds at most, and close every connection.
+
+        Whoever waited for a transaction in another thread may be gone; the transaction is not, and a connection that
+        comes back after its pool was given up would stay open.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._num_in_use == 0, _CLOSE_WAIT_S)
+            self._is_closed = True
         self._engine.dispose()
 
 

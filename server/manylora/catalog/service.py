@@ -112,7 +112,7 @@ class Catalog:
             await asyncio.gather(self._watching, return_exceptions=True)
         if self._retirement is not None:
             await self._retirement.aclose()
-        self.database.close()
+        await asyncio.to_thread(self.database.close)
         self._store.close()
         self._lock.release()
 
