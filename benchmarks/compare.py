@@ -45,7 +45,7 @@ def main() -> None:
     folders = make_fleet(args.model, args.out / "fleet", FLEET_SIZE, [16], pattern=EQUAL_PATTERN)
     folders += make_fleet(args.model, args.out / "fleet", FLEET_SIZE, MIXED_RANKS, pattern=MIXED_PATTERN, seed=2)
     servers = list(_servers(args, folders))
-    workloads = list(comparison(args.adapters, args.concurrency))
+    workloads = list(comparison(args.adapters, args.concurrency, variations=args.variations))
     console = Console()
     records: list[dict[str, Any]] = []
     try:
@@ -214,6 +214,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--ready-within-s", type=float, default=600)
     parser.add_argument("--adapters", type=_numbers, default=(0, 1, 8, 32), metavar="0,1,8,32")
     parser.add_argument("--concurrency", type=_numbers, default=(1, 8, 32), metavar="1,8,32")
+    variations = "also short and long prompts, mixed ranks, Zipf"
+    parser.add_argument("--variations", action=argparse.BooleanOptionalAction, default=True, help=variations)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the number of requests")
     parser.add_argument("--pause-idle", action=argparse.BooleanOptionalAction, default=True)

@@ -18,6 +18,7 @@ from itertools import cycle
 import torch
 from torch.nn import functional
 
+from manylora.lora.memory import DTYPE_CODES
 from manylora.models import native
 from manylora.models.int8 import pack_int8
 from manylora.models.panels import pack_panels
@@ -69,21 +70,32 @@ def linears(rows: int, dtype: torch.dtype) -> Iterator[dict[str, object]]:
             yield {"kernel": name, "shape": [size, width], **figures(taken, torch_s, flops, weight_bytes)}
 
 
-def low_rank(rows: int, dtype: torch.dtype, rank: int, num_adapters: int) -> dict[str, object]:
-    """One gate/up pair: every row with the next adapter, against gathering and a batched matmul."""
+def low_rank(rows: int, dtype: torch.dtype, kept_as: torch.dtype, rank: int, num_adapters: int) -> dict[str, object]:
+    """One gate/up pair: every row with the next adapter, against gathering and a batched matmul in `dtype`."""
     size, width = SHAPES[1]
     num_used = min(rows, num_adapters)
-    layers = max(2, CACHE_BYTES // (num_used * rank * (size + width) * dtype.itemsize) + 1)
-    a = torch.randn(layers, num_adapters, rank, size).to(dtype)
-    b = torch.randn(layers, num_adapters, rank, width).to(dtype)
+    adapter_bytes = rank * (size + width) * kept_as.itemsize
+    layers = max(2, CACHE_BYTES // (num_used * adapter_bytes) + 1)
+    a = torch.randn(layers, num_used, rank, size).to(dtype)
+    b = torch.randn(layers, num_used, rank, width).to(dtype)
     x, out = torch.randn(rows, size).to(dtype), torch.zeros(rows, width, dtype=dtype)
-    slots = torch.arange(rows) % num_adapters
+    slots = torch.arange(rows) % num_used
     order = torch.argsort(slots, stable=True).int()
     used, counts = torch.unique_consecutive(slots[order.long()], return_counts=True)
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).int()
     offsets = torch.tensor([0, width], dtype=torch.int32)
+    scales = torch.full((rank,), 1e-4)
+    address = 0 if kept_as == dtype else scales.data_ptr()
+    ours_a, ours_b = ((50 * each).to(kept_as) if kept_as == torch.int8 else each.to(kept_as) for each in (a, b))
     tables = [
-        torch.tensor([[(a[i, s].data_ptr(), b[i, s].data_ptr(), rank) for s in range(num_adapters)]])
+        torch.tensor(
+            [
+                [
+                    (ours_a[i, s].data_ptr(), ours_b[i, s].data_ptr(), rank, address, DTYPE_CODES[kept_as])
+                    for s in range(num_used)
+                ]
+            ]
+        )
         for i in range(layers)
     ]
     ours, theirs = cycle(tables), cycle(range(layers))
@@ -96,12 +108,12 @@ def low_rank(rows: int, dtype: torch.dtype, rank: int, num_adapters: int) -> dic
     native_s, torch_s = in_turns(
         lambda: native.add_lora_(out, x, next(ours), offsets, order, used.int(), starts), gathered
     )
-    flops, weight_bytes = 2 * rows * rank * (size + width), num_used * rank * (size + width) * dtype.itemsize
     return {
         "kernel": "add_lora_",
+        "kept_as": str(kept_as).removeprefix("torch."),
         "adapters": num_used,
         "rank": rank,
-        **figures(native_s, torch_s, flops, weight_bytes),
+        **figures(native_s, torch_s, 2 * rows * rank * (size + width), num_used * adapter_bytes),
     }
 
 
@@ -128,7 +140,9 @@ def main() -> None:
     limits = machine(dtype)
     setup = {"cpu_path": native.cpu_path(), "dtype": args.dtype, "threads": torch.get_num_threads(), **limits}
     for rows in (int(r) for r in args.rows.split(",")):
-        for record in (*linears(rows, dtype), low_rank(rows, dtype, args.rank, args.adapters)):
+        kinds = dict.fromkeys((dtype, torch.bfloat16, torch.int8))  # what adapters may be kept as
+        deltas = (low_rank(rows, dtype, kept_as, args.rank, args.adapters) for kept_as in kinds)
+        for record in (*linears(rows, dtype), *deltas):
             shares = {
                 "gemm_share": float(str(record["gflops"])) / limits["gemm_gflops"],
                 "memory_share": float(str(record["gb_s"])) / limits["read_gb_s"],

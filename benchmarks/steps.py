@@ -91,8 +91,8 @@ def measure_workload(engine: Engine, refs: list[AdapterRef], seed: int) -> dict[
     return {"output_tokens_per_s": round(num_tokens / (time.perf_counter() - began), 1)}
 
 
-def load_all(tiers: AdapterTiers, folders: list[Path]) -> list[AdapterRef]:
-    refs = [AdapterRef(f"id{i}", "public", str(folder), 1, "") for i, folder in enumerate(folders)]
+def load_all(tiers: AdapterTiers, folders: list[Path], prefix: str = "id") -> list[AdapterRef]:
+    refs = [AdapterRef(f"{prefix}{i}", "public", str(folder), 1, "") for i, folder in enumerate(folders)]
     for ref in refs:
         while tiers.acquire(ref) is None:
             time.sleep(0.005)
@@ -108,6 +108,7 @@ def main() -> None:
     parser.add_argument("--kernels", default="auto", choices=["auto", "torch"])
     parser.add_argument("--quantization", default="none", choices=["none", "int8"])
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--lora-dtype", default="auto")
     parser.add_argument("--max-num-batched-tokens", type=int)
     parser.add_argument("--workload", action="store_true")
     args = parser.parse_args()
@@ -116,6 +117,7 @@ def main() -> None:
         kernels=args.kernels,
         quantization=args.quantization,
         dtype=args.dtype,
+        lora_dtype=args.lora_dtype,
         max_num_batched_tokens=args.max_num_batched_tokens,
     )
     phases = Phases()
@@ -125,6 +127,7 @@ def main() -> None:
     setup = {
         "kernels": args.kernels,
         "quantization": args.quantization,
+        "lora_dtypes": sorted({slab.layout.dtype for slab in tiers.memory.slabs.values()}),
         "adapters": len(refs),
         "threads": torch.get_num_threads(),
         "gemm_gflops": round(gemm_gflops()),

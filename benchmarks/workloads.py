@@ -70,12 +70,14 @@ def standard() -> Workload:
 
 
 def comparison(
-    adapters: tuple[int, ...] = (0, 1, 8, 32), concurrency: tuple[int, ...] = (1, 8, 32)
+    adapters: tuple[int, ...] = (0, 1, 8, 32), concurrency: tuple[int, ...] = (1, 8, 32), *, variations: bool = True
 ) -> Iterator[Workload]:
-    """Every number of adapters with every concurrency, then what varies one thing of the standard workload."""
+    """Every number of adapters with every concurrency, then `variations` of one thing of the standard workload."""
     for num_adapters in adapters:
         for clients in concurrency:
             yield Workload(adapters=num_adapters, concurrency=clients)
+    if not variations:
+        return
     most, clients = max(adapters), max(concurrency)
     yield Workload(adapters=most, concurrency=clients, prompt="short")
     yield Workload(adapters=most, concurrency=clients, prompt="long")

@@ -15,6 +15,7 @@ from manylora.engine.model_runner import ModelRunner
 from manylora.engine.scheduler import Scheduler
 from manylora.engine.sequence import Sequence
 from manylora.lora import format as adapter_format
+from manylora.lora.keep_as import KeepAs
 from manylora.lora.kernels import LoraKernel
 from manylora.lora.kernels.native import NativeKernel
 from manylora.lora.kernels.torch import TorchKernel
@@ -108,6 +109,7 @@ def build_rig(
     decode: Callable[..., str] | None = None,
     poison: bool = True,
     eos_ids: frozenset[int] = frozenset(),
+    keep_as: KeepAs | None = None,
 ) -> Rig:
     """An engine whose cache starts out full of NaN, so that reading a position nobody wrote shows at once."""
     wrapped = wrap(model, factory(use_native=kernel != "torch"))
@@ -120,12 +122,15 @@ def build_rig(
         fused.fuse(wrapped, cache)
     selfcheck.check(wrapped, cache)
     lora_kernel = KERNELS[kernel]()
-    book = SlotBook(num_slots, slot_bytes, model.dtype.itemsize, lora_kernel.places_per_slab)
-    memory = DeviceMemory(len(wrapped.modules), num_slots, model.dtype, torch.device("cpu"))
+    keep = keep_as or KeepAs(model.dtype, model.dtype)
+    book = SlotBook(num_slots, slot_bytes, lora_kernel.places_per_slab)
+    memory = DeviceMemory(len(wrapped.modules), num_slots, torch.device("cpu"))
     folders = {f"id-{name}": folder for name, folder in (adapters or {}).items()}
 
     def packer(folder: Path) -> PackedAdapter:
-        return pack(adapter_format.read_trusted(folder, wrapped.modules), wrapped.sites, model.dtype)
+        adapter = adapter_format.read_trusted(folder, wrapped.modules)
+        dtype = keep.dtype_of(adapter)
+        return pack(adapter, wrapped.sites, dtype, has_scales=keep.has_scales(dtype))
 
     loaded = threading.Event()
     tiers = AdapterTiers(

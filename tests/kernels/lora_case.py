@@ -1,11 +1,13 @@
 """Random adapters in the kernel's tables, batches of rows over them, and the plain torch answer."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from loadtest.popularity import Popularity
+from manylora.lora.memory import DTYPE_CODES
 
 POPULARITIES = ("identical", "distinct", "uniform", "zipf", "skewed", "base")
 
@@ -20,20 +22,36 @@ def draw_slots(popularity: str, num_rows: int, num_slots: int, generator: torch.
 
 
 @dataclass
+class Weights:
+    """A [r, in_features] and B [r, width] as the kernel reads them, and perhaps scales [r]."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scales: torch.Tensor | None = None
+
+    def entry(self) -> tuple[int, ...]:
+        """A row of the kernel's tables."""
+        scales = 0 if self.scales is None else self.scales.data_ptr()
+        return self.a.data_ptr(), self.b.data_ptr(), len(self.a), scales, DTYPE_CODES[self.a.dtype]
+
+
+@dataclass
 class LoraCase:
-    """`weights[member][slot]`: (A, B), or None where the slot's adapter does not touch the member."""
+    """`weights[member][slot]` is None where the slot's adapter does not touch the member."""
 
     x: torch.Tensor
     out: torch.Tensor
-    weights: list[list[tuple[torch.Tensor, torch.Tensor] | None]]
+    weights: list[list[Weights | None]]
     offsets: list[int]
     row_slots: torch.Tensor
 
     @property
     def tables(self) -> torch.Tensor:
-        return torch.tensor(
-            [[(p[0].data_ptr(), p[1].data_ptr(), len(p[0])) if p else (0, 0, 0) for p in m] for m in self.weights]
-        )
+        return torch.tensor([[each.entry() if each else (0,) * 5 for each in m] for m in self.weights])
+
+    def only(self, rows: slice) -> "LoraCase":
+        """The same with some of the rows."""
+        return replace(self, x=self.x[rows], out=self.out[rows], row_slots=self.row_slots[rows])
 
     def arguments(self) -> tuple[torch.Tensor, ...]:
         """What follows `out` and `x` in the operator's arguments."""
@@ -49,10 +67,12 @@ class LoraCase:
         result = self.out.double()
         for t, slot in enumerate(self.row_slots.tolist()):
             for m, member in enumerate(self.weights):
-                pair = member[slot] if slot >= 0 else None
-                if pair is not None:
+                each = member[slot] if slot >= 0 else None
+                if each is not None:
                     columns = slice(self.offsets[m], self.offsets[m + 1])
-                    result[t, columns] += pair[0].double() @ self.x[t].double() @ pair[1].double()
+                    low = each.a.double() @ self.x[t].double()
+                    low = low if each.scales is None else low * each.scales.double()
+                    result[t, columns] += low @ each.b.double()
         return result
 
 
@@ -65,17 +85,28 @@ def make_case(
     rows: int = 8,
     popularity: str = "uniform",
     seed: int = 0,
+    weight_dtypes: Sequence[torch.dtype] = (),
 ) -> LoraCase:
-    """One adapter per entry of `ranks`, 0 for one that touches no member; the first member lacks the last adapter."""
+    """One adapter per entry of `ranks`, 0 for one that touches no member; the first member lacks the last adapter.
+
+    `weight_dtypes` are the adapters', in turn; left out: x's and out's `dtype`, without scales.
+    """
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=g).to(dtype)
 
-    weights: list[list[tuple[torch.Tensor, torch.Tensor] | None]] = []
-    for width in widths:
-        pairs = [(normal(r, in_features) / in_features**0.5, normal(r, width) / max(r, 1) ** 0.5) for r in ranks]
-        weights.append([pair if len(pair[0]) else None for pair in pairs])
+    def drawn(slot: int, rank: int, width: int) -> Weights:
+        a, b = normal(rank, in_features) / in_features**0.5, normal(rank, width) / max(rank, 1) ** 0.5
+        if not weight_dtypes:
+            return Weights(a, b)
+        kind, scales = weight_dtypes[slot % len(weight_dtypes)], torch.rand(rank, generator=g)
+        if kind != torch.int8:
+            return Weights(a.to(kind), b.to(kind), scales)
+        step_a, step_b = a.abs().max() / 127, b.abs().max() / 127
+        return Weights((a / step_a).to(kind), (b / step_b).to(kind), scales * (step_a * step_b).float())
+
+    weights = [[drawn(slot, rank, width) if rank else None for slot, rank in enumerate(ranks)] for width in widths]
     if len(widths) > 1:
         weights[0][-1] = None
     offsets = [sum(widths[:m]) for m in range(len(widths) + 1)]

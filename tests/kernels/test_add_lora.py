@@ -21,6 +21,43 @@ def test_delta_is_right_for_every_rank_and_width(
     assert_close(run(case), case.expected())
 
 
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
+@pytest.mark.parametrize(("in_features", "widths"), [(1, (1,)), (97, (203, 17)), (576, (192, 1536))])
+@pytest.mark.parametrize(("rows", "popularity"), [(1, "identical"), (7, "distinct"), (75, "zipf")])
+def test_weights_may_be_of_another_type_than_the_rows(
+    cpu_path: str,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    in_features: int,
+    widths: tuple[int, ...],
+    rows: int,
+    popularity: str,
+) -> None:
+    case = make_case(
+        dtype, [16, 3, 64], in_features=in_features, widths=widths, rows=rows, popularity=popularity,
+        weight_dtypes=[weight_dtype],
+    )  # fmt: skip
+    together = run(case)
+    assert_close(together, case.expected())
+    for t in range(0, rows, 11):
+        assert_same_bits(run(case.only(slice(t, t + 1))), together[t : t + 1])
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.int8])
+def test_large_adapters_of_another_type_are_split_over_threads_too(
+    cpu_path: str, dtype: torch.dtype, weight_dtype: torch.dtype
+) -> None:
+    case = make_case(dtype, [250], in_features=4096, widths=(4099,), rows=3, popularity="identical",
+                     weight_dtypes=[weight_dtype])  # fmt: skip
+    assert_close(run(case), case.expected())
+
+
+def test_one_batch_may_hold_adapters_of_every_type(cpu_path: str, dtype: torch.dtype) -> None:
+    kinds = [torch.float32, torch.int8, torch.bfloat16, torch.float16]
+    case = make_case(dtype, [8] * 12, in_features=96, widths=(96, 40), rows=90, weight_dtypes=kinds)
+    assert_close(run(case), case.expected())
+
+
 @pytest.mark.parametrize("popularity", POPULARITIES)
 @pytest.mark.parametrize("rows", [1, 2, 5, 33, 130])
 def test_delta_is_right_for_every_mix_of_rows(cpu_path: str, dtype: torch.dtype, rows: int, popularity: str) -> None:
@@ -60,7 +97,7 @@ def test_a_spoiled_adapter_moves_no_bit_of_its_neighbours(cpu_path: str, dtype: 
     clean = run(case)
     spoiled = case.weights[0][1]
     assert spoiled is not None
-    for matrix in spoiled:
+    for matrix in (spoiled.a, spoiled.b):
         matrix.fill_(torch.finfo(dtype).max if value == "largest" else float(value))
     others = case.row_slots != 1
     actual = run(case)
@@ -73,8 +110,7 @@ def test_a_rows_result_does_not_depend_on_the_rows_beside_it(cpu_path: str, dtyp
     case = make_case(dtype, [16, 5], in_features=100, widths=(width,), rows=75, popularity="identical")
     together = run(case)
     for t in range(0, 75, 7):
-        alone = LoraCase(case.x[t : t + 1], case.out[t : t + 1], case.weights, case.offsets, case.row_slots[t : t + 1])
-        assert_same_bits(run(alone), together[t : t + 1])
+        assert_same_bits(run(case.only(slice(t, t + 1))), together[t : t + 1])
 
 
 def test_few_rows_of_large_adapters_are_split_over_threads_without_a_difference(
@@ -83,8 +119,7 @@ def test_few_rows_of_large_adapters_are_split_over_threads_without_a_difference(
     case = make_case(dtype, [256], in_features=4096, widths=(4099,), rows=1)
     assert_close(run(case), case.expected())
     many = make_case(dtype, [256], in_features=4096, widths=(4099,), rows=200, popularity="identical")
-    alone = LoraCase(many.x[:1], many.out[:1], many.weights, many.offsets, many.row_slots[:1])
-    assert_same_bits(run(alone), run(many)[:1])
+    assert_same_bits(run(many.only(slice(1))), run(many)[:1])
 
 
 def test_rows_may_lie_apart(cpu_path: str, dtype: torch.dtype) -> None:

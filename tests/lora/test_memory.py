@@ -14,9 +14,9 @@ CPU = torch.device("cpu")
 class Device:
     """A book and its memory, used as the tiers use them."""
 
-    def __init__(self, places_per_slab: int, dtype: torch.dtype = torch.float32, num_slots: int = 8) -> None:
-        self.book = SlotBook(num_slots, 2**24, dtype.itemsize, places_per_slab)
-        self.memory = DeviceMemory(len(SHAPES), num_slots, dtype, CPU)
+    def __init__(self, places_per_slab: int, num_slots: int = 8) -> None:
+        self.book = SlotBook(num_slots, 2**24, places_per_slab)
+        self.memory = DeviceMemory(len(SHAPES), num_slots, CPU)
 
     def bring(self, packed: PackedAdapter) -> Place:
         place = self.book.reserve(packed.layout)
@@ -45,9 +45,9 @@ class Device:
 
 
 @pytest.mark.parametrize("places_per_slab", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_what_is_brought_in_is_read_back_bit_by_bit(places_per_slab: int, dtype: torch.dtype) -> None:
-    device = Device(places_per_slab, dtype)
+    device = Device(places_per_slab)
     ranks = [{0: 3, 1: 8}, {0: 3, 1: 5}, {2: 16}, {0: 2, 1: 7, 2: 1}, {0: 4, 1: 8}, {}]
     made = [random_packed(r, SHAPES, seed=i, dtype=dtype) for i, r in enumerate(ranks)]
     places = [device.bring(packed) for packed, _ in made]
@@ -68,9 +68,9 @@ def test_tables_hold_the_addresses_of_contiguous_matrices(places_per_slab: int) 
             found = device.memory.matrices(slot, site)
             assert found is not None
             assert all(matrix.is_contiguous() for matrix in found)
-            expected = [found[0].data_ptr(), found[1].data_ptr(), len(pairs[site].a)]
+            expected = [found[0].data_ptr(), found[1].data_ptr(), len(pairs[site].a), 0, 0]
             assert device.memory.tables[site, slot].tolist() == expected
-        assert device.memory.tables[1, slot].tolist() == [0, 0, 0]
+        assert device.memory.tables[1, slot].tolist() == [0] * 5
 
 
 @pytest.mark.parametrize("places_per_slab", [1, 3])
@@ -110,12 +110,28 @@ def test_memory_is_freed_with_the_last_adapter_of_a_slab() -> None:
 
 
 @pytest.mark.parametrize("places_per_slab", [1, 2])
-def test_an_embeddings_matrices_are_read_by_token(places_per_slab: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_an_embeddings_matrices_are_read_by_token(places_per_slab: int, dtype: torch.dtype) -> None:
     device = Device(places_per_slab)
+    tokens = torch.tensor([3, 0, 39, 3])
     for seed in range(2):
-        packed, pairs = random_packed({0: 3}, SHAPES, seed=seed, embeddings=frozenset({0}))
-        found = device.memory.embedding_matrices(device.bring(packed).slot, 0)
+        packed, pairs = random_packed({0: 3}, SHAPES, seed=seed, dtype=dtype, embeddings=frozenset({0}))
+        found = device.memory.embedding_matrices(device.bring(packed).slot, 0, tokens)
         assert found is not None
-        assert torch.equal(found[0], pairs[0].a.T)
+        assert torch.equal(found[0], pairs[0].a.T[tokens])
         assert torch.equal(found[1], pairs[0].b)
-        assert device.memory.embedding_matrices(7, 0) is None
+        assert device.memory.embedding_matrices(7, 0, tokens) is None
+
+
+@pytest.mark.parametrize("places_per_slab", [1, 3])
+def test_tables_hold_the_addresses_of_the_scales_of_int8_adapters(places_per_slab: int) -> None:
+    device = Device(places_per_slab)
+    for seed in range(3):
+        packed, _ = random_packed({0: 3, 2: 8}, SHAPES, seed=seed, dtype=torch.int8)
+        place = device.bring(packed)
+        for site in (0, 2):
+            scales = device.memory.slabs[place.slab].stack_scales(packed.layout.extents[site])[place.row]
+            assert scales.is_contiguous()
+            assert device.memory.tables[site, place.slot, 3:].tolist() == [scales.data_ptr(), 3]
+            assert scales[: packed.ranks[site]].all()
+        assert not device.memory.tables[1, place.slot].any()

@@ -33,21 +33,25 @@ class Fleet:
     ranks: list[dict[int, int]]
     in_features: int = 48
     dtype: torch.dtype = torch.float32
+    weight_dtype: torch.dtype | None = None  # that of the rows if it is not said
     embeddings: frozenset[int] = frozenset()
     pairs: dict[int, dict[int, LowRank]] = field(default_factory=dict)
     slots: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         shapes = {site: (self.in_features, width) for site, width in enumerate(self.widths)}
-        book = SlotBook(len(self.ranks) + 3, 2**26, self.dtype.itemsize, self.kernel.places_per_slab)
-        self.memory = DeviceMemory(len(shapes), len(self.ranks) + 3, self.dtype, CPU)
+        weights = self.weight_dtype or self.dtype
+        book = SlotBook(len(self.ranks) + 3, 2**26, self.kernel.places_per_slab)
+        self.memory = DeviceMemory(len(shapes), len(self.ranks) + 3, CPU)
         for seed, ranks in enumerate(self.ranks):
-            packed, pairs = random_packed(ranks, shapes, seed=seed, dtype=self.dtype, embeddings=self.embeddings)
+            packed, pairs = random_packed(ranks, shapes, seed=seed, dtype=weights, embeddings=self.embeddings)
             place = book.reserve(packed.layout)
             assert place is not None
             if place.is_new_slab:
                 self.memory.allocate(place, packed.layout, book.places_in(place.slab))
-                self.memory.slabs[place.slab].data.fill_(float("nan"))  # places without an adapter hold anything
+                self.memory.slabs[place.slab].data.view(torch.uint8).fill_(
+                    0xFF
+                )  # NaN in floats: places without an adapter hold anything
             self.memory.fill(place, packed)
             self.memory.publish(place, packed)
             self.pairs[place.slot] = pairs
@@ -115,6 +119,15 @@ def test_delta_is_right_for_every_mix_of_rows_and_ranks(
     made.check(made.rows(popularity, rows), made.group())
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weight_dtype", [*DTYPES, torch.int8], ids=str)
+def test_adapters_may_be_kept_in_another_type_than_the_model(
+    kernel_name: str, dtype: torch.dtype, weight_dtype: torch.dtype
+) -> None:
+    made = fleet(kernel_name, MIXED, dtype=dtype, weight_dtype=weight_dtype)
+    made.check([*made.slots, -1, *reversed(made.slots), *[made.slots[1]] * (MAX_BATCHED_ROWS + 2)], made.group())
+
+
 def test_many_adapters_of_one_layout_with_long_and_short_segments(kernel_name: str) -> None:
     made = fleet(kernel_name, (8,) * 40)
     prefill = [made.slots[i] for i in (0, 35, 39) for _ in range(20)]
@@ -177,13 +190,17 @@ def test_spoiled_input_row_moves_no_bit_of_the_others(kernel_name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_embedding_deltas_are_the_tokens_own_rows(kernel_name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("weight_dtype", [None, torch.int8], ids=str)
+def test_embedding_deltas_are_the_tokens_own_rows(
+    kernel_name: str, dtype: torch.dtype, weight_dtype: torch.dtype | None
+) -> None:
     made = Fleet(
         KERNELS[kernel_name](),
         (40, 16),
         [{0: 8}, {0: 3, 1: 8}, {1: 8}],
         in_features=100,
         dtype=dtype,
+        weight_dtype=weight_dtype,
         embeddings=frozenset({0}),
     )
     row_slots = [made.slots[i] for i in (0, 1, 2, 1, 0, 0)] + [-1]

@@ -85,8 +85,8 @@ class Setup:
         self.disk = disk or Disk()
         self.events = Recorder()
         self.changed = threading.Event()
-        self.book = SlotBook(slots, device_bytes, 4, places_per_slab)
-        self.memory = DeviceMemory(len(SHAPES), slots, torch.float32, torch.device("cpu"))
+        self.book = SlotBook(slots, device_bytes, places_per_slab)
+        self.memory = DeviceMemory(len(SHAPES), slots, torch.device("cpu"))
         self.tiers = AdapterTiers(
             self.book,
             self.memory,

@@ -41,8 +41,8 @@ void add_lora_(Tensor out, const Tensor& x, const Tensor& tables, const Tensor& 
   check(x, "x", 2, x.scalar_type());
   check(out, "out", 2, x.scalar_type());
   TORCH_CHECK_VALUE(out.size(0) == x.size(0), "out and x must have the same rows");
-  TORCH_CHECK_VALUE(tables.dim() == 3 && tables.size(2) == 3 && tables.is_contiguous(),
-                    "tables must be a contiguous [members, slots, 3]");
+  TORCH_CHECK_VALUE(tables.dim() == 3 && tables.size(2) == 5 && tables.is_contiguous(),
+                    "tables must be a contiguous [members, slots, 5]");
   TORCH_CHECK_VALUE(out_offsets.numel() == tables.size(0) + 1, "out_offsets must have one entry more than members");
   TORCH_CHECK_VALUE(segment_starts.numel() == segment_slots.numel() + 1,
                     "segment_starts must have one entry more than segment_slots");

@@ -7,7 +7,7 @@
 
 namespace manylora {
 
-enum class DType { f32, bf16, f16 };
+enum class DType { f32, bf16, f16, i8 };  // i8 is for weights only; the low-rank tables name them by number
 
 // Row `t` of a matrix begins at data + t * stride (in elements); within a row the elements are contiguous.
 template <class Pointer>
@@ -22,7 +22,7 @@ struct LoraArgs {
   Rows<void*> out;
   Rows<const void*> x;
   int64_t in_features;
-  const int64_t* tables;  // [num_members, num_slots, 3]: address of A, address of B, rank
+  const int64_t* tables;  // [num_members, num_slots, 5]: address of A, address of B, rank, address of scales or 0, DType
   int64_t num_members, num_slots;
   const int32_t* out_offsets;     // [num_members + 1]
   const int32_t* order;           // row indices, sorted by slot

@@ -7,7 +7,7 @@ constexpr int kMaxTileRows = 6;
 // A strip's steps lie 256 bytes apart, so they share a part of the first cache's sets: this many stay in it.
 constexpr int64_t kStepsPerBlock = 96;
 constexpr int64_t kStepsPerPrefetch = 8;
-constexpr int64_t kLineBytes = 64;
+
 
 // How weights of a type lie (`depth` inputs of one output side by side) and what a row is read as: `Input`s, of which
 // a step takes `per_step`. Where the CPU multiplies pairs of bfloat16, an input is such a pair; else it is a float.

@@ -13,36 +13,56 @@ struct LoraUnit {
   int64_t num_rows;
   const void* a;  // [rank, in_features]
   const void* b;  // [rank, width]
+  const float* scales;  // [rank], by which the low dimension is multiplied; or null
+  DType dtype;          // of a and b
   int64_t rank, first_column, width;
   float* low;  // [num_rows, low_stride]: the rows in the adapter's low dimension
   int64_t low_stride;
 };
 
+// Weights and rows of one type are multiplied as Lanes<T> says, of two types as floats.
+template <class T, class Weight>
+using LanesOf = Lanes<std::conditional_t<std::is_same_v<T, Weight>, T, float>>;
+
+template <class L, class T, class... Count>
+ML_INLINE vu load_lanes(const T* p, Count... count) {
+  if constexpr (std::is_same_v<L, Lanes<T>>) {
+    return L::load_lanes(p, count...);
+  } else {
+    return bitcast<vu>(load(p, count...));
+  }
+}
+
 // Lane j * NA + i of the result is a[i] . x[j].
-template <int NA, int NX, class T>
-ML_INLINE vf dot_products(const T* const (&a)[NA], const T* const (&x)[NX], int64_t length) {
+template <int NA, int NX, class T, class Weight>
+ML_INLINE vf dot_products(const Weight* const (&a)[NA], const T* const (&x)[NX], int64_t length) {
   static_assert(NA * NX == W);
-  using L = Lanes<T>;
-  constexpr int step = W * L::per_lane;
+  using L = LanesOf<T, Weight>;
+  constexpr int64_t step = W * L::per_lane, line = std::max<int64_t>(step, kLineBytes / sizeof(Weight));
   vf sums[W] = {};
-  int64_t k = 0;
-  for (; k + step <= length; k += step) {
+  auto add = [&](int64_t k) ML_INLINE_LAMBDA {
     vu x_lanes[NX];
-    for (int j = 0; j < NX; ++j) x_lanes[j] = L::load_lanes(x[j] + k);
+    for (int j = 0; j < NX; ++j) x_lanes[j] = load_lanes<L>(x[j] + k);
 #pragma GCC unroll 16
     for (int i = 0; i < NA; ++i) {
-      vu a_lanes = L::load_lanes(a[i] + k);
-      if constexpr (NX == 1) __builtin_prefetch(reinterpret_cast<const char*>(a[i] + k) + kPrefetchBytes);
+      vu a_lanes = load_lanes<L>(a[i] + k);
 #pragma GCC unroll 16
       for (int j = 0; j < NX; ++j) sums[j * NA + i] = L::multiply_add(sums[j * NA + i], a_lanes, x_lanes[j]);
     }
+  };
+  int64_t k = 0;
+  for (; k + line <= length; k += line) {
+    if constexpr (NX == 1)
+      for (int i = 0; i < NA; ++i) __builtin_prefetch(reinterpret_cast<const char*>(a[i] + k) + kPrefetchBytes);
+    for (int64_t at = 0; at < line; at += step) add(k + at);
   }
+  for (; k + step <= length; k += step) add(k);
   if (k < length) {
     vu x_lanes[NX];
-    for (int j = 0; j < NX; ++j) x_lanes[j] = L::load_lanes(x[j] + k, length - k);
+    for (int j = 0; j < NX; ++j) x_lanes[j] = load_lanes<L>(x[j] + k, length - k);
 #pragma GCC unroll 16
     for (int i = 0; i < NA; ++i) {
-      vu a_lanes = L::load_lanes(a[i] + k, length - k);
+      vu a_lanes = load_lanes<L>(a[i] + k, length - k);
 #pragma GCC unroll 16
       for (int j = 0; j < NX; ++j) sums[j * NA + i] = L::multiply_add(sums[j * NA + i], a_lanes, x_lanes[j]);
     }
@@ -51,11 +71,11 @@ ML_INLINE vf dot_products(const T* const (&a)[NA], const T* const (&x)[NX], int6
 }
 
 // Ranks [first, first + NA) for NX rows. Past the last rank the last one stands in: its lanes fall into the padding.
-template <int NA, int NX, class T>
+template <int NA, int NX, class T, class Weight>
 ML_INLINE void shrink_tile(const LoraUnit& unit, const Rows<const void*>& x, int64_t in, int64_t row, int64_t first) {
-  const T* a_rows[NA];
+  const Weight* a_rows[NA];
   const T* x_rows[NX];
-  for (int i = 0; i < NA; ++i) a_rows[i] = static_cast<const T*>(unit.a) + std::min(first + i, unit.rank - 1) * in;
+  for (int i = 0; i < NA; ++i) a_rows[i] = static_cast<const Weight*>(unit.a) + std::min(first + i, unit.rank - 1) * in;
   for (int j = 0; j < NX; ++j) x_rows[j] = static_cast<const T*>(x.data) + unit.rows[row + j] * x.stride;
   vf dots = dot_products<NA, NX>(a_rows, x_rows, in);
   for (int j = 0; j < NX; ++j)
@@ -63,31 +83,31 @@ ML_INLINE void shrink_tile(const LoraUnit& unit, const Rows<const void*>& x, int
                      NA * sizeof(float));
 }
 
-// low = A x for the ranks [begin, end), both multiples of W or the end of all.
-template <class T>
+// low = A x, times the scales if there are any, for the ranks [begin, end), both multiples of W or the end of all.
+template <class T, class Weight>
 void shrink(const LoraUnit& unit, const Rows<const void*>& x, int64_t in, int64_t begin, int64_t end) {
   constexpr int NX = W / 4;
   int64_t tiled_rows = unit.num_rows / NX * NX;
   if (tiled_rows)
     for (int64_t first = begin; first < end; first += 4)
-      for (int64_t row = 0; row < tiled_rows; row += NX) shrink_tile<4, NX, T>(unit, x, in, row, first);
+      for (int64_t row = 0; row < tiled_rows; row += NX) shrink_tile<4, NX, T, Weight>(unit, x, in, row, first);
   for (int64_t first = begin; first < end; first += W)
-    for (int64_t row = tiled_rows; row < unit.num_rows; ++row) shrink_tile<W, 1, T>(unit, x, in, row, first);
+    for (int64_t row = tiled_rows; row < unit.num_rows; ++row) shrink_tile<W, 1, T, Weight>(unit, x, in, row, first);
+  if (unit.scales)
+    for (int64_t row = 0; row < unit.num_rows; ++row)
+      for (int64_t rank = begin; rank < end; ++rank) unit.low[row * unit.low_stride + rank] *= unit.scales[rank];
 }
 
 // out += B^T low for R rows and NV vectors of columns, the last vector with `count` of its columns.
-template <int R, int NV, class T>
+template <int R, int NV, class T, class Weight>
 ML_INLINE void expand_tile(const LoraUnit& unit, const Rows<void*>& out, int64_t row, int64_t column, int64_t count) {
-  const T* b = static_cast<const T*>(unit.b) + column;
+  const Weight* b = static_cast<const Weight*>(unit.b) + column;
   const float* low = unit.low + row * unit.low_stride;
   vf sums[R][NV] = {};
   for (int64_t rank = 0; rank < unit.rank; ++rank, b += unit.width) {
     vf b_values[NV];
 #pragma GCC unroll 16
     for (int v = 0; v < NV; ++v) b_values[v] = count == W ? load(b + v * W) : load(b + v * W, count);
-    if constexpr (R == 1)
-      for (size_t ahead = 0; ahead < NV * W * sizeof(T); ahead += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(b + NV * W) + ahead);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       vf factor = splat(low[r * unit.low_stride + rank]);
@@ -106,34 +126,75 @@ ML_INLINE void expand_tile(const LoraUnit& unit, const Rows<void*>& out, int64_t
   }
 }
 
-constexpr int64_t kExpandColumns = W == 16 ? 128 : 32;  // one row's strip; several rows take half of it
+// sums[0, count) += N rows of B, `width` apart, each times its factor; the sums begin at zero if `is_first`.
+template <int N, class Weight>
+ML_INLINE void add_ranks(float* sums, const Weight* b, int64_t width, const float* factors, int64_t count, bool is_first) {
+  constexpr int NV = kLineBytes / sizeof(Weight) / W;
+  vf factor[N];
+  for (int i = 0; i < N; ++i) factor[i] = splat(factors[i]);
+  int64_t column = 0;
+  for (; column + NV * W <= count; column += NV * W) {
+    for (int i = 0; i < N; ++i) __builtin_prefetch(b + (i + N) * width + column);
+#pragma GCC unroll 16
+    for (int v = 0; v < NV; ++v) {
+      vf sum = is_first ? vf{} : load(sums + column + v * W);
+#pragma GCC unroll 16
+      for (int i = 0; i < N; ++i) sum = factor[i] * load(b + i * width + column + v * W) + sum;
+      store(sums + column + v * W, sum);
+    }
+  }
+  for (; column < count; column += W) {
+    int64_t rest = std::min<int64_t>(W, count - column);
+    vf sum = is_first ? vf{} : load(sums + column, rest);
+    for (int i = 0; i < N; ++i) sum = factor[i] * load(b + i * width + column, rest) + sum;
+    store(sums + column, sum, rest);
+  }
+}
 
-template <class T>
+// The same for one row: B's rows are read to their end one after the other, a few at a time, as the memory likes it.
+template <class T, class Weight>
+void expand_row(const LoraUnit& unit, const Rows<void*>& out, int64_t row, int64_t begin, int64_t end) {
+  constexpr int64_t kColumns = 2048;  // their sums stay in the nearest cache
+  constexpr int N = 4;
+  alignas(64) float sums[kColumns];
+  const float* low = unit.low + row * unit.low_stride;
+  for (; begin < end; begin += kColumns) {
+    int64_t count = std::min(kColumns, end - begin), rank = 0;
+    const Weight* b = static_cast<const Weight*>(unit.b) + begin;
+    for (; rank + N <= unit.rank; rank += N) add_ranks<N>(sums, b + rank * unit.width, unit.width, low + rank, count, rank == 0);
+    for (; rank < unit.rank; ++rank) add_ranks<1>(sums, b + rank * unit.width, unit.width, low + rank, count, rank == 0);
+    T* target = static_cast<T*>(out.data) + unit.rows[row] * out.stride + unit.first_column + begin;
+    int64_t column = 0;
+    for (; column + W <= count; column += W) store(target + column, load(target + column) + load(sums + column));
+    if (column < count) store(target + column, load(target + column, count - column) + load(sums + column, count - column), count - column);
+  }
+}
+
+constexpr int64_t kExpandStrip = W == 16 ? 64 : 16;  // columns that several rows take at a time
+
+template <class T, class Weight>
 void expand(const LoraUnit& unit, const Rows<void*>& out, int64_t begin, int64_t end) {
-  constexpr int R = 4, narrow_strip = kExpandColumns / 2, NV = narrow_strip / W;
-  int64_t tiled_rows = unit.num_rows / R * R;
-  int64_t column = begin;
-  for (; tiled_rows && column + narrow_strip <= end; column += narrow_strip)
-    for (int64_t row = 0; row < tiled_rows; row += R) expand_tile<R, NV, T>(unit, out, row, column, W);
+  constexpr int R = 4, NV = kExpandStrip / W;
+  int64_t tiled_rows = unit.num_rows / R * R, column = begin;
+  for (; tiled_rows && column + kExpandStrip <= end; column += kExpandStrip)
+    for (int64_t row = 0; row < tiled_rows; row += R) expand_tile<R, NV, T, Weight>(unit, out, row, column, W);
   for (; tiled_rows && column < end; column += W)
     for (int64_t row = 0; row < tiled_rows; row += R)
-      expand_tile<R, 1, T>(unit, out, row, column, std::min<int64_t>(W, end - column));
-  for (int64_t row = tiled_rows; row < unit.num_rows; ++row) {
-    for (column = begin; column + kExpandColumns <= end; column += kExpandColumns)
-      expand_tile<1, 2 * NV, T>(unit, out, row, column, W);
-    for (; column < end; column += W) expand_tile<1, 1, T>(unit, out, row, column, std::min<int64_t>(W, end - column));
-  }
+      expand_tile<R, 1, T, Weight>(unit, out, row, column, std::min<int64_t>(W, end - column));
+  for (int64_t row = tiled_rows; row < unit.num_rows; ++row) expand_row<T, Weight>(unit, out, row, begin, end);
 }
 
 std::vector<LoraUnit> lora_units(const LoraArgs& args) {
   std::vector<LoraUnit> units;
   for (int64_t s = 0; s < args.num_segments; ++s) {
     for (int64_t m = 0; m < args.num_members; ++m) {
-      const int64_t* entry = args.tables + (m * args.num_slots + args.segment_slots[s]) * 3;
+      const int64_t* entry = args.tables + (m * args.num_slots + args.segment_slots[s]) * 5;
       LoraUnit unit{};
       unit.a = reinterpret_cast<const void*>(entry[0]);
       unit.b = reinterpret_cast<const void*>(entry[1]);
       unit.rank = entry[2];
+      unit.scales = reinterpret_cast<const float*>(entry[3]);
+      unit.dtype = static_cast<DType>(entry[4]);
       if (!unit.rank) continue;
       unit.first_column = args.out_offsets[m];
       unit.width = args.out_offsets[m + 1] - args.out_offsets[m];
@@ -147,6 +208,8 @@ std::vector<LoraUnit> lora_units(const LoraArgs& args) {
   }
   return units;
 }
+
+constexpr int64_t kSplitColumns = 128;
 
 // Few units and much to read: every product of every unit is itself split, with a barrier between the two.
 template <class T>
@@ -164,21 +227,23 @@ void add_lora_split(const LoraArgs& args, std::vector<LoraUnit>& units, int64_t 
   };
   parallel(count * pieces, threads, [&](int64_t i, int64_t) {
     const LoraUnit& unit = units[i / pieces];
-    int64_t piece = i % pieces;
-    shrink<T>(unit, args.x, args.in_features, split(piece, unit.rank, W), split(piece + 1, unit.rank, W));
+    int64_t begin = split(i % pieces, unit.rank, W), end = split(i % pieces + 1, unit.rank, W);
+    with_weight_dtype(unit.dtype, [&](auto weight) { shrink<T, decltype(weight)>(unit, args.x, args.in_features, begin, end); });
   });
   parallel(count * pieces, threads, [&](int64_t i, int64_t) {
     const LoraUnit& unit = units[i / pieces];
-    int64_t piece = i % pieces, step = kExpandColumns;
-    expand<T>(unit, args.out, split(piece, unit.width, step), split(piece + 1, unit.width, step));
+    int64_t begin = split(i % pieces, unit.width, kSplitColumns), end = split(i % pieces + 1, unit.width, kSplitColumns);
+    with_weight_dtype(unit.dtype, [&](auto weight) { expand<T, decltype(weight)>(unit, args.out, begin, end); });
   });
 }
 
 void add_lora(const LoraArgs& args) {
   std::vector<LoraUnit> units = lora_units(args);
-  int64_t element_size = args.dtype == DType::f32 ? 4 : 2, cost = 0;
-  for (const LoraUnit& unit : units)  // arithmetic on more than a few rows outweighs reading the weights
+  int64_t cost = 0;
+  for (const LoraUnit& unit : units) {  // arithmetic on more than a few rows outweighs reading the weights
+    int64_t element_size = unit.dtype == DType::f32 ? 4 : unit.dtype == DType::i8 ? 1 : 2;
     cost += (args.in_features + unit.width) * unit.rank * element_size * std::max<int64_t>(1, unit.num_rows / 4);
+  }
   int64_t count = static_cast<int64_t>(units.size());
   int64_t threads = std::min(num_threads(), std::max<int64_t>(1, cost / kBytesPerThread));
   with_dtype(args.dtype, [&](auto type) {
@@ -190,8 +255,10 @@ void add_lora(const LoraArgs& args) {
     parallel(count, threads, [&](int64_t i, int64_t) {
       LoraUnit unit = units[i];
       unit.low = static_cast<float*>(scratch(unit.num_rows * unit.low_stride * sizeof(float)));
-      shrink<T>(unit, args.x, args.in_features, 0, unit.rank);
-      expand<T>(unit, args.out, 0, unit.width);
+      with_weight_dtype(unit.dtype, [&](auto weight) {
+        shrink<T, decltype(weight)>(unit, args.x, args.in_features, 0, unit.rank);
+        expand<T, decltype(weight)>(unit, args.out, 0, unit.width);
+      });
     });
   });
 }

@@ -18,12 +18,24 @@ ML_INLINE void with_dtype(DType dtype, F&& f) {
   }
 }
 
+// The same for weights, which may also be int8.
+template <class F>
+ML_INLINE void with_weight_dtype(DType dtype, F&& f) {
+  if (dtype == DType::i8) {
+    f(int8_t{});
+  } else {
+    with_dtype(dtype, f);
+  }
+}
+
 // run_tasks for a callable.
 template <class F>
 void parallel(int64_t count, int64_t threads, F&& f) {
   using Function = std::remove_reference_t<F>;
   run_tasks(count, threads, [](void* context, int64_t i, int64_t next) { (*static_cast<Function*>(context))(i, next); }, &f);
 }
+
+constexpr int64_t kLineBytes = 64;  // what comes from memory at once
 
 #include "cache.h"
 

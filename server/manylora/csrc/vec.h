@@ -12,6 +12,7 @@ typedef float vf __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint16_t vh __attribute__((vector_size(W * 2)));
+typedef int8_t vq __attribute__((vector_size(W)));
 
 struct bf16 {
   uint16_t bits;
@@ -100,6 +101,16 @@ ML_INLINE vh narrow(vf v, bf16) {
 }
 #endif
 
+#if ML_HAS_AVX512
+ML_INLINE vf widen(vq bytes) { return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)bytes)); }
+#elif ML_HAS_AVX2
+ML_INLINE vf widen(vq bytes) { return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(bitcast<int64_t>(bytes)))); }
+#else
+ML_INLINE vf widen(vq bytes) { return __builtin_convertvector(bytes, vf); }
+#endif
+
+ML_INLINE vf load(const int8_t* p) { return widen(load_bits<vq>(p)); }
+ML_INLINE vf load(const int8_t* p, int64_t count) { return widen(load_bits<vq>(p, count)); }
 ML_INLINE vf load(const float* p) { return load_bits<vf>(p); }
 ML_INLINE vf load(const float* p, int64_t count) { return load_bits<vf>(p, count * sizeof(float)); }
 template <class T>

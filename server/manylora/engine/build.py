@@ -16,6 +16,7 @@ from manylora.engine.scheduler import Scheduler
 from manylora.errors import InvalidSettings, ModelUnusable, NotEnoughMemory
 from manylora.lora import format as adapter_format
 from manylora.lora.format import ModuleSpec
+from manylora.lora.keep_as import KeepAs
 from manylora.lora.kernels import LoraKernel
 from manylora.lora.kernels.native import NativeKernel
 from manylora.lora.kernels.torch import TorchKernel
@@ -94,14 +95,14 @@ class EngineBuilder:
         self._prove(cache, use_native=use_native)
         kernel: LoraKernel = NativeKernel() if use_native else TorchKernel()
         budget = in_bytes(settings.adapter_memory, self.device)
-        book = SlotBook(settings.max_slots, budget, self.dtype.itemsize, kernel.places_per_slab)
-        memory = DeviceMemory(len(self.modules), settings.max_slots, self.dtype, self.device)
+        book = SlotBook(settings.max_slots, budget, kernel.places_per_slab)
+        memory = DeviceMemory(len(self.modules), settings.max_slots, self.device)
         tiers = AdapterTiers(
             book,
             memory,
             host_bytes=in_bytes(settings.host_tier_memory, torch.device("cpu")),
             folder_of=source.local_folder,
-            packer=self._packer(),
+            packer=self._packer(kernel),
             events=_TierMetrics(metrics, occupancy or Occupancy()),
         )
         scheduler = Scheduler(
@@ -132,11 +133,15 @@ class EngineBuilder:
             fused.undo(self.wrapped, originals)
             selfcheck.check(self.wrapped, cache, tolerance=tolerance)
 
-    def _packer(self) -> Callable[[Path], PackedAdapter]:
-        modules, sites, dtype = self.modules, self.wrapped.sites, self.dtype
+    def _packer(self, kernel: LoraKernel) -> Callable[[Path], PackedAdapter]:
+        modules, sites, settings = self.modules, self.wrapped.sites, self.settings
+        is_int8 = settings.quantization == "int8"
+        keep = KeepAs.choose(settings.lora_dtype, self.dtype, is_int8_base=is_int8, mixes_dtypes=kernel.mixes_dtypes)
 
         def packer(folder: Path) -> PackedAdapter:
-            return pack(adapter_format.read_trusted(folder, modules), sites, dtype)
+            adapter = adapter_format.read_trusted(folder, modules)
+            dtype = keep.dtype_of(adapter)
+            return pack(adapter, sites, dtype, has_scales=keep.has_scales(dtype))
 
         return packer
 

@@ -6,8 +6,11 @@ import numpy as np
 import torch
 
 from manylora.lora.layout import Extent, Layout
-from manylora.lora.packing import PackedAdapter
+from manylora.lora.packing import TORCH_DTYPES, PackedAdapter
 from manylora.lora.slots import Place
+
+# How kernels are told an adapter's number format; csrc/kernels.h has the same.
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,10 @@ class Slab:
         """B of every place: [places, padded rank, out_features], a view."""
         return self._stack(extent.b, extent.padded, extent.out_features)
 
+    def stack_scales(self, extent: Extent) -> torch.Tensor:
+        """The scales of every place, in a layout that has them: [places, padded rank] float32, a view."""
+        return self._stack(extent.scales, extent.padded, self.layout.scale_elements).view(torch.float32)[..., 0]
+
     def _stack(self, offset: int, rows: int, columns: int) -> torch.Tensor:
         start = offset * self.num_places
         return self.data[start : start + self.num_places * rows * columns].view(self.num_places, rows, columns)
@@ -40,30 +47,34 @@ class Slab:
             self.data.copy_(packed.data)
             return
         for extent in self.layout.extents.values():
-            for stack, offset in ((self.stack_a(extent), extent.a), (self.stack_b(extent), extent.b)):
-                stack[row].copy_(packed.data[offset : offset + stack[row].numel()].view_as(stack[row]))
+            parts = [(extent.a, extent.in_features), (extent.b, extent.out_features)]
+            if self.layout.has_scales:
+                parts.append((extent.scales, self.layout.scale_elements))
+            for offset, columns in parts:
+                room = self._stack(offset, extent.padded, columns)[row]
+                room.copy_(packed.data[offset : offset + room.numel()].view_as(room))
 
 
 class DeviceMemory:
     """Slabs by number, and per site and slot where the weights are.
 
-    `tables` int64 [sites, slots, 3] on the device: address of A, address of B, rank (0: not touched).
+    `tables` int64 [sites, slots, 5] on the device: address of A, address of B, rank (0: not touched), address of the
+    scales (0: there are none), number format (`DTYPE_CODES`).
     `ranks` int32 [sites, slots] on the host, the same ranks.
     `allocate` and `fill` may run beside a step, since no batch names the slot yet; `publish` and `withdraw`
     are called between steps.
     """
 
-    def __init__(self, num_sites: int, num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.dtype = dtype
+    def __init__(self, num_sites: int, num_slots: int, device: torch.device) -> None:
         self.device = device
-        self.tables = torch.zeros(num_sites, num_slots, 3, dtype=torch.int64, device=device)
+        self.tables = torch.zeros(num_sites, num_slots, 5, dtype=torch.int64, device=device)
         self.ranks = np.zeros((num_sites, num_slots), dtype=np.int32)
         self.slabs: dict[int, Slab] = {}
         self.places: dict[int, Place] = {}
 
     def allocate(self, place: Place, layout: Layout, num_places: int) -> None:
         """Make the slab that `place` is the first of. On a CPU untouched rows cost no memory."""
-        data = torch.empty(num_places * layout.numel, dtype=self.dtype, device=self.device)
+        data = torch.empty(num_places * layout.numel, dtype=TORCH_DTYPES[layout.dtype], device=self.device)
         self.slabs[place.slab] = Slab(layout, num_places, data)
 
     def fill(self, place: Place, packed: PackedAdapter) -> None:
@@ -72,10 +83,12 @@ class DeviceMemory:
     def publish(self, place: Place, packed: PackedAdapter) -> None:
         """Let kernels find the adapter at its slot."""
         slab = self.slabs[place.slab]
-        rows = np.zeros((self.tables.shape[0], 3), dtype=np.int64)
+        rows = np.zeros((self.tables.shape[0], 5), dtype=np.int64)
         for site, extent in packed.layout.extents.items():
             a, b = slab.stack_a(extent)[place.row], slab.stack_b(extent)[place.row]
-            rows[site] = (a.data_ptr(), b.data_ptr(), packed.ranks[site])
+            scales = slab.stack_scales(extent)[place.row].data_ptr() if slab.layout.has_scales else 0
+            code = DTYPE_CODES[slab.data.dtype]
+            rows[site] = (a.data_ptr(), b.data_ptr(), packed.ranks[site], scales, code)
         self.tables[:, place.slot] = torch.from_numpy(rows).to(self.device)
         self.ranks[:, place.slot] = rows[:, 2]
         self.places[place.slot] = place
@@ -90,22 +103,30 @@ class DeviceMemory:
         self.slabs.pop(slab, None)
 
     def matrices(self, slot: int, site: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """A and B of one slot, true rank only: [r, in] (an embedding's: [vocab, r]) and [r, out]; None if untouched."""
-        rank = int(self.ranks[site, slot])
-        if not rank:
-            return None
-        place = self.places[slot]
-        slab = self.slabs[place.slab]
-        extent = slab.layout.extents[site]
-        return slab.stack_a(extent)[place.row, :rank], slab.stack_b(extent)[place.row, :rank]
+        """A and B of one slot, true rank only: [r, in] (an embedding's: [vocab, r]) and [r, out]; None if untouched.
 
-    def embedding_matrices(self, slot: int, site: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The same for an embedding: A [vocab, r], B [r, hidden]."""
+        As they are stored, but for scales, which are multiplied into A.
+        """
         rank = int(self.ranks[site, slot])
         if not rank:
             return None
+        slab, row, extent = self._find(slot, site)
+        a, b = slab.stack_a(extent)[row, :rank], slab.stack_b(extent)[row, :rank]
+        return (a * slab.stack_scales(extent)[row, :rank, None] if slab.layout.has_scales else a), b
+
+    def embedding_matrices(
+        self, slot: int, site: int, token_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The same for an embedding and some tokens [T]: their rows of A, [T, r], and B [r, hidden]."""
+        rank = int(self.ranks[site, slot])
+        if not rank:
+            return None
+        slab, row, extent = self._find(slot, site)
+        room = slab.stack_a(extent)[row].view(extent.in_features, extent.padded)
+        a, b = room[token_ids, :rank], slab.stack_b(extent)[row, :rank]
+        return (a * slab.stack_scales(extent)[row, :rank] if slab.layout.has_scales else a), b
+
+    def _find(self, slot: int, site: int) -> tuple[Slab, int, Extent]:
         place = self.places[slot]
         slab = self.slabs[place.slab]
-        extent = slab.layout.extents[site]
-        room = slab.stack_a(extent)[place.row].view(extent.in_features, extent.padded)
-        return room[:, :rank], slab.stack_b(extent)[place.row, :rank]
+        return slab, place.row, slab.layout.extents[site]

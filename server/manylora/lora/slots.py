@@ -31,10 +31,9 @@ class _Slab:
 class SlotBook:
     """Hands out slots within a number of slots and a byte budget."""
 
-    def __init__(self, num_slots: int, budget_bytes: int, itemsize: int, places_per_slab: int = 1) -> None:
+    def __init__(self, num_slots: int, budget_bytes: int, places_per_slab: int = 1) -> None:
         self.num_slots = num_slots
         self.budget_bytes = budget_bytes
-        self._itemsize = itemsize
         self._places_per_slab = places_per_slab
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._places: dict[int, Place] = {}
@@ -53,7 +52,7 @@ class SlotBook:
         return self._slabs[self._places[slot].slab].layout
 
     def can_ever_hold(self, layout: Layout) -> bool:
-        return layout.numel * self._itemsize <= self.budget_bytes
+        return layout.size_bytes <= self.budget_bytes
 
     def reserve(self, layout: Layout) -> Place | None:
         """A slot for an adapter of this layout, or None when something must be evicted first."""
@@ -63,7 +62,7 @@ class SlotBook:
             if slab.free_rows and slab.layout == layout:
                 return self._take(slab_id, slab, is_new=False)
         room = self.budget_bytes - self.used_bytes
-        one = max(1, layout.numel * self._itemsize)
+        one = max(1, layout.size_bytes)
         count = min(self._places_per_slab, room // one)
         if count < 1:
             return None

@@ -40,10 +40,15 @@ class LoraPlan(Protocol):
 
 
 class LoraKernel(Protocol):
-    """An implementation. `places_per_slab` is how many adapters of one layout it wants side by side."""
+    """An implementation.
+
+    `places_per_slab` is how many adapters of one layout it wants side by side; `mixes_dtypes` whether it multiplies
+    weights of another type than the model's as they are, instead of converting them in every step.
+    """
 
     name: str
     places_per_slab: int
+    mixes_dtypes: bool
 
     def plan(self, rows: LoraRows, memory: DeviceMemory) -> LoraPlan: ...
 
@@ -51,7 +56,8 @@ class LoraKernel(Protocol):
 def add_embedding_(out: torch.Tensor, token_ids: torch.Tensor, site: int, rows: LoraRows, memory: DeviceMemory) -> None:
     """The embedding's delta, one look-up per adapter present: one such module per model, so a loop will do."""
     for index, slot in enumerate(rows.slots):
-        pair = memory.embedding_matrices(slot, site)
+        mine = rows.order[rows.starts[index] : rows.starts[index + 1]].long()
+        pair = memory.embedding_matrices(slot, site, token_ids[mine])
         if pair is not None:
-            mine = rows.order[rows.starts[index] : rows.starts[index + 1]].long()
-            out.index_add_(0, mine, pair[0][token_ids[mine]] @ pair[1])
+            a, b = pair
+            out.index_add_(0, mine, a.to(out.dtype) @ b.to(out.dtype))

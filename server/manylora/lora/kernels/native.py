@@ -37,6 +37,7 @@ class NativeKernel:
 
     name = "native"
     places_per_slab = 1
+    mixes_dtypes = True
 
     def plan(self, rows: LoraRows, memory: DeviceMemory) -> NativePlan:
         return NativePlan(rows, memory)

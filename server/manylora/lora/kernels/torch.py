@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from manylora.lora.kernels import LoraPlan, SiteGroup, add_embedding_
+from manylora.lora.layout import Extent
 from manylora.lora.memory import DeviceMemory, Slab
 from manylora.lora.rows import LoraRows
 
@@ -57,18 +58,26 @@ class TorchPlan(LoraPlan):
                 if extent is None:
                     continue
                 columns = out[:, group.offsets[member] : group.offsets[member + 1]]
-                a, b = part.slab.stack_a(extent), part.slab.stack_b(extent)
                 if part.high > part.low:
-                    places = slice(part.low, part.high)
+                    a, b = _weights(part.slab, extent, slice(part.low, part.high), x.dtype)
                     gathered = x.index_select(0, part.index).view(part.high - part.low, part.width, -1)
-                    hidden = torch.bmm(gathered, a[places].transpose(1, 2))
-                    delta = torch.bmm(hidden, b[places]).flatten(0, 1)
+                    hidden = torch.bmm(gathered, a.transpose(1, 2))
+                    delta = torch.bmm(hidden, b).flatten(0, 1)
                     _add_rows(columns, part.targets, delta if part.kept is None else delta[part.kept])
                 for place, mine in part.large:
-                    _add_rows(columns, mine, (x[mine] @ a[place].T) @ b[place])
+                    a, b = _weights(part.slab, extent, slice(place, place + 1), x.dtype)
+                    _add_rows(columns, mine, (x[mine] @ a[0].T) @ b[0])
 
     def add_embedding_(self, out: torch.Tensor, token_ids: torch.Tensor, site: int) -> None:
         add_embedding_(out, token_ids, site, self.rows, self._memory)
+
+
+def _weights(slab: Slab, extent: Extent, places: slice, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B of some places, for a matmul in `dtype`: views where they are held in it, else converted copies."""
+    a, b = slab.stack_a(extent)[places], slab.stack_b(extent)[places]
+    if slab.layout.has_scales:
+        a = a * slab.stack_scales(extent)[places, :, None]
+    return a.to(dtype), b.to(dtype)
 
 
 def _add_rows(out: torch.Tensor, rows: torch.Tensor, delta: torch.Tensor) -> None:
@@ -110,6 +119,7 @@ class TorchKernel:
 
     name = "torch"
     places_per_slab = 32
+    mixes_dtypes = False
 
     def plan(self, rows: LoraRows, memory: DeviceMemory) -> TorchPlan:
         return TorchPlan(rows, memory)
