@@ -38,7 +38,7 @@ COUNTS = (1, 2, 4, 8, 16, 32)
 RANKS = (8, 16, 32, 64)
 FLEET_SIZE = 32
 STEPS = 8
-CONTEXT = 128
+CONTEXT = 64
 
 
 @dataclass(frozen=True, slots=True)

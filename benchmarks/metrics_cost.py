@@ -1,12 +1,14 @@
 """What the metrics cost: the standard workload with them and without, alternating, in one run.
 
-    python benchmarks/metrics_cost.py MODEL_DIR --fleet FOLDER [--pairs 4] [--only calls|engine|http]
+    python benchmarks/metrics_cost.py MODEL_DIR --fleet FOLDER [--pairs 12] [--only calls|engine|http]
 
 `calls`: microseconds of one recording. `engine`: decode steps of 32 rows with 32 adapters, every other one recorded, by
 processor time. `http`: two servers side by side, one with `--no-metrics`; the one with metrics is also scraped every
-five seconds. Within a pair the order changes from pair to pair. Prints one JSON line per measurement, and the median of
-the pairs' ratios with against without: by the clock, and by the processor time of the process that serves, which other
-programs on the machine disturb less. FOLDER is filled with 32 adapters of rank 16 where it does not exist.
+five seconds. Runs are short, 32 requests at once, so that a pair falls into the same minute of the machine; within a
+pair the order changes from pair to pair, and both servers are started anew a few times, since one process may be
+luckier with its memory than another. Prints one JSON line per measurement, and the pairs' ratios with against without,
+their median, mean and its standard error: by the clock, and by the processor time of the process that serves, which
+other programs on the machine disturb less. FOLDER is filled with 32 adapters of rank 16 where it does not exist.
 """
 
 import argparse
@@ -48,7 +50,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--fleet", type=Path, required=True)
-    parser.add_argument("--pairs", type=int, default=4, help="of http")
+    parser.add_argument("--pairs", type=int, default=12, help="of http")
+    parser.add_argument("--starts", type=int, default=3, help="of the two servers of http")
+    parser.add_argument("--scale", type=float, default=0.5, help="of a run of http: 1 is 64 requests")
     parser.add_argument("--steps", type=int, default=100, help="of engine, with and without each")
     parser.add_argument("--only", choices=["calls", "engine", "http"])
     args = parser.parse_args()
@@ -73,7 +77,9 @@ def report(measured: str, rates: Iterator[tuple[bool, Rates]]) -> None:
         print(json.dumps({"measured": measured, "metrics": "on" if is_on else "off", **line}), flush=True)
     for number, name in enumerate(("clock", "cpu")):
         found = [pair[True][number] / pair[False][number] for pair in pairs]
-        line = {"ratios": [round(ratio, 4) for ratio in found], "median": round(statistics.median(found), 4)}
+        error = statistics.stdev(found) / len(found) ** 0.5 if len(found) > 1 else 0.0
+        figures = {"median": statistics.median(found), "mean": statistics.mean(found), "standard_error": error}
+        line = {"ratios": [round(ratio, 4) for ratio in found], **{k: round(v, 4) for k, v in figures.items()}}
         print(json.dumps({"measured": measured, "by": name, **line}), flush=True)
 
 
@@ -152,17 +158,23 @@ def engine(args: argparse.Namespace) -> dict[str, float]:
 
 
 def http(args: argparse.Namespace) -> Iterator[tuple[bool, Rates]]:
+    for start in range(args.starts):
+        yield from one_start(args, start)
+
+
+def one_start(args: argparse.Namespace, start: int) -> Iterator[tuple[bool, Rates]]:
+    """A part of the pairs, on two new servers."""
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
-        servers = {is_on: server(args, Path(scratch), is_on=is_on) for is_on in (True, False)}
+        servers = {is_on: server(args, Path(scratch), is_on=is_on) for is_on in (start % 2 == 0, start % 2 == 1)}
         for each in servers.values():
             each.start(180)
             stack.callback(each.stop)
             measure(each, standard(), scale=0.5, seed=0)
             each.pause()
-        for number, is_on in enumerate(order(args.pairs)):
+        for number, is_on in enumerate(order(args.pairs // args.starts)):
             with servers[is_on].awake(True), scraped(servers[is_on].url if is_on else None):
                 cpu = cpu_s(servers[is_on])
-                record = measure(servers[is_on], standard(), scale=1.0, seed=1 + number // 2)
+                record = measure(servers[is_on], standard(), scale=args.scale, seed=1000 * start + 1 + number // 2)
                 cpu = cpu_s(servers[is_on]) - cpu
             if record["errors"]:
                 raise SystemExit(f"{record['errors']} requests failed: {record['error_messages']}")
