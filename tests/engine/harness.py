@@ -94,6 +94,15 @@ class Rig:
         self.tiers.close()
 
 
+def packer_of(wrapped: WrappedModel, keep: KeepAs) -> Callable[[Path], PackedAdapter]:
+    def packer(folder: Path) -> PackedAdapter:
+        adapter = adapter_format.read_trusted(folder, wrapped.modules)
+        dtype = keep.dtype_of(adapter)
+        return pack(adapter, wrapped.sites, dtype, has_scales=keep.has_scales(dtype))
+
+    return packer
+
+
 def build_rig(
     model: PreTrainedModel,
     adapters: Mapping[str, Path] | None = None,
@@ -127,18 +136,13 @@ def build_rig(
     memory = DeviceMemory(len(wrapped.modules), num_slots, torch.device("cpu"))
     folders = {f"id-{name}": folder for name, folder in (adapters or {}).items()}
 
-    def packer(folder: Path) -> PackedAdapter:
-        adapter = adapter_format.read_trusted(folder, wrapped.modules)
-        dtype = keep.dtype_of(adapter)
-        return pack(adapter, wrapped.sites, dtype, has_scales=keep.has_scales(dtype))
-
     loaded = threading.Event()
     tiers = AdapterTiers(
         book,
         memory,
         host_bytes=2**28,
         folder_of=lambda ref: folders[ref.id],
-        packer=packer,
+        packer=packer_of(wrapped, keep),
         on_change=loaded.set,
     )
     scheduler = Scheduler(
