@@ -76,7 +76,7 @@ def steps(engine: Engine, refs: Sequence[AdapterRef], point: Point, turn: int) -
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     settings = load_settings(
-        model=args.model, quantization=args.quantization, lora_dtype=args.lora_dtype, adapter_memory=6 * 2**30,
+        model=str(args.model), quantization=args.quantization, lora_dtype=args.lora_dtype, adapter_memory=6 * 2**30,
         max_slots=len(RANKS) * FLEET_SIZE, kv_cache_memory=2**30,
     )  # fmt: skip
     base = load_base(settings)
