@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--fleet", type=Path, required=True)
     parser.add_argument("--pairs", type=int, default=12, help="of http")
-    parser.add_argument("--starts", type=int, default=3, help="of the two servers of http")
+    parser.add_argument("--starts", type=int, default=2, help="of http's two servers; even: each is first as often")
     parser.add_argument("--scale", type=float, default=0.5, help="of a run of http: 1 is 64 requests")
     parser.add_argument("--steps", type=int, default=100, help="of engine, with and without each")
     parser.add_argument("--only", choices=["calls", "engine", "http"])

@@ -93,9 +93,9 @@ class Settings(BaseSettings):
     quantization: Literal["none", "int8"] = "none"
     """How the base's linears are kept; `int8` rounds them, and what they multiply, to 8 bits: faster, on CPUs only."""
     lora_dtype: Literal["auto", "bfloat16", "float16", "float32", "int8"] = "auto"
-    """Number format that adapters are kept in, in host memory and on the device. `auto` is the files' own where that is
-    narrower than `dtype`, which loses nothing, else `dtype`, or bfloat16 beside an int8 base. Narrower formats take
-    less memory and, with the C++ kernels, less time; `int8` rounds, with a scale for each rank of each matrix."""
+    """Number format that adapters are kept in, in host memory and on the device. `auto` is `dtype`, beside an int8 base
+    bfloat16 in place of float32, and with the C++ kernels the files' own where that is narrower, which loses nothing.
+    Narrower formats take less memory and, with the C++ kernels, less time; `int8` rounds, a scale for each rank."""
     max_model_len: int | None = Field(default=None, ge=16)
     """Longest sequence, prompt and answer together, in tokens; unset: the model's own limit (of a LongRoPE model its
     original context, since one longer sequence would change the answers of all others in its batch)."""
