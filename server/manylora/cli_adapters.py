@@ -25,7 +25,11 @@ from manylora.cli_client import (
     table,
 )
 
-app = typer.Typer(no_args_is_help=True, help="Upload, list, promote, pin, delete and check adapters.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Upload, list, promote, pin, delete and check adapters.",
+    epilog="Asks the server at MANYLORA_URL (http://127.0.0.1:8000 unless set) with the key in MANYLORA_KEY.",
+)
 
 AsJson = Annotated[bool, typer.Option("--json", help="JSON for scripts instead of a table.")]
 OfTenant = Annotated[str | None, typer.Option("--tenant", help="Another tenant's, with an admin key.")]
