@@ -8,13 +8,14 @@ TORCH_INDEX ?=
 BUILD_INPUTS := pyproject.toml setup.py $(wildcard server/manylora/csrc/*)
 ARGS ?=
 
-.PHONY: help serve test check quick format docs clean distclean
+.PHONY: help serve test emulated check quick format docs clean distclean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make serve    install what is needed, fetch the default model, serve it with adapters/ on port 8000"
 	@echo "              (more flags: make serve ARGS='--port 9000 --max-num-seqs 32')"
 	@echo "make test     install what is needed, then check and all tests"
+	@echo "make emulated the kernels' tests on the CPU paths that this machine lacks"
 	@echo "make quick    the tests that take seconds"
 	@echo "make check    linter, formatting, types"
 	@echo "make format   put the code into its format"
@@ -26,6 +27,11 @@ serve: $(VENV)/.runtime
 
 test: check
 	$(BIN)/python -m pytest $(ARGS)
+
+# Another build of the extension, in which AVX2 stands in for AVX512 and VNNI; see csrc/emulate.h.
+emulated: $(VENV)/.dev
+	MANYLORA_EMULATE=1 $(BIN)/python setup.py -q build --build-lib build/emulated/lib --build-temp build/emulated/temp
+	PYTHONPATH=build/emulated/lib $(BIN)/python -m pytest tests/kernels $(ARGS)
 
 quick: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)

@@ -24,6 +24,12 @@ bool has_avx512_bf16() { return false; }
 #endif
 bool always() { return true; }
 
+#if ML_EMULATE
+constexpr bool kEmulates = true;  // a path that the CPU lacks runs on AVX2, for tests: see emulate.h
+#else
+constexpr bool kEmulates = false;
+#endif
+
 struct Path {
   const Kernels* (*table)();
   bool (*is_supported)();
@@ -34,9 +40,11 @@ constexpr Path kPaths[] = {  // best first
 };
 
 const Kernels* find(const char* name) {
+  bool is_auto = !std::strcmp(name, "auto");
   for (const Path& path : kPaths) {
     const Kernels* table = path.table();
-    if (table && path.is_supported() && (!std::strcmp(name, "auto") || !std::strcmp(name, table->name))) return table;
+    if (!table || (!is_auto && std::strcmp(name, table->name))) continue;
+    if (path.is_supported() || (kEmulates && !is_auto && has_avx2())) return table;
   }
   return nullptr;
 }

@@ -14,4 +14,7 @@
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define ML_HAS_TARGET_PRAGMA 1
 #include <immintrin.h>
+#if ML_EMULATE
+#include "emulate.h"
+#endif
 #endif
