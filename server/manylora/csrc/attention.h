@@ -8,7 +8,9 @@ constexpr int64_t kKeysPerBlock = 64;
 constexpr int64_t kRowsPerTask = 64;
 constexpr int64_t kKeysPerSplit = 1024;  // decode: longer contexts are read by several tasks, whose results are merged
 constexpr int64_t kMaxSplitRows = 64;    // more rows than this are enough work without splitting
-constexpr int kScoreVectors = W == 16 ? 4 : 2;
+// Vectors of keys, or of a value, beside R rows: as many as there are registers for.
+template <int R>
+constexpr int kTileVectors = W == 16 || R <= 3 ? 4 : 2;
 
 struct AttentionTask {
   int64_t sequence, kv_head, first_query, num_queries, first_key, last_key;
@@ -59,24 +61,25 @@ struct Attention {
     return {reinterpret_cast<vu*>(parts[0]), reinterpret_cast<uint32_t*>(parts[1]), parts[2], parts[3], parts[4], parts[5]};
   }
 
-  // Where the task's keys and values from `begin` on lie; the memory is asked for them, as the CPU cannot foresee the
-  // block table.
+  // Where the task's keys and values from `begin` on lie.
   void find_entries(const AttentionTask& task, int64_t begin, KeyBlock<T>& block) const {
     const int32_t* table = args.block_tables + task.sequence * args.block_table_stride;
     block.count = std::min(kKeysPerBlock, task.last_key - begin);
-    int64_t entry_bytes = args.head_dim * sizeof(T), page = begin / args.block_size, offset = begin % args.block_size;
+    int64_t page = begin / args.block_size, offset = begin % args.block_size;
     for (int64_t i = 0; i < block.count; ++i) {
       block.keys[i] = cache_entry<const T>(args.k_cache, table[page], task.kv_head, offset);
       block.values[i] = cache_entry<const T>(args.v_cache, table[page], task.kv_head, offset);
-      for (int64_t byte = 0; byte < entry_bytes; byte += 64) {
-        __builtin_prefetch(reinterpret_cast<const char*>(block.keys[i]) + byte);
-        __builtin_prefetch(reinterpret_cast<const char*>(block.values[i]) + byte);
-      }
       if (++offset == args.block_size) {
         offset = 0;
         ++page;
       }
     }
+  }
+  // Asks the memory for entries [begin, end), as the CPU cannot foresee the block table. A few at a time, between what is
+  // computed: the CPU waits when it is asked for more than it can have under way.
+  ML_INLINE void ask_for(const T* const* entries, int64_t begin, int64_t end) const {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t at = 0; at < args.head_dim; at += kLineBytes / int64_t(sizeof(T))) __builtin_prefetch(entries[i] + at);
   }
   // Blocks begin at multiples of their size, so that a row's sums do not depend on how queries are cut into tasks.
   static int64_t first_block(const AttentionTask& task) { return task.first_key / kKeysPerBlock * kKeysPerBlock; }
@@ -93,26 +96,31 @@ struct Attention {
     }
   }
 
-  void pack_keys(const T* const* keys, int64_t count, vu* packed) const {
+  void pack_keys(const KeyBlock<T>& block, const KeyBlock<T>& next, vu* packed) const {
+    const T* const* keys = block.keys;
+    int64_t count = block.count;
     for (int64_t first = 0; first < count; first += W) {
+      ask_for(next.keys, std::min(first, next.count), std::min(first + W, next.count));
       for (int64_t lane = 0; lane < padded_lanes; lane += W) {
         int64_t offset = lane * L::per_lane, width = std::min<int64_t>(W * L::per_lane, args.head_dim - offset);
-        vu block[W];
+        vu square[W];
         for (int i = 0; i < W; ++i) {
           bool present = first + i < count;
-          block[i] = !present ? vu{} : width == W * L::per_lane ? L::load_lanes(keys[first + i] + offset)
-                                                                 : L::load_lanes(keys[first + i] + offset, width);
+          square[i] = !present ? vu{} : width == W * L::per_lane ? L::load_lanes(keys[first + i] + offset)
+                                                                  : L::load_lanes(keys[first + i] + offset, width);
         }
-        transpose(block);
-        for (int i = 0; i < W; ++i) packed[((lane + i) * kKeysPerBlock + first) / W] = block[i];
+        transpose(square);
+        for (int i = 0; i < W; ++i) packed[((lane + i) * kKeysPerBlock + first) / W] = square[i];
       }
     }
+    ask_for(next.keys, std::min(count, next.count), next.count);
   }
 
   template <int R>
   void score_tile(const AttentionBuffers& at, int64_t row, int64_t count) const {
-    for (int64_t first = 0; first < count; first += W * kScoreVectors) {
-      vf scores[R][kScoreVectors] = {};
+    constexpr int NV = kTileVectors<R>;
+    for (int64_t first = 0; first < count; first += W * NV) {
+      vf scores[R][NV] = {};
       const uint32_t* q = at.queries + row * padded_lanes;
       for (int64_t lane = 0; lane < head_lanes; ++lane) {
         const vu* keys = at.packed_keys + (lane * kKeysPerBlock + first) / W;
@@ -120,11 +128,11 @@ struct Attention {
         for (int r = 0; r < R; ++r) {
           vu query = q[r * padded_lanes + lane] - vu{};
 #pragma GCC unroll 8
-          for (int v = 0; v < kScoreVectors; ++v) scores[r][v] = L::multiply_add(scores[r][v], query, keys[v]);
+          for (int v = 0; v < NV; ++v) scores[r][v] = L::multiply_add(scores[r][v], query, keys[v]);
         }
       }
       for (int r = 0; r < R; ++r)
-        for (int v = 0; v < kScoreVectors; ++v) store(at.weights + (row + r) * kKeysPerBlock + first + v * W, scores[r][v]);
+        for (int v = 0; v < NV; ++v) store(at.weights + (row + r) * kKeysPerBlock + first + v * W, scores[r][v]);
     }
   }
 
@@ -161,17 +169,20 @@ struct Attention {
   // sums += weights * values for R rows and NV vectors of the head, the last one with `width` elements.
   template <int R, int NV>
   ML_INLINE void value_tile(const AttentionBuffers& at, const T* const* values, int64_t row, int64_t begin,
-                            int64_t end, int64_t d, int64_t width) const {
+                            int64_t end, int64_t d, int64_t width, const KeyBlock<T>* next) const {
+    const float* weights = at.weights + row * kKeysPerBlock;
     vf sums[R][NV];
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < NV; ++v) sums[r][v] = load(at.sums + (row + r) * padded_dim + d + v * W);
     for (int64_t key = begin; key < end; ++key) {
+      if (next) ask_for(next->values, key, std::min(key + 1, next->count));
+      const T* at_key = values[key] + d;
       vf value[NV];
-      for (int v = 0; v < NV; ++v)
-        value[v] = width == W ? load(values[key] + d + v * W) : load(values[key] + d + v * W, width);
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) value[v] = width == W ? load(at_key + v * W) : load(at_key + v * W, width);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        vf weight = splat(at.weights[(row + r) * kKeysPerBlock + key]);
+        vf weight = splat(weights[r * kKeysPerBlock + key]);
 #pragma GCC unroll 8
         for (int v = 0; v < NV; ++v) sums[r][v] = weight * value[v] + sums[r][v];
       }
@@ -181,39 +192,45 @@ struct Attention {
   }
 
   template <int R>
-  void add_values(const AttentionBuffers& at, const T* const* values, int64_t row, int64_t begin, int64_t end) const {
-    constexpr int NV = kScoreVectors;
+  void add_values(const AttentionBuffers& at, const T* const* values, int64_t row, int64_t begin, int64_t end,
+                  const KeyBlock<T>* next) const {
+    constexpr int NV = kTileVectors<R>;
     int64_t d = 0;
-    for (; d + NV * W <= args.head_dim; d += NV * W) value_tile<R, NV>(at, values, row, begin, end, d, W);
-    for (; d < args.head_dim; d += W) value_tile<R, 1>(at, values, row, begin, end, d, std::min<int64_t>(W, args.head_dim - d));
+    for (; d + NV * W <= args.head_dim; d += NV * W, next = nullptr)
+      value_tile<R, NV>(at, values, row, begin, end, d, W, next);
+    for (; d < args.head_dim; d += W, next = nullptr)
+      value_tile<R, 1>(at, values, row, begin, end, d, std::min<int64_t>(W, args.head_dim - d), next);
   }
 
-  // Rows [row, row + R) against the block of keys [block, block + count).
+  // Rows [row, row + R) against the block, whose first key is `first`; asks for the values of `next`, if it is not null.
   template <int R>
-  void attend_tile(const AttentionTask& task, const AttentionBuffers& at, const T* const* values, int64_t row,
-                   int64_t block, int64_t count) const {
+  void attend_tile(const AttentionTask& task, const AttentionBuffers& at, int64_t row, int64_t first,
+                   const KeyBlock<T>& block, const KeyBlock<T>* next) const {
+    int64_t count = block.count;
     score_tile<R>(at, row, count);
     int64_t begin = count, end = 0;
     for (int r = 0; r < R; ++r) {
       int64_t query = task.first_query + (row + r) / group;
-      int64_t row_begin = std::clamp<int64_t>(first_key(task.sequence, query) - block, 0, count);
-      int64_t row_end = std::clamp<int64_t>(last_key(task.sequence, query) - block, 0, count);
+      int64_t row_begin = std::clamp<int64_t>(first_key(task.sequence, query) - first, 0, count);
+      int64_t row_end = std::clamp<int64_t>(last_key(task.sequence, query) - first, 0, count);
       soften(at, row + r, row_begin, row_end);
       if (row_begin >= row_end) continue;
       begin = std::min(begin, row_begin);
       end = std::max(end, row_end);
     }
-    if (begin < end) add_values<R>(at, values, row, begin, end);
+    if (begin < end) add_values<R>(at, block.values, row, begin, end, next);
   }
 
   void attend_block(const AttentionTask& task, const AttentionBuffers& at, const KeyBlock<T>& block, int64_t first,
-                    int64_t rows) const {
-    pack_keys(block.keys, block.count, at.packed_keys);
+                    int64_t rows, const KeyBlock<T>& next) const {
+    pack_keys(block, next, at.packed_keys);
+    const KeyBlock<T>* wanted = &next;
     int64_t row = 0;
-    for (; row + 4 <= rows; row += 4) attend_tile<4>(task, at, block.values, row, first, block.count);
-    if (rows - row == 3) attend_tile<3>(task, at, block.values, row, first, block.count);
-    if (rows - row == 2) attend_tile<2>(task, at, block.values, row, first, block.count);
-    if (rows - row == 1) attend_tile<1>(task, at, block.values, row, first, block.count);
+    for (; row + 4 <= rows; row += 4, wanted = nullptr) attend_tile<4>(task, at, row, first, block, wanted);
+    if (rows - row == 3) attend_tile<3>(task, at, row, first, block, wanted);
+    if (rows - row == 2) attend_tile<2>(task, at, row, first, block, wanted);
+    if (rows - row == 1) attend_tile<1>(task, at, row, first, block, wanted);
+    ask_for(next.values, std::min(block.count, next.count), next.count);
   }
 
   void run(const AttentionTask& task, const AttentionTask* next_task, float* partials) const {
@@ -226,11 +243,12 @@ struct Attention {
     KeyBlock<T> blocks[2];
     find_entries(task, first_block(task), blocks[0]);
     for (int64_t first = first_block(task), i = 0; first < task.last_key; first += kKeysPerBlock, i ^= 1) {
+      blocks[i ^ 1].count = 0;
       if (first + kKeysPerBlock < task.last_key)
         find_entries(task, first + kKeysPerBlock, blocks[i ^ 1]);
       else if (next_task)
         find_entries(*next_task, first_block(*next_task), blocks[i ^ 1]);
-      attend_block(task, at, blocks[i], first, rows);
+      attend_block(task, at, blocks[i], first, rows, blocks[i ^ 1]);
     }
     for (int64_t row = 0; row < rows; ++row) {
       const float* sums = at.sums + row * padded_dim;

@@ -253,7 +253,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& packed, const Tensor& scales, 
     TORCH_CHECK_VALUE(bias->numel() == out_features, "bias must have one entry per output");
   }
   Tensor out = at::empty({x.size(0), out_features}, x.options());
-  Tensor quantised = at::empty({x.size(0), packed.size(1) * kInt8Depth}, x.options().dtype(at::kByte));
+  Tensor quantised = at::empty({x.size(0), packed.size(1) * kInt8Depth}, x.options().dtype(at::kShort));
   Tensor row_scales = at::empty({x.size(0), num_groups}, scales.options());
   Int8LinearArgs args{};
   args.dtype = dtype_of(x);
@@ -263,7 +263,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& packed, const Tensor& scales, 
   args.scales = scales.const_data_ptr<float>();
   args.group_sums = group_sums.const_data_ptr<int32_t>();
   args.bias = bias ? bias->const_data_ptr<float>() : nullptr;
-  args.quantised = quantised.data_ptr<uint8_t>();
+  args.quantised = quantised.data_ptr();
   args.row_scales = row_scales.data_ptr<float>();
   args.num_rows = x.size(0);
   args.in_features = in_features;

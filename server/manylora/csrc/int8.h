@@ -1,35 +1,37 @@
 // int8_linear: x is quantised to 8 bits, one scale per row and group of inputs, and multiplied with weights of one scale
-// per output. The bytes of x are stored with 128 added, as the instructions want one side unsigned; the group's sum of
-// weights, times 128, is taken off again before the group's products are scaled.
+// per output; a group's products are summed as integers and then scaled. How a tile of rows and outputs is multiplied is
+// in int8_bytes.h and int8_pairs.h, one of which a path includes:
+//   kInt8TileRows                      the most rows of a tile
+//   with_int8_strip_width(rows, f)     calls f with the outputs of a tile, `rows` being those of the tallest one
+//   int8_tile<R, Width>(tile)          adds the tile's products, scaled, to its sums
 
-typedef uint8_t vb __attribute__((vector_size(W)));
-
-// Adds to each 32-bit lane the products of its four unsigned bytes with the four signed ones.
-ML_INLINE vi byte_products(vi sums, vi unsigned_bytes, vi signed_bytes) {
-#if ML_HAS_AVX512
-  return (vi)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)unsigned_bytes, (__m512i)signed_bytes);
-#elif ML_HAS_VNNI
-  return (vi)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)unsigned_bytes, (__m256i)signed_bytes);
-#elif ML_HAS_AVX2
-  __m256i u = (__m256i)unsigned_bytes, s = (__m256i)signed_bytes;
-  __m256i even = _mm256_madd_epi16(_mm256_and_si256(u, _mm256_set1_epi16(0xff)), _mm256_srai_epi16(_mm256_slli_epi16(s, 8), 8));
-  __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(u, 8), _mm256_srai_epi16(s, 8));
-  return sums + (vi)even + (vi)odd;
+// What an input is kept as, and what stands for 0.
+#if ML_HAS_VNNI
+using Quantised = uint8_t;
+constexpr int32_t kQuantisedZero = 128;
 #else
-  for (int byte = 0; byte < 4; ++byte)
-    sums += ((unsigned_bytes >> (8 * byte)) & 255) * ((signed_bytes << (24 - 8 * byte)) >> 24);
-  return sums;
+using Quantised = int16_t;
+constexpr int32_t kQuantisedZero = 0;
 #endif
-}
 
-ML_INLINE void store_bytes(uint8_t* to, vi lanes, int64_t count) {
-#if ML_HAS_AVX512
-  vb bytes = (vb)_mm512_cvtepi32_epi8((__m512i)lanes);
+// R rows times a strip of the panel, for one group of inputs.
+struct Int8Tile {
+  const Quantised* x;         // the group's first input of the first row
+  int64_t x_stride;           // elements from row to row
+  const int8_t* weights;      // of the strip; a step of 4 inputs lies kPanelWidth * 4 bytes behind the one before
+  int64_t num_steps;
+  const int32_t* group_sums;  // of the strip
+  const float* row_scales;
+  int64_t scale_stride;
+  float* sums;                // [R, kPanelWidth], at the strip
+  const int8_t* ahead;        // what is read after this group, to be asked for on the way; null for all but one tile
+};
+
+#if ML_HAS_VNNI
+#include "int8_bytes.h"
 #else
-  vb bytes = __builtin_convertvector(lanes, vb);
+#include "int8_pairs.h"
 #endif
-  __builtin_memcpy(to, &bytes, count);
-}
 
 struct Int8Shape {
   int64_t num_groups, padded_in, padded_out;
@@ -39,10 +41,20 @@ struct Int8Shape {
         padded_out((args.out_features + kPanelWidth - 1) / kPanelWidth * kPanelWidth) {}
 };
 
+ML_INLINE void store_quantised(Quantised* to, vi lanes, int64_t count) {
+#if ML_HAS_AVX512
+  auto narrow = _mm512_cvtepi32_epi8((__m512i)lanes);
+#else
+  typedef Quantised Narrow __attribute__((vector_size(W * sizeof(Quantised))));
+  auto narrow = __builtin_convertvector(lanes, Narrow);
+#endif
+  __builtin_memcpy(to, &narrow, count * sizeof(Quantised));
+}
+
 template <class T>
 void quantise_row(const Int8LinearArgs& args, const Int8Shape& shape, int64_t row) {
   const T* x = static_cast<const T*>(args.x.data) + row * args.x.stride;
-  uint8_t* quantised = args.quantised + row * shape.padded_in;
+  Quantised* quantised = static_cast<Quantised*>(args.quantised) + row * shape.padded_in;
   for (int64_t group = 0; group < shape.num_groups; ++group) {
     int64_t first = group * args.group_size, size = std::min(args.group_size, args.in_features - first);
     vf largest = {}, spoiled = {};  // NaN and infinity would be lost in the bytes, so they spoil the scale
@@ -56,70 +68,60 @@ void quantise_row(const Int8LinearArgs& args, const Int8Shape& shape, int64_t ro
     float steps = range > 0 ? 127 / range : 0;
     for_vectors(size, [&](int64_t i, auto count) {
       vf rounded = (load(x + first + i, count) * steps + 12582912.f) - 12582912.f;
-      store_bytes(quantised + first + i, __builtin_convertvector(rounded, vi) + 128, count);
+      store_quantised(quantised + first + i, __builtin_convertvector(rounded, vi) + kQuantisedZero, count);
     });
   }
-  std::memset(quantised + args.in_features, 128, shape.padded_in - args.in_features);
+  std::fill_n(quantised + args.in_features, shape.padded_in - args.in_features, Quantised(kQuantisedZero));
 }
 
-// sums += scale * (products of the group) for R rows and NV vectors of the panel.
-template <int R, int NV>
-ML_INLINE void int8_tile(const Int8LinearArgs& args, const Int8Shape& shape, const int8_t* panel, int64_t group,
-                         const int32_t* group_sums, int64_t row, float* sums) {
-  int64_t begin = group * args.group_size;
-  int64_t end = std::min(begin + args.group_size, shape.padded_in);
-  const uint8_t* x = args.quantised + row * shape.padded_in;
-  vi products[R][NV];
-#pragma GCC unroll 4
-  for (int v = 0; v < NV; ++v) {
-    vi offset = load_bits<vi>(group_sums + v * W) * -128;
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) products[r][v] = offset;
-  }
-  for (int64_t k = begin; k < end; k += kInt8Depth) {
-    vi weights[NV];
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) weights[v] = load_bits<vi>(panel + k * kPanelWidth + v * W * kInt8Depth);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      int32_t four;
-      __builtin_memcpy(&four, x + r * shape.padded_in + k, sizeof four);
-      vi bytes = four - vi{};
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) products[r][v] = byte_products(products[r][v], bytes, weights[v]);
-    }
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) {
-    vf scale = splat(args.row_scales[(row + r) * shape.num_groups + group]);
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) {
-      float* at = sums + r * kPanelWidth + v * W;
-      store(at, __builtin_convertvector(products[r][v], vf) * scale + load(at));
+// The products of rows [begin, end) with one group of the panel, a strip of `Width` outputs at a time.
+template <int Width>
+void int8_group(const Int8LinearArgs& args, const Int8Shape& shape, int64_t panel, int64_t group, int64_t begin,
+                int64_t end, const int8_t* ahead, float* sums) {
+  int64_t tiles = (end - begin + kInt8TileRows - 1) / kInt8TileRows, input = group * args.group_size;
+  int64_t width = std::min(kPanelWidth, args.out_features - panel * kPanelWidth);
+  Int8Tile tile{};
+  tile.x_stride = shape.padded_in;
+  tile.num_steps = (std::min(args.group_size, shape.padded_in - input) + kInt8Depth - 1) / kInt8Depth;
+  tile.scale_stride = shape.num_groups;
+  for (int64_t column = 0; column < width; column += Width) {
+    tile.weights = args.packed + panel * kPanelWidth * shape.padded_in + input * kPanelWidth + column * kInt8Depth;
+    tile.group_sums = args.group_sums + group * shape.padded_out + panel * kPanelWidth + column;
+    for (int64_t i = 0, row = begin; i < tiles; ++i) {
+      int64_t rows = (end - row) / (tiles - i);  // as even as can be: a tile of one row is slow
+      tile.x = static_cast<const Quantised*>(args.quantised) + row * shape.padded_in + input;
+      tile.row_scales = args.row_scales + row * shape.num_groups + group;
+      tile.sums = sums + (row - begin) * kPanelWidth + column;
+      tile.ahead = i == 0 && ahead ? ahead + column * kInt8Depth : nullptr;
+      if (rows == 1) int8_tile<1, Width>(tile);
+      if (rows == 2) int8_tile<2, Width>(tile);
+      if (rows == 3) int8_tile<3, Width>(tile);
+      if (rows == 4) int8_tile<4, Width>(tile);
+      if constexpr (kInt8TileRows > 4) {
+        if (rows == 5) int8_tile<5, Width>(tile);
+        if (rows == 6) int8_tile<6, Width>(tile);
+      }
+      row += rows;
     }
   }
 }
 
-// One panel of 64 outputs for rows [begin, end).
+// One panel of 64 outputs for rows [begin, end); `next` is the panel that the thread takes after it.
 template <class T>
-void int8_panel(const Int8LinearArgs& args, const Int8Shape& shape, int64_t panel, int64_t begin, int64_t end) {
-  constexpr int NV = W == 16 ? 4 : 2;
-  constexpr int64_t strip = NV * W;
+void int8_panel(const Int8LinearArgs& args, const Int8Shape& shape, int64_t panel, int64_t next, int64_t begin,
+                int64_t end) {
   int64_t first = panel * kPanelWidth, width = std::min(kPanelWidth, args.out_features - first);
+  int64_t tiles = (end - begin + kInt8TileRows - 1) / kInt8TileRows, tallest = (end - begin + tiles - 1) / tiles;
   float* sums = static_cast<float*>(scratch((end - begin) * kPanelWidth * sizeof(float)));
   std::fill_n(sums, (end - begin) * kPanelWidth, 0.f);
-  const int8_t* weights = args.packed + first * shape.padded_in;
   for (int64_t group = 0; group < shape.num_groups; ++group) {
-    for (int64_t column = 0; column < width; column += strip) {
-      const int8_t* at = weights + column * kInt8Depth;
-      const int32_t* group_sums = args.group_sums + group * shape.padded_out + first + column;
-      float* to = sums + column;
-      int64_t row = begin;
-      for (; row + 4 <= end; row += 4, to += 4 * kPanelWidth) int8_tile<4, NV>(args, shape, at, group, group_sums, row, to);
-      if (end - row == 3) int8_tile<3, NV>(args, shape, at, group, group_sums, row, to);
-      if (end - row == 2) int8_tile<2, NV>(args, shape, at, group, group_sums, row, to);
-      if (end - row == 1) int8_tile<1, NV>(args, shape, at, group, group_sums, row, to);
-    }
+    const int8_t* ahead = nullptr;
+    if (group + 1 < shape.num_groups)
+      ahead = args.packed + panel * kPanelWidth * shape.padded_in + (group + 1) * args.group_size * kPanelWidth;
+    else if (next * kPanelWidth < shape.padded_out)
+      ahead = args.packed + next * kPanelWidth * shape.padded_in;
+    auto run = [&](auto width) { int8_group<width>(args, shape, panel, group, begin, end, ahead, sums); };
+    with_int8_strip_width(tallest, run);
   }
   for (int64_t row = begin; row < end; ++row) {
     T* out = static_cast<T*>(args.out.data) + row * args.out.stride + first;
@@ -143,9 +145,9 @@ void int8_linear(const Int8LinearArgs& args) {
   with_dtype(args.dtype, [&](auto type) {
     using T = decltype(type);
     for_rows(args.num_rows, args.in_features, [&](int64_t row) { quantise_row<T>(args, shape, row); });
-    parallel(num_panels * num_chunks, threads, [&](int64_t task, int64_t) {
-      int64_t begin = task % num_chunks * rows_per_task;
-      int8_panel<T>(args, shape, task / num_chunks, begin, std::min(args.num_rows, begin + rows_per_task));
+    parallel(num_panels * num_chunks, threads, [&](int64_t task, int64_t next) {
+      int64_t begin = task % num_chunks * rows_per_task, end = std::min(args.num_rows, begin + rows_per_task);
+      int8_panel<T>(args, shape, task / num_chunks, next / num_chunks, begin, end);
     });
   });
 }

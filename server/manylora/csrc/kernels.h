@@ -114,7 +114,7 @@ struct Int8LinearArgs {
   const float* scales;       // [N]
   const int32_t* group_sums; // [num_groups, N rounded up to 64]: sum of the group's weights per channel
   const float* bias;         // [N] or null
-  uint8_t* quantised;        // scratch [num_rows, K rounded up to 4]: x in steps of its group's scale, plus 128
+  void* quantised;           // scratch [num_rows, K rounded up to 4] of 2 bytes: x in steps of its group's scale
   float* row_scales;         // scratch [num_rows, num_groups]
   int64_t num_rows, in_features, out_features, group_size;
 };

@@ -155,17 +155,27 @@ def _decode(
     options: AttentionOptions,
 ) -> torch.Tensor:
     n, heads, dim = q.shape
-    k = keys[tables].transpose(1, 2).flatten(2, 3)  # [n, KVH, L, D]
-    v = values[tables].transpose(1, 2).flatten(2, 3)
+    num_kv = keys.shape[1]
+    # Small matmuls in 16 bits are slow on CPUs; there keys and values are widened once they are gathered.
+    wide = torch.float32 if q.device.type == "cpu" else q.dtype
+    entries = (tables[:, None] * num_kv + torch.arange(num_kv, device=q.device)[:, None]).flatten()
+
+    def gather(cache: torch.Tensor) -> torch.Tensor:
+        """[n, KVH, L, D], a copy."""
+        return cache.flatten(2).flatten(0, 1).index_select(0, entries).view(n, num_kv, -1, dim).to(wide)
+
+    k, v = gather(keys), gather(values)
     position = torch.arange(k.shape[2], device=q.device)
     allowed = position < lens[:, None]
     if options.window:
         allowed &= position >= lens[:, None] - options.window
-    grouped = q.view(n, k.shape[1], -1, dim)
+    grouped = q.reshape(n, num_kv, -1, dim).to(wide)
     weights = _softmax(grouped @ k.transpose(2, 3), allowed[:, None, None], options)
-    # Behind a sequence's end the blocks hold what others left there, and 0 * NaN is NaN.
-    v = v.contiguous().masked_fill_(~allowed[:, None, :, None], 0)
-    return (weights.to(v.dtype) @ v).reshape(n, heads, dim)
+    # Behind a sequence's end the blocks hold what others left there, and 0 * NaN is NaN. Indices, as a mask would make
+    # torch go over all of v.
+    unseen = (~allowed).nonzero(as_tuple=True)
+    v.transpose(1, 2)[unseen] = 0
+    return (weights.to(wide) @ v).reshape(n, heads, dim).to(q.dtype)
 
 
 def prefill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: AttentionOptions) -> torch.Tensor:

@@ -52,24 +52,35 @@ class TorchPlan(LoraPlan):
         self._slabs = [_slab_rows(memory.slabs[slab], segments) for slab, segments in by_slab.items()]
 
     def add_(self, out: torch.Tensor, x: torch.Tensor, group: SiteGroup) -> None:
+        wide = _wide(x)
         for part in self._slabs:
-            for member, site in enumerate(group.sites):
-                extent = part.slab.layout.extents.get(site)
-                if extent is None:
-                    continue
+            extents = part.slab.layout.extents
+            members = [(m, extents[site]) for m, site in enumerate(group.sites) if site in extents]
+            if not members:
+                continue
+            gathered = wide.index_select(0, part.index).view(part.high - part.low, part.width, x.shape[1])
+            large = [(place, mine, wide[mine]) for place, mine in part.large]
+            for member, extent in members:
                 columns = out[:, group.offsets[member] : group.offsets[member + 1]]
                 if part.high > part.low:
-                    a, b = _weights(part.slab, extent, slice(part.low, part.high), x.dtype)
-                    gathered = x.index_select(0, part.index).view(part.high - part.low, part.width, -1)
-                    hidden = torch.bmm(gathered, a.transpose(1, 2))
-                    delta = torch.bmm(hidden, b).flatten(0, 1)
+                    a, b = _weights(part.slab, extent, slice(part.low, part.high), wide.dtype)
+                    delta = torch.bmm(torch.bmm(gathered, a.transpose(1, 2)), b).flatten(0, 1)
                     _add_rows(columns, part.targets, delta if part.kept is None else delta[part.kept])
-                for place, mine in part.large:
-                    a, b = _weights(part.slab, extent, slice(place, place + 1), x.dtype)
-                    _add_rows(columns, mine, (x[mine] @ a[0].T) @ b[0])
+                for place, mine, rows in large:
+                    a, b = _weights(part.slab, extent, slice(place, place + 1), wide.dtype)
+                    _add_rows(columns, mine, (rows @ a[0].T) @ b[0])
 
     def add_embedding_(self, out: torch.Tensor, token_ids: torch.Tensor, site: int) -> None:
         add_embedding_(out, token_ids, site, self.rows, self._memory)
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """The inputs in the dtype that the deltas are made in.
+
+    On a CPU that is float32: a batched matmul of single rows in bfloat16 takes several times as long as widening the
+    weights, a few of which are in the cache by then, and multiplying them in float32.
+    """
+    return x.float() if x.device.type == "cpu" else x
 
 
 def _weights(slab: Slab, extent: Extent, places: slice, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,8 +92,11 @@ def _weights(slab: Slab, extent: Extent, places: slice, dtype: torch.dtype) -> t
 
 
 def _add_rows(out: torch.Tensor, rows: torch.Tensor, delta: torch.Tensor) -> None:
-    """out[rows] += delta for rows that are all different: several times faster than `index_add_`."""
-    out.index_copy_(0, rows, out.index_select(0, rows).add_(delta))
+    """out[rows] += delta for rows that are all different: several times faster than `index_add_`.
+
+    Where delta is wider than out, the sum is rounded once.
+    """
+    out.index_copy_(0, rows, (out.index_select(0, rows) + delta).to(out.dtype))
 
 
 def _slab_rows(slab: Slab, segments: list[tuple[int, np.ndarray]]) -> _SlabRows:
