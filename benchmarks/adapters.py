@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, outside a
 
 from benchmarks.compare import BASE_NAME, measure
 from benchmarks.registered import register_fleet, register_small
-from benchmarks.servers import Server, free_port
+from benchmarks.servers import Server, end_on_sigterm, free_port
 from benchmarks.streams import Upload, complete, run_streams
 from benchmarks.workloads import Workload
 from loadtest.fleet import make_fleet
@@ -223,6 +223,7 @@ async def _timed(work: Any) -> float:
 
 
 def main() -> None:
+    end_on_sigterm()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["upload", "slots", "zipf", "scale"])
     parser.add_argument("--model", type=Path, required=True, help="the base, a Hugging Face folder with safetensors")

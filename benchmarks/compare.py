@@ -25,7 +25,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, outside an installed checkout
 
-from benchmarks.servers import Server, fill_in, free_port
+from benchmarks.servers import Server, end_on_sigterm, fill_in, free_port
 from benchmarks.workloads import EQUAL_PATTERN, FLEET_SIZE, MIXED_PATTERN, MIXED_RANKS, Workload, comparison
 from loadtest.fleet import make_fleet
 from loadtest.machine import machine
@@ -40,6 +40,7 @@ MANYLORA = (
 
 
 def main() -> None:
+    end_on_sigterm()
     args = _arguments()
     args.out.mkdir(parents=True, exist_ok=True)
     folders = make_fleet(args.model, args.out / "fleet", FLEET_SIZE, [16], pattern=EQUAL_PATTERN)

@@ -29,7 +29,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, outside an installed checkout
 
 from benchmarks.compare import BASE_NAME, measure
-from benchmarks.servers import Server, fill_in, free_port
+from benchmarks.servers import Server, end_on_sigterm, fill_in, free_port
 from benchmarks.steps import Folders, load_all, sequence
 from benchmarks.workloads import EQUAL_PATTERN, FLEET_SIZE, OUTPUT_TOKENS, standard
 from loadtest.fleet import make_fleet
@@ -47,6 +47,7 @@ Rates = tuple[float, float]  # output tokens per second, and per second of proce
 
 
 def main() -> None:
+    end_on_sigterm()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--fleet", type=Path, required=True)

@@ -6,6 +6,7 @@ import shlex
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -13,11 +14,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["Server", "ServerDied", "fill_in", "free_port"]
+__all__ = ["Server", "ServerDied", "end_on_sigterm", "fill_in", "free_port"]
 
 
 class ServerDied(Exception):
     """A server ended or did not become ready; the message has the end of its log."""
+
+
+def end_on_sigterm() -> None:
+    """Let SIGTERM unwind the program like an exception, so that it stops its servers, which a pause makes deaf."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def free_port() -> int:

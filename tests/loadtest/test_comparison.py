@@ -1,5 +1,8 @@
 """What `benchmarks/compare.py` counts and how it starts servers; the measuring itself is the load test's."""
 
+import signal
+import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -77,3 +80,35 @@ def test_server_that_ends_shows_its_log(tmp_path: Path) -> None:
     server = Server("broken", [sys.executable, "-c", "raise SystemExit('no model')"], "http://x", tmp_path / "log", "/")
     with pytest.raises(ServerDied, match="no model"):
         server.start(60)
+
+
+_PAUSED = """
+import sys, time
+from pathlib import Path
+from benchmarks.servers import Server, end_on_sigterm, free_port
+
+end_on_sigterm()
+port = free_port()
+command = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1"]
+server = Server("paused", command, f"http://127.0.0.1:{port}", Path(sys.argv[1]), "/")
+try:
+    server.start(60)
+    server.pause()
+    print(port, flush=True)
+    time.sleep(600)
+finally:
+    server.stop()
+"""
+
+
+def test_terminated_comparison_leaves_no_paused_server(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _PAUSED, str(tmp_path / "log")]
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as comparing:
+        assert comparing.stdout is not None
+        port = int(comparing.stdout.readline())
+        socket.create_connection(("127.0.0.1", port)).close()  # the kernel still takes connections for it
+        comparing.send_signal(signal.SIGTERM)
+        assert comparing.wait(60) == 128 + signal.SIGTERM
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port))
