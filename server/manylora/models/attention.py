@@ -75,6 +75,7 @@ def read_options(module: torch.nn.Module, head_dim: int, kwargs: dict[str, Any])
 
 def paged_attention_function(cache: KVCache, context: ForwardContext, *, use_native: bool) -> AttentionFunction:
     """The function that transformers calls: q [1, H, T, D], k and v [1, KVH, T, D] -> [1, T, H, D]."""
+    views = DecodeViews()
 
     def attend(
         module: torch.nn.Module,
@@ -98,7 +99,7 @@ def paged_attention_function(cache: KVCache, context: ForwardContext, *, use_nat
             )  # fmt: skip
         else:
             write_kv(k, v, keys, values, batch.kv_slots)
-            out = attend_paged(q, keys, values, batch, options)
+            out = attend_paged(q, keys, values, batch, options, views)
         return out.unsqueeze(0), None
 
     return attend
@@ -112,8 +113,53 @@ def write_kv(k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch
     values[block, :, offset] = v
 
 
+@dataclass(frozen=True, slots=True)
+class DecodeView:
+    """Which of the cache's rows [blocks * KVH] the decoding sequences [n] look at.
+
+    `entries` int64 [n * KVH * blocks of the longest]; `hidden` bool [n, 1, 1, L]: positions they may not see;
+    `unseen`: the same as indices into [n, L].
+    """
+
+    entries: torch.Tensor
+    hidden: torch.Tensor
+    unseen: tuple[torch.Tensor, ...]
+
+
+class DecodeViews:
+    """A step's decode views, each worked out once for all layers with as many heads and the same window."""
+
+    def __init__(self) -> None:
+        self._step: torch.Tensor | None = None
+        self._views: dict[tuple[int, int], DecodeView] = {}
+
+    def of(self, batch: Batch, num_kv: int, block_size: int, window: int) -> DecodeView:
+        if self._step is not batch.context_lens:  # every step has its own
+            self._step, self._views = batch.context_lens, {}
+        if (num_kv, window) not in self._views:
+            self._views[num_kv, window] = _decode_view(batch, num_kv, block_size, window)
+        return self._views[num_kv, window]
+
+
+def _decode_view(batch: Batch, num_kv: int, block_size: int, window: int) -> DecodeView:
+    n = batch.num_decode
+    blocks = -(-max(batch.lens[:n]) // block_size)
+    tables, lens = batch.block_tables[:n, :blocks].long(), batch.context_lens[:n, None]
+    position = torch.arange(blocks * block_size, device=lens.device)
+    hidden = position >= lens
+    if window:
+        hidden |= position < lens - window
+    entries = tables[:, None] * num_kv + torch.arange(num_kv, device=lens.device)[:, None]
+    return DecodeView(entries.flatten(), hidden[:, None, None], hidden.nonzero(as_tuple=True))
+
+
 def attend_paged(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: Batch, options: AttentionOptions
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    batch: Batch,
+    options: AttentionOptions,
+    views: DecodeViews,
 ) -> torch.Tensor:
     """Attention in torch operations: q [T, H, D] -> [T, H, D].
 
@@ -122,9 +168,7 @@ def attend_paged(
     out = torch.empty_like(q)
     n = batch.num_decode
     if n:
-        longest = max(batch.lens[:n])
-        used = -(-longest // keys.shape[2])
-        out[:n] = _decode(q[:n], keys, values, batch.block_tables[:n, :used].long(), batch.context_lens[:n], options)
+        out[:n] = _decode(q[:n], keys, values, views.of(batch, keys.shape[1], keys.shape[2], options.window), options)
     for s in range(n, len(batch.lens)):
         start, end, length = batch.starts[s], batch.starts[s + 1], batch.lens[s]
         table = batch.block_tables[s, : -(-length // keys.shape[2])].long()
@@ -139,42 +183,31 @@ def _flat(cache: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return cache[table].transpose(0, 1).flatten(1, 2)
 
 
-def _softmax(scores: torch.Tensor, allowed: torch.Tensor, options: AttentionOptions) -> torch.Tensor:
+def _softmax(scores: torch.Tensor, hidden: torch.Tensor, options: AttentionOptions) -> torch.Tensor:
     scores = scores.float() * options.scale
     if options.softcap:
         scores = options.softcap * torch.tanh(scores / options.softcap)
-    return torch.softmax(scores.masked_fill(~allowed, float("-inf")), dim=-1)
+    return torch.softmax(scores.masked_fill_(hidden, float("-inf")), dim=-1)
 
 
 def _decode(
-    q: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    tables: torch.Tensor,
-    lens: torch.Tensor,
-    options: AttentionOptions,
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, view: DecodeView, options: AttentionOptions
 ) -> torch.Tensor:
     n, heads, dim = q.shape
     num_kv = keys.shape[1]
     # Small matmuls in 16 bits are slow on CPUs; there keys and values are widened once they are gathered.
     wide = torch.float32 if q.device.type == "cpu" else q.dtype
-    entries = (tables[:, None] * num_kv + torch.arange(num_kv, device=q.device)[:, None]).flatten()
 
     def gather(cache: torch.Tensor) -> torch.Tensor:
         """[n, KVH, L, D], a copy."""
-        return cache.flatten(2).flatten(0, 1).index_select(0, entries).view(n, num_kv, -1, dim).to(wide)
+        return cache.flatten(2).flatten(0, 1).index_select(0, view.entries).view(n, num_kv, -1, dim).to(wide)
 
     k, v = gather(keys), gather(values)
-    position = torch.arange(k.shape[2], device=q.device)
-    allowed = position < lens[:, None]
-    if options.window:
-        allowed &= position >= lens[:, None] - options.window
     grouped = q.reshape(n, num_kv, -1, dim).to(wide)
-    weights = _softmax(grouped @ k.transpose(2, 3), allowed[:, None, None], options)
+    weights = _softmax(grouped @ k.transpose(2, 3), view.hidden, options)
     # Behind a sequence's end the blocks hold what others left there, and 0 * NaN is NaN. Indices, as a mask would make
     # torch go over all of v.
-    unseen = (~allowed).nonzero(as_tuple=True)
-    v.transpose(1, 2)[unseen] = 0
+    v.transpose(1, 2)[view.unseen] = 0
     return (weights.to(wide) @ v).reshape(n, heads, dim).to(q.dtype)
 
 
@@ -182,18 +215,27 @@ def prefill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Attentio
     """q [n, H, D] at the end of k, v [KVH, L, D]."""
     n, heads, dim = q.shape
     num_kv, length, _ = k.shape
-    at = torch.arange(length - n, length, device=q.device)[:, None]
-    position = torch.arange(length, device=q.device)
-    allowed = position <= at
-    if options.window:
-        allowed &= position > at - options.window
     if not options.softcap:
         wide_k, wide_v = (t.repeat_interleave(heads // num_kv, dim=0)[None] for t in (k, v))
+        causal = n == length and not options.window  # a whole prompt: torch skips what a mask would hide
+        mask = None if causal else ~_hidden(n, length, options.window, q.device)
         out = functional.scaled_dot_product_attention(
-            q.transpose(0, 1)[None], wide_k, wide_v, attn_mask=allowed, scale=options.scale
+            q.transpose(0, 1)[None], wide_k, wide_v, attn_mask=mask, is_causal=causal, scale=options.scale
         )
         return out[0].transpose(0, 1)
     grouped = q.transpose(0, 1).reshape(num_kv, -1, dim)  # rows: head within the group, then query
-    weights = _softmax((grouped @ k.transpose(1, 2)).view(num_kv, -1, n, length), allowed, options)
+    weights = _softmax(
+        (grouped @ k.transpose(1, 2)).view(num_kv, -1, n, length), _hidden(n, length, options.window, q.device), options
+    )
     out = (weights.to(v.dtype).flatten(1, 2) @ v).view(heads, n, dim)
     return out.transpose(0, 1)
+
+
+def _hidden(n: int, length: int, window: int, device: torch.device) -> torch.Tensor:
+    """Which of `length` positions each of the last `n` may not look at: bool [n, length]."""
+    at = torch.arange(length - n, length, device=device)[:, None]
+    position = torch.arange(length, device=device)
+    hidden = position > at
+    if window:
+        hidden |= position <= at - window
+    return hidden

@@ -24,7 +24,8 @@ class _SlabRows:
 
     `low`, `high`: the run of places that a batched matmul covers. `index` int64 [(high - low) * width]: the
     batch's row at each place, row 0 where there is none. `kept` says which of these are real (None: all),
-    `targets` their rows in the batch. `large`: (place, rows) of the segments multiplied one by one.
+    `targets` their rows in the batch. `large`: (place, rows) of the segments multiplied one by one, the rows of one
+    sequence's chunk as a slice.
     """
 
     slab: Slab
@@ -34,7 +35,7 @@ class _SlabRows:
     index: torch.Tensor
     kept: torch.Tensor | None
     targets: torch.Tensor
-    large: tuple[tuple[int, torch.Tensor], ...]
+    large: tuple[tuple[int, torch.Tensor | slice], ...]
 
 
 class TorchPlan(LoraPlan):
@@ -56,19 +57,13 @@ class TorchPlan(LoraPlan):
         for part in self._slabs:
             extents = part.slab.layout.extents
             members = [(m, extents[site]) for m, site in enumerate(group.sites) if site in extents]
-            if not members:
-                continue
-            gathered = wide.index_select(0, part.index).view(part.high - part.low, part.width, x.shape[1])
-            large = [(place, mine, wide[mine]) for place, mine in part.large]
-            for member, extent in members:
-                columns = out[:, group.offsets[member] : group.offsets[member + 1]]
-                if part.high > part.low:
-                    a, b = _weights(part.slab, extent, slice(part.low, part.high), wide.dtype)
-                    delta = torch.bmm(torch.bmm(gathered, a.transpose(1, 2)), b).flatten(0, 1)
-                    _add_rows(columns, part.targets, delta if part.kept is None else delta[part.kept])
-                for place, mine, rows in large:
+            if part.high > part.low and members:
+                _add_small(out, wide, group, part, members)
+            for place, mine in part.large if members else ():
+                rows = wide[mine]
+                for member, extent in members:
                     a, b = _weights(part.slab, extent, slice(place, place + 1), wide.dtype)
-                    _add_rows(columns, mine, (rows @ a[0].T) @ b[0])
+                    _add_product(_columns(out, group, member), mine, rows @ a[0].T, b[0])
 
     def add_embedding_(self, out: torch.Tensor, token_ids: torch.Tensor, site: int) -> None:
         add_embedding_(out, token_ids, site, self.rows, self._memory)
@@ -91,6 +86,32 @@ def _weights(slab: Slab, extent: Extent, places: slice, dtype: torch.dtype) -> t
     return a.to(dtype), b.to(dtype)
 
 
+def _add_small(
+    out: torch.Tensor, wide: torch.Tensor, group: SiteGroup, part: _SlabRows, members: list[tuple[int, Extent]]
+) -> None:
+    """The batched segments' deltas."""
+    gathered = wide.index_select(0, part.index).view(part.high - part.low, part.width, wide.shape[1])
+    for member, extent in members:
+        a, b = _weights(part.slab, extent, slice(part.low, part.high), wide.dtype)
+        delta = torch.bmm(torch.bmm(gathered, a.transpose(1, 2)), b).flatten(0, 1)
+        _add_rows(_columns(out, group, member), part.targets, delta if part.kept is None else delta[part.kept])
+
+
+def _columns(out: torch.Tensor, group: SiteGroup, member: int) -> torch.Tensor:
+    """Where a member of the group writes."""
+    return out[:, group.offsets[member] : group.offsets[member + 1]]
+
+
+def _add_product(out: torch.Tensor, rows: torch.Tensor | slice, low: torch.Tensor, b: torch.Tensor) -> None:
+    """out[rows] += low @ b, in one operation where the dtypes and the rows allow it."""
+    if isinstance(rows, slice) and out.dtype == low.dtype:
+        out[rows].addmm_(low, b)
+    elif isinstance(rows, slice):
+        out[rows].add_(low @ b)
+    else:
+        _add_rows(out, rows, low @ b)
+
+
 def _add_rows(out: torch.Tensor, rows: torch.Tensor, delta: torch.Tensor) -> None:
     """out[rows] += delta for rows that are all different: several times faster than `index_add_`.
 
@@ -104,7 +125,7 @@ def _slab_rows(slab: Slab, segments: list[tuple[int, np.ndarray]]) -> _SlabRows:
         return torch.from_numpy(values.astype(np.int64)).to(slab.data.device)
 
     small = [(place, mine) for place, mine in segments if len(mine) <= MAX_BATCHED_ROWS]
-    large = tuple((p, indices(m)) for p, m in segments if len(m) > MAX_BATCHED_ROWS)
+    large = tuple((p, _run(m) or indices(m)) for p, m in segments if len(m) > MAX_BATCHED_ROWS)
     if not small:
         nothing = indices(np.empty(0))
         return _SlabRows(slab, 0, 0, 0, nothing, None, nothing, large)
@@ -126,6 +147,12 @@ def _slab_rows(slab: Slab, segments: list[tuple[int, np.ndarray]]) -> _SlabRows:
         indices(flat[kept]),
         large,
     )
+
+
+def _run(rows: np.ndarray) -> slice | None:
+    """Rows without a gap, in order, as a slice."""
+    first, last = int(rows[0]), int(rows[-1])
+    return slice(first, last + 1) if last - first + 1 == len(rows) else None
 
 
 class TorchKernel:
