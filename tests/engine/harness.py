@@ -26,6 +26,7 @@ from manylora.lora.tiers import AdapterTiers
 from manylora.models import fused, native, selfcheck
 from manylora.models.kv_cache import KVCache
 from manylora.models.matmul import factory
+from manylora.models.operators import NativeOperators, TorchOperators
 from manylora.models.wrapping import WrappedModel, wrap
 
 KERNELS: Mapping[str, Callable[[], LoraKernel]] = {"torch": TorchKernel, "native": NativeKernel, "fused": NativeKernel}
@@ -127,8 +128,8 @@ def build_rig(
         for room in (*cache.keys, *cache.values):
             room.fill_(float("nan"))
     wrapped.attach_cache(cache, use_native=kernel != "torch")
-    if kernel == "fused":
-        fused.fuse(wrapped, cache)
+    if kernel != "native":  # which runs the model's own layers; the other two are as a server has them
+        fused.fuse(wrapped, cache, TorchOperators() if kernel == "torch" else NativeOperators())
     selfcheck.check(wrapped, cache)
     lora_kernel = KERNELS[kernel]()
     keep = keep_as or KeepAs(model.dtype, model.dtype)

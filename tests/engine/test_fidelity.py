@@ -10,7 +10,8 @@ import torch
 
 from manylora.engine.scheduler import Scheduled
 from manylora.engine.sequence import Sequence
-from tests.engine.harness import Rig, available_kernels, build_rig, load
+from manylora.lora.keep_as import KeepAs
+from tests.engine.harness import Rig, available_kernels, build_rig, load, packer_of
 from tests.engine.oracle import check_greedy, with_adapter
 from tests.tiny_adapters import make_adapter
 from tests.tiny_models import ARCHITECTURES, make_tiny_model
@@ -90,9 +91,9 @@ def test_broken_adapter_moves_no_bit_of_its_neighbours_logits(
             memory = rig.tiers.memory
             slot = next(r["slot"] for r in rig.tiers.residents() if r["name"] == "a01")
             place = memory.places[slot]
-            for extent in memory.slabs[place.slab].layout.extents.values():
-                for stack in (memory.slabs[place.slab].stack_a(extent), memory.slabs[place.slab].stack_b(extent)):
-                    stack[place.row].mul_(1000) if how == "huge" else stack[place.row].fill_(float("nan"))
+            packed = packer_of(rig.wrapped, KeepAs(torch.float32, torch.float32))(adapters["a01"])
+            packed.data.mul_(1000) if how == "huge" else packed.data.fill_(float("nan"))
+            memory.fill(place, packed)
         names = ["a00", "a01", None, "a03", "a01", "a00"]
         seqs = [rig.add(f"r{i}", p, n) for i, (p, n) in enumerate(zip(prompts(6, VOCAB), names, strict=True))]
         seen = recorded_logits(rig, [s for s, n in zip(seqs, names, strict=True) if n != "a01"])

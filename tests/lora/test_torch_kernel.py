@@ -11,6 +11,7 @@ from manylora.lora.kernels import LoraKernel, LoraPlan, SiteGroup
 from manylora.lora.kernels.reference import LowRank, add_lora
 from manylora.lora.kernels.torch import MAX_BATCHED_ROWS
 from manylora.lora.memory import DeviceMemory
+from manylora.lora.packing import PackedAdapter
 from manylora.lora.rows import group_rows
 from manylora.lora.slots import SlotBook
 from tests.engine.harness import KERNELS, available_kernels
@@ -167,10 +168,10 @@ def test_spoiled_adapter_moves_no_bit_of_its_neighbours(
     clean, beside = out.clone(), out.clone()
     made.plan(row_slots).add_(clean, x, made.group())
     spoiled = made.slots[2]
-    matrices = made.memory.matrices(spoiled, 0)
-    assert matrices is not None
-    for matrix in matrices:
-        matrix.fill_(torch.finfo(dtype).max if value == "largest" else float(value))
+    place = made.memory.places[spoiled]
+    layout = made.memory.slabs[place.slab].layout
+    number = torch.finfo(dtype).max if value == "largest" else float(value)
+    made.memory.fill(place, PackedAdapter(layout, {0: 8}, torch.full((layout.numel,), number, dtype=dtype)))
     made.plan(row_slots).add_(beside, x, made.group())
     others = torch.tensor(row_slots) != spoiled
     assert_same_bits(beside[others], clean[others])

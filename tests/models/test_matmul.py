@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from manylora.models import matmul
+from manylora.models import matmul, native
 
 
 @pytest.mark.parametrize("rows", [1, 3, 40])
@@ -27,3 +27,23 @@ def test_every_dtype_gets_a_matmul_that_computes_the_product() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         actual = matmul.factory()(weight.to(dtype), None)(x.to(dtype))
         torch.testing.assert_close(actual.float(), x @ weight.T, rtol=0.02, atol=0.1)
+
+
+def test_bfloat16_goes_to_onednn_where_the_cpu_has_a_matrix_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.ones(32, 64, dtype=torch.bfloat16)
+    if not native.is_available() or not matmul.can_pack(weight, torch.float32):
+        pytest.skip("needs the C++ kernels and oneDNN")
+    chosen: list[str] = []
+    for name in ("packed", "paneled"):
+        monkeypatch.setattr(matmul, name, lambda weight, bias, name=name: chosen.append(f"{name} {weight.dtype}"))
+    monkeypatch.setattr(matmul, "can_pack", lambda weight, dtype=None: True)
+    for has_unit in (False, True):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has_unit=has_unit: {"amx_bf16": has_unit})
+        for dtype in (torch.bfloat16, torch.float32):
+            matmul.factory(use_native=True)(weight.to(dtype), None)
+    assert chosen == [
+        "paneled torch.bfloat16",
+        "paneled torch.float32",
+        "packed torch.bfloat16",
+        "paneled torch.float32",
+    ]

@@ -1,9 +1,11 @@
 """Attention in torch operations, against its definition."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
-from manylora.models.attention import AttentionOptions, DecodeViews, attend_paged
+from manylora.models.attention import AttentionOptions, StepViews, attend_paged
 from manylora.models.batch import Batch
 
 HEADS, KV_HEADS, DIM, BLOCK = 6, 2, 8, 4
@@ -43,7 +45,7 @@ def definition(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, s
 def test_two_steps_of_layers_with_and_without_a_window(softcap: float) -> None:
     """The same view object serves all layers and steps, as in a server; what is behind a sequence's end is NaN."""
     random = torch.Generator().manual_seed(0)
-    views = DecodeViews()
+    views = StepViews()
     for sequences in ([(1, 5), (1, 13), (3, 3), (4, 11)], [(1, 6), (1, 14), (1, 4), (1, 12)], [(2, 9)]):
         batch = make_batch(sequences, num_blocks=40)
         q = torch.randn(batch.starts[-1], HEADS, DIM, generator=random)
@@ -55,8 +57,10 @@ def test_two_steps_of_layers_with_and_without_a_window(softcap: float) -> None:
             keys[table[at // BLOCK], :, at % BLOCK] = k
             values[table[at // BLOCK], :, at % BLOCK] = v
             contexts.append((k, v))
+        counts = [end - start for start, end in pairwise(batch.starts)]
+        new_k, new_v = (torch.cat([c[i][-n:] for c, n in zip(contexts, counts, strict=True)]) for i in (0, 1))
         for window in (0, 4, 0):
-            actual = attend_paged(q, keys, values, batch, AttentionOptions(SCALE, window, softcap), views)
+            actual = attend_paged(q, new_k, new_v, keys, values, batch, AttentionOptions(SCALE, window, softcap), views)
             for s, (k, v) in enumerate(contexts):
                 mine = slice(batch.starts[s], batch.starts[s + 1])
                 torch.testing.assert_close(actual[mine], definition(q[mine], k, v, window, softcap).float())

@@ -79,7 +79,7 @@ struct Attention {
   // computed: the CPU waits when it is asked for more than it can have under way.
   ML_INLINE void ask_for(const T* const* entries, int64_t begin, int64_t end) const {
     for (int64_t i = begin; i < end; ++i)
-      for (int64_t at = 0; at < args.head_dim; at += kLineBytes / int64_t(sizeof(T))) __builtin_prefetch(entries[i] + at);
+      for (int64_t at = 0; at < args.head_dim; at += kLineBytes / int64_t(sizeof(T))) __builtin_prefetch(entries[i] + at, 0, 2);
   }
   // Blocks begin at multiples of their size, so that a row's sums do not depend on how queries are cut into tasks.
   static int64_t first_block(const AttentionTask& task) { return task.first_key / kKeysPerBlock * kKeysPerBlock; }
@@ -184,7 +184,7 @@ struct Attention {
       for (int r = 0; r < R; ++r) {
         vf weight = splat(weights[r * kKeysPerBlock + key]);
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) sums[r][v] = weight * value[v] + sums[r][v];
+        for (int v = 0; v < NV; ++v) sums[r][v] = fused_multiply_add(weight, value[v], sums[r][v]);
       }
     }
     for (int r = 0; r < R; ++r)

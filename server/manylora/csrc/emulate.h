@@ -60,6 +60,16 @@ inline __m512 dpbf16(__m512 sums, __m512bh a, __m512bh b) {
   return sums;
 }
 
+inline __m512 fmadd(__m512 a, __m512 b, __m512 c) {
+  float x[16], y[16], sum[16];
+  __builtin_memcpy(x, &a, sizeof x);
+  __builtin_memcpy(y, &b, sizeof y);
+  __builtin_memcpy(sum, &c, sizeof sum);
+  for (int i = 0; i < 16; ++i) sum[i] = __builtin_fmaf(x[i], y[i], sum[i]);
+  __builtin_memcpy(&c, sum, sizeof c);
+  return c;
+}
+
 inline uint16_t to_bf16(float value) {
   uint32_t bits = as_bits(value);
   if (value != value) return uint16_t((bits >> 16) | 0x40);
@@ -79,6 +89,7 @@ inline __m256bh from_ps(__m512 v) { return each<__m256bh, __m512, float, 16>(v, 
 
 #define _mm512_dpbusd_epi32 manylora::emulated::dpbusd<__m512i>
 #define _mm256_dpbusd_avx_epi32 manylora::emulated::dpbusd<__m256i>
+#define _mm512_fmadd_ps manylora::emulated::fmadd
 #define _mm512_dpbf16_ps manylora::emulated::dpbf16
 #define _mm512_cvtneps_pbh manylora::emulated::from_ps
 #define _mm512_cvtepi32_epi8 manylora::emulated::epi8

@@ -7,6 +7,8 @@ constexpr int kMaxTileRows = 6;
 // A strip's steps lie 256 bytes apart, so they share a part of the first cache's sets: this many stay in it.
 constexpr int64_t kStepsPerBlock = 96;
 constexpr int64_t kStepsPerPrefetch = 8;
+// A strip of 512 bits is too wide for two of them to stay in the first cache, so the next is brought to the second (2).
+constexpr int kPrefetchInto = W == 16 ? 2 : 3;
 
 
 // How weights of a type lie (`depth` inputs of one output side by side) and what a row is read as: `Input`s, of which
@@ -38,7 +40,7 @@ ML_INLINE void linear_step(vf (&sums)[R][NV], const typename LinearType<T>::Inpu
         if constexpr (LinearType<T>::has_pairs)
           sums[r][v] = Lanes<T>::multiply_add(sums[r][v], input, values[v]);
         else
-          sums[r][v] = input * values[v] + sums[r][v];
+          sums[r][v] = fused_multiply_add(input, values[v], sums[r][v]);
       }
     }
   };
@@ -63,6 +65,10 @@ struct Linear {
   int64_t num_panels = (args.out_features + kPanelWidth - 1) / kPanelWidth;
   const Input* inputs = nullptr;
   int64_t input_stride = 0;
+
+  const T* panel_at(int64_t index) const {
+    return static_cast<const T*>(args.packed) + index * kPanelWidth * num_steps * Type::depth;
+  }
 
   // Rows as inputs: as they are where that is what they are, else converted into the scratch memory.
   void prepare() {
@@ -93,7 +99,7 @@ struct Linear {
     ML_INLINE void prefetch(int64_t strip) {
       for (int64_t until = std::min(end, step + per_chunk); step < until; ++step)
         for (int64_t at = 0; at < strip * Type::depth; at += kLineBytes / int64_t(sizeof(T)))
-          __builtin_prefetch(weights + step * kPanelWidth * Type::depth + at);
+          __builtin_prefetch(weights + step * kPanelWidth * Type::depth + at, 0, kPrefetchInto);
     }
   };
 
@@ -117,15 +123,15 @@ struct Linear {
       for (int v = 0; v < NV; ++v) store(sums + r * kPanelWidth + v * W, tile[r][v]);
   }
 
-  // All rows [first, last) times the panel, inputs [begin, end), a strip of NV vectors at a time.
+  // All rows [first, last) times the panel, inputs [begin, end), a strip of NV vectors at a time; `after` comes then.
   template <int NV>
-  void block(int64_t first, int64_t last, const T* panel, int64_t begin, int64_t end, float* sums) const {
+  void block(int64_t first, int64_t last, const T* panel, int64_t begin, int64_t end, float* sums, const T* after) const {
     constexpr int64_t strip = NV * W;
     int64_t tiles = (last - first + kMaxTileRows - 1) / kMaxTileRows, count = end - begin;
     int64_t per_chunk = (kStepsPerPrefetch + tiles - 1) / tiles;
     for (int64_t column = 0; column < kPanelWidth; column += strip) {
       const T* weights = panel + (begin * kPanelWidth + column) * Type::depth;
-      const T* next = column + strip < kPanelWidth ? weights + strip * Type::depth : panel + end * kPanelWidth * Type::depth;
+      const T* next = column + strip < kPanelWidth ? weights + strip * Type::depth : after;
       for (int64_t i = 0, row = first; i < tiles; ++i) {
         int64_t rows = (last - row) / (tiles - i);  // as even as can be: a tile of one row is slow
         const Input* x = inputs + row * input_stride + begin * Type::per_step;
@@ -151,20 +157,22 @@ struct Linear {
     }
   }
 
-  void task(int64_t panel_index, int64_t first, int64_t last) const {
+  // `next_panel`: that of this thread's next task.
+  void task(int64_t panel_index, int64_t next_panel, int64_t first, int64_t last) const {
     float* sums = static_cast<float*>(scratch((last - first) * kPanelWidth * sizeof(float)));
     std::fill_n(sums, (last - first) * kPanelWidth, 0.f);
-    const T* panel = static_cast<const T*>(args.packed) + panel_index * kPanelWidth * num_steps * Type::depth;
+    const T* panel = panel_at(panel_index);
     int64_t tiles = (last - first + kMaxTileRows - 1) / kMaxTileRows, tallest = (last - first + tiles - 1) / tiles;
     for (int64_t begin = 0; begin < num_steps; begin += kStepsPerBlock) {
       int64_t end = std::min(num_steps, begin + kStepsPerBlock);
+      const T* after = end < num_steps ? panel + end * kPanelWidth * Type::depth : panel_at(next_panel);
       // Few rows leave registers for wider strips, which are read more evenly.
       if (W == 16 || tallest > 3)
-        block<W == 16 ? 4 : 2>(first, last, panel, begin, end, sums);
+        block<W == 16 ? 4 : 2>(first, last, panel, begin, end, sums, after);
       else if (tallest > 1)
-        block<4>(first, last, panel, begin, end, sums);
+        block<4>(first, last, panel, begin, end, sums, after);
       else
-        block<kPanelWidth / W>(first, last, panel, begin, end, sums);
+        block<kPanelWidth / W>(first, last, panel, begin, end, sums, after);
     }
     int64_t column = panel_index * kPanelWidth, width = std::min(kPanelWidth, args.out_features - column);
     for (int64_t row = first; row < last; ++row) {
@@ -186,9 +194,9 @@ struct Linear {
     int64_t num_chunks = (args.num_rows + rows_per_task - 1) / rows_per_task;
     int64_t count = num_panels * num_chunks;
     prepare();
-    parallel(count, threads, [&](int64_t index, int64_t) {
+    parallel(count, threads, [&](int64_t index, int64_t next) {
       int64_t first = index % num_chunks * rows_per_task;
-      task(index / num_chunks, first, std::min(args.num_rows, first + rows_per_task));
+      task(index / num_chunks, std::min(next, count - 1) / num_chunks, first, std::min(args.num_rows, first + rows_per_task));
     });
   }
 };

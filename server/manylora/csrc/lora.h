@@ -6,7 +6,26 @@
 
 constexpr int64_t kRowsPerUnit = 32;
 constexpr int64_t kBytesPerThread = 256 * 1024;  // what is read in the time that waking another thread takes
-constexpr int64_t kPrefetchBytes = 1024;
+
+// What a thread reads after what it multiplies now: B after A, and then the next unit's A. It is asked for meanwhile, a
+// few lines with every step, since an adapter's matrices are too short for the CPU to foresee them.
+struct Ahead {
+  const char* at = nullptr;
+  const char* end = nullptr;
+  int64_t lines_per_step = 0;
+
+  // To be done by the time that `num_steps` steps are.
+  Ahead(const void* data, int64_t size_bytes, int64_t num_steps)
+      : at(static_cast<const char*>(data)),
+        end(at + size_bytes),
+        lines_per_step((size_bytes / kLineBytes + num_steps) / std::max<int64_t>(1, num_steps)) {}
+  Ahead() = default;
+
+  ML_INLINE void step() {
+    const char* until = std::min(end, at + lines_per_step * kLineBytes);
+    for (; at < until; at += kLineBytes) __builtin_prefetch(at, 0, 2);  // into the second cache: it may be 100 kB
+  }
+};
 
 struct LoraUnit {
   const int32_t* rows;
@@ -19,6 +38,8 @@ struct LoraUnit {
   float* low;  // [num_rows, low_stride]: the rows in the adapter's low dimension
   int64_t low_stride;
 };
+
+ML_INLINE int64_t element_size(const LoraUnit& unit) { return unit.dtype == DType::f32 ? 4 : unit.dtype == DType::i8 ? 1 : 2; }
 
 // Weights and rows of one type are multiplied as Lanes<T> says, of two types as floats.
 template <class T, class Weight>
@@ -35,7 +56,7 @@ ML_INLINE vu load_lanes(const T* p, Count... count) {
 
 // Lane j * NA + i of the result is a[i] . x[j].
 template <int NA, int NX, class T, class Weight>
-ML_INLINE vf dot_products(const Weight* const (&a)[NA], const T* const (&x)[NX], int64_t length) {
+ML_INLINE vf dot_products(const Weight* const (&a)[NA], const T* const (&x)[NX], int64_t length, Ahead& ahead) {
   static_assert(NA * NX == W);
   using L = LanesOf<T, Weight>;
   constexpr int64_t step = W * L::per_lane, line = std::max<int64_t>(step, kLineBytes / sizeof(Weight));
@@ -52,8 +73,7 @@ ML_INLINE vf dot_products(const Weight* const (&a)[NA], const T* const (&x)[NX],
   };
   int64_t k = 0;
   for (; k + line <= length; k += line) {
-    if constexpr (NX == 1)
-      for (int i = 0; i < NA; ++i) __builtin_prefetch(reinterpret_cast<const char*>(a[i] + k) + kPrefetchBytes);
+    ahead.step();
     for (int64_t at = 0; at < line; at += step) add(k + at);
   }
   for (; k + step <= length; k += step) add(k);
@@ -72,12 +92,13 @@ ML_INLINE vf dot_products(const Weight* const (&a)[NA], const T* const (&x)[NX],
 
 // Ranks [first, first + NA) for NX rows. Past the last rank the last one stands in: its lanes fall into the padding.
 template <int NA, int NX, class T, class Weight>
-ML_INLINE void shrink_tile(const LoraUnit& unit, const Rows<const void*>& x, int64_t in, int64_t row, int64_t first) {
+ML_INLINE void shrink_tile(const LoraUnit& unit, const Rows<const void*>& x, int64_t in, int64_t row, int64_t first,
+                           Ahead& ahead) {
   const Weight* a_rows[NA];
   const T* x_rows[NX];
   for (int i = 0; i < NA; ++i) a_rows[i] = static_cast<const Weight*>(unit.a) + std::min(first + i, unit.rank - 1) * in;
   for (int j = 0; j < NX; ++j) x_rows[j] = static_cast<const T*>(x.data) + unit.rows[row + j] * x.stride;
-  vf dots = dot_products<NA, NX>(a_rows, x_rows, in);
+  vf dots = dot_products<NA, NX>(a_rows, x_rows, in, ahead);
   for (int j = 0; j < NX; ++j)
     __builtin_memcpy(unit.low + (row + j) * unit.low_stride + first, reinterpret_cast<float*>(&dots) + j * NA,
                      NA * sizeof(float));
@@ -85,14 +106,14 @@ ML_INLINE void shrink_tile(const LoraUnit& unit, const Rows<const void*>& x, int
 
 // low = A x, times the scales if there are any, for the ranks [begin, end), both multiples of W or the end of all.
 template <class T, class Weight>
-void shrink(const LoraUnit& unit, const Rows<const void*>& x, int64_t in, int64_t begin, int64_t end) {
+void shrink(const LoraUnit& unit, const Rows<const void*>& x, int64_t in, int64_t begin, int64_t end, Ahead ahead) {
   constexpr int NX = W / 4;
   int64_t tiled_rows = unit.num_rows / NX * NX;
   if (tiled_rows)
     for (int64_t first = begin; first < end; first += 4)
-      for (int64_t row = 0; row < tiled_rows; row += NX) shrink_tile<4, NX, T, Weight>(unit, x, in, row, first);
+      for (int64_t row = 0; row < tiled_rows; row += NX) shrink_tile<4, NX, T, Weight>(unit, x, in, row, first, ahead);
   for (int64_t first = begin; first < end; first += W)
-    for (int64_t row = tiled_rows; row < unit.num_rows; ++row) shrink_tile<W, 1, T, Weight>(unit, x, in, row, first);
+    for (int64_t row = tiled_rows; row < unit.num_rows; ++row) shrink_tile<W, 1, T, Weight>(unit, x, in, row, first, ahead);
   if (unit.scales)
     for (int64_t row = 0; row < unit.num_rows; ++row)
       for (int64_t rank = begin; rank < end; ++rank) unit.low[row * unit.low_stride + rank] *= unit.scales[rank];
@@ -112,7 +133,7 @@ ML_INLINE void expand_tile(const LoraUnit& unit, const Rows<void*>& out, int64_t
     for (int r = 0; r < R; ++r) {
       vf factor = splat(low[r * unit.low_stride + rank]);
 #pragma GCC unroll 16
-      for (int v = 0; v < NV; ++v) sums[r][v] = factor * b_values[v] + sums[r][v];
+      for (int v = 0; v < NV; ++v) sums[r][v] = fused_multiply_add(factor, b_values[v], sums[r][v]);
     }
   }
   for (int r = 0; r < R; ++r) {
@@ -128,32 +149,33 @@ ML_INLINE void expand_tile(const LoraUnit& unit, const Rows<void*>& out, int64_t
 
 // sums[0, count) += N rows of B, `width` apart, each times its factor; the sums begin at zero if `is_first`.
 template <int N, class Weight>
-ML_INLINE void add_ranks(float* sums, const Weight* b, int64_t width, const float* factors, int64_t count, bool is_first) {
+ML_INLINE void add_ranks(float* sums, const Weight* b, int64_t width, const float* factors, int64_t count, bool is_first,
+                         Ahead& ahead) {
   constexpr int NV = kLineBytes / sizeof(Weight) / W;
   vf factor[N];
   for (int i = 0; i < N; ++i) factor[i] = splat(factors[i]);
   int64_t column = 0;
   for (; column + NV * W <= count; column += NV * W) {
-    for (int i = 0; i < N; ++i) __builtin_prefetch(b + (i + N) * width + column);
+    ahead.step();
 #pragma GCC unroll 16
     for (int v = 0; v < NV; ++v) {
       vf sum = is_first ? vf{} : load(sums + column + v * W);
 #pragma GCC unroll 16
-      for (int i = 0; i < N; ++i) sum = factor[i] * load(b + i * width + column + v * W) + sum;
+      for (int i = 0; i < N; ++i) sum = fused_multiply_add(factor[i], load(b + i * width + column + v * W), sum);
       store(sums + column + v * W, sum);
     }
   }
   for (; column < count; column += W) {
     int64_t rest = std::min<int64_t>(W, count - column);
     vf sum = is_first ? vf{} : load(sums + column, rest);
-    for (int i = 0; i < N; ++i) sum = factor[i] * load(b + i * width + column, rest) + sum;
+    for (int i = 0; i < N; ++i) sum = fused_multiply_add(factor[i], load(b + i * width + column, rest), sum);
     store(sums + column, sum, rest);
   }
 }
 
 // The same for one row: B's rows are read to their end one after the other, a few at a time, as the memory likes it.
 template <class T, class Weight>
-void expand_row(const LoraUnit& unit, const Rows<void*>& out, int64_t row, int64_t begin, int64_t end) {
+void expand_row(const LoraUnit& unit, const Rows<void*>& out, int64_t row, int64_t begin, int64_t end, Ahead& ahead) {
   constexpr int64_t kColumns = 2048;  // their sums stay in the nearest cache
   constexpr int N = 4;
   alignas(64) float sums[kColumns];
@@ -161,8 +183,8 @@ void expand_row(const LoraUnit& unit, const Rows<void*>& out, int64_t row, int64
   for (; begin < end; begin += kColumns) {
     int64_t count = std::min(kColumns, end - begin), rank = 0;
     const Weight* b = static_cast<const Weight*>(unit.b) + begin;
-    for (; rank + N <= unit.rank; rank += N) add_ranks<N>(sums, b + rank * unit.width, unit.width, low + rank, count, rank == 0);
-    for (; rank < unit.rank; ++rank) add_ranks<1>(sums, b + rank * unit.width, unit.width, low + rank, count, rank == 0);
+    for (; rank + N <= unit.rank; rank += N) add_ranks<N>(sums, b + rank * unit.width, unit.width, low + rank, count, rank == 0, ahead);
+    for (; rank < unit.rank; ++rank) add_ranks<1>(sums, b + rank * unit.width, unit.width, low + rank, count, rank == 0, ahead);
     T* target = static_cast<T*>(out.data) + unit.rows[row] * out.stride + unit.first_column + begin;
     int64_t column = 0;
     for (; column + W <= count; column += W) store(target + column, load(target + column) + load(sums + column));
@@ -173,7 +195,7 @@ void expand_row(const LoraUnit& unit, const Rows<void*>& out, int64_t row, int64
 constexpr int64_t kExpandStrip = W == 16 ? 64 : 16;  // columns that several rows take at a time
 
 template <class T, class Weight>
-void expand(const LoraUnit& unit, const Rows<void*>& out, int64_t begin, int64_t end) {
+void expand(const LoraUnit& unit, const Rows<void*>& out, int64_t begin, int64_t end, Ahead ahead) {
   constexpr int R = 4, NV = kExpandStrip / W;
   int64_t tiled_rows = unit.num_rows / R * R, column = begin;
   for (; tiled_rows && column + kExpandStrip <= end; column += kExpandStrip)
@@ -181,7 +203,7 @@ void expand(const LoraUnit& unit, const Rows<void*>& out, int64_t begin, int64_t
   for (; tiled_rows && column < end; column += W)
     for (int64_t row = 0; row < tiled_rows; row += R)
       expand_tile<R, 1, T, Weight>(unit, out, row, column, std::min<int64_t>(W, end - column));
-  for (int64_t row = tiled_rows; row < unit.num_rows; ++row) expand_row<T, Weight>(unit, out, row, begin, end);
+  for (int64_t row = tiled_rows; row < unit.num_rows; ++row) expand_row<T, Weight>(unit, out, row, begin, end, ahead);
 }
 
 std::vector<LoraUnit> lora_units(const LoraArgs& args) {
@@ -228,22 +250,20 @@ void add_lora_split(const LoraArgs& args, std::vector<LoraUnit>& units, int64_t 
   parallel(count * pieces, threads, [&](int64_t i, int64_t) {
     const LoraUnit& unit = units[i / pieces];
     int64_t begin = split(i % pieces, unit.rank, W), end = split(i % pieces + 1, unit.rank, W);
-    with_weight_dtype(unit.dtype, [&](auto weight) { shrink<T, decltype(weight)>(unit, args.x, args.in_features, begin, end); });
+    with_weight_dtype(unit.dtype, [&](auto weight) { shrink<T, decltype(weight)>(unit, args.x, args.in_features, begin, end, Ahead{}); });
   });
   parallel(count * pieces, threads, [&](int64_t i, int64_t) {
     const LoraUnit& unit = units[i / pieces];
     int64_t begin = split(i % pieces, unit.width, kSplitColumns), end = split(i % pieces + 1, unit.width, kSplitColumns);
-    with_weight_dtype(unit.dtype, [&](auto weight) { expand<T, decltype(weight)>(unit, args.out, begin, end); });
+    with_weight_dtype(unit.dtype, [&](auto weight) { expand<T, decltype(weight)>(unit, args.out, begin, end, Ahead{}); });
   });
 }
 
 void add_lora(const LoraArgs& args) {
   std::vector<LoraUnit> units = lora_units(args);
   int64_t cost = 0;
-  for (const LoraUnit& unit : units) {  // arithmetic on more than a few rows outweighs reading the weights
-    int64_t element_size = unit.dtype == DType::f32 ? 4 : unit.dtype == DType::i8 ? 1 : 2;
-    cost += (args.in_features + unit.width) * unit.rank * element_size * std::max<int64_t>(1, unit.num_rows / 4);
-  }
+  for (const LoraUnit& unit : units)  // arithmetic on more than a few rows outweighs reading the weights
+    cost += (args.in_features + unit.width) * unit.rank * element_size(unit) * std::max<int64_t>(1, unit.num_rows / 4);
   int64_t count = static_cast<int64_t>(units.size());
   int64_t threads = std::min(num_threads(), std::max<int64_t>(1, cost / kBytesPerThread));
   with_dtype(args.dtype, [&](auto type) {
@@ -252,12 +272,17 @@ void add_lora(const LoraArgs& args) {
       add_lora_split<T>(args, units, threads);
       return;
     }
-    parallel(count, threads, [&](int64_t i, int64_t) {
+    parallel(count, threads, [&](int64_t i, int64_t next) {
       LoraUnit unit = units[i];
       unit.low = static_cast<float*>(scratch(unit.num_rows * unit.low_stride * sizeof(float)));
       with_weight_dtype(unit.dtype, [&](auto weight) {
-        shrink<T, decltype(weight)>(unit, args.x, args.in_features, 0, unit.rank);
-        expand<T, decltype(weight)>(unit, args.out, 0, unit.width);
+        using Weight = decltype(weight);
+        constexpr int64_t per_line = kLineBytes / int64_t(sizeof(Weight));
+        // One row: A is read in steps of W lines, B of four. More rows: as many steps again.
+        Ahead b(unit.b, unit.rank * unit.width * int64_t(sizeof(Weight)), (unit.rank + W - 1) / W * (args.in_features / per_line));
+        Ahead a = next < count ? Ahead(units[next].a, units[next].rank * args.in_features * element_size(units[next]), unit.rank / 4 * (unit.width / per_line)) : Ahead();
+        shrink<T, Weight>(unit, args.x, args.in_features, 0, unit.rank, b);
+        expand<T, Weight>(unit, args.out, 0, unit.width, a);
       });
     });
   });

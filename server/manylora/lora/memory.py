@@ -1,6 +1,6 @@
 """The device tier's memory: slabs of flat buffers, and the tables by which kernels find an adapter's weights."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -18,12 +18,15 @@ class Slab:
     """`num_places` adapters of one layout, matrix by matrix: first every place's A of the first module, then every B.
 
     So the stack of one matrix over all places is contiguous, which batched matmuls need if they are not to copy it.
-    `data` has one dimension of num_places * layout.numel elements.
+    `data` has one dimension of num_places * layout.numel elements. `views`: stacks by offset, as kernels ask for the
+    same ones in every step. `finite`: places whose adapter is known to hold no NaN and no infinity.
     """
 
     layout: Layout
     num_places: int
     data: torch.Tensor
+    views: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
+    finite: set[int] = field(default_factory=set)
 
     def stack_a(self, extent: Extent) -> torch.Tensor:
         """A of every place: [places, padded rank, in_features], a view."""
@@ -38,11 +41,18 @@ class Slab:
         return self._stack(extent.scales, extent.padded, self.layout.scale_elements).view(torch.float32)[..., 0]
 
     def _stack(self, offset: int, rows: int, columns: int) -> torch.Tensor:
-        start = offset * self.num_places
-        return self.data[start : start + self.num_places * rows * columns].view(self.num_places, rows, columns)
+        view = self.views.get(offset)
+        if view is None:
+            start = offset * self.num_places
+            view = self.data[start : start + self.num_places * rows * columns].view(self.num_places, rows, columns)
+            self.views[offset] = view
+        return view
 
     def fill(self, row: int, packed: PackedAdapter) -> None:
         """Copy one adapter into its place."""
+        self.finite.discard(row)
+        if not self.layout.has_scales and bool(packed.data.isfinite().all()):
+            self.finite.add(row)
         if self.num_places == 1:
             self.data.copy_(packed.data)
             return

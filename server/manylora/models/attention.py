@@ -14,6 +14,7 @@ from torch.nn import functional
 from transformers import AttentionInterface
 
 from manylora.errors import ModelUnusable
+from manylora.lora.kernels.cpu import cpu_multiplies
 from manylora.models import native
 from manylora.models.batch import Batch, ForwardContext
 from manylora.models.kv_cache import KVCache
@@ -75,7 +76,7 @@ def read_options(module: torch.nn.Module, head_dim: int, kwargs: dict[str, Any])
 
 def paged_attention_function(cache: KVCache, context: ForwardContext, *, use_native: bool) -> AttentionFunction:
     """The function that transformers calls: q [1, H, T, D], k and v [1, KVH, T, D] -> [1, T, H, D]."""
-    views = DecodeViews()
+    views = StepViews()
 
     def attend(
         module: torch.nn.Module,
@@ -98,19 +99,20 @@ def paged_attention_function(cache: KVCache, context: ForwardContext, *, use_nat
                 options.scale, options.window, options.softcap,
             )  # fmt: skip
         else:
-            write_kv(k, v, keys, values, batch.kv_slots)
-            out = attend_paged(q, keys, values, batch, options, views)
+            write_kv(k, v, keys, values, batch, views)
+            out = attend_paged(q, k, v, keys, values, batch, options, views)
         return out.unsqueeze(0), None
 
     return attend
 
 
-def write_kv(k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
-    """Store k, v [T, KVH, D] at `slots` [T] of the cache."""
-    size = keys.shape[2]
-    block, offset = slots // size, slots % size
-    keys[block, :, offset] = k
-    values[block, :, offset] = v
+def write_kv(
+    k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: Batch, views: "StepViews"
+) -> None:
+    """Store the step's k, v [T, KVH, D] in the cache."""
+    rows = views.written(batch, keys.shape[1], keys.shape[2])
+    for new, cache in ((k, keys), (v, values)):
+        cache.view(-1, cache.shape[3]).index_copy_(0, rows, new.reshape(-1, cache.shape[3]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,27 +120,41 @@ class DecodeView:
     """Which of the cache's rows [blocks * KVH] the decoding sequences [n] look at.
 
     `entries` int64 [n * KVH * blocks of the longest]; `hidden` bool [n, 1, 1, L]: positions they may not see;
-    `unseen`: the same as indices into [n, L].
+    `unseen` int64: the same as rows of [n * KVH * L].
     """
 
     entries: torch.Tensor
     hidden: torch.Tensor
-    unseen: tuple[torch.Tensor, ...]
+    unseen: torch.Tensor
 
 
-class DecodeViews:
-    """A step's decode views, each worked out once for all layers with as many heads and the same window."""
+class StepViews:
+    """Where a step reads and writes the cache, worked out once for all layers of the same shape."""
 
     def __init__(self) -> None:
         self._step: torch.Tensor | None = None
-        self._views: dict[tuple[int, int], DecodeView] = {}
+        self._decode: dict[tuple[int, int], DecodeView] = {}
+        self._written: dict[int, torch.Tensor] = {}
 
-    def of(self, batch: Batch, num_kv: int, block_size: int, window: int) -> DecodeView:
+    def decode(self, batch: Batch, num_kv: int, block_size: int, window: int) -> DecodeView:
+        """What the decoding sequences look at, in layers with as many heads and the same window."""
+        self._begin(batch)
+        if (num_kv, window) not in self._decode:
+            self._decode[num_kv, window] = _decode_view(batch, num_kv, block_size, window)
+        return self._decode[num_kv, window]
+
+    def written(self, batch: Batch, num_kv: int, block_size: int) -> torch.Tensor:
+        """Where the new tokens' keys go: rows of the cache as [blocks * KVH * block size, D], int64 [T * KVH]."""
+        self._begin(batch)
+        if num_kv not in self._written:
+            block, offset = batch.kv_slots // block_size, batch.kv_slots % block_size
+            heads = torch.arange(num_kv, device=block.device)
+            self._written[num_kv] = ((block[:, None] * num_kv + heads) * block_size + offset[:, None]).flatten()
+        return self._written[num_kv]
+
+    def _begin(self, batch: Batch) -> None:
         if self._step is not batch.context_lens:  # every step has its own
-            self._step, self._views = batch.context_lens, {}
-        if (num_kv, window) not in self._views:
-            self._views[num_kv, window] = _decode_view(batch, num_kv, block_size, window)
-        return self._views[num_kv, window]
+            self._step, self._decode, self._written = batch.context_lens, {}, {}
 
 
 def _decode_view(batch: Batch, num_kv: int, block_size: int, window: int) -> DecodeView:
@@ -149,32 +165,40 @@ def _decode_view(batch: Batch, num_kv: int, block_size: int, window: int) -> Dec
     hidden = position >= lens
     if window:
         hidden |= position < lens - window
-    entries = tables[:, None] * num_kv + torch.arange(num_kv, device=lens.device)[:, None]
-    return DecodeView(entries.flatten(), hidden[:, None, None], hidden.nonzero(as_tuple=True))
+    heads = torch.arange(num_kv, device=lens.device)[:, None]
+    entries = tables[:, None] * num_kv + heads
+    sequence, at = hidden.nonzero(as_tuple=True)
+    unseen = (sequence * num_kv + heads) * position.numel() + at
+    return DecodeView(entries.flatten(), hidden[:, None, None], unseen.flatten())
 
 
 def attend_paged(
     q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
     batch: Batch,
     options: AttentionOptions,
-    views: DecodeViews,
+    views: StepViews,
 ) -> torch.Tensor:
-    """Attention in torch operations: q [T, H, D] -> [T, H, D].
+    """Attention in torch operations: q [T, H, D] -> [T, H, D]; k, v [T, KVH, D] are the step's, in the cache already.
 
     The sequences with one query each are one padded batch; a prompt's chunk is done on its own.
     """
     out = torch.empty_like(q)
     n = batch.num_decode
     if n:
-        out[:n] = _decode(q[:n], keys, values, views.of(batch, keys.shape[1], keys.shape[2], options.window), options)
+        view = views.decode(batch, keys.shape[1], keys.shape[2], options.window)
+        out[:n] = _decode(q[:n], keys, values, view, options)
     for s in range(n, len(batch.lens)):
-        start, end, length = batch.starts[s], batch.starts[s + 1], batch.lens[s]
-        table = batch.block_tables[s, : -(-length // keys.shape[2])].long()
-        out[start:end] = prefill(
-            q[start:end], _flat(keys, table)[:, :length], _flat(values, table)[:, :length], options
-        )
+        rows, length = slice(batch.starts[s], batch.starts[s + 1]), batch.lens[s]
+        if rows.stop - rows.start == length:  # the whole of it: nothing to be brought together from blocks
+            past = k[rows].transpose(0, 1), v[rows].transpose(0, 1)
+        else:
+            table = batch.block_tables[s, : -(-length // keys.shape[2])].long()
+            past = _flat(keys, table)[:, :length], _flat(values, table)[:, :length]
+        out[rows] = prefill(q[rows], *past, options)
     return out
 
 
@@ -195,20 +219,22 @@ def _decode(
 ) -> torch.Tensor:
     n, heads, dim = q.shape
     num_kv = keys.shape[1]
-    # Small matmuls in 16 bits are slow on CPUs; there keys and values are widened once they are gathered.
-    wide = torch.float32 if q.device.type == "cpu" else q.dtype
+    # Small matmuls in 16 bits are slow on most CPUs; there keys and values are widened once they are gathered.
+    is_direct = q.device.type != "cpu" or cpu_multiplies(q.dtype)
+    wide = q.dtype if is_direct else torch.float32
 
     def gather(cache: torch.Tensor) -> torch.Tensor:
-        """[n, KVH, L, D], a copy."""
-        return cache.flatten(2).flatten(0, 1).index_select(0, view.entries).view(n, num_kv, -1, dim).to(wide)
+        """[n, KVH, L, D], a copy. Behind a sequence's end blocks hold what others left there, and 0 * NaN is NaN."""
+        rows = cache.flatten(2).flatten(0, 1).index_select(0, view.entries).to(wide)
+        return rows.view(-1, dim).index_fill_(0, view.unseen, 0).view(n, num_kv, -1, dim)
 
     k, v = gather(keys), gather(values)
     grouped = q.reshape(n, num_kv, -1, dim).to(wide)
-    weights = _softmax(grouped @ k.transpose(2, 3), view.hidden, options)
-    # Behind a sequence's end the blocks hold what others left there, and 0 * NaN is NaN. Indices, as a mask would make
-    # torch go over all of v.
-    v.transpose(1, 2)[view.unseen] = 0
-    return (weights.to(wide) @ v).reshape(n, heads, dim).to(q.dtype)
+    if is_direct and not options.softcap:
+        out = functional.scaled_dot_product_attention(grouped, k, v, attn_mask=~view.hidden, scale=options.scale)
+    else:
+        out = _softmax(grouped @ k.transpose(2, 3), view.hidden, options).to(wide) @ v
+    return out.reshape(n, heads, dim).to(q.dtype)
 
 
 def prefill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: AttentionOptions) -> torch.Tensor:
@@ -216,11 +242,10 @@ def prefill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Attentio
     n, heads, dim = q.shape
     num_kv, length, _ = k.shape
     if not options.softcap:
-        wide_k, wide_v = (t.repeat_interleave(heads // num_kv, dim=0)[None] for t in (k, v))
         causal = n == length and not options.window  # a whole prompt: torch skips what a mask would hide
         mask = None if causal else ~_hidden(n, length, options.window, q.device)
         out = functional.scaled_dot_product_attention(
-            q.transpose(0, 1)[None], wide_k, wide_v, attn_mask=mask, is_causal=causal, scale=options.scale
+            q.transpose(0, 1)[None], k[None], v[None], mask, is_causal=causal, scale=options.scale, enable_gqa=True
         )
         return out[0].transpose(0, 1)
     grouped = q.transpose(0, 1).reshape(num_kv, -1, dim)  # rows: head within the group, then query

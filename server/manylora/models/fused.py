@@ -1,8 +1,8 @@
 """A decoder layer in ten operations instead of sixty, for the models whose layers have the usual shape.
 
 Most decoders are made of the same parts: norm, q/k/v, rotary embedding, attention, o, norm, gate/up, down. Such
-a layer is recognised by its parts, not by its class, and run through the fused C++ operators. Nothing is taken on
-trust: the self-check compares the whole model with the untouched one, and a model that differs (a residual
+a layer is recognised by its parts, not by its class, and run through the operators of `operators.py`. Nothing is taken
+on trust: the self-check compares the whole model with the untouched one, and a model that differs (a residual
 scaled, an activation of its own) goes back to its own layers.
 """
 
@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from transformers.activations import SiLUActivation
 
-from manylora.models import native
 from manylora.models.attention import AttentionOptions
 from manylora.models.batch import ForwardContext
 from manylora.models.kv_cache import KVCache
 from manylora.models.linear import AdaptedLinear, FusedMember
+from manylora.models.operators import LayerOperators
 from manylora.models.wrapping import WrappedModel
 
 _LAYER_PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
@@ -45,40 +45,44 @@ class LayerParts:
     gate_up: AdaptedLinear
     down: AdaptedLinear
     options: AttentionOptions
-    num_heads: int
-    num_kv_heads: int
 
 
 class Rotary:
-    """The step's rotary embedding in float32, as the operator wants it; every layer of a step is given the same."""
+    """The step's rotary embedding in the form that the operators want; every layer of a step is given the same."""
 
-    def __init__(self) -> None:
+    def __init__(self, ops: LayerOperators) -> None:
+        self._ops = ops
         self._given: torch.Tensor | None = None
-        self._cos = self._sin = torch.empty(0)
+        self._prepared = torch.empty(0), torch.empty(0)
 
     def of(self, given: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """[1, T, rotary_dim] of the model's dtype -> [T, rotary_dim] float32, converted once per step."""
+        """From cos and sin, each [1, T, rotary_dim]; prepared once per step."""
         if given[0] is not self._given:
             self._given = given[0]
-            self._cos, self._sin = given[0][0].float(), given[1][0].float()
-        return self._cos, self._sin
+            self._prepared = self._ops.rotary(given[0][0], given[1][0])
+        return self._prepared
 
 
 class FusedDecoderLayer(nn.Module):
     """Stands where a decoder layer stood; [1, T, hidden] -> [1, T, hidden], in place."""
 
     def __init__(
-        self, parts: LayerParts, keys: torch.Tensor, values: torch.Tensor, context: ForwardContext, rotary: Rotary
+        self,
+        parts: LayerParts,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        context: ForwardContext,
+        ops: LayerOperators,
+        rotary: Rotary,
     ) -> None:
         super().__init__()
         self._parts = parts
         self._keys = keys
         self._values = values
         self._context = context
+        self._ops = ops
         self._rotary = rotary
-        dim, kv = keys.shape[3], keys.shape[1]
-        self._widths = (parts.num_heads * dim, kv * dim, kv * dim)
-        self._heads = (-1, dim)
+        self._heads = (-1, keys.shape[3])
 
     def forward(
         self,
@@ -86,25 +90,19 @@ class FusedDecoderLayer(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         **kwargs: Any,
     ) -> torch.Tensor:
-        p, keys, values = self._parts, self._keys, self._values
+        p, ops, keys, values = self._parts, self._ops, self._keys, self._values
         batch = self._context.current()
         residual = hidden_states.view(-1, hidden_states.shape[-1])
-        qkv = p.qkv(native.rms_norm(residual, p.input_norm.weight, p.input_norm.eps))
-        q, k, v = (part.unflatten(1, self._heads) for part in qkv.split(self._widths, dim=1))
-        q = native.rope_write_kv(q, k, v, *self._rotary.of(position_embeddings), keys, values, batch.kv_slots)
-        attended = torch.empty_like(q)
-        native.paged_attention(
-            attended, q, keys, values, batch.block_tables, batch.query_starts, batch.context_lens,
-            p.options.scale, p.options.window, p.options.softcap,
-        )  # fmt: skip
-        normed = native.add_rms_norm_(residual, p.o(attended.flatten(1)), p.mlp_norm.weight, p.mlp_norm.eps)
-        residual += p.down(native.silu_and_mul(p.gate_up(normed)))
+        qkv = p.qkv(ops.rms_norm(residual, p.input_norm.weight, p.input_norm.eps)).unflatten(1, self._heads)
+        attended = ops.attend(qkv, self._rotary.of(position_embeddings), keys, values, batch, p.options)
+        normed = ops.add_rms_norm_(residual, p.o(attended.flatten(1)), p.mlp_norm.weight, p.mlp_norm.eps)
+        residual += p.down(ops.silu_and_mul(p.gate_up(normed)))
         return hidden_states
 
 
-def fuse(wrapped: WrappedModel, cache: KVCache) -> dict[str, nn.Module]:
+def fuse(wrapped: WrappedModel, cache: KVCache, ops: LayerOperators) -> dict[str, nn.Module]:
     """Replace every layer of the usual shape. Returns the originals by path, for `undo`; empty if there are none."""
-    rotary = Rotary()
+    rotary = Rotary(ops)
     originals: dict[str, nn.Module] = {}
     for path, module in list(wrapped.model.named_modules()):
         if {name for name, _ in module.named_children()} == _LAYER_PARTS:
@@ -112,7 +110,7 @@ def fuse(wrapped: WrappedModel, cache: KVCache) -> dict[str, nn.Module]:
             if parts is not None:
                 originals[path] = module
                 layer = layer_index(module.get_submodule("self_attn"))
-                fused = FusedDecoderLayer(parts, cache.keys[layer], cache.values[layer], wrapped.context, rotary)
+                fused = FusedDecoderLayer(parts, cache.keys[layer], cache.values[layer], wrapped.context, ops, rotary)
                 wrapped.model.set_submodule(path, fused)
     return originals
 
@@ -139,7 +137,6 @@ def _recognise(layer: nn.Module, wrapped: WrappedModel) -> LayerParts | None:
     if not isinstance(o, AdaptedLinear) or not isinstance(down, AdaptedLinear):
         return None
     index = layer_index(attention)
-    shape = wrapped.survey.kv_shapes[index]
     return LayerParts(
         input_norm=input_norm,
         qkv=qkv,
@@ -148,8 +145,6 @@ def _recognise(layer: nn.Module, wrapped: WrappedModel) -> LayerParts | None:
         gate_up=gate_up,
         down=down,
         options=wrapped.survey.options[index],
-        num_heads=o.in_features // shape.head_dim,
-        num_kv_heads=shape.num_heads,
     )
 
 

@@ -5,6 +5,7 @@ from typing import Literal, Protocol
 import torch
 from torch.nn import functional
 
+from manylora.lora.kernels.cpu import cpu_multiplies
 from manylora.models import native
 from manylora.models.int8 import pack_int8
 from manylora.models.panels import pack_panels
@@ -32,18 +33,19 @@ class MatmulFactory(Protocol):
 def factory(quantization: Quantization = "none", *, use_native: bool = False) -> MatmulFactory:
     """What to make every linear of a model with. int8 is for the C++ kernels only.
 
-    bfloat16 goes to oneDNN where it has kernels for it, everything else on a CPU to our own panels: torch's matmul
-    brings a weight into another order in every call, which costs more than the product while the rows are few. Without
-    the C++ kernels float32 goes to oneDNN too, and 16-bit weights for which it has none as float32.
+    On a CPU that is our own panels: torch's matmul brings a weight into another order in every call, which costs more
+    than the product while the rows are few, and oneDNN's, which need not, reads bfloat16 at half the memory's rate.
+    Where the CPU has a unit for bfloat16 matrices (AMX), which oneDNN uses and we do not, bfloat16 goes there. Without
+    the C++ kernels everything goes there, 16-bit weights for which it has no kernels as float32.
     """
     if quantization == "int8":
         return int8
 
     def best(weight: torch.Tensor, bias: torch.Tensor | None) -> BaseMatmul:
-        if can_pack(weight) and not (use_native and weight.dtype is torch.float32):
-            return packed(weight, bias)
-        if use_native:
+        if use_native and not (weight.dtype is torch.bfloat16 and _has_matrix_unit()):
             return paneled(weight, bias)
+        if can_pack(weight):
+            return packed(weight, bias)
         return widened(weight, bias) if can_pack(weight, torch.float32) else dense(weight, bias)
 
     return best
@@ -110,12 +112,14 @@ def _float(bias: torch.Tensor | None) -> torch.Tensor | None:
     return None if bias is None else bias.float()
 
 
+def _has_matrix_unit() -> bool:
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+
+
 def can_pack(weight: torch.Tensor, dtype: torch.dtype | None = None) -> bool:
     """Whether `packed` works here: oneDNN has kernels of `dtype` (the weight's) for this CPU and torch offers them."""
     if weight.device.type != "cpu" or not torch.backends.mkldnn.enabled:
         return False
     if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
         return False
-    if (dtype or weight.dtype) is torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return (dtype or weight.dtype) is torch.float32
+    return cpu_multiplies(dtype or weight.dtype)

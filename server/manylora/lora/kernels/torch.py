@@ -1,16 +1,17 @@
 """The low-rank kernels in plain torch operations: the fallback that runs anywhere.
 
 Adapters of one layout lie in slabs, so the matrices of many adapters are one strided view and a batched
-matmul multiplies each with its own rows, without copying a weight. Segments with many rows (prefill) get a
-plain matmul each.
+matmul multiplies each with its own rows, without copying a weight. Segments with many rows (prefill) share
+one matmul by all their As, and get one each by their own B.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from manylora.lora.kernels import LoraPlan, SiteGroup, add_embedding_
+from manylora.lora.kernels.cpu import cpu_multiplies
 from manylora.lora.layout import Extent
 from manylora.lora.memory import DeviceMemory, Slab
 from manylora.lora.rows import LoraRows
@@ -19,23 +20,67 @@ MAX_BATCHED_ROWS = 4  # a segment with more rows is multiplied on its own
 
 
 @dataclass(frozen=True, slots=True)
-class _SlabRows:
-    """One slab's part of a step.
+class _Small:
+    """One slab's segments of few rows.
 
     `low`, `high`: the run of places that a batched matmul covers. `index` int64 [(high - low) * width]: the
-    batch's row at each place, row 0 where there is none. `kept` says which of these are real (None: all),
-    `targets` their rows in the batch. `large`: (place, rows) of the segments multiplied one by one, the rows of one
-    sequence's chunk as a slice.
+    batch's row at each place, row 0 where there is none. In the order of the batch's rows: `targets` the rows that
+    there are, `found` where in `index` each is (None: all, in this order), `places` the place of each. `bags`: what
+    `bag` has made so far.
     """
 
-    slab: Slab
     low: int
     high: int
     width: int
     index: torch.Tensor
-    kept: torch.Tensor | None
-    targets: torch.Tensor
-    large: tuple[tuple[int, torch.Tensor | slice], ...]
+    found: torch.Tensor | None
+    targets: torch.Tensor | slice
+    places: torch.Tensor
+    bags: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def bag(self, padded: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which rows of a stack of Bs, [places * padded, out], each row's delta is a weighted sum of.
+
+        int64 [R * padded], and where each row's begin: int64 [R].
+        """
+        if padded not in self.bags:
+            rows = self.places[:, None] * padded + torch.arange(padded, device=self.places.device)
+            self.bags[padded] = rows.flatten(), torch.arange(0, rows.numel(), padded, device=rows.device)
+        return self.bags[padded]
+
+
+@dataclass(frozen=True, slots=True)
+class _Large:
+    """One slab's segments of many rows.
+
+    `together`: the runs of rows that are multiplied at once, with the adapters at `places` [S] (a slice where there is
+    none between them); `span`: rows among which all of these are. `alone`: (place, rows) of the others: rows that are
+    not a run, and adapters that may hold a NaN, which times zero is one too.
+    """
+
+    together: tuple[slice, ...]
+    places: torch.Tensor | slice
+    span: slice
+    alone: tuple[tuple[int, torch.Tensor | slice], ...]
+    masks: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def foreign(self, padded: int) -> torch.Tensor:
+        """Which low dimensions of all adapters are not a row's own: bool [rows of the span, S * padded]."""
+        if padded not in self.masks:
+            mask = torch.ones(self.span.stop - self.span.start, len(self.together), padded, dtype=torch.bool)
+            for number, rows in enumerate(self.together):
+                mask[rows.start - self.span.start : rows.stop - self.span.start, number] = False
+            self.masks[padded] = mask.flatten(1)
+        return self.masks[padded]
+
+
+@dataclass(frozen=True, slots=True)
+class _SlabRows:
+    """One slab's part of a step."""
+
+    slab: Slab
+    small: _Small | None
+    large: _Large | None
 
 
 class TorchPlan(LoraPlan):
@@ -56,14 +101,13 @@ class TorchPlan(LoraPlan):
         wide = _wide(x)
         for part in self._slabs:
             extents = part.slab.layout.extents
-            members = [(m, extents[site]) for m, site in enumerate(group.sites) if site in extents]
-            if part.high > part.low and members:
-                _add_small(out, wide, group, part, members)
-            for place, mine in part.large if members else ():
-                rows = wide[mine]
-                for member, extent in members:
-                    a, b = _weights(part.slab, extent, slice(place, place + 1), wide.dtype)
-                    _add_product(_columns(out, group, member), mine, rows @ a[0].T, b[0])
+            members = [
+                (_columns(out, group, m), extents[site]) for m, site in enumerate(group.sites) if site in extents
+            ]
+            if part.small is not None and members:
+                _add_small(wide, part.slab, part.small, members)
+            if part.large is not None and members:
+                _add_large(wide, part.slab, part.large, members)
 
     def add_embedding_(self, out: torch.Tensor, token_ids: torch.Tensor, site: int) -> None:
         add_embedding_(out, token_ids, site, self.rows, self._memory)
@@ -72,33 +116,72 @@ class TorchPlan(LoraPlan):
 def _wide(x: torch.Tensor) -> torch.Tensor:
     """The inputs in the dtype that the deltas are made in.
 
-    On a CPU that is float32: a batched matmul of single rows in bfloat16 takes several times as long as widening the
-    weights, a few of which are in the cache by then, and multiplying them in float32.
+    That is float32 on a CPU without instructions for the inputs' own: a matmul of single rows in bfloat16 takes
+    several times as long there as widening the weights, a few of which are in the cache by then, and multiplying them.
     """
-    return x.float() if x.device.type == "cpu" else x
+    return x if x.device.type != "cpu" or cpu_multiplies(x.dtype) else x.float()
 
 
-def _weights(slab: Slab, extent: Extent, places: slice, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B of some places, for a matmul in `dtype`: views where they are held in it, else converted copies."""
+def _weights(
+    slab: Slab, extent: Extent, places: slice | torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B of some places, for a matmul in `dtype`: as they are where they are held in it, else converted copies."""
     a, b = slab.stack_a(extent)[places], slab.stack_b(extent)[places]
     if slab.layout.has_scales:
         a = a * slab.stack_scales(extent)[places, :, None]
     return a.to(dtype), b.to(dtype)
 
 
-def _add_small(
-    out: torch.Tensor, wide: torch.Tensor, group: SiteGroup, part: _SlabRows, members: list[tuple[int, Extent]]
-) -> None:
-    """The batched segments' deltas."""
+def _add_small(wide: torch.Tensor, slab: Slab, part: _Small, members: list[tuple[torch.Tensor, Extent]]) -> None:
+    """The deltas of segments of few rows, to each member's columns of the output."""
     gathered = wide.index_select(0, part.index).view(part.high - part.low, part.width, wide.shape[1])
-    for member, extent in members:
-        a, b = _weights(part.slab, extent, slice(part.low, part.high), wide.dtype)
-        delta = torch.bmm(torch.bmm(gathered, a.transpose(1, 2)), b).flatten(0, 1)
-        _add_rows(_columns(out, group, member), part.targets, delta if part.kept is None else delta[part.kept])
+    for out, extent in members:
+        a, b = _weights(slab, extent, slice(part.low, part.high), wide.dtype)
+        low = torch.bmm(gathered, a.transpose(1, 2))
+        if wide.device.type == "cpu" and wide.dtype is torch.bfloat16:  # in float32 the matmul is as fast
+            _add_rows(out, part.targets, _weighted_sums(b, _found(low, part), part))
+        else:
+            _add_rows(out, part.targets, _found(torch.bmm(low, b), part))
+
+
+def _weighted_sums(b: torch.Tensor, low: torch.Tensor, part: _Small) -> torch.Tensor:
+    """Each row of `low` [R, padded] by its own adapter's B [padded, out], of the stack `b`.
+
+    A product of one row is a weighted sum of B's rows, and an embedding bag reads these at twice the rate of a batched
+    matmul.
+    """
+    rows, starts = part.bag(b.shape[1])
+    sums: torch.Tensor = torch.embedding_bag(b.flatten(0, 1), rows, starts, False, 0, False, low.flatten())[0]
+    return sums
+
+
+def _found(batched: torch.Tensor, part: _Small) -> torch.Tensor:
+    """From [places, width, n] the rows that there are, [R, n]."""
+    flat = batched.flatten(0, 1)
+    return flat if part.found is None else flat.index_select(0, part.found)
+
+
+def _add_large(wide: torch.Tensor, slab: Slab, part: _Large, members: list[tuple[torch.Tensor, Extent]]) -> None:
+    """The same of segments of many rows.
+
+    Rows are multiplied with all adapters at once, although each needs only its own, and zeros stand for what is not its
+    own: one operation that the cores share is faster than one for each segment.
+    """
+    for out, extent in members:
+        if part.together:
+            a, b = _weights(slab, extent, part.places, wide.dtype)
+            low = wide[part.span] @ a.flatten(0, 1).T
+            low.masked_fill_(part.foreign(extent.padded).to(low.device), 0)
+            _add_product(out, part.span, low, b.flatten(0, 1))
+        for place, rows in part.alone:
+            a, b = _weights(slab, extent, slice(place, place + 1), wide.dtype)
+            _add_product(out, rows, wide[rows] @ a[0].T, b[0])
 
 
 def _columns(out: torch.Tensor, group: SiteGroup, member: int) -> torch.Tensor:
     """Where a member of the group writes."""
+    if len(group.offsets) == 2:
+        return out
     return out[:, group.offsets[member] : group.offsets[member + 1]]
 
 
@@ -106,47 +189,70 @@ def _add_product(out: torch.Tensor, rows: torch.Tensor | slice, low: torch.Tenso
     """out[rows] += low @ b, in one operation where the dtypes and the rows allow it."""
     if isinstance(rows, slice) and out.dtype == low.dtype:
         out[rows].addmm_(low, b)
-    elif isinstance(rows, slice):
-        out[rows].add_(low @ b)
     else:
         _add_rows(out, rows, low @ b)
 
 
-def _add_rows(out: torch.Tensor, rows: torch.Tensor, delta: torch.Tensor) -> None:
+def _add_rows(out: torch.Tensor, rows: torch.Tensor | slice, delta: torch.Tensor) -> None:
     """out[rows] += delta for rows that are all different: several times faster than `index_add_`.
 
     Where delta is wider than out, the sum is rounded once.
     """
-    out.index_copy_(0, rows, (out.index_select(0, rows) + delta).to(out.dtype))
+    if isinstance(rows, slice):
+        out[rows].add_(delta)
+    else:
+        out.index_copy_(0, rows, (out.index_select(0, rows) + delta).to(out.dtype))
 
 
 def _slab_rows(slab: Slab, segments: list[tuple[int, np.ndarray]]) -> _SlabRows:
-    def indices(values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values.astype(np.int64)).to(slab.data.device)
-
+    device = slab.data.device
     small = [(place, mine) for place, mine in segments if len(mine) <= MAX_BATCHED_ROWS]
-    large = tuple((p, _run(m) or indices(m)) for p, m in segments if len(m) > MAX_BATCHED_ROWS)
-    if not small:
-        nothing = indices(np.empty(0))
-        return _SlabRows(slab, 0, 0, 0, nothing, None, nothing, large)
-    low = min(place for place, _ in small)
-    high = max(place for place, _ in small) + 1
-    width = max(len(mine) for _, mine in small)
+    large = [(place, mine) for place, mine in segments if len(mine) > MAX_BATCHED_ROWS]
+    return _SlabRows(
+        slab, _small(small, device) if small else None, _large(large, slab.finite, device) if large else None
+    )
+
+
+def _small(segments: list[tuple[int, np.ndarray]], device: torch.device) -> _Small:
+    low = min(place for place, _ in segments)
+    high = max(place for place, _ in segments) + 1
+    width = max(len(mine) for _, mine in segments)
     index = np.full((high - low, width), -1, dtype=np.int64)
-    for place, mine in small:
+    for place, mine in segments:
         index[place - low, : len(mine)] = mine
     flat = index.reshape(-1)
-    kept = np.flatnonzero(flat >= 0)
-    return _SlabRows(
-        slab,
+    found = np.flatnonzero(flat >= 0)
+    found = found[np.argsort(flat[found])]
+    targets = flat[found]
+    is_all = found.size == flat.size and bool((found == np.arange(flat.size)).all())
+    return _Small(
         low,
         high,
         width,
-        indices(np.maximum(flat, 0)),
-        None if kept.size == flat.size else indices(kept),
-        indices(flat[kept]),
-        large,
+        _indices(np.maximum(flat, 0), device),
+        None if is_all else _indices(found, device),
+        _run(targets) or _indices(targets, device),
+        _indices(found // width, device),
     )
+
+
+def _large(segments: list[tuple[int, np.ndarray]], finite: set[int], device: torch.device) -> _Large:
+    runs: list[tuple[int, slice]] = []
+    alone: list[tuple[int, torch.Tensor | slice]] = []
+    for place, mine in sorted(segments, key=lambda segment: segment[0]):
+        run = _run(mine)
+        if run is not None and place in finite:
+            runs.append((place, run))
+        else:
+            alone.append((place, run or _indices(mine, device)))
+    places = np.array([place for place, _ in runs], dtype=np.int64)
+    together = tuple(rows for _, rows in runs)
+    span = slice(min((r.start for r in together), default=0), max((r.stop for r in together), default=0))
+    return _Large(together, (_run(places) if runs else None) or _indices(places, device), span, tuple(alone))
+
+
+def _indices(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(values.astype(np.int64)).to(device)
 
 
 def _run(rows: np.ndarray) -> slice | None:
