@@ -99,6 +99,27 @@ def test_a_used_place_holds_nothing_of_the_adapter_before() -> None:
     device.evict(keeper.slot)
 
 
+def test_only_slabs_of_many_places_are_searched_for_numbers_that_are_not_finite(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    packed, _ = random_packed({0: 8}, SHAPES)
+    spoiled = PackedAdapter(packed.layout, packed.ranks, torch.full_like(packed.data, float("nan")))
+    device = Device(3)
+    places = [device.bring(each) for each in (packed, spoiled, packed)]
+    slab = device.memory.slabs[places[0].slab]
+    assert slab.finite == {places[0].row, places[2].row}
+    device.memory.fill(places[0], spoiled)
+    assert slab.finite == {places[2].row}
+
+    def fail(numbers: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("a whole adapter was read for nothing")
+
+    monkeypatch.setattr(torch.Tensor, "isfinite", fail)
+    alone = Device(1)
+    place = alone.bring(packed)
+    assert not alone.memory.slabs[place.slab].finite
+
+
 def test_memory_is_freed_with_the_last_adapter_of_a_slab() -> None:
     device = Device(2)
     places = [device.bring(random_packed({0: 8}, SHAPES, seed=i)[0]) for i in range(3)]

@@ -19,7 +19,8 @@ class Slab:
 
     So the stack of one matrix over all places is contiguous, which batched matmuls need if they are not to copy it.
     `data` has one dimension of num_places * layout.numel elements. `views`: stacks by offset, as kernels ask for the
-    same ones in every step. `finite`: places whose adapter is known to hold no NaN and no infinity.
+    same ones in every step. `finite`: places whose adapter is known to hold no NaN and no infinity; none in a slab
+    of one place, which has no neighbours to spare, and whose loads are to be one copy.
     """
 
     layout: Layout
@@ -50,12 +51,12 @@ class Slab:
 
     def fill(self, row: int, packed: PackedAdapter) -> None:
         """Copy one adapter into its place."""
-        self.finite.discard(row)
-        if not self.layout.has_scales and bool(packed.data.isfinite().all()):
-            self.finite.add(row)
         if self.num_places == 1:
             self.data.copy_(packed.data)
             return
+        self.finite.discard(row)
+        if not self.layout.has_scales and bool(packed.data.isfinite().all()):
+            self.finite.add(row)
         for extent in self.layout.extents.values():
             parts = [(extent.a, extent.in_features), (extent.b, extent.out_features)]
             if self.layout.has_scales:
