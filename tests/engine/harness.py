@@ -26,7 +26,8 @@ from manylora.lora.tiers import AdapterTiers
 from manylora.models import fused, native, selfcheck
 from manylora.models.kv_cache import KVCache
 from manylora.models.matmul import factory
-from manylora.models.operators import NativeOperators, TorchOperators
+from manylora.models.native_layers import NativeLayers
+from manylora.models.torch_layers import TorchLayers
 from manylora.models.wrapping import WrappedModel, wrap
 
 KERNELS: Mapping[str, Callable[[], LoraKernel]] = {"torch": TorchKernel, "native": NativeKernel, "fused": NativeKernel}
@@ -128,8 +129,10 @@ def build_rig(
         for room in (*cache.keys, *cache.values):
             room.fill_(float("nan"))
     wrapped.attach_cache(cache, use_native=kernel != "torch")
-    if kernel != "native":  # which runs the model's own layers; the other two are as a server has them
-        fused.fuse(wrapped, cache, TorchOperators() if kernel == "torch" else NativeOperators())
+    if kernel == "torch":  # "native" runs the model's own layers; the other two are as a server has them
+        fused.fuse(wrapped, cache, TorchLayers())
+    elif kernel == "fused":
+        fused.fuse(wrapped, cache, NativeLayers())
     selfcheck.check(wrapped, cache)
     lora_kernel = KERNELS[kernel]()
     keep = keep_as or KeepAs(model.dtype, model.dtype)

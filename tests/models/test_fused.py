@@ -1,42 +1,54 @@
 """Layers of the usual shape run fused, and only where they compute the same."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 from transformers import GraniteConfig, GraniteForCausalLM, PreTrainedModel
 
 from manylora.errors import ModelUnusable
+from manylora.lora.kernels import SiteGroup
+from manylora.lora.kernels.native import NativeKernel
+from manylora.lora.memory import DTYPE_CODES, DeviceMemory
+from manylora.lora.rows import group_rows
 from manylora.models import fused, native, selfcheck
 from manylora.models.attention import AttentionOptions
+from manylora.models.batch import ForwardContext
 from manylora.models.kv_cache import KVCache, KVShape
-from manylora.models.matmul import factory
-from manylora.models.operators import LayerOperators, NativeOperators, TorchOperators
+from manylora.models.layers import LayerKernel, LayerParts, Norm
+from manylora.models.linear import AdaptedLinear
+from manylora.models.matmul import MatmulFactory, factory, int8, packed, paneled
+from manylora.models.native_layers import NativeLayers
 from manylora.models.selfcheck import single_sequence
+from manylora.models.torch_layers import TorchLayers
 from manylora.models.wrapping import WrappedModel, wrap
 from tests.engine.harness import load
 from tests.tiny_models import make_tiny_model
 
+S = TypeVar("S")
 CPU = torch.device("cpu")
 
-ALL_OPERATORS: dict[str, type[NativeOperators] | type[TorchOperators]] = {
-    "native": NativeOperators,
-    "torch": TorchOperators,
-}
 
-
-@pytest.fixture(params=ALL_OPERATORS)
+@pytest.fixture(params=["native", "torch"])
 def kind(request: pytest.FixtureRequest) -> str:
     if request.param == "native" and not native.is_available():
         pytest.skip("the C++ kernels are not installed")
     return str(request.param)
 
 
-def wrapped(model: PreTrainedModel, kind: str) -> tuple[WrappedModel, KVCache, LayerOperators]:
+def wrapped(model: PreTrainedModel, kind: str) -> tuple[WrappedModel, KVCache]:
     ours = wrap(model, factory(use_native=kind == "native"))
     cache = KVCache(ours.survey.kv_shapes, 8, 4, model.dtype, torch.device("cpu"))
     ours.attach_cache(cache, use_native=kind == "native")
-    return ours, cache, ALL_OPERATORS[kind]()
+    return ours, cache
+
+
+def fuse(ours: WrappedModel, cache: KVCache, kind: str) -> dict[str, nn.Module]:
+    return fused.fuse(ours, cache, NativeLayers()) if kind == "native" else fused.fuse(ours, cache, TorchLayers())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -44,41 +56,95 @@ def wrapped(model: PreTrainedModel, kind: str) -> tuple[WrappedModel, KVCache, L
 def test_usual_layers_are_fused_and_compute_the_same(
     architecture: str, dtype: torch.dtype, kind: str, tmp_path: Path
 ) -> None:
-    ours, cache, operators = wrapped(load(make_tiny_model(architecture, tmp_path)).to(dtype), kind)
-    assert len(fused.fuse(ours, cache, operators)) == len(cache.keys)
+    ours, cache = wrapped(load(make_tiny_model(architecture, tmp_path)).to(dtype), kind)
+    assert len(fuse(ours, cache, kind)) == len(cache.keys)
     selfcheck.check(ours, cache)
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "gemma3", "qwen3", "phi3", "gpt2", "gpt_neox"])
 def test_other_layers_are_left_alone(architecture: str, kind: str, tmp_path: Path) -> None:
-    ours, cache, operators = wrapped(load(make_tiny_model(architecture, tmp_path)), kind)
-    assert fused.fuse(ours, cache, operators) == {}
+    ours, cache = wrapped(load(make_tiny_model(architecture, tmp_path)), kind)
+    assert fuse(ours, cache, kind) == {}
     selfcheck.check(ours, cache)
 
 
-@pytest.mark.parametrize("start", [0, 6])
-@pytest.mark.parametrize("rotary_dim", [4, 8])
-def test_both_kinds_of_operators_agree(rotary_dim: int, start: int) -> None:
+@pytest.mark.parametrize("matmul", [paneled, packed, int8])
+def test_layer_in_cpp_is_its_operators_one_after_the_other(matmul: MatmulFactory, tmp_path: Path) -> None:
+    """Whichever kind of matmul it holds, and with an adapter on half of its linears."""
     if not native.is_available():
         pytest.skip("the C++ kernels are not installed")
-    random = torch.Generator().manual_seed(rotary_dim)
-    rows, heads, num_kv, dim, block = 5, 4, 2, 8, 4
+    outputs = []
+    for is_fused in (False, True):
+        torch.manual_seed(0)
+        ours = wrap(load(make_tiny_model("qwen2", tmp_path)), matmul)
+        cache = KVCache(ours.survey.kv_shapes, 8, 4, torch.float32, torch.device("cpu"))
+        ours.attach_cache(cache, use_native=True)
+        if is_fused:
+            fused.fuse(ours, cache, NativeLayers())
+        outputs.append(run_with_adapter(ours, cache))
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-4)
+
+
+def run_with_adapter(ours: WrappedModel, cache: KVCache) -> torch.Tensor:
+    """Logits of six rows: the middle ones have an adapter for o_proj, k_proj and down_proj, and none elsewhere."""
+    random = torch.Generator().manual_seed(1)
+    memory = DeviceMemory(len(ours.modules), 2, torch.device("cpu"))
+    held = []
+    for path, site in ours.sites.items():
+        if path.endswith(("o_proj", "k_proj", "down_proj")):
+            spec = ours.modules[path]
+            a = torch.randn(4, spec.in_features, generator=random)
+            b = torch.randn(4, spec.out_features, generator=random)
+            held += [a, b]
+            memory.tables[site, 1] = torch.tensor([a.data_ptr(), b.data_ptr(), 4, 0, DTYPE_CODES[torch.float32]])
+            memory.ranks[site, 1] = 4
+    rows = group_rows(np.array([-1, -1, 1, 1, 1, -1], dtype=np.int32), memory.ranks, torch.device("cpu"))
+    assert rows is not None
+    batch = single_sequence(torch.arange(6), 0, cache)
+    ours.context.batch = replace(batch, lora=NativeKernel().plan(rows, memory))
+    with torch.inference_mode():
+        logits: torch.Tensor = ours.model(
+            input_ids=batch.token_ids[None], position_ids=batch.positions[None], use_cache=False
+        ).logits
+    ours.context.batch = None
+    assert len(held) > 0
+    return logits
+
+
+@pytest.mark.parametrize("start", [0, 6])
+def test_partial_rotary_embedding_agrees(start: int) -> None:
+    """Torch's layer against the C++ one where only half of each head is turned."""
+    if not native.is_available():
+        pytest.skip("the C++ kernels are not installed")
+    random = torch.Generator().manual_seed(start)
+    rows, heads, num_kv, dim, block, rotary_dim = 5, 4, 2, 8, 4, 4
     batch = single_sequence(torch.arange(rows), start, KVCache([KVShape(num_kv, dim)], 8, block, torch.float32, CPU))
-    qkv = torch.randn(rows, heads + 2 * num_kv, dim, generator=random)
+    hidden = heads * dim
+    context = ForwardContext(batch)
+
+    def adapted(inputs: int, outputs: int, site: int) -> AdaptedLinear:
+        group = SiteGroup(site, (0, outputs), torch.tensor([0, outputs], dtype=torch.int32))
+        weight = torch.randn(outputs, inputs, generator=random) / inputs**0.5
+        return AdaptedLinear(paneled(weight, None), group, context, in_features=inputs)
+
+    def norm() -> Norm:
+        return Norm(torch.randn(hidden, generator=random), 1e-5)
+
+    parts = LayerParts(
+        norm(), adapted(hidden, hidden + 2 * num_kv * dim, 0), adapted(hidden, hidden, 1),
+        norm(), adapted(hidden, 48, 2), adapted(24, hidden, 3), AttentionOptions(0.3, 3, 0.0),
+    )  # fmt: skip
     cos, sin = (torch.randn(rows, rotary_dim, generator=random) for _ in "cs")
-    weight, gate_up = torch.randn(24, generator=random), torch.randn(rows, 48, generator=random)
-    results = []
-    for operators in (NativeOperators(), TorchOperators()):
-        keys, values = (torch.zeros(8, num_kv, block, dim) for _ in "kv")
-        options = AttentionOptions(0.3, 0, 0.0)
-        attended = operators.attend(qkv.clone(), operators.rotary(cos, sin), keys, values, batch, options)
-        residual = gate_up[:, :24].clone()
-        results.append([
-            attended, keys, values,
-            operators.rms_norm(residual, weight, 1e-5), operators.silu_and_mul(gate_up),
-            operators.add_rms_norm_(residual, gate_up[:, 24:], weight, 1e-5), residual,
-        ])  # fmt: skip
-    for theirs, ours in zip(*results, strict=True):
+    given = torch.randn(rows, hidden, generator=random)
+    past = [torch.randn(8, num_kv, block, dim, generator=random) for _ in "kv"]
+
+    def run(kernel: LayerKernel[S]) -> list[torch.Tensor]:
+        keys, values = (cache.clone() for cache in past)
+        residual = given.clone()
+        kernel.layer(parts, keys, values)(residual, kernel.begin(cos, sin, batch))
+        return [residual, keys, values]
+
+    for theirs, ours in zip(run(NativeLayers()), run(TorchLayers()), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -93,8 +159,8 @@ def test_layer_that_only_looks_usual_goes_back_to_its_own(kind: str) -> None:
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(torch.randn_like(weight) * 0.2)
-    ours, cache, operators = wrapped(model, kind)
-    originals = fused.fuse(ours, cache, operators)
+    ours, cache = wrapped(model, kind)
+    originals = fuse(ours, cache, kind)
     assert len(originals) == 2
     with pytest.raises(ModelUnusable):
         selfcheck.check(ours, cache)

@@ -9,7 +9,7 @@ from manylora.errors import ModelUnusable
 from manylora.models import fused, native, selfcheck
 from manylora.models.kv_cache import KVCache
 from manylora.models.matmul import factory
-from manylora.models.operators import NativeOperators
+from manylora.models.native_layers import NativeLayers
 from manylora.models.wrapping import wrap
 from tests.engine.harness import load
 from tests.kernels.lora_case import make_case
@@ -23,7 +23,7 @@ def test_rounded_model_differs_from_the_whole_one_by_its_rounding_only(architect
     ours = wrap(load(make_tiny_model(architecture, tmp_path)), factory("int8", use_native=True))
     cache = KVCache(ours.survey.kv_shapes, 8, 4, torch.float32, torch.device("cpu"))
     ours.attach_cache(cache, use_native=True)
-    fused.fuse(ours, cache, NativeOperators())
+    fused.fuse(ours, cache, NativeLayers())
 
     selfcheck.check(ours, cache, tolerance=selfcheck.INT8_TOLERANCE)
 

@@ -31,8 +31,9 @@ from manylora.models import fused, native, selfcheck
 from manylora.models.kv_cache import KVCache, bytes_per_block
 from manylora.models.loading import LoadedBase
 from manylora.models.matmul import factory
-from manylora.models.operators import NativeOperators, TorchOperators
+from manylora.models.native_layers import NativeLayers
 from manylora.models.positions import position_limit
+from manylora.models.torch_layers import TorchLayers
 from manylora.models.wrapping import WrappedModel, wrap
 from manylora.settings import Settings
 
@@ -124,7 +125,11 @@ class EngineBuilder:
 
     def _prove(self, cache: KVCache, *, use_native: bool) -> None:
         """Check the model against itself, first with fused layers, then, should they not fit it, with its own."""
-        originals = fused.fuse(self.wrapped, cache, NativeOperators() if use_native else TorchOperators())
+        originals = (
+            fused.fuse(self.wrapped, cache, NativeLayers())
+            if use_native
+            else fused.fuse(self.wrapped, cache, TorchLayers())
+        )
         tolerance = selfcheck.INT8_TOLERANCE if self.settings.quantization == "int8" else None
         try:
             selfcheck.check(self.wrapped, cache, tolerance=tolerance)

@@ -1,88 +1,53 @@
-"""A decoder layer in ten operations instead of sixty, for the models whose layers have the usual shape.
+"""A decoder layer in one call instead of sixty, for the models whose layers have the usual shape.
 
 Most decoders are made of the same parts: norm, q/k/v, rotary embedding, attention, o, norm, gate/up, down. Such
-a layer is recognised by its parts, not by its class, and run through the operators of `operators.py`. Nothing is taken
-on trust: the self-check compares the whole model with the untouched one, and a model that differs (a residual
+a layer is recognised by its parts, not by its class, and computed whole (`layers.py`). Nothing is taken on trust: the
+self-check compares the whole model with the untouched one, and a model that differs (a residual
 scaled, an activation of its own) goes back to its own layers.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
 from transformers.activations import SiLUActivation
 
-from manylora.models.attention import AttentionOptions
 from manylora.models.batch import ForwardContext
 from manylora.models.kv_cache import KVCache
+from manylora.models.layers import Layer, LayerKernel, LayerParts, Norm
 from manylora.models.linear import AdaptedLinear, FusedMember
-from manylora.models.operators import LayerOperators
 from manylora.models.wrapping import WrappedModel
 
+S = TypeVar("S")
 _LAYER_PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 _ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _MLP_PARTS = {"gate_proj", "up_proj", "down_proj"}
 _SILU = (nn.SiLU, SiLUActivation)
 
 
-@dataclass(frozen=True, slots=True)
-class Norm:
-    """Root mean square norm: weight * x / rms(x)."""
+class _Steps(Generic[S]):
+    """What the layers of a step share, made by the first of them."""
 
-    weight: torch.Tensor
-    eps: float
+    def __init__(self, kernel: LayerKernel[S], context: ForwardContext) -> None:
+        self._kernel = kernel
+        self._context = context
+        self._current: tuple[torch.Tensor, S] | None = None
 
-
-@dataclass(frozen=True, slots=True)
-class LayerParts:
-    """What one layer is made of. `qkv` and `gate_up` are the fused linears."""
-
-    input_norm: Norm
-    qkv: AdaptedLinear
-    o: AdaptedLinear
-    mlp_norm: Norm
-    gate_up: AdaptedLinear
-    down: AdaptedLinear
-    options: AttentionOptions
+    def of(self, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> S:
+        """By cos and sin [1, T, rotary_dim], of which every layer of a step is given the same."""
+        cos, sin = position_embeddings
+        if self._current is None or self._current[0] is not cos:
+            self._current = cos, self._kernel.begin(cos[0], sin[0], self._context.current())
+        return self._current[1]
 
 
-class Rotary:
-    """The step's rotary embedding in the form that the operators want; every layer of a step is given the same."""
-
-    def __init__(self, ops: LayerOperators) -> None:
-        self._ops = ops
-        self._given: torch.Tensor | None = None
-        self._prepared = torch.empty(0), torch.empty(0)
-
-    def of(self, given: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """From cos and sin, each [1, T, rotary_dim]; prepared once per step."""
-        if given[0] is not self._given:
-            self._given = given[0]
-            self._prepared = self._ops.rotary(given[0][0], given[1][0])
-        return self._prepared
-
-
-class FusedDecoderLayer(nn.Module):
+class FusedDecoderLayer(nn.Module, Generic[S]):
     """Stands where a decoder layer stood; [1, T, hidden] -> [1, T, hidden], in place."""
 
-    def __init__(
-        self,
-        parts: LayerParts,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        context: ForwardContext,
-        ops: LayerOperators,
-        rotary: Rotary,
-    ) -> None:
+    def __init__(self, layer: Layer[S], steps: _Steps[S]) -> None:
         super().__init__()
-        self._parts = parts
-        self._keys = keys
-        self._values = values
-        self._context = context
-        self._ops = ops
-        self._rotary = rotary
-        self._heads = (-1, keys.shape[3])
+        self._layer = layer
+        self._steps = steps
 
     def forward(
         self,
@@ -90,28 +55,22 @@ class FusedDecoderLayer(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         **kwargs: Any,
     ) -> torch.Tensor:
-        p, ops, keys, values = self._parts, self._ops, self._keys, self._values
-        batch = self._context.current()
-        residual = hidden_states.view(-1, hidden_states.shape[-1])
-        qkv = p.qkv(ops.rms_norm(residual, p.input_norm.weight, p.input_norm.eps)).unflatten(1, self._heads)
-        attended = ops.attend(qkv, self._rotary.of(position_embeddings), keys, values, batch, p.options)
-        normed = ops.add_rms_norm_(residual, p.o(attended.flatten(1)), p.mlp_norm.weight, p.mlp_norm.eps)
-        residual += p.down(ops.silu_and_mul(p.gate_up(normed)))
+        self._layer(hidden_states.view(-1, hidden_states.shape[-1]), self._steps.of(position_embeddings))
         return hidden_states
 
 
-def fuse(wrapped: WrappedModel, cache: KVCache, ops: LayerOperators) -> dict[str, nn.Module]:
+def fuse(wrapped: WrappedModel, cache: KVCache, kernel: LayerKernel[S]) -> dict[str, nn.Module]:
     """Replace every layer of the usual shape. Returns the originals by path, for `undo`; empty if there are none."""
-    rotary = Rotary(ops)
+    steps = _Steps(kernel, wrapped.context)
     originals: dict[str, nn.Module] = {}
     for path, module in list(wrapped.model.named_modules()):
         if {name for name, _ in module.named_children()} == _LAYER_PARTS:
             parts = _recognise(module, wrapped)
             if parts is not None:
                 originals[path] = module
-                layer = layer_index(module.get_submodule("self_attn"))
-                fused = FusedDecoderLayer(parts, cache.keys[layer], cache.values[layer], wrapped.context, ops, rotary)
-                wrapped.model.set_submodule(path, fused)
+                index = layer_index(module.get_submodule("self_attn"))
+                layer = kernel.layer(parts, cache.keys[index], cache.values[index])
+                wrapped.model.set_submodule(path, FusedDecoderLayer(layer, steps))
     return originals
 
 

@@ -26,18 +26,18 @@ class AdaptedLinear(nn.Module):
         super().__init__()
         self.in_features = in_features
         self.out_features = group.offsets[-1]
-        self._matmul = matmul
-        self._group = group
+        self.matmul = matmul
+        self.group = group
         self._context = context
         self._on_logit_rows = on_logit_rows
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features)
-        out = self._matmul(rows)
+        out = self.matmul(rows)
         batch = self._context.current()
         plan: LoraPlan | None = batch.logit_lora if self._on_logit_rows else batch.lora
-        if plan is not None and any(plan.rows.touched[s] for s in self._group.sites):
-            plan.add_(out, rows, self._group)
+        if plan is not None and any(plan.rows.touched[s] for s in self.group.sites):
+            plan.add_(out, rows, self.group)
         return out.view(*x.shape[:-1], self.out_features)
 
 

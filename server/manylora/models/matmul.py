@@ -1,5 +1,6 @@
 """The base's matmul, in the form that is fastest for the dtype and the device."""
 
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
@@ -7,8 +8,8 @@ from torch.nn import functional
 
 from manylora.lora.kernels.cpu import cpu_multiplies
 from manylora.models import native
-from manylora.models.int8 import pack_int8
-from manylora.models.panels import pack_panels
+from manylora.models.int8 import Int8Weight, pack_int8
+from manylora.models.panels import PanelWeight, pack_panels
 
 __all__ = ["BaseMatmul", "MatmulFactory", "Quantization", "factory"]
 
@@ -42,7 +43,7 @@ def factory(quantization: Quantization = "none", *, use_native: bool = False) ->
         return int8
 
     def best(weight: torch.Tensor, bias: torch.Tensor | None) -> BaseMatmul:
-        if use_native and not (weight.dtype is torch.bfloat16 and _has_matrix_unit()):
+        if use_native and not (weight.dtype is torch.bfloat16 and _has_matrix_unit() and can_pack(weight)):
             return paneled(weight, bias)
         if can_pack(weight):
             return packed(weight, bias)
@@ -60,19 +61,25 @@ def dense(weight: torch.Tensor, bias: torch.Tensor | None) -> BaseMatmul:
     return matmul
 
 
-def packed(weight: torch.Tensor, bias: torch.Tensor | None) -> BaseMatmul:
-    """The same with the weight brought into oneDNN's own order once, instead of in every call.
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """The same with the weight in oneDNN's own order."""
 
-    On the CPU, for thirty-two rows: faster by a quarter in bfloat16 (for one row twice as fast), by a tenth to two
-    fifths in float32. The packed weight is a copy.
-    """
-    ordered = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACKED_FOR_ROWS)
+    ordered: torch.Tensor
+    bias: torch.Tensor | None
 
-    def matmul(x: torch.Tensor, /) -> torch.Tensor:
-        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, ordered, bias, "none", [], "")
+    def __call__(self, x: torch.Tensor, /) -> torch.Tensor:
+        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self.ordered, self.bias, "none", [], "")
         return out
 
-    return matmul
+
+def packed(weight: torch.Tensor, bias: torch.Tensor | None) -> Packed:
+    """Bring the weight into oneDNN's order once, instead of in every call. The packed weight is a copy.
+
+    On the CPU, for thirty-two rows: faster by a quarter in bfloat16 (for one row twice as fast), by a tenth to two
+    fifths in float32.
+    """
+    return Packed(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACKED_FOR_ROWS), bias)
 
 
 def widened(weight: torch.Tensor, bias: torch.Tensor | None) -> BaseMatmul:
@@ -88,24 +95,36 @@ def widened(weight: torch.Tensor, bias: torch.Tensor | None) -> BaseMatmul:
     return widen
 
 
-def paneled(weight: torch.Tensor, bias: torch.Tensor | None) -> BaseMatmul:
-    """The same by our own kernel, which reads the weight in the order in which it lies. The weight is a copy."""
-    panels, added = pack_panels(weight), _float(bias)
+@dataclass(frozen=True, slots=True)
+class Paneled:
+    """The same by our own kernel, which reads the weight in the order in which it lies; see `native.linear`."""
 
-    def matmul(x: torch.Tensor, /) -> torch.Tensor:
-        return native.linear(x, panels, added)
+    weight: PanelWeight
+    bias: torch.Tensor | None
 
-    return matmul
+    def __call__(self, x: torch.Tensor, /) -> torch.Tensor:
+        return native.linear(x, self.weight, self.bias)
 
 
-def int8(weight: torch.Tensor, bias: torch.Tensor | None) -> BaseMatmul:
+def paneled(weight: torch.Tensor, bias: torch.Tensor | None) -> Paneled:
+    """Copy the weight into panels."""
+    return Paneled(pack_panels(weight), _float(bias))
+
+
+@dataclass(frozen=True, slots=True)
+class Int8:
     """The product with the weight and, on the way, the inputs rounded to 8 bits; see `native.int8_linear`."""
-    rounded, added = pack_int8(weight), _float(bias)
 
-    def matmul(x: torch.Tensor, /) -> torch.Tensor:
-        return native.int8_linear(x, rounded, added)
+    weight: Int8Weight
+    bias: torch.Tensor | None
 
-    return matmul
+    def __call__(self, x: torch.Tensor, /) -> torch.Tensor:
+        return native.int8_linear(x, self.weight, self.bias)
+
+
+def int8(weight: torch.Tensor, bias: torch.Tensor | None) -> Int8:
+    """Quantise the weight."""
+    return Int8(pack_int8(weight), _float(bias))
 
 
 def _float(bias: torch.Tensor | None) -> torch.Tensor | None:

@@ -13,6 +13,7 @@ class NativePlan(LoraPlan):
 
     def __init__(self, rows: LoraRows, memory: DeviceMemory) -> None:
         self.rows = rows
+        self.tables = memory.tables
         self._memory = memory
 
     def add_(self, out: torch.Tensor, x: torch.Tensor, group: SiteGroup) -> None:
@@ -21,7 +22,7 @@ class NativePlan(LoraPlan):
         native.add_lora_(
             out,
             x,
-            self._memory.tables[sites.start : sites.stop],
+            self.tables[sites.start : sites.stop],
             group.offsets_i32,
             rows.order,
             rows.segment_slots,

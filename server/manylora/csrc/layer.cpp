@@ -1,0 +1,175 @@
+// A decoder layer of the usual shape as one call: its operators follow each other without going back to Python, which
+// for a few rows costs as much as they do. Semantics: server/manylora/models/native_layers.py.
+
+#include "operators.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <ATen/record_function.h>
+#include <torch/custom_class.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <optional>
+
+namespace manylora {
+namespace {
+
+using at::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+// Named like the operator called alone, so that a profile reads the same either way.
+#define ML_PROFILED(name) RECORD_FUNCTION("manylora::" name, c10::ArrayRef<const c10::IValue>{})
+
+// What the layers of one step share.
+struct Step : torch::CustomClassHolder {
+  Step(Tensor cos, Tensor sin, Tensor kv_slots, Tensor block_tables, Tensor query_starts, Tensor context_lens)
+      : cos(std::move(cos)), sin(std::move(sin)), kv_slots(std::move(kv_slots)), block_tables(std::move(block_tables)),
+        query_starts(std::move(query_starts)), context_lens(std::move(context_lens)) {}
+
+  void set_lora(Tensor tables, Tensor order, Tensor segment_slots, Tensor segment_starts, const Tensor& touched) {
+    TORCH_CHECK_VALUE(touched.scalar_type() == at::kBool && touched.is_contiguous() && touched.dim() == 1 &&
+                          touched.numel() == tables.size(0),
+                      "touched must be a bool for each site of tables");
+    lora_tables = std::move(tables);
+    lora_order = std::move(order);
+    lora_segment_slots = std::move(segment_slots);
+    lora_segment_starts = std::move(segment_starts);
+    lora_touched = touched;
+  }
+
+  // Whether an adapter of this step has weights at one of `count` sites.
+  bool touches(int64_t first, int64_t count) const {
+    if (!lora_touched.defined()) return false;
+    TORCH_CHECK_INDEX(first + count <= lora_touched.numel(), "the step's tables have no site ", first + count - 1);
+    const bool* at = lora_touched.const_data_ptr<bool>() + first;
+    return std::any_of(at, at + count, [](bool is_touched) { return is_touched; });
+  }
+
+  Tensor cos, sin, kv_slots, block_tables, query_starts, context_lens;
+  Tensor lora_tables, lora_order, lora_segment_slots, lora_segment_starts, lora_touched;
+};
+
+// A base matmul and the sites of the low-rank deltas that belong to it.
+struct Linear : torch::CustomClassHolder {
+  // `weight`: panels of `linear`, of `int8_linear` where there are scales, or in oneDNN's own order.
+  Linear(Tensor weight, int64_t out_features, MaybeTensor bias, MaybeTensor scales, MaybeTensor group_sums,
+         int64_t group_size, int64_t first_site, Tensor out_offsets)
+      : weight_(std::move(weight)), out_features_(out_features), bias_(std::move(bias)), scales_(std::move(scales)),
+        group_sums_(std::move(group_sums)), group_size_(group_size), first_site_(first_site),
+        out_offsets_(std::move(out_offsets)) {
+    TORCH_CHECK_VALUE(scales_.has_value() == group_sums_.has_value(), "scales and group_sums come together");
+  }
+
+  Tensor forward(const Tensor& x, const Step& step) const {
+    Tensor out = multiply(x);
+    int64_t members = out_offsets_.numel() - 1;
+    if (step.touches(first_site_, members)) {
+      ML_PROFILED("add_lora_");
+      add_lora_(out, x, step.lora_tables.narrow(0, first_site_, members), out_offsets_, step.lora_order,
+                step.lora_segment_slots, step.lora_segment_starts);
+    }
+    return out;
+  }
+
+ private:
+  Tensor multiply(const Tensor& x) const {
+    if (weight_.is_mkldnn()) return multiply_by_onednn(x);
+    if (scales_) {
+      ML_PROFILED("int8_linear");
+      return int8_linear(x, weight_, *scales_, *group_sums_, bias_, group_size_);
+    }
+    ML_PROFILED("linear");
+    return linear(x, weight_, out_features_, bias_);
+  }
+
+  Tensor multiply_by_onednn(const Tensor& x) const {
+    using Schema = Tensor(const Tensor&, const Tensor&, const MaybeTensor&, std::string_view,
+                          c10::List<std::optional<at::Scalar>>, std::optional<std::string_view>);
+    static const auto pointwise =
+        c10::Dispatcher::singleton().findSchemaOrThrow("mkldnn::_linear_pointwise", "").typed<Schema>();
+    return pointwise.call(x, weight_, bias_, "none", c10::List<std::optional<at::Scalar>>(), "");
+  }
+
+  Tensor weight_;
+  int64_t out_features_;
+  MaybeTensor bias_, scales_, group_sums_;
+  int64_t group_size_, first_site_;
+  Tensor out_offsets_;
+};
+
+using LinearPtr = c10::intrusive_ptr<Linear>;
+
+struct DecoderLayer : torch::CustomClassHolder {
+  DecoderLayer(Tensor input_norm, double input_eps, LinearPtr qkv, LinearPtr o, Tensor mlp_norm, double mlp_eps,
+               LinearPtr gate_up, LinearPtr down, Tensor keys, Tensor values, double scale, int64_t window,
+               double softcap)
+      : input_norm_(std::move(input_norm)), mlp_norm_(std::move(mlp_norm)), input_eps_(input_eps), mlp_eps_(mlp_eps),
+        qkv_(std::move(qkv)), o_(std::move(o)), gate_up_(std::move(gate_up)), down_(std::move(down)),
+        keys_(std::move(keys)), values_(std::move(values)), scale_(scale), window_(window), softcap_(softcap) {}
+
+  void forward_(Tensor residual, const c10::intrusive_ptr<Step>& step) const {
+    Tensor qkv = qkv_->forward(input_normed(residual), *step);
+    Tensor attended = o_->forward(attend(qkv, *step), *step);
+    Tensor gate_up = gate_up_->forward(mlp_normed(residual, attended), *step);
+    residual.add_(down_->forward(gated(gate_up), *step));
+  }
+
+ private:
+  Tensor input_normed(const Tensor& residual) const {
+    ML_PROFILED("rms_norm");
+    return rms_norm(residual, input_norm_, input_eps_, 0);
+  }
+
+  Tensor mlp_normed(const Tensor& residual, const Tensor& x) const {
+    ML_PROFILED("add_rms_norm_");
+    return add_rms_norm_(residual, x, mlp_norm_, mlp_eps_, 0);
+  }
+
+  Tensor gated(const Tensor& gate_up) const {
+    ML_PROFILED("silu_and_mul");
+    return silu_and_mul(gate_up);
+  }
+
+  Tensor attend(const Tensor& qkv, const Step& step) const {
+    int64_t num_kv = keys_.size(1), head_dim = keys_.size(3), rows = qkv.size(0);
+    Tensor heads = qkv.view({rows, -1, head_dim});
+    int64_t num_heads = heads.size(1) - 2 * num_kv;
+    Tensor q = turn_and_write(heads, num_heads, num_kv, step);
+    Tensor out = at::empty(q.sizes(), q.options());
+    ML_PROFILED("paged_attention");
+    paged_attention(out, q, keys_, values_, step.block_tables, step.query_starts, step.context_lens, scale_, window_,
+                    softcap_);
+    return out.view({rows, num_heads * head_dim});
+  }
+
+  Tensor turn_and_write(const Tensor& heads, int64_t num_heads, int64_t num_kv, const Step& step) const {
+    ML_PROFILED("rope_write_kv");
+    return rope_write_kv(heads.narrow(1, 0, num_heads), heads.narrow(1, num_heads, num_kv),
+                         heads.narrow(1, num_heads + num_kv, num_kv), step.cos, step.sin, keys_, values_, step.kv_slots);
+  }
+
+  Tensor input_norm_, mlp_norm_;
+  double input_eps_, mlp_eps_;
+  LinearPtr qkv_, o_, gate_up_, down_;
+  Tensor keys_, values_;
+  double scale_;
+  int64_t window_;
+  double softcap_;
+};
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(manylora, m) {
+  m.class_<Step>("Step")
+      .def(torch::init<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>())
+      .def("set_lora", &Step::set_lora);
+  m.class_<Linear>("Linear").def(
+      torch::init<Tensor, int64_t, MaybeTensor, MaybeTensor, MaybeTensor, int64_t, int64_t, Tensor>());
+  m.class_<DecoderLayer>("DecoderLayer")
+      .def(torch::init<Tensor, double, LinearPtr, LinearPtr, Tensor, double, LinearPtr, LinearPtr, Tensor, Tensor,
+                       double, int64_t, double>())
+      .def("forward_", &DecoderLayer::forward_);
+}
+
+}  // namespace manylora

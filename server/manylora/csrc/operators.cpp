@@ -1,0 +1,278 @@
+// See operators.h. Every check is here: the kernels trust their arguments.
+
+#include "operators.h"
+#include "kernels.h"
+
+#include <ATen/ops/empty.h>
+
+namespace manylora {
+
+using at::Tensor;
+
+namespace {
+
+DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat: return DType::f32;
+    case at::kBFloat16: return DType::bf16;
+    case at::kHalf: return DType::f16;
+    default: TORCH_CHECK_TYPE(false, "expected float32, bfloat16 or float16, got ", tensor.scalar_type());
+  }
+}
+
+void check(const Tensor& tensor, const char* name, int64_t dim, at::ScalarType type) {
+  TORCH_CHECK_VALUE(tensor.dim() == dim, name, " must have ", dim, " dimensions, has ", tensor.dim());
+  TORCH_CHECK_TYPE(tensor.scalar_type() == type, name, " must be ", type, ", is ", tensor.scalar_type());
+  TORCH_CHECK_VALUE(tensor.numel() == 0 || tensor.size(-1) == 1 || tensor.stride(-1) == 1,
+                    name, " must be contiguous in its last dimension");
+}
+
+template <class T>
+const T* indices(const Tensor& tensor, const char* name, int64_t dim) {
+  check(tensor, name, dim, c10::CppTypeToScalarType<T>::value);
+  TORCH_CHECK_VALUE(tensor.is_contiguous() || dim == 2, name, " must be contiguous");
+  return tensor.const_data_ptr<T>();
+}
+
+CacheView cache_view(const Tensor& cache) { return {cache.data_ptr(), cache.stride(0), cache.stride(1), cache.stride(2)}; }
+
+WriteKvArgs write_kv_args(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache, const Tensor& slots) {
+  check(k, "k", 3, k.scalar_type());
+  check(v, "v", 3, k.scalar_type());
+  check(k_cache, "k_cache", 4, k.scalar_type());
+  check(v_cache, "v_cache", 4, k.scalar_type());
+  TORCH_CHECK_VALUE(k.sizes() == v.sizes() && k_cache.sizes() == v_cache.sizes() && k_cache.size(1) == k.size(1) &&
+                        k_cache.size(3) == k.size(2) && slots.numel() == k.size(0),
+                    "k, v, the caches and slots do not fit together");
+  WriteKvArgs args{};
+  args.dtype = dtype_of(k);
+  args.k = k.const_data_ptr();
+  args.v = v.const_data_ptr();
+  args.k_row_stride = k.stride(0);
+  args.k_head_stride = k.stride(1);
+  args.v_row_stride = v.stride(0);
+  args.v_head_stride = v.stride(1);
+  args.k_cache = cache_view(k_cache);
+  args.v_cache = cache_view(v_cache);
+  args.slots = indices<int64_t>(slots, "slots", 1);
+  args.num_tokens = k.size(0);
+  args.num_kv_heads = k.size(1);
+  args.head_dim = k.size(2);
+  args.block_size = k_cache.size(2);
+  return args;
+}
+
+Tensor normed(const Tensor& x, Tensor* residual, const Tensor& weight, double eps, double weight_offset) {
+  check(x, "x", 2, x.scalar_type());
+  check(weight, "weight", 1, x.scalar_type());
+  TORCH_CHECK_VALUE(weight.numel() == x.size(1), "weight must have one entry per column of x");
+  Tensor out = at::empty(x.sizes(), x.options());
+  NormArgs args{};
+  args.dtype = dtype_of(x);
+  args.out = {out.data_ptr(), out.stride(0)};
+  if (residual) {
+    check(*residual, "residual", 2, x.scalar_type());
+    TORCH_CHECK_VALUE(residual->sizes() == x.sizes(), "residual and x must have the same shape");
+    args.residual = {residual->data_ptr(), residual->stride(0)};
+  }
+  args.x = {x.const_data_ptr(), x.stride(0)};
+  args.weight = weight.const_data_ptr();
+  args.num_rows = x.size(0);
+  args.hidden = x.size(1);
+  args.eps = static_cast<float>(eps);
+  args.weight_offset = static_cast<float>(weight_offset);
+  kernels().rms_norm(args);
+  return out;
+}
+
+Tensor gated(const Tensor& gate_up, Activation activation) {
+  check(gate_up, "gate_up", 2, gate_up.scalar_type());
+  TORCH_CHECK_VALUE(gate_up.size(1) % 2 == 0, "gate_up must have an even number of columns");
+  Tensor out = at::empty({gate_up.size(0), gate_up.size(1) / 2}, gate_up.options());
+  GatedArgs args{};
+  args.dtype = dtype_of(gate_up);
+  args.activation = activation;
+  args.out = {out.data_ptr(), out.stride(0)};
+  args.gate_up = {gate_up.const_data_ptr(), gate_up.stride(0)};
+  args.num_rows = out.size(0);
+  args.width = out.size(1);
+  kernels().gated_activation(args);
+  return out;
+}
+
+}  // namespace
+
+void add_lora_(Tensor out, const Tensor& x, const Tensor& tables, const Tensor& out_offsets, const Tensor& order,
+               const Tensor& segment_slots, const Tensor& segment_starts) {
+  check(x, "x", 2, x.scalar_type());
+  check(out, "out", 2, x.scalar_type());
+  TORCH_CHECK_VALUE(out.size(0) == x.size(0), "out and x must have the same rows");
+  TORCH_CHECK_VALUE(tables.dim() == 3 && tables.size(2) == 5 && tables.is_contiguous(),
+                    "tables must be a contiguous [members, slots, 5]");
+  TORCH_CHECK_VALUE(out_offsets.numel() == tables.size(0) + 1, "out_offsets must have one entry more than members");
+  TORCH_CHECK_VALUE(segment_starts.numel() == segment_slots.numel() + 1,
+                    "segment_starts must have one entry more than segment_slots");
+  LoraArgs args{};
+  args.dtype = dtype_of(x);
+  args.out = {out.data_ptr(), out.stride(0)};
+  args.x = {x.const_data_ptr(), x.stride(0)};
+  args.in_features = x.size(1);
+  args.tables = indices<int64_t>(tables, "tables", 3);
+  args.num_members = tables.size(0);
+  args.num_slots = tables.size(1);
+  args.out_offsets = indices<int32_t>(out_offsets, "out_offsets", 1);
+  args.order = indices<int32_t>(order, "order", 1);
+  args.segment_slots = indices<int32_t>(segment_slots, "segment_slots", 1);
+  args.segment_starts = indices<int32_t>(segment_starts, "segment_starts", 1);
+  args.num_segments = segment_slots.numel();
+  TORCH_CHECK_VALUE(args.num_members == 0 || args.out_offsets[args.num_members] <= out.size(1),
+                    "out_offsets reach past the columns of out");
+  kernels().add_lora(args);
+}
+
+void paged_attention(Tensor out, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                     const Tensor& block_tables, const Tensor& query_starts, const Tensor& context_lens, double scale,
+                     int64_t sliding_window, double softcap) {
+  check(q, "q", 3, q.scalar_type());
+  check(out, "out", 3, q.scalar_type());
+  check(k_cache, "k_cache", 4, q.scalar_type());
+  check(v_cache, "v_cache", 4, q.scalar_type());
+  TORCH_CHECK_VALUE(out.sizes() == q.sizes(), "out and q must have the same shape");
+  TORCH_CHECK_VALUE(k_cache.sizes() == v_cache.sizes() && k_cache.size(3) == q.size(2),
+                    "k_cache and v_cache must have the same shape, with q's head_dim");
+  TORCH_CHECK_VALUE(q.size(1) % k_cache.size(1) == 0, "the query heads must be a multiple of the key/value heads");
+  AttentionArgs args{};
+  args.dtype = dtype_of(q);
+  args.out = out.data_ptr();
+  args.q = q.const_data_ptr();
+  args.out_row_stride = out.stride(0);
+  args.out_head_stride = out.stride(1);
+  args.q_row_stride = q.stride(0);
+  args.q_head_stride = q.stride(1);
+  args.k_cache = cache_view(k_cache);
+  args.v_cache = cache_view(v_cache);
+  args.block_tables = indices<int32_t>(block_tables, "block_tables", 2);
+  args.block_table_stride = block_tables.stride(0);
+  args.query_starts = indices<int32_t>(query_starts, "query_starts", 1);
+  args.context_lens = indices<int32_t>(context_lens, "context_lens", 1);
+  args.num_sequences = context_lens.numel();
+  TORCH_CHECK_VALUE(query_starts.numel() == args.num_sequences + 1 && block_tables.size(0) >= args.num_sequences,
+                    "query_starts needs one entry more than context_lens, block_tables one row for each");
+  args.num_heads = q.size(1);
+  args.num_kv_heads = k_cache.size(1);
+  args.head_dim = q.size(2);
+  args.block_size = k_cache.size(2);
+  args.scale = static_cast<float>(scale);
+  args.sliding_window = sliding_window;
+  args.softcap = static_cast<float>(softcap);
+  kernels().paged_attention(args);
+}
+
+void write_kv(const Tensor& k, const Tensor& v, Tensor k_cache, Tensor v_cache, const Tensor& slots) {
+  kernels().write_kv(write_kv_args(k, v, k_cache, v_cache, slots));
+}
+
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, double weight_offset) {
+  return normed(x, nullptr, weight, eps, weight_offset);
+}
+
+Tensor add_rms_norm_(Tensor residual, const Tensor& x, const Tensor& weight, double eps, double weight_offset) {
+  return normed(x, &residual, weight, eps, weight_offset);
+}
+
+Tensor silu_and_mul(const Tensor& gate_up) { return gated(gate_up, Activation::silu); }
+Tensor gelu_tanh_and_mul(const Tensor& gate_up) { return gated(gate_up, Activation::gelu_tanh); }
+
+Tensor rope_write_kv(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos, const Tensor& sin, Tensor k_cache,
+                     Tensor v_cache, const Tensor& slots) {
+  check(q, "q", 3, k.scalar_type());
+  check(cos, "cos", 2, at::kFloat);
+  check(sin, "sin", 2, at::kFloat);
+  TORCH_CHECK_VALUE(q.size(0) == k.size(0) && q.size(2) == k.size(2), "q and k must have the same tokens and head_dim");
+  TORCH_CHECK_VALUE(cos.sizes() == sin.sizes() && cos.size(0) == q.size(0), "cos and sin must have one row per token");
+  TORCH_CHECK_VALUE(cos.size(1) % 2 == 0 && cos.size(1) <= q.size(2), "cos must have an even width, at most head_dim");
+  Tensor out = at::empty(q.sizes(), q.options());
+  RopeArgs args{};
+  args.kv = write_kv_args(k, v, k_cache, v_cache, slots);
+  args.q = q.const_data_ptr();
+  args.q_row_stride = q.stride(0);
+  args.q_head_stride = q.stride(1);
+  args.num_heads = q.size(1);
+  args.out = out.data_ptr();
+  args.cos = {cos.const_data_ptr<float>(), cos.stride(0)};
+  args.sin = {sin.const_data_ptr<float>(), sin.stride(0)};
+  args.rotary_dim = cos.size(1);
+  kernels().rope_write_kv(args);
+  return out;
+}
+
+Tensor linear(const Tensor& x, const Tensor& packed, int64_t out_features, const std::optional<Tensor>& bias) {
+  check(x, "x", 2, x.scalar_type());
+  check(packed, "packed", 4, x.scalar_type());
+  int64_t in_features = x.size(1), depth = x.scalar_type() == at::kBFloat16 ? kBf16Depth : 1;
+  TORCH_CHECK_VALUE(packed.is_contiguous() && packed.size(0) == (out_features + kPanelWidth - 1) / kPanelWidth &&
+                        packed.size(1) == (in_features + depth - 1) / depth && packed.size(2) == kPanelWidth &&
+                        packed.size(3) == depth,
+                    "packed does not fit x and out_features");
+  if (bias) {
+    check(*bias, "bias", 1, at::kFloat);
+    TORCH_CHECK_VALUE(bias->numel() == out_features, "bias must have one entry per output");
+  }
+  Tensor out = at::empty({x.size(0), out_features}, x.options()), inputs;
+  LinearArgs args{};
+  args.dtype = dtype_of(x);
+  if (args.dtype != DType::f32) inputs = at::empty({x.size(0), packed.size(1) * depth}, x.options().dtype(at::kFloat));
+  args.out = {out.data_ptr(), out.stride(0)};
+  args.x = {x.const_data_ptr(), x.stride(0)};
+  args.packed = packed.const_data_ptr();
+  args.bias = bias ? bias->const_data_ptr<float>() : nullptr;
+  args.inputs = inputs.defined() ? inputs.data_ptr() : nullptr;
+  args.num_rows = x.size(0);
+  args.in_features = in_features;
+  args.out_features = out_features;
+  kernels().linear(args);
+  return out;
+}
+
+Tensor int8_linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const Tensor& group_sums,
+                   const std::optional<Tensor>& bias, int64_t group_size) {
+  check(x, "x", 2, x.scalar_type());
+  check(packed, "packed", 4, at::kChar);
+  check(scales, "scales", 1, at::kFloat);
+  check(group_sums, "group_sums", 2, at::kInt);
+  int64_t in_features = x.size(1), out_features = scales.numel();
+  TORCH_CHECK_VALUE(packed.is_contiguous() && packed.size(0) == (out_features + kPanelWidth - 1) / kPanelWidth &&
+                        packed.size(1) == (in_features + kInt8Depth - 1) / kInt8Depth &&
+                        packed.size(2) == kPanelWidth && packed.size(3) == kInt8Depth,
+                    "packed does not fit x and scales");
+  TORCH_CHECK_VALUE(group_size > 0 && group_size % kInt8Depth == 0, "group_size must be a multiple of ", kInt8Depth);
+  int64_t num_groups = (in_features + group_size - 1) / group_size;
+  TORCH_CHECK_VALUE(group_sums.is_contiguous() && group_sums.size(0) == num_groups &&
+                        group_sums.size(1) == packed.size(0) * kPanelWidth,
+                    "group_sums does not fit packed and group_size");
+  if (bias) {
+    check(*bias, "bias", 1, at::kFloat);
+    TORCH_CHECK_VALUE(bias->numel() == out_features, "bias must have one entry per output");
+  }
+  Tensor out = at::empty({x.size(0), out_features}, x.options());
+  Tensor quantised = at::empty({x.size(0), packed.size(1) * kInt8Depth}, x.options().dtype(at::kShort));
+  Tensor row_scales = at::empty({x.size(0), num_groups}, scales.options());
+  Int8LinearArgs args{};
+  args.dtype = dtype_of(x);
+  args.out = {out.data_ptr(), out.stride(0)};
+  args.x = {x.const_data_ptr(), x.stride(0)};
+  args.packed = packed.const_data_ptr<int8_t>();
+  args.scales = scales.const_data_ptr<float>();
+  args.group_sums = group_sums.const_data_ptr<int32_t>();
+  args.bias = bias ? bias->const_data_ptr<float>() : nullptr;
+  args.quantised = quantised.data_ptr();
+  args.row_scales = row_scales.data_ptr<float>();
+  args.num_rows = x.size(0);
+  args.in_features = in_features;
+  args.out_features = out_features;
+  args.group_size = group_size;
+  kernels().int8_linear(args);
+  return out;
+}
+
+}  // namespace manylora

@@ -1,0 +1,29 @@
+// The operators as C++ functions of tensors, their arguments checked. Semantics: server/manylora/models/native.py.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+namespace manylora {
+
+void add_lora_(at::Tensor out, const at::Tensor& x, const at::Tensor& tables, const at::Tensor& out_offsets,
+               const at::Tensor& order, const at::Tensor& segment_slots, const at::Tensor& segment_starts);
+void paged_attention(at::Tensor out, const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache,
+                     const at::Tensor& block_tables, const at::Tensor& query_starts, const at::Tensor& context_lens,
+                     double scale, int64_t sliding_window, double softcap);
+void write_kv(const at::Tensor& k, const at::Tensor& v, at::Tensor k_cache, at::Tensor v_cache,
+              const at::Tensor& slots);
+at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps, double weight_offset);
+at::Tensor add_rms_norm_(at::Tensor residual, const at::Tensor& x, const at::Tensor& weight, double eps,
+                         double weight_offset);
+at::Tensor silu_and_mul(const at::Tensor& gate_up);
+at::Tensor gelu_tanh_and_mul(const at::Tensor& gate_up);
+at::Tensor rope_write_kv(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& cos,
+                         const at::Tensor& sin, at::Tensor k_cache, at::Tensor v_cache, const at::Tensor& slots);
+at::Tensor linear(const at::Tensor& x, const at::Tensor& packed, int64_t out_features,
+                  const std::optional<at::Tensor>& bias);
+at::Tensor int8_linear(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& scales,
+                       const at::Tensor& group_sums, const std::optional<at::Tensor>& bias, int64_t group_size);
+
+}  // namespace manylora

@@ -1,0 +1,54 @@
+"""Decoder layers in C++, a call each: for a few rows, going from Python to C++ and back costs as much as the work."""
+
+from typing import Any
+
+import torch
+
+from manylora.lora.kernels.native import NativePlan
+from manylora.models.batch import Batch
+from manylora.models.layers import Layer, LayerParts
+from manylora.models.linear import AdaptedLinear
+from manylora.models.matmul import Int8, Packed, Paneled
+
+# Handles of C++ objects (csrc/layer.cpp), which torch has no static types for.
+Handle = Any
+
+
+class NativeLayers:
+    """`LayerKernel` of the C++ extension, which has to be available; each step is of `NativeKernel`'s plans."""
+
+    def begin(self, cos: torch.Tensor, sin: torch.Tensor, batch: Batch) -> Handle:
+        step = torch.classes.manylora.Step(
+            cos.float(), sin.float(), batch.kv_slots, batch.block_tables, batch.query_starts, batch.context_lens
+        )
+        if batch.lora is not None:
+            assert isinstance(batch.lora, NativePlan)
+            rows = batch.lora.rows
+            touched = torch.tensor(rows.touched)
+            step.set_lora(batch.lora.tables, rows.order, rows.segment_slots, rows.segment_starts, touched)
+        return step
+
+    def layer(self, parts: LayerParts, keys: torch.Tensor, values: torch.Tensor) -> Layer[Handle]:
+        options = parts.options
+        layer = torch.classes.manylora.DecoderLayer(
+            parts.input_norm.weight, parts.input_norm.eps, _linear(parts.qkv), _linear(parts.o),
+            parts.mlp_norm.weight, parts.mlp_norm.eps, _linear(parts.gate_up), _linear(parts.down),
+            keys, values, options.scale, options.window, options.softcap,
+        )  # fmt: skip
+        forward_: Layer[Handle] = layer.forward_
+        return forward_
+
+
+def _linear(linear: AdaptedLinear) -> Handle:
+    sites = linear.group.first, linear.group.offsets_i32
+    match linear.matmul:
+        case Int8(weight, bias):
+            return torch.classes.manylora.Linear(
+                weight.packed, weight.out_features, bias, weight.scales, weight.group_sums, weight.group_size, *sites
+            )
+        case Paneled(weight, bias):
+            return torch.classes.manylora.Linear(weight.packed, weight.out_features, bias, None, None, 0, *sites)
+        case Packed(ordered, bias):
+            return torch.classes.manylora.Linear(ordered, linear.out_features, bias, None, None, 0, *sites)
+        case other:
+            raise TypeError(f"the C++ kernels cannot run {type(other).__name__}")
