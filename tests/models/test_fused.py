@@ -86,7 +86,7 @@ def test_layer_in_cpp_is_its_operators_one_after_the_other(matmul: MatmulFactory
 
 
 def run_with_adapter(ours: WrappedModel, cache: KVCache) -> torch.Tensor:
-    """Logits of six rows: the middle ones have an adapter for o_proj, k_proj and down_proj, and none elsewhere."""
+    """Logits of twelve rows: the middle ones have an adapter for o_proj, k_proj and down_proj, and none elsewhere."""
     random = torch.Generator().manual_seed(1)
     memory = DeviceMemory(len(ours.modules), 2, torch.device("cpu"))
     held = []
@@ -98,9 +98,9 @@ def run_with_adapter(ours: WrappedModel, cache: KVCache) -> torch.Tensor:
             held += [a, b]
             memory.tables[site, 1] = torch.tensor([a.data_ptr(), b.data_ptr(), 4, 0, DTYPE_CODES[torch.float32]])
             memory.ranks[site, 1] = 4
-    rows = group_rows(np.array([-1, -1, 1, 1, 1, -1], dtype=np.int32), memory.ranks, torch.device("cpu"))
+    rows = group_rows(np.array([-1] * 4 + [1] * 5 + [-1] * 3, dtype=np.int32), memory.ranks, torch.device("cpu"))
     assert rows is not None
-    batch = single_sequence(torch.arange(6), 0, cache)
+    batch = single_sequence(torch.arange(12), 0, cache)
     ours.context.batch = replace(batch, lora=NativeKernel().plan(rows, memory))
     with torch.inference_mode():
         logits: torch.Tensor = ours.model(

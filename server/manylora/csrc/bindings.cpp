@@ -15,6 +15,16 @@ void set_cpu_path(c10::string_view name) {
   select_path(wanted.c_str());
 }
 
+at::Tensor linear_alone(const at::Tensor& x, const at::Tensor& packed, int64_t out_features,
+                        const std::optional<at::Tensor>& bias) {
+  return linear(x, packed, out_features, bias, Soon{});
+}
+
+at::Tensor int8_linear_alone(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& scales,
+                             const at::Tensor& group_sums, const std::optional<at::Tensor>& bias, int64_t group_size) {
+  return int8_linear(x, packed, scales, group_sums, bias, group_size, Soon{});
+}
+
 std::string cpu_path() { return kernels().name; }
 bool has_cpu_path(c10::string_view name) { return is_path_available(std::string(name).c_str()); }
 
@@ -52,8 +62,8 @@ TORCH_LIBRARY_IMPL(manylora, CPU, m) {
   m.impl("silu_and_mul", silu_and_mul);
   m.impl("gelu_tanh_and_mul", gelu_tanh_and_mul);
   m.impl("rope_write_kv", rope_write_kv);
-  m.impl("linear", linear);
-  m.impl("int8_linear", int8_linear);
+  m.impl("linear", linear_alone);
+  m.impl("int8_linear", int8_linear_alone);
 }
 
 }  // namespace manylora

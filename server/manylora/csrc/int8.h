@@ -14,6 +14,8 @@ using Quantised = int16_t;
 constexpr int32_t kQuantisedZero = 0;
 #endif
 
+constexpr int64_t kStepsPerFetch = 8;
+
 // R rows times a strip of the panel, for one group of inputs.
 struct Int8Tile {
   const Quantised* x;         // the group's first input of the first row
@@ -25,6 +27,7 @@ struct Int8Tile {
   int64_t scale_stride;
   float* sums;                // [R, kPanelWidth], at the strip
   const int8_t* ahead;        // what is read after this group, to be asked for on the way; null for all but one tile
+  Fetcher* fetcher;           // takes a step with every kStepsPerFetch of the tile
 };
 
 #if ML_HAS_VNNI
@@ -77,10 +80,11 @@ void quantise_row(const Int8LinearArgs& args, const Int8Shape& shape, int64_t ro
 // The products of rows [begin, end) with one group of the panel, a strip of `Width` outputs at a time.
 template <int Width>
 void int8_group(const Int8LinearArgs& args, const Int8Shape& shape, int64_t panel, int64_t group, int64_t begin,
-                int64_t end, const int8_t* ahead, float* sums) {
+                int64_t end, const int8_t* ahead, float* sums, Fetcher& fetcher) {
   int64_t tiles = (end - begin + kInt8TileRows - 1) / kInt8TileRows, input = group * args.group_size;
   int64_t width = std::min(kPanelWidth, args.out_features - panel * kPanelWidth);
   Int8Tile tile{};
+  tile.fetcher = &fetcher;
   tile.x_stride = shape.padded_in;
   tile.num_steps = (std::min(args.group_size, shape.padded_in - input) + kInt8Depth - 1) / kInt8Depth;
   tile.scale_stride = shape.num_groups;
@@ -109,9 +113,11 @@ void int8_group(const Int8LinearArgs& args, const Int8Shape& shape, int64_t pane
 // One panel of 64 outputs for rows [begin, end); `next` is the panel that the thread takes after it.
 template <class T>
 void int8_panel(const Int8LinearArgs& args, const Int8Shape& shape, int64_t panel, int64_t next, int64_t begin,
-                int64_t end) {
+                int64_t end, int64_t index, int64_t num_tasks) {
   int64_t first = panel * kPanelWidth, width = std::min(kPanelWidth, args.out_features - first);
   int64_t tiles = (end - begin + kInt8TileRows - 1) / kInt8TileRows, tallest = (end - begin + tiles - 1) / tiles;
+  int64_t strips = W == 16 ? 1 : 2;
+  Fetcher fetcher(args.soon, index, num_tasks, strips * tiles * (shape.padded_in / kInt8Depth / kStepsPerFetch));
   float* sums = static_cast<float*>(scratch((end - begin) * kPanelWidth * sizeof(float)));
   std::fill_n(sums, (end - begin) * kPanelWidth, 0.f);
   for (int64_t group = 0; group < shape.num_groups; ++group) {
@@ -120,7 +126,7 @@ void int8_panel(const Int8LinearArgs& args, const Int8Shape& shape, int64_t pane
       ahead = args.packed + panel * kPanelWidth * shape.padded_in + (group + 1) * args.group_size * kPanelWidth;
     else if (next * kPanelWidth < shape.padded_out)
       ahead = args.packed + next * kPanelWidth * shape.padded_in;
-    auto run = [&](auto width) { int8_group<width>(args, shape, panel, group, begin, end, ahead, sums); };
+    auto run = [&](auto width) { int8_group<width>(args, shape, panel, group, begin, end, ahead, sums, fetcher); };
     with_int8_strip_width(tallest, run);
   }
   for (int64_t row = begin; row < end; ++row) {
@@ -147,7 +153,7 @@ void int8_linear(const Int8LinearArgs& args) {
     for_rows(args.num_rows, args.in_features, [&](int64_t row) { quantise_row<T>(args, shape, row); });
     parallel(num_panels * num_chunks, threads, [&](int64_t task, int64_t next) {
       int64_t begin = task % num_chunks * rows_per_task, end = std::min(args.num_rows, begin + rows_per_task);
-      int8_panel<T>(args, shape, task / num_chunks, next / num_chunks, begin, end);
+      int8_panel<T>(args, shape, task / num_chunks, next / num_chunks, begin, end, task, num_panels * num_chunks);
     });
   });
 }

@@ -32,8 +32,9 @@ ML_INLINE void int8_tile(const Int8Tile& tile) {
     if (tile.ahead) {
 #pragma GCC unroll 4
       for (int64_t i = 0; i < Width * kInt8Depth; i += kLineBytes)
-        __builtin_prefetch(tile.ahead + step * kPanelWidth * kInt8Depth + i, 0, 2);
+        __builtin_prefetch(tile.ahead + step * kPanelWidth * kInt8Depth + i, 0, kPrefetchInto);
     }
+    if (step % kStepsPerFetch == 0) tile.fetcher->step();
     vi weights[NV];
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) weights[v] = load_bits<vi>(at + v * W * kInt8Depth);

@@ -96,6 +96,16 @@ constexpr int64_t kPanelWidth = 64;
 constexpr int64_t kBf16Depth = 2;  // float32 and float16: 1
 constexpr int64_t kInt8Depth = 4;
 
+// What is read soon after an operator, to be asked for meanwhile: see soon.h.
+struct MemoryRange {
+  const char* end;   // on a line's border
+  int64_t end_line;  // lines of 64 bytes up to there, those of the ranges before included
+};
+struct Soon {
+  const MemoryRange* ranges;
+  int64_t count, num_lines;
+};
+
 struct LinearArgs {
   DType dtype;
   Rows<void*> out;
@@ -104,6 +114,7 @@ struct LinearArgs {
   const float* bias;  // [N] or null
   void* inputs;       // scratch [num_rows, K rounded up to depth] floats, for types other than float32
   int64_t num_rows, in_features, out_features;
+  Soon soon;
 };
 
 struct Int8LinearArgs {
@@ -117,6 +128,7 @@ struct Int8LinearArgs {
   void* quantised;           // scratch [num_rows, K rounded up to 4] of 2 bytes: x in steps of its group's scale
   float* row_scales;         // scratch [num_rows, num_groups]
   int64_t num_rows, in_features, out_features, group_size;
+  Soon soon;
 };
 
 struct Kernels {

@@ -11,12 +11,18 @@
 
 #include <algorithm>
 #include <optional>
+#include <vector>
 
 namespace manylora {
 namespace {
 
 using at::Tensor;
 using MaybeTensor = std::optional<Tensor>;
+
+// With fewer rows a matmul waits for its own weights and has no time to ask for others.
+constexpr int64_t kMinRowsToAsk = 8;
+// About what the second caches hold beside what is at work.
+constexpr int64_t kLinesToAskPerThread = 768 * 1024 / 64;
 
 // Named like the operator called alone, so that a profile reads the same either way.
 #define ML_PROFILED(name) RECORD_FUNCTION("manylora::" name, c10::ArrayRef<const c10::IValue>{})
@@ -46,6 +52,26 @@ struct Step : torch::CustomClassHolder {
     return std::any_of(at, at + count, [](bool is_touched) { return is_touched; });
   }
 
+  // What `add_lora_` reads first at `count` sites, in its order, up to `most` lines. `offsets`: see there.
+  std::vector<MemoryRange> lora_reads(int64_t first, int64_t count, int64_t in_features, const int32_t* offsets,
+                                      int64_t most) const {
+    constexpr int64_t kElementSizes[] = {4, 2, 2, 1};  // by DType
+    const int32_t* slots = lora_segment_slots.const_data_ptr<int32_t>();
+    int64_t num_slots = lora_tables.size(1), num_lines = 0;
+    const int64_t* table = lora_tables.const_data_ptr<int64_t>() + first * num_slots * 5;
+    std::vector<MemoryRange> ranges;
+    for (int64_t unit = 0; unit < lora_segment_slots.numel() * count && num_lines < most; ++unit) {
+      int64_t member = unit % count, columns[] = {in_features, offsets[member + 1] - offsets[member]};
+      const int64_t* entry = table + (member * num_slots + slots[unit / count]) * 5;
+      for (int64_t matrix = 0; matrix < 2 && entry[2]; ++matrix) {
+        int64_t begin = entry[matrix] / 64, end = entry[matrix] + entry[2] * columns[matrix] * kElementSizes[entry[4]];
+        num_lines += (end + 63) / 64 - begin;
+        ranges.push_back({reinterpret_cast<const char*>((end + 63) / 64 * 64), num_lines});
+      }
+    }
+    return ranges;
+  }
+
   Tensor cos, sin, kv_slots, block_tables, query_starts, context_lens;
   Tensor lora_tables, lora_order, lora_segment_slots, lora_segment_starts, lora_touched;
 };
@@ -62,9 +88,14 @@ struct Linear : torch::CustomClassHolder {
   }
 
   Tensor forward(const Tensor& x, const Step& step) const {
-    Tensor out = multiply(x);
     int64_t members = out_offsets_.numel() - 1;
-    if (step.touches(first_site_, members)) {
+    bool is_touched = step.touches(first_site_, members);
+    std::vector<MemoryRange> reads;
+    if (is_touched && x.size(0) >= kMinRowsToAsk)
+      reads = step.lora_reads(first_site_, members, x.size(1), out_offsets_.const_data_ptr<int32_t>(),
+                              kLinesToAskPerThread * num_threads());
+    Tensor out = multiply(x, reads.empty() ? Soon{} : Soon{reads.data(), int64_t(reads.size()), reads.back().end_line});
+    if (is_touched) {
       ML_PROFILED("add_lora_");
       add_lora_(out, x, step.lora_tables.narrow(0, first_site_, members), out_offsets_, step.lora_order,
                 step.lora_segment_slots, step.lora_segment_starts);
@@ -73,14 +104,14 @@ struct Linear : torch::CustomClassHolder {
   }
 
  private:
-  Tensor multiply(const Tensor& x) const {
+  Tensor multiply(const Tensor& x, const Soon& soon) const {
     if (weight_.is_mkldnn()) return multiply_by_onednn(x);
     if (scales_) {
       ML_PROFILED("int8_linear");
-      return int8_linear(x, weight_, *scales_, *group_sums_, bias_, group_size_);
+      return int8_linear(x, weight_, *scales_, *group_sums_, bias_, group_size_, soon);
     }
     ML_PROFILED("linear");
-    return linear(x, weight_, out_features_, bias_);
+    return linear(x, weight_, out_features_, bias_, soon);
   }
 
   Tensor multiply_by_onednn(const Tensor& x) const {

@@ -7,9 +7,6 @@ constexpr int kMaxTileRows = 6;
 // A strip's steps lie 256 bytes apart, so they share a part of the first cache's sets: this many stay in it.
 constexpr int64_t kStepsPerBlock = 96;
 constexpr int64_t kStepsPerPrefetch = 8;
-// A strip of 512 bits is too wide for two of them to stay in the first cache, so the next is brought to the second (2).
-constexpr int kPrefetchInto = W == 16 ? 2 : 3;
-
 
 // How weights of a type lie (`depth` inputs of one output side by side) and what a row is read as: `Input`s, of which
 // a step takes `per_step`. Where the CPU multiplies pairs of bfloat16, an input is such a pair; else it is a float.
@@ -105,7 +102,7 @@ struct Linear {
 
   // sums += R rows times one strip of the panel, `count` steps of it.
   template <int R, int NV>
-  void tile(const Input* x, const T* weights, int64_t count, float* sums, Ahead ahead) const {
+  void tile(const Input* x, const T* weights, int64_t count, float* sums, Ahead ahead, Fetcher& fetcher) const {
     constexpr int64_t stride = kPanelWidth * Type::depth;
     vf tile[R][NV];
 #pragma GCC unroll 8
@@ -115,6 +112,7 @@ struct Linear {
     for (int64_t step = 0; step < count;) {
       int64_t until = std::min(count, step + kStepsPerPrefetch);
       ahead.prefetch(NV * W);
+      fetcher.step();
       for (; step < until; ++step, x += Type::per_step, weights += stride) linear_step<T, R, NV>(tile, x, input_stride, weights);
     }
 #pragma GCC unroll 8
@@ -125,7 +123,8 @@ struct Linear {
 
   // All rows [first, last) times the panel, inputs [begin, end), a strip of NV vectors at a time; `after` comes then.
   template <int NV>
-  void block(int64_t first, int64_t last, const T* panel, int64_t begin, int64_t end, float* sums, const T* after) const {
+  void block(int64_t first, int64_t last, const T* panel, int64_t begin, int64_t end, float* sums, const T* after,
+             Fetcher& fetcher) const {
     constexpr int64_t strip = NV * W;
     int64_t tiles = (last - first + kMaxTileRows - 1) / kMaxTileRows, count = end - begin;
     int64_t per_chunk = (kStepsPerPrefetch + tiles - 1) / tiles;
@@ -137,7 +136,7 @@ struct Linear {
         const Input* x = inputs + row * input_stride + begin * Type::per_step;
         float* to = sums + (row - first) * kPanelWidth + column;
         Ahead ahead{next, count * i / tiles, tiles > 1 ? count * (i + 1) / tiles : 0, per_chunk};
-        auto run = [&](auto height) { tile<height, NV>(x, weights, count, to, ahead); };
+        auto run = [&](auto height) { tile<height, NV>(x, weights, count, to, ahead, fetcher); };
         if constexpr (NV * W == kPanelWidth) {
           if (rows == 1) run(std::integral_constant<int, 1>{});
           if (rows == 2) run(std::integral_constant<int, 2>{});
@@ -158,21 +157,23 @@ struct Linear {
   }
 
   // `next_panel`: that of this thread's next task.
-  void task(int64_t panel_index, int64_t next_panel, int64_t first, int64_t last) const {
+  void task(int64_t panel_index, int64_t next_panel, int64_t first, int64_t last, int64_t index, int64_t num_tasks) const {
     float* sums = static_cast<float*>(scratch((last - first) * kPanelWidth * sizeof(float)));
     std::fill_n(sums, (last - first) * kPanelWidth, 0.f);
     const T* panel = panel_at(panel_index);
     int64_t tiles = (last - first + kMaxTileRows - 1) / kMaxTileRows, tallest = (last - first + tiles - 1) / tiles;
+    int64_t strips = kPanelWidth / (W == 16 ? 4 * W : 2 * W);
+    Fetcher fetcher(args.soon, index, num_tasks, strips * tiles * (num_steps / kStepsPerPrefetch));
     for (int64_t begin = 0; begin < num_steps; begin += kStepsPerBlock) {
       int64_t end = std::min(num_steps, begin + kStepsPerBlock);
       const T* after = end < num_steps ? panel + end * kPanelWidth * Type::depth : panel_at(next_panel);
       // Few rows leave registers for wider strips, which are read more evenly.
       if (W == 16 || tallest > 3)
-        block<W == 16 ? 4 : 2>(first, last, panel, begin, end, sums, after);
+        block<W == 16 ? 4 : 2>(first, last, panel, begin, end, sums, after, fetcher);
       else if (tallest > 1)
-        block<4>(first, last, panel, begin, end, sums, after);
+        block<4>(first, last, panel, begin, end, sums, after, fetcher);
       else
-        block<kPanelWidth / W>(first, last, panel, begin, end, sums, after);
+        block<kPanelWidth / W>(first, last, panel, begin, end, sums, after, fetcher);
     }
     int64_t column = panel_index * kPanelWidth, width = std::min(kPanelWidth, args.out_features - column);
     for (int64_t row = first; row < last; ++row) {
@@ -196,7 +197,7 @@ struct Linear {
     prepare();
     parallel(count, threads, [&](int64_t index, int64_t next) {
       int64_t first = index % num_chunks * rows_per_task;
-      task(index / num_chunks, std::min(next, count - 1) / num_chunks, first, std::min(args.num_rows, first + rows_per_task));
+      task(index / num_chunks, std::min(next, count - 1) / num_chunks, first, std::min(args.num_rows, first + rows_per_task), index, count);
     });
   }
 };

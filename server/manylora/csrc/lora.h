@@ -277,10 +277,15 @@ void add_lora(const LoraArgs& args) {
       unit.low = static_cast<float*>(scratch(unit.num_rows * unit.low_stride * sizeof(float)));
       with_weight_dtype(unit.dtype, [&](auto weight) {
         using Weight = decltype(weight);
+        // The steps that one row takes: over W ranks at a time of A, over four of B. More rows take them again.
         constexpr int64_t per_line = kLineBytes / int64_t(sizeof(Weight));
-        // One row: A is read in steps of W lines, B of four. More rows: as many steps again.
-        Ahead b(unit.b, unit.rank * unit.width * int64_t(sizeof(Weight)), (unit.rank + W - 1) / W * (args.in_features / per_line));
-        Ahead a = next < count ? Ahead(units[next].a, units[next].rank * args.in_features * element_size(units[next]), unit.rank / 4 * (unit.width / per_line)) : Ahead();
+        int64_t a_steps = (unit.rank + W - 1) / W * (args.in_features / per_line);
+        int64_t b_steps = unit.rank / 4 * (unit.width / per_line);
+        Ahead b(unit.b, unit.rank * unit.width * element_size(unit), a_steps), a;
+        if (next < count) {
+          const LoraUnit& then = units[next];
+          a = Ahead(then.a, then.rank * args.in_features * element_size(then), b_steps);
+        }
         shrink<T, Weight>(unit, args.x, args.in_features, 0, unit.rank, b);
         expand<T, Weight>(unit, args.out, 0, unit.width, a);
       });

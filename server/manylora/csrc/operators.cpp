@@ -206,7 +206,8 @@ Tensor rope_write_kv(const Tensor& q, const Tensor& k, const Tensor& v, const Te
   return out;
 }
 
-Tensor linear(const Tensor& x, const Tensor& packed, int64_t out_features, const std::optional<Tensor>& bias) {
+Tensor linear(const Tensor& x, const Tensor& packed, int64_t out_features, const std::optional<Tensor>& bias,
+              const Soon& soon) {
   check(x, "x", 2, x.scalar_type());
   check(packed, "packed", 4, x.scalar_type());
   int64_t in_features = x.size(1), depth = x.scalar_type() == at::kBFloat16 ? kBf16Depth : 1;
@@ -230,12 +231,13 @@ Tensor linear(const Tensor& x, const Tensor& packed, int64_t out_features, const
   args.num_rows = x.size(0);
   args.in_features = in_features;
   args.out_features = out_features;
+  args.soon = soon;
   kernels().linear(args);
   return out;
 }
 
 Tensor int8_linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const Tensor& group_sums,
-                   const std::optional<Tensor>& bias, int64_t group_size) {
+                   const std::optional<Tensor>& bias, int64_t group_size, const Soon& soon) {
   check(x, "x", 2, x.scalar_type());
   check(packed, "packed", 4, at::kChar);
   check(scales, "scales", 1, at::kFloat);
@@ -271,6 +273,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& packed, const Tensor& scales, 
   args.in_features = in_features;
   args.out_features = out_features;
   args.group_size = group_size;
+  args.soon = soon;
   kernels().int8_linear(args);
   return out;
 }

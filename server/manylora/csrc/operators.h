@@ -1,6 +1,8 @@
 // The operators as C++ functions of tensors, their arguments checked. Semantics: server/manylora/models/native.py.
 #pragma once
 
+#include "kernels.h"
+
 #include <ATen/core/Tensor.h>
 
 #include <optional>
@@ -21,9 +23,11 @@ at::Tensor silu_and_mul(const at::Tensor& gate_up);
 at::Tensor gelu_tanh_and_mul(const at::Tensor& gate_up);
 at::Tensor rope_write_kv(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& cos,
                          const at::Tensor& sin, at::Tensor k_cache, at::Tensor v_cache, const at::Tensor& slots);
+// The linears may ask for memory on the way that is read after them.
 at::Tensor linear(const at::Tensor& x, const at::Tensor& packed, int64_t out_features,
-                  const std::optional<at::Tensor>& bias);
+                  const std::optional<at::Tensor>& bias, const Soon& soon);
 at::Tensor int8_linear(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& scales,
-                       const at::Tensor& group_sums, const std::optional<at::Tensor>& bias, int64_t group_size);
+                       const at::Tensor& group_sums, const std::optional<at::Tensor>& bias, int64_t group_size,
+                       const Soon& soon);
 
 }  // namespace manylora

@@ -36,8 +36,11 @@ void parallel(int64_t count, int64_t threads, F&& f) {
 }
 
 constexpr int64_t kLineBytes = 64;  // what comes from memory at once
+// Which cache the next weights, keys and values are brought to: with 512 bits what is at work fills the first one.
+constexpr int kPrefetchInto = W == 16 ? 2 : 3;
 
 #include "cache.h"
+#include "soon.h"
 
 #include "attention.h"
 #include "elementwise.h"
