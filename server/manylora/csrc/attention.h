@@ -79,7 +79,8 @@ struct Attention {
   // computed: the CPU waits when it is asked for more than it can have under way.
   ML_INLINE void ask_for(const T* const* entries, int64_t begin, int64_t end) const {
     for (int64_t i = begin; i < end; ++i)
-      for (int64_t at = 0; at < args.head_dim; at += kLineBytes / int64_t(sizeof(T))) __builtin_prefetch(entries[i] + at, 0, kPrefetchInto);
+      for (int64_t at = 0; at < args.head_dim; at += kLineBytes / int64_t(sizeof(T)))
+        __builtin_prefetch(entries[i] + at, 0, kPrefetchInto);
   }
   // Blocks begin at multiples of their size, so that a row's sums do not depend on how queries are cut into tasks.
   static int64_t first_block(const AttentionTask& task) { return task.first_key / kKeysPerBlock * kKeysPerBlock; }

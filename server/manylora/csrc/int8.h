@@ -117,7 +117,8 @@ void int8_panel(const Int8LinearArgs& args, const Int8Shape& shape, int64_t pane
   int64_t first = panel * kPanelWidth, width = std::min(kPanelWidth, args.out_features - first);
   int64_t tiles = (end - begin + kInt8TileRows - 1) / kInt8TileRows, tallest = (end - begin + tiles - 1) / tiles;
   int64_t strips = W == 16 ? 1 : 2;
-  Fetcher fetcher(args.soon, index, num_tasks, strips * tiles * (shape.padded_in / kInt8Depth / kStepsPerFetch));
+  int64_t num_fetches = strips * tiles * (shape.padded_in / kInt8Depth / kStepsPerFetch);
+  Fetcher fetcher(args.soon, index, num_tasks, num_fetches);
   float* sums = static_cast<float*>(scratch((end - begin) * kPanelWidth * sizeof(float)));
   std::fill_n(sums, (end - begin) * kPanelWidth, 0.f);
   for (int64_t group = 0; group < shape.num_groups; ++group) {

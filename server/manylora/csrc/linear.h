@@ -156,8 +156,9 @@ struct Linear {
     }
   }
 
-  // `next_panel`: that of this thread's next task.
-  void task(int64_t panel_index, int64_t next_panel, int64_t first, int64_t last, int64_t index, int64_t num_tasks) const {
+  // Task `index` of all. `next_panel`: that of this thread's next one.
+  void task(int64_t panel_index, int64_t next_panel, int64_t first, int64_t last, int64_t index,
+            int64_t num_tasks) const {
     float* sums = static_cast<float*>(scratch((last - first) * kPanelWidth * sizeof(float)));
     std::fill_n(sums, (last - first) * kPanelWidth, 0.f);
     const T* panel = panel_at(panel_index);
@@ -190,14 +191,15 @@ struct Linear {
   void run() {
     constexpr int64_t kBytesPerThread = 256 * 1024;
     int64_t bytes = num_panels * kPanelWidth * num_steps * Type::depth * int64_t(sizeof(T));
-    int64_t threads = std::min(num_threads(), std::max<int64_t>(1, bytes * std::max<int64_t>(1, args.num_rows / 8) / kBytesPerThread));
+    int64_t cost = bytes * std::max<int64_t>(1, args.num_rows / 8);
+    int64_t threads = std::min(num_threads(), std::max<int64_t>(1, cost / kBytesPerThread));
     int64_t rows_per_task = rows_per_panel_task(args.num_rows, num_panels, threads);
     int64_t num_chunks = (args.num_rows + rows_per_task - 1) / rows_per_task;
     int64_t count = num_panels * num_chunks;
     prepare();
     parallel(count, threads, [&](int64_t index, int64_t next) {
-      int64_t first = index % num_chunks * rows_per_task;
-      task(index / num_chunks, std::min(next, count - 1) / num_chunks, first, std::min(args.num_rows, first + rows_per_task), index, count);
+      int64_t first = index % num_chunks * rows_per_task, last = std::min(args.num_rows, first + rows_per_task);
+      task(index / num_chunks, std::min(next, count - 1) / num_chunks, first, last, index, count);
     });
   }
 };

@@ -183,12 +183,15 @@ void expand_row(const LoraUnit& unit, const Rows<void*>& out, int64_t row, int64
   for (; begin < end; begin += kColumns) {
     int64_t count = std::min(kColumns, end - begin), rank = 0;
     const Weight* b = static_cast<const Weight*>(unit.b) + begin;
-    for (; rank + N <= unit.rank; rank += N) add_ranks<N>(sums, b + rank * unit.width, unit.width, low + rank, count, rank == 0, ahead);
-    for (; rank < unit.rank; ++rank) add_ranks<1>(sums, b + rank * unit.width, unit.width, low + rank, count, rank == 0, ahead);
+    for (; rank + N <= unit.rank; rank += N)
+      add_ranks<N>(sums, b + rank * unit.width, unit.width, low + rank, count, rank == 0, ahead);
+    for (; rank < unit.rank; ++rank)
+      add_ranks<1>(sums, b + rank * unit.width, unit.width, low + rank, count, rank == 0, ahead);
     T* target = static_cast<T*>(out.data) + unit.rows[row] * out.stride + unit.first_column + begin;
     int64_t column = 0;
     for (; column + W <= count; column += W) store(target + column, load(target + column) + load(sums + column));
-    if (column < count) store(target + column, load(target + column, count - column) + load(sums + column, count - column), count - column);
+    if (int64_t rest = count - column; rest > 0)
+      store(target + column, load(target + column, rest) + load(sums + column, rest), rest);
   }
 }
 
@@ -250,7 +253,9 @@ void add_lora_split(const LoraArgs& args, std::vector<LoraUnit>& units, int64_t 
   parallel(count * pieces, threads, [&](int64_t i, int64_t) {
     const LoraUnit& unit = units[i / pieces];
     int64_t begin = split(i % pieces, unit.rank, W), end = split(i % pieces + 1, unit.rank, W);
-    with_weight_dtype(unit.dtype, [&](auto weight) { shrink<T, decltype(weight)>(unit, args.x, args.in_features, begin, end, Ahead{}); });
+    with_weight_dtype(unit.dtype, [&](auto weight) {
+      shrink<T, decltype(weight)>(unit, args.x, args.in_features, begin, end, Ahead{});
+    });
   });
   parallel(count * pieces, threads, [&](int64_t i, int64_t) {
     const LoraUnit& unit = units[i / pieces];
