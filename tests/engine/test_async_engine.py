@@ -1,6 +1,7 @@
 """The bridge to asyncio over a real engine: queues, ends of every kind, and an engine that dies."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from manylora.engine.async_engine import PROBE_TEXT, AsyncEngine, RunningGeneration
 from manylora.engine.interface import Delta, FinishReason, ModelInfo, SamplingParams
 from manylora.errors import ContextLengthExceeded, Draining, EngineDead, ManyloraError, QueueFull
+from manylora.lora.packing import PackedAdapter
 from manylora.models.checkpoint import load_tokenizer
 from manylora.models.codec import HuggingFaceCodec
 from tests.engine.harness import Rig, build_rig, load
@@ -196,7 +198,18 @@ async def test_an_effect_is_measured_beside_running_requests(
     assert effect.kl > 0
 
 
-async def test_timing_tells_waiting_from_loading(rig: Rig, engine: AsyncEngine) -> None:
+async def test_timing_tells_waiting_from_loading(
+    rig: Rig, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack = rig.tiers._packer
+
+    def pack_once_it_is_waited_for(folder: Path) -> PackedAdapter:
+        deadline = time.monotonic() + 30
+        while not engine.stats().waiting_for_adapter and time.monotonic() < deadline:
+            time.sleep(0.001)
+        return pack(folder)
+
+    monkeypatch.setattr(rig.tiers, "_packer", pack_once_it_is_waited_for)
     first, second = ask(engine, "first", rig=rig), None
     await collect(first)
     second = ask(engine, "second", rig=rig)
