@@ -19,6 +19,7 @@ from manylora.api.inspection import Inspect
 from manylora.api.tracing import open_tracing
 from manylora.app import create_app
 from manylora.catalog.database import open_database
+from manylora.catalog.interface import PUBLIC_TENANT
 from manylora.catalog.service import Catalog
 from manylora.catalog.usage.ledger import UsageLedger
 from manylora.errors import StartupError
@@ -29,6 +30,7 @@ from manylora.metrics import Metrics, NoMetrics
 from manylora.settings import Settings
 from manylora.tenants.gate import TenantGate
 from manylora.tenants.keys import KeyStore
+from manylora.warm_up import warm_up
 
 if TYPE_CHECKING:
     from manylora.engine.async_engine import AsyncEngine
@@ -112,6 +114,7 @@ class _Server:
             await catalog.attach(engine, count_upload=self._metrics.count_upload)
             if settings.adapters is not None:
                 await catalog.register_folder(settings.adapters)
+            await warm_up(engine, [each.ref for each in catalog.directory.visible_to(PUBLIC_TENANT)])
             # The model, its libraries and what else lives as long as the process need no looking at ever again.
             gc.collect()
             gc.freeze()

@@ -105,6 +105,14 @@ async def test_counts_of_one_key_add_up_and_others_stay_apart(database: Database
     assert rows(database)[2][7] == 12
 
 
+def test_preparing_leaves_nothing_behind_and_takes_no_number(database: Database) -> None:
+    store = UsageStore(database, "w")
+    store.prepare()
+    assert rows(database) == rows(database, UsageWriterRow) == []
+    store.write(1, Batch(usage={(QUARTER, "acme", "", "", "ok"): [1, 2, 3, 0]}), now_us=5)
+    assert [row[5:] for row in rows(database)] == [(1, 2, 3, 0)]
+
+
 async def test_two_servers_on_one_database_add_to_the_same_rows(database: Database, database_url: str) -> None:
     second = open_database(database_url)
     ledgers = [ledger_of(each, Clock()) for each in (database, second)]

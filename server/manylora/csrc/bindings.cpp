@@ -34,6 +34,8 @@ TORCH_LIBRARY(manylora, m) {
   m.def("set_cpu_path(str name) -> ()", set_cpu_path);
   m.def("cpu_path() -> str", cpu_path);
   m.def("has_cpu_path(str name) -> bool", has_cpu_path);
+  m.def("place_threads(int[] cpus, bool apart) -> ()", place_threads);
+  m.def("thread_times(int[] cpus) -> (int, int)", thread_times);
   m.def(
       "add_lora_(Tensor(a!) out, Tensor x, Tensor tables, Tensor out_offsets, Tensor order, Tensor segment_slots, "
       "Tensor segment_starts) -> ()");

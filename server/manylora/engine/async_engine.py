@@ -114,13 +114,21 @@ class AsyncEngine:
     """Implements `interface.EngineClient`. Call `start` on the event loop before anything else."""
 
     def __init__(
-        self, engine: Engine, tiers: AdapterTiers, model: ModelInfo, codec: TextCodec, *, max_open: int
+        self,
+        engine: Engine,
+        tiers: AdapterTiers,
+        model: ModelInfo,
+        codec: TextCodec,
+        *,
+        max_open: int,
+        before_step: Callable[[], None] = lambda: None,
     ) -> None:
         self.model = model
         self.codec = codec
         self._engine = engine
         self._tiers = tiers
         self._max_open = max_open  # sequences, in the batch and waiting
+        self._before_step = before_step
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -299,6 +307,8 @@ class AsyncEngine:
             while not self._is_stopping:
                 while self._inbox:
                     self._inbox.popleft()()
+                if self._engine.has_work:
+                    self._before_step()
                 outputs = self._engine.step()
                 if outputs:
                     self._call_loop(partial(self._deliver, outputs))

@@ -12,6 +12,7 @@ from manylora.engine.block_manager import BlockManager
 from manylora.engine.engine import Engine
 from manylora.engine.interface import AdapterSource, ModelInfo
 from manylora.engine.model_runner import ModelRunner
+from manylora.engine.placement import ThreadPlacement
 from manylora.engine.scheduler import Scheduler
 from manylora.errors import InvalidSettings, ModelUnusable, NotEnoughMemory
 from manylora.lora import format as adapter_format
@@ -84,7 +85,14 @@ class EngineBuilder:
         """The engine with its bridge to asyncio, not started yet. `occupancy` hears who is in a slot."""
         engine, tiers = self.build_core(source, metrics, occupancy)
         max_open = self.settings.max_num_seqs + self.settings.max_queue
-        return AsyncEngine(engine, tiers, self._model_info(), self.base.codec, max_open=max_open)
+        return AsyncEngine(
+            engine,
+            tiers,
+            self._model_info(),
+            self.base.codec,
+            max_open=max_open,
+            before_step=ThreadPlacement(native).before_step if self._use_native else lambda: None,
+        )
 
     def build_core(
         self, source: AdapterSource, metrics: Metrics, occupancy: Occupancy | None = None

@@ -9,6 +9,7 @@ kernels exist once per instruction set (`CPU_PATHS`), and the best one for the m
 import functools
 import importlib
 import logging
+from collections.abc import Sequence
 
 import torch
 
@@ -52,6 +53,24 @@ def set_cpu_path(path: str) -> None:
     Raises ValueError for a path that this machine cannot run.
     """
     torch.ops.manylora.set_cpu_path(path)
+
+
+def place_threads(cpus: Sequence[int], *, apart: bool) -> None:
+    """Let each thread of the calling thread's parallel regions run on its own of `cpus`, or again on all of them.
+
+    As many `cpus` as torch has threads; the calling thread gets the first. What the system refuses is left as it was.
+    Does nothing on systems other than Linux.
+    """
+    torch.ops.manylora.place_threads(cpus, apart)
+
+
+def thread_times(cpus: Sequence[int]) -> tuple[int, int] | None:
+    """How long these threads have run, and how long they have waited for a CPU, in nanoseconds, summed.
+
+    None unless each is on its own of `cpus`, and where the system does not count (it does as Linux with schedstat).
+    """
+    run_ns, wait_ns = torch.ops.manylora.thread_times(cpus)
+    return (run_ns, wait_ns) if run_ns >= 0 else None
 
 
 def add_lora_(

@@ -121,6 +121,8 @@ class UsageLedger:
             self._wake.set()
 
     async def _write_all(self) -> None:
+        with suppress(SQLAlchemyError):  # which the first write will say
+            await self._on_thread(self._store.prepare)
         while True:
             with suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, self._slots_due - time.monotonic())):

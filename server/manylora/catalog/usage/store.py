@@ -58,24 +58,34 @@ class UsageStore:
         self._add_slots = self._adding(SlotTimeRow, _SLOT_KEY, _SLOT_SUMS)
         self._number_batch = self._numbering()
 
+    def prepare(self) -> None:
+        """Run the statements of a write and take them back: compiling them takes milliseconds, the first time."""
+        key: UsageKey = (0, "", "", "", "")
+        with self._database.write(None) as session:
+            self._execute(session, 1, Batch(usage={key: [0, 0, 0, 0]}), 0)
+            session.rollback()
+
     def write(self, number: int, batch: Batch, now_us: int) -> None:
         """Add batch `number`, once: where the connection broke while the answer was on its way, send it again.
 
         Keys are sorted, so that two servers which add to the same rows never wait for each other.
         """
         with self._database.write(None) as session:
-            connection = session.connection()
-            known = {"id": self._writer, "batch": number, "at": now_us}
-            if connection.execute(self._number_batch, known).first() is None:
-                return
-            if batch.usage:
-                columns = (*_USAGE_KEY, *_USAGE_SUMS)
-                rows = [dict(zip(columns, (*key, *sums), strict=True)) for key, sums in sorted(batch.usage.items())]
-                connection.execute(self._add_usage, rows)
-            if batch.slots:
-                named = (*_SLOT_KEY, *_SLOT_SUMS)
-                times = [dict(zip(named, (*key, time_us), strict=True)) for key, time_us in sorted(batch.slots.items())]
-                connection.execute(self._add_slots, times)
+            self._execute(session, number, batch, now_us)
+
+    def _execute(self, session: Session, number: int, batch: Batch, now_us: int) -> None:
+        connection = session.connection()
+        known = {"id": self._writer, "batch": number, "at": now_us}
+        if connection.execute(self._number_batch, known).first() is None:
+            return
+        if batch.usage:
+            columns = (*_USAGE_KEY, *_USAGE_SUMS)
+            rows = [dict(zip(columns, (*key, *sums), strict=True)) for key, sums in sorted(batch.usage.items())]
+            connection.execute(self._add_usage, rows)
+        if batch.slots:
+            named = (*_SLOT_KEY, *_SLOT_SUMS)
+            times = [dict(zip(named, (*key, time_us), strict=True)) for key, time_us in sorted(batch.slots.items())]
+            connection.execute(self._add_slots, times)
 
     def forget_writer(self, now_us: int) -> None:
         """Nothing of this process will be sent again, nor of those that went silent long ago."""
