@@ -1,6 +1,11 @@
 """Adapters come and go between the tiers, and nobody loses the one they use."""
 
+import os
+import sys
+import threading
 from pathlib import Path
+
+import pytest
 
 from tests.lora.packed import random_packed
 from tests.lora.tier_setup import SHAPES, SMALL, Disk, Setup, ref, weights
@@ -15,6 +20,22 @@ def test_first_answer_is_not_yet_and_the_load_runs_on_its_own_thread(setup: Setu
     assert setup.holds(0, slot)
     assert setup.tiers.tier_of(ref(0)) == "device"
     assert setup.events.loads == ["disk", "host"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="binds a thread to a CPU")
+def test_loads_are_not_bound_to_the_cpu_of_the_thread_that_asks(setup: Setup) -> None:
+    everywhere = os.sched_getaffinity(0)
+
+    def ask() -> None:
+        os.sched_setaffinity(0, {min(everywhere)})
+        setup.get(0)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    asking.join()
+    loaders = [each for each in threading.enumerate() if each.name.startswith("adapter-loader")]
+    assert loaders
+    assert all(each.native_id and os.sched_getaffinity(each.native_id) == everywhere for each in loaders)
 
 
 def test_asking_many_times_loads_once(setup: Setup) -> None:

@@ -67,6 +67,9 @@ class AdapterTiers:
         self._lock = threading.RLock()
         self._idle = threading.Condition(self._lock)
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="adapter-loader")
+        # It starts its threads when it is given work, and a thread runs where its starter may: the one that steps may
+        # be bound to a CPU, so it must not be the one to start the loader's.
+        self._pool.submit(lambda: None)
         self._closed = False
 
     # what the engine calls
