@@ -28,7 +28,8 @@ async def warm_up(engine: EngineClient, adapters: Sequence[AdapterRef]) -> None:
     slots = engine.stats().slots_total
     with suppress(TimeoutError):
         async with asyncio.timeout(_ADAPTERS_S):
-            await asyncio.gather(*(_try(engine, prompt[:1], ref) for ref in adapters[:slots]))
+            for ref in adapters[:slots]:  # one by one: what was asked for is read to its end, beside the first requests
+                await _try(engine, prompt[:1], ref)
     await _answer(engine, prompt, None)
 
 
