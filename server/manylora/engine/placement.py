@@ -18,7 +18,7 @@ import torch
 from manylora.log import get_logger
 
 CHECK_EVERY_S = 0.1
-MOST_WAITING = 0.2  # of the time that the threads run: alone with the HTTP side it is a tenth at most
+MOST_WAITING = 0.2  # of the time that the threads run: alone with the HTTP side it is about a tenth
 LEAST_RUN_NS = 50_000_000  # below, a share says nothing
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 60.0

@@ -67,7 +67,7 @@ def place_threads(cpus: Sequence[int], *, apart: bool) -> None:
 def thread_times(cpus: Sequence[int]) -> tuple[int, int] | None:
     """How long these threads have run, and how long they have waited for a CPU, in nanoseconds, summed.
 
-    None unless each is on its own of `cpus`, and where the system does not count (it does as Linux with schedstat).
+    None unless each is on its own of `cpus`, and where the system has no `schedstat`.
     """
     run_ns, wait_ns = torch.ops.manylora.thread_times(cpus)
     return (run_ns, wait_ns) if run_ns >= 0 else None
