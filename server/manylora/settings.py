@@ -140,7 +140,11 @@ class Settings(BaseSettings):
     block_size: int = Field(default=16, ge=1)
     """Tokens in one block of the KV cache."""
     prefix_cache: bool = True
-    """Keep the blocks of earlier prompts for requests that begin in the same way with the same adapter."""
+    """Keep the blocks of earlier prompts for requests of the same tenant that begin in the same way with the same
+    adapter."""
+    prefix_sharing: Literal["tenant", "public"] = "tenant"
+    """Who uses such blocks: `tenant` keeps each tenant to its own; `public` lets all tenants share those of the base
+    and of public adapters, which tells each of them when another one's prompt began as its own does."""
 
     # adapters
     adapters: Path | None = None

@@ -74,6 +74,7 @@ class FakeGeneration:
     params: SamplingParams
     adapter: AdapterRef | None
     tenant: str
+    cache_salt: str | None = None
     is_closed: bool = False
     num_output_tokens: int = 0
 
@@ -194,6 +195,7 @@ class FakeEngine:
         adapter: AdapterRef | None = None,
         tenant: str = "public",
         weight: float = 1.0,
+        cache_salt: str | None = None,
     ) -> FakeGeneration:
         if self.is_draining:
             raise Draining("The server is shutting down.")
@@ -201,7 +203,7 @@ class FakeEngine:
             raise self.refuse
         if len(self.open) >= self.max_open:
             raise QueueFull("The server's queue is full. Try again shortly.", retry_after_s=1.5)
-        generation = FakeGeneration(self, request_id, tuple(prompt_ids), params, adapter, tenant)
+        generation = FakeGeneration(self, request_id, tuple(prompt_ids), params, adapter, tenant, cache_salt)
         self.generations.append(generation)
         return generation
 

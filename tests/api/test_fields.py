@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from manylora.api import fields
+from manylora.api.schemas import MAX_CACHE_SALT_LENGTH, MIN_CACHE_SALT_LENGTH
 from manylora.engine.interface import SamplingParams
 
 from .conftest import Rig
@@ -250,3 +251,26 @@ def test_a_message_of_another_shape_is_refused_by_its_place(rig: Rig, message: A
 @pytest.mark.parametrize("messages", [[], "hi", None, {}])
 def test_messages_must_be_a_list_with_one_message(rig: Rig, messages: Any) -> None:
     assert rig.chat(messages=messages).json()["error"]["param"] == "messages"
+
+
+@pytest.mark.parametrize("route", ["complete", "chat"])
+def test_the_salt_reaches_the_engine_with_every_prompt_and_no_log_line(
+    rig: Rig, route: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    salt = "s" * MIN_CACHE_SALT_LENGTH
+    prompts = {"prompt": ["one", "two"]} if route == "complete" else {}
+    assert getattr(rig, route)(cache_salt=salt, **prompts).status_code == 200
+    assert {generation.cache_salt for generation in rig.engine.generations} == {salt}
+    assert len(rig.engine.generations) == (2 if prompts else 1)
+    assert salt not in caplog.text
+
+
+@pytest.mark.parametrize("length", [0, 1, MIN_CACHE_SALT_LENGTH - 1, MAX_CACHE_SALT_LENGTH + 1])
+def test_a_salt_that_could_be_guessed_is_refused(rig: Rig, length: int) -> None:
+    salt = "s" * length
+    answer = rig.complete(cache_salt=salt)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, "cache_salt")
+    assert "random" in error["message"]
+    assert length < 2 or salt not in error["message"]
+    assert rig.engine.generations == []

@@ -1,5 +1,6 @@
 """Blocks are handed out, shared and taken back without losing or mixing any."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,9 +11,17 @@ from manylora.engine.sequence import Sequence
 PARAMS = SamplingParams(max_tokens=4)
 
 
-def sequence(tokens: list[int], adapter: str | None = None, request_id: str = "r") -> Sequence:
-    ref = AdapterRef(adapter, "public", "a", 1, "d") if adapter else None
-    return Sequence(request_id, list(tokens), PARAMS, adapter=ref)
+def sequence(
+    tokens: list[int],
+    adapter: str | None = None,
+    request_id: str = "r",
+    *,
+    tenant: str = "t",
+    owner: str = "public",
+    salt: str | None = None,
+) -> Sequence:
+    ref = AdapterRef(adapter, owner, "a", 1, "d") if adapter else None
+    return Sequence(request_id, list(tokens), PARAMS, adapter=ref, tenant=tenant, cache_salt=salt)
 
 
 def run(blocks: BlockManager, seq: Sequence) -> int:
@@ -66,6 +75,61 @@ def test_without_prefix_cache_only_the_same_request_shares() -> None:
     run(blocks, sequence(list(range(9)), request_id="a"))
     assert run(blocks, sequence(list(range(9)), request_id="b")) == 0
     assert run(blocks, sequence(list(range(9)), request_id="a")) == 8
+
+
+PROMPT = list(range(9))
+
+
+@pytest.mark.parametrize("adapter", [None, "one"])
+@pytest.mark.parametrize("share_public", [False, True])
+def test_another_tenant_finds_nothing_unless_the_public_is_shared(adapter: str | None, share_public: bool) -> None:
+    blocks = BlockManager(16, 4, share_public=share_public)
+    run(blocks, sequence(PROMPT, adapter, tenant="acme"))
+    assert run(blocks, sequence(PROMPT, adapter, tenant="rival")) == (8 if share_public else 0)
+    assert run(blocks, sequence(PROMPT, adapter, tenant="acme")) == 8
+
+
+def test_prefixes_of_a_tenants_own_adapter_are_never_everybodys() -> None:
+    blocks = BlockManager(16, 4, share_public=True)
+    run(blocks, sequence(PROMPT, "one", tenant="acme", owner="acme"))
+    assert run(blocks, sequence(PROMPT, "one", tenant="rival", owner="acme")) == 0
+
+
+def test_a_salt_names_those_who_share() -> None:
+    blocks = BlockManager(32, 4)
+    run(blocks, sequence(PROMPT, tenant="acme", salt="x"))
+    assert run(blocks, sequence(PROMPT, tenant="acme")) == 0, "nor does its own tenant without the salt"
+    assert run(blocks, sequence(PROMPT, tenant="rival", salt="y")) == 0
+    assert run(blocks, sequence(PROMPT, tenant="rival", salt="x")) == 8
+    assert run(blocks, sequence(PROMPT, "one", tenant="rival", salt="x")) == 0
+
+
+NAMES = st.sampled_from(["", "t", "tt", "t1:", "1:t", "tenant", "salt", "everybody", "request"])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data(), st.booleans(), st.booleans())
+def test_blocks_are_found_by_those_who_may_share_them_and_nobody_else(
+    data: st.DataObject, share_prefixes: bool, share_public: bool
+) -> None:
+    """Names that could run into each other where they are joined, in every role."""
+    blocks = BlockManager(64, 4, share_prefixes=share_prefixes, share_public=share_public)
+
+    def drawn() -> tuple[Sequence, tuple[object, ...]]:
+        adapter, tenant, request = data.draw(NAMES), data.draw(NAMES), data.draw(NAMES)
+        owner, salt = data.draw(st.sampled_from(["public", "t"])), data.draw(st.none() | NAMES)
+        seq = sequence(PROMPT, adapter or None, request, tenant=tenant, owner=owner, salt=salt)
+        is_public = not adapter or owner == "public"
+        if not share_prefixes:
+            return seq, (adapter, "request", request)
+        if salt is not None:
+            return seq, (adapter, "salt", salt)
+        return seq, (adapter, "everybody") if share_public and is_public else (adapter, "tenant", tenant)
+
+    first, its_group = drawn()
+    second, other_group = drawn()
+    run(blocks, first)
+    assert run(blocks, second) == (8 if its_group == other_group else 0)
 
 
 def test_allocation_that_does_not_fit_changes_nothing() -> None:

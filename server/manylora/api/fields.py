@@ -24,7 +24,6 @@ _BOTH: Final = frozenset(
         "allowed_token_ids",
         "bad_words",
         "best_of",
-        "cache_salt",
         "guided_choice",
         "guided_decoding_backend",
         "guided_grammar",

@@ -171,6 +171,7 @@ class _Call:
             adapter=adapter,
             prompts=tuple(prompts),
             params=tuple(fit_to_context(params, body, len(prompt.ids), model) for prompt in prompts),
+            cache_salt=body.cache_salt,
         )
 
     def _names(self, body: CompletionRequest | ChatRequest) -> dict[str, Any]:

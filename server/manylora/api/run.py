@@ -26,6 +26,7 @@ class Job:
     adapter: AdapterRef | None
     prompts: tuple[EncodedPrompt, ...]
     params: tuple[SamplingParams, ...]
+    cache_salt: str | None = None
 
     @property
     def n(self) -> int:
@@ -78,6 +79,7 @@ class Run:
                     adapter=job.adapter,
                     tenant=job.principal.tenant,
                     weight=job.principal.weight,
+                    cache_salt=job.cache_salt,
                 )
                 self._generations.append(generation)
         except BaseException as error:

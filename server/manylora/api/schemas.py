@@ -27,6 +27,8 @@ MAX_PROMPTS: Final = 256
 MAX_STOPS: Final = 32
 MAX_STOP_LENGTH: Final = 1024
 MAX_STOP_TOKENS: Final = 1024
+MIN_CACHE_SALT_LENGTH: Final = 32  # what can be guessed keeps nobody out
+MAX_CACHE_SALT_LENGTH: Final = 256
 _INT64: Final = 2**63
 
 Prompt: TypeAlias = str | list[int]
@@ -78,6 +80,7 @@ class GenerationRequest(_Strict):
     repetition_penalty: float | None = Field(default=None, gt=0, le=100)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = {}
     n: Int = Field(default=1, ge=1, le=MAX_N)
+    cache_salt: str | None = Field(default=None, description="A secret: who sends the same one shares cached prompts.")
     user: str | None = Field(default=None, max_length=512)
     metadata: Metadata | None = None
     store: Literal[False] | None = None
@@ -94,6 +97,16 @@ class GenerationRequest(_Strict):
         if not all(0 < len(stop) <= MAX_STOP_LENGTH for stop in stops):
             raise ValueError(f"must hold strings of 1 to {MAX_STOP_LENGTH} characters")
         return stops
+
+    @field_validator("cache_salt")
+    @classmethod
+    def _check_cache_salt(cls, value: str | None) -> str | None:
+        if value is not None and not MIN_CACHE_SALT_LENGTH <= len(value) <= MAX_CACHE_SALT_LENGTH:
+            raise ValueError(
+                f"must have {MIN_CACHE_SALT_LENGTH} to {MAX_CACHE_SALT_LENGTH} characters: it is a secret, so draw it "
+                "at random, as `openssl rand -base64 32` does"
+            )
+        return value
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:

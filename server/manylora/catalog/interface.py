@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Protocol
 
-from manylora.engine.interface import AdapterRef
+from manylora.engine.interface import PUBLIC_TENANT, AdapterRef
 
-PUBLIC_TENANT = "public"
+__all__ = ["PUBLIC_TENANT", "AdapterDirectory", "PublishedAdapter", "UsageSink", "Use"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -163,6 +163,7 @@ class AsyncEngine:
         adapter: AdapterRef | None = None,
         tenant: str = "public",
         weight: float = 1.0,
+        cache_salt: str | None = None,
     ) -> RunningGeneration:
         """Queue a request; see `interface.EngineClient`."""
         self._check_open()
@@ -173,7 +174,16 @@ class AsyncEngine:
                 f"The prompt has {len(prompt_ids)} tokens and the model's context is {self.model.context_length}."
             )
         seqs = [
-            Sequence(request_id, list(prompt_ids), params, index=i, adapter=adapter, tenant=tenant, weight=weight)
+            Sequence(
+                request_id,
+                list(prompt_ids),
+                params,
+                index=i,
+                adapter=adapter,
+                tenant=tenant,
+                weight=weight,
+                cache_salt=cache_salt,
+            )
             for i in range(params.n)
         ]
         for seq in seqs[1:]:

@@ -1,27 +1,35 @@
 """Blocks of the key-value cache: who holds them, and which hold a prefix that can be used again.
 
-Full blocks are known by a hash of everything that determines their content: the adapter's identity, every
-token before, and their own. A block nobody holds keeps its content, and its hash, until it is handed out
-again, least recently used first.
+Full blocks are known by a hash of everything that determines their content (the adapter's identity, every token
+before, and their own) and of who may use them again. How much of a prompt was known, and so how soon it is answered,
+tells its sender that somebody has asked the same, so a block is found again by its own tenant only. A block nobody
+holds keeps its content, and its hash, until it is handed out again, least recently used first.
 """
 
 from array import array
 from collections import OrderedDict
 from hashlib import blake2b
+from secrets import token_bytes
 
+from manylora.engine.interface import PUBLIC_TENANT
 from manylora.engine.sequence import Sequence
 
 
 class BlockManager:
     """Hands out `num_blocks` blocks of `block_size` positions.
 
-    With `share_prefixes` false, blocks are shared within one request only (its `n` choices).
+    Blocks are shared within a tenant, or among those who send the same salt. With `share_public`, everybody shares
+    those of the base and of public adapters; with `share_prefixes` false, one request does (its `n` choices).
     """
 
-    def __init__(self, num_blocks: int, block_size: int, *, share_prefixes: bool = True) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, *, share_prefixes: bool = True, share_public: bool = False
+    ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._share_prefixes = share_prefixes
+        self._share_public = share_public
+        self._secret = token_bytes(16)  # so that nobody can work out prompts with the same hash beforehand
         self._ref_counts = [0] * num_blocks
         self._hash_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
@@ -105,8 +113,18 @@ class BlockManager:
 
     def _root(self, seq: Sequence) -> bytes:
         adapter = seq.adapter.id if seq.adapter else ""
-        request = "" if self._share_prefixes else seq.request_id
-        return f"{len(adapter)}:{adapter}:{request}".encode()
+        parts = (adapter, *self._sharers(seq))
+        return self._secret + "".join(f"{len(part)}:{part}" for part in parts).encode("utf-8", "surrogatepass")
+
+    def _sharers(self, seq: Sequence) -> tuple[str, str]:
+        """Who may use the sequence's blocks again: a kind of group, and which one."""
+        if not self._share_prefixes:
+            return "request", seq.request_id
+        if seq.cache_salt is not None:
+            return "salt", seq.cache_salt
+        if self._share_public and (seq.adapter is None or seq.adapter.tenant == PUBLIC_TENANT):
+            return "everybody", ""
+        return "tenant", seq.tenant
 
     def _forget(self, block: int) -> None:
         key = self._hash_of[block]

@@ -116,7 +116,12 @@ class EngineBuilder:
             events=_TierMetrics(metrics, occupancy or Occupancy()),
         )
         scheduler = Scheduler(
-            BlockManager(cache.num_blocks, settings.block_size, share_prefixes=settings.prefix_cache),
+            BlockManager(
+                cache.num_blocks,
+                settings.block_size,
+                share_prefixes=settings.prefix_cache,
+                share_public=settings.prefix_sharing == "public",
+            ),
             tiers,
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.max_num_batched_tokens,

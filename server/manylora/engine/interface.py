@@ -10,9 +10,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
-from manylora.lora.ref import AdapterRef, Tier
+from manylora.lora.ref import PUBLIC_TENANT, AdapterRef, Tier
 
 __all__ = [
+    "PUBLIC_TENANT",
     "AdapterRef",
     "AdapterSource",
     "Delta",
@@ -243,8 +244,12 @@ class EngineClient(Protocol):
         adapter: AdapterRef | None = None,
         tenant: str = "public",
         weight: float = 1.0,
+        cache_salt: str | None = None,
     ) -> Generation:
-        """Queue a request. Raises QueueFull, Draining, EngineDead or ContextLengthExceeded at once."""
+        """Queue a request. Raises QueueFull, Draining, EngineDead or ContextLengthExceeded at once.
+
+        What the cache knows of the prompt is the tenant's own; with `cache_salt`, of all who send the same one.
+        """
         ...
 
     async def measure_effect(self, ref: AdapterRef, folder: Path) -> Effect:

@@ -24,6 +24,7 @@ class Sequence:
 
     `tokens` holds the prompt and then the output. The keys and values of the first `num_computed` tokens are
     in `block_table`'s blocks; the rest is still to run. `slot` is the adapter's, -1 for none.
+    With a `cache_salt` the cached prefixes it may use are those of all who send the same one, not its tenant's.
     `followers` are the request's other choices: they wait until this one's prompt is in the cache.
     """
 
@@ -38,6 +39,7 @@ class Sequence:
         tenant: str = "public",
         weight: float = 1.0,
         capture_logits: bool = False,
+        cache_salt: str | None = None,
     ) -> None:
         self.request_id = request_id
         self.index = index
@@ -48,6 +50,7 @@ class Sequence:
         self.tenant = tenant
         self.weight = weight
         self.capture_logits = capture_logits
+        self.cache_salt = cache_salt
         self.seed = params.seed if params.seed is not None else secrets.randbits(63)
         self.status = SequenceStatus.WAITING
         self.finish_reason: FinishReason | None = None

@@ -1,8 +1,9 @@
 """Who an adapter is: the one identity that slots, cache hashes, metrics and the catalog share."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
+PUBLIC_TENANT: Final = "public"  # whose adapters everybody may use
 Tier = Literal["device", "host", "disk"]
 
 
