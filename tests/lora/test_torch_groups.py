@@ -131,12 +131,13 @@ def test_a_step_moves_nothing_to_the_device_layer_by_layer() -> None:
     made = make([8] * 3)
     device = torch.device("meta")
     memory = DeviceMemory(1, 6, device)
-    for slot, place in made.memory.places.items():
+    for place in made.memory.places.values():
         slab = made.memory.slabs[place.slab]
         if place.slab not in memory.slabs:
             memory.allocate(place, slab.layout, slab.num_places)
-        memory.fill(place, PackedAdapter(slab.layout, {0: 8}, torch.zeros(slab.layout.numel)))
-        memory.places[slot] = place
+        packed = PackedAdapter(slab.layout, {0: 8}, torch.zeros(slab.layout.numel))
+        memory.fill(place, packed)
+        memory.publish(place, packed)
     row_slots = torch.tensor(prompts(made, range(3), 12), dtype=torch.int32).numpy()
     rows = group_rows(row_slots, made.memory.ranks, torch.device("cpu"))
     assert rows is not None

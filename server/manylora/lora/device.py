@@ -6,9 +6,10 @@ from contextlib import contextmanager
 from manylora.errors import AdapterLoadFailed, Conflict
 from manylora.lora.entries import Entry, TierEvents
 from manylora.lora.eviction import GreedyDualSizeFrequency
+from manylora.lora.layout import Layout
 from manylora.lora.memory import DeviceMemory
 from manylora.lora.packing import PackedAdapter
-from manylora.lora.slots import SlotBook
+from manylora.lora.slots import Place, SlotBook
 
 # Bringing an adapter back from disk takes about this many times as long as from host memory: it is parsed and packed.
 DISK_COST = 8.0
@@ -47,9 +48,9 @@ class DeviceTier:
         self._policy.on_use(entry.ref.id, entry.size_bytes, cost)
 
     def num_chances(self, entry: Entry, typical_bytes: int) -> int:
-        """How many adapters like this one might find a place now. A guess: places of other layouts may not do."""
+        """How many adapters like this one might find a place now. A guess: of unread ones the size is not known."""
         size = max(1, entry.size_bytes or typical_bytes)
-        free = min(self.book.num_slots - self.book.num_used, (self.book.budget_bytes - self.book.used_bytes) // size)
+        free = min(self.book.num_slots - self.book.num_used, self.book.free_bytes // size)
         return free + len(self._victims(entry))
 
     def _victims(self, entry: Entry) -> Mapping[str, Entry]:
@@ -65,7 +66,7 @@ class DeviceTier:
                 f"The adapter needs {packed.size_bytes} bytes on the device and the whole budget is "
                 f"{self.book.budget_bytes}: raise --adapter-memory."
             )
-        place = self.book.reserve(packed.layout)
+        place = self._reserve(packed.layout)
         while place is None:
             victim = self._policy.victim(self._victims(entry))
             if victim is None:
@@ -75,7 +76,7 @@ class DeviceTier:
             self.evict(evicted)
             self._events.on_eviction(evicted.ref, "device")
             self._on_evicted(evicted)
-            place = self.book.reserve(packed.layout)
+            place = self._reserve(packed.layout)
         entry.place = place
         self._placed[entry.ref.id] = entry
         self._events.on_enter(entry.ref)
@@ -84,8 +85,31 @@ class DeviceTier:
                 self.memory.allocate(place, packed.layout, self.book.places_in(place.slab))
         return True
 
+    def _reserve(self, layout: Layout) -> Place | None:
+        """A place, where bytes are free: also those that slabs of other layouts have and do not use."""
+        place = self.book.reserve(layout)
+        while place is None:
+            # Who is being filled stays where it is: another thread writes there.
+            fixed = {e.place.slab for e in self._placed.values() if e.place is not None and not e.is_resident}
+            slab = self.book.wasteful(layout, fixed)
+            if slab is None:
+                return None
+            places = self.book.compacted(slab)
+            self.memory.move(places)
+            self.book.compact(slab, places)
+            entries = {e.place.slot: e for e in self._placed.values() if e.place is not None}
+            for moved in places:
+                entries[moved.slot].place = moved
+            place = self.book.reserve(layout)
+        return place
+
+    @property
+    def has_unused_places(self) -> bool:
+        """Whether slabs hold more than their adapters take."""
+        return self.book.free_bytes > self.book.budget_bytes - self.book.used_bytes
+
     def _check_room_beside_pins(self, packed: PackedAdapter) -> None:
-        num_pinned = sum(entry.is_pinned for entry in self._placed.values())
+        num_pinned = sum(entry.is_pinned and entry.is_resident for entry in self._placed.values())
         if num_pinned == len(self._placed):
             raise AdapterLoadFailed(
                 f"The {num_pinned} pinned adapters leave no room for this one ({packed.size_bytes} bytes): "
@@ -95,7 +119,7 @@ class DeviceTier:
     def check_pins(self, pinned: list[Entry], entry: Entry) -> None:
         """Whether `entry` may be pinned beside `pinned`. Raises Conflict."""
         size = sum(each.size_bytes for each in (*pinned, entry))
-        if len(pinned) + 1 >= self.book.num_slots or size > self.book.budget_bytes:
+        if len(pinned) + 1 >= self.book.num_slots or size >= self.book.budget_bytes:
             raise Conflict(
                 f"{len(pinned)} adapters are pinned, and with one more there would be no room on the device for any "
                 "other. Unpin one, or raise --max-slots and --adapter-memory."

@@ -3,7 +3,7 @@
 Host and device hold adapters in the same layout, so bringing one to the device is a single copy.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final, Literal
@@ -74,6 +74,14 @@ class Layout:
             offset = _aligned(scales + padded * self.scale_elements) if self.has_scales else scales
             found[site] = Extent(a, b, scales, padded, in_features, out_features)
         return found
+
+    def parts(self) -> Iterator[tuple[int, int]]:
+        """Every matrix, and every run of scales: where it begins and how many elements it has."""
+        for extent in self.extents.values():
+            yield extent.a, extent.padded * extent.in_features
+            yield extent.b, extent.padded * extent.out_features
+            if self.has_scales:
+                yield extent.scales, extent.padded * self.scale_elements
 
     @cached_property
     def numel(self) -> int:

@@ -57,13 +57,20 @@ class Slab:
         self.finite.discard(row)
         if not self.layout.has_scales and bool(packed.data.isfinite().all()):
             self.finite.add(row)
-        for extent in self.layout.extents.values():
-            parts = [(extent.a, extent.in_features), (extent.b, extent.out_features)]
-            if self.layout.has_scales:
-                parts.append((extent.scales, self.layout.scale_elements))
-            for offset, columns in parts:
-                room = self._stack(offset, extent.padded, columns)[row]
-                room.copy_(packed.data[offset : offset + room.numel()].view_as(room))
+        for offset, size in self.layout.parts():
+            self._room(offset, size, row).copy_(packed.data[offset : offset + size])
+
+    def _room(self, offset: int, size: int, row: int) -> torch.Tensor:
+        """One place's part of a stack of `size` elements each."""
+        start = offset * self.num_places + row * size
+        return self.data[start : start + size]
+
+    def copy_place(self, row: int, source: "Slab", source_row: int) -> None:
+        """Take over one adapter of another slab of the same layout."""
+        for offset, size in self.layout.parts():
+            self._room(offset, size, row).copy_(source._room(offset, size, source_row))
+        if source_row in source.finite and self.num_places > 1:
+            self.finite.add(row)
 
 
 class DeviceMemory:
@@ -72,8 +79,9 @@ class DeviceMemory:
     `tables` int64 [sites, slots, 5] on the device: address of A, address of B, rank (0: not touched), address of the
     scales (0: there are none), number format (`DTYPE_CODES`).
     `ranks` int32 [sites, slots] on the host, the same ranks.
-    `allocate` and `fill` may run beside a step, since no batch names the slot yet; `publish` and `withdraw`
-    are called between steps.
+    `allocate`, `fill` and `publish` may run beside a step, since no batch names the slot yet, and `withdraw`, since
+    none does any more. `move` may too: where a slot's weights are is read as one value (`locate`), and who has read it
+    keeps the old slab, in which they stay what they were.
     """
 
     def __init__(self, num_sites: int, num_slots: int, device: torch.device) -> None:
@@ -82,6 +90,7 @@ class DeviceMemory:
         self.ranks = np.zeros((num_sites, num_slots), dtype=np.int32)
         self.slabs: dict[int, Slab] = {}
         self.places: dict[int, Place] = {}
+        self._located: dict[int, tuple[Slab, int]] = {}
 
     def allocate(self, place: Place, layout: Layout, num_places: int) -> None:
         """Make the slab that `place` is the first of. On a CPU untouched rows cost no memory."""
@@ -93,22 +102,43 @@ class DeviceMemory:
 
     def publish(self, place: Place, packed: PackedAdapter) -> None:
         """Let kernels find the adapter at its slot."""
+        ranks = np.zeros(self.ranks.shape[0], dtype=np.int32)
+        ranks[list(packed.ranks)] = list(packed.ranks.values())
+        self._point(place, ranks)
+        self.ranks[:, place.slot] = ranks
+
+    def _point(self, place: Place, ranks: np.ndarray) -> None:
         slab = self.slabs[place.slab]
         rows = np.zeros((self.tables.shape[0], 5), dtype=np.int64)
-        for site, extent in packed.layout.extents.items():
+        code = DTYPE_CODES[slab.data.dtype]
+        for site, extent in slab.layout.extents.items():
             a, b = slab.stack_a(extent)[place.row], slab.stack_b(extent)[place.row]
             scales = slab.stack_scales(extent)[place.row].data_ptr() if slab.layout.has_scales else 0
-            code = DTYPE_CODES[slab.data.dtype]
-            rows[site] = (a.data_ptr(), b.data_ptr(), packed.ranks[site], scales, code)
+            rows[site] = (a.data_ptr(), b.data_ptr(), ranks[site], scales, code)
         self.tables[:, place.slot] = torch.from_numpy(rows).to(self.device)
-        self.ranks[:, place.slot] = rows[:, 2]
+        self._located[place.slot] = slab, place.row
         self.places[place.slot] = place
+
+    def move(self, places: list[Place]) -> None:
+        """Bring the adapters of these slots, all that their slab has, to a new slab that holds no more than them.
+
+        Both are there for a moment. Where there is no memory for that, nothing has changed.
+        """
+        old = self.places[places[0].slot].slab
+        source = self.slabs[old]
+        self.allocate(places[0], source.layout, len(places))
+        for place in places:
+            self.slabs[place.slab].copy_place(place.row, source, self.places[place.slot].row)
+        for place in places:
+            self._point(place, self.ranks[:, place.slot])
+        self.free(old)
 
     def withdraw(self, slot: int) -> None:
         """Make a slot empty for the kernels."""
         self.tables[:, slot] = 0
         self.ranks[:, slot] = 0
         self.places.pop(slot, None)
+        self._located.pop(slot, None)
 
     def free(self, slab: int) -> None:
         self.slabs.pop(slab, None)
@@ -137,7 +167,10 @@ class DeviceMemory:
         a, b = room[token_ids, :rank], slab.stack_b(extent)[row, :rank]
         return (a * slab.stack_scales(extent)[row, :rank] if slab.layout.has_scales else a), b
 
+    def locate(self, slot: int) -> tuple[Slab, int]:
+        """The slab and the place in it where a published adapter is."""
+        return self._located[slot]
+
     def _find(self, slot: int, site: int) -> tuple[Slab, int, Extent]:
-        place = self.places[slot]
-        slab = self.slabs[place.slab]
-        return slab, place.row, slab.layout.extents[site]
+        slab, row = self._located[slot]
+        return slab, row, slab.layout.extents[site]

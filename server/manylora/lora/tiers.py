@@ -343,6 +343,7 @@ class AdapterTiers:
             self._leave_line(entry)
             entry.error = None
             self._device.publish(entry, packed)
+            self._room += self._device.has_unused_places  # its slab may give them away now that it is filled
             self._device.count_use(entry, is_on_host=entry.ref in self._host)
         self._events.on_load(entry.ref, "host", time.perf_counter() - started)
 

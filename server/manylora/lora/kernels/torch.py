@@ -110,13 +110,15 @@ class TorchPlan(LoraPlan):
     def __init__(self, rows: LoraRows, memory: DeviceMemory) -> None:
         self.rows = rows
         self._memory = memory
+        slabs: dict[int, Slab] = {}
         by_slab: dict[int, list[tuple[int, np.ndarray]]] = {}
         order = rows.order.cpu().numpy()
         for index, slot in enumerate(rows.slots):
-            place = memory.places[slot]
+            slab, place = memory.locate(slot)
             mine = order[rows.starts[index] : rows.starts[index + 1]]
-            by_slab.setdefault(place.slab, []).append((place.row, mine))
-        self._slabs = [_slab_rows(memory.slabs[slab], segments) for slab, segments in by_slab.items()]
+            slabs[id(slab)] = slab
+            by_slab.setdefault(id(slab), []).append((place, mine))
+        self._slabs = [_slab_rows(slabs[key], segments) for key, segments in by_slab.items()]
 
     def add_(self, out: torch.Tensor, x: torch.Tensor, group: SiteGroup) -> None:
         wide = _wide(x)
