@@ -17,7 +17,10 @@
     │   └── QuotaExceeded               429 rate_limit_error       quota_exceeded
     ├── Unavailable                     503 server_error           unavailable
     │   ├── Draining                    503 server_error           draining
-    │   └── EngineDead                  503 server_error           engine_dead
+    │   ├── EngineDead                  503 server_error           engine_dead
+    │   ├── DatabaseUnavailable         503 server_error           database_unavailable
+    │   ├── StoreUnavailable            503 server_error           store_unavailable
+    │   └── StorageFull                 507 server_error           storage_full
     ├── AdapterLoadFailed               500 server_error           adapter_load_failed
     └── StartupError                    500 server_error           startup_failed
         ├── InvalidSettings             500 server_error           invalid_settings
@@ -194,6 +197,25 @@ class EngineDead(Unavailable):
     """The engine thread ended with an error; the process must be restarted."""
 
     code = "engine_dead"
+
+
+class DatabaseUnavailable(Unavailable):
+    """The database does not answer, is locked, damaged or cannot be written now."""
+
+    code = "database_unavailable"
+
+
+class StoreUnavailable(Unavailable):
+    """The adapter files, or a folder of the server, cannot be read or written now."""
+
+    code = "store_unavailable"
+
+
+class StorageFull(Unavailable):
+    """A disk is full, or a quota on it is used up."""
+
+    status = 507
+    code = "storage_full"
 
 
 class AdapterLoadFailed(ManyloraError):

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import random
-import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import psycopg
 import pytest
 from sqlalchemy import select
-from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from manylora.catalog.database import Database, Topic, open_database
@@ -20,6 +18,7 @@ from manylora.catalog.tables import SlotTimeRow, UsageRow, UsageWriterRow
 from manylora.catalog.usage.ledger import UsageLedger, add_stays
 from manylora.catalog.usage.period import QUARTER_S
 from manylora.catalog.usage.store import Batch, UsageStore
+from manylora.errors import DatabaseUnavailable
 from manylora.lora.occupancy import Occupancy, Stay
 from manylora.lora.ref import AdapterRef
 
@@ -54,11 +53,11 @@ class Broken(Database):
     @contextmanager
     def write(self, topic: Topic | None) -> Iterator[Session]:
         if self.is_down:
-            raise OperationalError("BEGIN", {}, sqlite3.OperationalError("disk I/O error"))
+            raise DatabaseUnavailable("The database cannot be used: its disk does not answer.")
         with super().write(topic) as session:
             yield session
         if self.is_mute:
-            raise OperationalError("COMMIT", {}, sqlite3.OperationalError("connection lost"))
+            raise DatabaseUnavailable("The database cannot be used: the connection was lost.")
 
 
 @pytest.fixture

@@ -11,7 +11,17 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from manylora.api.fields import unsupported_field
-from manylora.errors import InvalidRequest, ManyloraError, MethodNotAllowed, NotFound, RateLimited, Unavailable
+from manylora.errors import (
+    DatabaseUnavailable,
+    InvalidRequest,
+    ManyloraError,
+    MethodNotAllowed,
+    NotFound,
+    RateLimited,
+    StorageFull,
+    StoreUnavailable,
+    Unavailable,
+)
 from manylora.log import get_logger
 
 __all__ = ["INTERNAL_ERROR", "error_response", "install_error_handlers", "invalid_from"]
@@ -60,6 +70,8 @@ async def _on_manylora_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ManyloraError)
     if error.status >= 500 and not isinstance(error, Unavailable):
         _log.error("request_failed", error=error.message, code=error.code, exc_info=error)
+    elif isinstance(error, DatabaseUnavailable | StoreUnavailable | StorageFull):
+        _log.error("request_failed", error=error.message, code=error.code)
     request.scope.setdefault("manylora.log", {})["code"] = error.code
     headers = {"www-authenticate": "Bearer"} if error.status == 401 else None
     return error_response(error, headers=headers)

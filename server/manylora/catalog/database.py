@@ -9,17 +9,20 @@ from typing import Any, Final, Literal
 
 from alembic import command
 from alembic.config import Config
+from alembic.util import CommandError
 from sqlalchemy import Connection, Engine, create_engine, event, select, text, update
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
+from manylora.catalog.faults import cause_of, database_error, database_errors, file_error
 from manylora.catalog.tables import RevisionRow
-from manylora.errors import StartupError
+from manylora.errors import StartupError, Unavailable
 
 Topic = Literal["catalog", "tenants"]
 
-_BUSY_TIMEOUT_MS: Final = 30_000
+# How long a lock that another program holds is waited for. Servers' own transactions take milliseconds.
+_BUSY_TIMEOUT_MS: Final = 5_000
 _CLOSE_WAIT_S: Final = 10.0
 # Any fixed number: two processes that migrate the same PostgreSQL database take turns on it.
 _MIGRATION_LOCK: Final = 7_217_001
@@ -42,8 +45,8 @@ class Database:
 
     @contextmanager
     def read(self) -> Iterator[Session]:
-        """One consistent view; nothing is written."""
-        with self._in_use(), Session(self._engine) as session, session.begin():
+        """One consistent view; nothing is written. Raises DatabaseUnavailable."""
+        with database_errors(), self._in_use(), Session(self._engine) as session, session.begin():
             yield session
 
     @contextmanager
@@ -51,9 +54,14 @@ class Database:
         """One transaction that is wholly there, on disk, once the block has ended, or not at all.
 
         With a `topic`, its revision is raised first: on PostgreSQL that row's lock puts the topic's writers in
-        one order, on SQLite `BEGIN IMMEDIATE` does.
+        one order, on SQLite `BEGIN IMMEDIATE` does. Raises DatabaseUnavailable or StorageFull.
         """
-        with self._in_use(), Session(self._writing, expire_on_commit=False) as session, session.begin():
+        with (
+            database_errors(),
+            self._in_use(),
+            Session(self._writing, expire_on_commit=False) as session,
+            session.begin(),
+        ):
             if topic is not None:
                 session.execute(
                     update(RevisionRow).where(RevisionRow.topic == topic).values(value=RevisionRow.value + 1)
@@ -74,12 +82,15 @@ class Database:
         if self.is_sqlite:
             yield
             return
-        with self._in_use(), self._engine.connect() as connection:
+        with database_errors(), self._in_use(), self._engine.connect() as connection:
             connection.execute(text("SELECT pg_advisory_lock(:n)"), {"n": number})
             try:
                 yield
             finally:
-                connection.execute(text("SELECT pg_advisory_unlock(:n)"), {"n": number})
+                try:
+                    connection.execute(text("SELECT pg_advisory_unlock(:n)"), {"n": number})
+                except SQLAlchemyError:
+                    connection.invalidate()  # the lock goes with the connection, and what was done under it stands
 
     @contextmanager
     def _in_use(self) -> Iterator[None]:
@@ -119,16 +130,27 @@ def open_database(url: str) -> Database:
         raise StartupError("PostgreSQL needs its driver: pip install 'manylora[postgres]'.") from error
     try:
         _migrate(engine)
-    except SQLAlchemyError as error:
+    except (SQLAlchemyError, CommandError) as error:
         engine.dispose()
         shown = parsed.render_as_string(hide_password=True)
-        raise StartupError(f"The database {shown} cannot be opened: {error}") from error
+        raise StartupError(f"The database {shown} cannot be opened: {_reason(error)}") from error
     return Database(engine)
+
+
+def _reason(error: SQLAlchemyError | CommandError) -> str:
+    if isinstance(error, CommandError):  # of alembic: it does not know the revision that the database is at
+        return "a newer manylora has changed it. Start that version, or restore a backup from before the upgrade."
+    known = database_error(error)
+    return known.message if isinstance(known, Unavailable) else cause_of(error)
 
 
 def _sqlite_engine(url: URL) -> Engine:
     if url.database and url.database != ":memory:":
-        Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(url.database).parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StartupError(file_error(error, "The database's folder cannot be made").message) from error
     engine = create_engine(url)
     event.listen(engine, "connect", _configure_sqlite)
     event.listen(engine, "begin", _begin_sqlite)

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Final
 
-from sqlalchemy.exc import SQLAlchemyError
 from starlette.requests import ClientDisconnect
 
 from manylora.catalog import folders, sources
@@ -276,8 +275,12 @@ class Catalog:
             await asyncio.sleep(_POLL_S)
             try:
                 await self.refresh()
-            except SQLAlchemyError:
-                _log.exception("The database cannot be read; trying again")
+            except ManyloraError as error:
+                _log.error(
+                    "The adapters stay as they were, and are looked at again: %s",
+                    error.message,
+                    exc_info=error.status == 500,
+                )
 
     @property
     def _attached(self) -> EngineClient:

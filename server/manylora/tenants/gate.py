@@ -6,11 +6,9 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from manylora.catalog.database import Database
 from manylora.catalog.interface import PUBLIC_TENANT
-from manylora.errors import AuthenticationFailed
+from manylora.errors import AuthenticationFailed, ManyloraError
 from manylora.tenants.interface import Principal, Role
 from manylora.tenants.keys import Key, KeyStore, is_secret_of, parse_key
 from manylora.tenants.limits import TenantStore
@@ -100,8 +98,12 @@ class TenantGate:
                 if time.monotonic() - flushed >= _FLUSH_S:
                     flushed = time.monotonic()
                     await self._flush()
-            except SQLAlchemyError:
-                _log.exception("The database cannot be read; trying again")
+            except ManyloraError as error:
+                _log.error(
+                    "Keys and quotas stay as they were, and are looked at again: %s",
+                    error.message,
+                    exc_info=error.status == 500,
+                )
 
     def check_integrity(self) -> None:
         self._quotas.check_integrity()

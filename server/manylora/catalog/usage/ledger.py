@@ -16,12 +16,11 @@ from contextlib import suppress
 from functools import partial
 from typing import Final
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from manylora.catalog.database import Database
 from manylora.catalog.interface import Use
 from manylora.catalog.usage.period import QUARTER_S, quarter_of
 from manylora.catalog.usage.store import Batch, UsageStore
+from manylora.errors import ManyloraError
 from manylora.lora.occupancy import Occupancy, Stay
 
 __all__ = ["UsageLedger", "add_stays"]
@@ -108,7 +107,7 @@ class UsageLedger:
         self._wake.set()
         if self._task is not None:
             await self._task
-        with suppress(SQLAlchemyError):
+        with suppress(ManyloraError):
             await self._on_thread(partial(self._store.forget_writer, self._now_us()))
         self._thread.shutdown()
 
@@ -121,7 +120,7 @@ class UsageLedger:
             self._wake.set()
 
     async def _write_all(self) -> None:
-        with suppress(SQLAlchemyError):  # which the first write will say
+        with suppress(ManyloraError):  # which the first write will say
             await self._on_thread(self._store.prepare)
         while True:
             with suppress(TimeoutError):
@@ -144,7 +143,7 @@ class UsageLedger:
         while True:
             try:
                 await self._on_thread(partial(self._store.write, self._number, sending.batch, self._now_us()))
-            except SQLAlchemyError as error:
+            except ManyloraError as error:
                 num_last += self._is_closing
                 if num_last >= _LAST_ATTEMPTS:
                     lost = sum(counts[0] for counts in sending.batch.usage.values())
