@@ -33,7 +33,14 @@ to do about it.
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
+
+MAX_QUOTED: Final = 200
+
+
+def quoted(text: str) -> str:
+    """What a caller sent, as it may stand in a message or a log line: its first `MAX_QUOTED` characters."""
+    return text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}…"
 
 
 class ManyloraError(Exception):

@@ -3,16 +3,30 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from manylora.catalog.interface import Use
 from manylora.engine.interface import AdapterRef, Progress, RequestTiming, Tier
 from manylora.errors import ManyloraError
 from manylora.metrics import RequestSample
 
-__all__ = ["ClientGone", "FinishedRequest", "Recorder", "RequestRecord", "outcome_of"]
+__all__ = ["ClientGone", "ErrorFacts", "FinishedRequest", "Recorder", "RequestRecord", "outcome_of"]
 
+MAX_KEPT_MESSAGE: Final = 1000
 _TIERS: tuple[Tier, ...] = ("device", "host", "disk")
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorFacts:
+    """What is kept of an error. The exception itself would keep its traceback's frames alive, the body among them."""
+
+    code: str
+    message: str
+
+    @classmethod
+    def of(cls, error: BaseException | None) -> "ErrorFacts | None":
+        """None for anything that was not raised on purpose, since its text is for the log alone."""
+        return cls(error.code, error.message[:MAX_KEPT_MESSAGE]) if isinstance(error, ManyloraError) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +50,7 @@ class FinishedRequest:
     cached_tokens: int
     gaps_s: tuple[float, ...]
     progress: tuple[Progress, ...] = ()  # of each prompt that reached the engine
-    error: ManyloraError | None = None
+    error: ErrorFacts | None = None
 
     @property
     def tpot_s(self) -> float | None:
@@ -171,5 +185,5 @@ class RequestRecord:
             cached_tokens=self.cached_tokens,
             gaps_s=tuple(self.gaps),
             progress=self.progress,
-            error=error if isinstance(error, ManyloraError) else None,
+            error=ErrorFacts.of(error),
         )
