@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from manylora.engine.interface import SamplingParams
-from manylora.engine.sampler import NUM_CANDIDATES, sample, token_logprobs, uniform_number
+from manylora.engine.sampler import (
+    DRAWS_AHEAD,
+    NUM_CANDIDATES,
+    sample,
+    token_logprobs,
+    uniform_number,
+    uniform_numbers,
+)
 from manylora.engine.sequence import Sequence
 
 VOCAB = 50
@@ -185,13 +192,57 @@ def test_places_choices_and_seeds_draw_from_streams_of_their_own() -> None:
 
 
 def test_uniform_numbers_are_uniform() -> None:
-    numbers = np.array(
-        [uniform_number(seed, index, place) for seed in range(20) for index in range(5) for place in range(50)]
-    )
+    numbers = np.array([uniform_numbers(seed, index, 0, 50) for seed in range(20) for index in range(5)]).ravel()
     assert numbers.min() >= 0
     assert numbers.max() < 1
     counts = np.bincount((numbers * 20).astype(int), minlength=20)
     assert ((counts - 250) ** 2 / 250).sum() < 40
+
+
+SEEDS = (0, 1, -1, 63, 2**63 - 1, -(2**63))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_number_is_that_of_numpys_own_generator_at_the_tokens_place(seed: int) -> None:
+    """One generator for each token, keyed by seed and index and counting places, is what the numbers stand for."""
+    for index in (0, 3):
+        watched = seq(seed=seed, index=index)
+        for place in range(3 * DRAWS_AHEAD):
+            key = np.array([seed % 2**64, index], dtype=np.uint64)
+            expected = np.random.Generator(np.random.Philox(key=key, counter=place)).random()
+            assert uniform_number(watched) == expected
+            watched.append(1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(SEEDS), st.integers(0, 4), st.lists(st.integers(0, 4 * DRAWS_AHEAD), min_size=1, max_size=12))
+def test_numbers_do_not_depend_on_which_were_asked_for_before(seed: int, index: int, places: list[int]) -> None:
+    """A sequence may go back, or come anew with its tokens: place decides, not the way there."""
+    watched = seq(seed=seed, index=index)
+    for place in places:
+        watched.tokens = [1] * (1 + place)
+        assert uniform_number(watched) == uniform_number(seq(seed=seed, index=index, output=(1,) * place))
+
+
+def test_the_generator_is_set_up_rarely_and_not_for_all_sequences_in_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+
+    def counted(*args: int) -> list[float]:
+        made.append(args)
+        return uniform_numbers(*args)
+
+    monkeypatch.setattr("manylora.engine.sampler.uniform_numbers", counted)
+    watched = [seq(seed=1000 + 7 * i) for i in range(64)]
+    per_step = []
+    for _ in range(1 + 2 * DRAWS_AHEAD):
+        made.clear()
+        for each in watched:
+            uniform_number(each)
+            each.append(1)
+        per_step.append(len(made))
+    assert per_step[0] == len(watched)
+    assert sum(per_step) <= len(watched) * 4
+    assert max(per_step[1:]) <= 4
 
 
 def test_requests_without_a_seed_differ() -> None:
@@ -305,6 +356,7 @@ def test_a_spoiled_row_gets_some_token_and_moves_no_other_row(value: float, para
     clean = sample(good, [seqs[0], seqs[2]])
     found = sample(torch.cat([good[:1], bad, good[1:]]), seqs)
     assert 0 <= found.token_ids[1] < vocab
+    assert found.is_finite == [True, False, True]
     assert [found.token_ids[0], found.token_ids[2]] == clean.token_ids
     assert [found.logprobs[0], found.logprobs[2]] == clean.logprobs
 
@@ -314,3 +366,23 @@ def test_one_spoiled_logit_is_survived() -> None:
     row[0, 3] = math.nan
     for params in SETTINGS:
         assert all(0 <= t < VOCAB for t in draw_many(row, 20, **params))
+
+
+@pytest.mark.parametrize(("value", "is_finite"), [(math.nan, False), (math.inf, False), (-math.inf, True)])
+@pytest.mark.parametrize("params", [{"temperature": 0.0}, {"repetition_penalty": 2.0}, {"logit_bias": ((3, -100.0),)}])
+def test_one_logit_that_is_no_number_is_told_and_a_forbidden_token_is_none(
+    value: float, is_finite: bool, params: dict[str, Any]
+) -> None:
+    row = random_logits(1)
+    row[0, 3] = value
+    assert sample(row, [seq((1, 3), **params)]).is_finite == [is_finite]
+
+
+@pytest.mark.parametrize("penalty", [1e-300, 1e-38, 1e-10, 100.0])
+def test_no_penalty_makes_a_row_that_is_no_number(penalty: float) -> None:
+    row = torch.cat([torch.zeros(1, 10), random_logits(1, VOCAB - 10, spread=1e4)], dim=1)
+    for temperature in (0.0, 1.0):
+        watched = seq(tuple(range(VOCAB)), (3, 3), repetition_penalty=penalty, temperature=temperature)
+        found = sample(row, [watched])
+        assert found.is_finite == [True]
+        assert found.token_ids == [int(row.argmax())]

@@ -2,7 +2,8 @@
 
 Random choice needs one uniform number per token, made from the request's seed, the choice's index and the
 token's place by a counter-based generator. So a seed gives the same tokens whatever else is in the batch,
-and after a preemption too.
+and after a preemption too. The generator is asked for many places of a sequence at once: setting it up takes
+far longer than its numbers do.
 """
 
 from dataclasses import dataclass
@@ -11,18 +12,26 @@ import numpy as np
 import torch
 
 from manylora.engine.interface import TokenLogprob
-from manylora.engine.sequence import Sequence
+from manylora.engine.sequence import Draws, Sequence
 
 NUM_CANDIDATES = 256  # top-p is first tried among this many; the full sort is for flat distributions only
 MIN_TEMPERATURE = 1e-30  # lower ones, which float32 would round to 0, draw the likeliest token all the same
+MIN_PENALTY = 1e-30  # lower ones, which float32 would round to 0, make nothing larger than a float can be
+DRAWS_AHEAD = 64  # places of a sequence whose random numbers are made together
+_WORDS = 4  # numbers of 64 bits that the generator makes of one counter, of which the first is used
 
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """One token per row, and its log-probabilities where the sequence wants them."""
+    """One token per row, and its log-probabilities where the sequence wants them.
+
+    `is_finite` is False for a row whose logits hold NaN or infinity, so that its token means nothing. A logit of
+    -inf is a token that the model rules out; only a row of nothing else is not finite.
+    """
 
     token_ids: list[int]
     logprobs: list[TokenLogprob | None]
+    is_finite: list[bool]
 
 
 def sample(logits: torch.Tensor, seqs: list[Sequence]) -> Sampled:
@@ -35,13 +44,13 @@ def sample(logits: torch.Tensor, seqs: list[Sequence]) -> Sampled:
     raw = logits
     if any(s.has_penalties or s.params.logit_bias for s in seqs):
         logits = _adjusted(logits.clone(), seqs)
-    chosen = logits.argmax(dim=-1)
+    largest, chosen = logits.max(dim=-1)  # of a row with a NaN: the NaN
     random_rows = [i for i, s in enumerate(seqs) if s.params.temperature > 0]
     if random_rows:
         rows = torch.tensor(random_rows, device=logits.device)
         chosen[rows] = _draw(logits[rows], [seqs[i] for i in random_rows])
     token_ids: list[int] = chosen.tolist()
-    return Sampled(token_ids, _logprobs(raw, token_ids, seqs))
+    return Sampled(token_ids, _logprobs(raw, token_ids, seqs), largest.isfinite().tolist())
 
 
 def _adjusted(logits: torch.Tensor, seqs: list[Sequence]) -> torch.Tensor:
@@ -50,8 +59,8 @@ def _adjusted(logits: torch.Tensor, seqs: list[Sequence]) -> torch.Tensor:
         p = seq.params
         if p.repetition_penalty != 1.0:
             seen = torch.tensor(sorted(set(seq.tokens)), device=row.device)
-            values = row[seen]
-            row[seen] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
+            values, penalty = row[seen], max(p.repetition_penalty, MIN_PENALTY)
+            row[seen] = torch.where(values > 0, values / penalty, values * penalty)
         if seq.output_counts and (p.presence_penalty or p.frequency_penalty):
             ids = torch.tensor(list(seq.output_counts), device=row.device)
             counts = torch.tensor(list(seq.output_counts.values()), dtype=row.dtype, device=row.device)
@@ -72,9 +81,7 @@ def _draw(logits: torch.Tensor, seqs: list[Sequence]) -> torch.Tensor:
     temperature = torch.tensor([s.params.temperature for s in seqs], device=device).clamp(min=MIN_TEMPERATURE)
     # The largest logit becomes 0, so that no temperature can push it past the largest float.
     probs = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature[:, None], dim=-1)
-    uniform = torch.tensor(
-        [uniform_number(s.seed, s.index, s.num_output_tokens) for s in seqs], dtype=torch.float64, device=device
-    )
+    uniform = torch.tensor([uniform_number(s) for s in seqs], dtype=torch.float64, device=device)
     cuts = _Cuts(
         torch.tensor([s.params.top_k or vocab for s in seqs], device=device).clamp(max=vocab),
         torch.tensor([s.params.top_p for s in seqs], device=device),
@@ -139,10 +146,26 @@ def _inverse_cdf(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     return torch.minimum(index, (weights > 0).cumsum(-1).argmax(-1))
 
 
-def uniform_number(seed: int, index: int, counter: int) -> float:
-    """A number in [0, 1) that depends on its arguments only (Philox 4x64, Salmon et al., SC 2011)."""
+def uniform_number(seq: Sequence) -> float:
+    """The number in [0, 1) for the sequence's next token: of its seed, index and place only.
+
+    The numbers are kept with the sequence and made `DRAWS_AHEAD` at a time, up to a place that depends on the seed,
+    so that sequences which begin together do not all need new ones in the same step.
+    """
+    place = seq.num_output_tokens
+    draws = seq.draws
+    if draws is None or not 0 <= place - draws.first < len(draws.numbers):
+        count = DRAWS_AHEAD - (place + seq.seed) % DRAWS_AHEAD
+        draws = seq.draws = Draws(place, uniform_numbers(seq.seed, seq.index, place, count))
+    return draws.numbers[place - draws.first]
+
+
+def uniform_numbers(seed: int, index: int, first: int, count: int) -> list[float]:
+    """The numbers in [0, 1) of `count` places from `first` on (Philox 4x64, Salmon et al., SC 2011)."""
     key = np.array([seed % 2**64, index], dtype=np.uint64)
-    return float(np.random.Generator(np.random.Philox(key=key, counter=counter)).random())
+    words = np.random.Philox(key=key, counter=first).random_raw(_WORDS * count)[::_WORDS]
+    numbers: list[float] = ((words >> np.uint64(11)) * 2.0**-53).tolist()
+    return numbers
 
 
 def _logprobs(logits: torch.Tensor, token_ids: list[int], seqs: list[Sequence]) -> list[TokenLogprob | None]:

@@ -3,6 +3,7 @@
 import secrets
 import time
 from collections import Counter
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -17,6 +18,14 @@ class SequenceStatus(StrEnum):
     RUNNING = "running"
     PREEMPTED = "preempted"
     FINISHED = "finished"
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """Random numbers in [0, 1) for a sequence's output tokens, from the one of number `first` on."""
+
+    first: int
+    numbers: list[float]
 
 
 class Sequence:
@@ -61,6 +70,7 @@ class Sequence:
         self.num_cached_tokens = 0
         self.num_charged = 0
         self.output_counts: Counter[int] = Counter()
+        self.draws: Draws | None = None
         self.prompt_logprobs: list[TokenLogprob] = []
         self.captured: list[Any] = []  # logits of the prompt's chunks so far, where they are asked for
         self.followers: list[Sequence] = []
