@@ -40,15 +40,17 @@ def validate_offline(path: Path, model: str | None, *, max_rank: int | None = No
 def modules_of(model: str | None) -> Mapping[str, ModuleSpec]:
     """The base's adaptable modules, from its config alone. Raises ModelUnusable."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
+    from manylora.models import checkpoint
     from manylora.models.loading import resolve_model
     from manylora.models.wrapping import adaptable_modules
 
     folder = resolve_model(model)
+    config = checkpoint.read_config(folder)
     try:
         with torch.device("meta"):
-            base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+            base = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError) as error:
-        raise ModelUnusable(f"The config of {folder} cannot be read: {error}") from error
+        raise ModelUnusable(f"The config of {folder} cannot be used: {error}") from error
     return adaptable_modules(base)

@@ -4,9 +4,10 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from manylora.engine.block_manager import BlockManager
 from manylora.engine.engine import Engine, Output
@@ -25,19 +26,21 @@ from manylora.lora.slots import SlotBook
 from manylora.lora.tiers import AdapterTiers
 from manylora.models import fused, native, selfcheck
 from manylora.models.kv_cache import KVCache
+from manylora.models.loading import load_base
 from manylora.models.matmul import factory
 from manylora.models.native_layers import NativeLayers
 from manylora.models.torch_layers import TorchLayers
 from manylora.models.wrapping import WrappedModel, wrap
+from manylora.settings import Settings
 
 KERNELS: Mapping[str, Callable[[], LoraKernel]] = {"torch": TorchKernel, "native": NativeKernel, "fused": NativeKernel}
 # "native" keeps the model's own layers, "fused" runs those of the usual shape through the fused operators.
 available_kernels = ["torch", "native", "fused"] if native.is_available() else ["torch"]
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    return model.eval()
+def load(folder: Path, dtype: Literal["float32", "bfloat16", "float16"] = "float32") -> PreTrainedModel:
+    """The base as a server loads it: whatever the server would refuse, no test can serve."""
+    return load_base(Settings(model=str(folder), device="cpu", dtype=dtype)).model
 
 
 @dataclass

@@ -6,15 +6,13 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel
-
-from tests.engine.harness import load
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 NEAR_TIE = 1e-3  # logits closer than this may come out in either order
 
 
 def with_adapter(model_dir: Path, adapter: Path | None) -> PreTrainedModel:
-    model = load(model_dir)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     if adapter is None:
         return model
     with warnings.catch_warnings():  # of tied weights, and of names that transformers is about to drop

@@ -69,9 +69,9 @@ def test_every_kind_of_adapter_answers_as_in_peft(base: str, kernel: str, tmp_pa
     rig.run()
     rig.close()
 
-    unchanged = generate(load(folder), PROMPT, 12)
+    unchanged = generate(with_adapter(folder, None), PROMPT, 12)
     for kind, adapter in adapters.items():
         tuned = with_adapter(folder, adapter)
         assert generate(tuned, PROMPT, 12) != unchanged, f"'{kind}' changes nothing, so this shows nothing"
         check_greedy(tuned, PROMPT, rig.tokens(kind))
-    check_greedy(load(folder), PROMPT, rig.tokens("None"))
+    check_greedy(with_adapter(folder, None), PROMPT, rig.tokens("None"))

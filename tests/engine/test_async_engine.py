@@ -78,7 +78,7 @@ async def nothing_runs(engine: AsyncEngine) -> None:
 
 async def test_a_request_is_answered_to_its_end(engine: AsyncEngine, tiny_llama_dir: Path) -> None:
     deltas = await collect(ask(engine))
-    check_greedy(load(tiny_llama_dir), PROMPT, [t for d in deltas for t in d.token_ids])
+    check_greedy(with_adapter(tiny_llama_dir, None), PROMPT, [t for d in deltas for t in d.token_ids])
     assert [d.finish_reason for d in deltas] == [None] * 7 + [FinishReason.LENGTH]
 
 
@@ -191,7 +191,8 @@ async def test_an_effect_is_measured_beside_running_requests(
     ids = engine.codec.encode(PROBE_TEXT)
     with torch.inference_mode():
         base, tuned = (
-            m(torch.tensor([ids])).logits[0] for m in (load(tiny_llama_dir), with_adapter(tiny_llama_dir, adapter))
+            m(torch.tensor([ids])).logits[0]
+            for m in (with_adapter(tiny_llama_dir, None), with_adapter(tiny_llama_dir, adapter))
         )
     assert effect.prompt_tokens == len(ids)
     assert effect.max_abs_logit_delta == pytest.approx(float((base - tuned).abs().max()), rel=1e-3)

@@ -41,7 +41,7 @@ def prompts(count: int, vocab: int, lengths: tuple[int, ...] = (3, 60, 9, 33, 1,
 def test_architecture_gives_the_tokens_of_generate(architecture: str, kernel: str, tmp_path: Path) -> None:
     folder = make_tiny_model(architecture, tmp_path / "base")
     adapter = make_adapter(folder, tmp_path / "adapter", rank=8, seed=1)
-    oracle = {None: load(folder), "tuned": with_adapter(folder, adapter)}
+    oracle = {None: with_adapter(folder, None), "tuned": with_adapter(folder, adapter)}
     rig = build_rig(load(folder), {"tuned": adapter}, kernel=kernel)
     asked = prompts(6, VOCAB)
     for i, prompt in enumerate(asked):

@@ -4,7 +4,6 @@ import random
 from pathlib import Path
 
 import pytest
-import torch
 
 from manylora.lifecycle.merge import MergeConfig, merge
 from tests.conftest import ModelMaker
@@ -62,7 +61,7 @@ def test_shipped_adapter_merged_into_the_default_model_answers_as_it_is_served(
     ]
     tokens = []
     for model, adapters in ((default_model_dir, {"tuned": adapter}), (tmp_path / "merged", {})):
-        rig = build_rig(load(model, torch.float32), adapters, kernel=available_kernels[-1], num_blocks=200)
+        rig = build_rig(load(model), adapters, kernel=available_kernels[-1], num_blocks=200)
         for number, prompt in enumerate(prompts):
             rig.add(f"r{number}", prompt, "tuned" if adapters else None, max_tokens=12)
         rig.run()

@@ -10,6 +10,7 @@ from manylora.lifecycle.inspection import InspectConfig, inspect_adapter
 from manylora.lifecycle.served import Inspector, stored_norms
 from manylora.models.wrapping import adaptable_modules
 from tests.conftest import ModelMaker
+from tests.engine.harness import load
 from tests.tiny_adapters import make_adapter
 
 
@@ -19,9 +20,7 @@ def adapter(tiny_llama_dir: Path, tmp_path: Path) -> Path:
 
 
 def inspector_of(folder: Path) -> Inspector:
-    from transformers import AutoModelForCausalLM
-
-    return Inspector(folder, adaptable_modules(AutoModelForCausalLM.from_pretrained(folder)))
+    return Inspector(folder, adaptable_modules(load(folder)))
 
 
 def test_the_server_says_what_the_command_says(tiny_llama_dir: Path, adapter: Path) -> None:

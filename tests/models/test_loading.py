@@ -9,7 +9,15 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertLMHeadModel, BertModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    BertModel,
+    RoFormerConfig,
+    RoFormerForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from manylora.errors import InvalidSettings, ModelUnusable, NotEnoughMemory
 from manylora.models.loading import (
@@ -22,8 +30,9 @@ from manylora.models.loading import (
     select_dtype,
 )
 from manylora.settings import Settings
+from tests.conftest import ModelMaker
 from tests.models.tiny_gguf import write_tiny_gguf
-from tests.tiny_models import END_OF_TURN, make_tiny_model, make_tokenizer
+from tests.tiny_models import ARCHITECTURES, END_OF_TURN, make_tiny_model, make_tokenizer
 
 CPU = torch.device("cpu")
 needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
@@ -111,6 +120,38 @@ def test_a_checkpoint_in_shards_is_whole(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_is_loaded_from_a_folder(architecture: str, tiny_model_dir: ModelMaker) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny_model_dir(architecture)
+    ids = torch.tensor([[5, 6, 7, 8]])
+
+    base = load_base(settings(folder))
+
+    assert torch.equal(base.model(ids).logits, AutoModelForCausalLM.from_pretrained(folder).eval()(ids).logits)
+
+
+@pytest.mark.parametrize("is_decoder", [True, False])
+def test_a_model_that_never_looks_ahead_is_served_whatever_its_config_says(is_decoder: bool, tmp_path: Path) -> None:
+    make_tiny_model("gpt_neox", tmp_path, is_decoder=is_decoder)
+
+    assert load_base(settings(tmp_path)).config.is_decoder is is_decoder
+
+
+def test_buffers_of_older_releases_are_left_aside(tmp_path: Path) -> None:
+    path = make_tiny_model("gpt_neox", tmp_path) / "model.safetensors"
+    tensors = load_file(path)
+    for layer in range(2):
+        attention = f"gpt_neox.layers.{layer}.attention"
+        tensors[f"{attention}.bias"] = torch.ones(1, 1, 512, 512, dtype=torch.bool).tril()
+        tensors[f"{attention}.masked_bias"] = torch.tensor(-1e9)
+        tensors[f"{attention}.rotary_emb.inv_freq"] = torch.ones(2)
+    save_file(tensors, path, {"format": "pt"})
+
+    assert load_base(settings(tmp_path)).model.config.model_type == "gpt_neox"
+
+
 # what is no model
 
 
@@ -153,6 +194,48 @@ def test_a_weight_that_is_missing_is_not_filled_with_random_numbers(folder: Path
 
     with pytest.raises(ModelUnusable, match=r"lack model\.layers\.1\.mlp\.down_proj\.weight"):
         load_base(settings(folder))
+
+
+def add_tensors(folder: Path, **more: torch.Tensor) -> None:
+    """`a__b=…` adds the tensor `a.b`."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path) | {name.replace("__", "."): tensor for name, tensor in more.items()}
+    save_file(tensors, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8, torch.int32])
+def test_weights_that_need_their_scales_are_refused_without_a_quantization_config(
+    folder: Path, dtype: torch.dtype
+) -> None:
+    weight = load_file(folder / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    scale = weight.abs().max() / 100
+    add_tensors(
+        folder,
+        model__layers__0__mlp__up_proj__weight=(weight / scale).to(dtype),
+        model__layers__0__mlp__up_proj__weight_scale=scale,
+    )
+
+    with pytest.raises(ModelUnusable, match=r"up_proj\.weight as .*: it is quantised"):
+        load_base(settings(folder))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["self_attn.q_proj.weight_scale", "self_attn.k_proj.k_scale", "self_attn.q_proj.bias", "mlp.extra.weight"],
+)
+def test_a_tensor_that_nothing_uses_is_named(folder: Path, name: str) -> None:
+    add_tensors(folder, **{f"model.layers.1.{name}": torch.ones(1)})
+
+    with pytest.raises(ModelUnusable, match=rf"No part of LlamaForCausalLM uses model\.layers\.1\.{name}"):
+        load_base(settings(folder))
+
+
+def test_a_bias_is_no_mask(tmp_path: Path) -> None:
+    make_tiny_model("llama", tmp_path)
+    add_tensors(tmp_path, model__layers__1__attn__bias=torch.ones(64))
+
+    with pytest.raises(ModelUnusable, match=r"uses model\.layers\.1\.attn\.bias"):
+        load_base(settings(tmp_path))
 
 
 def test_weights_of_another_size_are_refused(folder: Path) -> None:
@@ -211,6 +294,17 @@ def test_an_encoder_decoder_model_is_refused(tmp_path: Path) -> None:
     T5ForConditionalGeneration(config).save_pretrained(tmp_path)
 
     with pytest.raises(ModelUnusable, match="encoder-decoder"):
+        load_base(settings(tmp_path))
+
+
+def test_an_encoder_whose_attention_does_not_say_so_is_refused(tmp_path: Path) -> None:
+    config = RoFormerConfig(
+        vocab_size=320, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+    )
+    RoFormerForCausalLM(config).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+
+    with pytest.raises(ModelUnusable, match="no causal language model"):
         load_base(settings(tmp_path))
 
 

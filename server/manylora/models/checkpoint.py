@@ -1,6 +1,9 @@
 """A Hugging Face folder, read with every way it can be wrong told apart. Safetensors only; no code from the folder."""
 
 import json
+import re
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +16,15 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["load_model", "load_tokenizer", "num_parameters", "read_config", "weight_files"]
+__all__ = [
+    "StoredTensor",
+    "load_model",
+    "load_tokenizer",
+    "num_parameters",
+    "read_config",
+    "stored_tensors",
+    "weight_files",
+]
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -26,6 +37,9 @@ _TOKENIZERS = (
     "tekken.json",
 )
 _SHOWN = 4  # names listed in one message
+_NUMBERS = frozenset({"BF16", "F16", "F32", "F64"})
+_OLD_BUFFER = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids|(attn|attention)\.(masked_bias|causal_mask))$")
+_OLD_MASK = re.compile(r"(^|\.)(attn|attention)\.bias$")
 
 
 def read_config(folder: Path) -> "PretrainedConfig":
@@ -89,9 +103,34 @@ def _require_causal(folder: Path, config: Any) -> None:
     wanted = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     classes = {wanted} if isinstance(wanted, str) else set(wanted or ())
     stated = list(getattr(config, "architectures", None) or ())
-    if not classes or (stated and not classes & set(stated)) or getattr(config, "is_decoder", True) is False:
-        what = ", ".join(stated) or config.model_type
-        raise ModelUnusable(f"{folder} holds {what}, which is no causal language model. Choose a decoder-only one.")
+    if not classes or (stated and not classes & set(stated)) or _is_encoder(config):
+        raise _not_causal(folder, config)
+
+
+def _is_encoder(config: Any) -> bool:
+    """Whether the attention says that it looks ahead, as in BERT's relatives unless the config has `is_decoder`.
+
+    GPT-NeoX has that field too and never looks ahead. Where the attention says nothing, see `_looks_ahead`.
+    """
+    import torch
+    import transformers
+
+    if getattr(config, "is_decoder", True) is not False:
+        return False
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    said = {module.is_causal for module in model.modules() if isinstance(getattr(module, "is_causal", None), bool)}
+    return said == {False}
+
+
+def _kind(config: Any) -> str:
+    return ", ".join(getattr(config, "architectures", None) or ()) or str(config.model_type)
+
+
+def _not_causal(folder: Path, config: Any) -> ModelUnusable:
+    return ModelUnusable(
+        f"{folder} holds {_kind(config)}, which is no causal language model. Choose a decoder-only one."
+    )
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -116,20 +155,35 @@ def weight_files(folder: Path) -> list[Path]:
     raise ModelUnusable(f"{folder} has no weights: neither {_SINGLE} nor {_INDEX}.")
 
 
-def num_parameters(folder: Path) -> int:
-    """Numbers in the checkpoint's tensors, from the files' headers. Raises ModelUnusable."""
-    total = 0
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """What a file's header says of a tensor. `dtype` is the format's name for it: "BF16"."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    def is_harmless(self, name: str) -> bool:
+        """Whether it is a buffer that older releases of transformers saved and newer ones compute."""
+        return _OLD_BUFFER.search(name) is not None or (_OLD_MASK.search(name) is not None and len(self.shape) == 4)
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """The checkpoint's tensors by name, from the files' headers. Raises ModelUnusable."""
+    found: dict[str, StoredTensor] = {}
     for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118  # not a dict
-                    count = 1
-                    for size in file.get_slice(name).get_shape():
-                        count *= size
-                    total += count
+                    view = file.get_slice(name)
+                    found[name] = StoredTensor(str(view.get_dtype()), tuple(view.get_shape()))
         except (SafetensorError, OSError) as error:
             raise ModelUnusable(f"{path} is no whole safetensors file: {error}. Fetch the checkpoint again.") from error
-    return total
+    return found
+
+
+def num_parameters(folder: Path) -> int:
+    """Numbers in the checkpoint's tensors, from the files' headers. Raises ModelUnusable."""
+    return sum(prod(tensor.shape) for tensor in stored_tensors(folder).values())
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
@@ -148,6 +202,8 @@ def load_model(folder: Path, config: "PretrainedConfig", dtype: "torch.dtype") -
     """The model on the CPU, every weight from the files. Raises ModelUnusable."""
     import transformers
 
+    stored = stored_tensors(folder)
+    _refuse_coded(folder, stored)
     try:
         with quiet():
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -166,7 +222,37 @@ def load_model(folder: Path, config: "PretrainedConfig", dtype: "torch.dtype") -
         raise ModelUnusable(f"The weights in {folder} lack {_some(missing)}. Fetch the checkpoint again.")
     if mismatched := sorted(str(entry[0]) for entry in info.get("mismatched_keys", ())):
         raise ModelUnusable(f"The weights in {folder} do not fit its config.json: {_some(mismatched)}.")
+    unused = sorted(str(name) for name in info["unexpected_keys"])
+    if unused := [name for name in unused if name not in stored or not stored[name].is_harmless(name)]:
+        raise ModelUnusable(
+            f"No part of {_kind(config)} uses {_some(unused)} of the weights in {folder}, so its answers would be "
+            "others than those the checkpoint was made for. Give the original, unquantised checkpoint."
+        )
+    if getattr(config, "is_decoder", True) is False and _looks_ahead(model):
+        raise _not_causal(folder, config)
     return model
+
+
+def _refuse_coded(folder: Path, stored: dict[str, StoredTensor]) -> None:
+    """Numbers of 8 bits and fewer mean something by their scales only, and a cast would leave those out."""
+    coded = sorted(n for n, tensor in stored.items() if tensor.dtype not in _NUMBERS and not tensor.is_harmless(n))
+    if coded:
+        kinds = ", ".join(sorted({stored[name].dtype for name in coded}))
+        raise ModelUnusable(
+            f"{folder} stores {_some(coded)} as {kinds}: it is quantised, in a form that is not supported. "
+            "Give the unquantised checkpoint."
+        )
+
+
+def _looks_ahead(model: "PreTrainedModel") -> bool:
+    """Whether another last token changes the logits of the tokens before it: an encoder, whatever it is called."""
+    import torch
+
+    rows = torch.arange(8).repeat(2, 1) % model.config.get_text_config().vocab_size
+    rows[1, -1] = 0
+    with torch.inference_mode():
+        logits = model.eval()(input_ids=rows, attention_mask=torch.ones_like(rows)).logits[:, :-1].float()
+    return not torch.allclose(logits[0], logits[1], rtol=1e-3, atol=1e-3 * float(logits.std()))
 
 
 def _some(names: list[str]) -> str:
