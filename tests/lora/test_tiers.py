@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from manylora.engine.build import NUM_LOADERS
 from tests.lora.packed import random_packed
 from tests.lora.tier_setup import SHAPES, SMALL, Disk, Setup, ref, weights
 
@@ -23,7 +24,8 @@ def test_first_answer_is_not_yet_and_the_load_runs_on_its_own_thread(setup: Setu
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="binds a thread to a CPU")
-def test_loads_are_not_bound_to_the_cpu_of_the_thread_that_asks(setup: Setup) -> None:
+def test_loads_are_not_bound_to_the_cpu_of_the_thread_that_asks() -> None:
+    setup = Setup(threads=NUM_LOADERS)
     everywhere = os.sched_getaffinity(0)
 
     def ask() -> None:
@@ -34,8 +36,9 @@ def test_loads_are_not_bound_to_the_cpu_of_the_thread_that_asks(setup: Setup) ->
     asking.start()
     asking.join()
     loaders = [each for each in threading.enumerate() if each.name.startswith("adapter-loader")]
-    assert loaders
+    assert len(loaders) >= NUM_LOADERS > 1
     assert all(each.native_id and os.sched_getaffinity(each.native_id) == everywhere for each in loaders)
+    setup.tiers.close()
 
 
 def test_asking_many_times_loads_once(setup: Setup) -> None:
@@ -147,3 +150,16 @@ def test_residents_say_who_sits_where(setup: Setup) -> None:
             "pinned": True,
         }
     ]
+
+
+def test_one_whose_files_come_slowly_holds_up_nobody_else() -> None:
+    setup = Setup(threads=NUM_LOADERS)
+    setup.disk.slow[0] = threading.Event()
+    setup.tiers.prefetch(ref(0))
+    for number in (1, 2, 3):
+        assert setup.holds(number, setup.get(number))
+    assert setup.tiers.acquire(ref(0)) is None
+    setup.disk.slow[0].set()
+    setup.tiers.release(ref(1))
+    assert setup.holds(0, setup.get(0))
+    setup.tiers.close()

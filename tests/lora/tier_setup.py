@@ -50,10 +50,11 @@ class Recorder(TierEvents):
 
 @dataclass
 class Disk:
-    """What the loader finds: adapter N in folder N, as long as nothing is `broken`, and when `gate` is open."""
+    """What the loader finds: adapter N in folder N, unless `broken`, when `gate` and its own in `slow` are open."""
 
     broken: dict[int, Exception] = field(default_factory=dict)
     gate: threading.Event = field(default_factory=threading.Event)
+    slow: dict[int, threading.Event] = field(default_factory=dict)
     reads: list[int] = field(default_factory=list)
     make: Callable[[int], tuple[PackedAdapter, dict[int, LowRank]]] = weights
 
@@ -63,6 +64,7 @@ class Disk:
     def pack(self, folder: Path) -> PackedAdapter:
         assert self.gate.wait(PATIENCE_S)
         number = int(folder.name)
+        assert number not in self.slow or self.slow[number].wait(PATIENCE_S)
         self.reads.append(number)
         if number in self.broken:
             raise self.broken[number]

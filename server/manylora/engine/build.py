@@ -38,6 +38,7 @@ from manylora.models.torch_layers import TorchLayers
 from manylora.models.wrapping import WrappedModel, wrap
 from manylora.settings import Settings
 
+NUM_LOADERS = 4  # adapters read at a time: one whose files come slowly holds up itself
 _MOST_OF_FREE = 0.5  # memory that one sequence may take where the cache's share of it would be less
 
 
@@ -114,6 +115,7 @@ class EngineBuilder:
             folder_of=source.local_folder,
             packer=self._packer(kernel),
             events=_TierMetrics(metrics, occupancy or Occupancy()),
+            num_threads=NUM_LOADERS,
         )
         scheduler = Scheduler(
             BlockManager(

@@ -18,6 +18,7 @@ from manylora.lora.peft_config import LoraSettings
 from manylora.lora.problems import CONFIG_FILE, TENSOR_FILE, Problems
 from manylora.lora.safetensors_file import TensorView
 from manylora.lora.spec import Adapter, LoraModule, ModuleKind, ModuleSpec
+from manylora.lora.targets import Target
 
 __all__ = [
     "CONFIG_FILE",
@@ -33,8 +34,6 @@ __all__ = [
     "read",
     "read_trusted",
 ]
-
-_NO_LIMIT = 2**63
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +60,10 @@ def _pair(
     settings: LoraSettings,
     tensors: dict[str, TensorView],
     modules: Mapping[str, ModuleSpec],
-    max_rank: int,
+    planned: Mapping[str, Target] | None,
     problems: Problems,
     warnings: list[str],
 ) -> tuple[LoraModule, ...]:
-    planned = targets.resolve(settings, modules, max_rank, problems, warnings)
     if planned is None or not settings.has_plain_layout:
         return ()
     name = settings.base_model_name_or_path
@@ -103,7 +101,8 @@ def read(folder: Path, modules: Mapping[str, ModuleSpec], *, max_rank: int, max_
     if files.tensors is not None:
         contents.check_values(files.tensors, problems)
         if settings is not None:
-            pairs = _pair(settings, files.tensors, modules, max_rank, problems, warnings)
+            planned = targets.resolve(settings, modules, max_rank, problems, warnings)
+            pairs = _pair(settings, files.tensors, modules, planned, problems, warnings)
         if not problems.has("wrong_dtype", "wrong_shape"):
             contents.check_effect(pairs, problems, warnings)
     problems.raise_if_any()
@@ -119,14 +118,16 @@ def read_trusted(folder: Path, modules: Mapping[str, ModuleSpec], *, digest: str
     """An adapter that `read` accepted before, again and fast: no value is looked at and nothing is hashed.
 
     Header, config, names and shapes are still checked, so that a file that was damaged, or a base that was
-    changed since, is an InvalidAdapter and never read out of bounds. `digest` is passed on.
+    changed since, is an InvalidAdapter and never read out of bounds. Which modules it adapts is what its tensors
+    say: the config's lists and patterns were held against them by `read`. `digest` is passed on.
     """
     problems, warnings = Problems(), list[str]()
     files = _open(folder, problems)
     settings = peft_config.parse(files.config, problems, warnings) if files.config is not None else None
     pairs: tuple[LoraModule, ...] = ()
     if settings is not None and files.tensors is not None:
-        pairs = _pair(settings, files.tensors, modules, _NO_LIMIT, problems, warnings)
+        planned = targets.as_accepted(settings, modules, pairing.ranks_of(files.tensors), problems)
+        pairs = _pair(settings, files.tensors, modules, planned, problems, warnings)
     for pair in pairs:
         if not {pair.a.dtype, pair.b.dtype} <= set(contents.SERVED_DTYPES):
             problems.add("wrong_dtype", TENSOR_FILE, f"{pair.path} is not {', '.join(contents.SERVED_DTYPES)}.")

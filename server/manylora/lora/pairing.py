@@ -49,6 +49,14 @@ def parse_name(name: str) -> _TensorName | None:
     return None
 
 
+def ranks_of(tensors: Mapping[str, TensorView]) -> dict[str, int]:
+    """The modules that have an A, and its rank."""
+    named = ((parse_name(name), view) for name, view in tensors.items())
+    return {
+        name.path: view.shape[0] for name, view in named if name and name.part == "a" and view.shape and view.shape[0]
+    }
+
+
 @dataclass
 class Pairing:
     """One run of the comparison. Adds its findings to `problems` and `warnings`."""

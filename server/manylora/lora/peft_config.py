@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,9 @@ from manylora.lora.problems import CONFIG_FILE, Problems, shown
 from manylora.lora.safetensors_file import read_bytes
 
 MAX_CONFIG_BYTES = 2**20
+# Of one list or one table; the models with the most adaptable modules have some eighteen thousand.
+MAX_NAMES = 20_000
+MAX_LAYERS_PATTERNS = 16
 ALL_LINEAR = "all-linear"
 # Sets to PEFT, which therefore writes them in any order.
 _SETS = ("target_modules", "exclude_modules")
@@ -183,12 +186,20 @@ class _Fields:
         self.bad(key, f"It must be {expected}, not {shown(value)}.")
         return default
 
-    def names(self, key: str) -> tuple[str, ...] | str:
+    def names(self, key: str, most: int = MAX_NAMES) -> tuple[str, ...] | str:
         value = self.take(key, (), lambda v: _is_names(v) or _is_text(v), "a list of module names or one pattern")
-        return value if isinstance(value, str) else tuple(value)
+        if isinstance(value, str):
+            return value
+        self._check_length(key, value, most)
+        return tuple(value[:most])
+
+    def _check_length(self, key: str, values: Sized, most: int) -> None:
+        if len(values) > most:
+            self.bad(key, f"It has {len(values)} entries; at most {most} are taken.")
 
     def table(self, key: str, is_valid: Callable[[Any], bool], expected: str) -> dict[str, Any]:
         table = self.take(key, {}, lambda v: isinstance(v, dict), "an object")
+        self._check_length(key, table, MAX_NAMES)
         for name, value in table.items():
             if not is_valid(value):
                 self.bad(f"{key}[{shown(name)}]", f"It must be {expected}, not {shown(value)}.")
@@ -203,6 +214,8 @@ class _Fields:
         )
         if value is None or value == []:
             return None
+        if isinstance(value, list):
+            self._check_length("layers_to_transform", value, MAX_NAMES)
         return frozenset(value if isinstance(value, list) else [value])
 
     def rank(self) -> int:
@@ -215,7 +228,7 @@ class _Fields:
         if not target and is_off("target_parameters", self._raw.get("target_parameters")):
             self.bad("target_modules", "It is missing or empty; name the adapted modules.")
         layers = self.layers()
-        pattern = self.names("layers_pattern")
+        pattern = self.names("layers_pattern", MAX_LAYERS_PATTERNS)
         if isinstance(target, str) and (layers or pattern):
             self.bad("layers_to_transform", "PEFT does not allow it with a pattern in target_modules; use a list.")
         if pattern and layers is None:

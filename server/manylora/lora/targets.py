@@ -4,10 +4,15 @@ import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from manylora.lora.patterns import KeyTable, PatternFault, Patterns
+from manylora.lora.patterns import BUDGET_S, KeyTable, PatternFault, Patterns, suffixes
 from manylora.lora.peft_config import ALL_LINEAR, LoraSettings
-from manylora.lora.problems import CONFIG_FILE, Problems, listed, shown
+from manylora.lora.problems import CONFIG_FILE, MAX_PER_CODE, Problems, listed, shown
 from manylora.lora.spec import ModuleSpec
+
+# The alphas are looked up again whenever the adapter is brought in (see `as_accepted`), so their expressions have a
+# budget of their own at an upload. What was in it then may take longer on a busy machine, and is no fault later.
+_ALPHA_BUDGET_S = BUDGET_S / 2
+_ACCEPTED_BUDGET_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +34,7 @@ def resolve(
     """
     patterns = Patterns()
     try:
-        paths = [path for path in modules if _is_target(settings, path, modules, patterns)]
+        paths = _Chosen(settings, modules, patterns).paths()
         targets = dict(_with_ranks(settings, [modules[path] for path in paths], patterns, warnings))
         _check_names(settings, modules, targets, patterns, problems)
     except PatternFault as fault:
@@ -47,19 +52,38 @@ def resolve(
     return targets
 
 
-def suffixes(path: str) -> Iterator[str]:
-    """The path and what follows each of its dots: what a name in a list may be to mean it."""
-    yield path
-    while "." in path:
-        path = path.partition(".")[2]
-        yield path
+def as_accepted(
+    settings: LoraSettings, modules: Mapping[str, ModuleSpec], ranks: Mapping[str, int], problems: Problems
+) -> dict[str, Target] | None:
+    """What `resolve` made of an adapter that was accepted, from the modules and `ranks` that its tensors have.
+
+    Which modules a config means is found out once, at the upload. Only their alphas are looked up again.
+    """
+    try:
+        alphas = KeyTable(settings.alpha_pattern, Patterns(_ACCEPTED_BUDGET_S))
+        found = {}
+        for path in (path for path in modules if path in ranks):
+            key = alphas.first(path)
+            alpha = settings.alpha if key is None else settings.alpha_pattern[key]
+            found[path] = Target(modules[path], ranks[path], settings.scale(ranks[path], alpha))
+    except PatternFault as fault:
+        problems.add("bad_config", CONFIG_FILE, f"{fault}.")
+        return None
+    return found
 
 
-def _is_listed(names: tuple[str, ...] | str, path: str, patterns: Patterns) -> bool:
-    if isinstance(names, str):
-        return bool(names) and patterns.fullmatch(names, path)
-    wanted = frozenset(names)
-    return any(suffix in wanted for suffix in suffixes(path))
+class _Names:
+    """A list of names, or one expression, ready to be asked for many paths."""
+
+    def __init__(self, names: tuple[str, ...] | str, patterns: Patterns) -> None:
+        self._expression = names if isinstance(names, str) else None
+        self.whole = frozenset(() if isinstance(names, str) else names)
+        self._patterns = patterns
+
+    def __contains__(self, path: str) -> bool:
+        if self._expression is not None:
+            return bool(self._expression) and self._patterns.fullmatch(self._expression, path)
+        return bool(self.whole) and any(suffix in self.whole for suffix in suffixes(path))
 
 
 def output_head(modules: Mapping[str, ModuleSpec]) -> str | None:
@@ -75,17 +99,33 @@ def output_head(modules: Mapping[str, ModuleSpec]) -> str | None:
     return heads[-1] if heads else None
 
 
-def _is_target(settings: LoraSettings, path: str, modules: Mapping[str, ModuleSpec], patterns: Patterns) -> bool:
-    if settings.exclude_modules and _is_listed(settings.exclude_modules, path, patterns):
-        return False
-    if _is_all_linear(settings):
-        return modules[path].kind != "embedding" and path != output_head(modules)
-    if not _is_listed(settings.target_modules, path, patterns):
-        return False
-    # As in PEFT, a module named by its whole path is adapted whatever its layer.
-    if settings.layers_to_transform is None or path in settings.target_modules:
-        return True
-    return _layer(settings, path, patterns) in settings.layers_to_transform
+class _Chosen:
+    """The modules that a config adapts."""
+
+    def __init__(self, settings: LoraSettings, modules: Mapping[str, ModuleSpec], patterns: Patterns) -> None:
+        self._settings = settings
+        self._modules = modules
+        self._patterns = patterns
+        self._excluded = _Names(settings.exclude_modules, patterns)
+        self._wanted = _Names(settings.target_modules, patterns)
+        self._head = output_head(modules)
+
+    def paths(self) -> list[str]:
+        """In the base's order. Raises PatternFault."""
+        return [path for path in self._modules if self._is_target(path)]
+
+    def _is_target(self, path: str) -> bool:
+        settings = self._settings
+        if path in self._excluded:
+            return False
+        if _is_all_linear(settings):
+            return self._modules[path].kind != "embedding" and path != self._head
+        if path not in self._wanted:
+            return False
+        # As in PEFT, a module named by its whole path is adapted whatever its layer.
+        if settings.layers_to_transform is None or path in self._wanted.whole:
+            return True
+        return _layer(settings, path, self._patterns) in settings.layers_to_transform
 
 
 def _is_all_linear(settings: LoraSettings) -> bool:
@@ -101,7 +141,8 @@ def _with_ranks(
     settings: LoraSettings, specs: list[ModuleSpec], patterns: Patterns, warnings: list[str]
 ) -> Iterator[tuple[str, Target]]:
     used: set[str] = set()
-    ranks, alphas = KeyTable(settings.rank_pattern, patterns), KeyTable(settings.alpha_pattern, patterns)
+    ranks = KeyTable(settings.rank_pattern, patterns)
+    alphas = KeyTable(settings.alpha_pattern, Patterns(_ALPHA_BUDGET_S))
     for spec in specs:
         rank_key, alpha_key = ranks.first(spec.path), alphas.first(spec.path)
         rank = settings.rank if rank_key is None else settings.rank_pattern[rank_key]
@@ -125,8 +166,9 @@ def _check_names(
     leaves = sorted({spec.leaf for spec in modules.values()})
     if isinstance(names, tuple):
         existing = {suffix for path in modules for suffix in suffixes(path)}
-        for name in sorted(set(names) - existing):
-            close = difflib.get_close_matches(name[:64], leaves, n=1)
+        for number, name in enumerate(sorted(set(names) - existing)):
+            # What is not shown but counted needs no hint, which costs much more than the count.
+            close = [] if number >= MAX_PER_CODE else difflib.get_close_matches(name[:64], leaves, n=1)
             hint = f"Did you mean {close[0]!r}?" if close else f"It has {listed(leaves, 12)}."
             problems.add(
                 "unmatched_module",

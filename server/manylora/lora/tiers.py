@@ -68,8 +68,10 @@ class AdapterTiers:
         self._idle = threading.Condition(self._lock)
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="adapter-loader")
         # It starts its threads when it is given work, and a thread runs where its starter may: the one that steps may
-        # be bound to a CPU, so it must not be the one to start the loader's.
-        self._pool.submit(lambda: None)
+        # be bound to a CPU, so it must not be the one to start a loader's. None ends before all have been started.
+        all_started = threading.Barrier(num_threads)
+        for _ in range(num_threads):
+            self._pool.submit(all_started.wait)
         self._closed = False
 
     # what the engine calls
