@@ -115,3 +115,47 @@ async def test_an_idle_server_ends_with_the_first_signal(tmp_path: Path) -> None
     async with running(FakeEngine(), tmp_path, drain_s=3600) as (_, task):
         signal.raise_signal(signal.SIGINT)
         await task
+
+
+@pytest.mark.anyio
+async def test_half_sent_requests_do_not_hold_up_the_end_and_are_no_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("manylora.http_server._LAST_WRITES_S", 0.2)
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
+    parts = [
+        b"POST /v1",
+        head,
+        head + b'content-length: 100\r\n\r\n{"model"',
+        head + b"transfer-encoding: chunked\r\n\r\n",
+    ]
+    async with running(FakeEngine(), tmp_path, drain_s=3600) as (url, task), httpx.AsyncClient() as client:
+        writers = []
+        for part in parts * 5:
+            _, writer = await asyncio.open_connection("127.0.0.1", httpx.URL(url).port)
+            writer.write(part)
+            writers.append(writer)
+        await client.get(f"{url}/health")
+        signal.raise_signal(signal.SIGTERM)
+        await task
+    for writer in writers:
+        writer.close()
+    assert [record for record in caplog.records if record.exc_info or record.levelname in ("ERROR", "WARNING")] == []
+
+
+@pytest.mark.anyio
+async def test_a_request_that_does_not_end_in_time_is_ended_without_an_error_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("manylora.http_server._LAST_WRITES_S", 0.2)
+    engine = FakeEngine(step_s=3600)
+    async with running(engine, tmp_path, drain_s=0) as (url, task), httpx.AsyncClient() as client:
+        asked = asyncio.create_task(client.post(f"{url}/v1/completions", json={**BODY, "stream": False}, timeout=60))
+        while not engine.open:
+            await asyncio.sleep(0.01)
+        signal.raise_signal(signal.SIGTERM)
+        await task
+        with pytest.raises(httpx.HTTPError):
+            await asked
+    assert not engine.open
+    assert [record for record in caplog.records if record.exc_info] == []

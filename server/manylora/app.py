@@ -11,7 +11,7 @@ from manylora.api.docs import install_docs
 from manylora.api.errors import install_error_handlers
 from manylora.api.middleware import BodyLimit, RequestContext
 from manylora.api.record import Recorder
-from manylora.api.state import Services
+from manylora.api.state import Departure, Services
 from manylora.api.tracing import NO_TRACING, Tracing
 from manylora.api.traffic import Traffic
 from manylora.catalog.interface import AdapterDirectory, UsageSink
@@ -39,6 +39,7 @@ def create_app(
     usage: UsageSink | None = None,
     tracing: Tracing | None = None,
     may_run_open: bool = True,
+    departure: Departure | None = None,
 ) -> FastAPI:
     """The HTTP application. `recorders` hear of every finished inference request, `usage` counts them for good."""
     app = FastAPI(
@@ -60,6 +61,7 @@ def create_app(
         recorders=(*recorders, *(() if tracing is None else (tracing.record,))),
         usage=usage,
         may_run_open=may_run_open,
+        departure=departure or Departure(),
     )
     for router in (ops.router, openai.router, *extra_routers):
         app.include_router(router)

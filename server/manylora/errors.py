@@ -4,9 +4,13 @@
     ├── InvalidRequest                  400 invalid_request_error
     │   ├── UnsupportedField            400 invalid_request_error  unsupported_field
     │   ├── ContextLengthExceeded       400 invalid_request_error  context_length_exceeded
-    │   └── MethodNotAllowed            405 invalid_request_error  method_not_allowed
+    │   ├── MethodNotAllowed            405 invalid_request_error  method_not_allowed
+    │   ├── RequestTimeout              408 invalid_request_error  request_timeout
+    │   ├── UnsupportedEncoding         415 invalid_request_error  unsupported_encoding
+    │   └── HeaderTooLarge              431 invalid_request_error  header_too_large
     ├── AuthenticationFailed            401 authentication_error   invalid_api_key
     ├── PermissionDenied                403 permission_error       insufficient_role
+    │   └── CrossSite                   403 permission_error       cross_site
     ├── NotFound                        404 not_found_error        not_found
     │   └── AdapterNotFound             404 not_found_error        adapter_not_found
     ├── Conflict                        409 invalid_request_error  conflict
@@ -87,6 +91,27 @@ class MethodNotAllowed(InvalidRequest):
     code = "method_not_allowed"
 
 
+class RequestTimeout(InvalidRequest):
+    """The request was not sent within its time."""
+
+    status = 408
+    code = "request_timeout"
+
+
+class UnsupportedEncoding(InvalidRequest):
+    """The body is compressed, or encoded in another way."""
+
+    status = 415
+    code = "unsupported_encoding"
+
+
+class HeaderTooLarge(InvalidRequest):
+    """The request's header is longer than any client's is."""
+
+    status = 431
+    code = "header_too_large"
+
+
 class AuthenticationFailed(ManyloraError):
     """No key, or a key that is not known or was revoked."""
 
@@ -101,6 +126,12 @@ class PermissionDenied(ManyloraError):
     status = 403
     type = "permission_error"
     code = "insufficient_role"
+
+
+class CrossSite(PermissionDenied):
+    """A page of another site, or a host name that is not this server's, while the server asks for no key."""
+
+    code = "cross_site"
 
 
 class NotFound(ManyloraError):

@@ -260,6 +260,7 @@ class Metrics:
             "adapter_evictions", "Adapters evicted from a tier.", (*_BY_OWNER, "tier")
         )
         self.uploads = self._counter("uploads", "Adapter uploads by result.", ("tenant", "result"))
+        self.connections_ended = self._counter("connections_ended", "Connections that a bound ended.", ("reason",))
 
     def _histogram(self, name: str, text: str, labels: tuple[str, ...]) -> Histogram:
         return Histogram(f"{_PREFIX}_{name}", text, labels, buckets=BUCKETS, registry=self.registry)
@@ -326,6 +327,10 @@ class Metrics:
         """An upload for `tenant` ended: `created`, `unchanged`, `refused`, `cancelled` or `failed`."""
         self.uploads.labels(self._callers.tenant(tenant), result).inc()
 
+    def count_connection_ended(self, reason: str) -> None:
+        """A bound of `connections` ended a connection."""
+        self.connections_ended.labels(reason).inc()
+
 
 class NoMetrics(Metrics):
     """Records nothing and has nothing to show, for servers that run with metrics switched off."""
@@ -343,3 +348,5 @@ class NoMetrics(Metrics):
     def count_eviction(self, tenant: str, adapter: str, tier: str) -> None: ...
 
     def count_upload(self, tenant: str, result: str) -> None: ...
+
+    def count_connection_ended(self, reason: str) -> None: ...

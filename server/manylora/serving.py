@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING
 from manylora.api import adapters, dashboard_routes, inspection
 from manylora.api import usage as usage_routes
 from manylora.api.inspection import Inspect
+from manylora.api.state import Departure
 from manylora.api.tracing import open_tracing
 from manylora.app import create_app
 from manylora.catalog.database import open_database
 from manylora.catalog.interface import PUBLIC_TENANT
 from manylora.catalog.service import Catalog
 from manylora.catalog.usage.ledger import UsageLedger
+from manylora.connections import Connections, Limits
 from manylora.errors import StartupError
 from manylora.http_server import DrainingServer, bind, is_loopback, make_config
 from manylora.log import configure_logging
@@ -124,6 +126,7 @@ class _Server:
         self, catalog: Catalog, engine: "AsyncEngine", gate: TenantGate, usage: UsageLedger, inspector: Inspect
     ) -> None:
         settings = self._settings
+        departure = Departure()
         app = create_app(
             settings,
             engine,
@@ -139,16 +142,23 @@ class _Server:
             usage=usage,
             tracing=self._tracing,
             may_run_open=settings.allow_open or is_loopback(self._host),
+            departure=departure,
         )
         server = DrainingServer(
-            make_config(app),
-            drain=partial(engine.drain, settings.drain_timeout_s),
+            make_config(app, Connections(Limits.of(settings), self._metrics.count_connection_ended)),
+            drain=partial(self._drain, engine, departure),
             on_started=lambda: self._announce(self._announcement(catalog, engine, gate)),
         )
         try:
             await server.serve(sockets=[self._sock])
         except OSError as error:
             raise StartupError(f"{self._host}:{settings.port} cannot be listened on: {error.strerror}.") from error
+
+    async def _drain(self, engine: "AsyncEngine", departure: Departure) -> None:
+        """First nobody is sent here any more, then nobody is taken any more."""
+        departure.is_near = True
+        await asyncio.sleep(self._settings.drain_delay_s)
+        await engine.drain(self._settings.drain_timeout_s)
 
     def _announcement(self, catalog: Catalog, engine: "AsyncEngine", gate: TenantGate) -> Announcement:
         return Announcement(

@@ -113,8 +113,21 @@ class Settings(BaseSettings):
     """Listen beyond this machine although no key exists: everybody who can connect is then an admin."""
     max_body: Size = 16 * 2**20
     """Largest request body, uploads aside."""
+    max_connections: int = Field(default=4096, ge=1)
+    """Most open connections; beyond it those that wait for their client longest are closed, and others get 503."""
+    header_timeout_s: float = Field(default=15.0, gt=0)
+    """Seconds from the first byte of a request to the end of its header."""
+    body_timeout_s: float = Field(default=30.0, gt=0)
+    """Seconds within which a body that is being sent must bring 1024 bytes for each second, or its end."""
+    idle_timeout_s: float = Field(default=75.0, gt=0)
+    """Seconds that a connection stays open between requests; let it be more than a proxy in front keeps its own."""
+    write_timeout_s: float = Field(default=30.0, gt=0)
+    """Seconds within which a client that is behind in reading must take 1024 bytes for each second."""
+    drain_delay_s: float = Field(default=0.0, ge=0)
+    """Seconds after SIGTERM in which everything is still answered but `/ready`, which is 503: so long a balancer needs
+    to take the server off its list."""
     drain_timeout_s: float = Field(default=30.0, ge=0)
-    """Seconds that running requests get to finish after SIGTERM."""
+    """Seconds that running requests get to finish after that."""
     metrics: bool = True
     """Count and time what happens, for `GET /metrics`; off, that route is not there."""
     log_json: bool = False

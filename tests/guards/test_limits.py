@@ -35,7 +35,15 @@ NO_BOUNDS = {
 # The command line's own tools work on their user's machine, for nobody else.
 OFFLINE = ("lifecycle",)
 # Settings that bound what callers send or hold although their names do not begin with `max_`.
-BOUNDING = {"adapter_memory", "host_tier_memory", "import_allow"}
+BOUNDING = {
+    "adapter_memory",
+    "body_timeout_s",
+    "header_timeout_s",
+    "host_tier_memory",
+    "idle_timeout_s",
+    "import_allow",
+    "write_timeout_s",
+}
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ async def health() -> dict[str, str]:
 @router.get("/ready")
 async def ready(services: ServicesDep) -> dict[str, str]:
     """The model is loaded and the engine steps; 503 otherwise."""
-    if services.engine.is_draining:
+    if services.departure.is_near or services.engine.is_draining:
         raise Draining("The server is shutting down.")
     if not services.engine.is_ready:
         raise Unavailable("The engine is not running.")
@@ -67,7 +67,7 @@ async def stats(caller: Caller, services: ServicesDep, timeline: bool = False) -
             "model": services.engine.model.name,
             "context_length": services.engine.model.context_length,
             "is_ready": services.engine.is_ready,
-            "is_draining": services.engine.is_draining,
+            "is_draining": services.departure.is_near or services.engine.is_draining,
         },
         "you": {"tenant": caller.tenant, "role": caller.role, "is_open": services.gate.is_open},
         "tenant": tenant,

@@ -1,6 +1,6 @@
 """The parts that the routes work with, put together once by `app.create_app`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastapi import Depends, Request
@@ -13,7 +13,14 @@ from manylora.metrics import Metrics
 from manylora.settings import Settings
 from manylora.tenants.interface import Gate
 
-__all__ = ["Services", "ServicesDep", "services_of"]
+__all__ = ["Departure", "Services", "ServicesDep", "services_of"]
+
+
+@dataclass(slots=True)
+class Departure:
+    """Whether the server is about to stop. Requests are then still answered; balancers are told to go elsewhere."""
+
+    is_near: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +41,7 @@ class Services:
     recorders: tuple[Recorder, ...] = ()
     usage: UsageSink | None = None
     may_run_open: bool = True
+    departure: Departure = field(default_factory=Departure)
 
 
 def services_of(request: Request) -> Services:
