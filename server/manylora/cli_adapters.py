@@ -12,6 +12,7 @@ from typing import IO, Annotated, Any
 
 import typer
 
+from manylora import cli_store
 from manylora.cli_client import (
     REFUSED,
     USAGE,
@@ -41,6 +42,7 @@ _LABEL = re.compile(r"([^@/?#]+)(?:@([0-9]+))?")
 
 def register(program: typer.Typer) -> None:
     """Add `adapters` to the program."""
+    cli_store.register(app)
     program.add_typer(app, name="adapters")
 
 
@@ -204,7 +206,6 @@ def _show_adapter(found: dict[str, Any]) -> None:
 
 
 def _show_version(found: dict[str, Any]) -> None:
-    effect = found["report"]["effect"]
     rows = [[key, str(found[key])] for key in ("id", "tenant", "status", "active", "pinned", "kind", "rank", "alpha")]
     rows += [
         ["target modules", ", ".join(found["target_modules"])],
@@ -213,11 +214,17 @@ def _show_version(found: dict[str, Any]) -> None:
         ["tier", found["tier"]],
         ["digest", found["digest"]],
         ["created", as_time(found["created"])],
-        ["effect", f"logits move by up to {effect['max_abs_logit_delta']:.4g}, KL {effect['kl']:.4g} nats"],
+        ["effect", _effect(found["report"]["effect"])],
     ]
     console.print(f"{found['name']}@{found['version']}", markup=False, style="bold")
     console.print(table(["", ""], rows))
     _show_warnings(found["report"]["warnings"])
+
+
+def _effect(effect: dict[str, float] | None) -> str:
+    if effect is None:
+        return "not measured: registered by a rescan of the store"
+    return f"logits move by up to {effect['max_abs_logit_delta']:.4g}, KL {effect['kl']:.4g} nats"
 
 
 @app.command()

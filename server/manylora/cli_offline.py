@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from manylora.catalog.archive import unpack
-from manylora.catalog.upload import Rules, report_of
+from manylora.catalog.records import NewVersion
+from manylora.catalog.upload import Rules, new_version, report_of
 from manylora.errors import ModelUnusable
 from manylora.lora.format import ModuleSpec
-from manylora.settings import load_settings
+from manylora.settings import Settings, load_settings
 
 
 def validate_offline(path: Path, model: str | None, *, max_rank: int | None = None) -> dict[str, Any]:
@@ -35,6 +36,12 @@ def validate_offline(path: Path, model: str | None, *, max_rank: int | None = No
             "size_bytes": adapter.size_bytes,
             "report": report_of(adapter, None),
         }
+
+
+def validated(folder: Path, blob: str, modules: Mapping[str, ModuleSpec], settings: Settings) -> NewVersion:
+    """A version to register without a server, from files that are in the store. Raises InvalidAdapter or TooLarge."""
+    rules = Rules(modules, settings.max_rank, int(settings.max_adapter_size))
+    return new_version(folder, rules.read(folder), None, blob=blob)
 
 
 def modules_of(model: str | None) -> Mapping[str, ModuleSpec]:

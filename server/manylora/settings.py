@@ -182,6 +182,9 @@ class Settings(BaseSettings):
     """SQLAlchemy URL of the registry; unset: an SQLite file in `data_dir`."""
     store_url: str | None = None
     """fsspec URL of the adapter files, such as `s3://bucket/prefix`; unset: a folder in `data_dir`."""
+    orphan_days: float = Field(default=30.0, gt=0)
+    """Days that adapter files which the database does not know are kept in the store's `orphans/` before they are
+    deleted."""
 
     @classmethod
     def settings_customise_sources(

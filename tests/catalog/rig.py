@@ -110,8 +110,9 @@ class Rig:
     def stored(self) -> list[str]:
         """Every file below the data folder that holds adapter bytes, wherever."""
         data = self.settings.data_dir
-        found = [p for p in data.rglob("*") if p.is_file() and p.name != "lock" and ".sqlite3" not in p.name]
-        return sorted(str(p.relative_to(data)) for p in found)
+        own = {"lock", "registry"}
+        found = [p for p in data.rglob("*") if p.is_file() and p.name not in own and ".sqlite3" not in p.name]
+        return sorted(str(p.relative_to(data)) for p in found if p.parent.name != "labels")
 
     async def assert_answers(self) -> None:
         """The server still does its work."""

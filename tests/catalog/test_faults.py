@@ -15,7 +15,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from manylora.catalog import database as database_module
 from manylora.catalog.database import Database, open_database
-from manylora.catalog.faults import MAX_CAUSE, cause_of, database_error, file_error, file_errors
+from manylora.catalog.faults import CAUSE_CHARS, cause_of, database_error, file_error, file_errors
 from manylora.errors import DatabaseUnavailable, ManyloraError, StartupError, StorageFull, StoreUnavailable
 
 SERVER = Path(__file__).parents[2] / "server" / "manylora"
@@ -141,7 +141,7 @@ class _Postgres(Exception):
 def test_every_kind_of_database_error_has_a_meaning(error: DBAPIError, expected: type[ManyloraError]) -> None:
     known = database_error(error)
     assert type(known) is expected
-    assert len(sentence(known)) < MAX_CAUSE + 100
+    assert len(sentence(known)) < CAUSE_CHARS + 100
     assert "xxxx" not in known.message
 
 
@@ -161,7 +161,7 @@ def test_a_full_device_is_storage_full() -> None:
 def test_a_cause_is_one_short_line() -> None:
     assert cause_of(ValueError("a\n  b")) == "a b"
     assert cause_of(ValueError()) == "ValueError"
-    assert len(cause_of(ValueError("x" * 10_000))) == MAX_CAUSE + 1
+    assert len(cause_of(ValueError("x" * 10_000))) == CAUSE_CHARS + 1
 
 
 def test_no_other_module_knows_the_errors_of_the_database() -> None:

@@ -1,7 +1,5 @@
 """Imports: from folders, from S3 (a real server of moto), from a hub, all by the allow-list; vLLM's two routes."""
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -113,36 +111,6 @@ def test_a_source_over_the_limit_is_too_large(tmp_path: Path, target: Path) -> N
         fetch(f"file://{tmp_path}/a", target, allow=(f"file://{tmp_path}",), max_bytes=100)
 
 
-@pytest.fixture(scope="module")
-def s3_server() -> Iterator[str]:
-    moto = pytest.importorskip("moto.server")
-    pytest.importorskip("s3fs")
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
-@pytest.fixture
-def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """An empty bucket; its URL."""
-    import s3fs
-
-    for name, value in {
-        "AWS_ENDPOINT_URL": s3_server,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    filesystem = s3fs.S3FileSystem(skip_instance_cache=True)
-    bucket = f"bucket-{os.urandom(4).hex()}"
-    filesystem.mkdir(bucket)
-    yield f"s3://{bucket}"
-    s3fs.S3FileSystem.clear_instance_cache()
-
-
 def _put(url: str, files: dict[str, bytes]) -> None:
     import s3fs
 
@@ -155,7 +123,8 @@ def _keys(url: str) -> list[str]:
     import s3fs
 
     filesystem = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
-    return sorted(filesystem.find(url.removeprefix("s3://")))
+    found = filesystem.find(url.removeprefix("s3://"))
+    return sorted(key for key in found if key.endswith((CONFIG_FILE, TENSOR_FILE)))
 
 
 def test_a_bucket_gives_its_two_files(s3: str, target: Path) -> None:

@@ -1,21 +1,30 @@
-"""Files and rows together: a blob is written before a row names it, and removed after the last one is gone."""
+"""Files and rows together: a blob is written before a row names it, and removed after the last one is gone.
+
+Deleted for good is only what somebody asked to delete here, and what an upload wrote that did not come to its end. What
+the database merely does not know is set aside, for days, and comes back once it is known again.
+"""
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, Final
 
+from manylora.catalog import labels
 from manylora.catalog.database import Database
 from manylora.catalog.download import pack
-from manylora.catalog.records import VersionRecord
+from manylora.catalog.records import Published, VersionRecord
 from manylora.catalog.registry import Registry
 from manylora.catalog.store import Store
-from manylora.errors import AdapterLoadFailed
+from manylora.errors import AdapterLoadFailed, ManyloraError
 from manylora.lora.ref import AdapterRef
 
-T = TypeVar("T")
+_DAY_S: Final = 86_400.0
+# Several servers can share an object store; a blob that was just written may belong to an upload of another server.
+_SHARED_GRACE_S: Final = 3600.0
 _log = logging.getLogger(__name__)
 
 
@@ -23,47 +32,131 @@ class Blobs:
     """The store under one lock per blob, which other servers on the same database respect. Methods block."""
 
     def __init__(self, database: Database, registry: Registry, store: Store) -> None:
+        self.missing: frozenset[str] = frozenset()  # blobs of the registry that the store did not have at start
         self._database = database
         self._registry = registry
         self._store = store
         self._mutex = threading.Lock()
         self._locks: dict[str, tuple[threading.Lock, int]] = {}  # blob -> its lock, and who holds or awaits it
 
-    def keep(self, folder: Path, blob: str, publish: Callable[[], T]) -> T:
-        """Store the files and then `publish` the row that names them. If that fails, the files go again."""
+    def keep(self, folder: Path, blob: str, publish: Callable[[], Published]) -> Published:
+        """Store the files and then `publish` the row that names them. If that fails, new files go again."""
         with self._locked(blob):
+            is_new = self._store.put(folder, blob)
             try:
-                self._store.put(folder, blob)
-                return publish()
+                done = publish()
             except BaseException:
-                self._remove_if_free(blob)
+                if is_new:
+                    self._remove_if_free(blob)
                 raise
+            self._label(done.version)
+        return done
 
-    def free(self, blob: str) -> None:
-        """Remove the files unless a version, or a request that began with one, still needs them."""
+    def _label(self, version: VersionRecord) -> None:
+        try:
+            for label in labels.labels_of(self._database, [version.ref.id]):
+                label.write_to(self._store)
+        except ManyloraError as error:  # the version stands; the next start writes what is missing
+            _log.warning("The label of %s was not written: %s", version.ref.label, error.message)
+
+    def free(self, blob: str, version_id: str) -> None:
+        """A version was deleted: remove its files unless another, or a request that began with one, needs them."""
         with self._locked(blob):
+            self._store.erase(labels.file_of(blob, version_id))
             self._remove_if_free(blob)
 
     def _remove_if_free(self, blob: str) -> None:
-        if not self._registry.is_referenced(blob) and not self._registry.directory.is_retired(blob):
+        if not self._is_needed(blob):
             self._store.remove(blob)
+
+    def _is_needed(self, blob: str) -> bool:
+        return self._registry.is_referenced(blob) or self._registry.directory.is_retired(blob)
 
     def local_folder(self, ref: AdapterRef) -> Path:
         """Implements `engine.interface.AdapterSource`."""
         blob = self._registry.directory.blob_of(ref.id)
         if blob is None:
             raise AdapterLoadFailed(f"The adapter {ref.label} is not registered any more.")
-        return self._store.local_folder(blob)
+        return self._folder(blob)
+
+    def _folder(self, blob: str) -> Path:
+        """The blob's files, which have its hash."""
+        try:
+            return self._store.local_folder(blob)
+        except AdapterLoadFailed:
+            if not self._bring_back(blob):
+                raise
+            return self._store.local_folder(blob)
+
+    def _bring_back(self, blob: str) -> bool:
+        with self._locked(blob):
+            if not self._store.bring_back(blob):
+                return False
+        _log.warning("Brought back from orphans/, since the database knows it: %s", blob)
+        return True
 
     def pack(self, version: VersionRecord, scratch: Path) -> IO[bytes]:
         """The version's files as a .tar.gz. Raises AdapterLoadFailed."""
+        if not self._store.has(version.blob):
+            self._bring_back(version.blob)
         with self._locked(version.blob):
             return pack(self._store.local_folder(version.blob), version, scratch)
 
-    def sweep(self) -> None:
-        """At start, before anything is served: remove what a crash left half done or unreferenced."""
-        for blob in self._store.sweep(self._registry.blobs()):
-            _log.warning("Removed an unreferenced blob from the store: %s", blob)
+    def sweep(self, orphan_days: float) -> None:
+        """At start, before anything is served: put store and registry in order. Nothing is deleted but old orphans."""
+        self._store.tidy()
+        stored, referenced, aside = self._store.blobs(), self._registry.blobs(), self._store.orphans()
+        for orphan in aside:
+            if orphan.blob in referenced and orphan.blob not in stored:
+                self._bring_back(orphan.blob)
+                stored[orphan.blob] = orphan.since
+        old = [o.blob for o in aside if time.time() - o.since > orphan_days * _DAY_S and o.blob not in referenced]
+        self._drop(old)
+        grace_s = _SHARED_GRACE_S if self._store.is_shared else 0.0
+        unknown = [blob for blob in stored.keys() - referenced if time.time() - stored[blob] > grace_s]
+        num_moved = sum(self._set_aside(blob) for blob in unknown)
+        if num_moved:
+            until = datetime.fromtimestamp(time.time() + orphan_days * _DAY_S, UTC)
+            _log.warning(
+                "Moved the files of %d adapters, which the database does not know, to orphans/ in the store. They are "
+                "kept until %s. If they should be known: was this database restored from a backup, or is it another "
+                "one? `manylora adapters rescan` registers them, `manylora adapters orphans --drop` deletes them.",
+                num_moved,
+                until.strftime("%Y-%m-%d"),
+            )
+        self.missing = frozenset(referenced - stored.keys())
+        if self.missing:
+            _log.error(
+                "The store lacks the files of %d adapters that the database knows: was it restored from an older "
+                "backup? `manylora adapters verify` names them; --repair-from DIR brings them back from a backup.",
+                len(self.missing),
+            )
+
+    def _drop(self, old: list[str]) -> None:
+        for blob in old:
+            self._store.drop(blob)
+        if old:
+            labels.forget(self._store, set(old))
+            _log.warning(
+                "Deleted %d blobs from orphans/, which were there for their days: %s", len(old), ", ".join(old)
+            )
+
+    def _set_aside(self, blob: str) -> bool:
+        with self._locked(blob):
+            if self._is_needed(blob):  # by an upload to another server since the registry was read
+                return False
+            self._store.set_aside(blob)
+        return True
+
+    def write_missing_labels(self, is_closing: Callable[[], bool]) -> None:
+        """Bring the labels in the store up to the registry. Beside the requests, since it can take a while."""
+        try:
+            for label in labels.missing_labels(self._database, self._store):
+                if is_closing():
+                    return
+                label.write_to(self._store)
+        except ManyloraError as error:
+            _log.warning("Not every label was written, the next start goes on: %s", error.message)
 
     @contextmanager
     def _locked(self, blob: str) -> Iterator[None]:

@@ -17,10 +17,10 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from manylora.errors import DatabaseUnavailable, ManyloraError, StorageFull, StoreUnavailable
 
-__all__ = ["MAX_CAUSE", "cause_of", "database_error", "database_errors", "file_error", "file_errors"]
+__all__ = ["CAUSE_CHARS", "cause_of", "database_error", "database_errors", "file_error", "file_errors", "remote_errors"]
 
 # A cause comes from elsewhere: a driver's message can hold a whole statement.
-MAX_CAUSE: Final = 200
+CAUSE_CHARS: Final = 200
 _NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _NO_DESCRIPTORS: Final = frozenset({errno.EMFILE, errno.ENFILE})
 # What SQLite's primary result codes (the low byte of the extended one) ask for.
@@ -41,9 +41,9 @@ _OURS: Final = (DataError, IntegrityError, NotSupportedError, ProgrammingError)
 
 
 def cause_of(error: BaseException) -> str:
-    """The error's own words, in one line of at most `MAX_CAUSE` characters."""
+    """The error's own words, in one line of at most `CAUSE_CHARS` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= MAX_CAUSE else f"{text[:MAX_CAUSE]}…"
+    return text if len(text) <= CAUSE_CHARS else f"{text[:CAUSE_CHARS]}…"
 
 
 def database_error(error: SQLAlchemyError) -> ManyloraError:
@@ -110,3 +110,16 @@ def file_errors(doing: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise file_error(error, doing) from error
+
+
+@contextmanager
+def remote_errors(doing: str) -> Iterator[None]:
+    """`file_errors` for an object store: its client library has exceptions of its own, and fsspec promises no class."""
+    try:
+        yield
+    except ManyloraError:
+        raise
+    except OSError as error:
+        raise file_error(error, doing) from error
+    except Exception as error:
+        raise StoreUnavailable(f"{doing}: {cause_of(error)}. Check store_url and its credentials.") from error

@@ -2,14 +2,26 @@
 
 import hashlib
 import os
+import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 CONFIG_FILE: Final = "adapter_config.json"
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
 ADAPTER_FILES: Final = (CONFIG_FILE, WEIGHTS_FILE)
+BLOB: Final = re.compile(r"[0-9a-f]{64}")
 _CHUNK_BYTES: Final = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Orphan:
+    """A blob that was set aside at `since`, in Unix seconds."""
+
+    blob: str
+    size_bytes: int
+    since: float
 
 
 def hash_file(path: Path) -> bytes:
@@ -46,6 +58,27 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def folder_fault(folder: Path, blob: str) -> str | None:
+    """What is wrong with the blob's two files in `folder`; None if they are those that the address was made from.
+
+    Raises OSError where they are there and cannot be read.
+    """
+    try:
+        found = blob_of_folder(folder)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        gone = [name for name in ADAPTER_FILES if not (folder / name).is_file()]
+        return f"{' and '.join(gone) or 'a file'} is missing"
+    return None if found == blob else "the bytes are not those that were stored"
+
+
+def write_durably(target: Path, data: bytes) -> None:
+    """A new file with these bytes, on the disk."""
+    with target.open("xb") as writer:
+        writer.write(data)
+        writer.flush()
+        os.fsync(writer.fileno())
 
 
 def remove_tree(folder: Path) -> None:

@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 from manylora.catalog import queries
 from manylora.catalog.database import Database
 from manylora.catalog.directory import Directory, entry_of, missing
+from manylora.catalog.labels import Label
 from manylora.catalog.records import (
     AdapterRecord,
     Folder,
@@ -190,6 +191,44 @@ class Registry:
             _change(transaction.session, row, pinned, description)
             return transaction.mirror(row)
 
+    def adopt(self, labels: Sequence[Label]) -> list[Label]:
+        """Register versions under the names, numbers and ids that they had, all or none; those that were added.
+
+        Left out are ids that are known, and numbers that another version has by now. The newest one becomes active
+        where the adapter has no active version.
+        """
+        added: list[Label] = []
+        with self._write() as transaction:
+            session, rows = transaction.session, dict[str, AdapterRow]()
+            known = set(session.execute(select(VersionRow.id)).scalars())
+            for label in sorted(labels, key=lambda label: (label.tenant, label.name, label.version)):
+                row = queries.find_adapter(session, label.tenant, label.name)
+                numbers = (
+                    {v.version for v in queries.versions_by_adapter(session, [row.id]).get(row.id, [])} if row else {}
+                )
+                if label.version_id in known or label.version in numbers:
+                    continue
+                row = _revived_adapter(session, row, label.tenant, label.name)
+                session.flush()  # the adapter's row first: there is no relationship that would order the two
+                session.add(_adopted_version(row, label))
+                if row.active_version is None or row.id in rows:
+                    rows[row.id], row.active_version = row, label.version
+                row.next_version = max(row.next_version, label.version + 1)
+                session.flush()
+                added.append(label)
+                transaction.mirror(row)
+        return added
+
+    def replace_blob(self, old: str, new: str) -> None:
+        """Let every version with the files `old` have the files `new`, which hold the same content in other bytes."""
+        with self._write() as transaction:
+            session = transaction.session
+            found = session.execute(select(VersionRow).where(VersionRow.blob == old)).scalars().all()
+            for version in found:
+                version.blob = new
+            for adapter_id in sorted({version.adapter_id for version in found}):
+                transaction.mirror(session.get_one(AdapterRow, adapter_id))
+
     def delete(self, tenant: str, name: str, version: int | None = None) -> list[VersionRecord]:
         """Unpublish one version, or all. Raises AdapterNotFound, or Conflict for the active one of several."""
         with self._write() as transaction:
@@ -298,6 +337,11 @@ def _add_version(session: Session, row: AdapterRow, new: NewVersion, base: str) 
     session.flush()  # the adapter's row first: there is no relationship that would order the two
     session.add(version)
     return version
+
+
+def _adopted_version(row: AdapterRow, label: Label) -> VersionRow:
+    facts = label.model_dump(exclude={"version_id", "tenant", "name"})
+    return VersionRow(id=label.version_id, adapter_id=row.id, **{**facts, "target_modules": list(label.target_modules)})
 
 
 def _change(session: Session, row: AdapterRow, pinned: bool | None, description: str | None) -> None:

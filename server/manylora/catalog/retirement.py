@@ -12,28 +12,32 @@ _log = logging.getLogger(__name__)
 
 
 class Retirement:
-    """One background task per deleted version. `free` removes a blob's files, and runs on a worker thread."""
+    """One background task per deleted version. `free` removes the files of a blob and a version, on a worker thread."""
 
-    def __init__(self, engine: EngineClient, directory: Directory, free: Callable[[str], None]) -> None:
+    def __init__(self, engine: EngineClient, directory: Directory, free: Callable[[str, str], None]) -> None:
         self._engine = engine
         self._directory = directory
         self._free = free
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def begin(self, ref: AdapterRef) -> None:
-        """`ref` has just been unpublished."""
-        task = asyncio.create_task(self._retire(ref), name=f"retire {ref.id}")
+    def begin(self, ref: AdapterRef, *, with_files: bool) -> None:
+        """`ref` has just been unpublished. `with_files`: here, on somebody's word, so that its files go as well.
+
+        Where it is only seen to be gone from the database, its files are not ours to delete: another server was told
+        to, or the database was restored from a backup that does not know the version.
+        """
+        task = asyncio.create_task(self._retire(ref, with_files=with_files), name=f"retire {ref.id}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _retire(self, ref: AdapterRef) -> None:
+    async def _retire(self, ref: AdapterRef, *, with_files: bool) -> None:
         blob = self._directory.blob_of(ref.id)
         try:
             await self._engine.forget(ref)
             self._directory.release(ref.id)
-            if blob is not None:
-                await asyncio.to_thread(self._free, blob)
-        except (ManyloraError, OSError) as error:
+            if blob is not None and with_files:
+                await asyncio.to_thread(self._free, blob, ref.id)
+        except ManyloraError as error:
             _log.warning("The files of %s/%s stay until the next start: %s", ref.tenant, ref.label, error)
 
     async def settled(self) -> None:

@@ -8,6 +8,7 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import IO, Final
@@ -15,6 +16,7 @@ from typing import IO, Final
 from starlette.requests import ClientDisconnect
 
 from manylora.catalog import folders, sources
+from manylora.catalog.belonging import check_owner
 from manylora.catalog.blobs import Blobs
 from manylora.catalog.database import Database, open_database
 from manylora.catalog.directory import Directory, missing
@@ -60,6 +62,8 @@ class Catalog:
         self._retirement: Retirement | None = None
         self._pins: Pins | None = None
         self._watching: asyncio.Task[None] | None = None
+        self._labelling: asyncio.Task[None] | None = None
+        self._is_closing = False
         self._count_upload: Callable[[str, str], None] = _ignore
 
     @classmethod
@@ -68,15 +72,17 @@ class Catalog:
         max_bytes = settings.max_adapter_size
         if isinstance(max_bytes, float):
             raise InvalidSettings("max_adapter_size is a size in bytes, such as '1GiB', not a share of memory.")
-        lock = FolderLock(settings.data_dir)
-        try:
+        with ExitStack() as stack:  # what was opened is closed again if the rest fails
+            lock = FolderLock(settings.data_dir)
+            stack.callback(lock.release)
             database = open_database(settings.resolved_database_url)
+            stack.callback(database.close)
             store = open_store(settings.resolved_store_url, settings.data_dir / "cache")
+            stack.callback(store.close)
+            check_owner(store, database)
             catalog = cls(database, store, lock, settings, Rules(modules, settings.max_rank, max_bytes))
-            catalog._blobs.sweep()
-        except BaseException:
-            lock.release()
-            raise
+            catalog._blobs.sweep(settings.orphan_days)
+            stack.pop_all()
         return catalog
 
     @property
@@ -103,9 +109,14 @@ class Catalog:
         self._retirement = Retirement(engine, self.directory, self._blobs.free)
         self._pins.sync_all()
         self._watching = asyncio.create_task(self._watch(), name="catalog-watch")
+        write_labels = asyncio.to_thread(self._blobs.write_missing_labels, lambda: self._is_closing)
+        self._labelling = asyncio.create_task(write_labels, name="catalog-labels")
 
     async def aclose(self) -> None:
-        """Stop background work and close the database. What was not freed yet is swept at the next start."""
+        """Stop background work and close the database. What was not freed yet is set aside at the next start."""
+        self._is_closing = True
+        if self._labelling is not None:
+            await self._labelling
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)
@@ -257,7 +268,7 @@ class Catalog:
         gone = await asyncio.to_thread(self._registry.delete, tenant, name, version)
         self._pins_attached.sync(tenant, name)
         for record in gone:
-            self._retirements.begin(record.ref)
+            self._retirements.begin(record.ref, with_files=True)
 
     # beside the requests
 
@@ -268,7 +279,7 @@ class Catalog:
             return
         self._pins_attached.sync_all()
         for ref in gone:
-            self._retirements.begin(ref)
+            self._retirements.begin(ref, with_files=False)
 
     async def _watch(self) -> None:
         while True:

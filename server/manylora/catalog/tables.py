@@ -22,6 +22,14 @@ class Base(DeclarativeBase):
     }
 
 
+class RegistryRow(Base):
+    """One row: the registry's id, made with it. A store says by it whose it is (`catalog.belonging`)."""
+
+    __tablename__ = "registry"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+
+
 class AdapterRow(Base):
     """One name of one tenant.
 

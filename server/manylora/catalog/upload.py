@@ -94,12 +94,12 @@ async def probe(engine: EngineClient, folder: Path, digest: str, wish: Wish) -> 
     return effect
 
 
-def new_version(folder: Path, adapter: Adapter, effect: Effect) -> NewVersion:
-    """What the registry keeps of a validated adapter. Hashes the files: call it from a worker thread."""
+def new_version(folder: Path, adapter: Adapter, effect: Effect | None, *, blob: str | None = None) -> NewVersion:
+    """What the registry keeps of a validated adapter. Without `blob` it hashes the files: from a worker thread."""
     return NewVersion(
         id=new_id("version"),
         digest=adapter.digest,
-        blob=blob_of_folder(folder),
+        blob=blob or blob_of_folder(folder),
         kind="lora",
         rank=adapter.rank,
         alpha=adapter.alpha,

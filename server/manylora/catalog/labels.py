@@ -1,0 +1,108 @@
+"""What the registry knows of a version, written beside its files, so that a store can be registered again without it.
+
+One small file for each version: `labels/<blob>.<version id>.json`. The registry is the truth, labels are a copy for the
+day when it is lost. They never change: names, numbers and the report of the validation do not.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, Final
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from sqlalchemy import select
+
+from manylora.catalog.database import Database
+from manylora.catalog.store import Store
+from manylora.catalog.tables import AdapterRow, VersionRow
+
+__all__ = ["FOLDER", "Label", "all_labels", "file_of", "forget", "labels_of", "missing_labels", "parse_name"]
+
+FOLDER: Final = "labels"
+_NAME: Final = re.compile(r"([0-9a-f]{64})\.(version_[0-9a-f]{24})\.json")
+# Versions that are read from the database at once.
+_BATCH: Final = 500
+
+
+class Label(BaseModel):
+    """One version with the name that it is known by. `created` is in Unix microseconds."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    version_id: str
+    blob: str
+    tenant: str
+    name: str
+    version: int
+    created: int
+    digest: str
+    base: str
+    kind: str
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...]
+    size_bytes: int
+    report: dict[str, Any]
+
+    @property
+    def file(self) -> str:
+        return file_of(self.blob, self.version_id)
+
+    def write_to(self, store: Store) -> None:
+        """Raises StoreUnavailable or StorageFull."""
+        store.write(self.file, self.model_dump_json().encode())
+
+
+def file_of(blob: str, version_id: str) -> str:
+    """A label's place below the store's root."""
+    return f"{FOLDER}/{blob}.{version_id}.json"
+
+
+def parse_name(name: str) -> tuple[str, str] | None:
+    """Blob and version id of a label's file name."""
+    match = _NAME.fullmatch(name)
+    return None if match is None else (match[1], match[2])
+
+
+def labels_of(database: Database, version_ids: Iterable[str]) -> list[Label]:
+    """The labels that these versions should have; those that are not registered have none."""
+    query = select(VersionRow, AdapterRow.tenant, AdapterRow.name).join(AdapterRow)
+    with database.read() as session:
+        rows = session.execute(query.where(VersionRow.id.in_(list(version_ids)))).all()
+        return [_label(version, tenant, name) for version, tenant, name in rows]
+
+
+def _label(version: VersionRow, tenant: str, name: str) -> Label:
+    facts = {
+        field: getattr(version, field) for field in Label.model_fields if field not in {"version_id", "tenant", "name"}
+    }
+    return Label(version_id=version.id, tenant=tenant, name=name, **facts)
+
+
+def missing_labels(database: Database, store: Store) -> Iterator[Label]:
+    """The labels that are not in the store yet: of versions from before there were any, or after a crash."""
+    known = {parsed[1] for name in store.names(FOLDER) if (parsed := parse_name(name)) is not None}
+    with database.read() as session:
+        wanted = sorted(set(session.execute(select(VersionRow.id)).scalars()) - known)
+    for start in range(0, len(wanted), _BATCH):
+        yield from labels_of(database, wanted[start : start + _BATCH])
+
+
+def all_labels(store: Store) -> Iterator[Label]:
+    """Every label in the store that can be read; one that was cut short by a crash counts as none."""
+    for name in sorted(store.names(FOLDER)):
+        data = store.read(f"{FOLDER}/{name}") if parse_name(name) is not None else None
+        if data is None:
+            continue
+        try:
+            label = Label.model_validate_json(data)
+        except ValidationError:
+            continue
+        if label.file == f"{FOLDER}/{name}":
+            yield label
+
+
+def forget(store: Store, blobs: set[str]) -> None:
+    """Delete the labels of blobs that are gone for good."""
+    for name in sorted(store.names(FOLDER)):
+        if (parsed := parse_name(name)) is not None and parsed[0] in blobs:
+            store.erase(f"{FOLDER}/{name}")
