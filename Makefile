@@ -8,7 +8,7 @@ TORCH_INDEX ?=
 BUILD_INPUTS := pyproject.toml setup.py $(wildcard server/manylora/csrc/*)
 ARGS ?=
 
-.PHONY: help serve test emulated check quick format docs clean distclean
+.PHONY: help serve test emulated soak check quick format docs clean distclean
 .DEFAULT_GOAL := help
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo "              (more flags: make serve ARGS='--port 9000 --max-num-seqs 32')"
 	@echo "make test     install what is needed, then check and all tests"
 	@echo "make emulated the kernels' tests on the CPU paths that this machine lacks"
+	@echo "make soak     ten minutes of load on a server that is watched, and servers that are killed at work"
 	@echo "make quick    the tests that take seconds"
 	@echo "make check    linter, formatting, types"
 	@echo "make format   put the code into its format"
@@ -32,6 +33,10 @@ test: check
 emulated: $(VENV)/.dev
 	MANYLORA_EMULATE=1 $(BIN)/python setup.py -q build --build-lib build/emulated/lib --build-temp build/emulated/temp
 	PYTHONPATH=build/emulated/lib $(BIN)/python -m pytest tests/kernels $(ARGS)
+
+# In a process of its own beside `make test`, so it leaves pytest's cache to that one.
+soak: $(VENV)/.dev
+	$(BIN)/python -m pytest -m soak -p no:cacheprovider $(ARGS)
 
 quick: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)

@@ -77,6 +77,22 @@ class Server:
     def resume(self) -> None:
         self._signal(signal.SIGCONT)
 
+    @property
+    def pid(self) -> int:
+        """Of the process that runs."""
+        assert self._process is not None
+        return self._process.pid
+
+    def end(self, number: signal.Signals, timeout_s: float = 60.0) -> int:
+        """Sends the signal, waits for the process and returns its status; with force when the time is over."""
+        assert self._process is not None
+        process = self._process
+        self._signal(number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout_s)
+        self.stop()
+        return int(process.returncode)
+
     def stop(self) -> None:
         """Ends the whole process group, with force after ten seconds."""
         if self._process is None:

@@ -19,6 +19,7 @@ from loadtest.errors import LoadTestError, ScenarioError
 from loadtest.live import LiveView
 from loadtest.record import read_run, write_run
 from loadtest.report import write_report
+from loadtest.results import LEFT, OK, REFUSED
 from loadtest.runner import Run, run_scenario
 from loadtest.scenario import Scenario, TraceSource, find_scenario, load_scenario, ready_scenarios
 from loadtest.summary import Summary, summarise
@@ -32,6 +33,7 @@ Key = Annotated[str | None, typer.Option(envvar="MANYLORA_API_KEY", help="For te
 MetricsKey = Annotated[str | None, typer.Option(help="For /metrics, where that needs another key.")]
 Out = Annotated[Path | None, typer.Option(help="Folder for results.jsonl and report.html; made if missing.")]
 Report = Annotated[bool, typer.Option(help="Draw report.html beside the results.")]
+Pid = Annotated[int | None, typer.Option(help="The server's process on this machine: watch its memory and files.")]
 Live = Annotated[bool, typer.Option(help="Show the run while it goes on.")]
 DEFAULT_URL = "http://127.0.0.1:8000"
 
@@ -50,6 +52,7 @@ def run(
     concurrency: Annotated[str | None, typer.Option(help="Clients of a closed loop, `8` or a sweep `1,8,32`.")] = None,
     duration_s: Annotated[float | None, typer.Option(help="Of each stage.")] = None,
     requests: Annotated[int | None, typer.Option(help="In each stage.")] = None,
+    watch_pid: Pid = None,
 ) -> None:
     """Run a scenario against a server; the exit code says whether its thresholds held."""
     loaded = load_scenario(find_scenario(scenario))
@@ -57,7 +60,7 @@ def run(
     loaded = _with_arrival(loaded, {**changed, "requests": requests})
     if seed is not None:
         loaded = loaded.model_copy(update={"seed": seed})
-    _run(loaded, url, key, metrics_key, out, live, report)
+    _run(loaded, url, key, metrics_key, out, live, report, watch_pid)
 
 
 @app.command()
@@ -71,6 +74,7 @@ def replay(
     report: Report = True,
     speed: Annotated[float, typer.Option(help="2 replays in half the time.")] = 1.0,
     scenario: Annotated[str | None, typer.Option(help="Objective, thresholds and tenants from this one.")] = None,
+    watch_pid: Pid = None,
 ) -> None:
     """Replay a trace file against a server."""
     source = TraceSource(path=trace, speed=speed)
@@ -78,7 +82,7 @@ def replay(
         loaded = Scenario(name=trace.stem, trace=source)
     else:
         loaded = load_scenario(find_scenario(scenario)).model_copy(update={"arrival": None, "trace": source})
-    _run(loaded, url, key, metrics_key, out, live, report)
+    _run(loaded, url, key, metrics_key, out, live, report, watch_pid)
 
 
 @app.command("report")
@@ -155,11 +159,12 @@ def fleet(
 
 
 def _run(
-    scenario: Scenario, url: str, key: str | None, metrics_key: str | None, out: Path | None, live: bool, report: bool
-) -> None:
+    scenario: Scenario, url: str, key: str | None, metrics_key: str | None, out: Path | None, live: bool, report: bool,
+    pid: int | None,
+) -> None:  # fmt: skip
     console = Console()
     watch = LiveView(scenario, console).watch if live else None
-    finished = _asyncio_run(run_scenario(scenario, url, key=key, metrics_key=metrics_key, watch=watch))
+    finished = _asyncio_run(run_scenario(scenario, url, key=key, metrics_key=metrics_key, watch=watch, pid=pid))
     summary = summarise(finished)
     folder = out or Path("loadtest-results") / f"{scenario.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -187,7 +192,9 @@ def _show(console: Console, run: Run, summary: Summary) -> None:
         )  # fmt: skip
     console.print(table)
     for outcome, count in summary.totals.outcomes.items():
-        if outcome != "ok":
+        if outcome in (LEFT, REFUSED):
+            console.print(f"{count} × {outcome}, as wanted", highlight=False)
+        elif outcome != OK:
             example = next(result.error for result in run.results if result.outcome == outcome)
             console.print(f"[red]{count} × {escape(outcome)}[/]: {escape(example)}", highlight=False)
     for change in run.changes:

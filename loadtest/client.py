@@ -1,20 +1,21 @@
 """Sends one request and times its stream. aiohttp, because its parser costs the shared cores least."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Final
 
 import aiohttp
 
 from loadtest.plan import PlannedRequest
-from loadtest.results import RequestResult
+from loadtest.results import LEFT, REFUSED, RequestResult
 from loadtest.stream import StreamReader, authorization, error_message, short
 
 __all__ = ["Client"]
 
 # uvicorn closes idle connections after 5 s; one that is reused at that moment would look like a server's fault.
 _KEEPALIVE_S: Final = 2.0
+_REFUSALS: Final = (400, 404, 413, 422)
 
 
 class Client:
@@ -47,15 +48,13 @@ class Client:
         headers = {"content-type": "application/json", "accept": "text/event-stream"} | authorization(key)
         result.sent_s = self._clock()
         try:
-            async with self.session.post(self.url + request.path, data=request.payload, headers=headers) as response:
-                result.status = response.status
-                if response.status == 200:
-                    await self._read(response, StreamReader(result))
-                else:
-                    result.outcome = f"http_{response.status}"
-                    result.error = error_message(await response.read())
+            async with asyncio.timeout(request.leave_after_s) as patience:
+                await self._ask(request, result, headers)
         except TimeoutError:
-            result.outcome, result.error = "timeout", f"no complete answer after {self._timeout.total:g} s"
+            if patience.expired():
+                result.outcome = LEFT
+            else:
+                result.outcome, result.error = "timeout", f"no complete answer after {self._timeout.total:g} s"
         except aiohttp.ClientPayloadError as error:
             result.outcome, result.error = "cut_off", short(repr(error))
         except (aiohttp.ClientError, OSError) as error:
@@ -65,6 +64,20 @@ class Client:
             raise
         finally:
             result.end_s = self._clock()
+
+    async def _ask(self, request: PlannedRequest, result: RequestResult, headers: Mapping[str, str]) -> None:
+        async with self.session.post(self.url + request.path, data=request.payload, headers=headers) as response:
+            result.status = response.status
+            if request.is_wrong:
+                is_refused = response.status in _REFUSALS
+                result.outcome = REFUSED if is_refused else "not_refused"
+                body = await response.read()
+                result.error = "" if is_refused else f"{response.status}: {error_message(body)}"
+            elif response.status == 200:
+                await self._read(response, StreamReader(result))
+            else:
+                result.outcome = f"http_{response.status}"
+                result.error = error_message(await response.read())
 
     async def _read(self, response: aiohttp.ClientResponse, reader: "StreamReader") -> None:
         while data := await response.content.readany():

@@ -14,11 +14,19 @@ _B_SCALE: Final = 0.01  # enough to change most answers, little enough to keep t
 
 
 def make_fleet(
-    model: Path, out: Path, count: int, ranks: Sequence[int], *, pattern: str = "a{:03d}", seed: int = 1
+    model: Path,
+    out: Path,
+    count: int,
+    ranks: Sequence[int],
+    *,
+    pattern: str = "a{:03d}",
+    seed: int = 1,
+    b_scale: float = _B_SCALE,
 ) -> list[Path]:
     """Writes `count` bfloat16 adapters on the linears of all layers, ranks taken in turn; returns their folders.
 
-    A folder that is already there is left alone. Raises ScenarioError when the model has no such linears.
+    `b_scale`: of B's entries, so how much an adapter changes. A folder that is already there is left alone. Raises
+    ScenarioError when the model has no such linears.
     """
     import torch
 
@@ -32,11 +40,13 @@ def make_fleet(
         if (folder / "adapter_config.json").exists():
             continue
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-        _write_adapter(folder, model, shapes, ranks[number % len(ranks)], generator)
+        _write_adapter(folder, model, shapes, ranks[number % len(ranks)], generator, b_scale)
     return folders
 
 
-def _write_adapter(folder: Path, model: Path, shapes: dict[str, tuple[int, int]], rank: int, generator: object) -> None:
+def _write_adapter(
+    folder: Path, model: Path, shapes: dict[str, tuple[int, int]], rank: int, generator: object, b_scale: float
+) -> None:
     import torch
     from safetensors.torch import save_file
 
@@ -45,7 +55,7 @@ def _write_adapter(folder: Path, model: Path, shapes: dict[str, tuple[int, int]]
     for path, (num_in, num_out) in shapes.items():
         stem = f"base_model.model.{path}"
         a = torch.randn(rank, num_in, generator=generator) / num_in**0.5
-        b = torch.randn(num_out, rank, generator=generator) * _B_SCALE
+        b = torch.randn(num_out, rank, generator=generator) * b_scale
         tensors[f"{stem}.lora_A.weight"] = a.bfloat16()
         tensors[f"{stem}.lora_B.weight"] = b.bfloat16()
     config = {

@@ -113,7 +113,7 @@ def _tokens_per_s(recent: list[RequestResult], progress: Progress) -> float:
 
 
 def _num_failed(results: list[RequestResult]) -> int:
-    return sum(not result.is_ok for result in results)
+    return sum(result.is_whole and not result.is_ok for result in results)
 
 
 def _ms(seconds: float | None) -> str:

@@ -4,7 +4,7 @@ The same scenario, seed and list of adapters give the same requests at the same 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import orjson
@@ -20,7 +20,10 @@ __all__ = ["Plan", "PlannedRequest", "Stage", "make_plan"]
 
 @dataclass(frozen=True, slots=True)
 class PlannedRequest:
-    """One request; `payload` is the JSON body. `at_s` is from its stage's start."""
+    """One request; `payload` is the JSON body. `at_s` is from its stage's start.
+
+    `leave_after_s`: its client closes the connection then. `is_wrong`: the server must refuse it.
+    """
 
     index: int
     stage: int
@@ -31,6 +34,8 @@ class PlannedRequest:
     prompt_tokens: int
     output_tokens: int
     payload: bytes
+    leave_after_s: float | None = None
+    is_wrong: bool = False
 
     @property
     def path(self) -> str:
@@ -85,9 +90,10 @@ class _Maker:
         self._scenario = scenario
         self._base = base
         self._adapters = adapters
-        seeds = np.random.SeedSequence(scenario.seed).spawn(6)
+        seeds = np.random.SeedSequence(scenario.seed).spawn(7)
         rngs = [np.random.default_rng(seed) for seed in seeds]
-        self._time_rng, self._tenant_rng, self._adapter_rng, self._length_rng, self._chat_rng, self._text_rng = rngs
+        self._time_rng, self._tenant_rng, self._adapter_rng, self._length_rng, self._chat_rng, self._text_rng = rngs[:6]
+        self._ending_rng = rngs[6]
         chat = scenario.chat
         self._prefixes = [random_text(chat.prefix_tokens, self._text_rng) for _ in range(chat.num_prefixes)]
         self._num_made = 0
@@ -102,15 +108,25 @@ class _Maker:
         prompt_tokens = mix.prompt_tokens.draw(len(times), self._length_rng)
         output_tokens = mix.output_tokens.draw(len(times), self._length_rng)
         is_chat = self._chat_rng.random(len(times)) < self._scenario.chat.share
+        drawn = zip(times, tenants, adapters, is_chat, prompt_tokens, output_tokens, strict=True)
         requests = tuple(
-            self._request(index, float(t), tenant, adapter, bool(chat), int(p), int(o))
-            for t, tenant, adapter, chat, p, o in zip(
-                times, tenants, adapters, is_chat, prompt_tokens, output_tokens, strict=True
-            )
+            self._ended_early(self._request(index, float(t), tenant, adapter, bool(chat), int(p), int(o)))
+            for t, tenant, adapter, chat, p, o in drawn
         )
         if arrival.is_closed:
             return Stage(index, requests, concurrency=arrival.concurrency[index], duration_s=arrival.duration_s)
         return Stage(index, requests, rate=arrival.rate[index], duration_s=arrival.duration_s)
+
+    def _ended_early(self, request: PlannedRequest) -> PlannedRequest:
+        """Some are refused, and of the others some are left by their client."""
+        mix = self._scenario.requests
+        if not mix.left_share and not mix.refused_share:
+            return request
+        is_wrong, is_left = self._ending_rng.random(2) < (mix.refused_share, mix.left_share)
+        leave_after_s = float(self._ending_rng.exponential(mix.left_after_s))
+        if is_wrong:
+            return replace(request, payload=_spoiled(request), is_wrong=True)
+        return replace(request, leave_after_s=leave_after_s) if is_left else request
 
     def trace_stage(self, entries: Sequence[TraceEntry]) -> Stage:
         tenants = self._draw_tenants(len(entries))
@@ -187,6 +203,20 @@ class _Maker:
             prefix = self._prefixes[int(self._chat_rng.integers(len(self._prefixes)))]
             messages.insert(0, {"role": "system", "content": prefix})
         return messages
+
+
+def _spoiled(request: PlannedRequest) -> bytes:
+    """The body with one thing wrong, another one for each request."""
+    body = orjson.loads(request.payload)
+    wrong: tuple[dict[str, object], ...] = (
+        {"temperature": 99},
+        {"no_such_field": "x" * 1000},
+        {"model": "no-such-adapter"},
+        {"max_tokens": 10**6},
+        {"logit_bias": {"word": 1}},
+    )
+    turn = request.index % (len(wrong) + 1)
+    return request.payload[:-1] if turn == len(wrong) else orjson.dumps({**body, **wrong[turn]})
 
 
 def _body(mix: RequestMix, model: str, output_tokens: int) -> dict[str, object]:

@@ -87,7 +87,7 @@ def timeline(run: Run) -> str:
         rate, tokens, ttft = (row[0] for row in axes)
         due, _ = np.histogram([r.due_s for r in measured], edges)
         good, _ = np.histogram([r.end_s for r in measured if r.is_ok], edges)
-        bad, _ = np.histogram([r.end_s for r in measured if not r.is_ok], edges)
+        bad, _ = np.histogram([r.end_s for r in measured if r.is_whole and not r.is_ok], edges)
         rate.stairs(due / width_s, edges, color=_INK, lw=1.4, label="arrived")
         rate.stairs(good / width_s, edges, color=_COLOURS[0], fill=True, alpha=0.35, label="answered")
         if bad.any():

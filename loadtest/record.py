@@ -1,4 +1,4 @@
-"""The run as JSON lines, and back: `setup` first, then `request`, `change` and `stage` lines, `summary` last."""
+"""The run as JSON lines, and back: `setup` first, `summary` last, stages, requests, changes and samples between."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
@@ -14,6 +14,7 @@ from loadtest.load_meter import ClientLoad
 from loadtest.results import ChangeResult, RequestResult
 from loadtest.runner import Run, StageSpan
 from loadtest.scenario import Scenario
+from loadtest.server_watch import ServerSample
 from loadtest.summary import Summary
 
 __all__ = ["read_run", "write_run"]
@@ -45,6 +46,7 @@ def read_run(path: Path) -> Run:
             client=ClientLoad(**end["client"]),
             counters=Counters(**end["counters"]) if end["counters"] else None,
             usage=Counters(**end["usage"]) if end.get("usage") else None,
+            server=[ServerSample(**r) for r in by_kind.get("server", [])],
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ScenarioError(f"{path} is not the record of a run: {error}") from error
@@ -63,6 +65,8 @@ def _records(run: Run, summary: Summary) -> Iterator[dict[str, Any]]:
         yield {"record": "request", **asdict(result), **derived}
     for change in run.changes:
         yield {"record": "change", **asdict(change)}
+    for sample in run.server:
+        yield {"record": "server", **asdict(sample)}
     yield {"record": "summary", "is_passed": summary.is_passed, **asdict(summary)}
 
 

@@ -58,7 +58,7 @@ def _errors(run: Run) -> list[tuple[str, str, int]]:
     """The most frequent failures: outcome, message, how often."""
     counts: dict[tuple[str, str], int] = {}
     for result in run.results:
-        if not result.is_ok:
+        if result.is_whole and not result.is_ok:
             counts[result.outcome, result.error] = counts.get((result.outcome, result.error), 0) + 1
     for change in run.changes:
         if not change.is_ok:

@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 
-__all__ = ["OK", "ChangeResult", "RequestResult"]
+__all__ = ["LEFT", "OK", "REFUSED", "ChangeResult", "RequestResult"]
 
 OK = "ok"
+LEFT = "left"  # the client closed the connection, as the scenario wanted
+REFUSED = "refused"  # the server said no, as the scenario wanted
 
 
 @dataclass(slots=True)
@@ -28,7 +30,8 @@ class RequestResult:
     last_s: float | None = None  # last token
     end_s: float = 0.0  # end of the response, or of waiting for it
     status: int = 0
-    outcome: str = ""  # ok | http_<status> | stream_error | cut_off | timeout | connection | bad_answer
+    # ok | left | refused | not_refused | http_<status> | stream_error | cut_off | timeout | connection | bad_answer
+    outcome: str = ""
     error: str = ""
     prompt_tokens: int = 0
     output_tokens: int = 0
@@ -42,6 +45,11 @@ class RequestResult:
     @property
     def is_ok(self) -> bool:
         return self.outcome == OK
+
+    @property
+    def is_whole(self) -> bool:
+        """It was to be answered to the end; the others are in no figure but the totals."""
+        return self.outcome not in (LEFT, REFUSED)
 
     @property
     def ttft_s(self) -> float | None:
@@ -68,7 +76,7 @@ class RequestResult:
 
 @dataclass(slots=True)
 class ChangeResult:
-    """One upload or promotion during the run."""
+    """One upload, promotion, use or deletion during the run. `wanted`: the status that is success, 0 for any 2xx."""
 
     kind: str
     adapter: str
@@ -77,7 +85,9 @@ class ChangeResult:
     status: int = 0
     version: int | None = None
     error: str = ""
+    wanted: int = 0
 
     @property
     def is_ok(self) -> bool:
-        return 200 <= self.status < 300 and not self.error
+        is_good = self.status == self.wanted if self.wanted else 200 <= self.status < 300
+        return is_good and not self.error

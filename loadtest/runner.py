@@ -21,6 +21,7 @@ from loadtest.machine import machine
 from loadtest.plan import Plan, PlannedRequest, Stage, make_plan
 from loadtest.results import ChangeResult, RequestResult
 from loadtest.scenario import Scenario
+from loadtest.server_watch import ServerSample, ServerWatch
 
 __all__ = ["Progress", "Run", "StageSpan", "run_scenario"]
 
@@ -60,7 +61,7 @@ class Progress:
 class Run:
     """A finished run. `counters`: the server's own totals over the run, `usage`: what it charges for the run.
 
-    Either is None where the server does not have it.
+    Either is None where the server does not have it. `server`: samples of the server itself, where it was watched.
     """
 
     scenario: Scenario
@@ -74,6 +75,7 @@ class Run:
     machine: dict[str, Any] = field(default_factory=machine)
     counters: Counters | None = None
     usage: Counters | None = None
+    server: list[ServerSample] = field(default_factory=list)
 
 
 Reader = Callable[[Client, str | None], Awaitable[Counters | None]]
@@ -87,11 +89,13 @@ async def run_scenario(
     key: str | None = None,
     metrics_key: str | None = None,
     watch: Watcher | None = None,
+    pid: int | None = None,
 ) -> Run:
     """Runs `scenario` against the server at `url`.
 
     `key` is for tenants without one of their own, `metrics_key` for the server's `/metrics`; `watch` runs beside
-    the load and is cancelled at its end. Raises LoadTestError when the run cannot start.
+    the load and is cancelled at its end. `pid` is the server's process, if its memory and files are to be watched.
+    Raises LoadTestError when the run cannot start.
     """
     keys = {tenant.name: tenant.secret(key) for tenant in scenario.tenants}
     started = time.perf_counter()
@@ -107,13 +111,14 @@ async def run_scenario(
         # Who may not read the counters would see one tenant's usage only.
         charged_before = None if before is None else await read_usage(client, own_key)
         started = time.perf_counter()
-        session = _Session(scenario, client, clock, keys, plan)
+        session = _Session(scenario, client, clock, keys, plan, ServerWatch(client, own_key, clock, pid))
         start_time = datetime.now(UTC)
         load = await session.run(watch)
         run = Run(
             scenario, client.url, base, start_time, session.progress.results, session.progress.changes,
-            session.spans, load,
+            session.spans, load, server=session.server.samples,
         )  # fmt: skip
+        await session.server.settle()
         run.counters = await _settled(read_counters, client, own_key, before, run.results)
         run.usage = await _settled(read_usage, client, own_key, charged_before, run.results)
     return run
@@ -146,12 +151,14 @@ class _Session:
         clock: Callable[[], float],
         keys: Mapping[str, str | None],
         plan: Plan,
+        server: ServerWatch,
     ) -> None:
         self._scenario = scenario
         self._client = client
         self._clock = clock
         self._keys = keys
         self._plan = plan
+        self.server = server
         self.spans: list[StageSpan] = []
         self.progress = Progress(num_planned=plan.num_requests + len(plan.warmup))
 
@@ -162,7 +169,8 @@ class _Session:
             self.progress.stage = "warm-up"
             await self._closed(self._plan.warmup, _WARMUP_CLIENTS, None)
             meter.reset()
-            await self._stages_with_changes(files)
+            async with _beside(self.server.sample()):
+                await self._stages_with_changes(files)
             return meter.read()
 
     async def _stages_with_changes(self, files: Sequence[list[dict[str, bytes]]]) -> None:

@@ -74,6 +74,9 @@ class RequestMix(_Part):
     output_tokens: Lengths = Length(value=64)
     temperature: float = Field(default=0.0, ge=0)
     ignore_eos: bool = True
+    left_share: float = Field(default=0.0, ge=0, le=1, description="share of requests whose client leaves early")
+    left_after_s: float = Field(default=0.5, gt=0, description="after how long on average, exponentially distributed")
+    refused_share: float = Field(default=0.0, ge=0, le=1, description="share of requests that must be refused")
     timeout_s: float = Field(default=300.0, gt=0)
 
 
@@ -100,10 +103,12 @@ class LiveChange(_Part):
     """A change to the fleet every `every_s` seconds while requests run.
 
     `upload` sends `folders` in turn as new versions of `adapter` (two different ones make each a new version);
-    `promote` makes the adapter's versions active in turn. `tenant` says whose key is used.
+    `promote` makes the adapter's versions active in turn. `cycle` does one step of a life at a time: it uploads all
+    `folders` as versions, asks the adapter something, goes back to the first version, sends a damaged upload, which
+    must be refused, and deletes the adapter. `tenant` says whose key is used.
     """
 
-    kind: Literal["upload", "promote"]
+    kind: Literal["upload", "promote", "cycle"]
     adapter: str
     every_s: float = Field(gt=0)
     start_s: float = Field(default=0.0, ge=0)
@@ -114,8 +119,8 @@ class LiveChange(_Part):
 
     @model_validator(mode="after")
     def _has_files(self) -> "LiveChange":
-        if (self.kind == "upload") != bool(self.folders):
-            raise ValueError("`folders` (PEFT layout) belong to an upload, and an upload needs them")
+        if (self.kind != "promote") != bool(self.folders):
+            raise ValueError("`folders` (PEFT layout) belong to an upload or a cycle, which need them")
         return self
 
 

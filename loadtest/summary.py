@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -11,7 +11,8 @@ from loadtest.discovery import Counters
 from loadtest.load_meter import ClientLoad
 from loadtest.results import ChangeResult, RequestResult
 from loadtest.runner import Run, StageSpan
-from loadtest.thresholds import LATENCIES, STATISTICS, Slo, ThresholdResult
+from loadtest.server_watch import ServerFigures, server_figures
+from loadtest.thresholds import LATENCIES, SERVER_FIGURES, STATISTICS, Slo, ThresholdResult
 
 __all__ = ["Fairness", "Figures", "Summary", "Totals", "fairness", "jain_index", "meets", "statistics", "summarise"]
 
@@ -81,6 +82,7 @@ class Summary:
     counter_mismatches: int | None
     usage: Counters | None
     usage_mismatches: int | None
+    server: ServerFigures | None
     rate_within_slo: float | None
     thresholds: list[ThresholdResult] = field(default_factory=list)
 
@@ -92,7 +94,7 @@ class Summary:
 def summarise(run: Run) -> Summary:
     """All figures of a run, and its scenario's thresholds checked against them."""
     slo = run.scenario.slo
-    measured = [result for result in run.results if result.stage >= 0]
+    measured = [result for result in run.results if result.stage >= 0 and result.is_whole]
     span_s = _span_s(run.stages)
     totals = _totals(run.results)
     by_stage = group(measured, lambda r: r.stage)
@@ -113,6 +115,7 @@ def summarise(run: Run) -> Summary:
         counter_mismatches=_mismatches(totals, run.counters),
         usage=run.usage,
         usage_mismatches=_mismatches(totals, run.usage),
+        server=server_figures(run.server, *_ends_s(run.stages)),
         rate_within_slo=_rate_within(stages, slo),
     )
     summary.thresholds.extend(run.scenario.thresholds.check(threshold_figures(summary)))
@@ -137,6 +140,7 @@ def threshold_figures(summary: Summary) -> dict[str, float | None]:
         "counter_mismatches": summary.counter_mismatches,
         "usage_mismatches": summary.usage_mismatches,
     }
+    values |= dict.fromkeys(SERVER_FIGURES) if summary.server is None else asdict(summary.server)
     for name in LATENCIES:
         for statistic in STATISTICS:
             value = overall.latency_s[name].get(statistic)
@@ -243,6 +247,10 @@ def _totals(results: Sequence[RequestResult]) -> Totals:
 def _span_s(stages: Sequence[StageSpan]) -> float:
     """Time in stages; what drains between them belongs to the earlier one."""
     return sum(stage.end_s - stage.start_s for stage in stages)
+
+
+def _ends_s(stages: Sequence[StageSpan]) -> tuple[float, float]:
+    return min((s.start_s for s in stages), default=0.0), max((s.end_s for s in stages), default=0.0)
 
 
 def _num_failed(changes: Sequence[ChangeResult]) -> int:

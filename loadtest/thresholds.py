@@ -12,15 +12,19 @@ from typing import Final
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel, field_validator
 
-__all__ = ["LATENCIES", "STATISTICS", "Slo", "ThresholdResult", "Thresholds"]
+__all__ = ["LATENCIES", "SERVER_FIGURES", "STATISTICS", "Slo", "ThresholdResult", "Thresholds"]
 
 LATENCIES: Final = ("ttft", "tpot", "e2e")
+SERVER_FIGURES: Final = (
+    "memory_growth_mb", "open_files_growth", "threads_growth", "kv_blocks_growth", "slots_growth", "kv_blocks_left",
+    "slots_left",
+)  # fmt: skip
 STATISTICS: Final = ("mean", "p50", "p90", "p95", "p99", "max")
 _LATENCY: Final = re.compile(rf"({'|'.join(LATENCIES)})_({'|'.join(STATISTICS)})_ms")
 _AT_MOST: Final = frozenset(
     {
         "error_rate", "share_ratio", "tenant_ttft_ratio", "change_failures", "client_lag_p99_ms", "counter_mismatches",
-        "usage_mismatches",
+        "usage_mismatches", *SERVER_FIGURES,
     }
 )  # fmt: skip
 _AT_LEAST: Final = frozenset(

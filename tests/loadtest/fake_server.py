@@ -33,9 +33,14 @@ class FakeServer:
     undercount: int = 0  # completion tokens its /metrics forgets
     has_usage: bool = True
     overcharge: int = 0  # prompt tokens its /v1/usage makes up
+    is_strict: bool = False  # refuses wrong bodies, and uploads of other tensors than `sound`
+    sound: tuple[bytes, ...] = ()
+    has_plain_answers: bool = False  # to requests that are no streams
+    left_in_use: int = 0  # blocks and slots that its /v1/stats never gives back
 
     num_requests: int = 0
     num_ok: int = 0
+    num_refused: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     models: Counter[str] = field(default_factory=Counter)
@@ -44,6 +49,7 @@ class FakeServer:
     bodies: list[dict[str, Any]] = field(default_factory=list)
     versions: dict[str, list[bytes]] = field(default_factory=dict)
     active: dict[str, list[int]] = field(default_factory=dict)  # every version made active, in order
+    deleted: list[list[bytes]] = field(default_factory=list)
     gate: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def app(self) -> Starlette:
@@ -53,7 +59,8 @@ class FakeServer:
                 Route("/v1/completions", self.infer, methods=["POST"]),
                 Route("/v1/chat/completions", self.infer, methods=["POST"]),
                 Route("/v1/adapters", self.upload, methods=["POST"]),
-                Route("/v1/adapters/{name}", self.adapter, methods=["GET", "PATCH"]),
+                Route("/v1/adapters/{name}", self.adapter, methods=["GET", "PATCH", "DELETE"]),
+                Route("/v1/stats", self.stats),
                 Route("/metrics", self.metrics),
                 *([Route("/v1/usage", self.usage)] if self.has_usage else []),
             ]
@@ -67,7 +74,11 @@ class FakeServer:
         tenant = self._tenant(request)
         if tenant is None:
             return JSONResponse({"error": {"message": "wrong key"}}, 401)
-        body = orjson.loads(await request.body())
+        raw = await request.body()
+        if self.is_strict and not self._is_right(raw):
+            self.num_refused += 1
+            return JSONResponse({"error": {"message": "wrong"}}, 400)
+        body = orjson.loads(raw)
         self.num_requests += 1
         number = self.num_requests
         self.bodies.append(body)
@@ -75,7 +86,22 @@ class FakeServer:
         self.tenants[tenant] += 1
         if self.fail_every and number % self.fail_every == 0:
             return JSONResponse({"error": {"message": "too busy", "type": "server_error"}}, 503)
+        if self.has_plain_answers and not body.get("stream"):
+            return JSONResponse({"choices": [{"text": " w"}], "manylora": {"adapter": {"version": 1}}})
         return StreamingResponse(self._stream(body, number, tenant), media_type="text/event-stream")
+
+    def _is_right(self, raw: bytes) -> bool:
+        try:
+            body = orjson.loads(raw)
+        except orjson.JSONDecodeError:
+            return False
+        known = {"model", "prompt", "messages", "max_tokens", "temperature", "stream", "stream_options", "ignore_eos"}
+        return (
+            body.keys() <= known
+            and body["model"] in {"tiny", *self.adapters, *self.versions}
+            and body["max_tokens"] < 10_000
+            and body["temperature"] <= 2
+        )
 
     async def _stream(self, body: dict[str, Any], number: int, tenant: str) -> AsyncIterator[bytes]:
         async with self.gate if self.one_at_a_time else contextlib.nullcontext():
@@ -116,6 +142,8 @@ class FakeServer:
                 names.append(part.filename)
                 content += await part.read()
             assert sorted(str(name) for name in names) == ["adapter_config.json", "adapter_model.safetensors"]
+            if self.is_strict and content not in self.sound:
+                return JSONResponse({"error": {"message": "damaged"}}, 422)
             versions = self.versions.setdefault(str(form["name"]), [])
             versions.append(content)
         return JSONResponse({"version": len(versions)}, 201)
@@ -124,9 +152,16 @@ class FakeServer:
         name = request.path_params["name"]
         if name not in self.versions:
             return JSONResponse({"error": {"message": "no such adapter"}}, 404)
+        if request.method == "DELETE":
+            self.deleted.append(self.versions.pop(name))
+            return Response(status_code=204)
         if request.method == "PATCH":
             self.active.setdefault(name, []).append((await request.json())["active_version"])
         return JSONResponse({"versions": [{"version": n + 1} for n in range(len(self.versions[name]))]})
+
+    async def stats(self, request: Request) -> Response:
+        used = {"kv_blocks_used": self.left_in_use, "slots_used": self.left_in_use}
+        return JSONResponse({"running": 0, "waiting": 0, **used})
 
     async def metrics(self, request: Request) -> Response:
         return PlainTextResponse(
