@@ -34,7 +34,7 @@ def _database(data_dir: Path | None, database_url: str | None) -> Iterator[Any]:
     from manylora.settings import load_settings
 
     settings = load_settings(data_dir=data_dir, database_url=database_url)
-    database = open_database(settings.resolved_database_url)
+    database = open_database(settings.resolved_database_url, settings.database_timeout_s)
     try:
         yield database
     except InvalidRequest as error:

@@ -68,7 +68,7 @@ def safe_host(settings: Settings) -> str:
     """The host to bind: loopback instead of the one asked for while there is no key and no --allow-open."""
     if settings.allow_open or is_loopback(settings.host):
         return settings.host
-    database = open_database(settings.resolved_database_url)
+    database = open_database(settings.resolved_database_url, settings.database_timeout_s)
     try:
         return settings.host if KeyStore(database).list() else _LOOPBACK
     finally:

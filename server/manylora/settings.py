@@ -180,6 +180,8 @@ class Settings(BaseSettings):
     """Folder of the registry, the adapter files and the keys; default: the platform's folder for user data."""
     database_url: str | None = None
     """SQLAlchemy URL of the registry; unset: an SQLite file in `data_dir`."""
+    database_timeout_s: float = Field(default=5.0, gt=0)
+    """Seconds that PostgreSQL may be silent, and a connection or a lock be waited for, before an operation fails."""
     store_url: str | None = None
     """fsspec URL of the adapter files, such as `s3://bucket/prefix`; unset: a folder in `data_dir`."""
     orphan_days: float = Field(default=30.0, gt=0)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import psycopg
 
 # PostgreSQL refuses to run as root; the package makes this user.
@@ -31,29 +32,54 @@ def running(programs: Path) -> Iterator["Cluster"]:
         user = _USER
         pwd.getpwnam(user)
         shutil.chown(root, user)
-    data = root / "data"
     try:
-        subprocess.run(
-            [str(programs / "initdb"), "-D", str(data), "-U", _USER, "-A", "trust", "-E", "UTF8", "--no-sync"],
-            check=True, capture_output=True, user=user, cwd=root,
-        )  # fmt: skip
-        options = f"-k {root} -c listen_addresses='' -c fsync=off"
-        ctl = [str(programs / "pg_ctl"), "-D", str(data), "-w"]
-        subprocess.run([*ctl, "-l", str(root / "log"), "-o", options, "start"], check=True, stdout=subprocess.DEVNULL,
-                       user=user, cwd=root)  # fmt: skip
+        cluster = Cluster(programs, root, user)
+        cluster.start()
         try:
-            yield Cluster(root)
+            yield cluster
         finally:
-            subprocess.run([*ctl, "-m", "immediate", "stop"], check=True, capture_output=True, user=user, cwd=root)
+            cluster.kill()
     finally:
         shutil.rmtree(root)
 
 
 class Cluster:
-    """A running server, from which each test takes a database of its own."""
+    """A running server, from which each test takes a database of its own. It can be stopped, killed and started."""
 
-    def __init__(self, socket: Path) -> None:
+    def __init__(self, programs: Path, socket: Path, user: str | None) -> None:
+        self._programs = programs
         self._socket = socket
+        self._user = user
+        self._data = socket / "data"
+        subprocess.run(
+            [str(programs / "initdb"), "-D", str(self._data), "-U", _USER, "-A", "trust", "-E", "UTF8", "--no-sync"],
+            check=True, capture_output=True, user=user, cwd=socket,
+        )  # fmt: skip
+
+    def _control(self, *arguments: str) -> None:
+        command = [str(self._programs / "pg_ctl"), "-D", str(self._data), "-w", *arguments]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, user=self._user, cwd=self._socket)
+
+    def start(self) -> None:
+        options = f"-k {self._socket} -c listen_addresses='' -c fsync=off"
+        self._control("-l", str(self._socket / "log"), "-o", options, "start")
+
+    def kill(self) -> None:
+        """End it without a word to anybody who is connected."""
+        self._control("-m", "immediate", "stop")
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Every process of the server stands still, and its connections stay open."""
+        main = psutil.Process(int((self._data / "postmaster.pid").read_text().split()[0]))
+        processes = [main, *main.children()]
+        for process in processes:
+            process.suspend()
+        try:
+            yield
+        finally:
+            for process in processes:
+                process.resume()
 
     def new_database(self) -> str:
         """A new database; its URL, as a user writes it."""

@@ -1,6 +1,5 @@
 """`GET /v1/usage`: what was used and stored, for the bill."""
 
-import asyncio
 import time
 from functools import partial
 from typing import Annotated, Final
@@ -41,7 +40,7 @@ def build_router(usage: UsageLedger) -> APIRouter:
         period, groups = parse_period(start, to), parse_groups(group_by)
         await usage.flush()
         tenant = None if has_role(caller, Role.ADMIN) else caller.tenant
-        body = await asyncio.to_thread(partial(_render, usage, period, groups, tenant))
+        body = await usage.database.run(partial(_render, usage, period, groups, tenant))
         return Response(body, media_type="application/json", headers={"cache-control": "no-store"})
 
     return router

@@ -17,7 +17,10 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from manylora.errors import DatabaseUnavailable, ManyloraError, StorageFull, StoreUnavailable
 
-__all__ = ["CAUSE_CHARS", "cause_of", "database_error", "database_errors", "file_error", "file_errors", "remote_errors"]
+__all__ = [
+    "CAUSE_CHARS", "NoAnswer", "cause_of", "database_error", "database_errors", "file_error", "file_errors",
+    "remote_errors",
+]  # fmt: skip
 
 # A cause comes from elsewhere: a driver's message can hold a whole statement.
 CAUSE_CHARS: Final = 200
@@ -38,6 +41,10 @@ _POSTGRES_DISK_FULL: Final = "53100"
 # Statements that fail because of the database, not of the statement: not allowed, and no such table.
 _POSTGRES_OUTSIDE: Final = frozenset({"42501", "42P01"})
 _OURS: Final = (DataError, IntegrityError, NotSupportedError, ProgrammingError)
+
+
+class NoAnswer(Exception):
+    """A database that is there and says nothing. Drivers' errors of that kind inherit from it."""
 
 
 def cause_of(error: BaseException) -> str:

@@ -97,13 +97,13 @@ class Registry:
     def folders(self) -> dict[str, tuple[Folder, bool]]:
         """What `--adapters` registered, by path, and whether that version still exists."""
         query = select(FolderRow, VersionRow.id).outerjoin(VersionRow, VersionRow.id == FolderRow.version_id)
-        with self._database.read() as session:
+        with self._database.read(is_long=True) as session:
             rows = session.execute(query).all()
             return {row.path: (Folder(row.path, row.fingerprint), found is not None) for row, found in rows}
 
     def blobs(self) -> set[str]:
         """Every blob that a version refers to."""
-        with self._database.read() as session:
+        with self._database.read(is_long=True) as session:
             return set(session.execute(select(VersionRow.blob).distinct()).scalars())
 
     def is_referenced(self, blob: str) -> bool:
@@ -258,7 +258,7 @@ class Registry:
         with self._lock:
             if self._database.revision("catalog") == self._seen:
                 return None
-            with self._database.read() as session:
+            with self._database.read(is_long=True) as session:
                 seen = session.execute(queries.revision_query()).scalar_one()
                 entries = queries.all_entries(session, self._base)
             self._seen = seen

@@ -32,7 +32,7 @@ from manylora.catalog.retirement import Retirement
 from manylora.catalog.store import Store, open_store
 from manylora.catalog.upload import Quarantine, Rules, new_version, probe, wish_of
 from manylora.engine.interface import AdapterRef, EngineClient, Tier
-from manylora.errors import InvalidSettings, ManyloraError
+from manylora.errors import InvalidSettings, ManyloraError, Unavailable
 from manylora.lora.format import ModuleSpec
 from manylora.settings import Settings
 
@@ -75,7 +75,7 @@ class Catalog:
         with ExitStack() as stack:  # what was opened is closed again if the rest fails
             lock = FolderLock(settings.data_dir)
             stack.callback(lock.release)
-            database = open_database(settings.resolved_database_url)
+            database = open_database(settings.resolved_database_url, settings.database_timeout_s)
             stack.callback(database.close)
             store = open_store(settings.resolved_store_url, settings.data_dir / "cache")
             stack.callback(store.close)
@@ -178,10 +178,12 @@ class Catalog:
         async with self._quarantine.folder() as quarantine:
             wish, folder = await receive(quarantine)
             adapter = await self._quarantine.validate(folder)
-            done = await asyncio.to_thread(self._registry.republish, wish, adapter.digest, folder=stamp)
+            done = await self.database.run(partial(self._registry.republish, wish, adapter.digest, folder=stamp))
             if done is None:
                 size, pinned = adapter.size_bytes, bool(wish.pinned)
-                await asyncio.to_thread(self._registry.check_quota, wish.tenant, wish.name, size, pinned=pinned)
+                await self.database.run(
+                    partial(self._registry.check_quota, wish.tenant, wish.name, size, pinned=pinned)
+                )
                 effect = await probe(self._attached, folder, adapter.digest, wish)
                 new = await asyncio.to_thread(new_version, folder, adapter, effect)
                 publish = partial(self._registry.publish, wish, new, folder=stamp)
@@ -195,7 +197,7 @@ class Catalog:
             self._pins_attached.sync(tenant, name)
         except ManyloraError as error:
             _log.warning("%s/%s was uploaded and cannot be pinned: %s", tenant, name, error.message)
-            record = await asyncio.to_thread(self._registry.update, tenant, name, pinned=False)
+            record = await self.database.run(partial(self._registry.update, tenant, name, pinned=False))
             return Published(record, done.version, done.is_new)
         return done
 
@@ -222,13 +224,13 @@ class Catalog:
 
     async def get(self, tenant: str, name: str) -> AdapterRecord:
         """The tenant's own adapter of that name, exactly. Raises AdapterNotFound."""
-        return await asyncio.to_thread(self._registry.get, tenant, name)
+        return await self.database.run(partial(self._registry.get, tenant, name))
 
     async def page(
         self, tenants: Sequence[str] | None, limit: int, after: str | None
     ) -> tuple[list[AdapterRecord], bool]:
         """Adapters of these tenants (None: of all) newest first, and whether there are more."""
-        return await asyncio.to_thread(self._registry.page, tenants, limit, after)
+        return await self.database.run(partial(self._registry.page, tenants, limit, after))
 
     async def download(self, version: VersionRecord) -> IO[bytes]:
         """The version as a .tar.gz, an open file that the caller closes. Raises AdapterNotFound if it went away."""
@@ -252,11 +254,12 @@ class Catalog:
     ) -> AdapterRecord:
         """Promote, pin and describe in one step. Requests that run keep the version they began with."""
         change = partial(self._registry.update, tenant, name)
-        record = await asyncio.to_thread(change, active_version=active_version, pinned=pinned, description=description)
+        changed = partial(change, active_version=active_version, pinned=pinned, description=description)
+        record = await self.database.run(changed)
         try:
             self._pins_attached.sync(tenant, name)
         except ManyloraError:
-            await asyncio.to_thread(change, pinned=False)
+            await self.database.run(partial(change, pinned=False))
             raise
         return record
 
@@ -265,7 +268,7 @@ class Catalog:
 
         Raises AdapterNotFound, or Conflict for the active version while there are others.
         """
-        gone = await asyncio.to_thread(self._registry.delete, tenant, name, version)
+        gone = await self.database.run(partial(self._registry.delete, tenant, name, version))
         self._pins_attached.sync(tenant, name)
         for record in gone:
             self._retirements.begin(record.ref, with_files=True)
@@ -274,7 +277,7 @@ class Catalog:
 
     async def refresh(self) -> None:
         """Take over what other processes changed in the database."""
-        gone = await asyncio.to_thread(self._registry.refresh)
+        gone = await self.database.run(self._registry.refresh)
         if gone is None:
             return
         self._pins_attached.sync_all()
@@ -286,12 +289,10 @@ class Catalog:
             await asyncio.sleep(_POLL_S)
             try:
                 await self.refresh()
-            except ManyloraError as error:
-                _log.error(
-                    "The adapters stay as they were, and are looked at again: %s",
-                    error.message,
-                    exc_info=error.status == 500,
-                )
+            except Unavailable:
+                continue  # which the database has said
+            except ManyloraError:
+                _log.exception("The adapters stay as they were, and are looked at again")
 
     @property
     def _attached(self) -> EngineClient:

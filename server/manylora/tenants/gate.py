@@ -4,11 +4,12 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from manylora.catalog.database import Database
 from manylora.catalog.interface import PUBLIC_TENANT
-from manylora.errors import AuthenticationFailed, ManyloraError
+from manylora.errors import AuthenticationFailed, ManyloraError, Unavailable
 from manylora.tenants.interface import Principal, Role
 from manylora.tenants.keys import Key, KeyStore, is_secret_of, parse_key
 from manylora.tenants.limits import TenantStore
@@ -70,11 +71,14 @@ class TenantGate:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        await self._flush()
+        try:
+            await self._flush()
+        except ManyloraError as error:
+            _log.warning("When keys were last used could not be written: %s", error.message)
 
     async def refresh(self) -> None:
         """Look at the database now."""
-        await asyncio.to_thread(self._load)
+        await self._database.run(self._load)
 
     def _load(self) -> None:
         revision = self._database.revision("tenants")
@@ -86,8 +90,13 @@ class TenantGate:
 
     async def _flush(self) -> None:
         used, self._used = self._used, {}
-        if used:
-            await asyncio.to_thread(self._key_store.note_used, used)
+        if not used:
+            return
+        try:
+            await self._database.run(partial(self._key_store.note_used, used))
+        except ManyloraError:
+            self._used = used | self._used  # later ones stay; written again with the next
+            raise
 
     async def _watch(self) -> None:
         flushed = time.monotonic()
@@ -96,14 +105,12 @@ class TenantGate:
             try:
                 await self.refresh()
                 if time.monotonic() - flushed >= _FLUSH_S:
-                    flushed = time.monotonic()
                     await self._flush()
-            except ManyloraError as error:
-                _log.error(
-                    "Keys and quotas stay as they were, and are looked at again: %s",
-                    error.message,
-                    exc_info=error.status == 500,
-                )
+                    flushed = time.monotonic()
+            except Unavailable:
+                continue  # which the database has said
+            except ManyloraError:
+                _log.exception("Keys and quotas stay as they were, times of use are kept; both are tried again")
 
     def check_integrity(self) -> None:
         self._quotas.check_integrity()

@@ -95,7 +95,7 @@ def make_report(
 ) -> UsageReport:
     """Usage of `tenant`, or with None of all. Blocks."""
     sums = _Sums(groups)
-    with database.read() as session:
+    with database.read(is_long=True) as session:
         _add_requests(session, sums, period, tenant)
         _add_slot_time(session, sums, period, tenant)
         _add_stored(session, sums, period, tenant, now_us)
