@@ -40,7 +40,7 @@ def _opened(settings: "Settings", *, is_exclusive: bool) -> Iterator[tuple["Data
     with ExitStack() as stack:
         if is_exclusive:
             stack.callback(FolderLock(settings.data_dir).release)
-        database = open_database(settings.resolved_database_url)
+        database = open_database(settings.resolved_database_url, settings.database_timeout_s)
         stack.callback(database.close)
         store = open_store(settings.resolved_store_url, settings.data_dir / "cache", is_exclusive=is_exclusive)
         stack.callback(store.close)
