@@ -105,6 +105,13 @@ async def test_a_dead_database_is_503_until_it_is_back(
     assert not any(record.exc_info for record in caplog.records)
 
 
+def ask_often(database: Database) -> None:
+    """A thousand transactions, each of which would wait for a second."""
+    for _ in range(1000):
+        with suppress(DatabaseUnavailable):
+            database.revision("catalog")
+
+
 async def test_a_silent_database_is_503_within_its_timeout_and_holds_up_nobody_twice(
     settings: Settings, cluster: postgres.Cluster
 ) -> None:
@@ -113,11 +120,8 @@ async def test_a_silent_database_is_503_within_its_timeout_and_holds_up_nobody_t
         with cluster.paused():
             await assert_unavailable(rig)
             await rig.assert_answers()
-            started = time.monotonic()
-            for _ in range(1000):  # each would wait for a second
-                with suppress(DatabaseUnavailable):
-                    rig.catalog.database.revision("catalog")
-            assert time.monotonic() - started < PATIENCE_S
+            async with asyncio.timeout(PATIENCE_S):
+                await asyncio.to_thread(ask_often, rig.catalog.database)
             await assert_unavailable(rig)
         await until_available(rig)
         assert (await rig.push("y", sound_files(3.0))).status_code == 201
