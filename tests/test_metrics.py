@@ -29,7 +29,10 @@ CONTRACT = {
     "adapter_slots_used adapter_slots_total host_tier_bytes",
 }
 # What alerts and dashboards want beyond it.
-MORE = {"counter": "adapter_load_failures", "gauge": "engine_ready device_tier_bytes"}
+MORE = {
+    "counter": "adapter_load_failures adapter_files_damaged connections_ended",
+    "gauge": "engine_ready device_tier_bytes adapter_orphans",
+}
 
 
 def always() -> bool:
@@ -146,8 +149,10 @@ def test_with_metrics_off_nothing_is_counted() -> None:
     metrics.count_load_failure("acme", "a")
     metrics.count_eviction("acme", "a", "device")
     metrics.count_upload("acme", "created")
+    metrics.count_damaged()
+    metrics.show_orphans(3)
     families = text_string_to_metric_families(metrics.render().decode())
-    assert not any(sample.name.startswith("manylora_") for family in families for sample in family.samples)
+    assert not any(sample.name.startswith("manylora_") and sample.value for f in families for sample in f.samples)
 
 
 def test_the_base_has_a_label_that_no_adapter_can_have() -> None:

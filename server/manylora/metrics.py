@@ -260,6 +260,12 @@ class Metrics:
             "adapter_evictions", "Adapters evicted from a tier.", (*_BY_OWNER, "tier")
         )
         self.uploads = self._counter("uploads", "Adapter uploads by result.", ("tenant", "result"))
+        self.adapter_files_damaged = self._counter(
+            "adapter_files_damaged", "Reads of an adapter's stored files that were not those that were stored.", ()
+        )
+        self.adapter_orphans = Gauge(
+            f"{_PREFIX}_adapter_orphans", "Adapters whose files were set aside.", registry=self.registry
+        )
         self.connections_ended = self._counter("connections_ended", "Connections that a bound ended.", ("reason",))
 
     def _histogram(self, name: str, text: str, labels: tuple[str, ...]) -> Histogram:
@@ -327,6 +333,14 @@ class Metrics:
         """An upload for `tenant` ended: `created`, `unchanged`, `refused`, `cancelled` or `failed`."""
         self.uploads.labels(self._callers.tenant(tenant), result).inc()
 
+    def count_damaged(self) -> None:
+        """An adapter's stored files were read and are gone or not those that were stored."""
+        self.adapter_files_damaged.inc()
+
+    def show_orphans(self, count: int) -> None:
+        """So many adapters' files lie in `orphans/`."""
+        self.adapter_orphans.set(count)
+
     def count_connection_ended(self, reason: str) -> None:
         """A bound of `connections` ended a connection."""
         self.connections_ended.labels(reason).inc()
@@ -348,5 +362,9 @@ class NoMetrics(Metrics):
     def count_eviction(self, tenant: str, adapter: str, tier: str) -> None: ...
 
     def count_upload(self, tenant: str, result: str) -> None: ...
+
+    def count_damaged(self) -> None: ...
+
+    def show_orphans(self, count: int) -> None: ...
 
     def count_connection_ended(self, reason: str) -> None: ...

@@ -113,7 +113,10 @@ class _Server:
             gate = TenantGate(catalog.database)
             gate.start()
             stack.push_async_callback(gate.aclose)
-            await catalog.attach(engine, count_upload=self._metrics.count_upload)
+            await catalog.attach(
+                engine, count_upload=self._metrics.count_upload, count_damaged=self._metrics.count_damaged
+            )
+            self._metrics.show_orphans(catalog.num_orphans)
             if settings.adapters is not None:
                 await catalog.register_folder(settings.adapters)
             await warm_up(engine, [each.ref for each in catalog.directory.visible_to(PUBLIC_TENANT)])

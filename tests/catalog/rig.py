@@ -132,7 +132,7 @@ async def running(settings: Settings, *keys: str, engine: CatalogEngine | None =
         stack.push_async_callback(catalog.aclose)
         gate = TenantGate(catalog.database)
         stack.push_async_callback(gate.aclose)
-        await catalog.attach(engine, count_upload=metrics.count_upload)
+        await catalog.attach(engine, count_upload=metrics.count_upload, count_damaged=metrics.count_damaged)
         usage = UsageLedger(catalog.database, Occupancy())
         usage.start()
         stack.push_async_callback(usage.aclose)

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import IO, Final
 
 from manylora.catalog import labels
+from manylora.catalog.copies import Copies
 from manylora.catalog.database import Database
 from manylora.catalog.download import pack
+from manylora.catalog.files import blob_of_folder
 from manylora.catalog.records import Published, VersionRecord
 from manylora.catalog.registry import Registry
 from manylora.catalog.store import Store
@@ -33,6 +35,8 @@ class Blobs:
 
     def __init__(self, database: Database, registry: Registry, store: Store) -> None:
         self.missing: frozenset[str] = frozenset()  # blobs of the registry that the store did not have at start
+        self.num_orphans = 0  # at start
+        self.count_damaged: Callable[[], None] = lambda: None
         self._database = database
         self._registry = registry
         self._store = store
@@ -49,6 +53,8 @@ class Blobs:
                 if is_new:
                     self._remove_if_free(blob)
                 raise
+            if is_new and done.version.blob != blob:  # meanwhile the same content came in other bytes
+                self._remove_if_free(blob)
             self._label(done.version)
         return done
 
@@ -77,16 +83,50 @@ class Blobs:
         blob = self._registry.directory.blob_of(ref.id)
         if blob is None:
             raise AdapterLoadFailed(f"The adapter {ref.label} is not registered any more.")
-        return self._folder(blob)
+        return self._folder(blob, ref.label)
 
-    def _folder(self, blob: str) -> Path:
-        """The blob's files, which have its hash."""
+    def _folder(self, blob: str, label: str) -> Path:
+        """The blob's files, which have its hash. Where they have not, that is counted, logged and AdapterLoadFailed."""
         try:
-            return self._store.local_folder(blob)
-        except AdapterLoadFailed:
-            if not self._bring_back(blob):
-                raise
-            return self._store.local_folder(blob)
+            try:
+                return self._store.local_folder(blob)
+            except AdapterLoadFailed:
+                if not self._bring_back(blob):
+                    raise
+                return self._store.local_folder(blob)
+        except AdapterLoadFailed as error:
+            self.count_damaged()
+            _log.error(
+                "%s cannot be served: %s `manylora adapters verify --repair-from DIR` mends it from a backup, "
+                "an upload of the same adapter does too.",
+                label,
+                error.message,
+            )
+            raise
+
+    def mend(self, folder: Path, blob: str) -> None:
+        """The content of a blob was sent again: make sure that the stored files are sound, else take these."""
+        sent = blob_of_folder(folder)
+        with self._locked(blob):
+            if sent == blob:
+                self._store.put(folder, sent)  # compares, and writes only what is damaged
+                return
+            if self._store.fault(blob) is None:
+                return
+        with self._locked(sent):  # the same content in other bytes
+            self._store.put(folder, sent)
+            self._registry.replace_blob(blob, sent)
+        self._set_aside(blob)
+
+    def mend_missing(self, root: Path) -> None:
+        """Take what the store had lost at start from the folders at or below `root`."""
+        copies = Copies(root)
+        for blob in sorted(self.missing):
+            folder = copies.find(blob)
+            if folder is not None:
+                with self._locked(blob):
+                    self._store.put(folder, blob)
+                _log.warning("The store had lost a blob, which was found in %s: %s", folder, blob)
 
     def _bring_back(self, blob: str) -> bool:
         with self._locked(blob):
@@ -97,10 +137,9 @@ class Blobs:
 
     def pack(self, version: VersionRecord, scratch: Path) -> IO[bytes]:
         """The version's files as a .tar.gz. Raises AdapterLoadFailed."""
-        if not self._store.has(version.blob):
-            self._bring_back(version.blob)
+        folder = self._folder(version.blob, version.ref.label)
         with self._locked(version.blob):
-            return pack(self._store.local_folder(version.blob), version, scratch)
+            return pack(folder, version, scratch)
 
     def sweep(self, orphan_days: float) -> None:
         """At start, before anything is served: put store and registry in order. Nothing is deleted but old orphans."""
@@ -124,6 +163,7 @@ class Blobs:
                 num_moved,
                 until.strftime("%Y-%m-%d"),
             )
+        self.num_orphans = len({o.blob for o in aside} - set(old) - referenced) + num_moved
         self.missing = frozenset(referenced - stored.keys())
         if self.missing:
             _log.error(

@@ -19,7 +19,7 @@ from manylora.catalog import folders, sources
 from manylora.catalog.belonging import check_owner
 from manylora.catalog.blobs import Blobs
 from manylora.catalog.database import Database, open_database
-from manylora.catalog.directory import Directory, missing
+from manylora.catalog.directory import Directory, Listed, missing
 from manylora.catalog.files import ADAPTER_FILES
 from manylora.catalog.interface import PUBLIC_TENANT
 from manylora.catalog.lockfile import FolderLock
@@ -91,6 +91,11 @@ class Catalog:
         return self._registry.directory
 
     @property
+    def num_orphans(self) -> int:
+        """How many adapters' files were in `orphans/` once the catalog was open."""
+        return self._blobs.num_orphans
+
+    @property
     def max_upload_bytes(self) -> int:
         return self._rules.max_bytes
 
@@ -98,13 +103,20 @@ class Catalog:
         """Implements `engine.interface.AdapterSource`."""
         return self._blobs.local_folder(ref)
 
-    async def attach(self, engine: EngineClient, *, count_upload: Callable[[str, str], None] | None = None) -> None:
+    async def attach(
+        self,
+        engine: EngineClient,
+        *,
+        count_upload: Callable[[str, str], None] | None = None,
+        count_damaged: Callable[[], None] | None = None,
+    ) -> None:
         """Work with this engine from now on: pin what is pinned, follow other processes' changes.
 
-        `count_upload` hears of every upload's tenant and result.
+        `count_upload` hears of every upload's tenant and result, `count_damaged` of stored files that are not sound.
         """
         self._engine = engine
         self._count_upload = count_upload or _ignore
+        self._blobs.count_damaged = count_damaged or self._blobs.count_damaged
         self._pins = Pins(engine, self.directory)
         self._retirement = Retirement(engine, self.directory, self._blobs.free)
         self._pins.sync_all()
@@ -158,6 +170,8 @@ class Catalog:
         An unchanged one costs a `stat`. A broken one is logged with all its problems and not served (a version
         registered earlier stays); the others are registered all the same. Raises StartupError without `root`.
         """
+        if self._blobs.missing:
+            await asyncio.to_thread(self._blobs.mend_missing, root)
         return await folders.register(root, self._base, self._registry.folders, self._add_folder)
 
     async def _add_folder(self, found: folders.FoundFolder) -> Published:
@@ -178,6 +192,9 @@ class Catalog:
         async with self._quarantine.folder() as quarantine:
             wish, folder = await receive(quarantine)
             adapter = await self._quarantine.validate(folder)
+            stored = self._newest_with(wish, adapter.digest)
+            if stored is not None:
+                await asyncio.to_thread(self._blobs.mend, folder, stored.blob)
             done = await self.database.run(partial(self._registry.republish, wish, adapter.digest, folder=stamp))
             if done is None:
                 size, pinned = adapter.size_bytes, bool(wish.pinned)
@@ -189,6 +206,12 @@ class Catalog:
                 publish = partial(self._registry.publish, wish, new, folder=stamp)
                 done = await asyncio.to_thread(self._blobs.keep, folder, new.blob, publish)
         return await self._with_pin(done)
+
+    def _newest_with(self, wish: Wish, digest: str) -> Listed | None:
+        """The version that an upload of this content will find to be there already."""
+        entry = self.directory.own(wish.tenant, wish.name)
+        newest = None if entry is None else entry.versions[max(entry.versions)]
+        return newest if newest is not None and newest.ref.digest == digest and newest.is_ready else None
 
     async def _with_pin(self, done: Published) -> Published:
         """Tell the engine. If it cannot pin, the upload stands, unpinned."""

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from manylora.catalog.belonging import check_same
+from manylora.catalog.copies import Copies
 from manylora.catalog.database import Database
-from manylora.catalog.files import ADAPTER_FILES, CONFIG_FILE, blob_of_folder, folder_fault
 from manylora.catalog.registry import Registry
 from manylora.catalog.store import Store
 
@@ -34,7 +34,7 @@ def verify(database: Database, store: Store, repair_from: Path | None = None) ->
     for entry in Registry(database, "").directory.entries():
         for version in entry.versions.values():
             named.setdefault(version.blob, []).append(f"{entry.tenant}/{version.ref.label}")
-    copies = None if repair_from is None else _Copies(repair_from)
+    copies = None if repair_from is None else Copies(repair_from)
     for blob, labels in sorted(named.items(), key=lambda item: item[1]):
         fault = store.fault(blob)
         if fault is not None and store.fault(blob, is_orphan=True) is None and store.bring_back(blob):
@@ -44,22 +44,3 @@ def verify(database: Database, store: Store, repair_from: Path | None = None) ->
         if copy is not None:
             store.put(copy, blob)
         yield Checked(blob, tuple(labels), fault, is_mended=copy is not None)
-
-
-class _Copies:
-    """Adapters' folders below a root, by the hash of their files."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self._by_hash: dict[str, Path] | None = None
-
-    def find(self, blob: str) -> Path | None:
-        """A folder whose two files have the blob's hash."""
-        for likely in (self._root / blob[:2] / blob, self._root / "store" / blob[:2] / blob):
-            if likely.is_dir() and folder_fault(likely, blob) is None:
-                return likely
-        if self._by_hash is None:
-            folders = sorted(config.parent for config in self._root.rglob(CONFIG_FILE))
-            whole = [f for f in folders if all((f / name).is_file() for name in ADAPTER_FILES)]
-            self._by_hash = {blob_of_folder(folder): folder for folder in whole}
-        return self._by_hash.get(blob)

@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from manylora.errors import AdapterLoadFailed, Conflict, ManyloraError
+from manylora.errors import AdapterLoadFailed, Conflict, InvalidAdapter, ManyloraError
 from manylora.lora.device import DeviceTier
 from manylora.lora.entries import Entry, TierEvents
 from manylora.lora.host import HostCache
@@ -317,11 +317,19 @@ class AdapterTiers:
                 return packed
             folder = entry.folder
         started = time.perf_counter()
-        packed = self._packer(folder or self._folder_of(entry.ref))
+        packed = self._packer(folder) if folder else self._pack_stored(entry.ref)
         self._events.on_load(entry.ref, "disk", time.perf_counter() - started)
         with self._lock:
             self._host.keep(entry.ref, packed, self._wanted)
         return packed
+
+    def _pack_stored(self, ref: AdapterRef) -> PackedAdapter:
+        """What was accepted before and cannot be read now is no caller's fault."""
+        try:
+            return self._packer(self._folder_of(ref))
+        except InvalidAdapter as error:
+            reason = error.problems[0].message if error.problems else error.message
+            raise AdapterLoadFailed(f"The stored files of {ref.label} cannot be read: {reason}") from error
 
     def _to_device(self, entry: Entry, packed: PackedAdapter) -> None:
         started = time.perf_counter()
