@@ -147,6 +147,9 @@ class Settings(BaseSettings):
     max_queue: int = Field(default=2048, ge=1)
     """Most sequences (a request has one for each choice) waiting beside those in the batch; more are answered
     with 429."""
+    tenant_queue_share: float = Field(default=0.5, gt=0, le=1)
+    """How much of the seats and of the queue that the others leave one tenant may hold, so that it cannot fill the
+    queue for everybody; 1 lets it."""
     kv_cache_memory: Size = 0.1
     """Memory for the KV cache: bytes, or a share of what is free once the model is loaded; a share is raised to what
     one sequence of `max_model_len` needs, if that is at most half of what is free."""

@@ -148,6 +148,7 @@ class FakeEngine:
     last_reason: FinishReason | None = None
     refuse: ManyloraError | None = None
     max_open: int = 10_000
+    max_choices: int = 10_000
     is_ready: bool = True
     is_draining: bool = False
     codec: FakeCodec = field(default_factory=FakeCodec)

@@ -168,7 +168,7 @@ def test_no_tokens_at_all_can_be_asked_for_of_completions_only(rig: Rig) -> None
 
 
 def test_more_answers_than_can_ever_be_queued_are_refused_at_once(rig: Rig) -> None:
-    rig = Rig(rig.settings.model_copy(update={"max_queue": 10}))
+    rig.engine.max_choices = 10
     assert rig.complete(prompt=["a", "b"], n=5).status_code == 200
     for body, param in (({"prompt": ["a", "b"], "n": 6}, "n"), ({"prompt": ["a"] * 11}, "prompt")):
         answer = rig.complete(**body)

@@ -278,7 +278,7 @@ async def test_a_dead_engine_ends_every_request_and_readiness(own_server: Callab
 
 @pytest.mark.anyio
 async def test_a_full_queue_is_a_429_that_says_when_to_come_back(own_server: Callable[..., Any]) -> None:
-    with own_server(max_num_seqs=1, max_queue=2) as server:
+    with own_server(max_num_seqs=1, max_queue=2, tenant_queue_share=1) as server:
         body = {"model": "small", "prompt": "The", "max_tokens": 200, "ignore_eos": True}
         async with httpx.AsyncClient(timeout=120) as client:
             asked = (client.post(f"{server.url}/v1/completions", json=body) for _ in range(8))

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -42,10 +43,10 @@ def rig(tiny_llama_dir: Path, adapter: Path) -> Rig:
 
 
 @asynccontextmanager
-async def started(rig: Rig, folder: Path, *, max_open: int = 64) -> AsyncIterator[AsyncEngine]:
+async def started(rig: Rig, folder: Path, *, max_open: int = 64, **how: Any) -> AsyncIterator[AsyncEngine]:
     codec = HuggingFaceCodec(load_tokenizer(folder), ())
     model = ModelInfo("tiny", context_length=400, vocab_size=VOCAB_SIZE, created=0)
-    engine = AsyncEngine(rig.engine, rig.tiers, model, codec, max_open=max_open)
+    engine = AsyncEngine(rig.engine, rig.tiers, model, codec, max_open=max_open, **how)
     await engine.start()
     try:
         yield engine
@@ -74,6 +75,7 @@ async def collect(generation: RunningGeneration) -> list[Delta]:
 async def nothing_runs(engine: AsyncEngine) -> None:
     while (stats := engine.stats()).running or stats.waiting:
         await asyncio.sleep(0.001)
+    engine._admission.check_integrity(Counter())
 
 
 async def test_a_request_is_answered_to_its_end(engine: AsyncEngine, tiny_llama_dir: Path) -> None:
@@ -116,13 +118,37 @@ def dies_after(rig: Rig, steps: int) -> Any:
 
 
 async def test_a_full_queue_refuses_and_says_when_to_come_back(rig: Rig, tiny_llama_dir: Path) -> None:
-    async with started(rig, tiny_llama_dir, max_open=3) as engine:
+    async with started(rig, tiny_llama_dir, max_open=3, tenant_share=1.0) as engine:
         asked = [ask(engine, "one"), ask(engine, "two", n=2)]
         with pytest.raises(QueueFull) as refused:
             ask(engine, "three")
         assert refused.value.retry_after_s > 0
         assert [len(await collect(generation)) for generation in asked] == [8, 16]
         assert len(await collect(ask(engine, "four"))) == 8
+
+
+async def test_one_tenant_cannot_fill_the_queue_for_another(rig: Rig, tiny_llama_dir: Path) -> None:
+    """Whatever became of its requests: answered, left, or failed for want of their adapter."""
+    rig.tiers._folder_of = lambda ref: Path("/nowhere")
+
+    async with started(rig, tiny_llama_dir, max_open=20) as engine:
+
+        def of(tenant: str, name: str, rig: Rig | None = None, max_tokens: int = 3) -> RunningGeneration:
+            params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+            return engine.generate(name, PROMPT, params, adapter=rig.refs["tuned"] if rig else None, tenant=tenant)
+
+        for turn in range(3):
+            flood = [of("flood", f"{turn}-{number}", rig if number % 3 == 0 else None, LONG) for number in range(10)]
+            with pytest.raises(QueueFull, match="your tenant's share"):
+                of("flood", "too many")
+            answers = await asyncio.gather(*(collect(of("quiet", f"q{turn}-{number}")) for number in range(5)))
+            assert [len(answer) for answer in answers] == [3] * 5
+            ends = await asyncio.gather(*(collect(each) for each in flood[::2]), return_exceptions=True)
+            assert any(isinstance(end, ManyloraError) for end in ends)
+            assert any(isinstance(end, list) for end in ends)
+            for each in flood[1::2]:
+                await each.aclose()
+            await nothing_runs(engine)
 
 
 async def test_a_prompt_that_leaves_no_room_is_refused(engine: AsyncEngine) -> None:

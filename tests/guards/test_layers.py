@@ -96,9 +96,9 @@ def test_only_the_bridge_knows_asyncio_and_threads_inside_the_engine() -> None:
 
 def without_torch() -> list[str]:
     """Packages and modules that must work, and load, without torch."""
-    bookkeeping = ("engine.block_manager", "engine.scheduler", "engine.fairness", "engine.interface", "lora.slots",
-                   "lora.eviction", "lora.format", "lora.ref", "catalog.registry", "errors", "settings", "metrics",
-                   "cli", "app")  # fmt: skip
+    bookkeeping = ("engine.admission", "engine.block_manager", "engine.scheduler", "engine.fairness",
+                   "engine.interface", "lora.slots", "lora.eviction", "lora.format", "lora.ref",
+                   "catalog.registry", "errors", "settings", "metrics", "cli", "app")  # fmt: skip
     wanted = {f"manylora.{name}" for name in bookkeeping}
     wanted |= {name for name in MODULES if is_below(name, "manylora.api") or is_below(name, "manylora.tenants")}
     return sorted(wanted & set(MODULES))

@@ -154,7 +154,7 @@ class _Call:
     def _job(
         self, body: CompletionRequest | ChatRequest, adapter: AdapterRef | None, prompts: list[EncodedPrompt]
     ) -> Job:
-        model, most = self._services.engine.model, self._services.settings.max_queue
+        model, most = self._services.engine.model, self._services.engine.max_choices
         params = sampling_params(body, model)
         if self._services.settings.log_prompts:
             decode = self._services.engine.codec.decode

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from manylora.engine.admission import Admission
 from manylora.engine.engine import Engine, Output
 from manylora.engine.interface import (
     AdapterRef,
@@ -29,7 +30,7 @@ from manylora.engine.interface import (
     Tier,
 )
 from manylora.engine.sequence import Sequence
-from manylora.errors import AdapterLoadFailed, ContextLengthExceeded, Draining, EngineDead, ManyloraError, QueueFull
+from manylora.errors import AdapterLoadFailed, ContextLengthExceeded, Draining, EngineDead, ManyloraError
 from manylora.log import get_logger
 from manylora.lora.tiers import AdapterTiers
 
@@ -121,13 +122,14 @@ class AsyncEngine:
         codec: TextCodec,
         *,
         max_open: int,
+        tenant_share: float = 0.5,
         before_step: Callable[[], None] = lambda: None,
     ) -> None:
         self.model = model
         self.codec = codec
         self._engine = engine
         self._tiers = tiers
-        self._max_open = max_open  # sequences, in the batch and waiting
+        self._admission = Admission(max_open, engine.scheduler.max_num_seqs, tenant_share)
         self._before_step = before_step
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Event()
@@ -154,6 +156,10 @@ class AsyncEngine:
 
     # requests
 
+    @property
+    def max_choices(self) -> int:
+        return self._admission.most
+
     def generate(
         self,
         request_id: str,
@@ -167,8 +173,7 @@ class AsyncEngine:
     ) -> RunningGeneration:
         """Queue a request; see `interface.EngineClient`."""
         self._check_open()
-        if len(self._generations) + params.n > self._max_open:
-            raise QueueFull("The server's queue is full. Try again shortly.", retry_after_s=1.0)
+        self._admission.check(tenant, params.n)
         if len(prompt_ids) + 1 > self.model.context_length:
             raise ContextLengthExceeded(
                 f"The prompt has {len(prompt_ids)} tokens and the model's context is {self.model.context_length}."
@@ -200,14 +205,22 @@ class AsyncEngine:
         generation = RunningGeneration(self, seqs, tier)
         for seq in seqs:
             self._generations[id(seq)] = generation
+            self._admission.enter(seq.tenant)
         self._post(lambda: self._engine.add(seqs[0]))
         return generation
 
     def leave(self, generation: RunningGeneration) -> None:
         """Nobody listens to this request any more: take out what still runs of it."""
-        mine = [s for s in generation.seqs if self._generations.pop(id(s), None) is not None]
+        mine = [s for s in generation.seqs if self._closed(s) is not None]
         if mine:
             self._post(lambda: self._engine.abort(mine))
+
+    def _closed(self, seq: Sequence) -> RunningGeneration | None:
+        """The generation of a sequence that has ended; None where it was closed before."""
+        generation = self._generations.pop(id(seq), None)
+        if generation is not None:
+            self._admission.leave(seq.tenant)
+        return generation
 
     def _check_open(self) -> None:
         if self._failure is not None:
@@ -228,10 +241,14 @@ class AsyncEngine:
         self._num_probes += 1
         params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
         self._tiers.offer(ref, folder)
-        base = self._submit([Sequence(f"probe-{self._num_probes}-base", list(prompt), params, capture_logits=True)])
-        tuned = self._submit(
-            [Sequence(f"probe-{self._num_probes}", list(prompt), params, adapter=ref, capture_logits=True)]
-        )
+
+        def probe(name: str, adapter: AdapterRef | None) -> RunningGeneration:
+            """It runs at the expense of the tenant's fair share."""
+            return self._submit(
+                [Sequence(name, list(prompt), params, adapter=adapter, tenant=ref.tenant, capture_logits=True)]
+            )
+
+        base, tuned = probe(f"probe-{self._num_probes}-base", None), probe(f"probe-{self._num_probes}", ref)
         try:
             without, with_it = await base.output(), await tuned.output()
         finally:
@@ -343,10 +360,11 @@ class AsyncEngine:
             if generation is None:
                 continue
             if output.delta.finish_reason is not None:
-                del self._generations[id(output.seq)]
+                self._closed(output.seq)
             generation.put(output)
 
     def _fail_all(self) -> None:
         for generation in set(self._open()):
             generation.put(EngineDead(f"The engine has stopped: {self._failure}"))
-        self._generations.clear()
+            for seq in generation.seqs:
+                self._closed(seq)

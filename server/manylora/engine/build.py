@@ -92,6 +92,7 @@ class EngineBuilder:
             self._model_info(),
             self.base.codec,
             max_open=max_open,
+            tenant_share=self.settings.tenant_queue_share,
             before_step=ThreadPlacement(native).before_step if self._use_native else lambda: None,
         )
 

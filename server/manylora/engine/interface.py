@@ -235,6 +235,11 @@ class EngineClient(Protocol):
     @property
     def is_draining(self) -> bool: ...
 
+    @property
+    def max_choices(self) -> int:
+        """Most choices that one tenant may have open, and so most that one request may ask for."""
+        ...
+
     def generate(
         self,
         request_id: str,

@@ -80,7 +80,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_waiting_for_adapter = 0  # as of the last plan; other threads read it
         self._slots = slots
-        self._max_num_seqs = max_num_seqs
+        self.max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._passed_over: Counter[int] = Counter()  # by id() of waiting sequences
         self._yielding: dict[str, Sequence] = {}  # adapter id -> the sequence it makes room for
@@ -264,7 +264,7 @@ class Scheduler:
         """
         begun = Counter(s.tenant for s in (*self.running, *self.waiting) if s.num_output_tokens)
         num_tenants = len({s.tenant for s in self.running} | set(self.waiting.tenants()))
-        may_begin = {t for t in {s.tenant for s in lacking} if begun[t] * num_tenants < self._max_num_seqs}
+        may_begin = {t for t in {s.tenant for s in lacking} if begun[t] * num_tenants < self.max_num_seqs}
 
         def urgency(seq: Sequence) -> int:
             return self._passed_over[id(seq)] + (0 if seq.num_output_tokens else HEAD_START_STEPS)
@@ -295,7 +295,7 @@ class Scheduler:
 
     def _make_seat(self, seq: Sequence, work: dict[int, Scheduled]) -> bool:
         """A place in the batch and blocks for all of the sequence, from tenants over their share if need be."""
-        while len(self.running) >= self._max_num_seqs or not self._has_blocks(seq):
+        while len(self.running) >= self.max_num_seqs or not self._has_blocks(seq):
             victim = self._over_share_for(seq)
             if victim is None:
                 return False
@@ -329,12 +329,12 @@ class Scheduler:
         total = sum(weights.values())
 
         def share(tenant: str) -> float:
-            return max(1.0, self._max_num_seqs * weights[tenant] / total)
+            return max(1.0, self.max_num_seqs * weights[tenant] / total)
 
         if running[seq.tenant] + 1 > share(seq.tenant):
             return None
         victim = self._most_over_share()
-        crowded = len(self.running) >= self._max_num_seqs
+        crowded = len(self.running) >= self.max_num_seqs
         over = running[victim.tenant] > (share(victim.tenant) if crowded else running[seq.tenant] + 1)
         return victim if over and victim.tenant != seq.tenant else None
 
@@ -380,7 +380,7 @@ class Scheduler:
         """Every block and slot belongs to a running sequence, and statuses say where sequences are."""
         self.blocks.check_integrity(self.running)
         self.waiting.check_integrity()
-        assert len(self.running) <= self._max_num_seqs
+        assert len(self.running) <= self.max_num_seqs
         for seq in self.running:
             assert seq.status is SequenceStatus.RUNNING
             assert (seq.slot >= 0) == (seq.adapter is not None)
