@@ -104,7 +104,8 @@ class _Server:
             catalog = Catalog.open(settings, builder.modules)
             stack.push_async_callback(catalog.aclose)
             occupancy = Occupancy()
-            usage = UsageLedger(catalog.database, occupancy)
+            journals = settings.data_dir / "usage"
+            usage = UsageLedger(catalog.database, occupancy, journals, wait_s=settings.usage_wait_s)
             usage.start()
             stack.push_async_callback(usage.aclose)
             engine = builder.build(catalog, self._metrics, occupancy)

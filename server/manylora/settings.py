@@ -185,6 +185,9 @@ class Settings(BaseSettings):
     """SQLAlchemy URL of the registry; unset: an SQLite file in `data_dir`."""
     database_timeout_s: float = Field(default=5.0, gt=0)
     """Seconds that PostgreSQL may be silent, and a connection or a lock be waited for, before an operation fails."""
+    usage_wait_s: float = Field(default=1.0, gt=0)
+    """Seconds that the end of an answer waits for its usage to be in the database; then it is kept in a journal in
+    `data_dir`, from which it is written later, and nobody waits again until the database has answered."""
     store_url: str | None = None
     """fsspec URL of the adapter files, such as `s3://bucket/prefix`; unset: a folder in `data_dir`."""
     orphan_days: float = Field(default=30.0, gt=0)

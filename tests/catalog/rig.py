@@ -133,7 +133,7 @@ async def running(settings: Settings, *keys: str, engine: CatalogEngine | None =
         gate = TenantGate(catalog.database)
         stack.push_async_callback(gate.aclose)
         await catalog.attach(engine, count_upload=metrics.count_upload, count_damaged=metrics.count_damaged)
-        usage = UsageLedger(catalog.database, Occupancy())
+        usage = UsageLedger(catalog.database, Occupancy(), settings.data_dir / "usage", wait_s=settings.usage_wait_s)
         usage.start()
         stack.push_async_callback(usage.aclose)
         routers = (build_router(catalog), usage_routes.build_router(usage))

@@ -2,9 +2,11 @@
 
 import asyncio
 import logging
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -207,3 +209,83 @@ async def test_times_of_use_that_could_not_be_written_are_kept(settings: Setting
     await gate.aclose()
     assert KeyStore(database).list()[0].last_used is not None
     database.close()
+
+
+async def requests_on_the_bill(rig: Rig) -> int:
+    answer = (await rig.call("GET", "/v1/usage")).json()
+    return int(answer["total"]["requests"])
+
+
+@pytest.mark.parametrize("how", ["paused", "killed"])
+async def test_usage_is_exact_after_an_outage(settings: Settings, cluster: postgres.Cluster, how: str) -> None:
+    async with serving(settings.model_copy(update={"usage_wait_s": 0.1})) as rig:
+        for _ in range(3):
+            await rig.assert_answers()
+        async with asyncio.timeout(PATIENCE_S):
+            with cluster.paused() if how == "paused" else dead(cluster):
+                for _ in range(20):
+                    await rig.assert_answers()
+        for _ in range(3):
+            await rig.assert_answers()
+        await until_available(rig)
+        async with asyncio.timeout(PATIENCE_S):
+            while await requests_on_the_bill(rig) < 26:
+                await asyncio.sleep(0.05)
+        assert await requests_on_the_bill(rig) == 26
+
+
+@contextmanager
+def dead(cluster: postgres.Cluster) -> Iterator[None]:
+    cluster.kill()
+    try:
+        yield
+    finally:
+        cluster.start()
+
+
+CHILD = """
+import asyncio, sys
+from pathlib import Path
+from manylora.catalog.database import open_database
+from manylora.catalog.interface import Use
+from manylora.catalog.usage.ledger import UsageLedger
+from manylora.lora.occupancy import Occupancy
+
+async def main(url, folder):
+    ledger = UsageLedger(open_database(url, 1.0), Occupancy(), Path(folder), wait_s=0.1)
+    ledger.start()
+    for line in sys.stdin:
+        ledger.add(Use("acme", None, "ok", 1, 2, 0))
+        await ledger.stored()
+        sys.stdout.write("kept\\n")
+        sys.stdout.flush()
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+async def test_kill_9_while_the_database_hangs_takes_nothing_off_the_bill(
+    settings: Settings, cluster: postgres.Cluster
+) -> None:
+    url, folder = settings.resolved_database_url, settings.data_dir / "usage"
+    with subprocess.Popen(
+        [sys.executable, "-c", CHILD, url, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        for turn in range(12):
+            with cluster.paused() if turn % 2 else nullcontext():
+                child.stdin.write("one\n")
+                child.stdin.flush()
+                assert child.stdout.readline() == "kept\n"
+        with cluster.paused():
+            child.stdin.write("one\n")
+            child.stdin.flush()
+            assert child.stdout.readline() == "kept\n"
+            child.kill()
+            child.wait()
+    async with running(settings) as rig, asyncio.timeout(PATIENCE_S):
+        while await requests_on_the_bill(rig) < 13:
+            await asyncio.sleep(0.05)
+        assert await requests_on_the_bill(rig) == 13
+    assert list(folder.iterdir()) == []

@@ -1,5 +1,6 @@
 """Usage into the database: counts are added to what is there, in one transaction per batch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -21,8 +22,8 @@ _USAGE_KEY: Final = ("quarter", "tenant", "owner", "adapter", "outcome")
 _USAGE_SUMS: Final = ("requests", "prompt_tokens", "completion_tokens", "cached_tokens")
 _SLOT_KEY: Final = ("quarter", "tenant", "adapter")
 _SLOT_SUMS: Final = ("microseconds",)
-# A process that was killed leaves its row behind; nobody sends a batch again after so long.
-_FORGET_WRITERS_US: Final = 7 * 86_400 * MICROSECONDS
+# A process that was killed leaves its row behind, and perhaps a journal, by which a start knows what it had written.
+_FORGET_WRITERS_US: Final = 90 * 86_400 * MICROSECONDS
 
 
 @dataclass(slots=True)
@@ -43,6 +44,22 @@ class Batch:
         counts[1] += prompt_tokens
         counts[2] += completion_tokens
         counts[3] += cached_tokens
+
+    def copy(self) -> "Batch":
+        copied = Batch()
+        copied.merge(self)
+        return copied
+
+    def merge(self, other: "Batch") -> None:
+        for key, counts in other.usage.items():
+            mine = self.usage.setdefault(key, [0, 0, 0, 0])
+            self.usage[key] = [a + b for a, b in zip(mine, counts, strict=True)]
+        for slot, microseconds in other.slots.items():
+            self.add_slot_time(slot, microseconds)
+
+    @property
+    def num_requests(self) -> int:
+        return sum(counts[0] for counts in self.usage.values())
 
     def add_slot_time(self, key: SlotKey, microseconds: int) -> None:
         self.slots[key] = self.slots.get(key, 0) + microseconds
@@ -72,6 +89,20 @@ class UsageStore:
         """
         with self._database.write(None) as session:
             self._execute(session, number, batch, now_us)
+
+    def write_again(self, batches: Sequence[tuple[int, Batch]], now_us: int) -> int:
+        """Add those of this writer's numbered batches that the database has not; how many requests these were."""
+        query = select(UsageWriterRow.batch).where(UsageWriterRow.id == self._writer)
+        with self._database.write(None) as session:
+            last = session.execute(query).scalar_one_or_none() or 0
+            missing = Batch()
+            for number, batch in batches:
+                if number > last:
+                    missing.merge(batch)
+            if missing.is_empty:
+                return 0
+            self._execute(session, max(number for number, _ in batches), missing, now_us)
+            return missing.num_requests
 
     def _execute(self, session: Session, number: int, batch: Batch, now_us: int) -> None:
         connection = session.connection()
