@@ -58,11 +58,49 @@ def create(
 
     with _database(data_dir, database_url) as database:
         key, text = KeyStore(database).create(tenant, role)
+    _note_keys(data_dir, database_url)
     if as_json:
         print_json({"id": key.id, "tenant": key.tenant, "role": key.role, "prefix": key.prefix, "key": text})
     else:
         complaints.print(f"{key.role} key of {key.tenant}; it is not shown again:", markup=False)
         print(text)
+
+
+def _note_keys(data_dir: Path | None, database_url: str | None) -> None:
+    """Note beside the database that there are keys. Where it is elsewhere, the server does, once it sees them."""
+    from manylora.errors import ManyloraError
+    from manylora.settings import load_settings
+    from manylora.tenants.seal import Seal
+
+    settings = load_settings(data_dir=data_dir, database_url=database_url)
+    if settings.database_url is not None:
+        return
+    try:
+        Seal(settings.data_dir).set()
+    except ManyloraError as error:  # the key was made, and its text must not be lost
+        complaints.print("warning:", error.message, style="yellow", markup=False)
+
+
+@keys.command()
+def reopen(
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    data_dir: DataDir = None,
+    store_url: Annotated[
+        str | None, typer.Option(help="The server's store, where it is not in the data folder.")
+    ] = None,
+) -> None:
+    """Let a server that had keys and has none any more be open to everybody again."""
+    from manylora.catalog.store import open_store
+    from manylora.settings import load_settings
+    from manylora.tenants.seal import Seal
+
+    if not yes:
+        typer.confirm("Everybody who can connect will be an admin. Go on?", abort=True)
+    settings = load_settings(data_dir=data_dir, store_url=store_url)
+    store = open_store(settings.resolved_store_url, settings.data_dir / "cache", is_exclusive=False)
+    Seal(settings.data_dir, store).lift()
+    store.close()
+    console.print("Without keys, the server is open again", markup=False)
 
 
 @keys.command("list")

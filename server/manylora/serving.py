@@ -32,6 +32,7 @@ from manylora.metrics import Metrics, NoMetrics
 from manylora.settings import Settings
 from manylora.tenants.gate import TenantGate
 from manylora.tenants.keys import KeyStore
+from manylora.tenants.seal import Seal, reopened
 from manylora.warm_up import warm_up
 
 if TYPE_CHECKING:
@@ -65,12 +66,20 @@ def serve(settings: Settings, announce: Callable[[Announcement], None]) -> None:
 
 
 def safe_host(settings: Settings) -> str:
-    """The host to bind: loopback instead of the one asked for while there is no key and no --allow-open."""
-    if settings.allow_open or is_loopback(settings.host):
+    """The host to bind: loopback instead of the one asked for while there is no key and no --allow-open.
+
+    Raises StartupError where the data folder says that there were keys, and there are none.
+    """
+    may_be_open = settings.allow_open or is_loopback(settings.host)
+    was_closed = Seal(settings.data_dir).is_set()
+    if may_be_open and not was_closed:
         return settings.host
     database = open_database(settings.resolved_database_url, settings.database_timeout_s)
     try:
-        return settings.host if KeyStore(database).list() else _LOOPBACK
+        has_keys = bool(KeyStore(database).list())
+        if was_closed and not has_keys:
+            raise reopened()
+        return settings.host if has_keys or may_be_open else _LOOPBACK
     finally:
         database.close()
 
@@ -103,6 +112,7 @@ class _Server:
                 stack.push_async_callback(asyncio.to_thread, self._tracing.close)
             catalog = Catalog.open(settings, builder.modules)
             stack.push_async_callback(catalog.aclose)
+            gate = TenantGate(catalog.database, Seal(settings.data_dir, catalog.store))
             occupancy = Occupancy()
             journals = settings.data_dir / "usage"
             usage = UsageLedger(catalog.database, occupancy, journals, wait_s=settings.usage_wait_s)
@@ -111,7 +121,6 @@ class _Server:
             engine = builder.build(catalog, self._metrics, occupancy)
             await engine.start()
             stack.push_async_callback(engine.close)
-            gate = TenantGate(catalog.database)
             gate.start()
             stack.push_async_callback(gate.aclose)
             await catalog.attach(

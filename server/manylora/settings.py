@@ -110,7 +110,8 @@ class Settings(BaseSettings):
     port: int = Field(default=8000, ge=0, le=65535)
     """Port to listen on; 0 takes a free one."""
     allow_open: bool = False
-    """Listen beyond this machine although no key exists: everybody who can connect is then an admin."""
+    """Listen beyond this machine although no key exists: everybody who can connect is then an admin. Not once there
+    was a key: see `manylora keys reopen`."""
     max_body: Size = 16 * 2**20
     """Largest request body, uploads aside."""
     max_connections: int = Field(default=4096, ge=1)

@@ -27,6 +27,7 @@ from manylora.settings import Settings
 from manylora.tenants.gate import TenantGate
 from manylora.tenants.interface import Role
 from manylora.tenants.keys import KeyStore
+from manylora.tenants.seal import Seal
 from tests.api.fakes import FakeEngine
 from tests.lora.malformed import Tensors, config, tensors, tiny_modules, write
 
@@ -110,7 +111,7 @@ class Rig:
     def stored(self) -> list[str]:
         """Every file below the data folder that holds adapter bytes, wherever."""
         data = self.settings.data_dir
-        own = {"lock", "registry"}
+        own = {"lock", "registry", "had_keys"}
         found = [p for p in data.rglob("*") if p.is_file() and p.name not in own and ".sqlite3" not in p.name]
         return sorted(str(p.relative_to(data)) for p in found if p.parent.name != "labels")
 
@@ -130,7 +131,7 @@ async def running(settings: Settings, *keys: str, engine: CatalogEngine | None =
     async with AsyncExitStack() as stack:
         catalog = Catalog.open(settings, MODULES)
         stack.push_async_callback(catalog.aclose)
-        gate = TenantGate(catalog.database)
+        gate = TenantGate(catalog.database, Seal(settings.data_dir, catalog.store))
         stack.push_async_callback(gate.aclose)
         await catalog.attach(engine, count_upload=metrics.count_upload, count_damaged=metrics.count_damaged)
         usage = UsageLedger(catalog.database, Occupancy(), settings.data_dir / "usage", wait_s=settings.usage_wait_s)

@@ -91,6 +91,11 @@ class Catalog:
         return self._registry.directory
 
     @property
+    def store(self) -> Store:
+        """Where the adapters' files are, for what else has to outlive the database."""
+        return self._store
+
+    @property
     def num_orphans(self) -> int:
         """How many adapters' files were in `orphans/` once the catalog was open."""
         return self._blobs.num_orphans

@@ -14,6 +14,7 @@ from manylora.tenants.interface import Principal, Role
 from manylora.tenants.keys import Key, KeyStore, is_secret_of, parse_key
 from manylora.tenants.limits import TenantStore
 from manylora.tenants.quotas import QuotaLease, Quotas
+from manylora.tenants.seal import Seal, reopened
 
 _POLL_S: Final = 1.0
 # Last-used times are written together, this often.
@@ -27,8 +28,14 @@ class TenantGate:
     Other processes (`manylora keys create`, another server) change the same database: `start` looks every second.
     """
 
-    def __init__(self, database: Database, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, database: Database, seal: Seal | None = None, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Raises StartupError where there was a key once and there is none now."""
         self._database = database
+        self._seal = seal
+        self._is_sealed = False
+        self._was_closed = seal is not None and seal.is_set()
         self._key_store = KeyStore(database)
         self._tenant_store = TenantStore(database)
         self._quotas = Quotas(clock)
@@ -37,11 +44,13 @@ class TenantGate:
         self._seen = -1
         self._task: asyncio.Task[None] | None = None
         self._load()
+        if self._was_closed and not self._keys:
+            raise reopened()
 
     @property
     def is_open(self) -> bool:
-        """No key was ever made. Revoking the last one does not open the server again."""
-        return not self._keys
+        """No key was ever made. Neither revoking the last one nor losing the database opens the server again."""
+        return not self._keys and not self._was_closed
 
     def authenticate(self, authorization: str | None) -> Principal:
         """From `Bearer <key>`. Raises AuthenticationFailed, the same for unknown, wrong and revoked."""
@@ -85,8 +94,22 @@ class TenantGate:
         if revision != self._seen:
             keys = {key.prefix: key for key in self._key_store.list()}
             self._quotas.set_limits(self._tenant_store.list())
+            if self._keys and not keys:
+                _log.error("The database has lost its API keys: nobody is let in until it has some again")
             self._keys = keys
+            self._was_closed = self._was_closed or bool(keys)
             self._seen = revision
+        self._keep_closed()
+
+    def _keep_closed(self) -> None:
+        """Once there are keys, say so outside the database."""
+        if self._seal is None or self._is_sealed or not self._keys:
+            return
+        try:
+            self._seal.set()
+            self._is_sealed = True
+        except ManyloraError as error:
+            _log.warning("That this server has keys was not noted, and is tried again: %s", error.message)
 
     async def _flush(self) -> None:
         used, self._used = self._used, {}
