@@ -8,7 +8,7 @@ TORCH_INDEX ?=
 BUILD_INPUTS := pyproject.toml setup.py $(wildcard server/manylora/csrc/*)
 ARGS ?=
 
-.PHONY: help serve test emulated soak check quick format docs clean distclean
+.PHONY: help serve test emulated sanitize soak check quick format docs clean distclean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make test     install what is needed, then check and all tests"
 	@echo "make emulated the kernels' tests on the CPU paths that this machine lacks"
 	@echo "make soak     ten minutes of load on a server that is watched, and servers that are killed at work"
+	@echo "make sanitize the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make quick    the tests that take seconds"
 	@echo "make check    linter, formatting, types"
 	@echo "make format   put the code into its format"
@@ -37,6 +38,14 @@ emulated: $(VENV)/.dev
 # In a process of its own beside `make test`, so it leaves pytest's cache to that one.
 soak: $(VENV)/.dev
 	$(BIN)/python -m pytest -m soak -p no:cacheprovider $(ARGS)
+
+# And one that AddressSanitizer and UndefinedBehaviorSanitizer watch. What Python itself leaks at its end is not asked for;
+# its allocator steps aside so that every border is seen, and pytest leaves standard error alone, where reports go.
+sanitize: $(VENV)/.dev
+	MANYLORA_SANITIZE=1 $(BIN)/python setup.py -q build --build-lib build/sanitize/lib --build-temp build/sanitize/temp
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc OMP_NUM_THREADS=2 \
+	PYTHONPATH=build/sanitize/lib $(BIN)/python -m pytest tests/kernels --capture=sys $(ARGS)
 
 quick: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)

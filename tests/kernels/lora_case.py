@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from loadtest.popularity import Popularity
-from manylora.lora.memory import DTYPE_CODES
+from manylora.lora.memory import DTYPE_CODES, TableEntry
 
 POPULARITIES = ("identical", "distinct", "uniform", "zipf", "skewed", "base")
 
@@ -29,10 +29,12 @@ class Weights:
     b: torch.Tensor
     scales: torch.Tensor | None = None
 
-    def entry(self) -> tuple[int, ...]:
-        """A row of the kernel's tables."""
+    def entry(self) -> TableEntry:
+        """An entry of the kernel's tables."""
         scales = 0 if self.scales is None else self.scales.data_ptr()
-        return self.a.data_ptr(), self.b.data_ptr(), len(self.a), scales, DTYPE_CODES[self.a.dtype]
+        rank, in_features = self.a.shape
+        code = DTYPE_CODES[self.a.dtype]
+        return TableEntry(self.a.data_ptr(), self.b.data_ptr(), rank, scales, code, in_features, self.b.shape[1])
 
 
 @dataclass
@@ -47,7 +49,7 @@ class LoraCase:
 
     @property
     def tables(self) -> torch.Tensor:
-        return torch.tensor([[each.entry() if each else (0,) * 5 for each in m] for m in self.weights])
+        return torch.tensor([[each.entry() if each else TableEntry() for each in m] for m in self.weights])
 
     def only(self, rows: slice) -> "LoraCase":
         """The same with some of the rows."""

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from manylora.lora.kernels.reference import LowRank
-from manylora.lora.memory import DeviceMemory
+from manylora.lora.memory import DTYPE_CODES, TABLE_FIELDS, DeviceMemory, TableEntry
 from manylora.lora.packing import PackedAdapter
 from manylora.lora.slots import Place, SlotBook
 from tests.lora.packed import random_packed
@@ -68,9 +68,10 @@ def test_tables_hold_the_addresses_of_contiguous_matrices(places_per_slab: int) 
             found = device.memory.matrices(slot, site)
             assert found is not None
             assert all(matrix.is_contiguous() for matrix in found)
-            expected = [found[0].data_ptr(), found[1].data_ptr(), len(pairs[site].a), 0, 0]
-            assert device.memory.tables[site, slot].tolist() == expected
-        assert device.memory.tables[1, slot].tolist() == [0] * 5
+            a, b = found
+            expected = TableEntry(a.data_ptr(), b.data_ptr(), len(a), 0, DTYPE_CODES[a.dtype], a.shape[1], b.shape[1])
+            assert device.memory.tables[site, slot].tolist() == list(expected)
+        assert device.memory.tables[1, slot].tolist() == [0] * TABLE_FIELDS
 
 
 @pytest.mark.parametrize("places_per_slab", [1, 3])
@@ -153,6 +154,7 @@ def test_tables_hold_the_addresses_of_the_scales_of_int8_adapters(places_per_sla
         for site in (0, 2):
             scales = device.memory.slabs[place.slab].stack_scales(packed.layout.extents[site])[place.row]
             assert scales.is_contiguous()
-            assert device.memory.tables[site, place.slot, 3:].tolist() == [scales.data_ptr(), 3]
+            entry = TableEntry(*device.memory.tables[site, place.slot].tolist())
+            assert (entry.scales, entry.dtype) == (scales.data_ptr(), DTYPE_CODES[torch.int8])
             assert scales[: packed.ranks[site]].all()
         assert not device.memory.tables[1, place.slot].any()

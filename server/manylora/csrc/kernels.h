@@ -8,6 +8,7 @@
 namespace manylora {
 
 enum class DType { f32, bf16, f16, i8 };  // i8 is for weights only; the low-rank tables name them by number
+constexpr int64_t kNumDTypes = 4;
 
 // Row `t` of a matrix begins at data + t * stride (in elements); within a row the elements are contiguous.
 template <class Pointer>
@@ -16,13 +17,25 @@ struct Rows {
   int64_t stride;
 };
 
+// What a slot holds for one module: an entry of the low-rank tables, int64 fields in the order of `TableEntry` in
+// lora/memory.py. Where the rank is 0, nothing else is read.
+struct LoraEntry {
+  int64_t a, b;    // addresses of A [rank, in_features] and B [rank, width]
+  int64_t rank;
+  int64_t scales;  // address of float32 [rank], by which A x is multiplied, or 0
+  int64_t dtype;   // DType of A and B
+  int64_t in_features, width;
+};
+constexpr int64_t kLoraEntryFields = 7;
+static_assert(sizeof(LoraEntry) == kLoraEntryFields * sizeof(int64_t));
+
 // See `add_lora_` in models/native.py for the semantics of the fields.
 struct LoraArgs {
   DType dtype;
   Rows<void*> out;
   Rows<const void*> x;
   int64_t in_features;
-  const int64_t* tables;  // [num_members, num_slots, 5]: address of A, address of B, rank, address of scales or 0, DType
+  const LoraEntry* tables;  // [num_members, num_slots]
   int64_t num_members, num_slots;
   const int32_t* out_offsets;     // [num_members + 1]
   const int32_t* order;           // row indices, sorted by slot

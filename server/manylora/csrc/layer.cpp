@@ -35,8 +35,11 @@ struct Step : torch::CustomClassHolder {
 
   void set_lora(Tensor tables, Tensor order, Tensor segment_slots, Tensor segment_starts, const Tensor& touched) {
     TORCH_CHECK_VALUE(touched.scalar_type() == at::kBool && touched.is_contiguous() && touched.dim() == 1 &&
-                          touched.numel() == tables.size(0),
+                          tables.dim() == 3 && touched.numel() == tables.size(0),
                       "touched must be a bool for each site of tables");
+    TORCH_CHECK_VALUE(tables.scalar_type() == at::kLong && tables.is_contiguous() && tables.size(2) == kLoraEntryFields,
+                      "tables must be contiguous int64 [sites, slots, ", kLoraEntryFields, "]");
+    check_segments(order, segment_slots, segment_starts, tables.size(1));
     lora_tables = std::move(tables);
     lora_order = std::move(order);
     lora_segment_slots = std::move(segment_slots);
@@ -47,24 +50,25 @@ struct Step : torch::CustomClassHolder {
   // Whether an adapter of this step has weights at one of `count` sites.
   bool touches(int64_t first, int64_t count) const {
     if (!lora_touched.defined()) return false;
-    TORCH_CHECK_INDEX(first + count <= lora_touched.numel(), "the step's tables have no site ", first + count - 1);
+    TORCH_CHECK_INDEX(first >= 0 && first + count <= lora_touched.numel(), "the step's tables have no site ",
+                      first + count - 1);
     const bool* at = lora_touched.const_data_ptr<bool>() + first;
     return std::any_of(at, at + count, [](bool is_touched) { return is_touched; });
   }
 
-  // What `add_lora_` reads first at `count` sites, in its order, up to `most` lines. `offsets`: see there.
-  std::vector<MemoryRange> lora_reads(int64_t first, int64_t count, int64_t in_features, const int32_t* offsets,
-                                      int64_t most) const {
+  // What `add_lora_` reads first at `count` sites, in its order, up to `most` lines.
+  std::vector<MemoryRange> lora_reads(int64_t first, int64_t count, int64_t most) const {
     constexpr int64_t kElementSizes[] = {4, 2, 2, 1};  // by DType
     const int32_t* slots = lora_segment_slots.const_data_ptr<int32_t>();
     int64_t num_slots = lora_tables.size(1), num_lines = 0;
-    const int64_t* table = lora_tables.const_data_ptr<int64_t>() + first * num_slots * 5;
+    const LoraEntry* table = static_cast<const LoraEntry*>(lora_tables.const_data_ptr()) + first * num_slots;
     std::vector<MemoryRange> ranges;
     for (int64_t unit = 0; unit < lora_segment_slots.numel() * count && num_lines < most; ++unit) {
-      int64_t member = unit % count, columns[] = {in_features, offsets[member + 1] - offsets[member]};
-      const int64_t* entry = table + (member * num_slots + slots[unit / count]) * 5;
-      for (int64_t matrix = 0; matrix < 2 && entry[2]; ++matrix) {
-        int64_t begin = entry[matrix] / 64, end = entry[matrix] + entry[2] * columns[matrix] * kElementSizes[entry[4]];
+      const LoraEntry& entry = table[unit % count * num_slots + slots[unit / count]];
+      const int64_t addresses[] = {entry.a, entry.b}, columns[] = {entry.in_features, entry.width};
+      for (int64_t matrix = 0; matrix < 2 && entry.rank; ++matrix) {
+        int64_t begin = addresses[matrix] / 64;
+        int64_t end = addresses[matrix] + entry.rank * columns[matrix] * kElementSizes[entry.dtype];
         num_lines += (end + 63) / 64 - begin;
         ranges.push_back({reinterpret_cast<const char*>((end + 63) / 64 * 64), num_lines});
       }
@@ -85,6 +89,7 @@ struct Linear : torch::CustomClassHolder {
         group_sums_(std::move(group_sums)), group_size_(group_size), first_site_(first_site),
         out_offsets_(std::move(out_offsets)) {
     TORCH_CHECK_VALUE(scales_.has_value() == group_sums_.has_value(), "scales and group_sums come together");
+    TORCH_CHECK_VALUE(out_offsets_.dim() == 1 && out_offsets_.numel(), "out_offsets must have one dimension and an entry");
   }
 
   Tensor forward(const Tensor& x, const Step& step) const {
@@ -92,8 +97,7 @@ struct Linear : torch::CustomClassHolder {
     bool is_touched = step.touches(first_site_, members);
     std::vector<MemoryRange> reads;
     if (is_touched && x.size(0) >= kMinRowsToAsk)
-      reads = step.lora_reads(first_site_, members, x.size(1), out_offsets_.const_data_ptr<int32_t>(),
-                              kLinesToAskPerThread * num_threads());
+      reads = step.lora_reads(first_site_, members, kLinesToAskPerThread * num_threads());
     Tensor out = multiply(x, reads.empty() ? Soon{} : Soon{reads.data(), int64_t(reads.size()), reads.back().end_line});
     if (is_touched) {
       ML_PROFILED("add_lora_");
@@ -137,7 +141,9 @@ struct DecoderLayer : torch::CustomClassHolder {
                double softcap)
       : input_norm_(std::move(input_norm)), mlp_norm_(std::move(mlp_norm)), input_eps_(input_eps), mlp_eps_(mlp_eps),
         qkv_(std::move(qkv)), o_(std::move(o)), gate_up_(std::move(gate_up)), down_(std::move(down)),
-        keys_(std::move(keys)), values_(std::move(values)), scale_(scale), window_(window), softcap_(softcap) {}
+        keys_(std::move(keys)), values_(std::move(values)), scale_(scale), window_(window), softcap_(softcap) {
+    TORCH_CHECK_VALUE(keys_.dim() == 4 && keys_.size(3) > 0, "keys must be [blocks, heads, block_size, head_dim]");
+  }
 
   void forward_(Tensor residual, const c10::intrusive_ptr<Step>& step) const {
     Tensor qkv = qkv_->forward(input_normed(residual), *step);

@@ -213,13 +213,13 @@ std::vector<LoraUnit> lora_units(const LoraArgs& args) {
   std::vector<LoraUnit> units;
   for (int64_t s = 0; s < args.num_segments; ++s) {
     for (int64_t m = 0; m < args.num_members; ++m) {
-      const int64_t* entry = args.tables + (m * args.num_slots + args.segment_slots[s]) * 5;
+      const LoraEntry& entry = args.tables[m * args.num_slots + args.segment_slots[s]];
       LoraUnit unit{};
-      unit.a = reinterpret_cast<const void*>(entry[0]);
-      unit.b = reinterpret_cast<const void*>(entry[1]);
-      unit.rank = entry[2];
-      unit.scales = reinterpret_cast<const float*>(entry[3]);
-      unit.dtype = static_cast<DType>(entry[4]);
+      unit.a = reinterpret_cast<const void*>(entry.a);
+      unit.b = reinterpret_cast<const void*>(entry.b);
+      unit.rank = entry.rank;
+      unit.scales = reinterpret_cast<const float*>(entry.scales);
+      unit.dtype = static_cast<DType>(entry.dtype);
       if (!unit.rank) continue;
       unit.first_column = args.out_offsets[m];
       unit.width = args.out_offsets[m + 1] - args.out_offsets[m];

@@ -1,9 +1,13 @@
-// See operators.h. Every check is here: the kernels trust their arguments.
+// See operators.h. Every check is here, of shapes and of indices: the kernels trust their arguments.
 
 #include "operators.h"
 #include "kernels.h"
 
 #include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <limits>
+#include <type_traits>
 
 namespace manylora {
 
@@ -21,6 +25,7 @@ DType dtype_of(const Tensor& tensor) {
 }
 
 void check(const Tensor& tensor, const char* name, int64_t dim, at::ScalarType type) {
+  TORCH_CHECK_VALUE(tensor.device().is_cpu(), name, " must be on the CPU, is on ", tensor.device());
   TORCH_CHECK_VALUE(tensor.dim() == dim, name, " must have ", dim, " dimensions, has ", tensor.dim());
   TORCH_CHECK_TYPE(tensor.scalar_type() == type, name, " must be ", type, ", is ", tensor.scalar_type());
   TORCH_CHECK_VALUE(tensor.numel() == 0 || tensor.size(-1) == 1 || tensor.stride(-1) == 1,
@@ -34,6 +39,23 @@ const T* indices(const Tensor& tensor, const char* name, int64_t dim) {
   return tensor.const_data_ptr<T>();
 }
 
+// Whether all of `values` are in [0, end). Without a branch, so that it costs next to nothing: it runs in every layer.
+template <class T>
+bool are_below(const T* values, int64_t count, int64_t end) {
+  using Unsigned = std::make_unsigned_t<T>;
+  if (end > static_cast<int64_t>(std::numeric_limits<T>::max())) end = std::numeric_limits<T>::max();
+  bool is_outside = false;
+  for (int64_t i = 0; i < count; ++i) is_outside |= static_cast<Unsigned>(values[i]) >= static_cast<Unsigned>(end);
+  return !is_outside;
+}
+
+// Whether `starts` are the borders of `count` runs within [0, end], one after the other.
+bool are_runs(const int32_t* starts, int64_t count, int64_t end) {
+  bool is_falling = starts[0] < 0;
+  for (int64_t i = 0; i < count; ++i) is_falling |= starts[i + 1] < starts[i];
+  return !is_falling && starts[count] <= end;
+}
+
 CacheView cache_view(const Tensor& cache) { return {cache.data_ptr(), cache.stride(0), cache.stride(1), cache.stride(2)}; }
 
 WriteKvArgs write_kv_args(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache, const Tensor& slots) {
@@ -44,6 +66,10 @@ WriteKvArgs write_kv_args(const Tensor& k, const Tensor& v, const Tensor& k_cach
   TORCH_CHECK_VALUE(k.sizes() == v.sizes() && k_cache.sizes() == v_cache.sizes() && k_cache.size(1) == k.size(1) &&
                         k_cache.size(3) == k.size(2) && slots.numel() == k.size(0),
                     "k, v, the caches and slots do not fit together");
+  const int64_t* rows = indices<int64_t>(slots, "slots", 1);
+  int64_t num_positions = k_cache.size(0) * k_cache.size(2);
+  TORCH_CHECK_INDEX(std::all_of(rows, rows + slots.numel(), [&](int64_t row) { return row < num_positions; }),
+                    "slots reach past the cache's ", num_positions, " positions");
   WriteKvArgs args{};
   args.dtype = dtype_of(k);
   args.k = k.const_data_ptr();
@@ -54,7 +80,7 @@ WriteKvArgs write_kv_args(const Tensor& k, const Tensor& v, const Tensor& k_cach
   args.v_head_stride = v.stride(1);
   args.k_cache = cache_view(k_cache);
   args.v_cache = cache_view(v_cache);
-  args.slots = indices<int64_t>(slots, "slots", 1);
+  args.slots = rows;
   args.num_tokens = k.size(0);
   args.num_kv_heads = k.size(1);
   args.head_dim = k.size(2);
@@ -85,6 +111,34 @@ Tensor normed(const Tensor& x, Tensor* residual, const Tensor& weight, double ep
   return out;
 }
 
+// The adapters of this call were packed for an input and outputs of these sizes.
+void check_entries(const LoraArgs& args) {
+  for (int64_t member = 0; member < args.num_members; ++member) {
+    int64_t width = args.out_offsets[member + 1] - args.out_offsets[member];
+    for (int64_t segment = 0; segment < args.num_segments; ++segment) {
+      const LoraEntry& entry = args.tables[member * args.num_slots + args.segment_slots[segment]];
+      TORCH_CHECK_VALUE(!entry.rank || (entry.rank > 0 && entry.in_features == args.in_features && entry.width == width),
+                        "the adapter in slot ", args.segment_slots[segment], " is for [", entry.in_features, "] -> [",
+                        entry.width, "], and this is [", args.in_features, "] -> [", width, "]");
+      TORCH_CHECK_VALUE(!entry.rank || are_below(&entry.dtype, 1, kNumDTypes), "an adapter's number format is unknown");
+    }
+  }
+}
+
+// Every row and every block that the sequences name is there.
+void check_sequences(const AttentionArgs& args, int64_t num_rows, int64_t table_width, int64_t num_blocks) {
+  TORCH_CHECK_INDEX(are_runs(args.query_starts, args.num_sequences, num_rows), "query_starts must rise within q's ",
+                    num_rows, " rows");
+  for (int64_t s = 0; s < args.num_sequences; ++s) {
+    int64_t length = args.context_lens[s], num_queries = args.query_starts[s + 1] - args.query_starts[s];
+    TORCH_CHECK_INDEX(length >= num_queries, "context_lens must count a sequence's own rows too");
+    TORCH_CHECK_INDEX(length <= table_width * args.block_size, "context_lens reach past block_tables");
+    const int32_t* table = args.block_tables + s * args.block_table_stride;
+    TORCH_CHECK_INDEX(!length || are_below(table, (length + args.block_size - 1) / args.block_size, num_blocks),
+                      "block_tables must be in [0, ", num_blocks, ")");
+  }
+}
+
 Tensor gated(const Tensor& gate_up, Activation activation) {
   check(gate_up, "gate_up", 2, gate_up.scalar_type());
   TORCH_CHECK_VALUE(gate_up.size(1) % 2 == 0, "gate_up must have an even number of columns");
@@ -102,31 +156,43 @@ Tensor gated(const Tensor& gate_up, Activation activation) {
 
 }  // namespace
 
+void check_segments(const Tensor& order, const Tensor& segment_slots, const Tensor& segment_starts, int64_t num_slots) {
+  indices<int32_t>(order, "order", 1);
+  const int32_t* slots = indices<int32_t>(segment_slots, "segment_slots", 1);
+  const int32_t* starts = indices<int32_t>(segment_starts, "segment_starts", 1);
+  TORCH_CHECK_VALUE(segment_starts.numel() == segment_slots.numel() + 1,
+                    "segment_starts must have one entry more than segment_slots");
+  TORCH_CHECK_INDEX(are_below(slots, segment_slots.numel(), num_slots), "segment_slots must be in [0, ", num_slots, ")");
+  TORCH_CHECK_INDEX(are_runs(starts, segment_slots.numel(), order.numel()), "segment_starts must rise within order's ",
+                    order.numel(), " entries");
+}
+
 void add_lora_(Tensor out, const Tensor& x, const Tensor& tables, const Tensor& out_offsets, const Tensor& order,
                const Tensor& segment_slots, const Tensor& segment_starts) {
   check(x, "x", 2, x.scalar_type());
   check(out, "out", 2, x.scalar_type());
   TORCH_CHECK_VALUE(out.size(0) == x.size(0), "out and x must have the same rows");
-  TORCH_CHECK_VALUE(tables.dim() == 3 && tables.size(2) == 5 && tables.is_contiguous(),
-                    "tables must be a contiguous [members, slots, 5]");
+  indices<int64_t>(tables, "tables", 3);
+  TORCH_CHECK_VALUE(tables.size(2) == kLoraEntryFields, "tables must be [members, slots, ", kLoraEntryFields, "]");
   TORCH_CHECK_VALUE(out_offsets.numel() == tables.size(0) + 1, "out_offsets must have one entry more than members");
-  TORCH_CHECK_VALUE(segment_starts.numel() == segment_slots.numel() + 1,
-                    "segment_starts must have one entry more than segment_slots");
+  check_segments(order, segment_slots, segment_starts, tables.size(1));
   LoraArgs args{};
   args.dtype = dtype_of(x);
   args.out = {out.data_ptr(), out.stride(0)};
   args.x = {x.const_data_ptr(), x.stride(0)};
   args.in_features = x.size(1);
-  args.tables = indices<int64_t>(tables, "tables", 3);
+  args.tables = static_cast<const LoraEntry*>(tables.const_data_ptr());
   args.num_members = tables.size(0);
   args.num_slots = tables.size(1);
   args.out_offsets = indices<int32_t>(out_offsets, "out_offsets", 1);
-  args.order = indices<int32_t>(order, "order", 1);
-  args.segment_slots = indices<int32_t>(segment_slots, "segment_slots", 1);
-  args.segment_starts = indices<int32_t>(segment_starts, "segment_starts", 1);
+  args.order = order.const_data_ptr<int32_t>();
+  args.segment_slots = segment_slots.const_data_ptr<int32_t>();
+  args.segment_starts = segment_starts.const_data_ptr<int32_t>();
   args.num_segments = segment_slots.numel();
-  TORCH_CHECK_VALUE(args.num_members == 0 || args.out_offsets[args.num_members] <= out.size(1),
-                    "out_offsets reach past the columns of out");
+  TORCH_CHECK_INDEX(are_runs(args.out_offsets, args.num_members, out.size(1)),
+                    "out_offsets must rise within the columns of out");
+  TORCH_CHECK_INDEX(are_below(args.order, order.numel(), x.size(0)), "order must be rows of x, in [0, ", x.size(0), ")");
+  check_entries(args);
   kernels().add_lora(args);
 }
 
@@ -140,7 +206,8 @@ void paged_attention(Tensor out, const Tensor& q, const Tensor& k_cache, const T
   TORCH_CHECK_VALUE(out.sizes() == q.sizes(), "out and q must have the same shape");
   TORCH_CHECK_VALUE(k_cache.sizes() == v_cache.sizes() && k_cache.size(3) == q.size(2),
                     "k_cache and v_cache must have the same shape, with q's head_dim");
-  TORCH_CHECK_VALUE(q.size(1) % k_cache.size(1) == 0, "the query heads must be a multiple of the key/value heads");
+  TORCH_CHECK_VALUE(k_cache.size(1) && q.size(1) % k_cache.size(1) == 0,
+                    "the query heads must be a multiple of the key/value heads");
   AttentionArgs args{};
   args.dtype = dtype_of(q);
   args.out = out.data_ptr();
@@ -162,6 +229,7 @@ void paged_attention(Tensor out, const Tensor& q, const Tensor& k_cache, const T
   args.num_kv_heads = k_cache.size(1);
   args.head_dim = q.size(2);
   args.block_size = k_cache.size(2);
+  check_sequences(args, q.size(0), block_tables.size(1), k_cache.size(0));
   args.scale = static_cast<float>(scale);
   args.sliding_window = sliding_window;
   args.softcap = static_cast<float>(softcap);
@@ -210,6 +278,7 @@ Tensor linear(const Tensor& x, const Tensor& packed, int64_t out_features, const
               const Soon& soon) {
   check(x, "x", 2, x.scalar_type());
   check(packed, "packed", 4, x.scalar_type());
+  TORCH_CHECK_VALUE(out_features >= 0, "out_features must not be negative");
   int64_t in_features = x.size(1), depth = x.scalar_type() == at::kBFloat16 ? kBf16Depth : 1;
   TORCH_CHECK_VALUE(packed.is_contiguous() && packed.size(0) == (out_features + kPanelWidth - 1) / kPanelWidth &&
                         packed.size(1) == (in_features + depth - 1) / depth && packed.size(2) == kPanelWidth &&

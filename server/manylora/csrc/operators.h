@@ -10,6 +10,9 @@
 
 namespace manylora {
 
+// Raises unless each segment is a run of `order` and has one of the slots.
+void check_segments(const at::Tensor& order, const at::Tensor& segment_slots, const at::Tensor& segment_starts,
+                    int64_t num_slots);
 void add_lora_(at::Tensor out, const at::Tensor& x, const at::Tensor& tables, const at::Tensor& out_offsets,
                const at::Tensor& order, const at::Tensor& segment_slots, const at::Tensor& segment_starts);
 void paged_attention(at::Tensor out, const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache,

@@ -1,6 +1,7 @@
 """The device tier's memory: slabs of flat buffers, and the tables by which kernels find an adapter's weights."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +12,26 @@ from manylora.lora.slots import Place
 
 # How kernels are told an adapter's number format; csrc/kernels.h has the same.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+
+
+class TableEntry(NamedTuple):
+    """What kernels are told of one slot at one site; `LoraEntry` of csrc/kernels.h has the same fields in this order.
+
+    `a`, `b`: addresses of A [rank, in_features] and B [rank, out_features]; `rank` 0: the site is not touched, and
+    nothing else is read. `scales`: address of float32 [rank] by which A x is multiplied, or 0. `dtype`: one of
+    `DTYPE_CODES`.
+    """
+
+    a: int = 0
+    b: int = 0
+    rank: int = 0
+    scales: int = 0
+    dtype: int = 0
+    in_features: int = 0
+    out_features: int = 0
+
+
+TABLE_FIELDS = len(TableEntry._fields)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +97,7 @@ class Slab:
 class DeviceMemory:
     """Slabs by number, and per site and slot where the weights are.
 
-    `tables` int64 [sites, slots, 5] on the device: address of A, address of B, rank (0: not touched), address of the
-    scales (0: there are none), number format (`DTYPE_CODES`).
+    `tables` int64 [sites, slots, TABLE_FIELDS] on the device, a `TableEntry` each.
     `ranks` int32 [sites, slots] on the host, the same ranks.
     `allocate`, `fill` and `publish` may run beside a step, since no batch names the slot yet, and `withdraw`, since
     none does any more. `move` may too: where a slot's weights are is read as one value (`locate`), and who has read it
@@ -86,7 +106,7 @@ class DeviceMemory:
 
     def __init__(self, num_sites: int, num_slots: int, device: torch.device) -> None:
         self.device = device
-        self.tables = torch.zeros(num_sites, num_slots, 5, dtype=torch.int64, device=device)
+        self.tables = torch.zeros(num_sites, num_slots, TABLE_FIELDS, dtype=torch.int64, device=device)
         self.ranks = np.zeros((num_sites, num_slots), dtype=np.int32)
         self.slabs: dict[int, Slab] = {}
         self.places: dict[int, Place] = {}
@@ -109,12 +129,14 @@ class DeviceMemory:
 
     def _point(self, place: Place, ranks: np.ndarray) -> None:
         slab = self.slabs[place.slab]
-        rows = np.zeros((self.tables.shape[0], 5), dtype=np.int64)
+        rows = np.zeros((self.tables.shape[0], TABLE_FIELDS), dtype=np.int64)
         code = DTYPE_CODES[slab.data.dtype]
         for site, extent in slab.layout.extents.items():
             a, b = slab.stack_a(extent)[place.row], slab.stack_b(extent)[place.row]
             scales = slab.stack_scales(extent)[place.row].data_ptr() if slab.layout.has_scales else 0
-            rows[site] = (a.data_ptr(), b.data_ptr(), ranks[site], scales, code)
+            rows[site] = TableEntry(
+                a.data_ptr(), b.data_ptr(), int(ranks[site]), scales, code, extent.in_features, extent.out_features
+            )
         self.tables[:, place.slot] = torch.from_numpy(rows).to(self.device)
         self._located[place.slot] = slab, place.row
         self.places[place.slot] = place

@@ -88,11 +88,11 @@ def add_lora_(
 
     for every segment i, every t in order[starts[i]:starts[i + 1]] with s = segment_slots[i], and every member m.
 
-    out [T, columns] and x [T, in_features] of one dtype. tables int64 [members, slots, 5]: for each member and slot
-    the address of A [r, in_features], the address of B [r, offsets[m + 1] - offsets[m]], both contiguous, r, the
-    address of float32 scales [r] by which x @ A.T is multiplied (0: of none), and the type of A and B: 0 float32,
-    1 bfloat16, 2 float16, 3 int8. r = 0 where the slot's adapter does not touch the member; nothing else is read
-    then. What the tables hold is trusted. out_offsets int32 [members + 1]; order int32 [R]: the rows that have an
+    out [T, columns] and x [T, in_features] of one dtype. tables int64 [members, slots, TABLE_FIELDS]: for each member
+    and slot a `lora.memory.TableEntry`: addresses of A [r, in_features], of B [r, offsets[m + 1] - offsets[m]], both
+    contiguous, and of float32 scales [r] by which x @ A.T is multiplied (0: of none). r = 0 where the slot's
+    adapter does not touch the member. That memory is at the addresses is trusted; that it is for x and out of these
+    sizes is not. out_offsets int32 [members + 1]; order int32 [R]: the rows that have an
     adapter, sorted by slot; segment_slots int32 [S]; segment_starts int32 [S + 1] into order.
 
     The delta is made in float32 and rounded once, in the sum with out. A row depends on its own adapter only, and its
