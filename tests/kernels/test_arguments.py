@@ -128,7 +128,7 @@ INDICES = [(operator, name) for operator in OPERATORS for name in operator.indic
 
 def test_every_operator_of_tensors_is_here() -> None:
     assert native.is_available()
-    schemas = torch._C._jit_get_all_schemas()  # type: ignore[no-untyped-call]
+    schemas = torch._C._jit_get_all_schemas()
     ours = {s.name.split("::")[1] for s in schemas if s.name.startswith("manylora::") and "Tensor" in str(s)}
     assert ours == {operator.name for operator in OPERATORS}
 
