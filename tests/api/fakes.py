@@ -41,6 +41,12 @@ class FakeCodec:
 
     SPLIT: ClassVar = {900: [0xE4], 901: [0xBD], 902: [0xA0]}  # the three bytes of 你
 
+    def surely_exceeds(self, text: str, num_tokens: int) -> bool:
+        return len(text) > num_tokens
+
+    def encode_many(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        return [self.encode(text, add_special_tokens=add_special_tokens) for text in texts]
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return [BOS] * add_special_tokens + [ord(c) % 900 for c in text]
 
@@ -58,10 +64,13 @@ class FakeCodec:
         return self.SPLIT.get(token_id) or list(chr(token_id).encode())
 
     def chat(self, messages: list[dict[str, Any]], *, continue_final: bool = False) -> list[int]:
+        return self.encode(self.render_chat(messages, continue_final=continue_final))
+
+    def render_chat(self, messages: list[dict[str, Any]], *, continue_final: bool = False) -> str:
         if any(m["role"] == "tool" for m in messages):
             raise InvalidRequest("The model's chat template has no place for the role 'tool'.")
         text = "".join(f"[{m['role']}]{m['content']}" for m in messages)
-        return self.encode(text if continue_final else text + "[assistant]")
+        return text if continue_final else text + "[assistant]"
 
 
 @dataclass

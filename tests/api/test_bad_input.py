@@ -122,3 +122,94 @@ def test_an_unexpected_exception_says_nothing_of_its_inside(rig: Rig, monkeypatc
     assert "secret" not in answer.text
     assert answer.headers["x-request-id"]
     assert rig.finished[-1].outcome == "error"
+
+
+# ids that the tokenizer makes and the model has no row for
+
+RARE = "<rare>"
+
+
+@pytest.fixture
+def uneven(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> Rig:
+    """A tokenizer with one token more than the model."""
+    plain = rig.engine.codec.encode
+
+    def encode(text: str, *, add_special_tokens: bool = True) -> list[int]:
+        head, *rest = text.split(RARE)
+        ids = plain(head, add_special_tokens=add_special_tokens)
+        for piece in rest:
+            ids += [VOCAB_SIZE, *plain(piece, add_special_tokens=False)]
+        return ids
+
+    monkeypatch.setattr(rig.engine.codec, "encode", encode)
+    rig.engine.context_length = 100_000
+    return rig
+
+
+@pytest.mark.parametrize("long", ["", "x" * 20_000], ids=["short", "long"])
+@pytest.mark.parametrize("prompt", [RARE, f"a {RARE} b", ["fine", RARE]])
+def test_a_text_with_a_token_that_the_model_lacks_is_refused(uneven: Rig, prompt: Any, long: str) -> None:
+    answer = uneven.complete(prompt=[long + p for p in ([prompt] if isinstance(prompt, str) else prompt)])
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt")
+    assert f"id {VOCAB_SIZE}" in answer.json()["error"]["message"]
+    assert not uneven.engine.generations
+
+
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+@pytest.mark.parametrize("long", ["", "x" * 20_000], ids=["short", "long"])
+def test_a_chat_with_a_token_that_the_model_lacks_is_refused(uneven: Rig, role: str, long: str) -> None:
+    answer = uneven.chat(messages=[{"role": role, "content": long + RARE}])
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "messages")
+    assert not uneven.engine.generations
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{"prompt": [VOCAB_SIZE]}, {"prompt": [[1], [VOCAB_SIZE]]}, {"stop_token_ids": [VOCAB_SIZE]},
+     {"logit_bias": {str(VOCAB_SIZE): 1}}, {"prompt": [VOCAB_SIZE], "echo": True}],
+)  # fmt: skip
+def test_every_other_way_an_id_comes_in_is_checked_too(rig: Rig, body: dict[str, Any]) -> None:
+    answer = rig.complete(**body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, next(iter(body)))
+
+
+def test_what_surely_does_not_fit_is_not_tokenised(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(rig.settings.model_copy(update={"max_body": 2**24}))
+    for name in ("encode", "encode_many"):
+        monkeypatch.setattr(rig.engine.codec, name, None)
+    for answer in (
+        rig.complete(prompt="x" * 5_000_000),
+        rig.complete(prompt=["fine"] * 100 + ["x" * 5_000_000]),
+        rig.chat(messages=[{"role": "user", "content": "x" * 5_000_000}]),
+        rig.complete(prompt=[[1] * 10, [1] * 100_000], echo=True),
+    ):
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
+
+
+def test_more_of_the_prompt_than_is_given_back_is_refused(rig: Rig) -> None:
+    rig = Rig(rig.settings.model_copy(update={"max_body": 2**24}))
+    rig.engine.context_length = 600_000
+    for body, param in (
+        ({"prompt": [1] * 524_289, "echo": True, "logprobs": 1}, "logprobs"),
+        ({"prompt": [1] * 8193, "echo": True, "logprobs": 0, "n": 128}, "logprobs"),
+        ({"prompt": "x" * 70_000, "echo": True, "n": 128}, "echo"),
+    ):
+        answer = rig.complete(max_tokens=1, **body)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"messages": [{"role": "user", "content": "a"}] * 2049}, "messages"),
+        ({"logit_bias": {str(i): 1 for i in range(4097)}}, "logit_bias"),
+        ({"metadata": {str(i): "a" for i in range(17)}}, "metadata"),
+        ({"metadata": {"k" * 65: "a"}}, "metadata"),
+        ({"messages": [{"role": "user", "content": "a", "name": "n" * 257}]}, "messages[0].name"),
+    ],
+)
+def test_counts_over_their_bound_are_refused(rig: Rig, body: dict[str, Any], param: str) -> None:
+    rig = Rig(rig.settings.model_copy(update={"max_body": 2**24}))
+    answer = rig.chat(**body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"].startswith(param)

@@ -1,11 +1,21 @@
 """Every field that is accepted reaches the engine; every other is refused by name."""
 
 import dataclasses
+import inspect
+import typing
 from typing import Any
 
 import pytest
+from openai.resources.chat.completions import Completions as ChatCompletions
+from openai.resources.completions import Completions
+from openai.types.chat import (
+    ChatCompletionAssistantMessageParam,
+    ChatCompletionDeveloperMessageParam,
+    ChatCompletionSystemMessageParam,
+    ChatCompletionUserMessageParam,
+)
 
-from manylora.api import fields
+from manylora.api import fields, schemas
 from manylora.api.schemas import MAX_CACHE_SALT_LENGTH, MIN_CACHE_SALT_LENGTH
 from manylora.engine.interface import SamplingParams
 
@@ -201,10 +211,78 @@ def test_every_unsupported_field_is_refused_by_name(rig: Rig, route: str, name: 
     assert answer.json()["error"]["param"] == name
 
 
-@pytest.mark.parametrize(("route", "name"), ROUTE_FIELDS)
-@pytest.mark.parametrize("neutral", [None, [], {}, False, {"type": "text"}], ids=repr)
+NEUTRAL = [
+    *(("complete", name, value) for name, values in fields.COMPLETION_UNSUPPORTED.items() for value in (None, *values)),
+    *(("chat", name, value) for name, values in fields.CHAT_UNSUPPORTED.items() for value in (None, *values)),
+]
+
+
+@pytest.mark.parametrize(("route", "name", "neutral"), NEUTRAL, ids=repr)
 def test_a_neutral_value_counts_as_absent(rig: Rig, route: str, name: str, neutral: Any) -> None:
     assert getattr(rig, route)(**{name: neutral}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("route", "name", "value"),
+    [
+        ("chat", "parallel_tool_calls", True),
+        ("chat", "tool_choice", "auto"),
+        ("chat", "tool_choice", "none"),
+        ("chat", "modalities", ["text"]),
+        ("chat", "service_tier", "default"),
+        ("complete", "min_tokens", 0),
+        ("complete", "skip_special_tokens", True),
+        ("complete", "priority", 0),
+        ("complete", "length_penalty", 1.0),
+        ("chat", "response_format", {"type": "text", "json_schema": None}),
+        ("chat", "stream_options", {"include_usage": False}),
+        ("chat", "stream_options", {"include_obfuscation": None, "made_up": None}),
+        ("chat", "metadata", {"a": None}),
+        ("chat", "logit_bias", {"5": None}),
+    ],
+)
+def test_a_field_spelled_out_at_its_default_counts_as_absent(rig: Rig, route: str, name: str, value: Any) -> None:
+    answer = getattr(rig, route)(**{name: value, **({"tools": []} if route == "chat" else {})})
+    assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("min_tokens", 1),
+        ("min_tokens", True),
+        ("length_penalty", True),
+        ("skip_special_tokens", False),
+        ("spaces_between_special_tokens", False),
+        ("priority", 1),
+        ("service_tier", "flex"),
+        ("modalities", ["text", "audio"]),
+        ("parallel_tool_calls", "yes"),
+        ("response_format", {"type": "json_object"}),
+        ("verbosity", "low"),
+    ],
+)
+def test_a_value_that_asks_for_something_is_refused(rig: Rig, name: str, value: Any) -> None:
+    answer = rig.chat(**{name: value})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, name)
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"tool_choice": "auto", "tools": [TOOL]}, "tools"),
+        ({"tool_choice": {"type": "function"}, "parallel_tool_calls": False, "tools": [TOOL]}, "tools"),
+        ({"function_call": "auto", "functions": [{"name": "f"}]}, "functions"),
+        ({"tool_choice": "required"}, "tool_choice"),
+    ],
+)
+def test_the_error_names_the_field_that_matters_and_says_why(rig: Rig, body: dict[str, Any], param: str) -> None:
+    answer = rig.chat(**body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+    assert "calls none" in answer.json()["error"]["message"]
 
 
 def test_best_of_equal_to_n_counts_as_absent(rig: Rig) -> None:
@@ -214,11 +292,62 @@ def test_best_of_equal_to_n_counts_as_absent(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("route", ["complete", "chat"])
-@pytest.mark.parametrize("value", [None, 1, False])
+@pytest.mark.parametrize("value", [1, False, "", [], {}])
 def test_an_unknown_field_is_refused_whatever_its_value(rig: Rig, route: str, value: Any) -> None:
     answer = getattr(rig, route)(temprature=value)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "temprature"
+
+
+@pytest.mark.parametrize("route", ["complete", "chat"])
+def test_null_of_any_field_counts_as_absent(rig: Rig, route: str) -> None:
+    assert getattr(rig, route)(temprature=None).status_code == 200
+    message = {"role": "user", "content": "hi", "made_up": None, "name": None}
+    assert rig.chat(messages=[message]).status_code == 200
+    part = {"type": "text", "text": "hi", "made_up": None}
+    assert rig.chat(messages=[{"role": "user", "content": [part]}]).status_code == 200
+
+
+def parameters_of(method: Any) -> set[str]:
+    """The fields of a body that a method of the openai client takes."""
+    return set(inspect.signature(method).parameters) - {
+        "self", "model", "messages", "prompt", "extra_headers", "extra_query", "extra_body", "timeout"
+    }  # fmt: skip
+
+
+CLIENT_FIELDS = [
+    *(("complete", schemas.CompletionRequest, n) for n in sorted(parameters_of(Completions.create))),
+    *(("chat", schemas.ChatRequest, n) for n in sorted(parameters_of(ChatCompletions.create))),
+]
+
+
+@pytest.mark.parametrize(("route", "schema", "name"), CLIENT_FIELDS)
+def test_every_field_of_the_openai_client_is_known_and_may_be_null(
+    rig: Rig, route: str, schema: type[schemas.GenerationRequest], name: str
+) -> None:
+    assert name in schema.model_fields or name in schema.unsupported, "a new field: serve it or list it in api/fields"
+    assert getattr(rig, route)(**{name: None}).status_code == 200
+
+
+def test_the_whole_signature_of_the_openai_client_may_be_null_at_once(rig: Rig) -> None:
+    assert rig.complete(**dict.fromkeys(parameters_of(Completions.create))).status_code == 200
+    assert rig.chat(**dict.fromkeys(parameters_of(ChatCompletions.create))).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("kind", "role"),
+    [
+        (ChatCompletionAssistantMessageParam, "assistant"),
+        (ChatCompletionUserMessageParam, "user"),
+        (ChatCompletionSystemMessageParam, "system"),
+        (ChatCompletionDeveloperMessageParam, "developer"),
+    ],
+)
+def test_every_field_of_the_openai_clients_messages_is_known(rig: Rig, kind: Any, role: str) -> None:
+    names = set(typing.get_type_hints(kind))
+    assert names <= set(schemas.Message.model_fields) | set(fields.MESSAGE_UNSUPPORTED)
+    message = {**dict.fromkeys(names), "role": role, "content": "hi"}
+    assert rig.chat(messages=[message, {"role": "user", "content": "hi"}]).status_code == 200
 
 
 @pytest.mark.parametrize(("name", "value"), [("store", True), ("service_tier", "flex")])
@@ -274,3 +403,52 @@ def test_a_salt_that_could_be_guessed_is_refused(rig: Rig, length: int) -> None:
     assert "random" in error["message"]
     assert length < 2 or salt not in error["message"]
     assert rig.engine.generations == []
+
+
+SENT_BACK = {"role": "assistant", "content": "yes"}
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        (
+            {**SENT_BACK, "parsed": None, "refusal": None, "audio": None, "function_call": None, "tool_calls": None},
+            "yes",
+        ),
+        ({**SENT_BACK, "tool_calls": [], "annotations": [], "refusal": "", "reasoning_content": ""}, "yes"),
+        ({"role": "assistant", "content": None}, ""),
+        ({"role": "assistant"}, ""),
+        ({"role": "assistant", "content": None, "refusal": "I cannot."}, "I cannot."),
+        ({"role": "assistant", "content": [{"type": "refusal", "refusal": "I cannot."}]}, "I cannot."),
+        ({"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "refusal", "refusal": "b"}]}, "ab"),
+        ({"role": "user", "content": [{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}]}, "a"),
+        ({"role": "user", "content": [{"type": "text", "text": "a", "prompt_cache_breakpoint": {}}]}, "a"),
+        ({"role": "user", "content": "a", "cache_control": {"type": "ephemeral"}}, "a"),
+    ],
+)
+def test_what_clients_send_back_is_taken(rig: Rig, message: dict[str, Any], text: str) -> None:
+    answer = rig.chat(messages=[{"role": "user", "content": "hi"}, message, {"role": "user", "content": "more"}])
+    assert answer.status_code == 200, answer.text
+    prompt = rig.engine.codec.decode(rig.engine.generations[0].prompt_ids)
+    assert prompt == f"[user]hi[{message['role']}]{text}[user]more[assistant]"
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ({"role": "user", "content": None}, "is null"),
+        ({"role": "user"}, "is required"),
+        ({"role": "user", "content": [{"type": "refusal", "refusal": "no"}]}, "type 'refusal'"),
+        ({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}, "part 1 of the type"),
+        ({"role": "user", "content": [{"type": "text", "text": None}]}, "'text' is no string"),
+        ({"role": "user", "content": [{"type": "text", "text": "a", "cash": 1}]}, "field 'cash'"),
+        ({"role": "user", "content": ["a"]}, "no object"),
+        ({"role": "assistant", "content": "yes", "refusal": "no"}, "one of the two"),
+        ({"role": "user", "content": "a", "refusal": "no"}, "assistant"),
+        ({"role": "assistant", "content": "a", "parsed": {"a": 1}}, "'messages[0].parsed'"),
+    ],
+)
+def test_what_stays_refused_says_what_is_wrong_with_it(rig: Rig, message: dict[str, Any], words: str) -> None:
+    answer = rig.chat(messages=[message])
+    assert answer.status_code == 400
+    assert words in answer.json()["error"]["message"]

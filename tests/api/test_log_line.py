@@ -48,7 +48,7 @@ def test_prompts_are_in_the_line_when_asked_for(telling: Rig) -> None:
 def test_a_chat_is_in_the_line_as_the_model_reads_it(telling: Rig) -> None:
     with capture_logs() as logs:
         telling.chat()
-    assert logs[0]["prompts"] == ["<s>[user]hi[assistant]"]
+    assert logs[0]["prompts"] == ["[user]hi[assistant]"]
 
 
 @pytest.mark.parametrize("broken", [{"error_at": 0}, {"error_at": 1}])

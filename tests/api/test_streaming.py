@@ -233,3 +233,18 @@ def test_a_real_server_notices_that_a_streaming_client_left(rig: Rig, serve: Cal
             httpx.get(f"{url}/health")
     assert rig.finished[-1].outcome == "cancelled"
     assert rig.finished[-1].completion_tokens < 200
+
+
+@pytest.mark.parametrize("route", ["complete", "chat"])
+@pytest.mark.parametrize("last", [True, False])
+def test_running_usage_is_in_every_event(rig: Rig, route: str, last: bool) -> None:
+    options = {"include_usage": last, "continuous_usage_stats": True}
+    answer = getattr(rig, route)(stream=True, max_tokens=5, n=2, stream_options=options)
+    data = events(answer.text)
+    usages = [event["usage"] for event in data if event is not None]
+    assert all(usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"] for usage in usages)
+    counts = [usage["completion_tokens"] for usage in usages]
+    assert counts == sorted(counts)
+    assert counts[0] == 1
+    assert counts[-1] == 10
+    assert ([] in [event["choices"] for event in data if event is not None]) == last

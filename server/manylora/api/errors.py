@@ -21,6 +21,7 @@ from manylora.errors import (
     StorageFull,
     StoreUnavailable,
     Unavailable,
+    quoted,
 )
 from manylora.log import get_logger
 
@@ -48,10 +49,9 @@ def invalid_from(errors: list[ErrorDetails]) -> InvalidRequest:
     """Pydantic's findings as one InvalidRequest about the first of them; an unknown field is UnsupportedField."""
     unknown = next((e for e in errors if e["type"] == "extra_forbidden"), None)
     if unknown is not None:
-        where = field_path(unknown["loc"])
-        return unsupported_field(where)
+        return unsupported_field(field_path(unknown["loc"]))
     first = errors[0]
-    where = field_path(first["loc"])
+    where = quoted(field_path(first["loc"]))  # a key of an object is the caller's to choose
     if first["type"] == "missing":
         return InvalidRequest(f"The field '{where}' is required.", param=where)
     text = first["msg"].removeprefix("Value error, ")

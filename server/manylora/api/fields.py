@@ -1,112 +1,176 @@
-"""Fields of the OpenAI and vLLM APIs that this server knows and does not support, and what to do with them.
+"""Fields of the APIs of OpenAI, vLLM and others that this server knows and does not serve, and what to do with them.
 
-A neutral value (`null`, `[]`, `{}`, `false`, `{"type": "text"}`, `best_of` equal to `n`) counts as absent; any
-other value is refused by name. Fields whose `false` or empty value would change the answer are not listed:
-they are unknown, and refused whatever their value.
+Each has its neutral values: those that ask for nothing, most often its default in the API that it comes from. They
+count as absent, as `null` does for any field whatever; any other value is refused by name.
 """
 
-from collections.abc import Container
-from typing import Any, Final
+from collections.abc import Container, Mapping
+from typing import Any, Final, TypeAlias
 
-from manylora.errors import UnsupportedField
+from manylora.errors import UnsupportedField, quoted
 
 __all__ = [
     "CHAT_UNSUPPORTED",
     "COMPLETION_UNSUPPORTED",
     "MESSAGE_UNSUPPORTED",
+    "PART_UNSUPPORTED",
     "STREAM_OPTION_UNSUPPORTED",
+    "Unsupported",
     "unsupported_field",
-    "without_neutral",
+    "wanted",
 ]
 
-_BOTH: Final = frozenset(
-    {
-        "allowed_token_ids",
-        "bad_words",
-        "best_of",
-        "guided_choice",
-        "guided_decoding_backend",
-        "guided_grammar",
-        "guided_json",
-        "guided_regex",
-        "guided_whitespace_pattern",
-        "include_stop_str_in_output",
-        "kv_transfer_params",
-        "length_penalty",
-        "logits_processors",
-        "min_tokens",
-        "mm_processor_kwargs",
-        "moderation",
-        "priority",
-        "prompt_cache_key",
-        "prompt_cache_options",
-        "prompt_cache_retention",
-        "prompt_logprobs",
-        "repetition_detection",
-        "request_id",
-        "response_format",
-        "return_token_ids",
-        "return_tokens_as_token_ids",
-        "safety_identifier",
-        "structural_tag",
-        "structured_outputs",
-        "thinking_token_budget",
-        "truncate_prompt_tokens",
-        "use_beam_search",
-        "vllm_xargs",
-    }
-)
-COMPLETION_UNSUPPORTED: Final = _BOTH | {"prompt_embeds", "suffix"}
-CHAT_UNSUPPORTED: Final = _BOTH | {
-    "audio",
-    "chat_template",
-    "chat_template_kwargs",
-    "continue_final_message",
-    "documents",
-    "echo",
-    "function_call",
-    "functions",
-    "include_reasoning",
-    "media_io_kwargs",
-    "modalities",
-    "prediction",
-    "reasoning_effort",
-    "tool_choice",
-    "tools",
-    "verbosity",
-    "web_search_options",
+Unsupported: TypeAlias = Mapping[str, tuple[Any, ...]]
+"""Names with their neutral values besides null. Of several fields at fault the one that comes first is named."""
+
+# Real clients send these in fields of any type.
+_NOTHING: Final[tuple[Any, ...]] = (False, [], {}, "", {"type": "text"})
+# Of switches that are on by default, `false` asks for something.
+_ON: Final = (True,)
+
+_BOTH: Final[Unsupported] = {
+    "response_format": _NOTHING,
+    "structured_outputs": _NOTHING,
+    "structural_tag": _NOTHING,
+    "guided_choice": _NOTHING,
+    "guided_grammar": _NOTHING,
+    "guided_json": _NOTHING,
+    "guided_regex": _NOTHING,
+    "guided_decoding_backend": _NOTHING,
+    "guided_whitespace_pattern": _NOTHING,
+    "json_schema": _NOTHING,
+    "regex": _NOTHING,
+    "ebnf": _NOTHING,
+    "allowed_token_ids": _NOTHING,
+    "bad_words": _NOTHING,
+    "best_of": _NOTHING,  # and the value of `n`, see `_is_neutral`
+    "early_stopping": _NOTHING,
+    "include_stop_str_in_output": _NOTHING,
+    "kv_transfer_params": _NOTHING,
+    "length_penalty": (1, *_NOTHING),
+    "logits_processors": _NOTHING,
+    "min_tokens": (0, *_NOTHING),
+    "mm_processor_kwargs": _NOTHING,
+    "moderation": _NOTHING,
+    "no_stop_trim": _NOTHING,
+    "num_beams": (1, *_NOTHING),
+    "priority": (0, *_NOTHING),
+    "prompt_cache_key": _NOTHING,
+    "prompt_cache_options": _NOTHING,
+    "prompt_cache_retention": ("in_memory", "in-memory", *_NOTHING),
+    "prompt_logprobs": _NOTHING,
+    "repetition_detection": _NOTHING,
+    "request_id": _NOTHING,
+    "return_hidden_states": _NOTHING,
+    "return_token_ids": _NOTHING,
+    "return_tokens_as_token_ids": _NOTHING,
+    "rid": _NOTHING,
+    "safety_identifier": _NOTHING,
+    "session_params": _NOTHING,
+    "skip_special_tokens": _ON,
+    "spaces_between_special_tokens": _ON,
+    "thinking_token_budget": _NOTHING,
+    "truncate_prompt_tokens": _NOTHING,
+    "typical_p": (1, *_NOTHING),
+    "use_beam_search": _NOTHING,
+    "vllm_xargs": _NOTHING,
 }
-MESSAGE_UNSUPPORTED: Final = frozenset(
-    {"annotations", "audio", "function_call", "reasoning", "reasoning_content", "refusal", "tool_calls"}
-)
+COMPLETION_UNSUPPORTED: Final[Unsupported] = {
+    **_BOTH,
+    "add_special_tokens": _ON,
+    "prompt_embeds": _NOTHING,
+    "suffix": _NOTHING,
+}
+CHAT_UNSUPPORTED: Final[Unsupported] = {
+    # `tools` before what only goes with it, so that the error names the field that matters.
+    "tools": _NOTHING,
+    "functions": _NOTHING,
+    "tool_choice": ("auto", "none", *_NOTHING),
+    "function_call": ("auto", "none", *_NOTHING),
+    "parallel_tool_calls": (True, *_NOTHING),
+    **_BOTH,
+    "add_generation_prompt": _ON,
+    "add_special_tokens": _NOTHING,
+    "audio": _NOTHING,
+    "chat_template": _NOTHING,
+    "chat_template_kwargs": _NOTHING,
+    "continue_final_message": _NOTHING,
+    "documents": _NOTHING,
+    "echo": _NOTHING,
+    "include_reasoning": (True, *_NOTHING),
+    "media_io_kwargs": _NOTHING,
+    "modalities": (["text"], *_NOTHING),
+    "prediction": _NOTHING,
+    "reasoning": _NOTHING,
+    "reasoning_effort": _NOTHING,
+    "separate_reasoning": _ON,
+    "stream_reasoning": _ON,
+    "verbosity": ("medium", *_NOTHING),
+    "web_search_options": _NOTHING,
+}
+MESSAGE_UNSUPPORTED: Final[Unsupported] = {
+    "tool_calls": _NOTHING,
+    "function_call": _NOTHING,
+    "annotations": _NOTHING,
+    "audio": _NOTHING,
+    "images": _NOTHING,
+    "parsed": _NOTHING,
+    "partial": _NOTHING,
+    "prefix": _NOTHING,
+    "provider_specific_fields": _NOTHING,
+    "reasoning": _NOTHING,
+    "reasoning_content": _NOTHING,
+    "reasoning_details": _NOTHING,
+    "thinking_blocks": _NOTHING,
+}
+PART_UNSUPPORTED: Final[Unsupported] = {"annotations": _NOTHING}
+STREAM_OPTION_UNSUPPORTED: Final[Unsupported] = {"include_obfuscation": _NOTHING}
+
 _ROUTE_OF: Final = {"messages": "/v1/chat/completions", "prompt": "/v1/completions"}
-STREAM_OPTION_UNSUPPORTED: Final = frozenset({"continuous_usage_stats", "include_obfuscation"})
+_NO_TOOLS: Final = "This server gives the model no tools, so it calls none."
+_IN_WORDS: Final = {
+    "tools": _NO_TOOLS,
+    "functions": _NO_TOOLS,
+    "tool_choice": _NO_TOOLS,
+    "function_call": _NO_TOOLS,
+    "response_format": "This server answers in plain text and holds it to no schema.",
+}
 
 
-def without_neutral(
-    raw: dict[str, Any], supported: Container[str], unsupported: frozenset[str], *, where: str = ""
+def wanted(
+    raw: Mapping[str, Any], supported: Container[str], unsupported: Unsupported, *, where: str = ""
 ) -> dict[str, Any]:
-    """`raw` without nulls of supported fields and without neutral values of unsupported ones.
+    """`raw` without nulls and without neutral values of unsupported fields: what is asked for.
 
-    Raises UnsupportedField for an unsupported field with any other value. Unknown fields stay, for the schema
-    to refuse.
+    Raises UnsupportedField for an unsupported field with any other value, and for one that nobody knows.
     """
-    kept: dict[str, Any] = {}
-    for name, value in raw.items():
-        if name in unsupported:
-            if not _is_neutral(name, value, raw):
+    kept = {name: value for name, value in raw.items() if value is not None and name not in unsupported}
+    if len(kept) < len(raw):
+        for name, neutral in unsupported.items():
+            if name in raw and not _is_neutral(name, raw[name], neutral, raw):
                 raise unsupported_field(f"{where}{name}")
-        elif value is not None or name not in supported:
-            kept[name] = value
+    for name in kept:
+        if name not in supported:
+            raise unsupported_field(f"{where}{name}")
     return kept
 
 
 def unsupported_field(path: str) -> UnsupportedField:
+    path = quoted(path)
+    name = path.rpartition(".")[2]
+    why = f" {_IN_WORDS[name]}" if name in _IN_WORDS else ""
     advice = f"Send it to {_ROUTE_OF[path]}." if path in _ROUTE_OF else "Leave it out."
-    return UnsupportedField(f"The field '{path}' is not supported by this route. {advice}", param=path)
+    return UnsupportedField(f"The field '{path}' is not supported by this route.{why} {advice}", param=path)
 
 
-def _is_neutral(name: str, value: Any, raw: dict[str, Any]) -> bool:
-    if name == "best_of" and isinstance(value, int) and not isinstance(value, bool):
-        return value == (raw.get("n") or 1)
-    return value is None or value is False or value in ([], {}) or value == {"type": "text"}
+def _is_neutral(name: str, value: Any, neutral: tuple[Any, ...], raw: Mapping[str, Any]) -> bool:
+    if isinstance(value, dict):
+        value = {key: inner for key, inner in value.items() if inner is not None}
+    if name == "best_of" and value == (raw.get("n") or 1) and not isinstance(value, bool):
+        return True
+    return value is None or any(_is_same(value, one) for one in neutral)
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    """JSON's equality: 1.0 is 1, and `true` is no number."""
+    return value == other and isinstance(value, bool) == isinstance(other, bool)

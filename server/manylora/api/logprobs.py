@@ -1,11 +1,16 @@
-"""Log-probabilities in the two shapes that OpenAI gave them."""
+"""Log-probabilities in the two shapes that OpenAI gave them.
 
-from collections.abc import Sequence
+They are made into JSON as they come, so that an answer with many of them is put together in no time at its end.
+"""
+
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+import orjson
 
 from manylora.engine.interface import TextCodec, TokenLogprob
 
-__all__ = ["CompletionLogprobs", "chat_logprobs"]
+__all__ = ["ChatLogprobs", "CompletionLogprobs", "LogprobsJson"]
 
 _LOWEST = -9999.0  # JSON has no -inf
 
@@ -14,43 +19,82 @@ def _finite(logprob: float) -> float:
     return max(_LOWEST, logprob)  # of NaN too, which compares false
 
 
-def chat_logprobs(codec: TextCodec, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+class LogprobsJson:
+    """One choice's log-probabilities: `add` them as they come, `take` the JSON of all since the last time."""
+
+    def __init__(self, codec: TextCodec) -> None:
+        self._codec = codec
+
+    def add(self, logprobs: Sequence[TokenLogprob]) -> None:
+        raise NotImplementedError
+
+    def take(self) -> orjson.Fragment:
+        raise NotImplementedError
+
+
+class _List:
+    """A JSON array in pieces."""
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes] = []
+
+    def extend(self, values: Iterable[Any]) -> None:
+        piece = orjson.dumps(list(values))[1:-1]
+        if piece:
+            self._pieces.append(piece)
+
+    def take(self) -> bytes:
+        taken = b",".join(self._pieces)
+        self._pieces.clear()
+        return b"[" + taken + b"]"
+
+
+class ChatLogprobs(LogprobsJson):
     """`{"content": [{token, logprob, bytes, top_logprobs}], "refusal": null}`."""
-    return {
-        "content": [
+
+    def __init__(self, codec: TextCodec) -> None:
+        super().__init__(codec)
+        self._content = _List()
+
+    def add(self, logprobs: Sequence[TokenLogprob]) -> None:
+        self._content.extend(
             {
-                **_chat_token(codec, entry.token_id, entry.logprob or 0.0),
-                "top_logprobs": [_chat_token(codec, token_id, logprob) for token_id, logprob in entry.top],
+                **_chat_token(self._codec, entry.token_id, entry.logprob or 0.0),
+                "top_logprobs": [_chat_token(self._codec, token_id, logprob) for token_id, logprob in entry.top],
             }
             for entry in logprobs
-        ],
-        "refusal": None,
-    }
+        )
+
+    def take(self) -> orjson.Fragment:
+        return orjson.Fragment(b'{"content":' + self._content.take() + b',"refusal":null}')
 
 
 def _chat_token(codec: TextCodec, token_id: int, logprob: float) -> dict[str, Any]:
     return {"token": codec.token_text(token_id), "logprob": _finite(logprob), "bytes": codec.token_bytes(token_id)}
 
 
-class CompletionLogprobs:
-    """Renders one choice's log-probabilities, in as many pieces as the stream needs.
+class CompletionLogprobs(LogprobsJson):
+    """`{tokens, token_logprobs, top_logprobs, text_offset}`, each a list.
 
     `text_offset` is the place of the token's first character in the choice's text. A token that begins within
     a character points at that character; a special token, which the text does not show, has no width.
     """
 
     def __init__(self, codec: TextCodec) -> None:
-        self._codec = codec
+        super().__init__(codec)
         self._num_characters = 0
+        self._lists = {name: _List() for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")}
 
-    def render(self, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
-        text = self._codec.token_text
-        return {
-            "tokens": [text(entry.token_id) for entry in logprobs],
-            "token_logprobs": [None if entry.logprob is None else _finite(entry.logprob) for entry in logprobs],
-            "top_logprobs": [self._top(entry) for entry in logprobs],
-            "text_offset": [self._offset(entry.token_id) for entry in logprobs],
-        }
+    def add(self, logprobs: Sequence[TokenLogprob]) -> None:
+        text, lists = self._codec.token_text, self._lists
+        lists["tokens"].extend(text(entry.token_id) for entry in logprobs)
+        lists["token_logprobs"].extend(None if e.logprob is None else _finite(e.logprob) for e in logprobs)
+        lists["top_logprobs"].extend(map(self._top, logprobs))
+        lists["text_offset"].extend(self._offset(entry.token_id) for entry in logprobs)
+
+    def take(self) -> orjson.Fragment:
+        named = (b'"' + name.encode() + b'":' + values.take() for name, values in self._lists.items())
+        return orjson.Fragment(b"{" + b",".join(named) + b"}")
 
     def _top(self, entry: TokenLogprob) -> dict[str, float] | None:
         """The likeliest tokens and the chosen one; of several ids with one text, the likeliest."""

@@ -4,7 +4,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from fastapi import APIRouter, Request
 from starlette.requests import ClientDisconnect
@@ -12,21 +12,24 @@ from starlette.responses import Response
 
 from manylora.api.answers import Answer, ChatAnswer, CompletionAnswer
 from manylora.api.auth import Caller
+from manylora.api.lanes import PYTHON, beside_loop
 from manylora.api.naming import parse_model, resolve, resolve_request
 from manylora.api.prompts import EncodedPrompt, encode_chat, encode_prompts
 from manylora.api.record import ClientGone, FinishedRequest, RequestRecord
 from manylora.api.run import Job, Run
-from manylora.api.sampling import fit_to_context, sampling_params
-from manylora.api.schemas import ChatRequest, CompletionRequest, parse
+from manylora.api.sampling import check_echo, fit_to_context, sampling_params
+from manylora.api.schemas import ChatRequest, CompletionRequest, GenerationRequest, StreamOptions, parse
 from manylora.api.sse import EventStream, while_connected
 from manylora.api.state import Services, ServicesDep
-from manylora.engine.interface import AdapterRef
+from manylora.engine.interface import AdapterRef, SamplingParams
 from manylora.errors import InvalidRequest
 from manylora.tenants.interface import Principal
 
 __all__ = ["ADAPTER_HEADER", "router"]
 
 ADAPTER_HEADER: Final = "x-manylora-adapter"
+_INLINE_BYTES: Final = 65_536
+T = TypeVar("T", bound=GenerationRequest)
 router = APIRouter(tags=["inference"])
 
 
@@ -107,17 +110,21 @@ class _Call:
 
     async def completion(self) -> Response:
         async with self._ending():
-            body = parse(CompletionRequest, await self._read())
+            body = await self._parsed(CompletionRequest)
             adapter = self._resolve(body)
-            job = self._job(body, adapter, await encode_prompts(body, self._services.engine))
+            params = self._params(body, len(body.prompts))
+            prompts = await encode_prompts(body, self._services.engine)
+            check_echo(params, body, [(len(prompt.ids), len(prompt.text)) for prompt in prompts])
+            job = self._job(body, adapter, params, prompts)
             answer = CompletionAnswer(job, self._services.engine.codec, **self._names(body), echo=body.echo)
             return await self._answer(body, job, answer)
 
     async def chat(self) -> Response:
         async with self._ending():
-            body = parse(ChatRequest, await self._read())
+            body = await self._parsed(ChatRequest)
             adapter = self._resolve(body)
-            job = self._job(body, adapter, [await encode_chat(body, self._services.engine)])
+            params = self._params(body, 1)
+            job = self._job(body, adapter, params, [await encode_chat(body, self._services.engine)])
             answer = ChatAnswer(job, self._services.engine.codec, **self._names(body))
             return await self._answer(body, job, answer)
 
@@ -129,6 +136,11 @@ class _Call:
         except BaseException as error:
             await self._end(self._record.finish(error))
             raise
+
+    async def _parsed(self, schema: type[T]) -> T:
+        """The body. A large one is parsed and checked beside the event loop."""
+        data = await self._read()
+        return parse(schema, data) if len(data) <= _INLINE_BYTES else await beside_loop(PYTHON, parse, schema, data)
 
     async def _read(self) -> bytes:
         kind = self._request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -151,19 +163,23 @@ class _Call:
         self._record.adapter = adapter
         return adapter
 
+    def _params(self, body: GenerationRequest, num_prompts: int) -> SamplingParams:
+        """What can be checked before the prompts are encoded."""
+        params, most = sampling_params(body, self._services.engine.model), self._services.engine.max_choices
+        if num_prompts * params.n > most:
+            raise InvalidRequest(
+                f"The request asks for {num_prompts * params.n} answers; at most {most} are queued here. Send less.",
+                param="n" if params.n > 1 else "prompt",
+            )
+        return params
+
     def _job(
-        self, body: CompletionRequest | ChatRequest, adapter: AdapterRef | None, prompts: list[EncodedPrompt]
+        self, body: GenerationRequest, adapter: AdapterRef | None, params: SamplingParams, prompts: list[EncodedPrompt]
     ) -> Job:
-        model, most = self._services.engine.model, self._services.engine.max_choices
-        params = sampling_params(body, model)
+        model = self._services.engine.model
         if self._services.settings.log_prompts:
             decode = self._services.engine.codec.decode
             self._log["prompts"] = [decode(prompt.ids, skip_special_tokens=False) for prompt in prompts]
-        if len(prompts) * params.n > most:
-            raise InvalidRequest(
-                f"The request asks for {len(prompts) * params.n} answers; at most {most} are queued here. Send less.",
-                param="n" if params.n > 1 else "prompt",
-            )
         job_id = self._log["job_id"] = uuid.uuid4().hex
         return Job(
             id=job_id,
@@ -181,7 +197,7 @@ class _Call:
     async def _answer(self, body: CompletionRequest | ChatRequest, job: Job, answer: Answer) -> Response:
         headers = {ADAPTER_HEADER: job.adapter.label if job.adapter else "base"}
         if body.stream:
-            return EventStream(self._events(job, answer, include_usage=body.include_usage), headers=headers)
+            return EventStream(self._events(job, answer, body.usage_in_stream), headers=headers)
         content = await while_connected(self._request.receive, self._whole(job, answer))
         return Response(content, headers=headers, media_type="application/json")
 
@@ -192,9 +208,9 @@ class _Call:
         async with self._run(job) as run:
             return await answer.whole(run)
 
-    async def _events(self, job: Job, answer: Answer, *, include_usage: bool) -> AsyncGenerator[bytes, None]:
+    async def _events(self, job: Job, answer: Answer, options: StreamOptions) -> AsyncGenerator[bytes, None]:
         async with self._run(job) as run:
-            events = answer.events(run, include_usage=include_usage)
+            events = answer.events(run, options)
             try:
                 async for payload in events:
                     yield payload

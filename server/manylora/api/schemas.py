@@ -1,24 +1,35 @@
 """The two inference bodies as they arrive: shape and ranges. What depends on the model is checked in `sampling`.
 
-Fields of other servers' APIs that are not here are dealt with in `fields` before a body reaches its schema.
+Fields of other servers' APIs that are not here are dealt with in `fields` before a body reaches its schema. The first
+thing wrong is the answer: a body can be wrong a million times over, and nobody reads more than one.
 """
 
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Final, Literal, Self, TypeAlias, TypeVar
 
-import orjson
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from manylora.api.errors import invalid_from
 from manylora.api.fields import (
     CHAT_UNSUPPORTED,
     COMPLETION_UNSUPPORTED,
     MESSAGE_UNSUPPORTED,
+    PART_UNSUPPORTED,
     STREAM_OPTION_UNSUPPORTED,
+    Unsupported,
     unsupported_field,
-    without_neutral,
+    wanted,
 )
-from manylora.errors import InvalidRequest
+from manylora.api.json_body import parse_json
+from manylora.errors import InvalidRequest, UnsupportedField, quoted
 
 __all__ = ["ChatRequest", "CompletionRequest", "GenerationRequest", "Message", "Prompt", "StreamOptions", "parse"]
 
@@ -27,6 +38,13 @@ MAX_PROMPTS: Final = 256
 MAX_STOPS: Final = 32
 MAX_STOP_LENGTH: Final = 1024
 MAX_STOP_TOKENS: Final = 1024
+MAX_LOGIT_BIAS: Final = 4096
+MAX_MESSAGES: Final = 2048
+MAX_NAME: Final = 256
+MAX_USER: Final = 512
+MAX_METADATA: Final = 16
+MAX_METADATA_KEY: Final = 64
+MAX_METADATA_VALUE: Final = 512
 MIN_CACHE_SALT_LENGTH: Final = 32  # what can be guessed keeps nobody out
 MAX_CACHE_SALT_LENGTH: Final = 256
 _INT64: Final = 2**63
@@ -41,7 +59,9 @@ def _integral(value: object) -> object:
 
 
 Int = Annotated[int, BeforeValidator(_integral)]
-Metadata = Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)]
+MetadataKey = Annotated[str, Field(max_length=MAX_METADATA_KEY)]
+MetadataValue = Annotated[str, Field(max_length=MAX_METADATA_VALUE)]
+Metadata = Annotated[dict[MetadataKey, MetadataValue], Field(max_length=MAX_METADATA)]
 
 
 class _Strict(BaseModel):
@@ -54,12 +74,13 @@ class StreamOptions(_Strict):
     """`stream_options`."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = Field(default=False, description="Every event has the usage up to it.")
 
 
 class GenerationRequest(_Strict):
     """What completions and chat have in common. None is absent."""
 
-    unsupported: ClassVar[frozenset[str]] = frozenset()
+    unsupported: ClassVar[Unsupported] = {}
 
     model: str | None = None
     adapter_id: str | None = Field(default=None, description="LoRAX's way to name an adapter.")
@@ -73,18 +94,18 @@ class GenerationRequest(_Strict):
     min_p: float | None = Field(default=None, ge=0, le=1)
     seed: Int | None = Field(default=None, ge=-_INT64, lt=_INT64)
     stop: str | list[str] | None = None
-    stop_token_ids: list[Int] = Field(default=[], max_length=MAX_STOP_TOKENS)
+    stop_token_ids: list[Int] = Field(default=[], max_length=MAX_STOP_TOKENS, fail_fast=True)
     ignore_eos: bool = False
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     repetition_penalty: float | None = Field(default=None, gt=0, le=100)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = {}
+    logit_bias: dict[int, float] = {}
     n: Int = Field(default=1, ge=1, le=MAX_N)
     cache_salt: str | None = Field(default=None, description="A secret: who sends the same one shares cached prompts.")
-    user: str | None = Field(default=None, max_length=512)
+    user: str | None = Field(default=None, max_length=MAX_USER)
     metadata: Metadata | None = None
     store: Literal[False] | None = None
-    service_tier: Literal["auto"] | None = None
+    service_tier: Literal["auto", "default"] | None = None
 
     @field_validator("stop", mode="plain", json_schema_input_type=str | list[str] | None)
     @classmethod
@@ -108,9 +129,27 @@ class GenerationRequest(_Strict):
             )
         return value
 
+    @field_validator("logit_bias", mode="plain", json_schema_input_type=dict[str, float])
+    @classmethod
+    def _check_bias(cls, value: Any) -> dict[int, float]:
+        if not isinstance(value, dict):
+            raise ValueError("must be an object of token ids and their biases")  # noqa: TRY004 - as pydantic wants it
+        if len(value) > MAX_LOGIT_BIAS:
+            raise ValueError(f"takes at most {MAX_LOGIT_BIAS} tokens")
+        by_id: dict[int, float] = {}
+        for key, bias in value.items():
+            if not (key.isascii() and key.isdigit() and len(key) < 12):
+                raise ValueError(f"has the key '{quoted(key)}', which is not a token id")
+            if bias is None:
+                continue
+            if type(bias) not in (int, float) or not -100 <= bias <= 100:
+                raise ValueError(f"must have numbers from -100 to 100, also for token {key}")
+            by_id[int(key)] = float(bias)
+        return by_id
+
     @model_validator(mode="after")
     def _check_together(self) -> Self:
-        if self.stream_options is not None and not self.stream:
+        if self.stream_options is not None and self.stream_options != StreamOptions() and not self.stream:
             raise InvalidRequest("'stream_options' is only allowed with 'stream': true.", param="stream_options")
         both = self.max_tokens, self.max_completion_tokens
         if None not in both and both[0] != both[1]:
@@ -130,14 +169,14 @@ class GenerationRequest(_Strict):
         return tuple(self.stop or ())
 
     @property
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+    def usage_in_stream(self) -> StreamOptions:
+        return self.stream_options or StreamOptions()
 
 
 class CompletionRequest(GenerationRequest):
     """`POST /v1/completions`."""
 
-    unsupported: ClassVar[frozenset[str]] = COMPLETION_UNSUPPORTED
+    unsupported: ClassVar[Unsupported] = COMPLETION_UNSUPPORTED
 
     prompt: str | list[str] | list[int] | list[list[int]]
     max_tokens: Int | None = Field(default=None, ge=0, description="0 runs the prompt alone, to score it with `echo`.")
@@ -149,10 +188,9 @@ class CompletionRequest(GenerationRequest):
     def _check_prompt(cls, value: Any) -> Any:
         if isinstance(value, str):
             return value
-        if isinstance(value, list) and value:
-            for is_kind in (_is_text, _is_token_id, _is_token_ids):
-                if all(map(is_kind, value)):
-                    return value
+        kinds = set(map(type, value)) if isinstance(value, list) else set()
+        if kinds in ({str}, {int}) or (kinds == {list} and all(set(map(type, ids)) <= {int} for ids in value)):
+            return value
         raise ValueError(
             "must be a string, a list of strings, a list of token ids or a list of lists of token ids, and not empty"
         )
@@ -172,54 +210,64 @@ class CompletionRequest(GenerationRequest):
         return self
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _is_token_id(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_token_ids(value: object) -> bool:
-    return isinstance(value, list) and all(map(_is_token_id, value))
-
-
 class Message(_Strict):
-    """One message of a chat. `name` and `tool_call_id` are handed to the model's chat template."""
+    """One message of a chat. `name` and `tool_call_id` are handed to the model's chat template.
+
+    `cache_control` is a hint for servers that keep prompts only when told to. Here every prompt's blocks are kept.
+    """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str
-    name: str | None = None
-    tool_call_id: str | None = None
+    content: str = Field(default="", description="Required but for the assistant's.")
+    refusal: str | None = Field(default=None, description="What the assistant said in place of `content`.")
+    name: str | None = Field(default=None, max_length=MAX_NAME)
+    tool_call_id: str | None = Field(default=None, max_length=MAX_NAME)
+    cache_control: dict[str, Any] | None = None
 
     @field_validator("content", mode="plain", json_schema_input_type=str | list[dict[str, str]])
     @classmethod
-    def _join_parts(cls, value: Any) -> str:
+    def _join_parts(cls, value: Any, info: ValidationInfo) -> str:
         if isinstance(value, str):
             return value
         if not isinstance(value, list) or not value:
-            raise ValueError("must be a string or a list of text parts")
-        texts = [part.get("text") if _is_text_part(part) else None for part in value]
-        if not all(isinstance(text, str) for text in texts):
-            raise ValueError('only parts of the form {"type": "text", "text": "…"} are supported')
-        return "".join(str(text) for text in texts)
+            raise ValueError("must be a string or a list of text parts, and not empty")
+        is_answer = info.data.get("role") == "assistant"
+        return "".join(_text_of(part, number, is_answer) for number, part in enumerate(value))
 
     def for_template(self) -> dict[str, Any]:
         """As chat templates expect it; the newer role `developer` is what templates call `system`."""
         role = "system" if self.role == "developer" else self.role
-        return {**self.model_dump(exclude_none=True), "role": role}
+        more = {"name": self.name, "tool_call_id": self.tool_call_id}
+        content = self.content or self.refusal or ""
+        return {"role": role, "content": content, **{name: value for name, value in more.items() if value is not None}}
 
 
-def _is_text_part(part: object) -> bool:
-    return isinstance(part, dict) and part.get("type") == "text" and part.keys() == {"type", "text"}
+# What a part may have besides its type and its text: hints for servers that keep prompts only when told to.
+_PART_HINTS: Final = frozenset({"cache_control", "prompt_cache_breakpoint"})
+
+
+def _text_of(part: object, number: int, is_answer: bool) -> str:
+    """The text of a text part, and in an answer of a refusal. Raises ValueError with what is wrong."""
+    if not isinstance(part, dict):
+        raise ValueError(f"has a part {number} that is no object")  # noqa: TRY004 - as pydantic wants it
+    kind = part.get("type")
+    if kind != "text" and not (kind == "refusal" and is_answer):
+        raise ValueError(f"has a part {number} of the type '{quoted(str(kind))}': only text parts are supported")
+    try:
+        kept = wanted(part, {"type", kind, *_PART_HINTS}, PART_UNSUPPORTED)
+    except UnsupportedField as error:
+        raise ValueError(f"has a part {number} with the field '{error.param}', which is not supported") from None
+    text = kept.get(kind)
+    if not isinstance(text, str):
+        raise ValueError(f"has a part {number} whose '{kind}' is no string")  # noqa: TRY004 - as pydantic wants it
+    return text
 
 
 class ChatRequest(GenerationRequest):
     """`POST /v1/chat/completions`."""
 
-    unsupported: ClassVar[frozenset[str]] = CHAT_UNSUPPORTED
+    unsupported: ClassVar[Unsupported] = CHAT_UNSUPPORTED
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     logprobs: bool = False
     top_logprobs: Int | None = Field(default=None, ge=0)
 
@@ -232,10 +280,7 @@ class ChatRequest(GenerationRequest):
 
 def parse(schema: type[T], body: bytes) -> T:
     """The checked request. Raises InvalidRequest, whose `param` names the first field at fault."""
-    try:
-        raw = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
+    raw = parse_json(body)
     if not isinstance(raw, dict):
         raise InvalidRequest("The body must be a JSON object.")
     if raw.get("model") is None and "adapter_id" not in raw:
@@ -243,24 +288,50 @@ def parse(schema: type[T], body: bytes) -> T:
     try:
         return schema.model_validate(_cleaned(raw, schema))
     except ValidationError as error:
-        raise invalid_from(error.errors(include_url=False)) from None
+        raise invalid_from(error.errors(include_url=False, include_input=False)) from None
 
 
 def _cleaned(raw: dict[str, Any], schema: type[GenerationRequest]) -> dict[str, Any]:
-    kept = without_neutral(raw, schema.model_fields, schema.unsupported)
-    for name, only in (("service_tier", "auto"), ("store", False)):
-        if kept.get(name, only) != only:
+    """What is asked for: without nulls and neutral values, at the top and in what has fields of its own."""
+    kept = wanted(raw, schema.model_fields, schema.unsupported)
+    for name, taken in (("service_tier", ("auto", "default")), ("store", (False,))):
+        if name in kept and kept[name] not in taken:
             raise unsupported_field(name)
-    options, messages = kept.get("stream_options"), kept.get("messages")
-    if isinstance(options, Mapping):
-        kept["stream_options"] = without_neutral(
-            dict(options), StreamOptions.model_fields, STREAM_OPTION_UNSUPPORTED, where="stream_options."
+    options, metadata, messages = kept.get("stream_options"), kept.get("metadata"), kept.get("messages")
+    if isinstance(options, dict):
+        kept["stream_options"] = wanted(
+            options, StreamOptions.model_fields, STREAM_OPTION_UNSUPPORTED, where="stream_options."
         )
+    if isinstance(metadata, dict):
+        if len(metadata) > MAX_METADATA:
+            raise InvalidRequest(f"'metadata' takes at most {MAX_METADATA} entries.", param="metadata")
+        kept["metadata"] = {name: value for name, value in metadata.items() if value is not None}
     if isinstance(messages, list):
+        if len(messages) > MAX_MESSAGES:
+            raise InvalidRequest(
+                f"'messages' has {len(messages)} messages; at most {MAX_MESSAGES} are taken. Send less of the history.",
+                param="messages",
+            )
         kept["messages"] = [
-            without_neutral(message, Message.model_fields, MESSAGE_UNSUPPORTED, where=f"messages[{i}].")
-            if isinstance(message, dict)
-            else message
-            for i, message in enumerate(messages)
+            _cleaned_message(message, f"messages[{number}]") if isinstance(message, dict) else message
+            for number, message in enumerate(messages)
         ]
+    return kept
+
+
+def _cleaned_message(message: dict[str, Any], where: str) -> dict[str, Any]:
+    kept = wanted(message, Message.model_fields, MESSAGE_UNSUPPORTED, where=f"{where}.")
+    is_answer = kept.get("role") == "assistant"
+    if "content" not in kept and not is_answer:
+        field = f"{where}.content"
+        if "content" in message:
+            raise InvalidRequest(f"'{field}' is null. Only an assistant's message may be without text.", param=field)
+        raise InvalidRequest(f"The field '{field}' is required.", param=field)
+    if kept.get("refusal") == "":
+        del kept["refusal"]
+    if "refusal" in kept and (kept.get("content") or not is_answer):
+        field = f"{where}.refusal"
+        raise InvalidRequest(
+            f"'{field}' is what an assistant said in place of 'content'. Send one of the two.", param=field
+        )
     return kept

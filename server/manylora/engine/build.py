@@ -15,6 +15,7 @@ from manylora.engine.model_runner import ModelRunner
 from manylora.engine.placement import ThreadPlacement
 from manylora.engine.scheduler import Scheduler
 from manylora.errors import InvalidSettings, ModelUnusable, NotEnoughMemory
+from manylora.log import get_logger
 from manylora.lora import format as adapter_format
 from manylora.lora.format import ModuleSpec
 from manylora.lora.keep_as import KeepAs
@@ -39,6 +40,7 @@ from manylora.models.wrapping import WrappedModel, wrap
 from manylora.settings import Settings
 
 NUM_LOADERS = 4  # adapters read at a time: one whose files come slowly holds up itself
+_log = get_logger("manylora.engine")
 _MOST_OF_FREE = 0.5  # memory that one sequence may take where the cache's share of it would be less
 
 
@@ -74,6 +76,7 @@ class EngineBuilder:
         self.device = next(base.model.parameters()).device
         self.dtype: torch.dtype = base.model.dtype
         self._use_native = settings.kernels == "auto" and self.device.type == "cpu" and native.is_available()
+        self._num_embeddings = int(base.model.get_input_embeddings().weight.shape[0])
         self.wrapped: WrappedModel = wrap(base.model, factory(settings.quantization, use_native=self._use_native))
         self.context_length = self._context_length()
 
@@ -85,11 +88,14 @@ class EngineBuilder:
     def build(self, source: AdapterSource, metrics: Metrics, occupancy: Occupancy | None = None) -> AsyncEngine:
         """The engine with its bridge to asyncio, not started yet. `occupancy` hears who is in a slot."""
         engine, tiers = self.build_core(source, metrics, occupancy)
+        model = self._model_info()
+        for fault in self.base.codec.faults(model.vocab_size):
+            _log.warning("tokenizer", fault=fault)
         max_open = self.settings.max_num_seqs + self.settings.max_queue
         return AsyncEngine(
             engine,
             tiers,
-            self._model_info(),
+            model,
             self.base.codec,
             max_open=max_open,
             tenant_share=self.settings.tenant_queue_share,
@@ -195,7 +201,7 @@ class EngineBuilder:
         return ModelInfo(
             name=self.base.name,
             context_length=self.context_length,
-            vocab_size=int(self.base.model.config.get_text_config().vocab_size),
+            vocab_size=min(self._num_embeddings, int(self.base.model.config.get_text_config().vocab_size)),
             created=int(time.time()),
             default_temperature=generation.temperature,
             default_top_p=generation.top_p,

@@ -189,7 +189,15 @@ class Effect:
 class TextCodec(Protocol):
     """The base model's tokenizer, as much of it as the API needs. Thread-safe."""
 
+    def surely_exceeds(self, text: str, num_tokens: int) -> bool:
+        """Whether `text` has more than `num_tokens` tokens, as far as its length says; quick."""
+        ...
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+
+    def encode_many(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        """The ids of each text. Lets other threads run meanwhile."""
+        ...
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
 
@@ -206,6 +214,10 @@ class TextCodec(Protocol):
 
         Raises InvalidRequest when the model has no chat template or the template refuses the messages.
         """
+        ...
+
+    def render_chat(self, messages: list[dict[str, Any]], *, continue_final: bool = False) -> str:
+        """The text of a chat, to be encoded without special tokens; see `chat`."""
         ...
 
 

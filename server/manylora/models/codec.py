@@ -6,18 +6,25 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any, Protocol
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from manylora.errors import InvalidRequest
+from manylora.models.chat_template import ChatTemplate
+from manylora.models.text_length import TextLength
 
 __all__ = ["HuggingFaceCodec"]
+
+
+# Shorter ones are encoded and decoded faster than another thread is woken.
+_SHORT_CHARACTERS = 4096
+_SHORT_TOKENS = 1024
 
 
 class _Backend(Protocol):
     """Encoding and decoding that several threads may call at once."""
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+
+    def encode_many(self, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]: ...
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str: ...
 
@@ -35,16 +42,40 @@ class HuggingFaceCodec:
         self.all_special_ids = frozenset(int(i) for i in tokenizer.all_special_ids)
         fast = getattr(tokenizer, "backend_tokenizer", None)
         self._backend: _Backend = _PlainBackend(tokenizer) if fast is None else _FastBackend(fast)
+        self._length = TextLength() if fast is None else TextLength.of(fast)
+        self._template = ChatTemplate(tokenizer)
+        self._num_tokens = max(tokenizer.get_vocab().values(), default=-1) + 1
         self._added: dict[int, str] = {int(i): str(t) for i, t in tokenizer.added_tokens_decoder.items()}
         self._bytes_of = _byte_rule(None if fast is None else fast.decoder)
 
     @property
     def num_tokens(self) -> int:
         """Ids below this have text; a model's own vocabulary can be padded beyond it."""
-        return len(self._tokenizer)
+        return self._num_tokens
+
+    def faults(self, vocab_size: int) -> list[str]:
+        """What a server of a model with `vocab_size` rows in its embedding should say of its tokenizer at the start."""
+        found = []
+        if self.num_tokens > vocab_size:
+            found.append(
+                f"The tokenizer has ids up to {self.num_tokens - 1} and the model rows up to {vocab_size - 1}. Prompts "
+                "with one of the others are refused."
+            )
+        template_fault = self._template.fault() if self._template.exists else None
+        if template_fault is not None:
+            found.append(f"Chats are refused. {template_fault}")
+        return found
+
+    def surely_exceeds(self, text: str, num_tokens: int) -> bool:
+        """Whether `text` has more than `num_tokens` tokens, as far as its length says; quick."""
+        return self._length.surely_exceeds(text, num_tokens)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return self._backend.encode(text, add_special_tokens=add_special_tokens)
+
+    def encode_many(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        """The ids of each text, made without holding the interpreter's lock where the tokenizer is a compiled one."""
+        return self._backend.encode_many(list(texts), add_special_tokens=add_special_tokens)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
@@ -70,21 +101,11 @@ class HuggingFaceCodec:
 
         Raises InvalidRequest when the model has no chat template or the template refuses the messages.
         """
-        if not self._tokenizer.chat_template:
-            raise InvalidRequest("This model has no chat template. Use /v1/completions.", param="messages")
-        try:
-            text = self._tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=not continue_final,
-                continue_final_message=continue_final,
-            )
-        except (jinja2.TemplateError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-            reason = str(error) or type(error).__name__
-            raise InvalidRequest(
-                f"The model's chat template refuses these messages: {reason}", param="messages"
-            ) from error
-        return self.encode(str(text), add_special_tokens=False)
+        return self.encode(self.render_chat(messages, continue_final=continue_final), add_special_tokens=False)
+
+    def render_chat(self, messages: list[dict[str, Any]], *, continue_final: bool = False) -> str:
+        """The text of a chat, to be encoded without special tokens; see `chat`."""
+        return self._template.render(messages, continue_final=continue_final)
 
 
 class _FastBackend:
@@ -96,10 +117,20 @@ class _FastBackend:
         self._tokenizer = tokenizer
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        if len(text) > _SHORT_CHARACTERS:
+            return self.encode_many([text], add_special_tokens=add_special_tokens)[0]
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
+    def encode_many(self, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
+        # Of the ways to encode only those for batches let go of the interpreter's lock.
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+        return [encoding.ids for encoding in encodings]
+
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+        if len(token_ids) > _SHORT_TOKENS:
+            texts: list[str] = self._tokenizer.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)
+            return texts[0]
         text: str = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
         return text
 
@@ -114,6 +145,9 @@ class _PlainBackend:
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         with self._lock:
             return [int(i) for i in self._tokenizer.encode(text, add_special_tokens=add_special_tokens)]
+
+    def encode_many(self, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
+        return [self.encode(text, add_special_tokens=add_special_tokens) for text in texts]
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
         with self._lock:
