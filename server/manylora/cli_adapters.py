@@ -25,6 +25,7 @@ from manylora.cli_client import (
     show_problems,
     table,
 )
+from manylora.lora.folder import left_aside, names_in, warning_of
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -61,8 +62,11 @@ def push(
     fields = {"name": chosen, "activate": "true" if activate else "false"}
     fields |= {"description": description} if description is not None else {}
     fields |= {"pinned": "true"} if pin else {}
+    aside = warning_of(left_aside(names_in(path)))  # of a folder the two files are sent, so the server cannot know
     with server(as_json=as_json) as remote, _parts(path) as parts:
         version = remote.call("POST", "/v1/adapters", data=fields, files=parts, params=_tenant(tenant))
+    if aside is not None:
+        version["report"]["warnings"].insert(0, aside)
     if as_json:
         print_json(version)
     else:

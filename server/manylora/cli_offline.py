@@ -21,12 +21,12 @@ def validate_offline(path: Path, model: str | None, *, max_rank: int | None = No
     settings = load_settings(model=model, max_rank=max_rank)
     rules = Rules(modules_of(settings.model), settings.max_rank, int(settings.max_adapter_size))
     with tempfile.TemporaryDirectory() as scratch:
-        folder = path
+        folder, others = path, list[str]()
         if path.is_file():
             folder = Path(scratch) / "adapter"
             folder.mkdir()
-            unpack(path, folder, max_bytes=rules.max_bytes)
-        adapter = rules.read(folder)
+            others = unpack(path, folder, max_bytes=rules.max_bytes)
+        adapter = rules.read(folder, others)
         return {
             "digest": adapter.digest,
             "kind": "lora",

@@ -78,6 +78,16 @@ def test_a_folder_is_pushed_shown_promoted_and_deleted(shell: Shell, folder: Pat
     assert shell.run(who, "adapters", "show", "billing").exit_code == 4
 
 
+def test_what_is_not_sent_of_a_folder_is_said(shell: Shell, tmp_path: Path) -> None:
+    folder = write_sound(tmp_path / "trained", 7.0)
+    (folder / "training_args.bin").write_bytes(b"\x80")
+    (folder / "checkpoint-50").mkdir()
+    (warning,) = shell.json("acme:manager", "adapters", "push", str(folder))["report"]["warnings"]
+    assert "'checkpoint-50/', 'training_args.bin'" in warning
+    assert "Left aside" in shell.run("acme:manager", "adapters", "push", str(folder)).output
+    assert shell.run("acme:manager", "adapters", "delete", "trained", "--yes").exit_code == 0
+
+
 def test_an_archive_is_pushed_and_listed(shell: Shell, tmp_path: Path) -> None:
     archive = tmp_path / "letters.tar.gz"
     archive.write_bytes(tar_of(sound_files(5.0)))

@@ -124,14 +124,6 @@ def _with_file(data: bytes) -> Builder:
     return lambda folder: write(folder, data)
 
 
-def _with_extra(name: str, data: bytes = b"x") -> Builder:
-    def build(folder: Path) -> None:
-        write(folder)
-        (folder / name).write_bytes(data)
-
-    return build
-
-
 def _with_tensors(change: Callable[[Tensors], Tensors], **changes: Any) -> Builder:
     return lambda folder: write(folder, change(tensors()), config(**changes))
 
@@ -154,9 +146,9 @@ def _pipe(folder: Path) -> None:
     os.mkfifo(folder / TENSOR_FILE)
 
 
-def _subfolder(folder: Path) -> None:
+def _pickled(folder: Path) -> None:
     write(folder)
-    write(folder / "checkpoint-500")
+    (folder / TENSOR_FILE).rename(folder / "adapter_model.bin")
 
 
 _A, _B = f"{PREFIX}{Q0}.lora_A.weight", f"{PREFIX}{Q0}.lora_B.weight"
@@ -257,12 +249,7 @@ MALFORMED: list[tuple[str, Builder, str]] = [
     ("no config", _without(CONFIG_FILE), "missing_file"),
     ("no tensors", _without(TENSOR_FILE), "missing_file"),
     ("tensors are a pipe", _pipe, "missing_file"),
-    ("a script beside it", _with_extra("run.py"), "unexpected_file"),
-    ("a tokenizer beside it", _with_extra("tokenizer.json"), "unexpected_file"),
-    ("a tokenizer's merges beside it", _with_extra("merges.txt"), "unexpected_file"),
-    ("a checkpoint inside", _subfolder, "unexpected_file"),
-    ("a pickle beside it", _with_extra("adapter_model.bin"), "not_safetensors"),
-    ("an optimizer beside it", _with_extra("optimizer.pt"), "not_safetensors"),
+    ("a pickle instead", _pickled, "not_safetensors"),
     # the tensor file's frame
     ("empty file", _with_file(b""), "not_safetensors"),
     ("seven bytes", _with_file(b"\0" * 7), "not_safetensors"),
@@ -358,9 +345,9 @@ MALFORMED: list[tuple[str, Builder, str]] = [
     ("tied weights", _with_config(ensure_weight_tying=True), "unsupported_feature"),
     ("a classifier", _with_config(task_type="SEQ_CLS"), "unsupported_feature"),
     # names
-    ("target that no base has", _with_config(target_modules=["q_proj", "v_proj", "q_porj"]), "unmatched_module"),
+    ("targets that no base has", _with_config(target_modules=["c_attn", "q_porj"]), "unmatched_module"),
     ("pattern that matches nothing", _with_config(target_modules=r".*\.c_attn"), "unmatched_module"),
-    ("layer that the base lacks", _with_config(layers_to_transform=[0, 1, 9]), "unmatched_module"),
+    ("layers that the base lacks", _with_config(layers_to_transform=[7, 9]), "unmatched_module"),
     ("foreign module", _with_tensors(_rename("layers.1.", "layers.x.")), "unmatched_module"),
     ("A without B", _with_tensors(_drop("layers.1.self_attn.q_proj.lora_B.weight")), "missing_tensor"),
     ("B without A", _with_tensors(_drop("layers.0.self_attn.v_proj.lora_A.weight")), "missing_tensor"),

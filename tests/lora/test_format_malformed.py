@@ -1,7 +1,9 @@
 """Every malformed adapter gets its documented code, all of them at once, in messages that say what to do."""
 
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from manylora.errors import InvalidAdapter, TooLarge
@@ -9,9 +11,9 @@ from manylora.lora.format import CONFIG_FILE, TENSOR_FILE, digest_of, read, read
 from manylora.lora.problems import MAX_PER_CODE
 from tests.lora.malformed import MALFORMED, Builder, config, safetensors, tensors, tiny_modules, write
 
-# The codes of docs/adapters.md that a folder can have; `unsafe_archive` belongs to uploads.
+# The codes of docs/adapters.md that a folder can have; the two that only uploads have are left out.
 CODES = {
-    "not_safetensors", "missing_file", "unexpected_file", "bad_config", "unknown_config_key", "unsupported_feature",
+    "not_safetensors", "missing_file", "bad_config", "unknown_config_key", "unsupported_feature",
     "unmatched_module", "missing_tensor", "unexpected_tensor", "wrong_shape", "wrong_dtype", "not_finite",
     "rank_too_large", "no_effect", "base_mismatch",
 }  # fmt: skip
@@ -76,10 +78,9 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
         "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     )
     arrays["base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"][0, 0] = float("nan")
-    write(tmp_path, arrays, config(r=80, novelty=1, target_modules=["q_proj", "v_proj", "nothing_proj"]))
-    (tmp_path / "run.sh").write_text("true")
+    write(tmp_path, arrays, config(r=80, novelty=1, target_modules=["q_proj", "v_proj"]))
     assert {code for code, _, _ in problems_of(tmp_path)} == {
-        "unexpected_file", "unknown_config_key", "not_finite", "unmatched_module", "rank_too_large", "missing_tensor",
+        "unknown_config_key", "not_finite", "rank_too_large", "missing_tensor",
         "unexpected_tensor", "wrong_shape",
     }  # fmt: skip
 
@@ -99,8 +100,34 @@ def test_a_million_faults_make_a_short_answer(tmp_path: Path) -> None:
 
 
 def test_misspelt_target_is_answered_with_the_likely_name(tmp_path: Path) -> None:
-    write(tmp_path, None, config(target_modules=["q_proj", "v_proj", "gate_porj"]))
+    write(tmp_path, None, config(target_modules=["gate_porj"]))
     assert any("Did you mean 'gate_proj'?" in message for _, _, message in problems_of(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"target_modules": ["q_proj", "v_proj", "gate_porj"]}, "'gate_porj', .* Did you mean 'gate_proj'"),
+        ({"target_modules": ["q_proj", "v_proj", "c_attn", "W_pack"]}, "'W_pack', 'c_attn'"),
+        ({"layers_to_transform": [0, 1, 9]}, "no layers '9'"),
+    ],
+)
+def test_names_and_layers_that_mean_nothing_beside_others_are_a_warning(
+    tmp_path: Path, changes: dict[str, object], said: str
+) -> None:
+    write(tmp_path, None, config(**changes))
+
+    (warning,) = read(tmp_path, tiny_modules(), max_rank=64, max_size=2**20).warnings
+
+    assert re.search(said, warning)
+
+
+def test_a_stranger_beside_good_names_is_no_warning_where_the_file_has_it(tmp_path: Path) -> None:
+    arrays = tensors()
+    arrays["base_model.model.model.layers.0.self_attn.W_pack.lora_A.weight"] = np.ones((4, 16), np.float32)
+    write(tmp_path, arrays, config(target_modules=["q_proj", "v_proj", "W_pack"]))
+
+    assert "unmatched_module" in {code for code, _, _ in problems_of(tmp_path)}
 
 
 def test_hostile_names_are_escaped_in_messages(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
-"""Unpacking an uploaded archive by rules: a few regular files, all at the root or all in one folder.
+"""Unpacking an uploaded archive by rules: the adapter's two files, at the root or in one folder.
 
-One broken rule and nothing is unpacked. Whether the files are those of an adapter is `lora.format`'s to say.
+One broken rule and nothing is unpacked. Other members are named and not unpacked; the rules hold for them all the same.
 Sizes are counted while bytes flow, not believed from headers.
 """
 
@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import IO, Final, Protocol, cast
 
 from manylora.errors import InvalidAdapter, Problem, TooLarge
+from manylora.lora.folder import NEEDED
 
-_MAX_MEMBERS: Final = 16
+_MAX_MEMBERS: Final = 1024
 # Real weights hardly compress; all-zero ones do, so the ratio only counts from this size on.
 _MAX_RATIO: Final = 100
 _RATIO_FROM_BYTES: Final = 16 * 2**20
@@ -24,6 +25,7 @@ _MAX_NAME: Final = 128
 # All headers and names of an honest archive together are shorter.
 _MAX_HEADER_BYTES: Final = 2**20
 _TAR_SLACK_BYTES: Final = 2**20  # headers, padding and end blocks around the members
+_SHOWN: Final = 4
 _ARCHIVE_SUFFIXES: Final = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst")
 
 
@@ -73,25 +75,25 @@ class _Guarded:
         return True
 
 
-def unpack(archive: Path, target: Path, *, max_bytes: int) -> None:
-    """Write the files of `archive` into the folder `target`, and scratch beside it in its parent.
+def unpack(archive: Path, target: Path, *, max_bytes: int) -> list[str]:
+    """Write the adapter's files into the folder `target`, and scratch beside it in its parent.
 
-    `max_bytes` bounds what comes out. Raises InvalidAdapter (`unsafe_archive`, with every member that breaks a
+    Returns the names of the other members, relative to the adapter's folder where they lie in it. `max_bytes` bounds
+    what comes out. Raises InvalidAdapter (`unsafe_archive`, with every member that breaks a
     rule), or TooLarge.
     """
     try:
         with archive.open("rb") as file:
             start = file.read(512)
         if start.startswith(b"PK"):
-            _unpack_zip(archive, target, max_bytes)
-        elif start.startswith(b"\x1f\x8b"):
-            _unpack_tar(
+            return _unpack_zip(archive, target, max_bytes)
+        if start.startswith(b"\x1f\x8b"):
+            return _unpack_tar(
                 _gunzip(archive, target.parent / "unzipped.tar", max_bytes + _TAR_SLACK_BYTES), target, max_bytes
             )
-        elif start[257:262] == b"ustar":
-            _unpack_tar(archive, target, max_bytes)
-        else:
-            raise _refused("This is not a .zip, .tar, .tar.gz or .tgz archive.")
+        if start[257:262] == b"ustar":
+            return _unpack_tar(archive, target, max_bytes)
+        raise _refused("This is not a .zip, .tar, .tar.gz or .tgz archive.")
     except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise _refused(f"The archive cannot be read: {error}") from error
     except (NotImplementedError, UnicodeDecodeError, ValueError, OverflowError) as error:
@@ -104,17 +106,34 @@ def _refused(message: str, where: str = "archive") -> InvalidAdapter:
     return InvalidAdapter([Problem("unsafe_archive", where, message)])
 
 
-def check_members(members: list[Member]) -> dict[str, str]:
-    """File names by member name. Raises InvalidAdapter with everything that is wrong."""
+def choose(members: list[Member]) -> tuple[dict[str, str], list[str]]:
+    """The adapter's files, as names by member, and the names of the other members.
+
+    Raises InvalidAdapter with everything that is wrong.
+    """
     problems = [p for member in members if (p := _member_problem(member)) is not None]
     files = [m.name for m in members if m.kind == "file"]
     if len(set(files)) < len(files):
         problems.append(Problem("unsafe_archive", "archive", "A member occurs twice: the archive is ambiguous."))
-    if len({name.rpartition("/")[0] for name in files}) > 1:
-        problems.append(Problem("unsafe_archive", "archive", "All files must lie in the same folder of the archive."))
+    home = _home(files, problems)
     if problems:
         raise InvalidAdapter(problems)
-    return {name: name.rpartition("/")[2] for name in files}
+    wanted = {f"{home}{name}": name for name in NEEDED if f"{home}{name}" in files}
+    return wanted, [name.removeprefix(home) for name in files if name not in wanted]
+
+
+def _home(files: list[str], problems: list[Problem]) -> str:
+    """The folder of the adapter, with a slash, or "" for the root. What lies deeper is a checkpoint of it."""
+    places = {name.removesuffix(file) for name in files for file in NEEDED if name == file or name.endswith(f"/{file}")}
+    nearest = min((place.count("/") for place in places), default=0)
+    homes = sorted(place for place in places if place.count("/") == nearest)
+    if nearest > 1:
+        message = "The adapter's files must lie at the archive's root or in one folder."
+        problems.extend(Problem("unsafe_archive", ascii(home)[1:-1], message) for home in homes[:_SHOWN])
+    elif len(homes) > 1:
+        some = ", ".join(ascii(home)[1:-1] for home in homes[:_SHOWN])
+        problems.append(Problem("unsafe_archive", "archive", f"It holds several adapters, in {some}: pack one."))
+    return homes[0] if homes else ""
 
 
 def _member_problem(member: Member) -> Problem | None:
@@ -129,8 +148,6 @@ def _member_problem(member: Member) -> Problem | None:
         message = f"Member names must be shorter than {_MAX_NAME} bytes."
     elif member.kind not in {"file", "folder"}:
         message = f"Only regular files are unpacked; this is a {member.kind}."
-    elif len(parts) > (2 if member.kind == "file" else 1):
-        message = "The files must lie at the archive's root or in one folder."
     elif member.kind == "file" and parts[-1].lower().endswith(_ARCHIVE_SUFFIXES):
         message = "An archive in an archive is not unpacked."
     return None if message is None else Problem("unsafe_archive", shown, message)
@@ -170,7 +187,7 @@ def _gunzip(archive: Path, target: Path, max_bytes: int) -> Path:
     return target
 
 
-def _unpack_tar(archive: Path, target: Path, max_bytes: int) -> None:
+def _unpack_tar(archive: Path, target: Path, max_bytes: int) -> list[str]:
     with archive.open("rb") as file:
         guarded = _Guarded(file)
         with tarfile.open(fileobj=cast(IO[bytes], guarded), mode="r:", errorlevel=2) as tar:
@@ -180,13 +197,14 @@ def _unpack_tar(archive: Path, target: Path, max_bytes: int) -> None:
                 if len(infos) > _MAX_MEMBERS:
                     raise _too_many()
             guarded.listed = True
-            wanted = check_members([Member(_tar_name(info), _tar_kind(info)) for info in infos])
+            wanted, others = choose([Member(_tar_name(info), _tar_kind(info)) for info in infos])
             budget = _Budget(max_bytes, archive.stat().st_size)
             for member, name in wanted.items():
                 source = tar.extractfile(next(i for i in infos if i.isreg() and _tar_name(i) == member))
                 assert source is not None
                 with source:
                     _pour(source, target / name, budget)
+    return others
 
 
 def _tar_name(info: tarfile.TarInfo) -> str:
@@ -205,7 +223,7 @@ def _tar_kind(info: tarfile.TarInfo) -> str:
     return "device or another special file"
 
 
-def _unpack_zip(archive: Path, target: Path, max_bytes: int) -> None:
+def _unpack_zip(archive: Path, target: Path, max_bytes: int) -> list[str]:
     with archive.open("rb") as file:
         guarded = _Guarded(file)
         with zipfile.ZipFile(cast(IO[bytes], guarded)) as bundle:
@@ -213,11 +231,12 @@ def _unpack_zip(archive: Path, target: Path, max_bytes: int) -> None:
             if len(infos) > _MAX_MEMBERS:
                 raise _too_many()
             guarded.listed = True
-            wanted = check_members([Member(info.orig_filename, _zip_kind(info)) for info in infos])
+            wanted, others = choose([Member(info.orig_filename, _zip_kind(info)) for info in infos])
             budget = _Budget(max_bytes, archive.stat().st_size)
             for member, name in wanted.items():
                 with bundle.open(next(info for info in infos if info.orig_filename == member)) as source:
                     _pour(source, target / name, budget)
+    return others
 
 
 def _zip_kind(info: zipfile.ZipInfo) -> str:

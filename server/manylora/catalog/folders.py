@@ -2,15 +2,19 @@
 
 import asyncio
 import logging
+import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from manylora.catalog.files import ADAPTER_FILES, CONFIG_FILE
 from manylora.catalog.records import Folder, Published
 from manylora.errors import InvalidAdapter, ManyloraError, StartupError
+from manylora.lora.folder import left_aside, names_in, warning_of
 
+_CHECKPOINT: Final = re.compile(r"checkpoint-[0-9]+")
 _log = logging.getLogger(__name__)
 
 
@@ -27,13 +31,16 @@ class FoundFolder:
 
 
 def discover(root: Path, base: str) -> list[FoundFolder]:
-    """Every folder at or below `root` with an adapter_config.json, by path. Raises StartupError without `root`.
+    """Every folder at or below `root` with an adapter_config.json, by path; a Trainer's checkpoints of one are none.
 
-    `base` goes into the fingerprints: for another base model every folder has to be looked at again.
+    Raises StartupError without `root`. `base` goes into the fingerprints: for another base model every folder has to
+    be looked at again.
     """
     if not root.is_dir():
         raise StartupError(f"--adapters {root} is not a folder.")
     found = sorted(config.parent for config in root.resolve().rglob(CONFIG_FILE))
+    adapters = set(found)
+    found = [folder for folder in found if not (_CHECKPOINT.fullmatch(folder.name) and folder.parent in adapters)]
     return [FoundFolder(folder, Folder(str(folder), f"{base[:16]}/{_fingerprint(folder)}")) for folder in found]
 
 
@@ -65,8 +72,16 @@ async def register(
         elif before.get(folder.stamp.path) != (folder.stamp, True):
             try:
                 done.append(await add(folder))
+                _warn(folder)
             except ManyloraError as error:
                 _log.error("Not registered: %s: %s", folder.path, error.message)
                 for problem in error.problems if isinstance(error, InvalidAdapter) else []:
                     _log.error("  %s %s: %s", problem.code, problem.where, problem.message)
     return done
+
+
+def _warn(folder: FoundFolder) -> None:
+    """In the report it is, too; at start nobody reads that."""
+    said = warning_of(left_aside(names_in(folder.path)))
+    if said is not None:
+        _log.warning("%s: %s", folder.path, said)

@@ -15,13 +15,14 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from manylora.errors import InvalidAdapter, InvalidRequest, Problem, TooLarge, UnsupportedField
+from manylora.lora.folder import NEEDED
 
 ARCHIVE_PART: Final = "archive"
 FILES_PART: Final = "files"
 FIELDS: Final = frozenset({"name", "description", "pinned", "activate"})
 _MAX_FIELD_BYTES: Final = 64 * 1024
 _MAX_HEADER_BYTES: Final = 16 * 1024
-_MAX_PARTS: Final = 32
+_MAX_PARTS: Final = 1024
 _PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,128}(?<!\.)")
 _FLUSH_BYTES: Final = 2**20
 _FORM_SLACK_BYTES: Final = 2**20  # boundaries, headers and fields around the files
@@ -34,6 +35,7 @@ class Received:
     folder: Path
     fields: dict[str, str] = field(default_factory=dict)
     files: set[str] = field(default_factory=set)
+    left_aside: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     has_archive: bool = False
 
@@ -196,7 +198,9 @@ class _Sink:
             self._start(self.received.archive)
 
     def _open_file(self, name: str) -> None:
-        if not _PLAIN_NAME.fullmatch(name):
+        if name not in NEEDED and all(map(_PLAIN_NAME.fullmatch, name.split("/"))):
+            self.received.left_aside.append(name)  # its bytes are passed over
+        elif not _PLAIN_NAME.fullmatch(name):
             message = "A 'files' part needs the plain name of an adapter's file."
             self.received.problems.append(Problem("unexpected_file", ascii(name)[1:-1][:128] or "(no name)", message))
         elif name in self.received.files:

@@ -30,9 +30,10 @@ from manylora.catalog.records import AdapterRecord, Folder, Published, VersionRe
 from manylora.catalog.registry import Registry
 from manylora.catalog.retirement import Retirement
 from manylora.catalog.store import Store, open_store
-from manylora.catalog.upload import Quarantine, Rules, new_version, probe, wish_of
+from manylora.catalog.upload import Brought, Quarantine, Rules, new_version, probe, wish_of
 from manylora.engine.interface import AdapterRef, EngineClient, Tier
 from manylora.errors import InvalidSettings, ManyloraError, Unavailable
+from manylora.lora.folder import names_in
 from manylora.lora.format import ModuleSpec
 from manylora.settings import Settings
 
@@ -150,7 +151,7 @@ class Catalog:
     ) -> Published:
         """A multipart upload. Raises InvalidAdapter, TooLarge, QuotaExceeded, InvalidRequest."""
 
-        async def receive(folder: Path) -> tuple[Wish, Path]:
+        async def receive(folder: Path) -> tuple[Wish, Brought]:
             limit = self._rules.max_bytes
             received = await receive_form(body, content_type, folder, max_bytes=limit, content_length=content_length)
             wish = self._checked(wish_of(received.fields, tenant))
@@ -161,11 +162,11 @@ class Catalog:
     async def import_from(self, wish: Wish, source: str) -> Published:
         """An import from a source on the allow-list. Raises what `upload` and `sources.fetch` raise."""
 
-        async def receive(folder: Path) -> tuple[Wish, Path]:
+        async def receive(folder: Path) -> tuple[Wish, Brought]:
             self._checked(wish)
             allow, limit = self._import_allow, self._rules.max_bytes
-            await asyncio.to_thread(sources.fetch, source, folder, allow=allow, max_bytes=limit)
-            return wish, folder
+            others = await asyncio.to_thread(sources.fetch, source, folder, allow=allow, max_bytes=limit)
+            return wish, Brought(folder, others)
 
         return await self._counted(wish.tenant, self._add(receive))
 
@@ -182,21 +183,22 @@ class Catalog:
     async def _add_folder(self, found: folders.FoundFolder) -> Published:
         wish = self._checked(Wish(PUBLIC_TENANT, found.name))
 
-        async def receive(folder: Path) -> tuple[Wish, Path]:
+        async def receive(folder: Path) -> tuple[Wish, Brought]:
             files = {name: found.path / name for name in ADAPTER_FILES if (found.path / name).is_file()}
             if len(files) < len(ADAPTER_FILES):
-                await self._quarantine.validate(found.path)  # says what is there instead, such as a pickle
+                await self._quarantine.validate(Brought(found.path))  # says what is there instead, such as a pickle
             await asyncio.to_thread(sources.copy_bounded, files, folder, self._rules.max_bytes)
-            return wish, folder
+            return wish, Brought(folder, await asyncio.to_thread(names_in, found.path))
 
         return await self._add(receive, found.stamp)
 
     async def _add(
-        self, receive: Callable[[Path], Awaitable[tuple[Wish, Path]]], stamp: Folder | None = None
+        self, receive: Callable[[Path], Awaitable[tuple[Wish, Brought]]], stamp: Folder | None = None
     ) -> Published:
         async with self._quarantine.folder() as quarantine:
-            wish, folder = await receive(quarantine)
-            adapter = await self._quarantine.validate(folder)
+            wish, brought = await receive(quarantine)
+            folder = brought.folder
+            adapter = await self._quarantine.validate(brought)
             stored = self._newest_with(wish, adapter.digest)
             if stored is not None:
                 await asyncio.to_thread(self._blobs.mend, folder, stored.blob)

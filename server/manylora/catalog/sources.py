@@ -20,29 +20,31 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 
 from manylora.catalog.files import ADAPTER_FILES
 from manylora.errors import InvalidAdapter, InvalidRequest, PermissionDenied, Problem, TooLarge, Unavailable
+from manylora.lora.folder import names_in
 
 _HF: Final = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
 _S3: Final = re.compile(r"s3://[a-z0-9][a-z0-9.-]*(?:/[^?*\[\]]*)?", re.ASCII)
 
 
-def fetch(source: str, target: Path, *, allow: Sequence[str], max_bytes: int) -> None:
-    """Copy the source's two adapter files into the folder `target`.
+def fetch(source: str, target: Path, *, allow: Sequence[str], max_bytes: int) -> list[str]:
+    """Copy the source's two adapter files into the folder `target`; the names of what lies beside them.
 
-    Raises InvalidRequest (not a source, or not there), PermissionDenied (not on the allow-list), InvalidAdapter
-    (`missing_file`), TooLarge, or Unavailable (the other side does not answer).
+    A hub's repository is not listed, since people keep it for more than the adapter. Raises InvalidRequest (not a
+    source, or not there), PermissionDenied (not on the allow-list), InvalidAdapter (`missing_file`), TooLarge, or
+    Unavailable (the other side does not answer).
     """
     if source.startswith("file://"):
-        _fetch_files(source, target, allow, max_bytes)
-    elif _HF.fullmatch(source) and ".." not in source:
+        return _fetch_files(source, target, allow, max_bytes)
+    if _HF.fullmatch(source) and ".." not in source:
         check_allowed(source, allow)
         _fetch_hf(source, target, max_bytes)
-    elif _S3.fullmatch(source) and ".." not in source.split("/"):
+        return []
+    if _S3.fullmatch(source) and ".." not in source.split("/"):
         check_allowed(source.rstrip("/"), allow)
-        _fetch_s3(source.rstrip("/"), target, max_bytes)
-    else:
-        raise InvalidRequest(
-            "'source' must be file:///PATH, hf://OWNER/REPO[@REVISION] or s3://BUCKET/PREFIX.", param="source"
-        )
+        return _fetch_s3(source.rstrip("/"), target, max_bytes)
+    raise InvalidRequest(
+        "'source' must be file:///PATH, hf://OWNER/REPO[@REVISION] or s3://BUCKET/PREFIX.", param="source"
+    )
 
 
 def check_allowed(source: str, allow: Sequence[str]) -> None:
@@ -76,7 +78,7 @@ def _resolved_entries(allow: Sequence[str]) -> list[str]:
     return [entry.replace("file:////", "file:///") for entry in entries]
 
 
-def _fetch_files(source: str, target: Path, allow: Sequence[str], max_bytes: int) -> None:
+def _fetch_files(source: str, target: Path, allow: Sequence[str], max_bytes: int) -> list[str]:
     path = source.removeprefix("file://")
     if not path.startswith("/") or "\0" in path:
         raise InvalidRequest("'source' must be an absolute path: file:///PATH.", param="source")
@@ -91,6 +93,7 @@ def _fetch_files(source: str, target: Path, allow: Sequence[str], max_bytes: int
     for file in found.values():
         check_allowed(f"file://{file}", entries)
     copy_bounded(found, target, max_bytes)
+    return names_in(folder)
 
 
 def copy_bounded(files: dict[str, Path], target: Path, max_bytes: int) -> None:
@@ -126,7 +129,7 @@ def _fetch_hf(source: str, target: Path, max_bytes: int) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _fetch_s3(source: str, target: Path, max_bytes: int) -> None:
+def _fetch_s3(source: str, target: Path, max_bytes: int) -> list[str]:
     try:
         filesystem, root = fsspec.core.url_to_fs(source, use_listings_cache=False)
         missing = [name for name in ADAPTER_FILES if not filesystem.exists(f"{root}/{name}")]
@@ -135,6 +138,8 @@ def _fetch_s3(source: str, target: Path, max_bytes: int) -> None:
         _check_size(sum(int(filesystem.size(f"{root}/{name}")) for name in ADAPTER_FILES), max_bytes)
         for name in ADAPTER_FILES:
             filesystem.get_file(f"{root}/{name}", os.fspath(target / name))
+        entries = filesystem.ls(root, detail=True)
+        return [entry["name"].rpartition("/")[2] + "/" * (entry["type"] == "directory") for entry in entries]
     except ImportError as error:
         raise InvalidRequest("This server cannot read s3://: install 'manylora[s3]'.", param="source") from error
     except OSError as error:

@@ -7,7 +7,7 @@ at start.
 import asyncio
 import math
 import secrets
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,9 +37,19 @@ class Rules:
     max_rank: int
     max_bytes: int
 
-    def read(self, folder: Path) -> Adapter:
-        """Validate the files in `folder`. Raises InvalidAdapter with every problem."""
-        return lora_format.read(folder, self.modules, max_rank=self.max_rank, max_size=self.max_bytes)
+    def read(self, folder: Path, left_aside: Sequence[str] = ()) -> Adapter:
+        """Validate the files in `folder`; `left_aside` lay beside them. Raises InvalidAdapter with every problem."""
+        return lora_format.read(
+            folder, self.modules, max_rank=self.max_rank, max_size=self.max_bytes, left_aside=left_aside
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Brought:
+    """An adapter's files in a folder of ours, and the names of what lay beside them."""
+
+    folder: Path
+    left_aside: Sequence[str] = ()
 
 
 class Quarantine:
@@ -61,18 +71,19 @@ class Quarantine:
         finally:
             await asyncio.to_thread(remove_tree, folder)
 
-    async def validate(self, folder: Path) -> Adapter:
+    async def validate(self, brought: Brought) -> Adapter:
         """Raises InvalidAdapter with every problem."""
         async with self._validations:
-            return await asyncio.to_thread(self._rules.read, folder)
+            return await asyncio.to_thread(self._rules.read, brought.folder, brought.left_aside)
 
-    async def unpack(self, received: Received) -> Path:
-        """The folder with the adapter's files, from either form of upload. Raises InvalidAdapter or TooLarge."""
-        if received.has_archive:
-            async with self._validations:
-                target, max_bytes = received.adapter_folder, self._rules.max_bytes
-                await asyncio.to_thread(unpack, received.archive, target, max_bytes=max_bytes)
-        return received.adapter_folder
+    async def unpack(self, received: Received) -> Brought:
+        """The adapter's files, from either form of upload. Raises InvalidAdapter or TooLarge."""
+        if not received.has_archive:
+            return Brought(received.adapter_folder, received.left_aside)
+        async with self._validations:
+            target, max_bytes = received.adapter_folder, self._rules.max_bytes
+            others = await asyncio.to_thread(unpack, received.archive, target, max_bytes=max_bytes)
+        return Brought(target, [*others, *received.left_aside])
 
 
 async def probe(engine: EngineClient, folder: Path, digest: str, wish: Wish) -> Effect:

@@ -6,7 +6,7 @@
 Safetensors only, no torch, and every problem at once. `docs/adapters.md` says what is served and what is not.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,14 +87,20 @@ def _build(
     )
 
 
-def read(folder: Path, modules: Mapping[str, ModuleSpec], *, max_rank: int, max_size: int) -> Adapter:
+def read(
+    folder: Path, modules: Mapping[str, ModuleSpec], *, max_rank: int, max_size: int, left_aside: Sequence[str] = ()
+) -> Adapter:
     """The adapter in `folder`, checked completely against the base's `modules` (by path).
 
-    `max_size` is in bytes. Raises InvalidAdapter with every problem found, or TooLarge.
+    `max_size` is in bytes. `left_aside` names what lay beside the files that were brought into the folder. Raises
+    InvalidAdapter with every problem found, or TooLarge.
     """
     size_bytes = listing.check_size(folder, max_size)
     problems, warnings = Problems(), list[str]()
-    listing.check_listing(folder, problems)
+    aside = listing.left_aside([*listing.names_in(folder), *left_aside])
+    if said := listing.warning_of(aside):
+        warnings.append(said)
+    listing.check_listing(folder, aside, problems)
     files = _open(folder, problems)
     settings = peft_config.parse(files.config, problems, warnings) if files.config is not None else None
     pairs: tuple[LoraModule, ...] = ()
@@ -132,7 +138,7 @@ def read_trusted(folder: Path, modules: Mapping[str, ModuleSpec], *, digest: str
         if not {pair.a.dtype, pair.b.dtype} <= set(contents.SERVED_DTYPES):
             problems.add("wrong_dtype", TENSOR_FILE, f"{pair.path} is not {', '.join(contents.SERVED_DTYPES)}.")
     if not problems and (settings is None or not pairs):
-        listing.check_listing(folder, problems)
+        listing.check_listing(folder, listing.names_in(folder), problems)
     problems.raise_if_any()
     assert settings is not None
     return _build(settings, pairs, digest, listing.size_of(folder), warnings)
@@ -146,7 +152,7 @@ def digest_of(folder: Path) -> str:
     problems = Problems()
     files = _open(folder, problems)
     if files.config is None or files.tensors is None:
-        listing.check_listing(folder, problems)
+        listing.check_listing(folder, listing.names_in(folder), problems)
     problems.raise_if_any()
     assert files.config is not None
     assert files.tensors is not None

@@ -36,7 +36,7 @@ def resolve(
     try:
         paths = _Chosen(settings, modules, patterns).paths()
         targets = dict(_with_ranks(settings, [modules[path] for path in paths], patterns, warnings))
-        _check_names(settings, modules, targets, patterns, problems)
+        _check_names(settings, modules, targets, patterns, problems, warnings)
     except PatternFault as fault:
         problems.add("bad_config", CONFIG_FILE, f"{fault}.")
         return None
@@ -154,35 +154,50 @@ def _with_ranks(
         warnings.append(f"No adapted module is named by these keys of rank_pattern or alpha_pattern: {listed(unused)}.")
 
 
+def _hint(name: str, leaves: list[str]) -> str:
+    close = difflib.get_close_matches(name[:64], leaves, n=1)
+    return f"Did you mean {close[0]!r}?" if close else f"It has {listed(leaves, 12)}."
+
+
 def _check_names(
     settings: LoraSettings,
     modules: Mapping[str, ModuleSpec],
     targets: dict[str, Target],
     patterns: Patterns,
     problems: Problems,
+    warnings: list[str],
 ) -> None:
-    """Every name in `target_modules` must mean something in the base, and every layer must exist."""
-    names = settings.target_modules
+    """`target_modules` must mean something in the base. Of several names or layers, as in PEFT, one is enough."""
+    names, layers = settings.target_modules, settings.layers_to_transform
     leaves = sorted({spec.leaf for spec in modules.values()})
+    unknown, absent = list[str](), list[int]()
     if isinstance(names, tuple):
         existing = {suffix for path in modules for suffix in suffixes(path)}
-        for number, name in enumerate(sorted(set(names) - existing)):
-            # What is not shown but counted needs no hint, which costs much more than the count.
-            close = [] if number >= MAX_PER_CODE else difflib.get_close_matches(name[:64], leaves, n=1)
-            hint = f"Did you mean {close[0]!r}?" if close else f"It has {listed(leaves, 12)}."
-            problems.add(
-                "unmatched_module",
-                f"{CONFIG_FILE}: target_modules",
-                f"The base has no adaptable module that ends in {shown(name)}. {hint}",
-            )
-    layers = settings.layers_to_transform
+        unknown = sorted(set(names) - existing)
     if layers is not None and settings.has_plain_layout:
-        present = {_layer(settings, path, patterns) for path in modules}
-        for layer in sorted(layers - present):
-            problems.add(
-                "unmatched_module", f"{CONFIG_FILE}: layers_to_transform", f"The base has no layer {shown(layer)}."
+        absent = sorted(layers - {_layer(settings, path, patterns) for path in modules})
+    if targets:
+        if unknown:
+            warnings.append(
+                f"The base has no adaptable module that ends in {listed(unknown)}, which target_modules names beside "
+                f"others. {_hint(unknown[0], leaves)}"
             )
-    if names and not targets and not problems.has("unmatched_module"):
+        if absent:
+            warnings.append(f"The base has no layers {listed([str(n) for n in absent])} of layers_to_transform.")
+        return
+    for number, name in enumerate(unknown):
+        # What is not shown but counted needs no hint, which costs much more than the count.
+        hint = "" if number >= MAX_PER_CODE else _hint(name, leaves)
+        problems.add(
+            "unmatched_module",
+            f"{CONFIG_FILE}: target_modules",
+            f"The base has no adaptable module that ends in {shown(name)}. {hint}",
+        )
+    for layer in absent:
+        problems.add(
+            "unmatched_module", f"{CONFIG_FILE}: layers_to_transform", f"The base has no layer {shown(layer)}."
+        )
+    if names and not problems.has("unmatched_module"):
         problems.add(
             "unmatched_module",
             f"{CONFIG_FILE}: target_modules",
