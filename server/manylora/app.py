@@ -7,9 +7,11 @@ from starlette.types import Scope
 
 from manylora import __version__
 from manylora.api import openai, ops
+from manylora.api.compat import AnyMethodAndEncoding, CanonicalPath
 from manylora.api.docs import install_docs
 from manylora.api.errors import install_error_handlers
-from manylora.api.middleware import BodyLimit, RequestContext
+from manylora.api.middleware import BodyLimit, LastResort, RequestContext
+from manylora.api.origins import Cors, OpenGuard, OwnHosts
 from manylora.api.record import Recorder
 from manylora.api.state import Departure, Services
 from manylora.api.tracing import NO_TRACING, Tracing
@@ -17,6 +19,7 @@ from manylora.api.traffic import Traffic
 from manylora.catalog.interface import AdapterDirectory, UsageSink
 from manylora.engine.interface import EngineClient
 from manylora.errors import InvalidSettings
+from manylora.http_server import is_loopback
 from manylora.metrics import Metrics
 from manylora.settings import Settings
 from manylora.tenants.interface import Gate
@@ -73,8 +76,20 @@ def create_app(
     def limit_of(scope: Scope) -> int:
         return upload_limit if (scope["method"], scope["path"]) == _UPLOAD_ROUTE else body_limit
 
+    is_reachable = settings.allow_open and not is_loopback(settings.host)
     app.add_middleware(BodyLimit, limit_of=limit_of)
+    app.add_middleware(AnyMethodAndEncoding)
+    app.add_middleware(
+        OpenGuard,
+        is_open=lambda: gate.is_open and may_run_open,
+        hosts=OwnHosts((settings.host, *settings.allowed_hosts), is_reachable=is_reachable),
+        allowed_origins=settings.allowed_origins,
+    )
+    app.add_middleware(LastResort)
+    if settings.allowed_origins:
+        app.add_middleware(Cors, allow_origins=settings.allowed_origins)
     app.add_middleware(RequestContext)
+    app.add_middleware(CanonicalPath, root_path=settings.root_path)
     metrics.watch_engine(engine.stats, lambda: engine.is_ready)
     _prepare_routes(app)
     return app

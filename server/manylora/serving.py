@@ -150,7 +150,7 @@ class _Server:
                 adapters.build_router(catalog),
                 inspection.build_router(catalog, inspector),
                 usage_routes.build_router(usage),
-                dashboard_routes.build_router(),
+                dashboard_routes.build_router(settings.root_path),
             ),
             usage=usage,
             tracing=self._tracing,

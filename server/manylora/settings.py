@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import platformdirs
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -58,6 +58,30 @@ def parse_size(value: object) -> int | float:
         if unit in _UNITS and number > 0:
             return int(number * _UNITS[unit])
     raise ValueError(f"{text!r} is not a size: write bytes ('512MiB', '2GB') or a share of memory ('25%')")
+
+
+def parse_origin(text: str) -> str:
+    """`scheme://host[:port]`, `null` (files, sandboxed frames) or `*`. Raises ValueError for anything else."""
+    origin = text.strip().rstrip("/").lower()
+    if origin in ("*", "null") or re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#\s]+", origin):
+        return origin
+    raise ValueError(f"{text!r} is not an origin: write scheme, host and port, such as 'https://app.example.com'")
+
+
+def parse_root_path(text: str) -> str:
+    """`/prefix` without a slash at its end, or nothing. Raises ValueError for anything else."""
+    path = text.strip().rstrip("/")
+    if re.fullmatch(r"(/[^/?#\s]+)*", path) and not path.startswith("/v1"):
+        return path
+    raise ValueError(f"{text!r} is not a path prefix: write it as '/llm', and not '/v1', which is the API's own")
+
+
+def parse_alias(text: str) -> str:
+    """`name=model`. Raises ValueError for anything else."""
+    name, _, model = (part.strip() for part in text.partition("="))
+    if name and model:
+        return f"{name}={model}"
+    raise ValueError(f"{text!r} is not an alias: write 'name=model', such as 'gpt-4o-mini=sql'")
 
 
 Size = Annotated[int | float, BeforeValidator(parse_size)]
@@ -112,6 +136,17 @@ class Settings(BaseSettings):
     allow_open: bool = False
     """Listen beyond this machine although no key exists: everybody who can connect is then an admin. Not once there
     was a key: see `manylora keys reopen`."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Host names under which a server without keys is asked, beside this machine's own (`localhost`, loopback
+    addresses; with `allow_open` every address and every name without a dot); others get 403."""
+    allowed_origins: tuple[Annotated[str, AfterValidator(parse_origin)], ...] = ()
+    """Sites whose pages may ask this server from a browser, such as `https://app.example.com`; `*` is every site."""
+    root_path: Annotated[str, AfterValidator(parse_root_path)] = ""
+    """Path under which a proxy in front serves this server, such as `/llm`; it may pass the path on with it or
+    without."""
+    model_aliases: tuple[Annotated[str, AfterValidator(parse_alias)], ...] = ()
+    """Other names for models, for tools that insist on one: `gpt-4o-mini=sql` answers that name with the adapter `sql`.
+    What a caller's own adapter is called comes first."""
     max_body: Size = 16 * 2**20
     """Largest request body, uploads aside."""
     max_connections: int = Field(default=4096, ge=1)
@@ -209,6 +244,11 @@ class Settings(BaseSettings):
     @property
     def resolved_database_url(self) -> str:
         return self.database_url or f"sqlite:///{self.data_dir / 'registry.sqlite3'}"
+
+    @property
+    def resolved_model_aliases(self) -> dict[str, str]:
+        """`model_aliases`: what each name stands for."""
+        return {name: model for name, _, model in (alias.partition("=") for alias in self.model_aliases)}
 
     @property
     def resolved_store_url(self) -> str:

@@ -44,7 +44,7 @@ class Rig:
             self.metrics,
             recorders=(self.finished.append,),
         )
-        self.client = TestClient(self.app, raise_server_exceptions=False)
+        self.client = TestClient(self.app, base_url="http://127.0.0.1", raise_server_exceptions=False)
 
     def complete(self, **body: Any) -> httpx2.Response:
         response: httpx2.Response = self.client.post(

@@ -27,7 +27,7 @@ def client() -> Iterator[TestClient]:
     app = FastAPI()
     app.include_router(dashboard_routes.build_router())
     install_error_handlers(app)
-    with TestClient(app) as client:
+    with TestClient(app, base_url="http://127.0.0.1") as client:
         yield client
 
 

@@ -40,7 +40,7 @@ class Traced:
         assert isinstance(opened, Tracing)
         self.tracing = opened
         app = create_app(settings, self.engine, FakeDirectory(), FakeGate(), Metrics(), tracing=self.tracing)
-        self.client = TestClient(app, raise_server_exceptions=False)
+        self.client = TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False)
 
     def complete(self, headers: dict[str, str] | None = None, **body: Any) -> Any:
         asked = {"model": "alpha", "prompt": "a secret", "max_tokens": 4, **body}

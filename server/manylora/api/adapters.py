@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from manylora.api.adapter_views import adapter_view, version_view
 from manylora.api.auth import Admin, Caller, Manager, has_role
+from manylora.api.compat import is_json, require_json
 from manylora.api.errors import invalid_from
 from manylora.api.ownership import not_found, owner_of, target_tenant, version_number
 from manylora.catalog.interface import PUBLIC_TENANT
@@ -75,6 +76,7 @@ B = TypeVar("B", bound=_Body)
 
 async def read_body(request: Request, schema: type[B]) -> B:
     """Raises InvalidRequest naming the field at fault, or TooLarge."""
+    require_json(request)
     data = bytearray()
     async for chunk in request.stream():
         data += chunk
@@ -103,8 +105,7 @@ def _add_uploads(router: APIRouter, catalog: Catalog) -> None:
     async def create_adapter(request: Request, caller: Manager, tenant: _TenantQuery = None) -> Response:
         """Upload an adapter (multipart), or import one from an allowed source (JSON, admin keys)."""
         owner = target_tenant(caller, tenant)
-        content_type = request.headers.get("content-type", "")
-        if content_type.partition(";")[0].strip().lower() == "application/json":
+        if is_json(request):
             _require_admin(caller)
             body = await read_body(request, ImportBody)
             activate = True if body.activate is None else body.activate
@@ -113,7 +114,7 @@ def _add_uploads(router: APIRouter, catalog: Catalog) -> None:
         else:
             length = request.headers.get("content-length", "")
             announced = int(length) if length.isascii() and length.isdigit() else None
-            done = await catalog.upload(owner, _stream(request), content_type, announced)
+            done = await catalog.upload(owner, _stream(request), request.headers.get("content-type", ""), announced)
         return _published(request, catalog, done)
 
 

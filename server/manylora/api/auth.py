@@ -24,18 +24,25 @@ def has_role(principal: Principal, role: Role) -> bool:
 
 
 async def current_principal(request: Request, services: ServicesDep) -> Principal:
-    """The caller, from the `Authorization` header. Raises AuthenticationFailed."""
+    """The caller, from the `Authorization` or `x-api-key` header. Raises AuthenticationFailed."""
     if services.gate.is_open and not services.may_run_open:
         raise AuthenticationFailed(
             "This server has no API key and is reachable from other machines. "
             "Make a key with `manylora keys create`, or start it with --allow-open."
         )
-    principal = services.gate.authenticate(request.headers.get("authorization"))
+    principal = services.gate.authenticate(_authorization(request))
     fields = request.scope.setdefault("manylora.log", {})
     fields["tenant"] = principal.tenant
     if principal.key_id is not None:
         fields["key_id"] = principal.key_id
     return principal
+
+
+def _authorization(request: Request) -> str | None:
+    """`Authorization`, or the key that other APIs' clients send in `x-api-key`."""
+    key = request.headers.get("x-api-key")
+    given = request.headers.get("authorization")
+    return f"Bearer {key}" if given is None and key is not None else given
 
 
 Caller = Annotated[Principal, Depends(current_principal)]

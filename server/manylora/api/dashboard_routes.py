@@ -71,14 +71,18 @@ class _File:
         return Response(self.content, headers=sent, media_type=self.media_type)
 
 
-def build_router() -> APIRouter:
-    """`GET /dashboard` and the files under it, read once, here."""
+def build_router(root_path: str = "") -> APIRouter:
+    """`GET /dashboard` and the files under it, read once, here. `GET /` leads there, below a proxy's `root_path`."""
     contents = _read(_FOLDER)
     digest = _digest(contents)
     page = _File.of(_PAGE, contents.pop(_PAGE).replace(b'"assets/', f'"dashboard/assets/{digest}/'.encode()))
     assets = {name: _File.of(name, content) for name, content in contents.items()}
     tag = f'"{digest}"'
     router = APIRouter(include_in_schema=False)
+
+    @router.get("/")
+    async def start() -> Response:
+        return RedirectResponse(f"{root_path}/dashboard" if root_path else "dashboard")
 
     @router.get("/dashboard")
     async def dashboard(request: Request) -> Response:

@@ -1,4 +1,4 @@
-"""`/docs` and `/openapi.json`, with every asset from this server."""
+"""`/docs` and `/openapi.json`, with every asset from this server; all links are relative."""
 
 from pathlib import Path
 from typing import Any, Final
@@ -9,7 +9,7 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.openapi.utils import get_openapi
 from fastapi.staticfiles import StaticFiles
 from pydantic.json_schema import models_json_schema
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 
 from manylora.api.schemas import ChatRequest, CompletionRequest
 
@@ -26,16 +26,20 @@ def install_docs(app: FastAPI) -> None:
 
     async def page() -> Response:
         response = get_swagger_ui_html(
-            openapi_url="/openapi.json",
+            openapi_url="openapi.json",
             title=app.title,
-            swagger_js_url="/docs/assets/swagger-ui-bundle.js",
-            swagger_css_url="/docs/assets/swagger-ui.css",
-            swagger_favicon_url="/docs/assets/favicon.png",
+            swagger_js_url="docs/assets/swagger-ui-bundle.js",
+            swagger_css_url="docs/assets/swagger-ui.css",
+            swagger_favicon_url="docs/assets/favicon.png",
         )
         response.headers["content-security-policy"] = _CONTENT_POLICY
         return response
 
+    async def with_slash() -> Response:
+        return RedirectResponse("../docs", status_code=308)
+
     app.add_api_route("/docs", page, methods=["GET"], include_in_schema=False)
+    app.add_api_route("/docs/", with_slash, methods=["GET"], include_in_schema=False)
     app.mount("/docs/assets", StaticFiles(directory=_ASSETS), name="docs-assets")
     app.openapi = lambda: _schema(app)  # type: ignore[method-assign]
 
@@ -47,6 +51,7 @@ def _schema(app: FastAPI) -> dict[str, Any]:
             [(CompletionRequest, "validation"), (ChatRequest, "validation")],
             ref_template="#/components/schemas/{model}",
         )
+        schema["servers"] = [{"url": "."}]  # where the schema is, so that it also holds below a proxy's path
         schema.setdefault("components", {}).setdefault("schemas", {}).update(bodies["$defs"])
         app.openapi_schema = schema
     return app.openapi_schema

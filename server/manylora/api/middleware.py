@@ -1,4 +1,4 @@
-"""The two layers around the routes, in plain ASGI: the request's id and log line, and the body's limit."""
+"""Layers around the routes, in plain ASGI: the request's id and log line, the last resort, the body's limit."""
 
 import asyncio
 import re
@@ -14,10 +14,10 @@ from structlog.contextvars import bound_contextvars
 
 from manylora.api.errors import INTERNAL_ERROR, error_response
 from manylora.api.record import ClientGone
-from manylora.errors import TooLarge
+from manylora.errors import TooLarge, quoted
 from manylora.log import get_logger
 
-__all__ = ["POLLED_PATHS", "REQUEST_ID_HEADER", "BodyLimit", "RequestContext"]
+__all__ = ["POLLED_PATHS", "REQUEST_ID_HEADER", "BodyLimit", "LastResort", "RequestContext"]
 
 REQUEST_ID_HEADER: Final = "x-request-id"
 _SANE_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -29,8 +29,32 @@ _DISCARD_S: Final = 10.0
 _log = get_logger("manylora.request")
 
 
+class LastResort:
+    """Answers what nobody foresaw with a 500 that tells nothing of its inside, and logs it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_started = False
+
+        async def send_on(message: Message) -> None:
+            nonlocal is_started
+            is_started = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_on)
+        except (ClientGone, ClientDisconnect):
+            raise
+        except Exception:  # noqa: BLE001 - the outermost handler
+            _log.exception("unexpected_error", request_id=scope["manylora.request_id"], path=quoted(scope["path"]))
+            if not is_started:
+                await error_response(INTERNAL_ERROR)(scope, receive, send)
+
+
 class RequestContext:
-    """Gives every request an id (a sane one from the client is kept), one log line, and a last resort on errors.
+    """Gives every request an id (a sane one from the client is kept) and one log line.
 
     Other lines that are written on the request's behalf have the id too.
 
@@ -63,10 +87,6 @@ class RequestContext:
                 await self.app(scope, receive, send_with_id)
         except (ClientGone, ClientDisconnect):
             fields.setdefault("outcome", "cancelled")
-        except Exception:  # noqa: BLE001 - the outermost handler
-            _log.exception("unexpected_error", request_id=request_id, path=scope["path"])
-            if not status:
-                await error_response(INTERNAL_ERROR)(scope, receive, send_with_id)
         finally:
             self._write(scope, request_id, status[0] if status else None, time.perf_counter() - started, fields)
 
@@ -76,7 +96,7 @@ class RequestContext:
             "request",
             request_id=request_id,
             method=scope["method"],
-            path=scope["path"],
+            path=quoted(scope["path"]),
             status=status,
             duration_ms=round(seconds * 1000, 1),
             **fields,

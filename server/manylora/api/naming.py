@@ -5,6 +5,7 @@
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -12,7 +13,7 @@ from manylora.catalog.interface import AdapterDirectory
 from manylora.engine.interface import AdapterRef
 from manylora.errors import AdapterNotFound, InvalidRequest
 
-__all__ = ["AdapterName", "parse_adapter", "parse_model", "resolve", "resolve_request"]
+__all__ = ["AdapterName", "parse_adapter", "parse_model", "resolve", "resolve_request", "without_alias"]
 
 _NAME: Final = re.compile(r"([a-z0-9][a-z0-9._-]{0,63})(?:@([1-9][0-9]{0,8}))?")
 _LONGEST_ECHO: Final = 200
@@ -50,6 +51,17 @@ def resolve(directory: AdapterDirectory, tenant: str, wanted: AdapterName, *, wr
         return directory.resolve(tenant, wanted.name, wanted.version)
     except AdapterNotFound:
         raise _not_found(written, param) from None
+
+
+def without_alias(directory: AdapterDirectory, tenant: str, base: str, aliases: Mapping[str, str], model: str) -> str:
+    """What `model` stands for. The base and the caller's adapters have their names to themselves."""
+    if model not in aliases or model == base:
+        return model
+    try:
+        directory.resolve(tenant, model)
+    except AdapterNotFound:
+        return aliases[model]
+    return model
 
 
 def resolve_request(

@@ -2,8 +2,8 @@
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Final, TypeVar
 
 from fastapi import APIRouter, Request
@@ -12,8 +12,9 @@ from starlette.responses import Response
 
 from manylora.api.answers import Answer, ChatAnswer, CompletionAnswer
 from manylora.api.auth import Caller
+from manylora.api.compat import require_json
 from manylora.api.lanes import PYTHON, beside_loop
-from manylora.api.naming import parse_model, resolve, resolve_request
+from manylora.api.naming import parse_model, resolve, resolve_request, without_alias
 from manylora.api.prompts import EncodedPrompt, encode_chat, encode_prompts
 from manylora.api.record import ClientGone, FinishedRequest, RequestRecord
 from manylora.api.run import Job, Run
@@ -22,7 +23,7 @@ from manylora.api.schemas import ChatRequest, CompletionRequest, GenerationReque
 from manylora.api.sse import EventStream, while_connected
 from manylora.api.state import Services, ServicesDep
 from manylora.engine.interface import AdapterRef, SamplingParams
-from manylora.errors import InvalidRequest
+from manylora.errors import AdapterNotFound, InvalidRequest
 from manylora.tenants.interface import Principal
 
 __all__ = ["ADAPTER_HEADER", "router"]
@@ -57,16 +58,37 @@ async def list_models(caller: Caller, services: ServicesDep) -> dict[str, Any]:
     model = services.engine.model
     adapters = services.directory.visible_to(caller.tenant)
     entries = [_adapter_entry(services, p.ref, p.created, p.ref.name) for p in adapters]
-    return {"object": "list", "data": [_base_entry(services, model.created), *entries]}
+    data = [_base_entry(services, model.created), *entries]
+    data += _aliases(services, caller.tenant, {entry["id"]: entry for entry in data})
+    return {"object": "list", "data": data}
+
+
+def _aliases(services: Services, tenant: str, known: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The entries of the aliases that lead somewhere for this tenant, as those tools look for them."""
+    base = services.engine.model
+    for alias, name in services.settings.resolved_model_aliases.items():
+        if alias in known:
+            continue
+        if name in known:
+            yield known[name] | {"id": alias}
+            continue
+        with suppress(AdapterNotFound):
+            wanted = parse_model(name, base.name)
+            if wanted is not None:
+                ref = resolve(services.directory, tenant, wanted, written=alias, param="model")
+                yield _adapter_entry(services, ref, base.created, alias)
 
 
 @router.get("/v1/models/{model_id:path}")
 async def get_model(model_id: str, caller: Caller, services: ServicesDep) -> dict[str, Any]:
     """One of them, by any of the names that `model` takes. `created` is the active version's."""
     base = services.engine.model
-    wanted = parse_model(model_id, base.name)
+    named = without_alias(
+        services.directory, caller.tenant, base.name, services.settings.resolved_model_aliases, model_id
+    )
+    wanted = parse_model(named, base.name)
     if wanted is None:
-        return _base_entry(services, base.created)
+        return _base_entry(services, base.created) | {"id": model_id}
     ref = resolve(services.directory, caller.tenant, wanted, written=model_id, param="model")
     visible = services.directory.visible_to(caller.tenant)
     created = next((p.created for p in visible if (p.ref.tenant, p.ref.name) == (ref.tenant, ref.name)), base.created)
@@ -143,9 +165,7 @@ class _Call:
         return parse(schema, data) if len(data) <= _INLINE_BYTES else await beside_loop(PYTHON, parse, schema, data)
 
     async def _read(self) -> bytes:
-        kind = self._request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
-            raise InvalidRequest("Send the body as JSON, with the header 'content-type: application/json'.")
+        require_json(self._request)
         try:
             return await self._request.body()
         except ClientDisconnect:
@@ -153,13 +173,11 @@ class _Call:
 
     def _resolve(self, body: CompletionRequest | ChatRequest) -> AdapterRef | None:
         self._log.update(body.annotations())
-        adapter = resolve_request(
-            self._services.directory,
-            self._caller.tenant,
-            self._services.engine.model.name,
-            body.model,
-            body.adapter_id,
-        )
+        directory, tenant, base = self._services.directory, self._caller.tenant, self._services.engine.model.name
+        model = body.model
+        if model is not None:
+            model = without_alias(directory, tenant, base, self._services.settings.resolved_model_aliases, model)
+        adapter = resolve_request(directory, tenant, base, model, body.adapter_id)
         self._record.adapter = adapter
         return adapter
 

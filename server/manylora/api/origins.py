@@ -1,0 +1,126 @@
+"""Which pages in a browser may use this server.
+
+A server with keys needs no protection from other sites: a page cannot send a key that it does not have. It only has to
+say which sites may read its answers (`Cors`). A server without keys would do what any page tells it, from the visitor's
+own machine: by a form that is sent here, or by a host name of the page's own that was made to lead here ("DNS
+rebinding"). `OpenGuard` refuses both.
+"""
+
+import ipaddress
+import socket
+from collections.abc import Callable, Collection
+from typing import Final
+
+from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from manylora.api.errors import error_response
+from manylora.errors import CrossSite, quoted
+
+__all__ = ["Cors", "OpenGuard", "OwnHosts"]
+
+_METHODS: Final = ("GET", "HEAD", "POST", "PATCH", "DELETE")
+_SAFE: Final = frozenset({"GET", "HEAD", "OPTIONS"})
+_EXPOSED: Final = ("x-request-id", "x-manylora-adapter", "retry-after", "content-disposition", "www-authenticate")
+# They tell nothing, and balancers ask them by whatever name they have.
+_PROBES: Final = frozenset({"/health", "/ready"})
+
+
+class Cors(CORSMiddleware):
+    """Starlette's, for pages of `allow_origins`: any header may be sent, and ours may be read."""
+
+    def __init__(self, app: ASGIApp, allow_origins: Collection[str]) -> None:
+        super().__init__(
+            app,
+            allow_origins=allow_origins,
+            allow_methods=_METHODS,
+            allow_headers=("*",),
+            allow_private_network=True,
+            expose_headers=_EXPOSED,
+        )
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        response = super().preflight_response(request_headers)
+        if response.status_code == 200:
+            return response
+        origin = quoted(request_headers.get("origin", ""))
+        return error_response(
+            CrossSite(f"Pages of '{origin}' may not ask this. The setting allowed_origins names those that may."),
+            headers={"vary": "origin"},
+        )
+
+
+class OwnHosts:
+    """The host names that lead to this server for sure: of this machine only, or with `is_reachable` of any address.
+
+    An address or a name without a dot cannot be made to lead here by a stranger's name server.
+    """
+
+    def __init__(self, allowed: Collection[str], *, is_reachable: bool) -> None:
+        self._is_reachable = is_reachable
+        self._names = {"localhost", *(name.lower() for name in allowed)}
+        if is_reachable:
+            self._names.add(socket.gethostname().lower())
+
+    def __contains__(self, host: str) -> bool:
+        """`host` as a `Host` header has it, with a port or without."""
+        name = _without_port(host)
+        if name in self._names:
+            return True
+        try:
+            address = ipaddress.ip_address(name)
+        except ValueError:
+            return self._is_reachable and bool(name) and "." not in name
+        return self._is_reachable or address.is_loopback
+
+
+def _without_port(host: str) -> str:
+    if host.startswith("["):
+        return host[1:].partition("]")[0].lower()
+    return host.partition(":")[0].lower().rstrip(".")
+
+
+class OpenGuard:
+    """While `is_open()`, refuses what a page of another site may have made a browser send."""
+
+    def __init__(
+        self, app: ASGIApp, *, is_open: Callable[[], bool], hosts: OwnHosts, allowed_origins: Collection[str]
+    ) -> None:
+        self.app = app
+        self._is_open = is_open
+        self._hosts = hosts
+        self._origins = allowed_origins
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in _PROBES and self._is_open():
+            fault = self._fault(scope["method"], Headers(scope=scope))
+            if fault is not None:
+                scope["manylora.log"]["code"] = fault.code
+                await error_response(fault)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+    def _fault(self, method: str, headers: Headers) -> CrossSite | None:
+        host, origin = headers.get("host"), headers.get("origin")
+        if host is not None and host not in self._hosts:
+            return CrossSite(
+                f"This server asks for no key, and '{quoted(_without_port(host))}' is not known to be a name of it. "
+                "Name it in the setting allowed_hosts, or make a key with `manylora keys create`."
+            )
+        if origin is not None:
+            if self._is_own(origin, host) or origin in self._origins or "*" in self._origins:
+                return None
+            return CrossSite(
+                f"This server asks for no key, and pages of '{quoted(origin)}' may not use it. "
+                "Name it in the setting allowed_origins, or make a key with `manylora keys create`."
+            )
+        if headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and (
+            method not in _SAFE or headers.get("sec-fetch-mode") != "navigate"
+        ):
+            return CrossSite("This server asks for no key, and pages of other sites may not use it.")
+        return None
+
+    def _is_own(self, origin: str, host: str | None) -> bool:
+        return host is not None and origin.partition("://")[2].lower() == host.lower()
