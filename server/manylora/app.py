@@ -1,6 +1,6 @@
 """The HTTP application over parts that exist. `serving.serve` makes the parts and runs it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from fastapi import APIRouter, FastAPI
 from starlette.types import Scope
@@ -70,6 +70,14 @@ def create_app(
         app.include_router(router)
     install_docs(app)
     install_error_handlers(app)
+    _add_layers(app, settings, is_open=lambda: gate.is_open and may_run_open)
+    metrics.watch_engine(engine.stats, lambda: engine.is_ready)
+    _prepare_routes(app)
+    return app
+
+
+def _add_layers(app: FastAPI, settings: Settings, *, is_open: Callable[[], bool]) -> None:
+    """What every request passes on its way to a route; the last one added comes first."""
     body_limit = _in_bytes(settings.max_body, "max_body")
     upload_limit = max(body_limit, _in_bytes(settings.max_adapter_size, "max_adapter_size") + _MULTIPART_OVERHEAD)
 
@@ -81,7 +89,7 @@ def create_app(
     app.add_middleware(AnyMethodAndEncoding)
     app.add_middleware(
         OpenGuard,
-        is_open=lambda: gate.is_open and may_run_open,
+        is_open=is_open,
         hosts=OwnHosts((settings.host, *settings.allowed_hosts), is_reachable=is_reachable),
         allowed_origins=settings.allowed_origins,
     )
@@ -90,9 +98,6 @@ def create_app(
         app.add_middleware(Cors, allow_origins=settings.allowed_origins)
     app.add_middleware(RequestContext)
     app.add_middleware(CanonicalPath, root_path=settings.root_path)
-    metrics.watch_engine(engine.stats, lambda: engine.is_ready)
-    _prepare_routes(app)
-    return app
 
 
 def _prepare_routes(app: FastAPI) -> None:
