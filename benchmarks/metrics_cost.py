@@ -80,8 +80,9 @@ def report(measured: str, rates: Iterator[tuple[bool, Rates]]) -> None:
         found = [pair[True][number] / pair[False][number] for pair in pairs]
         error = statistics.stdev(found) / len(found) ** 0.5 if len(found) > 1 else 0.0
         figures = {"median": statistics.median(found), "mean": statistics.mean(found), "standard_error": error}
-        line = {"ratios": [round(ratio, 4) for ratio in found], **{k: round(v, 4) for k, v in figures.items()}}
-        print(json.dumps({"measured": measured, "by": name, **line}), flush=True)
+        ratios = [round(ratio, 4) for ratio in found]
+        rounded = {k: round(v, 4) for k, v in figures.items()}
+        print(json.dumps({"measured": measured, "by": name, "ratios": ratios, **rounded}), flush=True)
 
 
 def order(pairs: int) -> Iterator[bool]:

@@ -5,6 +5,7 @@ The files are validated and stored as at an upload; only the probe of their effe
 
 import json
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -63,9 +64,7 @@ def _register(model: Path, data_dir: Path, folders: Iterable[Path]) -> None:
         for folder in folders:
             if registry.directory.own("public", folder.name) is None:
                 new = new_version(folder, rules.read(folder), Effect(0, 1.0, 1.0))
-                blobs.keep(
-                    folder, new.blob, lambda new=new, name=folder.name: registry.publish(Wish("public", name), new)
-                )
+                blobs.keep(folder, new.blob, partial(registry.publish, Wish("public", folder.name), new))
     finally:
         store.close()
         database.close()

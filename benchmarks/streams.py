@@ -71,8 +71,10 @@ async def run_streams(
             _stream(session, url, model, prompt, output_tokens, began)
             for model, prompt in zip(models, prompts, strict=True)
         ]
-        beside = [_upload(session, url, upload)] if upload is not None else []
-        streams.times = (await asyncio.gather(*work, *beside))[: len(models)]
+        uploading = asyncio.ensure_future(_upload(session, url, upload)) if upload is not None else None
+        streams.times = list(await asyncio.gather(*work))
+        if uploading is not None:
+            await uploading
     return streams
 
 
