@@ -8,6 +8,7 @@ import torch
 
 from manylora.lora.layout import Extent, Layout
 from manylora.lora.packing import TORCH_DTYPES, PackedAdapter
+from manylora.lora.pages import zeros
 from manylora.lora.slots import Place
 
 # How kernels are told an adapter's number format; csrc/kernels.h has the same.
@@ -114,7 +115,8 @@ class DeviceMemory:
 
     def allocate(self, place: Place, layout: Layout, num_places: int) -> None:
         """Make the slab that `place` is the first of. On a CPU untouched rows cost no memory."""
-        data = torch.empty(num_places * layout.numel, dtype=TORCH_DTYPES[layout.dtype], device=self.device)
+        numel, dtype = num_places * layout.numel, TORCH_DTYPES[layout.dtype]
+        data = zeros(numel, dtype) if self.device.type == "cpu" else torch.empty(numel, dtype=dtype, device=self.device)
         self.slabs[place.slab] = Slab(layout, num_places, data)
 
     def fill(self, place: Place, packed: PackedAdapter) -> None:

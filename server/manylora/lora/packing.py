@@ -9,6 +9,7 @@ import torch
 
 from manylora.lora.format import Adapter, LoraModule, TensorView
 from manylora.lora.layout import Layout, NumberFormat
+from manylora.lora.pages import zeros
 
 FILE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 TORCH_DTYPES: Final[Mapping[NumberFormat, torch.dtype]] = {
@@ -55,7 +56,7 @@ def pack(adapter: Adapter, sites: Mapping[str, int], dtype: torch.dtype, *, has_
     ranks = {site: m.rank for site, m in modules.items()}
     shapes = {site: (m.a.shape[1], m.b.shape[0]) for site, m in modules.items()}
     layout = Layout.of(ranks, shapes, FORMATS[dtype], has_scales=has_scales)
-    data = torch.zeros(layout.numel, dtype=dtype)
+    data = zeros(layout.numel, dtype)
     for site, module in modules.items():
         _write(data, layout, site, module)
     return PackedAdapter(layout, ranks, data)
