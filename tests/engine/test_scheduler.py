@@ -28,7 +28,7 @@ class FakeSlots:
         self.pinned: set[str] = set()
         self.hurried: set[str] = set()
 
-    def acquire(self, ref: AdapterRef) -> int | None:
+    def acquire(self, ref: AdapterRef, tenant: str | None = None) -> int | None:
         if ref.id in self.broken:
             raise AdapterLoadFailed("broken")
         if ref.id not in self.resident:
@@ -293,6 +293,36 @@ def test_new_requests_beyond_the_seats_do_not_interrupt_what_has_begun() -> None
         step(s)
         most = max(most, sum(0 < r.num_output_tokens < 40 for r in requests))
     assert most <= 3 + 2
+
+
+@pytest.mark.parametrize("delay", [0, 3])
+def test_a_tenant_with_many_adapters_leaves_the_others_their_places(delay: int) -> None:
+    """However many adapters of one tenant wait: another's first one comes within a turn, as if few did."""
+    s = scheduler(slots=FakeSlots(4, delay=delay), seats=64, num_blocks=4000, budget=256)
+    for number in range(60):
+        s.add(request(4, 400, tenant="greedy", adapter=f"g{number}"))
+    for _ in range(200):
+        step(s)
+    for number in range(2):
+        s.add(single := request(4, 4, tenant="quiet", adapter=f"q{number}"))
+        steps = 0
+        while not single.num_output_tokens:
+            step(s)
+            steps += 1
+        assert steps <= FIRST_TURN_STEPS + delay + 6
+
+
+def test_places_are_shared_by_tenants_and_not_by_adapters() -> None:
+    s = scheduler(slots=FakeSlots(4), seats=64, num_blocks=4000, budget=256)
+    for number in range(40):
+        s.add(request(4, 4000, tenant="greedy", adapter=f"g{number}"))
+    for number in range(2):
+        s.add(request(4, 4000, tenant="quiet", adapter=f"q{number}"))
+    tokens: Counter[str] = Counter()
+    for number in range(1500):
+        for item in step(s).scheduled:
+            tokens[item.seq.tenant] += number > 200
+    assert tokens["quiet"] >= 0.7 * tokens["greedy"]
 
 
 def test_failed_load_ends_its_sequences_only() -> None:

@@ -201,7 +201,7 @@ class AsyncEngine:
         tier: Tier = "device"
         if adapter is not None:
             tier = self._tiers.tier_of(adapter)
-            self._tiers.prefetch(adapter)
+            self._tiers.prefetch(adapter, seqs[0].tenant)
         generation = RunningGeneration(self, seqs, tier)
         for seq in seqs:
             self._generations[id(seq)] = generation

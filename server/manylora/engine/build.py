@@ -39,7 +39,7 @@ from manylora.models.torch_layers import TorchLayers
 from manylora.models.wrapping import WrappedModel, wrap
 from manylora.settings import Settings
 
-NUM_LOADERS = 4  # adapters read at a time: one whose files come slowly holds up itself
+NUM_LOADERS = 8  # adapters read at a time, of one tenant half as many: files that come slowly hold up nobody else
 _log = get_logger("manylora.engine")
 _MOST_OF_FREE = 0.5  # memory that one sequence may take where the cache's share of it would be less
 

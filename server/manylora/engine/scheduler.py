@@ -32,7 +32,7 @@ LOOK_AHEAD = 256  # waiting sequences of one tenant that a plan looks at
 class SlotProvider(Protocol):
     """The part of `lora.tiers.AdapterTiers` that scheduling needs."""
 
-    def acquire(self, ref: AdapterRef) -> int | None: ...
+    def acquire(self, ref: AdapterRef, tenant: str | None = None) -> int | None: ...
 
     def release(self, ref: AdapterRef) -> None: ...
 
@@ -219,7 +219,7 @@ class Scheduler:
     def _acquire(self, seq: Sequence, adapter: AdapterRef) -> bool:
         if self._yielding.get(adapter.id, seq) is not seq:
             return False
-        slot = self._slots.acquire(adapter)
+        slot = self._slots.acquire(adapter, seq.tenant)
         if slot is not None:
             seq.slot = slot
             return True
@@ -242,10 +242,15 @@ class Scheduler:
     def _take_turns(self, work: dict[int, Scheduled]) -> None:
         """Make one adapter yield to the most urgent of those that find no place, if one has had its turn."""
         lacking = [s for s in self._lacking if self._num_plans - self._granted.get(id(s), -GRANT_STEPS) >= GRANT_STEPS]
-        starving, turn_steps = self._most_urgent(lacking)
+        held, share = self._places_held(lacking)
+        at_share = {tenant for tenant, count in held.items() if count >= share}
+        starving, turn_steps = self._most_urgent(lacking, at_share)
         if starving is None or starving.adapter is None:
             return
-        chosen = self._who_yields(turn_steps)
+        yielding = at_share
+        if starving.tenant in at_share:  # it takes turns with itself, and with who has more than that
+            yielding = {starving.tenant} | {tenant for tenant, count in held.items() if count > share}
+        chosen = self._who_yields(turn_steps, yielding)
         if chosen is None:
             if not any(s.adapter is not None and self._slots.may_leave(s.adapter) for s in self.running):
                 self._slots.hurry(starving.adapter)  # into a place that is kept for another one that waits
@@ -256,9 +261,15 @@ class Scheduler:
         for seq in [s for s in reversed(self.running) if s.adapter and s.adapter.id == chosen]:
             self._preempt(seq, work)
 
-    def _most_urgent(self, lacking: list[Sequence]) -> tuple[Sequence | None, int]:
+    def _places_held(self, lacking: list[Sequence]) -> tuple[Counter[str], float]:
+        """How many adapters each tenant runs, and how many would be an equal share of these for all who want some."""
+        held = Counter(tenant for tenant, _ in {(s.tenant, s.adapter.id) for s in self.running if s.adapter})
+        return held, held.total() / max(1, len(held.keys() | {s.tenant for s in lacking}))
+
+    def _most_urgent(self, lacking: list[Sequence], at_share: set[str]) -> tuple[Sequence | None, int]:
         """Who has waited longest, new ones with a head start; and how long an adapter must have run to yield to it.
 
+        Tenants that have their share of places already come last, however many of their adapters wait.
         A tenant begins no more requests than its share of seats: beyond, they would only slow each other down, and
         a new one waits for a place to fall free, or for an adapter that has run for very long.
         """
@@ -270,19 +281,24 @@ class Scheduler:
             return self._passed_over[id(seq)] + (0 if seq.num_output_tokens else HEAD_START_STEPS)
 
         allowed = [s for s in lacking if s.num_output_tokens or s.tenant in may_begin]
-        starving = max(allowed or lacking, key=urgency, default=None)
+        below = [s for s in allowed if s.tenant not in at_share]
+        starving = max(below or allowed or lacking, key=urgency, default=None)
         if starving is None or not allowed:
             return starving, LONGEST_TURN_STEPS
         return starving, TURN_STEPS if starving.num_output_tokens else FIRST_TURN_STEPS
 
-    def _who_yields(self, turn_steps: int) -> str | None:
-        """The adapter that has run longest for the number of its sequences; None if none has had its turn."""
+    def _who_yields(self, turn_steps: int, tenants: set[str]) -> str | None:
+        """The adapter that has run longest for the number of its sequences; None if none has had its turn.
+
+        It is one that these `tenants` alone use, if there are such.
+        """
         users: dict[str, list[Sequence]] = {}
         for seq in self.running:
             if seq.adapter is not None and seq.adapter.id not in self._yielding:
                 users.setdefault(seq.adapter.id, []).append(seq)
+        theirs = {adapter_id: seqs for adapter_id, seqs in users.items() if all(s.tenant in tenants for s in seqs)}
         longest: tuple[float, str | None] = (0.0, None)
-        for adapter_id, seqs in users.items():
+        for adapter_id, seqs in (theirs or users).items():
             steps = self._num_plans - self._held_since[adapter_id]
             turn = min(turn_steps * len(seqs), LONGEST_TURN_STEPS)
             has_begun = all(s.num_output_tokens for s in seqs) or steps >= LONGEST_TURN_STEPS

@@ -1,6 +1,6 @@
 """What the tiers remember of an adapter, and whom they tell."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from manylora.errors import ManyloraError
@@ -24,6 +24,8 @@ class Entry:
     users: int = 0
     error: ManyloraError | None = None
     size_bytes: int = 0  # on the device; 0 until it was read once
+    is_retry: bool = False  # the load under way follows one that found no place
+    askers: set[str] = field(default_factory=set)  # tenants that wait for it
     refused_at: int = -1  # when it last found no place, by the tiers' count of such moments
 
     @property

@@ -23,6 +23,7 @@ from manylora.errors import AdapterLoadFailed, Conflict, InvalidAdapter, Manylor
 from manylora.lora.device import DeviceTier
 from manylora.lora.entries import Entry, TierEvents
 from manylora.lora.host import HostCache
+from manylora.lora.line import LoadLine
 from manylora.lora.memory import DeviceMemory
 from manylora.lora.packing import PackedAdapter
 from manylora.lora.ref import AdapterRef, Tier
@@ -66,6 +67,7 @@ class AdapterTiers:
         self._typical_bytes = 0  # of an adapter that was not read yet: as the last one that was
         self._lock = threading.RLock()
         self._idle = threading.Condition(self._lock)
+        self._line: LoadLine[str] = LoadLine(num_threads)  # those whose load has yet to get a thread
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="adapter-loader")
         # It starts its threads when it is given work, and a thread runs where its starter may: the one that steps may
         # be bound to a CPU, so it must not be the one to start a loader's. None ends before all have been started.
@@ -76,10 +78,11 @@ class AdapterTiers:
 
     # what the engine calls
 
-    def acquire(self, ref: AdapterRef) -> int | None:
+    def acquire(self, ref: AdapterRef, tenant: str | None = None) -> int | None:
         """The adapter's slot, with one more user, or None while it is on its way.
 
-        Raises AdapterLoadFailed when its files cannot be brought in.
+        `tenant`: who asks, at whose expense it is loaded; its owner if left out. Raises AdapterLoadFailed when its
+        files cannot be brought in.
         """
         with self._lock:
             entry = self._entry(ref)
@@ -93,15 +96,15 @@ class AdapterTiers:
                 self._device.refile(entry)
                 self._device.count_use(entry, is_on_host=ref in self._host)
                 return entry.place.slot
-            self._want(entry)
+            self._want_for(entry, tenant)
             return None
 
-    def prefetch(self, ref: AdapterRef) -> None:
-        """Start bringing an adapter in, because a request for it has been queued."""
+    def prefetch(self, ref: AdapterRef, tenant: str | None = None) -> None:
+        """Start bringing an adapter in, because a request for it has been queued. `tenant`: as in `acquire`."""
         with self._lock:
             entry = self._entry(ref)
             if not entry.is_resident:
-                self._want(entry)
+                self._want_for(entry, tenant)
 
     def release(self, ref: AdapterRef) -> None:
         """One user less. The adapter stays until room is needed."""
@@ -249,10 +252,23 @@ class AdapterTiers:
     def _leave_line(self, entry: Entry) -> None:
         self._wanted.pop(entry.ref.id, None)
         entry.refused_at = -1
+        entry.askers.clear()
+        if self._line.discard(entry.ref.id):
+            entry.is_loading = False
+            self._num_retries -= entry.is_retry
         if entry.is_hurried:
             entry.is_hurried = False
             self._hurried.remove(entry.ref.id)
             self._room += 1  # for those who came later
+
+    def _want_for(self, entry: Entry, tenant: str | None) -> None:
+        asker = entry.ref.tenant if tenant is None else tenant
+        if asker not in entry.askers:
+            entry.askers.add(asker)
+            if entry.ref.id in self._line:
+                self._line.add(entry.ref.id, (asker,))
+                self._start_loads()
+        self._want(entry)
 
     def _want(self, entry: Entry) -> None:
         """Put it in the line if it is not there yet, and start the load if that can lead to anything."""
@@ -267,8 +283,13 @@ class AdapterTiers:
             entry.refused_at = self._room if not is_retry else entry.refused_at
             return
         self._num_retries += is_retry
-        entry.is_loading = True
-        self._pool.submit(self._load, entry, is_retry)
+        entry.is_loading, entry.is_retry = True, is_retry
+        self._line.add(entry.ref.id, entry.askers or (entry.ref.tenant,))
+        self._start_loads()
+
+    def _start_loads(self) -> None:
+        while not self._closed and (found := self._line.next()) is not None:
+            self._pool.submit(self._load, self._entries[found[0]], found[1])
 
     def _retry_wanted(self) -> None:
         """Start again, in the line's order, as many as may find a place."""
@@ -285,8 +306,11 @@ class AdapterTiers:
 
     # loading
 
-    def _load(self, entry: Entry, is_retry: bool) -> None:
-        """On a loader thread: disk to host, host to device. Ends with `is_loading` false, whatever happens."""
+    def _load(self, entry: Entry, tenant: str) -> None:
+        """On a loader thread, at the tenant's expense: disk to host, host to device.
+
+        Ends with `is_loading` false, whatever happens.
+        """
         try:
             self._to_device(entry, self._to_host(entry))
         except ManyloraError as error:
@@ -296,7 +320,9 @@ class AdapterTiers:
         finally:
             with self._lock:
                 entry.is_loading = False
-                self._num_retries -= is_retry
+                self._num_retries -= entry.is_retry
+                self._line.done(tenant)
+                self._start_loads()
                 self._settle(entry)
                 self._retry_wanted()
                 self._idle.notify_all()
@@ -372,3 +398,4 @@ class AdapterTiers:
             assert self._hurried <= self._wanted.keys() <= self._entries.keys()
             assert all(self._entries.get(e.ref.id) is e for e in self._device.entries())
             assert self._num_retries >= 0
+            self._line.check_integrity()
