@@ -159,6 +159,9 @@ class Settings(BaseSettings):
     """Seconds that a connection stays open between requests; let it be more than a proxy in front keeps its own."""
     write_timeout_s: float = Field(default=30.0, gt=0)
     """Seconds within which a client that is behind in reading must take 1024 bytes for each second."""
+    stream_keep_alive_s: float = Field(default=15.0, gt=0)
+    """Seconds of silence after which a stream sends a comment, for proxies that cut what is silent; before the first
+    token its status line goes with it."""
     drain_delay_s: float = Field(default=0.0, ge=0)
     """Seconds after SIGTERM in which everything is still answered but `/ready`, which is 503: so long a balancer needs
     to take the server off its list."""

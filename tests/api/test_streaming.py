@@ -2,21 +2,27 @@
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import anyio
 import httpx
+import openai
 import orjson
 import pytest
 from fastapi import FastAPI
 from starlette.types import Message
 
-from manylora.errors import ManyloraError
+from loadtest.results import RequestResult
+from loadtest.stream import StreamReader
+from manylora.errors import ManyloraError, QueueFull
+from manylora.settings import Settings
 
 from .conftest import Rig
 from .test_answers import events
 
-BODY = {"model": "base-model", "prompt": "hi", "stream": True}
+CHAT: dict[str, Any] = {"model": "base-model", "messages": [{"role": "user", "content": "hi"}]}
+BODY: dict[str, Any] = {"model": "base-model", "prompt": "hi", "stream": True}
 
 
 def test_the_events_joined_are_the_answer(rig: Rig) -> None:
@@ -248,3 +254,83 @@ def test_running_usage_is_in_every_event(rig: Rig, route: str, last: bool) -> No
     assert counts[0] == 1
     assert counts[-1] == 10
     assert ([] in [event["choices"] for event in data if event is not None]) == last
+
+
+@pytest.fixture
+def silent(tmp_path: Path) -> Rig:
+    """Each token takes longer than a stream is silent."""
+    rig = Rig(Settings(data_dir=tmp_path, stream_keep_alive_s=0.02))
+    rig.engine.step_s = 0.2
+    return rig
+
+
+def test_a_silent_stream_shows_that_it_lives(silent: Rig) -> None:
+    answer = silent.complete(stream=True, max_tokens=3)
+    blocks = answer.text.split("\n\n")
+    assert blocks[0] == ": keep-alive", "before the first token"
+    places = [number for number, block in enumerate(blocks) if block.startswith("data:")]
+    assert all(blocks[number - 1] == ": keep-alive" for number in places[:3]), "and between two"
+    comments = [block for block in blocks if not block.startswith("data:")]
+    assert set(comments) == {": keep-alive", ""}
+    assert "".join(e["choices"][0]["text"] for e in events(answer.text.replace(": keep-alive\n\n", ""))) == "The"
+
+
+def test_a_stream_that_says_something_in_time_has_no_comment(rig: Rig) -> None:
+    assert ": keep-alive" not in rig.complete(stream=True).text
+
+
+def test_an_error_before_the_first_comment_has_its_own_status(silent: Rig) -> None:
+    silent.engine.error_at = 0
+    assert silent.complete(stream=True).status_code == 500
+    silent.engine.error_at, silent.engine.refuse = None, QueueFull("full")
+    assert silent.complete(stream=True).status_code == 429
+
+
+def test_an_error_after_it_is_the_last_event(silent: Rig) -> None:
+    async def stumble() -> None:
+        await asyncio.sleep(0.2)
+        raise silent.engine.error
+
+    silent.engine.pace = stumble  # type: ignore[method-assign]
+    answer = silent.complete(stream=True)
+    assert answer.status_code == 200
+    *comments, last, rest = answer.text.split("\n\n")
+    assert set(comments) == {": keep-alive"}
+    assert orjson.loads(last.removeprefix("data: "))["error"]["message"] == "the engine tripped"
+    assert rest == ""
+
+
+@pytest.mark.anyio
+async def test_a_client_that_leaves_in_the_silence_aborts_its_request(silent: Rig) -> None:
+    silent.engine.step_s = 60
+    connection = Connection(silent.app, BODY)
+    connection.scope["headers"].append((b"host", b"127.0.0.1"))
+    async with anyio.create_task_group() as group:
+        group.start_soon(connection.run)
+        while connection.num_events < 2:
+            await anyio.sleep(0.001)
+        connection.leave()
+    assert not silent.engine.open
+    assert silent.finished[-1].outcome == "cancelled"
+
+
+def test_clients_skip_the_comments(silent: Rig, serve: Callable[[FastAPI], Any]) -> None:
+    """OpenAI's own, and our load test's reader."""
+    with serve(silent.app) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0)
+        for chunks in (
+            [c.choices[0].text for c in client.completions.create(**{**BODY, "max_tokens": 3})],
+            [
+                c.choices[0].delta.content or ""
+                for c in client.chat.completions.create(**CHAT, max_tokens=3, stream=True)
+            ],
+        ):
+            assert "".join(chunks) == "The"
+    answer = silent.complete(stream=True, max_tokens=3)
+    assert ": keep-alive" in answer.text
+    result = RequestResult(0, 0, "public", None, False, 1, 3, 0.0)
+    reader = StreamReader(result)
+    for byte in answer.content:
+        reader.feed(bytes([byte]), 1.0)
+    reader.end()
+    assert (result.outcome, result.num_events) == ("ok", 3)

@@ -215,7 +215,8 @@ class _Call:
     async def _answer(self, body: CompletionRequest | ChatRequest, job: Job, answer: Answer) -> Response:
         headers = {ADAPTER_HEADER: job.adapter.label if job.adapter else "base"}
         if body.stream:
-            return EventStream(self._events(job, answer, body.usage_in_stream), headers=headers)
+            events = self._events(job, answer, body.usage_in_stream)
+            return EventStream(events, headers=headers, keep_alive_s=self._services.settings.stream_keep_alive_s)
         content = await while_connected(self._request.receive, self._whole(job, answer))
         return Response(content, headers=headers, media_type="application/json")
 

@@ -6,7 +6,7 @@ Newer ASGI servers show a disconnect as an OSError from `send`, others only as `
 
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -19,6 +19,7 @@ from manylora.log import get_logger
 __all__ = ["EventStream", "while_connected"]
 
 _log = get_logger("manylora.api")
+_COMMENT: Final = b": keep-alive\n\n"
 T = TypeVar("T")
 
 
@@ -45,25 +46,57 @@ async def _disconnect(receive: Receive) -> None:
 class EventStream(Response):
     """Sends `events`. The status line waits for the first of them, so an error before it has its own status.
 
-    An error after it becomes one last event, `data: {"error": …}`.
+    It waits no longer than `keep_alive_s`, though: after so many seconds of silence, at the beginning or between two
+    events, a comment is sent, which every reader of events skips and which tells a proxy that there is life. An error
+    after the status line becomes one last event, `data: {"error": …}`.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], *, headers: dict[str, str]) -> None:
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], *, headers: dict[str, str], keep_alive_s: float | None = None
+    ) -> None:
         self.status_code = 200
         self.background = None
         self._events = events
         self._is_started = False
+        self._keep_alive_s = keep_alive_s
+        self._sending = asyncio.Lock()  # the status line is sent before anything else
+        self._sent_at = 0.0
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await while_connected(receive, self._send_all(send))
 
     async def _send_all(self, send: Send) -> None:
+        if self._keep_alive_s is None:
+            await self._send_events(send)
+        else:
+            keeper = asyncio.ensure_future(self._keep_alive(send, self._keep_alive_s))
+            try:
+                await self._send_events(send)
+            finally:
+                keeper.cancel()
+                await asyncio.gather(keeper, return_exceptions=True)
+        await self._send(send, b"", more=False)
+
+    async def _keep_alive(self, send: Send, every_s: float) -> None:
+        """Watches beside the events, so that an event costs no timer."""
+        clock = asyncio.get_running_loop().time
+        self._sent_at = clock()
+        while True:
+            silent_s = clock() - self._sent_at
+            if silent_s >= every_s:
+                await asyncio.shield(self._send(send, _COMMENT))  # cut off midway, it could lack the status line
+                self._sent_at, silent_s = clock(), 0.0
+            await asyncio.sleep(every_s - silent_s)
+
+    async def _send_events(self, send: Send) -> None:
+        clock = asyncio.get_running_loop().time
         try:
             async for payload in self._events:
                 await self._send(send, payload)
+                self._sent_at = clock()
         except ManyloraError as error:
             if not self._is_started:
                 raise
@@ -77,14 +110,14 @@ class EventStream(Response):
             await self._send(send, _error_event(INTERNAL_ERROR))
         finally:
             await self._events.aclose()
-        await self._send(send, b"", more=False)
 
     async def _send(self, send: Send, payload: bytes, *, more: bool = True) -> None:
         try:
-            if not self._is_started:
-                self._is_started = True
-                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            await send({"type": "http.response.body", "body": payload, "more_body": more})
+            async with self._sending:
+                if not self._is_started:
+                    self._is_started = True
+                    await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                await send({"type": "http.response.body", "body": payload, "more_body": more})
         except OSError as error:
             raise ClientGone from error
 
