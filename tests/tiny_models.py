@@ -109,14 +109,14 @@ def make_tiny_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config_class(**{**fields, **overrides}), dtype=dtype)
-        _draw_weights(model)
+        draw_weights(model)
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
 
 
 @torch.no_grad()
-def _draw_weights(model: PreTrainedModel) -> None:
+def draw_weights(model: PreTrainedModel) -> None:
     """Wider than usual, where every prompt would get the same answer; norms and biases off their ones and zeros."""
     # A wide embedding that is also the head would make the model repeat its last token.
     embedding_std = 0.25 if getattr(model.config, "tie_word_embeddings", False) else 1.0

@@ -24,11 +24,12 @@ from manylora.lora.memory import DeviceMemory
 from manylora.lora.packing import PackedAdapter, pack
 from manylora.lora.slots import SlotBook
 from manylora.lora.tiers import AdapterTiers
-from manylora.models import fused, native, selfcheck
+from manylora.models import fused, native
 from manylora.models.kv_cache import KVCache
 from manylora.models.loading import load_base
 from manylora.models.matmul import factory
 from manylora.models.native_layers import NativeLayers
+from manylora.models.selfcheck import SelfCheck
 from manylora.models.torch_layers import TorchLayers
 from manylora.models.wrapping import WrappedModel, wrap
 from manylora.settings import Settings
@@ -132,12 +133,13 @@ def build_rig(
         for room in (*cache.keys, *cache.values):
             room.fill_(float("nan"))
     wrapped.attach_cache(cache, use_native=kernel != "torch")
-    if kernel == "torch":  # "native" runs the model's own layers; the other two are as a server has them
-        fused.fuse(wrapped, cache, TorchLayers())
-    elif kernel == "fused":
-        fused.fuse(wrapped, cache, NativeLayers())
-    selfcheck.check(wrapped, cache)
     lora_kernel = KERNELS[kernel]()
+    check = SelfCheck(wrapped, cache, lora_kernel)
+    if kernel == "torch":  # "native" runs the model's own layers; the other two are as a server has them
+        fused.exchange(wrapped, check.proven(fused.candidates(wrapped, cache, TorchLayers())))
+    elif kernel == "fused":
+        fused.exchange(wrapped, check.proven(fused.candidates(wrapped, cache, NativeLayers())))
+    check.check()
     keep = keep_as or KeepAs(model.dtype, model.dtype)
     book = SlotBook(num_slots, slot_bytes, lora_kernel.places_per_slab)
     memory = DeviceMemory(len(wrapped.modules), num_slots, torch.device("cpu"))

@@ -13,9 +13,10 @@ from transformers import GraniteConfig, GraniteForCausalLM, PreTrainedModel
 from manylora.errors import ModelUnusable
 from manylora.lora.kernels import SiteGroup
 from manylora.lora.kernels.native import NativeKernel
+from manylora.lora.kernels.torch import TorchKernel
 from manylora.lora.memory import DTYPE_CODES, DeviceMemory
 from manylora.lora.rows import group_rows
-from manylora.models import fused, native, selfcheck
+from manylora.models import fused, native
 from manylora.models.attention import AttentionOptions
 from manylora.models.batch import ForwardContext
 from manylora.models.kv_cache import KVCache, KVShape
@@ -23,7 +24,7 @@ from manylora.models.layers import LayerKernel, LayerParts, Norm
 from manylora.models.linear import AdaptedLinear
 from manylora.models.matmul import MatmulFactory, factory, int8, packed, paneled
 from manylora.models.native_layers import NativeLayers
-from manylora.models.selfcheck import single_sequence
+from manylora.models.selfcheck import SelfCheck, single_sequence
 from manylora.models.torch_layers import TorchLayers
 from manylora.models.wrapping import WrappedModel, wrap
 from tests.engine.harness import load
@@ -47,8 +48,14 @@ def wrapped(model: PreTrainedModel, kind: str) -> tuple[WrappedModel, KVCache]:
     return ours, cache
 
 
-def fuse(ours: WrappedModel, cache: KVCache, kind: str) -> dict[str, nn.Module]:
-    return fused.fuse(ours, cache, NativeLayers()) if kind == "native" else fused.fuse(ours, cache, TorchLayers())
+def candidates(ours: WrappedModel, cache: KVCache, kind: str) -> dict[str, nn.Module]:
+    if kind == "native":
+        return fused.candidates(ours, cache, NativeLayers())
+    return fused.candidates(ours, cache, TorchLayers())
+
+
+def self_check(ours: WrappedModel, cache: KVCache, kind: str) -> SelfCheck:
+    return SelfCheck(ours, cache, NativeKernel() if kind == "native" else TorchKernel())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -57,15 +64,18 @@ def test_usual_layers_are_fused_and_compute_the_same(
     architecture: str, dtype: torch.dtype, kind: str, tmp_path: Path
 ) -> None:
     ours, cache = wrapped(load(make_tiny_model(architecture, tmp_path)).to(dtype), kind)
-    assert len(fuse(ours, cache, kind)) == len(cache.keys)
-    selfcheck.check(ours, cache)
+    check = self_check(ours, cache, kind)
+    proven = check.proven(candidates(ours, cache, kind))
+    assert len(proven) == len(cache.keys)
+    fused.exchange(ours, proven)
+    check.check()
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "gemma3", "qwen3", "phi3", "gpt2", "gpt_neox"])
 def test_other_layers_are_left_alone(architecture: str, kind: str, tmp_path: Path) -> None:
     ours, cache = wrapped(load(make_tiny_model(architecture, tmp_path)), kind)
-    assert fuse(ours, cache, kind) == {}
-    selfcheck.check(ours, cache)
+    assert candidates(ours, cache, kind) == {}
+    self_check(ours, cache, kind).check()
 
 
 @pytest.mark.parametrize("matmul", [paneled, packed, int8])
@@ -80,7 +90,7 @@ def test_layer_in_cpp_is_its_operators_one_after_the_other(matmul: MatmulFactory
         cache = KVCache(ours.survey.kv_shapes, 8, 4, torch.float32, torch.device("cpu"))
         ours.attach_cache(cache, use_native=True)
         if is_fused:
-            fused.fuse(ours, cache, NativeLayers())
+            fused.exchange(ours, fused.candidates(ours, cache, NativeLayers()))
         outputs.append(run_with_adapter(ours, cache))
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-4)
 
@@ -160,9 +170,10 @@ def test_layer_that_only_looks_usual_goes_back_to_its_own(kind: str) -> None:
         for weight in model.parameters():
             weight.add_(torch.randn_like(weight) * 0.2)
     ours, cache = wrapped(model, kind)
-    originals = fuse(ours, cache, kind)
-    assert len(originals) == 2
+    found, check = candidates(ours, cache, kind), self_check(ours, cache, kind)
+    assert len(found) == 2
+    assert check.proven(found) == {}
+    check.check()
+    fused.exchange(ours, found)
     with pytest.raises(ModelUnusable):
-        selfcheck.check(ours, cache)
-    fused.undo(ours, originals)
-    selfcheck.check(ours, cache)
+        check.check()

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from manylora.errors import ModelUnusable
-from manylora.models import fused, native, selfcheck
+from manylora.lora.kernels.native import NativeKernel
+from manylora.models import fused, native
 from manylora.models.kv_cache import KVCache
 from manylora.models.matmul import factory
 from manylora.models.native_layers import NativeLayers
+from manylora.models.selfcheck import SelfCheck
 from manylora.models.wrapping import wrap
 from tests.engine.harness import load
 from tests.kernels.lora_case import make_case
@@ -23,12 +25,13 @@ def test_rounded_model_differs_from_the_whole_one_by_its_rounding_only(architect
     ours = wrap(load(make_tiny_model(architecture, tmp_path)), factory("int8", use_native=True))
     cache = KVCache(ours.survey.kv_shapes, 8, 4, torch.float32, torch.device("cpu"))
     ours.attach_cache(cache, use_native=True)
-    fused.fuse(ours, cache, NativeLayers())
+    rounded = SelfCheck(ours, cache, NativeKernel(), is_int8=True)
+    fused.exchange(ours, rounded.proven(fused.candidates(ours, cache, NativeLayers())))
 
-    selfcheck.check(ours, cache, tolerance=selfcheck.INT8_TOLERANCE)
+    rounded.check()
 
     with pytest.raises(ModelUnusable, match="logits differ"):
-        selfcheck.check(ours, cache)
+        SelfCheck(ours, cache, NativeKernel()).check()
 
 
 def test_an_adapters_delta_is_made_from_the_input_as_it_was() -> None:

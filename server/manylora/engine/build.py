@@ -29,12 +29,13 @@ from manylora.lora.ref import AdapterRef, Tier
 from manylora.lora.slots import SlotBook
 from manylora.lora.tiers import AdapterTiers, TierEvents
 from manylora.metrics import Metrics
-from manylora.models import fused, native, selfcheck
+from manylora.models import fused, native
 from manylora.models.kv_cache import KVCache, bytes_per_block
 from manylora.models.loading import LoadedBase
 from manylora.models.matmul import factory
 from manylora.models.native_layers import NativeLayers
-from manylora.models.positions import position_limit
+from manylora.models.positions import UNSTATED_LIMIT, batch_limit, position_limit
+from manylora.models.selfcheck import SelfCheck
 from manylora.models.torch_layers import TorchLayers
 from manylora.models.wrapping import WrappedModel, wrap
 from manylora.settings import Settings
@@ -76,9 +77,14 @@ class EngineBuilder:
         self.device = next(base.model.parameters()).device
         self.dtype: torch.dtype = base.model.dtype
         self._use_native = settings.kernels == "auto" and self.device.type == "cpu" and native.is_available()
+<<<<<<< HEAD
         self._num_embeddings = int(base.model.get_input_embeddings().weight.shape[0])
         self.wrapped: WrappedModel = wrap(base.model, factory(settings.quantization, use_native=self._use_native))
+=======
+>>>>>>> 1035368 (The start-up check proves masks, far positions, every fused layer and adapters on every module)
         self.context_length = self._context_length()
+        matmuls = factory(settings.quantization, use_native=self._use_native)
+        self.wrapped: WrappedModel = wrap(base.model, matmuls, context_length=self.context_length)
 
     @property
     def modules(self) -> dict[str, ModuleSpec]:
@@ -110,8 +116,8 @@ class EngineBuilder:
         cache = self._cache()
         use_native = self._use_native
         self.wrapped.attach_cache(cache, use_native=use_native)
-        self._prove(cache, use_native=use_native)
         kernel: LoraKernel = NativeKernel() if use_native else TorchKernel()
+        self._prove(cache, kernel)
         budget = in_bytes(settings.adapter_memory, self.device)
         book = SlotBook(settings.max_slots, budget, kernel.places_per_slab)
         memory = DeviceMemory(len(self.modules), settings.max_slots, self.device)
@@ -145,21 +151,22 @@ class EngineBuilder:
         )
         return engine, tiers
 
-    def _prove(self, cache: KVCache, *, use_native: bool) -> None:
-        """Check the model against itself, first with fused layers, then, should they not fit it, with its own."""
-        originals = (
-            fused.fuse(self.wrapped, cache, NativeLayers())
-            if use_native
-            else fused.fuse(self.wrapped, cache, TorchLayers())
+    def _prove(self, cache: KVCache, kernel: LoraKernel) -> None:
+        """Check the model against itself: every fused layer before it takes a layer's place, then all together."""
+        check = SelfCheck(self.wrapped, cache, kernel, is_int8=self.settings.quantization == "int8")
+        candidates = (
+            fused.candidates(self.wrapped, cache, NativeLayers())
+            if self._use_native
+            else fused.candidates(self.wrapped, cache, TorchLayers())
         )
-        tolerance = selfcheck.INT8_TOLERANCE if self.settings.quantization == "int8" else None
+        originals = fused.exchange(self.wrapped, check.proven(candidates))
         try:
-            selfcheck.check(self.wrapped, cache, tolerance=tolerance)
+            check.check()
         except ModelUnusable:
             if not originals:
                 raise
-            fused.undo(self.wrapped, originals)
-            selfcheck.check(self.wrapped, cache, tolerance=tolerance)
+            fused.exchange(self.wrapped, originals)
+            check.check()
 
     def _packer(self, kernel: LoraKernel) -> Callable[[Path], PackedAdapter]:
         modules, sites, settings = self.modules, self.wrapped.sites, self.settings
@@ -178,7 +185,10 @@ class EngineBuilder:
         wanted = self.settings.max_model_len
         if own and wanted and wanted > own:
             raise InvalidSettings(f"max_model_len: {wanted} is more than the {own} positions the model is served with.")
-        return wanted or own or 2048
+        most = batch_limit(self.base.model.config)
+        if most and self.settings.max_num_batched_tokens > most:
+            raise InvalidSettings(f"max_num_batched_tokens: this model computes at most {most} tokens in one pass.")
+        return wanted or own or UNSTATED_LIMIT
 
     def _cache(self) -> KVCache:
         settings = self.settings

@@ -5,7 +5,7 @@ queries, keys and values of the whole ragged batch. We store keys and values in 
 sequence to its own past, causally, within the layer's sliding window where it has one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from manylora.lora.kernels.cpu import cpu_multiplies
 from manylora.models import native
 from manylora.models.batch import Batch, ForwardContext
 from manylora.models.kv_cache import KVCache
+from manylora.models.masks import hidden_from
 
 AttentionFunction = Callable[..., tuple[torch.Tensor, None]]
 # Options of Hugging Face's attention calls that change nothing here; any other that is set is refused.
@@ -43,6 +44,15 @@ _HARMLESS = frozenset(
         "use_cache",
     }
 )
+# What those that are refused are called.
+_NAMES = {
+    "s_aux": "attention sinks (s_aux)",
+    "sinks": "attention sinks",
+    "position_bias": "a position bias",
+    "alibi": "a position bias (ALiBi)",
+    "indices": "sparse attention (indices)",
+    "topk_indices": "sparse attention (topk_indices)",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,16 +76,20 @@ def read_options(module: torch.nn.Module, head_dim: int, kwargs: dict[str, Any])
     softcap = kwargs.pop("softcap", None)
     unknown = [k for k, v in kwargs.items() if k not in _HARMLESS and v is not None]
     if unknown:
-        raise ModelUnusable(
-            f"The model's attention ({type(module).__name__}) needs {', '.join(unknown)}: not supported."
-        )
+        named = ", ".join(_NAMES.get(each, each) for each in unknown)
+        raise ModelUnusable(f"The model's attention ({type(module).__name__}) has {named}: not supported.")
     return AttentionOptions(
         float(scale if scale is not None else head_dim**-0.5), int(window or 0), float(softcap or 0)
     )
 
 
-def paged_attention_function(cache: KVCache, context: ForwardContext, *, use_native: bool) -> AttentionFunction:
-    """The function that transformers calls: q [1, H, T, D], k and v [1, KVH, T, D] -> [1, T, H, D]."""
+def paged_attention_function(
+    cache: KVCache, context: ForwardContext, layers: Sequence[AttentionOptions], *, use_native: bool
+) -> AttentionFunction:
+    """The function that transformers calls: q [1, H, T, D], k and v [1, KVH, T, D] -> [1, T, H, D].
+
+    `layers`: the options of each, as the survey found them; what a call says of them is not read again.
+    """
     views = StepViews()
 
     def attend(
@@ -83,11 +97,11 @@ def paged_attention_function(cache: KVCache, context: ForwardContext, *, use_nat
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        **kwargs: Any,
+        attention_mask: torch.Tensor | None = None,
+        **_kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        options = read_options(module, query.shape[-1], kwargs)
         layer = int(module.layer_idx)  # type: ignore[arg-type]
+        options = layers[layer]
         batch = context.current()
         q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
         keys, values = cache.keys[layer], cache.values[layer]
@@ -243,24 +257,16 @@ def prefill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Attentio
     num_kv, length, _ = k.shape
     if not options.softcap:
         causal = n == length and not options.window  # a whole prompt: torch skips what a mask would hide
-        mask = None if causal else ~_hidden(n, length, options.window, q.device)
+        mask = None if causal else ~hidden_from(n, length, options.window, q.device)
         out = functional.scaled_dot_product_attention(
             q.transpose(0, 1)[None], k[None], v[None], mask, is_causal=causal, scale=options.scale, enable_gqa=True
         )
         return out[0].transpose(0, 1)
     grouped = q.transpose(0, 1).reshape(num_kv, -1, dim)  # rows: head within the group, then query
     weights = _softmax(
-        (grouped @ k.transpose(1, 2)).view(num_kv, -1, n, length), _hidden(n, length, options.window, q.device), options
+        (grouped @ k.transpose(1, 2)).view(num_kv, -1, n, length),
+        hidden_from(n, length, options.window, q.device),
+        options,
     )
     out = (weights.to(v.dtype).flatten(1, 2) @ v).view(heads, n, dim)
     return out.transpose(0, 1)
-
-
-def _hidden(n: int, length: int, window: int, device: torch.device) -> torch.Tensor:
-    """Which of `length` positions each of the last `n` may not look at: bool [n, length]."""
-    at = torch.arange(length - n, length, device=device)[:, None]
-    position = torch.arange(length, device=device)
-    hidden = position > at
-    if window:
-        hidden |= position <= at - window
-    return hidden

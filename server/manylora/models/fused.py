@@ -1,11 +1,12 @@
 """A decoder layer in one call instead of sixty, for the models whose layers have the usual shape.
 
 Most decoders are made of the same parts: norm, q/k/v, rotary embedding, attention, o, norm, gate/up, down. Such
-a layer is recognised by its parts, not by its class, and computed whole (`layers.py`). Nothing is taken on trust: the
-self-check compares the whole model with the untouched one, and a model that differs (a residual
-scaled, an activation of its own) goes back to its own layers.
+a layer is recognised by its parts, not by its class, and computed whole (`layers.py`). Nothing is taken on trust: at
+start each such layer is compared with the one whose place it would take, and one that differs (a residual scaled,
+queries that grow with the position, no rotary embedding) does not take it.
 """
 
+from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -59,25 +60,26 @@ class FusedDecoderLayer(nn.Module, Generic[S]):
         return hidden_states
 
 
-def fuse(wrapped: WrappedModel, cache: KVCache, kernel: LayerKernel[S]) -> dict[str, nn.Module]:
-    """Replace every layer of the usual shape. Returns the originals by path, for `undo`; empty if there are none."""
+def candidates(wrapped: WrappedModel, cache: KVCache, kernel: LayerKernel[S]) -> dict[str, nn.Module]:
+    """A fused layer for every layer of the usual shape, by its path. None is in the model yet."""
     steps = _Steps(kernel, wrapped.context)
-    originals: dict[str, nn.Module] = {}
-    for path, module in list(wrapped.model.named_modules()):
+    found: dict[str, nn.Module] = {}
+    for path, module in wrapped.model.named_modules():
         if {name for name, _ in module.named_children()} == _LAYER_PARTS:
             parts = _recognise(module, wrapped)
             if parts is not None:
-                originals[path] = module
                 index = layer_index(module.get_submodule("self_attn"))
                 layer = kernel.layer(parts, cache.keys[index], cache.values[index])
-                wrapped.model.set_submodule(path, FusedDecoderLayer(layer, steps))
-    return originals
+                found[path] = FusedDecoderLayer(layer, steps)
+    return found
 
 
-def undo(wrapped: WrappedModel, originals: dict[str, nn.Module]) -> None:
-    """Put the model's own layers back."""
-    for path, module in originals.items():
+def exchange(wrapped: WrappedModel, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Put layers into the model. Returns those that were there, by path."""
+    before = {path: wrapped.model.get_submodule(path) for path in layers}
+    for path, module in layers.items():
         wrapped.model.set_submodule(path, module)
+    return before
 
 
 def _recognise(layer: nn.Module, wrapped: WrappedModel) -> LayerParts | None:

@@ -37,8 +37,22 @@ class AdaptedLinear(nn.Module):
         batch = self._context.current()
         plan: LoraPlan | None = batch.logit_lora if self._on_logit_rows else batch.lora
         if plan is not None and any(plan.rows.touched[s] for s in self.group.sites):
+            expected = batch.logit_rows if self._on_logit_rows else batch.token_ids
+            if rows.shape[0] != expected.shape[0]:
+                raise RuntimeError(f"a linear runs on {rows.shape[0]} rows in a step of {expected.shape[0]}")
             plan.add_(out, rows, self.group)
         return out.view(*x.shape[:-1], self.out_features)
+
+
+class KeptLinear(AdaptedLinear):
+    """The same around a linear of the model that computes in a way of its own, or whose weight others read."""
+
+    def __init__(
+        self, base: nn.Module, group: SiteGroup, context: ForwardContext, *, in_features: int, on_logit_rows: bool
+    ) -> None:
+        super().__init__(base, group, context, in_features=in_features, on_logit_rows=on_logit_rows)
+        self.weight = base.weight
+        self.bias = base.bias
 
 
 class FusedMember(nn.Module):
@@ -83,12 +97,13 @@ class FusedLinears:
 class AdaptedEmbedding(nn.Module):
     """The token embedding with its low-rank delta, [1, T] ids -> [1, T, hidden]."""
 
-    def __init__(self, base: nn.Embedding, site: int, context: ForwardContext) -> None:
+    def __init__(self, base: nn.Module, site: int, context: ForwardContext, scale: float) -> None:
         super().__init__()
         self.base = base
         self.weight = base.weight
         self._site = site
         self._context = context
+        self._scale = scale
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.base(token_ids)
@@ -96,6 +111,6 @@ class AdaptedEmbedding(nn.Module):
         if plan is not None and plan.rows.touched[self._site]:
             delta = torch.zeros_like(out).view(-1, out.shape[-1])
             plan.add_embedding_(delta, token_ids.view(-1), self._site)
-            # Gemma's embedding scales its rows, and PEFT scales the delta alike.
-            out += delta.view_as(out) * float(getattr(self.base, "scalar_embed_scale", 1.0))
+            # Some embeddings scale their rows (Gemma's), and PEFT scales the delta alike.
+            out += delta.view_as(out) * self._scale
         return out

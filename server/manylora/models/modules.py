@@ -1,0 +1,52 @@
+"""Which modules of a model an adapter may touch, and what they are."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from manylora.lora.format import ModuleSpec
+
+__all__ = ["adaptable_modules", "embedding_scale", "is_linear", "is_plain", "token_embedding", "weight_of"]
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a linear computes x W^T + b and nothing else: a subclass may have a forward of its own."""
+    return type(module).forward in (nn.Linear.forward, Conv1D.forward) and "forward" not in vars(module)
+
+
+def weight_of(module: nn.Module) -> torch.Tensor:
+    """A linear's weight as [out_features, in_features], whichever way the module keeps it."""
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    return weight.detach().t().contiguous() if isinstance(module, Conv1D) else weight.detach()
+
+
+def token_embedding(model: PreTrainedModel) -> Any:
+    """The module that turns token ids into vectors."""
+    return model.get_input_embeddings()
+
+
+def embedding_scale(embedding: nn.Module) -> float:
+    """What the embedding multiplies its rows by, and PEFT an adapter's delta alike; 1 where nothing."""
+    scale = getattr(embedding, "embed_scale", None)
+    return 1.0 if scale is None else float(scale)
+
+
+def adaptable_modules(model: PreTrainedModel) -> dict[str, ModuleSpec]:
+    """Every linear and the token embedding of an untouched model (a meta-device one will do), by path."""
+    embedding = token_embedding(model)
+    found: dict[str, ModuleSpec] = {}
+    for path, module in model.named_modules():
+        if module is embedding:
+            found[path] = ModuleSpec(path, "embedding", *module.weight.shape)
+        elif isinstance(module, Conv1D):
+            found[path] = ModuleSpec(path, "conv1d", *module.weight.shape)
+        elif isinstance(module, nn.Linear):
+            found[path] = ModuleSpec(path, "linear", module.in_features, module.out_features)
+    return found

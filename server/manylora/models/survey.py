@@ -1,0 +1,342 @@
+"""What a few passes over the untouched model show that cannot be read off its classes.
+
+Which linears share their input and on which rows each runs, how every layer attends (its shape, its options, the mask
+that the model builds for it, far out as well), and the logits that the wrapped model must give.
+"""
+
+import inspect
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from manylora.errors import ModelUnusable
+from manylora.lora.format import ModuleSpec
+from manylora.models import attention
+from manylora.models.kv_cache import KVShape
+from manylora.models.masks import window_of
+from manylora.models.modules import adaptable_modules, is_linear, is_plain
+from manylora.models.positions import probe_starts
+from manylora.models.probes import PROBE_LENGTH, PROBE_STRENGTH, PretendedPast, Probe, ProbeAdapter
+from manylora.models.refusals import refusing
+
+__all__ = ["Survey", "survey"]
+
+# Of two correct ways to compute the same in one number format, as a share of the logits' spread.
+SAME: Final = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_KEPT_ROWS = (4, 9)  # of which logits are asked for alone
+# Kinds of layers, as configs name them, whose state is not keys and values of the past.
+_RECURRENT = ("linear_attention", "conv", "mamba", "mamba2", "recurrent", "hybrid", "hybrid_mamba", "moe_mamba")
+_numbers = itertools.count()
+
+
+@dataclass(slots=True)
+class Survey:
+    """`groups`: paths of linears that read the same input. `modules`: what an adapter may touch. `kept`: linears that
+    stay in the model because they do more than multiply, or because others read their weight. `on_logit_rows`: those
+    that run on the rows whose logits are asked for, and on no others. `left`: linears that must be left alone.
+    """
+
+    kv_shapes: list[KVShape] = field(default_factory=list)
+    options: list[attention.AttentionOptions] = field(default_factory=list)
+    groups: list[list[str]] = field(default_factory=list)
+    modules: dict[str, ModuleSpec] = field(default_factory=dict)
+    kept: set[str] = field(default_factory=set)
+    on_logit_rows: set[str] = field(default_factory=set)
+    left: set[str] = field(default_factory=set)
+    probes: list[Probe] = field(default_factory=list)
+
+
+def survey(model: PreTrainedModel, context_length: int) -> Survey:
+    """Raises ModelUnusable, naming the part, for what is no causal decoder that we can serve up to that length."""
+    with refusing(model, "it was looked at"):
+        _refuse_recurrent(model)
+        return _Surveyor(model, context_length).run()
+
+
+def _refuse_recurrent(model: PreTrainedModel) -> None:
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    recurrent = sorted({str(kind) for kind in kinds if kind in _RECURRENT})
+    if recurrent or getattr(model, "_is_stateful", False):
+        named = f" ({', '.join(recurrent)})" if recurrent else ""
+        raise ModelUnusable(
+            f"{type(model).__name__} has recurrent layers{named}: only layers that attend to keys and values of their "
+            "past are served."
+        )
+
+
+class _Surveyor:
+    """The passes, in order."""
+
+    def __init__(self, model: PreTrainedModel, context_length: int) -> None:
+        self._model = model
+        self._name = type(model).__name__
+        self._context_length = context_length
+        self._count = min(PROBE_LENGTH, context_length)
+        self._device = model.get_input_embeddings().weight.device
+        vocab = int(model.get_input_embeddings().weight.shape[0])
+        random = torch.Generator().manual_seed(0)
+        self._token_ids = torch.randint(0, vocab, (self._count,), generator=random).to(self._device)
+        self._found = Survey()
+        parameters = inspect.signature(model.forward).parameters
+        self._past_name = "cache" if "cache" in parameters else "past_key_values"
+        self._tolerance = SAME.get(model.dtype, SAME[torch.bfloat16])
+
+    def run(self) -> Survey:
+        with torch.no_grad():  # no inference mode, in which changes in place cannot be told
+            own = self._logits(1, position_ids=None)
+            self._require_same(self._logits(1), own, "numbers its positions in a way of its own")
+            recorder = _Recorder(self._name)
+            with _attending(self._model, recorder, builds_mask=True):
+                self._look_at_linears(own)
+                self._require_attention(recorder)
+            adapter = ProbeAdapter(self._found.modules, self._model.dtype, PROBE_STRENGTH)
+            with adapter.on_second_row(self._model):
+                both = self._logits(2)
+            self._found.probes.append(Probe(0, self._token_ids, *both.unbind(0)))
+            for start in probe_starts(self._model.config, self._context_length, self._count):
+                with _attending(self._model, recorder, builds_mask=True), adapter.on_second_row(self._model):
+                    both = self._logits(2, **{self._past_name: PretendedPast(start)}, start=start)
+                self._found.probes.append(Probe(start, self._token_ids, *both.unbind(0)))
+        self._found.options = recorder.settled()
+        self._found.kv_shapes = recorder.kv_shapes
+        return self._found
+
+    def _logits(self, num_rows: int, *, start: int = 0, **inputs: Any) -> torch.Tensor:
+        """float32 [num_rows, n, vocab] of the probe's tokens from `start` on, the same ones in each row."""
+        positions = torch.arange(start, start + self._count, device=self._device)
+        given = {"position_ids": positions.expand(num_rows, -1), "use_cache": False, **inputs}
+        given = {name: value for name, value in given.items() if value is not None}
+        logits = getattr(self._model(input_ids=self._token_ids.expand(num_rows, -1), **given), "logits", None)
+        if not isinstance(logits, torch.Tensor) or logits.dim() != 3 or logits.shape[0] != num_rows:
+            raise ModelUnusable(f"{self._name} does not give a token's logits: it is no language model.")
+        return logits.float()
+
+    def _look_at_linears(self, own: torch.Tensor) -> None:
+        """Which rows each linear runs on while the logits of two are asked for, and which inputs are shared."""
+        rows = torch.tensor(_KEPT_ROWS, device=self._device).clamp(max=self._count - 1)
+        watch = _Linears(self._model)
+        with watch:
+            kept = self._logits(1, logits_to_keep=rows)
+        if kept.shape[1] != len(rows):
+            raise ModelUnusable(
+                f"{self._name} gives the logits of every token when those of some are asked for (it ignores "
+                "logits_to_keep), so it cannot be served in batches."
+            )
+        self._require_same(kept, own[:, rows], "computes attention that this server does not reproduce")
+        specs = adaptable_modules(self._model)
+        self._found.left = watch.strangers(self._count, len(rows))
+        self._found.modules = {path: spec for path, spec in specs.items() if path not in self._found.left}
+        self._found.kept = watch.kept - self._found.left
+        self._found.on_logit_rows = watch.running_on(len(rows))
+        self._found.groups = watch.groups
+
+    def _require_attention(self, recorder: "_Recorder") -> None:
+        if not recorder.kv_shapes:
+            raise ModelUnusable(f"{self._name} does not use transformers' attention interface, so it cannot be served.")
+
+    def _require_same(self, found: torch.Tensor, wanted: torch.Tensor, otherwise: str) -> None:
+        apart = float((found - wanted).square().mean().sqrt() / wanted.std().clamp(min=1e-6))
+        if not apart <= self._tolerance:
+            raise ModelUnusable(f"{self._name} {otherwise} (logits differ by {apart:.3g} of their spread).")
+
+
+@contextmanager
+def _attending(model: PreTrainedModel, recorder: "_Recorder", *, builds_mask: bool) -> Iterator[None]:
+    """Let the model attend through `recorder`, with every mask built."""
+    name = f"manylora-survey-{next(_numbers)}"
+    before = model.config._attn_implementation
+    attention.register(name, recorder.begin())
+    if builds_mask:
+        AttentionMaskInterface.register(name, _full_mask)
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _full_mask(*args: Any, **kwargs: Any) -> torch.Tensor:
+    """Transformers' mask as bool [batch, 1, queries, keys], never left out for being plainly causal."""
+    skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    mask: torch.Tensor = sdpa_mask(*args, **{**kwargs, **skips})
+    return mask
+
+
+class _Recorder:
+    """Attends as our attention will, by the mask that the model gives, and notes both for every layer."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self.kv_shapes: list[KVShape] = []
+        self._options: list[attention.AttentionOptions] = []
+        self._windows: list[list[tuple[int, int]]] = []  # per layer: (length, window) of each pass
+        self._masks: dict[int, tuple[torch.Tensor, int]] = {}
+        self._next = 0
+
+    def begin(self) -> attention.AttentionFunction:
+        """The function for one pass; each goes through the layers in the same order."""
+        self._next = 0
+        self._masks = {}
+        return self._attend
+
+    def settled(self) -> list[attention.AttentionOptions]:
+        """Each layer's options, the window being the one that its masks have."""
+        return [
+            replace(options, window=self._window(layer, options.window)) for layer, options in enumerate(self._options)
+        ]
+
+    def _window(self, layer: int, stated: int) -> int:
+        seen = self._windows[layer]
+        if not seen:
+            return stated
+        longest, window = max(seen)
+        if any(w != (window if window < length else 0) for length, w in seen):
+            raise ModelUnusable(f"{self._name} changes the window of layer {layer}'s attention with the position.")
+        return window or (stated if stated >= longest else 0)
+
+    def _attend(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        layer = self._enter(module, query, key, value, kwargs)
+        window = self._options[layer].window
+        if isinstance(attention_mask, torch.Tensor):
+            window = self._read(module, attention_mask, key.shape[2])
+            self._windows[layer].append((attention_mask.shape[-1], window))
+        options = replace(self._options[layer], window=window)
+        rows = []
+        for q, k, v in zip(query, key, value, strict=True):
+            rows.append(attention.prefill(q.transpose(0, 1), k, v, options))
+        return torch.stack(rows), None
+
+    def _enter(
+        self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]
+    ) -> int:
+        layer, self._next = self._next, self._next + 1
+        part = type(module).__name__
+        options = attention.read_options(module, query.shape[-1], kwargs)
+        if key.shape != value.shape:
+            raise ModelUnusable(
+                f"{self._name}'s attention ({part}) has keys and values of different widths, as multi-head latent "
+                "attention (MLA) has: not supported."
+            )
+        if getattr(module, "layer_idx", None) != layer:
+            raise ModelUnusable(
+                f"{self._name} has layers that share or lack a cache of keys and values ({part}): not supported."
+            )
+        if query.shape[2] != key.shape[2]:
+            raise ModelUnusable(f"{self._name}'s attention ({part}) looks at something beside its own past.")
+        if layer == len(self.kv_shapes):
+            self._options.append(options)
+            self.kv_shapes.append(KVShape(key.shape[1], key.shape[3]))
+            self._windows.append([])
+        elif options != self._options[layer]:
+            raise ModelUnusable(f"{self._name} changes the options of layer {layer}'s attention with the position.")
+        return layer
+
+    def _read(self, module: nn.Module, mask: torch.Tensor, num_keys: int) -> int:
+        known = self._masks.get(id(mask))
+        if known is None:
+            if mask.dim() != 4:
+                raise ModelUnusable(f"{self._name}'s attention ({type(module).__name__}) has a mask of its own shape.")
+            try:
+                known = mask, window_of(mask)  # held, so that no other mask gets its address
+            except ValueError as error:
+                raise ModelUnusable(
+                    f"{self._name}'s attention ({type(module).__name__}) {error}: not supported."
+                ) from error
+            self._masks[id(mask)] = known
+        return known[1] if known[1] < num_keys else 0
+
+
+class _Linears(TorchFunctionMode):
+    """What the linears are called with, and who else reads their weights, while it is entered."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self._model = model
+        self._paths = {path: module for path, module in model.named_modules() if is_linear(module)}
+        self._owners = {id(module.weight): path for path, module in self._paths.items()}
+        self._running: list[str] = []
+        self._held: list[torch.Tensor] = []
+        self._seen: dict[tuple[str, int, int], list[str]] = {}
+        self._rows: dict[str, set[int]] = {path: set() for path in self._paths}
+        self._odd: set[str] = set()
+        self._handles: list[Any] = []
+        self.kept = {path for path, module in self._paths.items() if not is_plain(module)}
+
+    def __enter__(self) -> "_Linears":
+        for path, module in self._paths.items():
+            self._handles.append(module.register_forward_pre_hook(self._before(path)))
+            self._handles.append(module.register_forward_hook(self._after(path)))
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        super().__exit__(*args)  # type: ignore[no-untyped-call]
+        for handle in self._handles:
+            handle.remove()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], _types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if self._owners:
+            for each in (*args, *(kwargs or {}).values()):
+                path = self._owners.get(id(each)) if isinstance(each, nn.Parameter) else None
+                if path is not None and path not in self._running:
+                    self.kept.add(path)
+        return func(*args, **(kwargs or {}))
+
+    def _before(self, path: str) -> Callable[..., None]:
+        parent = path.rpartition(".")[0]
+
+        def record(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            x = args[0]
+            self._held.append(x)  # so that no address is used twice
+            self._seen.setdefault((parent, id(x), x._version), []).append(path)
+            self._rows[path].add(x.numel() // x.shape[-1])
+            self._running.append(path)
+
+        return record
+
+    def _after(self, path: str) -> Callable[..., None]:
+        def record(module: nn.Module, args: tuple[torch.Tensor, ...], out: Any) -> None:
+            self._running.remove(path)
+            if not isinstance(out, torch.Tensor) or out.shape[:-1] != args[0].shape[:-1]:
+                self._odd.add(path)
+
+        return record
+
+    @property
+    def groups(self) -> list[list[str]]:
+        return [group for group in self._seen.values() if not any(path in self.kept for path in group)]
+
+    def running_on(self, count: int) -> set[str]:
+        return {path for path, counts in self._rows.items() if counts == {count}}
+
+    def strangers(self, *known: int) -> set[str]:
+        """Linears with other rows than all tokens' or all wanted logits', or with no plain output; and their likes.
+
+        A linear that did not run is of the kind of those that differ from it only in numbers (experts by their index).
+        """
+        usual = [{count} for count in known]
+        strange = {path for path, counts in self._rows.items() if counts and counts not in usual} | self._odd
+        kinds = {_without_numbers(path) for path in strange}
+        return strange | {path for path, counts in self._rows.items() if not counts and _without_numbers(path) in kinds}
+
+
+def _without_numbers(path: str) -> str:
+    return ".".join("#" if part.isdigit() else part for part in path.split("."))

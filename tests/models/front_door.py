@@ -1,0 +1,201 @@
+"""A model folder through the product's own front door, and what came out, beside transformers and PEFT in float32."""
+
+import json
+import re
+import threading
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from manylora.engine.build import EngineBuilder
+from manylora.engine.interface import AdapterRef, SamplingParams
+from manylora.engine.sequence import Sequence
+from manylora.errors import InvalidAdapter, ModelUnusable
+from manylora.lora import format as adapter_format
+from manylora.metrics import NoMetrics
+from manylora.models.loading import load_base
+from manylora.models.modules import adaptable_modules, is_plain
+from manylora.settings import Settings
+from tests.engine.oracle import NEAR_TIE
+from tests.models.zoo import Unbuildable, make_zoo_model
+from tests.tiny_adapters import make_adapter
+
+LENGTHS = (5, 27, 90)
+NUM_ANSWERED = 3
+TOLERANCE = 1e-3  # root mean square of the logits' difference, as a share of their spread
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One request's prompt, its logits [tokens, vocab], and the tokens that followed."""
+
+    prompt: list[int]
+    logits: torch.Tensor
+    tokens: list[int]
+
+
+class _Folders:
+    def __init__(self, folders: Mapping[str, Path]) -> None:
+        self._folders = folders
+
+    def local_folder(self, ref: AdapterRef) -> Path:
+        return self._folders[ref.name]
+
+
+def settings_for(folder: Path, **values: Any) -> Settings:
+    return Settings(
+        **{
+            "model": str(folder),
+            "device": "cpu",
+            "dtype": "float32",
+            "kv_cache_memory": 2**25,
+            "max_num_batched_tokens": 32,
+            "block_size": 4,
+            **values,
+        }
+    )
+
+
+def prompts(vocab: int = 300, lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]:
+    random = torch.Generator().manual_seed(3)
+    return [torch.randint(4, vocab, (length,), generator=random).tolist() for length in lengths]
+
+
+def answer_all(
+    folder: Path, adapters: Mapping[str, Path], asked: list[list[int]], **values: Any
+) -> dict[tuple[str | None, int], Answer]:
+    """Every prompt with every adapter and without one, in one mixed batch, by (adapter, prompt's number).
+
+    Raises StartupError for a base, and InvalidAdapter for an adapter, that is refused.
+    """
+    settings = settings_for(folder, **values)
+    builder = EngineBuilder(settings, load_base(settings))
+    engine, tiers = builder.build_core(_Folders(adapters), NoMetrics())
+    for path in adapters.values():
+        adapter_format.read(path, builder.modules, max_rank=settings.max_rank, max_size=2**30)
+    asked = [prompt[: builder.context_length - NUM_ANSWERED] for prompt in asked]
+    captured: dict[int, torch.Tensor] = {}
+    seqs: dict[tuple[str | None, int], Sequence] = {}
+    params = SamplingParams(max_tokens=NUM_ANSWERED, temperature=0.0, ignore_eos=True)
+    for name in (None, *adapters):
+        ref = AdapterRef(f"id-{name}", "public", name, 1, name) if name else None
+        for number, prompt in enumerate(asked):
+            seq = Sequence(f"{name}-{number}", list(prompt), params, adapter=ref, capture_logits=True)
+            seqs[name, number] = seq
+            engine.add(seq)
+    try:
+        while engine.has_work:
+            for output in engine.step():
+                if output.error is not None:
+                    raise output.error
+                if output.captured is not None:
+                    captured[id(output.seq)] = output.captured
+            if not engine.made_progress:
+                threading.Event().wait(0.01)
+    finally:
+        tiers.close()
+    return {
+        key: Answer(asked[key[1]], captured[id(seq)], seq.tokens[seq.num_prompt_tokens :]) for key, seq in seqs.items()
+    }
+
+
+def make_adapters(folder: Path) -> dict[str, Path]:
+    """Adapters written by PEFT for the model in `folder`, beside it: `linear` on every linear, `ends` on the embedding
+    and the head. Without those that PEFT cannot make: it knows no linears with a forward of their own, and no Mamba.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    head = model.get_output_embeddings()
+    linears, ends = [], []
+    for path, spec in adaptable_modules(model).items():
+        module = model.get_submodule(path)
+        if spec.kind == "embedding" or (module is head and module.bias is None):
+            ends.append(path)
+        elif module is not head and is_plain(module):
+            linears.append(path)
+    # Of mixtures of experts PEFT makes adapters of bare parameters as soon as a feed-forward layer is named.
+    narrow = [path for path in linears if "attn" in path or "attention" in path]
+    found: dict[str, Path] = {}
+    for name, choices in (("linear", (linears, narrow)), ("ends", (ends,))):
+        for targets in choices:
+            target = folder.with_name(name)
+            try:
+                make_adapter(folder, target, rank=4, seed=1, targets=targets)
+            except ValueError:
+                continue
+            if not json.loads((target / "adapter_config.json").read_text()).get("target_parameters"):
+                found[name] = target
+                break
+    return found
+
+
+def oracle(folder: Path, adapter: Path | None) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    if adapter is None:
+        return model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return PeftModel.from_pretrained(model, adapter).eval()
+
+
+@torch.inference_mode()
+def difference(model: Any, answer: Answer) -> str | None:
+    """What differs from the oracle, in words; None where nothing does."""
+    whole = [*answer.prompt, *answer.tokens]
+    logits = model(input_ids=torch.tensor([whole])).logits[0].float()
+    length = len(answer.prompt)
+    apart = float((answer.logits - logits[:length]).square().mean().sqrt() / logits[:length].std())
+    if not apart <= TOLERANCE:
+        return f"logits of {length} tokens differ by {apart:.3g} of their spread"
+    for step, token in enumerate(answer.tokens):
+        row = logits[length - 1 + step]
+        if not float(row.max() - row[token]) <= NEAR_TIE * float(row.std()):
+            return f"token {step} after {length} is {token}, not {int(row.argmax())}"
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the server makes of a model; `detail` says why.
+
+    `kind`: served, refused, not built (by transformers); or, which must not be: wrong, crashed, adapter refused.
+    """
+
+    kind: str
+    detail: str = ""
+
+
+def try_model(folder: Path, adapters: Mapping[str, Path], **values: Any) -> Outcome:
+    try:
+        answers = answer_all(folder, adapters, prompts(), **values)
+    except ModelUnusable as error:
+        return Outcome("refused", without_numbers(str(error), folder))
+    except InvalidAdapter as error:
+        return Outcome("adapter refused", str(error))
+    except Exception as error:  # noqa: BLE001 - told apart from a refusal
+        return Outcome("crashed", f"{type(error).__name__}: {error}")
+    for name in (None, *adapters):
+        model = oracle(folder, adapters[name] if name else None)
+        for (whose, number), answer in answers.items():
+            if whose == name and (what := difference(model, answer)):
+                return Outcome("wrong", f"{name}, prompt {number}: {what}")
+    return Outcome("served")
+
+
+def try_type(model_type: str, folder: Path, **values: Any) -> Outcome:
+    """A tiny model of a type, made in `folder`, with its adapters."""
+    try:
+        make_zoo_model(model_type, folder / "base")
+    except Unbuildable as error:
+        return Outcome("not built", str(error))
+    return try_model(folder / "base", make_adapters(folder / "base"), **values)
+
+
+def without_numbers(message: str, folder: Path) -> str:
+    """A refusal without what differs from machine to machine: figures in brackets, the folder's name."""
+    return re.sub(r" \(logits differ[^)]*\)", "", message).replace(str(folder), "The folder")

@@ -1,0 +1,213 @@
+"""What the start-up check finds out about models that differ far out, in their masks, or in a single part."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from manylora.engine.build import EngineBuilder
+from manylora.errors import InvalidSettings, ModelUnusable
+from manylora.lora.kernels.torch import TorchKernel
+from manylora.models import fused
+from manylora.models.kv_cache import KVCache
+from manylora.models.loading import load_base
+from manylora.models.masks import hidden_from, window_of
+from manylora.models.matmul import factory
+from manylora.models.positions import batch_limit, position_limit, probe_starts
+from manylora.models.selfcheck import SelfCheck
+from manylora.models.torch_layers import TorchLayers
+from manylora.models.wrapping import WrappedModel, wrap
+from tests.models.front_door import make_adapters, settings_for, try_model, try_type
+from tests.models.zoo import CHUNK, ORIGINAL, WINDOW, make_zoo_model, tiny_config
+
+CPU = torch.device("cpu")
+
+
+def load(folder: Path) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval()
+
+
+def checked(model: PreTrainedModel) -> tuple[WrappedModel, KVCache, SelfCheck]:
+    wrapped = wrap(model, factory(), context_length=128)
+    cache = KVCache(wrapped.survey.kv_shapes, 64, 4, torch.float32, CPU)
+    wrapped.attach_cache(cache, use_native=False)
+    return wrapped, cache, SelfCheck(wrapped, cache, TorchKernel())
+
+
+def scaled_ministral(folder: Path) -> Path:
+    scaling = {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.5}
+    rope = {**scaling, "original_max_position_embeddings": ORIGINAL}
+    return make_zoo_model("ministral3", folder, rope_parameters=rope, sliding_window=None)
+
+
+def test_queries_that_grow_with_the_position_keep_their_layers(tmp_path: Path) -> None:
+    wrapped, cache, check = checked(load(scaled_ministral(tmp_path / "base")))
+    candidates = fused.candidates(wrapped, cache, TorchLayers())
+
+    assert {probe.start for probe in wrapped.survey.probes} == {0, ORIGINAL - 6, 128 - 12}
+    assert len(candidates) == 2
+    assert check.proven(candidates) == {}
+
+
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_queries_that_grow_with_the_position_are_served(kernels: str, tmp_path: Path) -> None:
+    folder = scaled_ministral(tmp_path / "base")
+
+    assert try_model(folder, make_adapters(folder), kernels=kernels).kind == "served"
+
+
+def test_layers_without_rotary_embedding_keep_theirs_and_the_others_are_fused(tmp_path: Path) -> None:
+    wrapped, cache, check = checked(load(make_zoo_model("smollm3", tmp_path / "base")))
+    candidates = fused.candidates(wrapped, cache, TorchLayers())
+
+    assert list(candidates) == ["model.layers.0", "model.layers.1"]
+    assert list(check.proven(candidates)) == ["model.layers.0"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_fused_layer_with_another_activation_epsilon_or_scale_is_not_taken(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """On untouched random weights, where the whole model's logits hardly move."""
+    model = AutoModelForCausalLM.from_config(tiny_config("llama"), dtype=dtype).eval()
+    wrapped = wrap(model, factory(), context_length=128)
+    cache = KVCache(wrapped.survey.kv_shapes, 64, 4, dtype, CPU)
+    wrapped.attach_cache(cache, use_native=False)
+    check = SelfCheck(wrapped, cache, TorchKernel())
+    good = fused.candidates(wrapped, cache, TorchLayers())
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_hook(lambda _m, _a, out: (out[0] * 0.8, *out[1:]))
+
+    assert check.proven(good) == {}
+
+
+def test_a_window_that_only_the_mask_has_is_attended_by(tmp_path: Path) -> None:
+    folder = make_zoo_model("qwen2_moe", tmp_path / "base")
+
+    options = wrap(load(folder), factory()).survey.options
+
+    assert [each.window for each in options] == [WINDOW, 0]
+    assert try_model(folder, make_adapters(folder)).kind == "served"
+
+
+def test_a_window_that_only_the_mask_has_is_left_out_where_the_context_ends_before_it(tmp_path: Path) -> None:
+    folder = make_zoo_model("qwen2_moe", tmp_path / "base", sliding_window=100)
+
+    assert try_model(folder, make_adapters(folder), max_model_len=100).kind == "served"
+    assert try_model(folder, make_adapters(folder)).kind == "served"
+
+
+def test_attention_in_chunks_is_served_up_to_the_first_chunks_end(tmp_path: Path) -> None:
+    folder = make_zoo_model("llama4_text", tmp_path / "base")
+
+    assert position_limit(load(folder).config) == CHUNK
+    assert try_model(folder, make_adapters(folder)).kind == "served"
+    with pytest.raises(ModelUnusable, match="in a way of its own"):
+        wrap(load(folder), factory(), context_length=4 * CHUNK)
+
+
+def test_queries_that_grow_with_the_cache_are_served_as_long_as_they_do_not(tmp_path: Path) -> None:
+    config = tiny_config("llama4_text")
+    config.floor_scale = 12
+
+    assert (position_limit(config), batch_limit(config)) == (11, 11)
+    folder = make_zoo_model("llama4_text", tmp_path / "base", floor_scale=12)
+    with pytest.raises(InvalidSettings, match="at most 11 tokens in one pass"):
+        EngineBuilder(settings_for(folder, max_num_batched_tokens=16), load_base(settings_for(folder)))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("whisper", "ignores logits_to_keep"),
+        ("doge", r"DogeAttention\) adds numbers of its own"),
+        ("gpt_oss", "attention sinks"),
+        ("deepseek_v3", "MLA"),
+        ("deepseek_v32", "sparse attention"),
+        ("glm_moe_dsa", "sparse attention"),
+        ("mamba", "recurrent layers"),
+        ("qwen3_next", r"recurrent layers \(linear_attention\)"),
+        ("roberta", "numbers its positions"),
+    ],
+)
+def test_a_model_that_cannot_be_served_is_refused_by_the_parts_name(
+    model_type: str, reason: str, tmp_path: Path
+) -> None:
+    outcome = try_type(model_type, tmp_path)
+
+    assert outcome.kind == "refused"
+    assert "\n" not in outcome.detail
+    with pytest.raises(ModelUnusable, match=reason):
+        wrap(load(tmp_path / "base"), factory())
+
+
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+@pytest.mark.parametrize(
+    "model_type",
+    ["modernbert-decoder", "bert", "phimoe", "afmoe", "hunyuan_v1_moe", "biogpt", "gemma3_text", "ernie4_5"],
+)
+def test_parts_that_do_more_than_multiply_are_served_with_adapters_on_all_others(
+    model_type: str, kernels: str, tmp_path: Path
+) -> None:
+    outcome = try_type(model_type, tmp_path, kernels=kernels)
+
+    assert outcome.kind == "served", outcome.detail
+
+
+def test_linears_on_the_wanted_rows_only_are_told_from_the_others(tmp_path: Path) -> None:
+    found = wrap(load(make_zoo_model("modernbert-decoder", tmp_path / "base")), factory()).survey
+
+    assert found.on_logit_rows == {"lm_head.dense", "decoder"}
+
+
+class _Odd(nn.Module):
+    """Whatever a model's own code may raise."""
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+        raise ZeroDivisionError("no such thing\nand more")
+
+
+def test_whatever_a_models_code_raises_is_a_refusal_in_one_line_that_names_the_part(tmp_path: Path) -> None:
+    model = load(make_zoo_model("llama", tmp_path / "base"))
+    model.model.layers[1].mlp = _Odd()
+
+    with pytest.raises(ModelUnusable) as caught:
+        wrap(model, factory())
+
+    assert str(caught.value) == (
+        "LlamaForCausalLM cannot be served: while it was looked at, in model.layers.1.mlp (_Odd), its code raised "
+        "ZeroDivisionError: no such thing"
+    )
+
+
+@pytest.mark.parametrize("window", [0, 1, 5, 40])
+def test_the_window_of_a_mask_is_read_off_it(window: int) -> None:
+    seen = ~hidden_from(6, 40, window, CPU)
+
+    expected = window if window < 40 else 0
+    assert window_of(seen[None, None]) == expected
+    added = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    assert window_of(added[None, None].expand(2, 3, -1, -1)) == expected
+
+
+def test_a_mask_of_another_kind_is_told() -> None:
+    seen = ~hidden_from(6, 40, 0, CPU)
+    seen[2, 3] = False
+    with pytest.raises(ValueError, match="of its own"):
+        window_of(seen[None, None])
+    with pytest.raises(ValueError, match="numbers of its own"):
+        window_of(torch.full((1, 1, 2, 8), 0.5))
+
+
+def test_probes_lie_across_every_threshold_and_at_the_end() -> None:
+    config = tiny_config("ministral3")
+    config.rope_parameters = {"original_max_position_embeddings": 32}
+    config.sliding_window = 50
+
+    assert probe_starts(config, 128, 12) == [26, 44, 116]
+    assert probe_starts(config, 40, 12) == [26, 28]
+    assert probe_starts(config, 12, 12) == []
