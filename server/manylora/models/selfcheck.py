@@ -80,7 +80,7 @@ class SelfCheck:
         packed = ProbeAdapter(wrapped.modules, wrapped.model.dtype, strength).packed(wrapped.sites)
         memory = DeviceMemory(len(wrapped.modules), 1, wrapped.survey.probes[0].token_ids.device)
         place = Place(0, 0, 0, is_new_slab=True)
-        memory.allocate(place, packed.layout, self._kernel.places_per_slab)
+        memory.allocate(place, packed.layout, 1)
         memory.fill(place, packed)
         memory.publish(place, packed)
         return memory
