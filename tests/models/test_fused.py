@@ -14,7 +14,7 @@ from manylora.errors import ModelUnusable
 from manylora.lora.kernels import SiteGroup
 from manylora.lora.kernels.native import NativeKernel
 from manylora.lora.kernels.torch import TorchKernel
-from manylora.lora.memory import DTYPE_CODES, DeviceMemory
+from manylora.lora.memory import DTYPE_CODES, DeviceMemory, TableEntry
 from manylora.lora.rows import group_rows
 from manylora.models import fused, native
 from manylora.models.attention import AttentionOptions
@@ -106,7 +106,10 @@ def run_with_adapter(ours: WrappedModel, cache: KVCache) -> torch.Tensor:
             a = torch.randn(4, spec.in_features, generator=random)
             b = torch.randn(4, spec.out_features, generator=random)
             held += [a, b]
-            memory.tables[site, 1] = torch.tensor([a.data_ptr(), b.data_ptr(), 4, 0, DTYPE_CODES[torch.float32]])
+            entry = TableEntry(
+                a.data_ptr(), b.data_ptr(), 4, 0, DTYPE_CODES[torch.float32], spec.in_features, spec.out_features
+            )
+            memory.tables[site, 1] = torch.tensor(entry)
             memory.ranks[site, 1] = 4
     rows = group_rows(np.array([-1] * 4 + [1] * 5 + [-1] * 3, dtype=np.int32), memory.ranks, torch.device("cpu"))
     assert rows is not None

@@ -77,11 +77,7 @@ class EngineBuilder:
         self.device = next(base.model.parameters()).device
         self.dtype: torch.dtype = base.model.dtype
         self._use_native = settings.kernels == "auto" and self.device.type == "cpu" and native.is_available()
-<<<<<<< HEAD
         self._num_embeddings = int(base.model.get_input_embeddings().weight.shape[0])
-        self.wrapped: WrappedModel = wrap(base.model, factory(settings.quantization, use_native=self._use_native))
-=======
->>>>>>> 1035368 (The start-up check proves masks, far positions, every fused layer and adapters on every module)
         self.context_length = self._context_length()
         matmuls = factory(settings.quantization, use_native=self._use_native)
         self.wrapped: WrappedModel = wrap(base.model, matmuls, context_length=self.context_length)
