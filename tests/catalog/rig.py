@@ -140,7 +140,7 @@ async def running(settings: Settings, *keys: str, engine: CatalogEngine | None =
         routers = (build_router(catalog), usage_routes.build_router(usage))
         app = create_app(settings, engine, catalog.directory, gate, metrics, extra_routers=routers, usage=usage)
         transport = httpx2.ASGITransport(app=app, raise_app_exceptions=True)
-        client = await stack.enter_async_context(httpx2.AsyncClient(transport=transport, base_url="http://test"))
+        client = await stack.enter_async_context(httpx2.AsyncClient(transport=transport, base_url="http://localhost"))
         rig = Rig(settings, engine, catalog, gate, metrics, app, client)
         await rig.make_keys(*keys)
         yield rig

@@ -1,5 +1,6 @@
 """`--adapters DIR`: what is found, what is skipped, what is refused."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from manylora.errors import StartupError
 from manylora.settings import Settings
 
-from .rig import TENSOR_FILE, running, write_sound
+from .rig import TENSOR_FILE, running, sound_files, write_sound
 
 pytestmark = pytest.mark.anyio
 
@@ -61,6 +62,73 @@ async def test_a_roll_back_survives_a_restart_with_an_unchanged_folder(settings:
     async with running(settings) as rig:
         await rig.catalog.register_folder(root)
         assert rig.catalog.directory.resolve("public", "billing").version == 1
+
+
+async def test_an_older_image_that_restarts_rolls_nobody_back(
+    settings: Settings, root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    newer = tmp_path / "newer"
+    write_sound(newer / "billing", 7.0)
+    async with running(settings) as rig:
+        await rig.catalog.register_folder(root)
+        await rig.catalog.register_folder(newer)
+        assert rig.catalog.directory.resolve("public", "billing").version == 2
+    (root / "billing" / TENSOR_FILE).touch()  # as in a container that was made anew
+    async with running(settings) as rig:
+        await rig.catalog.register_folder(root)
+        assert rig.catalog.directory.resolve("public", "billing").version == 2
+        assert "manylora adapters promote billing@1" in caplog.text
+        await rig.catalog.register_folder(newer)
+        assert len((await rig.call("GET", "/v1/adapters/billing")).json()["versions"]) == 2
+        await rig.call("PATCH", "/v1/adapters/billing", json={"active_version": 1})
+        await rig.catalog.register_folder(newer)  # nor forward again
+        assert rig.catalog.directory.resolve("public", "billing").version == 1
+
+
+@pytest.mark.parametrize("change", ["touched", "moved", "rewritten"])
+async def test_the_same_files_in_another_place_undo_no_decision(
+    settings: Settings, root: Path, tmp_path: Path, change: str
+) -> None:
+    async with running(settings) as rig:
+        await rig.catalog.register_folder(root)
+        write_sound(root / "billing", 7.0)
+        await rig.catalog.register_folder(root)
+        await rig.call("PATCH", "/v1/adapters/billing", json={"active_version": 1, "pinned": True})
+        if change == "touched":
+            (root / "billing" / TENSOR_FILE).touch()
+        elif change == "moved":
+            root = root.rename(tmp_path / "elsewhere")
+        else:
+            shutil.rmtree(root / "billing")
+            write_sound(root / "billing", 7.0)
+        await rig.catalog.register_folder(root)
+        shown = (await rig.call("GET", "/v1/adapters/billing")).json()
+        assert (shown["active_version"], shown["pinned"], len(shown["versions"])) == (1, True, 2)
+
+
+async def test_a_deleted_version_does_not_come_back_beside_a_newer_one(
+    settings: Settings, root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_sound(tmp_path / "newer" / "billing", 7.0)
+    async with running(settings) as rig:
+        await rig.catalog.register_folder(root)
+        await rig.catalog.register_folder(tmp_path / "newer")
+        await rig.call("DELETE", "/v1/adapters/billing/versions/1")
+    async with running(settings) as rig:
+        await rig.catalog.register_folder(root)
+        assert rig.catalog.directory.resolve("public", "billing").version == 2
+        assert "that version was deleted" in caplog.text
+
+
+async def test_a_content_that_was_never_there_is_registered_whatever_was_uploaded_since(
+    settings: Settings, root: Path
+) -> None:
+    async with running(settings) as rig:
+        await rig.catalog.register_folder(root)
+        await rig.push("billing", sound_files(5.0))
+        write_sound(root / "billing", 9.0)
+        (done,) = await rig.catalog.register_folder(root)
+        assert (done.is_new, done.adapter.active_version) == (True, 3)
 
 
 async def test_an_adapter_deleted_by_hand_comes_back_with_its_folder(settings: Settings, root: Path) -> None:

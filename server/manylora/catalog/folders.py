@@ -59,7 +59,7 @@ async def register(
     root: Path,
     base: str,
     known: Callable[[], Mapping[str, tuple[Folder, bool]]],
-    add: Callable[[FoundFolder], Awaitable[Published]],
+    add: Callable[[FoundFolder], Awaitable[Published | None]],
 ) -> list[Published]:
     """Hand every new or changed folder to `add`; one that is refused is logged with all its problems."""
     found = await asyncio.to_thread(discover, root, base)
@@ -71,7 +71,8 @@ async def register(
             _log.error("Not registered: %s: another folder below %s has the same name", folder.path, root)
         elif before.get(folder.stamp.path) != (folder.stamp, True):
             try:
-                done.append(await add(folder))
+                added = await add(folder)
+                done += [added] if added is not None else []
                 _warn(folder)
             except ManyloraError as error:
                 _log.error("Not registered: %s: %s", folder.path, error.message)
@@ -85,3 +86,18 @@ def _warn(folder: FoundFolder) -> None:
     said = warning_of(left_aside(names_in(folder.path)))
     if said is not None:
         _log.warning("%s: %s", folder.path, said)
+
+
+def say_kept(found: FoundFolder, known: Published | None) -> None:
+    """A folder holds what was registered before: say so where another version is active."""
+    if known is None:
+        _log.warning(
+            "Not registered: %s: '%s' had this content before, and that version was deleted. Upload it to have it back",
+            found.path, found.name,
+        )  # fmt: skip
+    elif known.adapter.active_version != known.version.ref.version:
+        _log.warning(
+            "Not made active: %s holds what %s had, and version %s of it is active. To go back: "
+            "manylora adapters promote %s",
+            found.path, known.version.ref.label, known.adapter.active_version, known.version.ref.label,
+        )  # fmt: skip

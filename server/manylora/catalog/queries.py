@@ -69,6 +69,14 @@ def newest_version(session: Session, row: AdapterRow) -> VersionRow | None:
     return session.execute(query).scalar_one_or_none()
 
 
+def version_with(session: Session, row: AdapterRow, digest: str, base: str) -> VersionRow | None:
+    """The newest version with this content for this base."""
+    query = select(VersionRow).where(
+        VersionRow.adapter_id == row.id, VersionRow.digest == digest, VersionRow.base == base
+    )
+    return session.execute(query.order_by(VersionRow.version.desc()).limit(1)).scalar_one_or_none()
+
+
 def revision_query() -> Select[int]:
     return select(RevisionRow.value).where(RevisionRow.topic == "catalog")
 

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -27,7 +28,7 @@ from manylora.catalog.records import (
     Wish,
     adapter_record,
 )
-from manylora.catalog.tables import AdapterRow, FolderRow, VersionRow
+from manylora.catalog.tables import AdapterRow, FolderContentRow, FolderRow, VersionRow
 from manylora.catalog.usage.store import note_stored
 from manylora.errors import Conflict
 from manylora.lora.ref import AdapterRef
@@ -146,6 +147,23 @@ class Registry:
                 return None
             return self._finish(transaction, wish, row, newest, is_new=False, folder=folder)
 
+    def was_in_folder(self, wish: Wish, digest: str, folder: Folder) -> tuple[bool, Published | None]:
+        """Whether a living adapter of that name had this content before, and the version that has it, if it is kept.
+
+        A folder brings a content in once. Which version is active is then somebody's decision, which no start of an
+        older image, and none with the same files in another place, may undo.
+        """
+        with self._write() as transaction:
+            session = transaction.session
+            row = queries.find_adapter(session, wish.tenant, wish.name)
+            if row is None or row.is_deleted:
+                return False, None
+            same = queries.version_with(session, row, digest, self._base)
+            if same is None:
+                return session.get(FolderContentRow, (wish.name, digest, self._base)) is not None, None
+            quiet = replace(wish, activate=False)
+            return True, self._finish(transaction, quiet, row, same, is_new=False, folder=folder)
+
     def _newest(self, session: Session, row: AdapterRow | None, digest: str) -> VersionRow | None:
         newest = None if row is None else queries.newest_version(session, row)
         is_same = newest is not None and newest.digest == digest and newest.base == self._base
@@ -167,6 +185,7 @@ class Registry:
         if folder is not None:
             found = FolderRow(path=folder.path, fingerprint=folder.fingerprint, version_id=newest.id)
             transaction.session.merge(found)
+            transaction.session.merge(FolderContentRow(name=row.name, digest=newest.digest, base=newest.base))
         record = transaction.mirror(row)
         version = record.version(newest.version)
         assert version is not None

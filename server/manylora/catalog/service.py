@@ -34,7 +34,7 @@ from manylora.catalog.upload import Brought, Quarantine, Rules, new_version, pro
 from manylora.engine.interface import AdapterRef, EngineClient, Tier
 from manylora.errors import InvalidSettings, ManyloraError, Unavailable
 from manylora.lora.folder import names_in
-from manylora.lora.format import ModuleSpec
+from manylora.lora.format import Adapter, ModuleSpec
 from manylora.settings import Settings
 
 _POLL_S: Final = 1.0
@@ -180,39 +180,45 @@ class Catalog:
             await asyncio.to_thread(self._blobs.mend_missing, root)
         return await folders.register(root, self._base, self._registry.folders, self._add_folder)
 
-    async def _add_folder(self, found: folders.FoundFolder) -> Published:
+    async def _add_folder(self, found: folders.FoundFolder) -> Published | None:
         wish = self._checked(Wish(PUBLIC_TENANT, found.name))
-
-        async def receive(folder: Path) -> tuple[Wish, Brought]:
+        async with self._quarantine.folder() as folder:
             files = {name: found.path / name for name in ADAPTER_FILES if (found.path / name).is_file()}
             if len(files) < len(ADAPTER_FILES):
                 await self._quarantine.validate(Brought(found.path))  # says what is there instead, such as a pickle
             await asyncio.to_thread(sources.copy_bounded, files, folder, self._rules.max_bytes)
-            return wish, Brought(folder, await asyncio.to_thread(names_in, found.path))
+            brought = Brought(folder, await asyncio.to_thread(names_in, found.path))
+            adapter = await self._quarantine.validate(brought)
+            look = partial(self._registry.was_in_folder, wish, adapter.digest, found.stamp)
+            was_there, known = await self.database.run(look)
+            if not was_there:
+                done = await self._publish(wish, folder, adapter, found.stamp)
+            elif known is not None:
+                await asyncio.to_thread(self._blobs.mend, folder, known.version.blob)
+        if was_there:
+            folders.say_kept(found, known)
+            return known
+        return await self._with_pin(done)
 
-        return await self._add(receive, found.stamp)
-
-    async def _add(
-        self, receive: Callable[[Path], Awaitable[tuple[Wish, Brought]]], stamp: Folder | None = None
-    ) -> Published:
+    async def _add(self, receive: Callable[[Path], Awaitable[tuple[Wish, Brought]]]) -> Published:
         async with self._quarantine.folder() as quarantine:
             wish, brought = await receive(quarantine)
-            folder = brought.folder
-            adapter = await self._quarantine.validate(brought)
-            stored = self._newest_with(wish, adapter.digest)
-            if stored is not None:
-                await asyncio.to_thread(self._blobs.mend, folder, stored.blob)
-            done = await self.database.run(partial(self._registry.republish, wish, adapter.digest, folder=stamp))
-            if done is None:
-                size, pinned = adapter.size_bytes, bool(wish.pinned)
-                await self.database.run(
-                    partial(self._registry.check_quota, wish.tenant, wish.name, size, pinned=pinned)
-                )
-                effect = await probe(self._attached, folder, adapter.digest, wish)
-                new = await asyncio.to_thread(new_version, folder, adapter, effect)
-                publish = partial(self._registry.publish, wish, new, folder=stamp)
-                done = await asyncio.to_thread(self._blobs.keep, folder, new.blob, publish)
+            done = await self._publish(wish, brought.folder, await self._quarantine.validate(brought))
         return await self._with_pin(done)
+
+    async def _publish(self, wish: Wish, folder: Path, adapter: Adapter, stamp: Folder | None = None) -> Published:
+        stored = self._newest_with(wish, adapter.digest)
+        if stored is not None:
+            await asyncio.to_thread(self._blobs.mend, folder, stored.blob)
+        done = await self.database.run(partial(self._registry.republish, wish, adapter.digest, folder=stamp))
+        if done is not None:
+            return done
+        size, pinned = adapter.size_bytes, bool(wish.pinned)
+        await self.database.run(partial(self._registry.check_quota, wish.tenant, wish.name, size, pinned=pinned))
+        effect = await probe(self._attached, folder, adapter.digest, wish)
+        new = await asyncio.to_thread(new_version, folder, adapter, effect)
+        publish = partial(self._registry.publish, wish, new, folder=stamp)
+        return await asyncio.to_thread(self._blobs.keep, folder, new.blob, publish)
 
     def _newest_with(self, wish: Wish, digest: str) -> Listed | None:
         """The version that an upload of this content will find to be there already."""

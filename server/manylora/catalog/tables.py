@@ -93,6 +93,16 @@ class FolderRow(Base):
     version_id: Mapped[str]
 
 
+class FolderContentRow(Base):
+    """A content that `--adapters` has registered under a name, for a base; the version may be gone since."""
+
+    __tablename__ = "folder_contents"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    digest: Mapped[str] = mapped_column(primary_key=True)
+    base: Mapped[str] = mapped_column(primary_key=True)
+
+
 class KeyRow(Base):
     """An API key. `secret_hash` is the only trace of the secret."""
 
