@@ -4,6 +4,7 @@ Exit codes: 0 passed (or no thresholds), 1 a threshold failed, 2 the run could n
 """
 
 import asyncio
+import importlib
 import sys
 from collections.abc import Coroutine
 from datetime import UTC, datetime
@@ -162,6 +163,8 @@ def _run(
     scenario: Scenario, url: str, key: str | None, metrics_key: str | None, out: Path | None, live: bool, report: bool,
     pid: int | None,
 ) -> None:  # fmt: skip
+    if report:
+        _check_drawing()
     console = Console()
     watch = LiveView(scenario, console).watch if live else None
     finished = _asyncio_run(run_scenario(scenario, url, key=key, metrics_key=metrics_key, watch=watch, pid=pid))
@@ -175,6 +178,16 @@ def _run(
     console.print(f"results are in {escape(str(folder))}", highlight=False)
     if not summary.is_passed:
         raise typer.Exit(1)
+
+
+def _check_drawing() -> None:
+    """Raises LoadTestError before the run, where its report could not be drawn after it."""
+    try:
+        importlib.import_module("matplotlib")
+    except ImportError as error:
+        raise LoadTestError(
+            "the report needs matplotlib: pip install 'manylora[loadtest]', or leave the report out with --no-report"
+        ) from error
 
 
 def _show(console: Console, run: Run, summary: Summary) -> None:

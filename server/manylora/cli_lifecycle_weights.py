@@ -103,16 +103,18 @@ def inspect(
     overwrite: Annotated[bool, typer.Option(help="Replace --png")] = False,
 ) -> None:
     """Show what an adapter changes, how much of its rank it uses, and how like another one it is."""
+    from manylora.lifecycle.extras import need
     from manylora.lifecycle.inspection import InspectConfig, draw, inspect_adapter
     from manylora.lifecycle.output import refuse_existing
 
     with errors(), progress() as listen:
         config = InspectConfig(adapter, against, base)
+        need(*(["scipy"] if against is not None else []), *(["matplotlib"] if png is not None else []))
         if png is not None:
             refuse_existing(png, overwrite=overwrite)
         report = inspect_adapter(config, listen)
         if png is not None:
-            draw(report, png, overwrite=overwrite)
+            draw(report, png, overwrite=overwrite, listen=listen)
     if as_json:
         print(json.dumps(report, ensure_ascii=False, indent=2))
         return

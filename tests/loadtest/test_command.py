@@ -2,6 +2,7 @@
 
 import html.parser
 import re
+import sys
 from pathlib import Path
 
 import orjson
@@ -74,6 +75,16 @@ def test_run_that_cannot_be_done_exits_with_two(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     assert stopped.value.code == 2
+
+
+def test_a_report_that_cannot_be_drawn_is_said_before_the_run(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    server = serve(FakeServer())
+    with pytest.raises(LoadTestError, match="--no-report"):
+        _invoke("run", _scenario(tmp_path), "--url", server, "--out", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_unknown_scenario_names_the_ready_ones() -> None:

@@ -17,9 +17,10 @@ from manylora.lifecycle.base import Base, load_base, load_tokenizer, memory_faul
 from manylora.lifecycle.checkpoint import checkpoint_path
 from manylora.lifecycle.data import Dataset, read_dataset
 from manylora.lifecycle.encoding import Encoded, Encoder
+from manylora.lifecycle.extras import decoration, need
 from manylora.lifecycle.journal import Journal
 from manylora.lifecycle.lengths import tell_lengths
-from manylora.lifecycle.output import atomic_folder, refuse_existing, write_json
+from manylora.lifecycle.output import atomic_file, atomic_folder, refuse_existing, write_json
 from manylora.lifecycle.plots import rank_curve
 from manylora.lifecycle.progress import Listener, Progress, ignore
 from manylora.lifecycle.train import MEMORY_ADVICE, TrainResult, add_lora, train
@@ -75,6 +76,7 @@ def choose_rank(
 
     Raises InvalidRequest for bad input before the model is loaded.
     """
+    need("peft", "sklearn", "matplotlib")
     dataset = _check(config, resume=resume, overwrite=overwrite)
     out = config.training.out
     journal = Journal(
@@ -87,7 +89,8 @@ def choose_rank(
     report = _report(config, dataset, candidates, chosen)
     with atomic_folder(ranks_folder(out)) as draft:
         write_json(draft / "ranks.json", report)
-        rank_curve(draft / "ranks.png", report["candidates"], report["chosen"])
+    with decoration("The curve of ranks", listen), atomic_file(ranks_folder(out) / "ranks.png") as draft:
+        rank_curve(draft, report["candidates"], report["chosen"])
     trained = None
     if config.train_final:
         final = replace(config.training, lora=chosen.shape)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from manylora.errors import InvalidRequest
+from manylora.lifecycle.extras import need
 
 Shape = Literal["completion", "chat", "label"]
 _FIELDS: dict[Shape, tuple[str, ...]] = {
@@ -154,6 +155,7 @@ def _csv(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    need("pyarrow.parquet")
     import pyarrow
     import pyarrow.parquet
 

@@ -10,8 +10,9 @@ from manylora.errors import InvalidRequest, ManyloraError
 from manylora.lifecycle.contenders import Contenders, Tick
 from manylora.lifecycle.data import Dataset, read_dataset
 from manylora.lifecycle.encoding import Encoded
+from manylora.lifecycle.extras import decoration
 from manylora.lifecycle.journal import Journal
-from manylora.lifecycle.output import atomic_folder, write_json
+from manylora.lifecycle.output import atomic_file, atomic_folder, write_json
 from manylora.lifecycle.plots import confusion_matrix
 from manylora.lifecycle.progress import Listener, Progress, ignore
 from manylora.lifecycle.scores import (
@@ -99,7 +100,7 @@ def evaluate(
     report["prompts"] = [e.example.prompt[-1].content for e in encoded]
     report["max_tokens"] = config.max_tokens
     if config.out is not None:
-        _write(config.out, report, results, dataset.labels)
+        _write(config.out, report, results, dataset.labels, listen)
     return report
 
 
@@ -143,10 +144,12 @@ def _run(
     return answers, journal.results[f"{name}/nll"]
 
 
-def _write(out: Path, report: dict[str, Any], results: dict[str, Outcomes], labels: Sequence[str]) -> None:
-    with atomic_folder(out) as draft:
-        write_json(draft / "evaluate.json", report)
-        if labels:
-            for name, result in results.items():
-                picture = draft / f"confusion-{name.replace('/', '_').replace('@', '-v')}.png"
-                confusion_matrix(picture, confusion(result), list(labels), [*labels, OTHER], name)
+def _write(
+    out: Path, report: dict[str, Any], results: dict[str, Outcomes], labels: Sequence[str], listen: Listener
+) -> None:
+    with atomic_folder(out) as folder:
+        write_json(folder / "evaluate.json", report)
+    for name, result in results.items() if labels else ():
+        picture = out / f"confusion-{name.replace('/', '_').replace('@', '-v')}.png"
+        with decoration(f"The confusion matrix of {name}", listen), atomic_file(picture) as draft:
+            confusion_matrix(draft, confusion(result), list(labels), [*labels, OTHER], name)

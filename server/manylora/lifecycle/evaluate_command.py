@@ -23,6 +23,7 @@ from manylora.lifecycle.evaluate import (
     evaluate,
     evaluation_data,
 )
+from manylora.lifecycle.extras import need
 from manylora.lifecycle.journal import Journal
 from manylora.lifecycle.lengths import tell_lengths
 from manylora.lifecycle.output import refuse_existing
@@ -160,12 +161,21 @@ def _check(request: EvaluateRequest) -> tuple[Dataset, tuple[str, ...]]:
     if request.out is not None:
         refuse_existing(request.out, overwrite=request.overwrite)
     dataset, metrics = evaluation_data(request.data, request.metrics)
+    _check_extras(request, dataset)
     if request.promote_if_better:
         _check_promotion(request, metrics)
     if not request.server:
         for folder in request.adapters:
             read_adapter_files(Path(folder))
     return dataset, metrics
+
+
+def _check_extras(request: EvaluateRequest, dataset: Dataset) -> None:
+    """Raises InvalidRequest where a package is missing that scores, answers or pictures would need in the end."""
+    modules = [] if request.server or not request.adapters else ["peft"]
+    if dataset.shape == "label":
+        modules += ["sklearn"] if request.out is None else ["sklearn", "matplotlib"]
+    need(*modules)
 
 
 def _check_promotion(request: EvaluateRequest, metrics: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from manylora.errors import InvalidRequest
 from manylora.lifecycle.base import load_base, named_base
+from manylora.lifecycle.extras import decoration
 from manylora.lifecycle.low_rank import Lora, Pair, read_lora, thin_svd
 from manylora.lifecycle.merging import AUTO, DEFAULT, NONE
 from manylora.lifecycle.output import atomic_folder, refuse_existing, write_json
@@ -64,16 +65,21 @@ def report_of(name: str, lora: Lora, norms: Mapping[str, float], listen: Listene
     return report
 
 
-def draw(report: dict[str, Any], out: Path, *, overwrite: bool = False) -> None:
+def draw(report: dict[str, Any], out: Path, *, overwrite: bool = False, listen: Listener = ignore) -> None:
     """Write the report and its pictures into a new folder. Raises InvalidRequest when it exists."""
     refuse_existing(out, overwrite=overwrite)
     with atomic_folder(out) as draft:
         write_json(draft / "inspect.json", report)
-        heat_map(draft / "heatmap.png", *sizes(report["modules"]))
-        spectra(draft / "spectra.png", report["modules"])
-        if "against" in report:
-            cosines = {path: m["cosine"] for path, m in report["against"]["modules"].items()}
-            heat_map(draft / "similarity.png", cosines, "cosine of the two changes", f"against {_other(report)}")
+        with decoration("A picture", listen):
+            _pictures(report, draft)
+
+
+def _pictures(report: dict[str, Any], draft: Path) -> None:
+    heat_map(draft / "heatmap.png", *sizes(report["modules"]))
+    spectra(draft / "spectra.png", report["modules"])
+    if "against" in report:
+        cosines = {path: m["cosine"] for path, m in report["against"]["modules"].items()}
+        heat_map(draft / "similarity.png", cosines, "cosine of the two changes", f"against {_other(report)}")
 
 
 def sizes(modules: dict[str, dict[str, Any]]) -> tuple[dict[str, float], str, str]:

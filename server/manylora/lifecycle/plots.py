@@ -35,7 +35,7 @@ def loss_curve(
     axes.set(xlabel="optimizer step", ylabel="loss per answer token (nats)", yscale="log")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=_DPI)
+    figure.savefig(path, dpi=_DPI, format="png")
 
 
 def confusion_matrix(path: Path, table: Any, rows: Sequence[str], columns: Sequence[str], title: str) -> None:
@@ -52,7 +52,7 @@ def confusion_matrix(path: Path, table: Any, rows: Sequence[str], columns: Seque
     axes.set(xlabel="answered", ylabel="right", title=title)
     if not family:
         figure.supxlabel("no font here has the labels: classes by number, as ordered in the report", fontsize="x-small")
-    figure.savefig(path, dpi=_DPI)
+    figure.savefig(path, dpi=_DPI, format="png")
 
 
 def font_for(text: str) -> str | None:
@@ -87,7 +87,7 @@ def heat_map(path: Path, values: dict[str, float], label: str, title: str) -> No
     axes.set_yticks(range(0, len(layers), step), [layers[i] for i in range(0, len(layers), step)])
     axes.set(ylabel="layer", title=title)
     figure.colorbar(image, label=label)
-    figure.savefig(path, dpi=_DPI)
+    figure.savefig(path, dpi=_DPI, format="png")
 
 
 def spectra(path: Path, modules: dict[str, dict[str, Any]]) -> None:
@@ -104,7 +104,7 @@ def spectra(path: Path, modules: dict[str, dict[str, Any]]) -> None:
     axes.set(xlabel="index", ylabel="singular value of ΔW", yscale="log")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    figure.savefig(path, dpi=_DPI)
+    figure.savefig(path, dpi=_DPI, format="png")
 
 
 def _place(path: str) -> tuple[int, str]:
@@ -136,4 +136,4 @@ def rank_curve(path: Path, candidates: Sequence[dict[str, Any]], chosen: dict[st
     by_rank.set(xlabel="rank", ylabel="held-out loss per answer token (nats)")
     by_size.set(xlabel="size of the adapter in bfloat16 (MB)")
     by_rank.legend(fontsize="small")
-    figure.savefig(path, dpi=_DPI)
+    figure.savefig(path, dpi=_DPI, format="png")

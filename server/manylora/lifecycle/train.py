@@ -18,8 +18,9 @@ from manylora.lifecycle.card import Card, write_card
 from manylora.lifecycle.checkpoint import checkpoint_path, discard_checkpoint, load_checkpoint, save_checkpoint
 from manylora.lifecycle.data import Dataset
 from manylora.lifecycle.encoding import Encoded, Encoder
+from manylora.lifecycle.extras import decoration, need
 from manylora.lifecycle.lengths import length_statistics, tell_lengths
-from manylora.lifecycle.output import report_folder, result_and_report, write_json
+from manylora.lifecycle.output import atomic_file, report_folder, result_and_report, write_json
 from manylora.lifecycle.plots import loss_curve
 from manylora.lifecycle.progress import Listener, ignore
 from manylora.lifecycle.train_config import LoraShape, TrainConfig, check, check_checkpoint
@@ -54,6 +55,7 @@ def train(
     All input is checked before the model is loaded. Raises InvalidRequest for bad data or settings,
     ManyloraError when training diverges or the disk is full.
     """
+    need("peft", "matplotlib")
     train_set, held_out = check(config, overwrite=overwrite, listen=listen)
     checkpoint = checkpoint_path(config.out)
     check_checkpoint(checkpoint, resume=resume, overwrite=overwrite)
@@ -78,6 +80,8 @@ def train(
         return TrainResult(False, config.out, report)
     _write(config, base, trainer, report)
     discard_checkpoint(checkpoint)
+    with decoration("The loss curve", listen), atomic_file(report_folder(config.out) / CURVE) as draft:
+        loss_curve(draft, report["train_loss"], report["eval_loss"], report["best_step"])
     return TrainResult(True, config.out, report)
 
 
@@ -194,4 +198,3 @@ def _write(config: TrainConfig, base: Base, trainer: Trainer, report: dict[str, 
         report["size_bytes"] = write_adapter(result, plain_config(model.peft_config["default"], base.name), tensors)
         write_card(result, Card.of_training(config.title or config.out.name, config.command, report))
         write_json(beside / REPORT, report)
-        loss_curve(beside / CURVE, report["train_loss"], report["eval_loss"], report["best_step"])

@@ -1,0 +1,38 @@
+"""Packages that only some commands need: asked for before the work, and pictures that cost nobody the work."""
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from manylora.errors import InvalidRequest
+from manylora.lifecycle.progress import Listener, Progress
+
+__all__ = ["decoration", "need"]
+
+# What pip calls what is imported by another name.
+_PACKAGES = {"sklearn": "scikit-learn"}
+
+
+def need(*modules: str) -> None:
+    """Import what the command will use. Raises InvalidRequest naming all that is missing, before anything is done."""
+    missing = []
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError:
+            missing.append(_PACKAGES.get(module, module))
+    if missing:
+        raise InvalidRequest(
+            f"This needs {' and '.join(missing)}, which cannot be imported here. Install it with: "
+            "pip install 'manylora[lifecycle]'."
+        )
+
+
+@contextmanager
+def decoration(what: str, listen: Listener) -> Iterator[None]:
+    """Around what is drawn once the result is written: a failure is a warning, and the result stays whole."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - a drawing library raises anything
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        listen(Progress("warning", message=f"{what} could not be drawn: {said}. The result is whole without it."))
