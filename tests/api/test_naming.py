@@ -131,3 +131,18 @@ def test_a_request_without_model_is_refused(rig: Rig) -> None:
     answer = rig.client.post("/v1/completions", json={"prompt": "hi"})
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "model"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("by", ["model", "adapter_id"])
+def test_one_that_was_deleted_elsewhere_meanwhile_is_answered_as_one_that_never_was(
+    rig: Rig, by: str, stream: bool
+) -> None:
+    def ask(name: str) -> tuple[int, str]:
+        answer = rig.client.post("/v1/completions", json={by: name, "prompt": "hi", "max_tokens": 2, "stream": stream})
+        return answer.status_code, answer.text.replace(name, "NAME")
+
+    never_there = ask("nothing")
+    assert never_there[0] == 404
+    rig.engine.error_at, rig.engine.error = 0, AdapterNotFound("deleted on another server")
+    assert ask("alpha") == never_there

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from manylora.errors import QuotaExceeded
+from manylora.errors import AdapterNotFound, QuotaExceeded
 from manylora.settings import Settings
 from manylora.tenants.limits import TenantLimits, TenantStore
 
@@ -106,3 +106,27 @@ async def test_two_servers_on_one_database_see_each_others_changes(settings: Set
             rig.catalog.check_integrity()
         assert a.engine.pinned == b.engine.pinned == {}
         assert [v.ref.version for v in (await a.catalog.get("acme", "y")).versions] == list(range(1, 7))
+
+
+async def test_what_was_deleted_on_one_server_and_is_cold_on_the_other_is_not_found(
+    settings: Settings, tmp_path: Path
+) -> None:
+    shared = settings.model_copy(update={"store_url": f"memory://{tmp_path.name}/store"})
+    other = shared.model_copy(update={"data_dir": tmp_path / "other"})
+    async with running(shared) as a, running(other) as b:
+        await a.push("x")
+        await b.catalog.refresh()
+        damaged: list[str] = []
+        b.catalog._blobs.count_damaged = lambda: damaged.append("x")
+        ref = b.catalog.directory.resolve("public", "x")
+        await a.call("DELETE", "/v1/adapters/x")
+        await a.settle()
+        with pytest.raises(AdapterNotFound):
+            await asyncio.to_thread(b.catalog.local_folder, ref)
+        assert damaged == []
+        for path in ("", "/versions/1", "/versions/1/download"):
+            assert (await b.call("GET", f"/v1/adapters/x{path}")).status_code == 404
+        await b.catalog.refresh()
+        await b.settle()
+        with pytest.raises(AdapterNotFound):
+            await asyncio.to_thread(b.catalog.local_folder, ref)

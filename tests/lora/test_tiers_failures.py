@@ -2,7 +2,7 @@
 
 import pytest
 
-from manylora.errors import AdapterLoadFailed, InvalidAdapter, Problem
+from manylora.errors import AdapterLoadFailed, AdapterNotFound, DatabaseUnavailable, InvalidAdapter, Problem
 from tests.lora.tier_setup import SMALL, Setup, ref
 
 
@@ -19,8 +19,14 @@ def test_a_failed_load_reaches_who_asked_once_and_can_be_tried_again(setup: Setu
 
 
 def test_our_own_errors_arrive_as_they_are(setup: Setup) -> None:
+    setup.disk.broken[0] = DatabaseUnavailable("The database does not answer.")
+    with pytest.raises(DatabaseUnavailable):
+        setup.get(0)
+
+
+def test_stored_files_that_are_no_adapter_are_our_fault_and_no_callers(setup: Setup) -> None:
     setup.disk.broken[0] = InvalidAdapter([Problem("not_finite", "x", "It holds NaN.")])
-    with pytest.raises(InvalidAdapter):
+    with pytest.raises(AdapterLoadFailed, match="It holds NaN"):
         setup.get(0)
 
 
@@ -80,3 +86,14 @@ def test_releasing_more_often_than_acquiring_is_our_own_mistake(setup: Setup) ->
     setup.use(0)
     with pytest.raises(AssertionError, match="released more often"):
         setup.tiers.release(ref(0))
+
+
+def test_an_adapter_that_was_deleted_meanwhile_is_not_found_and_no_failure(setup: Setup) -> None:
+    setup.disk.broken[0] = AdapterNotFound("There is no adapter.")
+    with pytest.raises(AdapterNotFound):
+        setup.get(0)
+    assert setup.events.failures == []
+    setup.disk.broken[1] = OSError("gone")
+    with pytest.raises(AdapterLoadFailed):
+        setup.get(1)
+    assert setup.events.failures == [ref(1)]

@@ -5,7 +5,8 @@
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
@@ -13,7 +14,15 @@ from manylora.catalog.interface import AdapterDirectory
 from manylora.engine.interface import AdapterRef
 from manylora.errors import AdapterNotFound, InvalidRequest
 
-__all__ = ["AdapterName", "parse_adapter", "parse_model", "resolve", "resolve_request", "without_alias"]
+__all__ = [
+    "AdapterName",
+    "gone_is_missing",
+    "parse_adapter",
+    "parse_model",
+    "resolve",
+    "resolve_request",
+    "without_alias",
+]
 
 _NAME: Final = re.compile(r"([a-z0-9][a-z0-9._-]{0,63})(?:@([1-9][0-9]{0,8}))?")
 _LONGEST_ECHO: Final = 200
@@ -85,6 +94,15 @@ def resolve_request(
         if other != ref:
             raise _conflict(model, adapter_id)
     return ref
+
+
+@contextmanager
+def gone_is_missing(model: str | None, adapter_id: str | None) -> Iterator[None]:
+    """An adapter that was deleted after its name had become an identity is answered as one that was never there."""
+    try:
+        yield
+    except AdapterNotFound:
+        raise _not_found(adapter_id or model or "", "adapter_id" if adapter_id else "model") from None
 
 
 def _conflict(model: str | None, adapter_id: str) -> InvalidRequest:

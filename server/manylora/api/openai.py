@@ -14,12 +14,12 @@ from manylora.api.answers import Answer, ChatAnswer, CompletionAnswer
 from manylora.api.auth import Caller
 from manylora.api.compat import require_json
 from manylora.api.lanes import PYTHON, beside_loop
-from manylora.api.naming import parse_model, resolve, resolve_request, without_alias
+from manylora.api.naming import gone_is_missing, parse_model, resolve, resolve_request, without_alias
 from manylora.api.prompts import EncodedPrompt, encode_chat, encode_prompts
 from manylora.api.record import ClientGone, FinishedRequest, RequestRecord
 from manylora.api.run import Job, Run
 from manylora.api.sampling import check_echo, fit_to_context, sampling_params
-from manylora.api.schemas import ChatRequest, CompletionRequest, GenerationRequest, StreamOptions, parse
+from manylora.api.schemas import ChatRequest, CompletionRequest, GenerationRequest, parse
 from manylora.api.sse import EventStream, while_connected
 from manylora.api.state import Services, ServicesDep
 from manylora.engine.interface import AdapterRef, SamplingParams
@@ -215,26 +215,30 @@ class _Call:
     async def _answer(self, body: CompletionRequest | ChatRequest, job: Job, answer: Answer) -> Response:
         headers = {ADAPTER_HEADER: job.adapter.label if job.adapter else "base"}
         if body.stream:
-            events = self._events(job, answer, body.usage_in_stream)
+            events = self._events(body, job, answer)
             return EventStream(events, headers=headers, keep_alive_s=self._services.settings.stream_keep_alive_s)
-        content = await while_connected(self._request.receive, self._whole(job, answer))
+        content = await while_connected(self._request.receive, self._whole(body, job, answer))
         return Response(content, headers=headers, media_type="application/json")
 
     def _run(self, job: Job) -> Run:
         return Run(self._services, job, self._record, self._end)
 
-    async def _whole(self, job: Job, answer: Answer) -> bytes:
-        async with self._run(job) as run:
-            return await answer.whole(run)
+    async def _whole(self, body: CompletionRequest | ChatRequest, job: Job, answer: Answer) -> bytes:
+        with gone_is_missing(body.model, body.adapter_id):
+            async with self._run(job) as run:
+                return await answer.whole(run)
 
-    async def _events(self, job: Job, answer: Answer, options: StreamOptions) -> AsyncGenerator[bytes, None]:
-        async with self._run(job) as run:
-            events = answer.events(run, options)
-            try:
-                async for payload in events:
-                    yield payload
-            finally:
-                await events.aclose()
+    async def _events(
+        self, body: CompletionRequest | ChatRequest, job: Job, answer: Answer
+    ) -> AsyncGenerator[bytes, None]:
+        with gone_is_missing(body.model, body.adapter_id):
+            async with self._run(job) as run:
+                events = answer.events(run, body.usage_in_stream)
+                try:
+                    async for payload in events:
+                        yield payload
+                finally:
+                    await events.aclose()
 
     async def _end(self, finished: FinishedRequest) -> None:
         """Called when the run ends, and when the call fails before or in it; the first call counts.

@@ -16,6 +16,7 @@ from typing import IO, Final
 from manylora.catalog import labels
 from manylora.catalog.copies import Copies
 from manylora.catalog.database import Database
+from manylora.catalog.directory import missing
 from manylora.catalog.download import pack
 from manylora.catalog.files import blob_of_folder
 from manylora.catalog.records import Published, VersionRecord
@@ -82,11 +83,14 @@ class Blobs:
         """Implements `engine.interface.AdapterSource`."""
         blob = self._registry.directory.blob_of(ref.id)
         if blob is None:
-            raise AdapterLoadFailed(f"The adapter {ref.label} is not registered any more.")
-        return self._folder(blob, ref.label)
+            raise missing(ref.name, ref.version)
+        return self._folder(blob, ref)
 
-    def _folder(self, blob: str, label: str) -> Path:
-        """The blob's files, which have its hash. Where they have not, that is counted, logged and AdapterLoadFailed."""
+    def _folder(self, blob: str, ref: AdapterRef) -> Path:
+        """The blob's files, which have its hash. Where they have not, that is counted, logged and AdapterLoadFailed.
+
+        Raises AdapterNotFound where another server has deleted the version and this one has not heard of it.
+        """
         try:
             try:
                 return self._store.local_folder(blob)
@@ -95,11 +99,13 @@ class Blobs:
                     raise
                 return self._store.local_folder(blob)
         except AdapterLoadFailed as error:
+            if not self._registry.has_version(ref.id):
+                raise missing(ref.name, ref.version) from error
             self.count_damaged()
             _log.error(
                 "%s cannot be served: %s `manylora adapters verify --repair-from DIR` mends it from a backup, "
                 "an upload of the same adapter does too.",
-                label,
+                ref.label,
                 error.message,
             )
             raise
@@ -137,7 +143,7 @@ class Blobs:
 
     def pack(self, version: VersionRecord, scratch: Path) -> IO[bytes]:
         """The version's files as a .tar.gz. Raises AdapterLoadFailed."""
-        folder = self._folder(version.blob, version.ref.label)
+        folder = self._folder(version.blob, version.ref)
         with self._locked(version.blob):
             return pack(folder, version, scratch)
 

@@ -107,6 +107,11 @@ class Registry:
         with self._database.read(is_long=True) as session:
             return set(session.execute(select(VersionRow.blob).distinct()).scalars())
 
+    def has_version(self, version_id: str) -> bool:
+        """As the database has it now, whatever this server has heard of."""
+        with self._database.read() as session:
+            return session.get(VersionRow, version_id) is not None
+
     def is_referenced(self, blob: str) -> bool:
         with self._database.read() as session:
             return session.execute(select(VersionRow.id).where(VersionRow.blob == blob).limit(1)).first() is not None

@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from manylora.errors import AdapterLoadFailed, Conflict, InvalidAdapter, ManyloraError
+from manylora.errors import AdapterLoadFailed, AdapterNotFound, Conflict, InvalidAdapter, ManyloraError
 from manylora.lora.device import DeviceTier
 from manylora.lora.entries import Entry, TierEvents
 from manylora.lora.host import HostCache
@@ -334,7 +334,8 @@ class AdapterTiers:
                 return
             self._leave_line(entry)
             entry.error = error
-        self._events.on_failure(entry.ref)
+        if not isinstance(error, AdapterNotFound):  # deleted while it was asked for: nothing has failed
+            self._events.on_failure(entry.ref)
 
     def _to_host(self, entry: Entry) -> PackedAdapter:
         with self._lock:
