@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, Depends, FastAPI
 from starlette.types import Scope
 
 from manylora import __version__
@@ -12,6 +12,7 @@ from manylora.api.docs import install_docs
 from manylora.api.errors import install_error_handlers
 from manylora.api.middleware import BodyLimit, LastResort, RequestContext
 from manylora.api.origins import Cors, OpenGuard, OwnHosts
+from manylora.api.query import check_query
 from manylora.api.record import Recorder
 from manylora.api.state import Departure, Services
 from manylora.api.tracing import NO_TRACING, Tracing
@@ -52,6 +53,7 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        dependencies=[Depends(check_query)],
         telemetry=NO_TRACING if tracing is None else tracing.telemetry,
     )
     app.state.services = Services(

@@ -229,15 +229,17 @@ class FakeEngine:
 
     async def forget(self, ref: AdapterRef) -> None: ...
 
-    def stats(self) -> EngineStats:
+    def stats(self, tenant: str | None = None) -> EngineStats:
+        mine = [g for g in self.open if tenant in (None, g.tenant)]
+        residents = [{"id": "a1", "tenant": "acme", "slot": 0}, {"id": "b1", "tenant": "rival", "slot": 1}]
         return EngineStats(
-            running=len(self.open),
-            kv_blocks_used=len(self.open),
+            running=len(mine),
+            kv_blocks_used=len(mine),
             kv_blocks_total=64,
             slots_used=1,
             slots_total=8,
             preemptions=3,
-            resident=({"id": "a1", "tenant": "acme", "slot": 0}, {"id": "b1", "tenant": "rival", "slot": 1}),
+            resident=tuple(row for row in residents if tenant in (None, row["tenant"])),
         )
 
     async def drain(self, timeout_s: float) -> None:

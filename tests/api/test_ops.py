@@ -101,13 +101,33 @@ def test_a_tenants_stats_show_nothing_of_another(rig: Rig) -> None:
     assert foreign["latency"]["ttft_ms"]["p50"] is None
 
 
+def test_stats_of_one_tenant_are_what_that_tenant_sees(rig: Rig) -> None:
+    rig.gate.keys |= {"acme": Principal("acme", Role.MANAGER), "ops": Principal("public", Role.ADMIN)}
+
+    def ask(key: str, path: str) -> httpx2.Response:
+        return rig.client.get(path, headers={"authorization": f"Bearer {key}"})
+
+    body = {"model": "beta", "prompt": "hi"}
+    rig.client.post("/v1/completions", json=body, headers={"authorization": "Bearer acme"})
+    own = ask("acme", "/v1/stats").json()
+    for key, path in (("acme", "/v1/stats?tenant=acme"), ("ops", "/v1/stats?tenant=acme")):
+        seen = ask(key, path).json()
+        assert (seen["tenant"], seen["totals"], seen["resident"]) == ("acme", own["totals"], own["resident"])
+    assert own["totals"]["requests"] == 1
+    assert ask("ops", "/v1/stats?tenant=rival").json()["totals"]["requests"] == 0
+    assert ask("ops", "/v1/stats").json()["totals"]["requests"] == 1
+    refused = ask("acme", "/v1/stats?tenant=rival")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (403, "insufficient_role")
+    assert "steps" not in own
+
+
 def test_the_docs_page_loads_nothing_from_elsewhere(rig: Rig) -> None:
     page = rig.client.get("/docs")
     assert page.status_code == 200
     assert "https://" not in page.text
     assert page.headers["content-security-policy"].startswith("default-src 'self'")
     for asset in ("swagger-ui-bundle.js", "swagger-ui.css", "favicon.png"):
-        assert f"/docs/assets/{asset}" in page.text
+        assert f"docs/assets/{asset}" in page.text
         assert rig.client.get(f"/docs/assets/{asset}").status_code == 200
 
 

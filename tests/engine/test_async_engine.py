@@ -151,6 +151,23 @@ async def test_one_tenant_cannot_fill_the_queue_for_another(rig: Rig, tiny_llama
             await nothing_runs(engine)
 
 
+async def test_counts_of_one_tenant_say_nothing_of_another(rig: Rig, engine: AsyncEngine) -> None:
+    params = SamplingParams(max_tokens=LONG, temperature=0.0, ignore_eos=True, n=3)
+    theirs = engine.generate("r", PROMPT * 20, params, adapter=rig.refs["tuned"], tenant="acme")
+    async for _ in theirs:
+        break
+    everybody, acme, rival = engine.stats(), engine.stats("acme"), engine.stats("rival")
+    assert everybody.running > 0
+    for name in ("running", "kv_blocks_used", "slots_used", "preemptions"):
+        assert getattr(acme, name) > 0 or name == "preemptions", name
+        assert getattr(rival, name) == 0, name
+    assert rival.waiting == rival.waiting_for_adapter == rival.device_tier_bytes == rival.host_tier_bytes == 0
+    assert [(row["name"], row["users"]) for row in rival.resident] == [("tuned", 0)], "it is public"
+    assert [(row["name"], row["users"] > 0) for row in acme.resident] == [("tuned", True)]
+    assert (rival.kv_blocks_total, rival.slots_total) == (everybody.kv_blocks_total, everybody.slots_total)
+    await theirs.aclose()
+
+
 async def test_a_prompt_that_leaves_no_room_is_refused(engine: AsyncEngine) -> None:
     with pytest.raises(ContextLengthExceeded, match="400"):
         engine.generate("r", [1] * 400, SamplingParams(max_tokens=1))

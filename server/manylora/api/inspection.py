@@ -52,7 +52,7 @@ def build_router(catalog: Catalog, inspect: Inspect) -> APIRouter:
 
 
 class _Reports:
-    """The newest reports by content, made one at a time: a page that is opened often must not slow the model."""
+    """The newest reports by version, made one at a time: a page that is opened often must not slow the model."""
 
     def __init__(self, catalog: Catalog, inspect: Inspect) -> None:
         self._catalog = catalog
@@ -61,15 +61,15 @@ class _Reports:
         self._lock = asyncio.Lock()
 
     async def of(self, version: VersionRecord) -> dict[str, Any]:
-        digest = version.ref.digest
+        key = version.ref.id  # not the digest: a quick answer would tell that another tenant has the same adapter
         async with self._lock:
-            report = self._kept.get(digest)
+            report = self._kept.get(key)
             if report is None:
                 report = await asyncio.to_thread(self._look, version)
-                self._kept[digest] = report
+                self._kept[key] = report
                 if len(self._kept) > _KEPT:
                     self._kept.popitem(last=False)
-            self._kept.move_to_end(digest)
+            self._kept.move_to_end(key)
         return report
 
     def _look(self, version: VersionRecord) -> dict[str, Any]:

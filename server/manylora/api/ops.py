@@ -2,18 +2,17 @@
 
 import platform
 from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any
 
 import anyio.to_thread
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.responses import Response
 
 from manylora import __version__
 from manylora.api.auth import Admin, Caller, has_role
 from manylora.api.state import Services, ServicesDep
-from manylora.catalog.interface import PUBLIC_TENANT
-from manylora.errors import Draining, NotFound, Unavailable
+from manylora.errors import Draining, NotFound, PermissionDenied, Unavailable
 from manylora.tenants.interface import Role
 
 __all__ = ["router"]
@@ -53,13 +52,20 @@ async def metrics(caller: Admin, services: ServicesDep) -> Response:
 
 
 @router.get("/v1/stats")
-async def stats(caller: Caller, services: ServicesDep, timeline: bool = False) -> dict[str, Any]:
-    """What the dashboard draws: the engine's counts, and the traffic of the caller's tenant (of all, for admins).
+async def stats(
+    caller: Caller,
+    services: ServicesDep,
+    timeline: bool = False,
+    tenant: Annotated[str | None, Query(description="What this tenant sees; another's: for admin keys.")] = None,
+) -> dict[str, Any]:
+    """What the dashboard draws: sequences, blocks, slots and traffic of the caller's tenant (of all, for admins).
 
     `you` is who asks. With `timeline=true` the last five minutes come with it.
     """
-    sees_all = has_role(caller, Role.ADMIN)
-    tenant = None if sees_all else caller.tenant
+    if not has_role(caller, Role.ADMIN):
+        if tenant not in (None, caller.tenant):
+            raise PermissionDenied("Only a key with the role 'admin' may see another tenant's traffic.")
+        tenant = caller.tenant
     return {
         **_engine_counts(services, tenant),
         "server": {
@@ -77,9 +83,9 @@ async def stats(caller: Caller, services: ServicesDep, timeline: bool = False) -
 
 
 def _engine_counts(services: Services, tenant: str | None) -> dict[str, Any]:
-    """The counts say nothing of who; the list of resident adapters does, and is cut to what the tenant may see."""
-    counts = asdict(services.engine.stats())
+    """Of all, or of one tenant alone: even bare counts of all would tell how much others send, and how long it is."""
+    counts = asdict(services.engine.stats(tenant))
     counts["slots_resident"] = len(counts["resident"])
     if tenant is not None:
-        counts["resident"] = [r for r in counts["resident"] if r.get("tenant") in (tenant, PUBLIC_TENANT)]
+        del counts["steps"]
     return counts

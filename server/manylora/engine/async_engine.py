@@ -7,7 +7,7 @@ the thread empties between steps; what a step produced comes back in one call to
 import asyncio
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as SequenceOf
 from functools import partial
@@ -18,6 +18,7 @@ import torch
 from manylora.engine.admission import Admission
 from manylora.engine.engine import Engine, Output
 from manylora.engine.interface import (
+    PUBLIC_TENANT,
     AdapterRef,
     Delta,
     Effect,
@@ -29,7 +30,7 @@ from manylora.engine.interface import (
     TextCodec,
     Tier,
 )
-from manylora.engine.sequence import Sequence
+from manylora.engine.sequence import Sequence, SequenceStatus
 from manylora.errors import AdapterLoadFailed, ContextLengthExceeded, Draining, EngineDead, ManyloraError
 from manylora.log import get_logger
 from manylora.lora.tiers import AdapterTiers
@@ -285,7 +286,10 @@ class AsyncEngine:
     def _open(self) -> list[RunningGeneration]:
         return list(self._generations.values())
 
-    def stats(self) -> EngineStats:
+    def stats(self, tenant: str | None = None) -> EngineStats:
+        """Of everybody, or of one tenant; see `interface.EngineClient`."""
+        if tenant is not None:
+            return self._stats_of(tenant)
         scheduler = self._engine.scheduler
         book = self._tiers.book
         residents = self._tiers.residents()
@@ -302,6 +306,29 @@ class AsyncEngine:
             preemptions=scheduler.num_preemptions,
             steps=self._engine.num_steps,
             resident=tuple(residents),
+        )
+
+    def _stats_of(self, tenant: str) -> EngineStats:
+        scheduler = self._engine.scheduler
+        running, waiting = scheduler.running_of(tenant), scheduler.waiting_of(tenant)
+        users = Counter(seq.adapter.id for seq in running if seq.adapter is not None)
+        visible = [
+            {**row, "users": users[row["id"]]}
+            for row in self._tiers.residents()
+            if row["tenant"] in (tenant, PUBLIC_TENANT)
+        ]
+        return EngineStats(
+            running=len(running),
+            waiting=len(waiting),
+            waiting_for_adapter=sum(seq.status is SequenceStatus.LOADING_ADAPTER for seq in waiting),
+            kv_blocks_used=sum(len(seq.block_table) for seq in running),
+            kv_blocks_total=scheduler.blocks.num_blocks,
+            slots_used=sum(1 for row in visible if row["users"]),
+            slots_total=self._tiers.book.num_slots,
+            device_tier_bytes=sum(row["size_bytes"] for row in visible if row["tenant"] == tenant),
+            host_tier_bytes=self._tiers.host_bytes_of(tenant),
+            preemptions=scheduler.num_preemptions_of(tenant),
+            resident=tuple(visible),
         )
 
     async def drain(self, timeout_s: float) -> None:

@@ -161,7 +161,11 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Counts at one moment, for `/v1/stats` and the gauges."""
+    """Counts at one moment, for `/v1/stats` and the gauges: of all, or of what belongs to one tenant.
+
+    For a tenant, `resident` also has the public adapters, whose `users` are its own sequences; `steps` is 0, since
+    steps are everybody's.
+    """
 
     running: int = 0
     waiting: int = 0
@@ -285,7 +289,9 @@ class EngineClient(Protocol):
         """Wait until no running request uses the adapter, then free its memory. No new request may name it."""
         ...
 
-    def stats(self) -> EngineStats: ...
+    def stats(self, tenant: str | None = None) -> EngineStats:
+        """Of everybody, or with a tenant of its own sequences and adapters alone."""
+        ...
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new requests and wait for the running ones; abort what is left after `timeout_s`."""

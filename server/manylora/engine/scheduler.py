@@ -77,7 +77,7 @@ class Scheduler:
         self.blocks = blocks
         self.waiting = FairQueue()
         self.running: list[Sequence] = []
-        self.num_preemptions = 0
+        self._preemptions: Counter[str] = Counter()  # by tenant
         self.num_waiting_for_adapter = 0  # as of the last plan; other threads read it
         self._slots = slots
         self.max_num_seqs = max_num_seqs
@@ -362,7 +362,7 @@ class Scheduler:
         if not seq.num_output_tokens:
             seq.prompt_logprobs = []
         self.waiting.push(seq, front=True)
-        self.num_preemptions += 1
+        self._preemptions[seq.tenant] += 1
         item = work.pop(id(seq), None)
         return item.num_tokens if item else 0
 
@@ -387,6 +387,21 @@ class Scheduler:
         self._granted.pop(id(seq), None)
         for adapter_id in [a for a, s in self._yielding.items() if s is seq]:
             del self._yielding[adapter_id]
+
+    # Other threads read these: each takes a copy in one go.
+
+    @property
+    def num_preemptions(self) -> int:
+        return sum(list(self._preemptions.values()))
+
+    def num_preemptions_of(self, tenant: str) -> int:
+        return self._preemptions[tenant]
+
+    def running_of(self, tenant: str) -> list[Sequence]:
+        return [seq for seq in list(self.running) if seq.tenant == tenant]
+
+    def waiting_of(self, tenant: str) -> list[Sequence]:
+        return list(self.waiting.of(tenant))
 
     def sequences(self) -> Iterator[Sequence]:
         yield from self.running

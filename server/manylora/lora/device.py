@@ -112,7 +112,7 @@ class DeviceTier:
         num_pinned = sum(entry.is_pinned and entry.is_resident for entry in self._placed.values())
         if num_pinned == len(self._placed):
             raise AdapterLoadFailed(
-                f"The {num_pinned} pinned adapters leave no room for this one ({packed.size_bytes} bytes): "
+                f"The pinned adapters leave no room for this one ({packed.size_bytes} bytes): "
                 "unpin one, or raise --adapter-memory or --max-slots."
             )
 
@@ -121,8 +121,8 @@ class DeviceTier:
         size = sum(each.size_bytes for each in (*pinned, entry))
         if len(pinned) + 1 >= self.book.num_slots or size >= self.book.budget_bytes:
             raise Conflict(
-                f"{len(pinned)} adapters are pinned, and with one more there would be no room on the device for any "
-                "other. Unpin one, or raise --max-slots and --adapter-memory."
+                "With one more pinned adapter there would be no room on the device for any other. Unpin one, or raise "
+                "--max-slots and --adapter-memory."
             )
 
     def fill(self, entry: Entry, packed: PackedAdapter) -> None:

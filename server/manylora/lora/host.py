@@ -22,6 +22,10 @@ class HostCache:
     def __contains__(self, ref: AdapterRef) -> bool:
         return ref in self._kept
 
+    def used_bytes_of(self, tenant: str) -> int:
+        """Of the adapters that this tenant owns."""
+        return sum(packed.size_bytes for ref, packed in self._kept.items() if ref.tenant == tenant)
+
     def get(self, ref: AdapterRef) -> PackedAdapter | None:
         """The adapter, which is now the most recently asked for."""
         packed = self._kept.get(ref)

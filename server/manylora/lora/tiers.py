@@ -212,6 +212,11 @@ class AdapterTiers:
     def host_bytes(self) -> int:
         return self._host.used_bytes
 
+    def host_bytes_of(self, tenant: str) -> int:
+        """Of the adapters that this tenant owns."""
+        with self._lock:
+            return self._host.used_bytes_of(tenant)
+
     def residents(self) -> list[dict[str, Any]]:
         """One row per adapter on the device, for the dashboard's map of slots."""
         with self._lock:

@@ -86,7 +86,7 @@ export class Meters {
     this.prefix.set(percent(totals.prefix_cache_hit_tokens, totals.prompt_tokens), null, `${count(totals.prefix_cache_hit_tokens)} of ${count(totals.prompt_tokens)} prompt tokens`);
     this.queue.set(count(stats.waiting + stats.waiting_for_adapter), null, `queue wait p95 ${ms(latency.queue_ms.p95)}`);
     this.memory.set(bytes(stats.host_tier_bytes), null, "ready to be copied to the device");
-    this.preemptions.set(count(stats.preemptions), null, `${count(stats.steps)} engine steps`);
+    this.preemptions.set(count(stats.preemptions), null, stats.steps === undefined ? "" : `${count(stats.steps)} engine steps`);
   }
 }
 
