@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Playwright, Response
+from playwright.sync_api import Browser, BrowserContext, BrowserType, ConsoleMessage, Page, Playwright, Response
 
 DESKTOP: dict[str, Any] = {"viewport": {"width": 1440, "height": 900}}
 PHONE: dict[str, Any] = {
@@ -26,9 +26,14 @@ _REFUSED = re.compile(r"Failed to load resource: the server responded with a sta
 
 def launch(playwright: Playwright) -> Browser:
     """The system's Chromium, or else the one that `playwright install chromium` fetched. It resolves no name."""
+    return launch_with(playwright.chromium, "MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
+
+
+def launch_with(kind: BrowserType, resolver_rules: str) -> Browser:
+    """As `launch`, with rules of its own for what names lead to."""
     found = next(filter(None, map(shutil.which, _NAMES)), None)
-    arguments = ["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
-    return playwright.chromium.launch(executable_path=found, args=arguments)
+    arguments = ["--no-sandbox", f"--host-resolver-rules={resolver_rules}"]
+    return kind.launch(executable_path=found, args=arguments)
 
 
 @dataclass
