@@ -41,6 +41,10 @@ def main() -> None:
         _fail(error.message, _USAGE)
     except ManyloraError as error:
         _fail(error.message, _FAILURE)
+    except OSError as error:  # of a disk that is full, a folder that may not be written, …
+        from manylora.catalog.faults import file_error
+
+        _fail(file_error(error, "The program cannot go on").message, _FAILURE)
     except KeyboardInterrupt:
         _fail("interrupted", _INTERRUPTED)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from manylora.catalog.faults import file_errors
 from manylora.catalog.files import clear_folder, remove_tree, tree_bytes
 
 _MAX_BYTES: Final = 16 * 2**30
@@ -52,10 +53,11 @@ class DownloadCache:
 
     def _fetch(self, blob: str, target: Path, download: Callable[[str, Path], None]) -> None:
         staging = self._incoming / secrets.token_hex(8)
-        staging.mkdir(parents=True)
         try:
-            download(blob, staging)
-            staging.rename(target)
+            with file_errors("The adapter's files cannot be kept here"):
+                staging.mkdir(parents=True)
+                download(blob, staging)
+                staging.rename(target)
         finally:
             remove_tree(staging)
 
@@ -89,8 +91,8 @@ class DownloadCache:
 
     def sweep(self) -> None:
         """Forget interrupted downloads, and take stock of whole ones."""
-        clear_folder(self._incoming)
-        with self._lock:
+        with file_errors("The folder for copies of the store cannot be used"), self._lock:
+            clear_folder(self._incoming)
             for folder in self._root.iterdir():
                 if folder != self._incoming and folder.name not in self._sizes:
                     self._sizes[folder.name] = tree_bytes(folder)

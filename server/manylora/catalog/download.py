@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import IO
 
+from manylora.catalog.faults import file_errors
 from manylora.catalog.files import ADAPTER_FILES
 from manylora.catalog.records import MICROSECONDS, VersionRecord
 
@@ -13,8 +14,14 @@ from manylora.catalog.records import MICROSECONDS, VersionRecord
 def pack(folder: Path, version: VersionRecord, scratch: Path) -> IO[bytes]:
     """The archive as an open file at its beginning, without a name: it is gone when closed.
 
-    The same version always packs to the same bytes. Weights hardly compress, so the fastest level is used.
+    The same version always packs to the same bytes. Weights hardly compress, so the fastest level is used. Raises
+    StorageFull or StoreUnavailable.
     """
+    with file_errors("The download cannot be packed"):
+        return _pack(folder, version, scratch)
+
+
+def _pack(folder: Path, version: VersionRecord, scratch: Path) -> IO[bytes]:
     created = version.created // MICROSECONDS
     file = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115  the caller closes it, after sending
     try:

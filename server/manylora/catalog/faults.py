@@ -19,7 +19,7 @@ from manylora.errors import DatabaseUnavailable, ManyloraError, StorageFull, Sto
 
 __all__ = [
     "CAUSE_CHARS", "NoAnswer", "cause_of", "database_error", "database_errors", "file_error", "file_errors",
-    "remote_errors",
+    "is_local", "remote_errors",
 ]  # fmt: skip
 
 # A cause comes from elsewhere: a driver's message can hold a whole statement.
@@ -96,6 +96,11 @@ def database_errors() -> Iterator[None]:
         yield
     except SQLAlchemyError as error:
         raise database_error(error) from error
+
+
+def is_local(error: BaseException) -> bool:
+    """Whether this machine is short of something, whatever else was going on, such as fetching."""
+    return isinstance(error, OSError) and error.errno in _NO_SPACE | _NO_DESCRIPTORS
 
 
 def file_error(error: OSError, doing: str) -> ManyloraError:

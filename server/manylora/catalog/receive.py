@@ -7,6 +7,7 @@ system's temporary folder and knows no limit on files.
 import asyncio
 import re
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Final
@@ -144,8 +145,9 @@ class _Sink:
         self.buffered = 0
 
     def close(self) -> None:
-        for file in self._open:
-            file.close()
+        with ExitStack() as stack:  # each of them, though one has something left to write and cannot
+            for file in self._open:
+                stack.callback(file.close)
 
     # the parser's events
 

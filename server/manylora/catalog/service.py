@@ -140,6 +140,7 @@ class Catalog:
             await asyncio.gather(self._watching, return_exceptions=True)
         if self._retirement is not None:
             await self._retirement.aclose()
+        await self._quarantine.aclose()
         await asyncio.to_thread(self.database.close)
         self._store.close()
         self._lock.release()

@@ -18,6 +18,7 @@ import httpx2
 from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from manylora.catalog.faults import cause_of, file_error, is_local
 from manylora.catalog.files import ADAPTER_FILES
 from manylora.errors import InvalidAdapter, InvalidRequest, PermissionDenied, Problem, TooLarge, Unavailable
 from manylora.lora.folder import names_in
@@ -103,7 +104,7 @@ def copy_bounded(files: dict[str, Path], target: Path, max_bytes: int) -> None:
         for name, file in files.items():
             shutil.copyfile(file, target / name)
     except OSError as error:
-        raise Unavailable(f"The adapter's files cannot be copied: {error}") from error
+        raise file_error(error, "The adapter's files cannot be copied") from error
 
 
 def _fetch_hf(source: str, target: Path, max_bytes: int) -> None:
@@ -124,6 +125,8 @@ def _fetch_hf(source: str, target: Path, max_bytes: int) -> None:
     except HfHubHTTPError as error:
         raise InvalidRequest(f"'source' cannot be fetched: {error}", param="source") from error
     except (httpx2.HTTPError, LocalEntryNotFoundError, OSError) as error:
+        if is_local(error):
+            raise
         raise Unavailable(f"The Hugging Face hub does not answer: {error}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -143,4 +146,6 @@ def _fetch_s3(source: str, target: Path, max_bytes: int) -> list[str]:
     except ImportError as error:
         raise InvalidRequest("This server cannot read s3://: install 'manylora[s3]'.", param="source") from error
     except OSError as error:
-        raise Unavailable(f"'source' cannot be fetched: {error}") from error
+        if is_local(error):
+            raise
+        raise Unavailable(f"'source' cannot be fetched: {cause_of(error)}") from error

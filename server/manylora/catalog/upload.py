@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from manylora.catalog.archive import unpack
+from manylora.catalog.faults import file_errors
 from manylora.catalog.files import ADAPTER_FILES, blob_of_folder, clear_folder, remove_tree
 from manylora.catalog.receive import Received
 from manylora.catalog.records import NewVersion, Wish
@@ -27,6 +28,7 @@ _BOOLEANS: Final = {"true": True, "1": True, "false": False, "0": False}
 _MAX_DESCRIPTION: Final = 4096
 # Each validation holds an adapter's tensors; a few at once keep the processors busy.
 _MAX_VALIDATIONS: Final = 2
+_REMOVE_AGAIN_S: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,17 +61,38 @@ class Quarantine:
         self._root = root
         self._rules = rules
         self._validations = asyncio.Semaphore(_MAX_VALIDATIONS)
-        clear_folder(root)
+        self._removing: set[asyncio.Task[None]] = set()
+        with file_errors("The folder for uploads cannot be made"):
+            clear_folder(root)
 
     @asynccontextmanager
     async def folder(self) -> AsyncIterator[Path]:
-        """A new empty folder, removed at the end."""
-        folder = self._root / secrets.token_hex(8)
-        folder.mkdir()
-        try:
-            yield folder
-        finally:
+        """A new empty folder, removed at the end. Raises StorageFull or StoreUnavailable for any trouble with files."""
+        with file_errors("The upload cannot be taken"):
+            folder = self._root / secrets.token_hex(8)
+            try:
+                folder.mkdir()
+                yield folder
+            finally:
+                await self._remove(folder)
+
+    async def _remove(self, folder: Path) -> None:
+        await asyncio.to_thread(remove_tree, folder)
+        if folder.exists():  # not even its entries could be listed: out of descriptors, for example
+            task = asyncio.create_task(self._remove_later(folder), name=f"remove {folder.name}")
+            self._removing.add(task)
+            task.add_done_callback(self._removing.discard)
+
+    async def _remove_later(self, folder: Path) -> None:
+        while folder.exists():
+            await asyncio.sleep(_REMOVE_AGAIN_S)
             await asyncio.to_thread(remove_tree, folder)
+
+    async def aclose(self) -> None:
+        """Leave what could not be removed to the next start."""
+        for task in self._removing:
+            task.cancel()
+        await asyncio.gather(*self._removing, return_exceptions=True)
 
     async def validate(self, brought: Brought) -> Adapter:
         """Raises InvalidAdapter with every problem."""

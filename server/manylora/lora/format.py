@@ -6,10 +6,11 @@
 Safetensors only, no torch, and every problem at once. `docs/adapters.md` says what is served and what is not.
 """
 
+import errno
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from manylora.errors import InvalidAdapter, Problem
 from manylora.lora import contents, pairing, peft_config, safetensors_file, targets
@@ -44,6 +45,10 @@ class _Files:
     tensors: dict[str, TensorView] | None
 
 
+# Errors of this machine, which say nothing of the adapter.
+_OUR_TROUBLE: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.EIO, errno.ENOMEM})
+
+
 def _open(folder: Path, problems: Problems) -> _Files:
     config = tensors = None
     try:
@@ -52,6 +57,8 @@ def _open(folder: Path, problems: Problems) -> _Files:
         if (folder / TENSOR_FILE).is_file():
             tensors = safetensors_file.parse(safetensors_file.map_file(folder / TENSOR_FILE), problems)
     except OSError as error:
+        if error.errno in _OUR_TROUBLE:
+            raise
         problems.add("missing_file", CONFIG_FILE, f"A file cannot be read: {error.strerror or error}.")
     return _Files(config, tensors)
 
