@@ -19,7 +19,7 @@ def validate_offline(path: Path, model: str | None, *, max_rank: int | None = No
     Raises InvalidAdapter, TooLarge or ModelUnusable.
     """
     settings = load_settings(model=model, max_rank=max_rank)
-    rules = Rules(modules_of(settings.model), settings.max_rank, int(settings.max_adapter_size))
+    rules = _rules(modules_of(settings.model), settings)
     with tempfile.TemporaryDirectory() as scratch:
         folder, others = path, list[str]()
         if path.is_file():
@@ -40,8 +40,16 @@ def validate_offline(path: Path, model: str | None, *, max_rank: int | None = No
 
 def validated(folder: Path, blob: str, modules: Mapping[str, ModuleSpec], settings: Settings) -> NewVersion:
     """A version to register without a server, from files that are in the store. Raises InvalidAdapter or TooLarge."""
-    rules = Rules(modules, settings.max_rank, int(settings.max_adapter_size))
+    rules = _rules(modules, settings)
     return new_version(folder, rules.read(folder), None, blob=blob)
+
+
+def _rules(modules: Mapping[str, ModuleSpec], settings: Settings) -> Rules:
+    from manylora.models.loading import resolve_model
+    from manylora.models.stored_weights import StoredWeights
+
+    base = StoredWeights(resolve_model(settings.model), modules)
+    return Rules(modules, settings.max_rank, int(settings.max_adapter_size), base)
 
 
 def modules_of(model: str | None) -> Mapping[str, ModuleSpec]:

@@ -102,6 +102,7 @@ class _Server:
         from manylora.engine.build import EngineBuilder  # not before the port is ours: torch takes seconds to import
         from manylora.lifecycle.served import Inspector
         from manylora.models.loading import load_base
+        from manylora.models.stored_weights import StoredWeights
 
         settings = self._settings
         base = load_base(settings)
@@ -110,7 +111,7 @@ class _Server:
         async with AsyncExitStack() as stack:
             if self._tracing is not None:
                 stack.push_async_callback(asyncio.to_thread, self._tracing.close)
-            catalog = Catalog.open(settings, builder.modules)
+            catalog = Catalog.open(settings, builder.modules, StoredWeights(base.folder, builder.modules))
             stack.push_async_callback(catalog.aclose)
             gate = TenantGate(catalog.database, Seal(settings.data_dir, catalog.store))
             occupancy = Occupancy()

@@ -35,6 +35,7 @@ from manylora.engine.interface import AdapterRef, EngineClient, Tier
 from manylora.errors import InvalidSettings, ManyloraError, Unavailable
 from manylora.lora.folder import names_in
 from manylora.lora.format import Adapter, ModuleSpec
+from manylora.lora.spec import BaseWeights
 from manylora.settings import Settings
 
 _POLL_S: Final = 1.0
@@ -68,8 +69,11 @@ class Catalog:
         self._count_upload: Callable[[str, str], None] = _ignore
 
     @classmethod
-    def open(cls, settings: Settings, modules: Mapping[str, ModuleSpec]) -> "Catalog":
-        """Open database and store, and clear away what a crash left. Raises StartupError."""
+    def open(cls, settings: Settings, modules: Mapping[str, ModuleSpec], base: BaseWeights | None = None) -> "Catalog":
+        """`base` has the modules' own numbers, for adapters that bring copies of them.
+
+        Opens database and store, and clears away what a crash left. Raises StartupError.
+        """
         max_bytes = settings.max_adapter_size
         if isinstance(max_bytes, float):
             raise InvalidSettings("max_adapter_size is a size in bytes, such as '1GiB', not a share of memory.")
@@ -81,7 +85,7 @@ class Catalog:
             store = open_store(settings.resolved_store_url, settings.data_dir / "cache")
             stack.callback(store.close)
             check_owner(store, database)
-            catalog = cls(database, store, lock, settings, Rules(modules, settings.max_rank, max_bytes))
+            catalog = cls(database, store, lock, settings, Rules(modules, settings.max_rank, max_bytes, base))
             catalog._blobs.sweep(settings.orphan_days)
             stack.pop_all()
         return catalog

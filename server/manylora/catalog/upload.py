@@ -23,6 +23,7 @@ from manylora.engine.interface import AdapterRef, Effect, EngineClient
 from manylora.errors import InvalidAdapter, InvalidRequest, Problem
 from manylora.lora import format as lora_format
 from manylora.lora.format import Adapter, ModuleSpec
+from manylora.lora.spec import BaseWeights
 
 _BOOLEANS: Final = {"true": True, "1": True, "false": False, "0": False}
 _MAX_DESCRIPTION: Final = 4096
@@ -38,11 +39,17 @@ class Rules:
     modules: Mapping[str, ModuleSpec]
     max_rank: int
     max_bytes: int
+    base: BaseWeights | None = None
 
     def read(self, folder: Path, left_aside: Sequence[str] = ()) -> Adapter:
         """Validate the files in `folder`; `left_aside` lay beside them. Raises InvalidAdapter with every problem."""
         return lora_format.read(
-            folder, self.modules, max_rank=self.max_rank, max_size=self.max_bytes, left_aside=left_aside
+            folder,
+            self.modules,
+            max_rank=self.max_rank,
+            max_size=self.max_bytes,
+            left_aside=left_aside,
+            base=self.base,
         )
 
 

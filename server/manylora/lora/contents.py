@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from manylora.lora.problems import TENSOR_FILE, Problems, listed, shown
 from manylora.lora.safetensors_file import TensorView
@@ -15,6 +16,8 @@ from manylora.lora.spec import LoraModule
 _BITS = {"BF16": ("<u2", 0x7FFF, 0x7F80), "F16": ("<u2", 0x7FFF, 0x7C00), "F32": ("<u4", 0x7FFFFFFF, 0x7F800000)}
 SERVED_DTYPES = tuple(_BITS)
 _CHUNK = 2**20
+# Of bfloat16, with some slack; and what float16 cannot tell from zero.
+_ROUNDING, _TINY = 1.01 * 2.0**-8, 2.0**-24
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,25 @@ def check_effect(modules: Iterable[LoraModule], problems: Problems, warnings: li
         )
     elif idle:
         warnings.append(f"{len(idle)} of {len(pairs)} modules are zero and change nothing: {listed(idle, 3)}.")
+
+
+def num_different(copy: TensorView, base: TensorView | None) -> int:
+    """How many numbers of `copy` are not those of `base` (zeros for None) but for the rounding to 16 bits."""
+    if copy.dtype not in _BITS or (base is not None and (base.dtype not in _BITS or base.shape != copy.shape)):
+        return copy.numel
+    different = 0
+    for start in range(0, copy.numel, _CHUNK):
+        ours = _piece(copy, start)
+        theirs = np.zeros_like(ours) if base is None else _piece(base, start)
+        different += int((~(np.abs(ours - theirs) <= _ROUNDING * np.abs(theirs) + _TINY)).sum())
+    return different
+
+
+def _piece(view: TensorView, start: int) -> npt.NDArray[np.float32]:
+    """`_CHUNK` numbers from `start` on, or what is left."""
+    width = len(view.data) // view.numel
+    count = min(_CHUNK, view.numel - start)
+    return TensorView(view.dtype, (count,), view.data[start * width : (start + count) * width]).to_float32()
 
 
 def digest(config: bytes, tensors: Mapping[str, TensorView]) -> str:

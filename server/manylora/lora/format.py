@@ -18,7 +18,7 @@ from manylora.lora import folder as listing
 from manylora.lora.peft_config import LoraSettings
 from manylora.lora.problems import CONFIG_FILE, TENSOR_FILE, Problems
 from manylora.lora.safetensors_file import TensorView
-from manylora.lora.spec import Adapter, LoraModule, ModuleKind, ModuleSpec
+from manylora.lora.spec import Adapter, BaseWeights, LoraModule, ModuleKind, ModuleSpec
 from manylora.lora.targets import Target
 
 __all__ = [
@@ -70,11 +70,12 @@ def _pair(
     planned: Mapping[str, Target] | None,
     problems: Problems,
     warnings: list[str],
+    base: BaseWeights | None = None,
 ) -> tuple[LoraModule, ...]:
     if planned is None or not settings.has_plain_layout:
         return ()
     name = settings.base_model_name_or_path
-    return pairing.Pairing(planned, modules, name, problems, warnings).run(tensors)
+    return pairing.Pairing(planned, modules, name, problems, warnings, base).run(tensors)
 
 
 def _build(
@@ -95,12 +96,18 @@ def _build(
 
 
 def read(
-    folder: Path, modules: Mapping[str, ModuleSpec], *, max_rank: int, max_size: int, left_aside: Sequence[str] = ()
+    folder: Path,
+    modules: Mapping[str, ModuleSpec],
+    *,
+    max_rank: int,
+    max_size: int,
+    left_aside: Sequence[str] = (),
+    base: BaseWeights | None = None,
 ) -> Adapter:
     """The adapter in `folder`, checked completely against the base's `modules` (by path).
 
-    `max_size` is in bytes. `left_aside` names what lay beside the files that were brought into the folder. Raises
-    InvalidAdapter with every problem found, or TooLarge.
+    `max_size` is in bytes. `left_aside` names what lay beside the files that were brought into the folder, and
+    copies of the base's numbers are held against `base`. Raises InvalidAdapter with every problem found, or TooLarge.
     """
     size_bytes = listing.check_size(folder, max_size)
     problems, warnings = Problems(), list[str]()
@@ -113,9 +120,9 @@ def read(
     pairs: tuple[LoraModule, ...] = ()
     if files.tensors is not None:
         contents.check_values(files.tensors, problems)
-        if settings is not None:
+        if settings is not None and not pairing.refuse_experts(files.tensors, modules, problems):
             planned = targets.resolve(settings, modules, max_rank, problems, warnings)
-            pairs = _pair(settings, files.tensors, modules, planned, problems, warnings)
+            pairs = _pair(settings, files.tensors, modules, planned, problems, warnings, base)
         if not problems.has("wrong_dtype", "wrong_shape"):
             contents.check_effect(pairs, problems, warnings)
     problems.raise_if_any()

@@ -1,15 +1,19 @@
 """Holds the tensors of a file against the modules that its config adapts: exactly those, with fitting shapes."""
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from manylora.lora import contents
 from manylora.lora.problems import CONFIG_FILE, TENSOR_FILE, Problems, listed, shown
 from manylora.lora.safetensors_file import TensorView
-from manylora.lora.spec import LoraModule, ModuleSpec
+from manylora.lora.spec import BaseWeights, LoraModule, ModuleSpec
 from manylora.lora.targets import Target
 
 PREFIX = "base_model.model."
+_COPIES = ("weight", "bias")
+_EXPERT = re.compile(r"(?:^|\.)experts\.[0-9]+\.")
 _PARTS = {"lora_A": "a", "lora_B": "b", "lora_embedding_A": "a", "lora_embedding_B": "b"}
 
 
@@ -24,7 +28,7 @@ class _Found:
 @dataclass(frozen=True, slots=True)
 class _TensorName:
     path: str
-    part: str  # "a", "b", or "base" for the copy of the base's weight that PEFT saves with an adapted embedding
+    part: str  # "a", "b", or "weight" or "bias" for PEFT's copy of the base's, which comes with an adapted embedding
     is_embedding: bool
 
 
@@ -32,11 +36,11 @@ def parse_name(name: str) -> _TensorName | None:
     """The module and part that a tensor's name means.
 
     `[base_model.model.]PATH.lora_A[.ADAPTER].weight`, and `PATH.lora_embedding_A[.ADAPTER]`, likewise B; or
-    `PATH.base_layer.weight`. None for any other name.
+    `PATH.base_layer.weight`, likewise bias. None for any other name.
     """
     pieces = name.removeprefix(PREFIX).split(".")
-    if pieces[-2:] == ["base_layer", "weight"] and len(pieces) > 2:
-        return _TensorName(".".join(pieces[:-2]), "base", is_embedding=False)
+    if len(pieces) > 2 and pieces[-2] == "base_layer" and pieces[-1] in _COPIES:
+        return _TensorName(".".join(pieces[:-2]), pieces[-1], is_embedding=False)
     is_linear = pieces[-1] == "weight"
     if is_linear:
         pieces.pop()
@@ -57,6 +61,21 @@ def ranks_of(tensors: Mapping[str, TensorView]) -> dict[str, int]:
     }
 
 
+def refuse_experts(tensors: Mapping[str, TensorView], modules: Mapping[str, ModuleSpec], problems: Problems) -> bool:
+    """Whether experts are adapted one by one, as transformers 4 kept them; one `unmatched_module` says what to do."""
+    named = (parse_name(name) for name in tensors)
+    paths = sorted({name.path for name in named if name and _EXPERT.search(name.path)} - modules.keys())
+    if paths:
+        problems.add(
+            "unmatched_module",
+            f"{TENSOR_FILE}: {shown(paths[0])}",
+            f"It adapts {len(paths)} modules of single experts, as transformers 4 kept them; this base has none such. "
+            "Merge it into its base with the transformers that it was trained with (PEFT's "
+            "merge_and_unload) and serve that checkpoint, or train it on the attention alone.",
+        )
+    return bool(paths)
+
+
 @dataclass
 class Pairing:
     """One run of the comparison. Adds its findings to `problems` and `warnings`."""
@@ -66,6 +85,7 @@ class Pairing:
     base_name: str | None
     problems: Problems
     warnings: list[str]
+    base: BaseWeights | None = None
 
     def run(self, tensors: Mapping[str, TensorView]) -> tuple[LoraModule, ...]:
         """The low-rank pairs, in the base's order; complete only when no problem was added."""
@@ -89,8 +109,8 @@ class Pairing:
             parsed = parse_name(name)
             if parsed is None:
                 self._foreign(name)
-            elif parsed.part == "base":
-                self._base_copy(name, parsed.path, tensors[name])
+            elif parsed.part in _COPIES:
+                self._base_copy(name, parsed, tensors[name])
             elif (spec := self.modules.get(parsed.path)) and (spec.kind == "embedding") != parsed.is_embedding:
                 wanted = "lora_embedding_A and lora_embedding_B" if spec.kind == "embedding" else "lora_A and lora_B"
                 self._add("unexpected_tensor", name, f"{shown(parsed.path)} takes {wanted}.")
@@ -112,25 +132,41 @@ class Pairing:
                 "It is no part of a plain LoRA adapter. Save the adapter alone, with PEFT's save_pretrained.",
             )
 
-    def _base_copy(self, name: str, path: str, view: TensorView) -> None:
-        target = self.targets.get(path)
-        if target is None:
+    def _base_copy(self, name: str, parsed: _TensorName, view: TensorView) -> None:
+        """PEFT would put these numbers in the base's place; here they must be the base's own."""
+        target = self.targets.get(parsed.path)
+        if target is None or (parsed.part == "bias" and target.spec.kind == "embedding"):
             self._foreign(name)
             return
-        spec = target.spec
-        is_transposed = spec.kind != "linear"
-        shape = (spec.in_features, spec.out_features) if is_transposed else (spec.out_features, spec.in_features)
+        spec, is_bias = target.spec, parsed.part == "bias"
+        sizes = (spec.out_features, spec.in_features)
+        shape = sizes[:1] if is_bias else sizes if spec.kind == "linear" else sizes[::-1]
         if view.shape != shape:
             self._add(
                 "base_mismatch",
                 name,
-                f"The adapter was trained on a {shown(path)} of shape {shown(list(view.shape))}, this base has "
+                f"The adapter was trained on a {shown(parsed.path)} of shape {shown(list(view.shape))}, this base has "
                 f"{shown(list(shape))}. Train it on this base, without resizing the vocabulary.",
+            )
+            return
+        known = self.base is not None and self.base.find(parsed.path, "weight") is not None
+        if self.base is None or not known:
+            self.warnings.append(
+                f"{shown(name)} is PEFT's copy of the base's {parsed.part}; it is left aside and was not compared with "
+                "this base's. Save with save_embedding_layers=False for a smaller file."
+            )
+        elif different := contents.num_different(view, self.base.find(parsed.path, parsed.part)):
+            self._add(
+                "base_mismatch",
+                name,
+                f"{different} of its {view.numel} numbers are not those of this base's {parsed.part}: it was trained "
+                "too, or belongs to another base. It would not be served; if the base's own is meant, save the adapter "
+                "with save_embedding_layers=False.",
             )
         else:
             self.warnings.append(
-                f"{shown(name)} is a copy of the base's weight, which PEFT saves with an adapted embedding; it is left "
-                "aside. Save with save_embedding_layers=False for a smaller file."
+                f"{shown(name)} is a copy of the base's {parsed.part}, and equal to it; PEFT saves one with an adapted "
+                "embedding or head. It is left aside. Save with save_embedding_layers=False for a smaller file."
             )
 
     def _check_strangers(self, found: dict[str, _Found]) -> None:

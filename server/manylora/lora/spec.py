@@ -1,7 +1,7 @@
 """The plain values of the adapter format: what the base offers, what an adapter brings."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from manylora.lora.safetensors_file import TensorView
 
@@ -25,6 +25,14 @@ class ModuleSpec:
     def leaf(self) -> str:
         """The last part of the path: "q_proj"."""
         return self.path.rpartition(".")[2]
+
+
+class BaseWeights(Protocol):
+    """The base's own numbers, to hold an adapter's copies of them against."""
+
+    def find(self, path: str, part: str) -> TensorView | None:
+        """The "weight" or "bias" of a module as the base's checkpoint stores it; None where that is not known."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
