@@ -180,6 +180,49 @@ def test_single_request_is_not_delayed_by_another_tenants_500() -> None:
     assert steps <= 3
 
 
+@pytest.mark.parametrize(("num_hogs", "prompt", "output"), [(1, 200, 195), (2, 100, 95), (6, 40, 26)])
+def test_a_tenant_within_its_share_of_blocks_gets_them_from_those_who_hold_more(
+    num_hogs: int, prompt: int, output: int
+) -> None:
+    """However the others hold them: in one long sequence, which has its turn first, or in many."""
+    s = scheduler(num_blocks=100, seats=32, budget=512)
+    hogs = [request(prompt, output, tenant="hog") for _ in range(num_hogs)]
+    for hog in hogs:
+        s.add(hog)
+    while s.blocks.num_free > 46:
+        step(s)
+    s.add(single := request(188, 4, tenant="quiet"))
+    steps = 0
+    while not single.num_output_tokens:
+        step(s)
+        steps += 1
+    assert steps <= LONGEST_TURN_STEPS - 10
+    drain(s)
+    assert [hog.num_output_tokens for hog in hogs] == [output] * num_hogs
+
+
+def test_who_asks_for_more_than_its_share_of_blocks_waits_for_them_to_fall_free() -> None:
+    s = scheduler(num_blocks=100, seats=8, budget=512)
+    for _ in range(4):
+        s.add(request(90, 4, tenant="first"))
+    step(s)
+    s.add(request(300, 4, tenant="second"))
+    drain(s)
+    assert s.num_preemptions_of("first") == 0
+
+
+def test_a_lone_sequence_has_its_turn_before_it_makes_room() -> None:
+    """Else a stream of small requests would keep it from ever getting on."""
+    s = scheduler(num_blocks=100, seats=8, budget=512)
+    s.add(hog := request(370, 20, tenant="hog"))
+    for _ in range(400):
+        if sum(1 for _ in s.waiting) < 3:
+            s.add(request(40, 4, tenant="quiet"))
+        step(s)
+    assert hog.is_finished
+    assert s.num_preemptions_of("hog") <= 3
+
+
 def test_tenants_with_equal_weights_get_equal_tokens_and_heavier_ones_more() -> None:
     s = scheduler(seats=8)
     tokens: Counter[str] = Counter()

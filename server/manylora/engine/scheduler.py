@@ -87,6 +87,7 @@ class Scheduler:
         self._granted: dict[int, int] = {}  # id() of a waiting sequence -> the plan that made another yield to it
         self._lacking: list[Sequence] = []  # of this plan: the first of each adapter that finds no place
         self._held_since: dict[str, int] = {}  # adapter id -> the plan since which it has run without a break
+        self._started: dict[int, int] = {}  # id() of a running sequence -> the plan since which it runs
         self._num_plans = 0
 
     @property
@@ -194,6 +195,7 @@ class Scheduler:
         if seq.first_scheduled_s is None:
             seq.first_scheduled_s = now
         self.running.append(seq)
+        self._started[id(seq)] = self._num_plans
         if seq.adapter is not None:
             self._held_since.setdefault(seq.adapter.id, self._num_plans)
 
@@ -337,22 +339,34 @@ class Scheduler:
         return next(seq for seq in reversed(self.running) if seq.tenant == tenant)
 
     def _over_share_for(self, seq: Sequence) -> Sequence | None:
-        """Whom to preempt for a tenant below its fair share of seats; None when that would not be fair."""
+        """Whom to preempt for a tenant below its share of what is short; None when that would not be fair."""
         running, weights = self._shares()
         weights[seq.tenant] = seq.weight
         if not running:
             return None
-        total = sum(weights.values())
+        part = {tenant: weight / sum(weights.values()) for tenant, weight in weights.items()}
+        if len(self.running) >= self.max_num_seqs:
+            share = {tenant: max(1.0, self.max_num_seqs * part[tenant]) for tenant in part}
+            if running[seq.tenant] + 1 > share[seq.tenant]:
+                return None
+            victim = self._most_over_share()
+            is_over = running[victim.tenant] > share[victim.tenant]
+            return victim if is_over and victim.tenant != seq.tenant else None
+        return self._over_share_of_blocks(seq, {tenant: self.blocks.num_blocks * part[tenant] for tenant in part})
 
-        def share(tenant: str) -> float:
-            return max(1.0, self.max_num_seqs * weights[tenant] / total)
-
-        if running[seq.tenant] + 1 > share(seq.tenant):
+    def _over_share_of_blocks(self, seq: Sequence, share: dict[str, float]) -> Sequence | None:
+        """The latest of the tenant that holds most blocks for its `share`. A tenant's only one has its turn first."""
+        held = Counter[str]()
+        for each in self.running:
+            held[each.tenant] += len(each.block_table)
+        if held[seq.tenant] + self.blocks.blocks_needed(seq, seq.num_tokens) > share[seq.tenant]:
             return None
-        victim = self._most_over_share()
-        crowded = len(self.running) >= self.max_num_seqs
-        over = running[victim.tenant] > (share(victim.tenant) if crowded else running[seq.tenant] + 1)
-        return victim if over and victim.tenant != seq.tenant else None
+        tenant = max(held, key=lambda t: held[t] / share[t])
+        if tenant == seq.tenant or held[tenant] <= share[tenant]:
+            return None
+        theirs = [each for each in self.running if each.tenant == tenant]
+        has_had_turn = len(theirs) > 1 or self._num_plans - self._started[id(theirs[-1])] >= LONGEST_TURN_STEPS
+        return theirs[-1] if has_had_turn else None
 
     def _preempt(self, seq: Sequence, work: dict[int, Scheduled]) -> int:
         """Send a running sequence back to the front of its queue; returns the tokens it gives back to the step."""
@@ -368,6 +382,7 @@ class Scheduler:
 
     def _release(self, seq: Sequence) -> None:
         self.blocks.free(seq)
+        del self._started[id(seq)]
         if seq.adapter is not None:
             if not any(s.adapter is not None and s.adapter.id == seq.adapter.id for s in self.running):
                 del self._held_since[seq.adapter.id]
@@ -419,6 +434,7 @@ class Scheduler:
             assert seq.status in (SequenceStatus.WAITING, SequenceStatus.LOADING_ADAPTER, SequenceStatus.PREEMPTED)
             assert not seq.block_table
             assert seq.slot == -1
+        assert self._started.keys() == {id(s) for s in self.running}
         assert self._passed_over.keys() | self._granted.keys() <= {id(s) for s in self.waiting}
         assert self._held_since.keys() == {s.adapter.id for s in self.running if s.adapter is not None}
         assert all(any(w is s for w in self.waiting) for s in self._yielding.values())
