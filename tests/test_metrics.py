@@ -30,7 +30,7 @@ CONTRACT = {
 }
 # What alerts and dashboards want beyond it.
 MORE = {
-    "counter": "adapter_load_failures adapter_files_damaged connections_ended",
+    "counter": "adapter_load_failures adapter_not_finite engine_step_failures adapter_files_damaged connections_ended",
     "gauge": "engine_ready device_tier_bytes adapter_orphans",
 }
 

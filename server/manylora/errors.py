@@ -26,6 +26,9 @@
     │   ├── StoreUnavailable            503 server_error           store_unavailable
     │   └── StorageFull                 507 server_error           storage_full
     ├── AdapterLoadFailed               500 server_error           adapter_load_failed
+    ├── SequenceFailed                  500 server_error           engine_step_failed
+    │   ├── AdapterNotFinite            500 server_error           adapter_not_finite
+    │   └── ModelNotFinite              500 server_error           model_not_finite
     └── StartupError                    500 server_error           startup_failed
         ├── InvalidSettings             500 server_error           invalid_settings
         ├── ModelUnusable               500 server_error           model_unusable
@@ -260,6 +263,24 @@ class AdapterLoadFailed(ManyloraError):
     """A registered adapter could not be brought into memory."""
 
     code = "adapter_load_failed"
+
+
+class SequenceFailed(ManyloraError):
+    """The engine failed on this sequence alone, and has logged it; it goes on with the others."""
+
+    code = "engine_step_failed"
+
+
+class AdapterNotFinite(SequenceFailed):
+    """The adapter makes logits that hold NaN or infinity."""
+
+    code = "adapter_not_finite"
+
+
+class ModelNotFinite(SequenceFailed):
+    """The base model makes logits that hold NaN or infinity."""
+
+    code = "model_not_finite"
 
 
 class StartupError(ManyloraError):

@@ -137,9 +137,10 @@ class DrainingServer(uvicorn.Server):  # type: ignore[misc]  # uvicorn is not fo
             self.force_exit = True
             self.should_exit = True
         else:
-            self._loop.call_soon_threadsafe(self._begin_draining)
+            self._loop.call_soon_threadsafe(self.begin_draining)
 
-    def _begin_draining(self) -> None:
+    def begin_draining(self) -> None:
+        """Drain and end, as the first signal does. On the event loop."""
         self._draining = asyncio.ensure_future(self._drain_and_exit())
 
     async def _drain_and_exit(self) -> None:

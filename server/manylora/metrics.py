@@ -33,6 +33,8 @@ BASE_LABEL: Final = "__base__"
 OTHER_LABEL: Final = "__other__"
 BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 OUTCOMES: Final = ("ok", "cancelled", "invalid", "rejected", "error")
+FAULT_PHASES: Final = ("request", "schedule", "forward", "sample", "deliver")
+FAULT_RESULTS: Final = ("retried", "isolated", "fatal")
 _PREFIX: Final = "manylora"
 _BY_CALLER: Final = ("tenant", "adapter")  # who asks, and for what
 _BY_OWNER: Final = ("tenant", "adapter")  # whose adapter it is
@@ -259,6 +261,15 @@ class Metrics:
         self.adapter_evictions = self._counter(
             "adapter_evictions", "Adapters evicted from a tier.", (*_BY_OWNER, "tier")
         )
+        self.adapter_not_finite = self._counter(
+            "adapter_not_finite", "Sequences ended because their adapter made NaN or infinite logits.", _BY_OWNER
+        )
+        self.step_failures = self._counter(
+            "engine_step_failures", "Engine steps in which something raised, by phase and result.", ("phase", "result")
+        )
+        for phase in FAULT_PHASES:
+            for result in FAULT_RESULTS:
+                self.step_failures.labels(phase, result)
         self.uploads = self._counter("uploads", "Adapter uploads by result.", ("tenant", "result"))
         self.adapter_files_damaged = self._counter(
             "adapter_files_damaged", "Reads of an adapter's stored files that were not those that were stored.", ()
@@ -313,6 +324,14 @@ class Metrics:
         """One phase (`schedule`, `forward`, `sample`, `deliver`) of one engine step."""
         self.step_duration.labels(phase).observe(seconds)
 
+    def count_step_failure(self, phase: str, result: str) -> None:
+        """A step raised in one of `FAULT_PHASES`, with one of `FAULT_RESULTS`."""
+        self.step_failures.labels(phase, result).inc()
+
+    def count_not_finite(self, tenant: str, adapter: str) -> None:
+        """A sequence of an adapter of `tenant` ended because its logits were not finite."""
+        self.adapter_not_finite.labels(*self._owner(tenant, adapter)).inc()
+
     def observe_adapter_load(self, tenant: str, adapter: str, tier: str, seconds: float) -> None:
         """An adapter of `tenant` went up from `tier`: `disk` (read into host memory) or `host` (to the device)."""
         self.adapter_load.labels(*self._owner(tenant, adapter), tier).observe(seconds)
@@ -354,6 +373,10 @@ class NoMetrics(Metrics):
     def observe_request(self, sample: RequestSample) -> None: ...
 
     def observe_step(self, phase: str, seconds: float) -> None: ...
+
+    def count_step_failure(self, phase: str, result: str) -> None: ...
+
+    def count_not_finite(self, tenant: str, adapter: str) -> None: ...
 
     def observe_adapter_load(self, tenant: str, adapter: str, tier: str, seconds: float) -> None: ...
 

@@ -56,7 +56,7 @@ class Announcement:
 
 
 def serve(settings: Settings, announce: Callable[[Announcement], None]) -> None:
-    """Run until a signal ends it. Raises StartupError."""
+    """Run until a signal ends it. Raises StartupError, and EngineDead once the engine has failed for good."""
     configure_logging(level=settings.log_level, as_json=settings.log_json)
     host = safe_host(settings)
     with bind(host, settings.port) as sock:
@@ -163,10 +163,14 @@ class _Server:
             drain=partial(self._drain, engine, departure),
             on_started=lambda: self._announce(self._announcement(catalog, engine, gate)),
         )
+        if settings.exit_on_engine_failure:
+            engine.on_death(server.begin_draining)
         try:
             await server.serve(sockets=[self._sock])
         except OSError as error:
             raise StartupError(f"{self._host}:{settings.port} cannot be listened on: {error.strerror}.") from error
+        if settings.exit_on_engine_failure and engine.failure is not None:
+            raise engine.failure
 
     async def _drain(self, engine: "AsyncEngine", departure: Departure) -> None:
         """First nobody is sent here any more, then nobody is taken any more."""

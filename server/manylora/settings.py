@@ -167,6 +167,9 @@ class Settings(BaseSettings):
     to take the server off its list."""
     drain_timeout_s: float = Field(default=30.0, ge=0)
     """Seconds that running requests get to finish after that."""
+    exit_on_engine_failure: bool = True
+    """End the process, with an exit code that is not 0, when the engine has failed for good, so that a supervisor
+    starts it again; off, it stays and answers 503."""
     metrics: bool = True
     """Count and time what happens, for `GET /metrics`; off, that route is not there."""
     log_json: bool = False
@@ -183,6 +186,9 @@ class Settings(BaseSettings):
     """Most sequences in one batch."""
     max_num_batched_tokens: int = Field(default=512, ge=16)
     """Most tokens in one forward pass; longer prompts are prefilled in pieces."""
+    prompt_logits_memory: Size = 256 * 2**20
+    """Memory for the logits of prompts (`echo` with `logprobs`) in one forward pass: bytes, or a share of what is free;
+    prompts with more are scored in pieces."""
     max_queue: int = Field(default=2048, ge=1)
     """Most sequences (a request has one for each choice) waiting beside those in the batch; more are answered
     with 429."""

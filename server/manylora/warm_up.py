@@ -24,7 +24,8 @@ async def warm_up(engine: EngineClient, adapters: Sequence[AdapterRef]) -> None:
     prompt = engine.codec.encode(_TEXT)
     with suppress(InvalidRequest):  # a base without a chat template
         prompt = engine.codec.chat([{"role": "user", "content": _TEXT}])
-    prompt = prompt[: engine.model.context_length - 1]
+    # A tokenizer can put a token in front that the model has not.
+    prompt = [i for i in prompt if i < engine.model.vocab_size][: engine.model.context_length - 1]
     slots = engine.stats().slots_total
     with suppress(TimeoutError):
         async with asyncio.timeout(_ADAPTERS_S):

@@ -9,7 +9,7 @@ import sys
 from dataclasses import asdict
 
 from manylora.engine.model_runner import ModelRunner
-from manylora.errors import StartupError
+from manylora.errors import EngineDead, StartupError
 from manylora.serving import Announcement, serve
 from manylora.settings import load_settings
 
@@ -28,6 +28,9 @@ def main() -> int:
     except StartupError as error:
         sys.stderr.write(f"{error.code}: {error.message}\n")
         return 2
+    except EngineDead as error:
+        sys.stderr.write(f"{error.code}: {error.message}\n")
+        return 1
     return 0
 
 

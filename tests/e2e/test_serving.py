@@ -247,8 +247,32 @@ async def test_sigterm_lets_running_requests_finish_and_then_ends_well(own_serve
 
 
 @pytest.mark.anyio
-async def test_a_dead_engine_ends_every_request_and_readiness(own_server: Callable[..., Any]) -> None:
+async def test_a_dead_engine_answers_what_waits_and_ends_the_process(own_server: Callable[..., Any]) -> None:
     with own_server(max_num_seqs=2) as server:
+        body = {"model": "small", "prompt": "The", "max_tokens": 450, "ignore_eos": True}
+        url = f"{server.url}/v1/completions"
+        async with httpx.AsyncClient(timeout=120) as client:
+            async with client.stream("POST", url, json={**body, "stream": True}) as answer:
+                lines = answer.aiter_lines()
+                await anext(lines)
+                waiting = [asyncio.create_task(client.post(url, json=body)) for _ in range(6)]
+                while (await client.get(f"{server.url}/v1/stats")).json()["waiting"] < 5:
+                    pass
+                server.process.send_signal(signal.SIGUSR1)
+                rest = [line async for line in lines if line]
+            answers = await asyncio.gather(*waiting)
+        assert '"code":"engine_dead"' in rest[-1]
+        assert {(a.status_code, a.json()["error"]["code"]) for a in answers} == {(503, "engine_dead")}
+        assert "the device is gone" in answers[0].json()["error"]["message"]
+        assert server.process.wait(60) == 1
+        log = server.stderr.read_text()
+        assert log.count("engine_died") == 1
+        assert "engine_dead: The engine has stopped: RuntimeError: the device is gone" in log
+
+
+@pytest.mark.anyio
+async def test_a_dead_engine_can_be_told_to_leave_the_process_up(own_server: Callable[..., Any]) -> None:
+    with own_server(max_num_seqs=2, exit_on_engine_failure=False) as server:
         body = {"model": "small", "prompt": "The", "max_tokens": 450, "ignore_eos": True}
         url = f"{server.url}/v1/completions"
         async with httpx.AsyncClient(timeout=120) as client:

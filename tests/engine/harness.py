@@ -55,6 +55,7 @@ class Rig:
     refs: dict[str, AdapterRef]
     outputs: dict[str, list[Output]] = field(default_factory=dict)
     loaded: threading.Event = field(default_factory=threading.Event)
+    is_exact: bool = False  # a row is the same to the last bit in any batch
 
     def add(self, request_id: str, prompt: Iterable[int], adapter: str | None = None, **params: object) -> Sequence:
         """Queue a request; `params` are SamplingParams' fields, greedy and 16 tokens unless told."""
@@ -168,4 +169,4 @@ def build_rig(
         max_model_len=num_blocks * block_size,
     )
     refs = {name: AdapterRef(f"id-{name}", "public", name, 1, name) for name in adapters or {}}
-    return Rig(engine, scheduler, tiers, wrapped, refs, loaded=loaded)
+    return Rig(engine, scheduler, tiers, wrapped, refs, loaded=loaded, is_exact=kernel != "torch")

@@ -13,7 +13,15 @@ import torch
 
 from manylora.engine.async_engine import PROBE_TEXT, AsyncEngine, RunningGeneration
 from manylora.engine.interface import Delta, FinishReason, ModelInfo, SamplingParams
-from manylora.errors import ContextLengthExceeded, Draining, EngineDead, ManyloraError, QueueFull
+from manylora.errors import (
+    ContextLengthExceeded,
+    Draining,
+    EngineDead,
+    InvalidRequest,
+    ManyloraError,
+    QueueFull,
+    SequenceFailed,
+)
 from manylora.lora.packing import PackedAdapter
 from manylora.models.checkpoint import load_tokenizer
 from manylora.models.codec import HuggingFaceCodec
@@ -104,6 +112,91 @@ async def test_a_dying_engine_fails_every_request_and_is_not_ready(rig: Rig, eng
         ask(engine)
     with pytest.raises(EngineDead):
         await engine.measure_effect(rig.refs["tuned"], Path())
+
+
+async def test_a_dying_engine_says_so_once_everybody_was_told(rig: Rig, engine: AsyncEngine) -> None:
+    rig.engine.runner.forward = dies_after(rig, steps=5)  # type: ignore[method-assign]
+    told = asyncio.Event()
+    engine.on_death(told.set)
+    assert engine.failure is None
+    running = asyncio.ensure_future(collect(ask(engine, max_tokens=LONG)))
+    await asyncio.wait_for(told.wait(), 60)
+    assert isinstance(engine.failure, EngineDead)
+    with pytest.raises(EngineDead):
+        await running
+
+
+async def test_a_request_that_a_step_fails_for_is_told_and_the_others_go_on(rig: Rig, engine: AsyncEngine) -> None:
+    expected = await collect(ask(engine, "alone", max_tokens=40))
+    forward = rig.engine.runner.forward
+
+    def failing(scheduled: Any) -> torch.Tensor:
+        if any(item.seq.request_id == "bad" and item.seq.num_output_tokens > 3 for item in scheduled):
+            raise RuntimeError("a token that nobody has seen")
+        return forward(scheduled)
+
+    rig.engine.runner.forward = failing  # type: ignore[method-assign]
+    good, bad = ask(engine, "good", max_tokens=40), ask(engine, "bad", max_tokens=40, n=2)
+    ends = await asyncio.gather(collect(good), collect(bad), return_exceptions=True)
+    assert isinstance(ends[1], SequenceFailed)
+    assert "nobody has seen" not in ends[1].message, "what a fault says is for the log"
+    assert [d.token_ids for d in ends[0]] == [d.token_ids for d in expected]  # type: ignore[union-attr]
+    await nothing_runs(engine)
+    assert engine.is_ready
+    assert engine.stats().kv_blocks_used == 0
+
+
+@pytest.mark.parametrize("what", ["add", "abort"])
+@pytest.mark.parametrize("is_done", [True, False], ids=["afterwards", "before"])
+async def test_a_request_that_cannot_be_taken_in_or_out_ends_alone(
+    what: str, is_done: bool, rig: Rig, engine: AsyncEngine
+) -> None:
+    real = getattr(rig.engine, what)
+
+    def failing(of: Any) -> None:
+        if is_done:
+            real(of)
+        raise KeyError("lost")
+
+    beside = asyncio.ensure_future(collect(ask(engine, "beside", max_tokens=LONG)))
+    await asyncio.sleep(0.01)
+    setattr(rig.engine, what, failing)
+    if what == "add":
+        with pytest.raises(SequenceFailed):
+            await collect(ask(engine, "lost", n=2))
+    else:
+        leaving = ask(engine, "leaving", max_tokens=LONG)
+        async for _ in leaving:
+            break
+        await leaving.aclose()
+    setattr(rig.engine, what, real)
+    assert len(await beside) == LONG
+    await nothing_runs(engine)
+    rig.scheduler.check_integrity()
+    assert engine.is_ready
+    assert engine.stats().kv_blocks_used == 0
+    assert len(await collect(ask(engine, "later"))) == 8
+
+
+@pytest.mark.parametrize("error", [OSError("no such CPU"), ValueError("none")])
+async def test_threads_that_cannot_be_placed_are_left_alone(rig: Rig, tiny_llama_dir: Path, error: Exception) -> None:
+    calls = []
+
+    def place() -> None:
+        calls.append(1)
+        raise error
+
+    async with started(rig, tiny_llama_dir, before_step=place) as engine:
+        assert len(await collect(ask(engine))) == 8
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("ids", [[1, VOCAB_SIZE], [VOCAB_SIZE + 5000], [3, -1], []])
+async def test_no_token_that_the_model_has_no_row_for_enters_a_step(engine: AsyncEngine, ids: list[int]) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        engine.generate("r", ids, SamplingParams(max_tokens=1))
+    assert refused.value.param == "prompt"
+    assert len(await collect(ask(engine))) == 8
 
 
 def dies_after(rig: Rig, steps: int) -> Any:

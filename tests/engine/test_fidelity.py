@@ -95,7 +95,11 @@ def test_broken_adapter_moves_no_bit_of_its_neighbours_logits(
             packed.data.mul_(1000) if how == "huge" else packed.data.fill_(float("nan"))
             memory.fill(place, packed)
         names = ["a00", "a01", None, "a03", "a01", "a00"]
-        seqs = [rig.add(f"r{i}", p, n) for i, (p, n) in enumerate(zip(prompts(6, VOCAB), names, strict=True))]
+        # Sequences whose logits are not finite end at their first token, so in both runs they ask for no more.
+        seqs = [
+            rig.add(f"r{i}", p, n, max_tokens=1 if n == "a01" and how == "nan" else 16)
+            for i, (p, n) in enumerate(zip(prompts(6, VOCAB), names, strict=True))
+        ]
         seen = recorded_logits(rig, [s for s, n in zip(seqs, names, strict=True) if n != "a01"])
         rig.close()
         return seen

@@ -99,7 +99,8 @@ def step(scheduler: Scheduler) -> Plan:
     """Plan, pretend to run, and let every sequence that reached its end take a token."""
     plan = scheduler.plan()
     ended = [item.seq for item in plan.scheduled if item.samples]
-    scheduler.commit(plan)
+    for item in plan.scheduled:
+        scheduler.commit(item)
     for seq in ended:
         seq.append(1)
         scheduler.charge_output(seq)
@@ -374,8 +375,8 @@ def test_failed_load_ends_its_sequences_only() -> None:
     s = scheduler(slots=slots)
     s.add(bad := request(adapter="bad"))
     s.add(good := request(adapter="good"))
-    plan = step(s)
-    assert [(seq, str(error)) for seq, error in plan.failed] == [(bad, "broken")]
+    step(s)
+    assert [(seq, str(error)) for seq, error in s.take_failed()] == [(bad, "broken")]
     drain(s)
     assert bad.finish_reason is FinishReason.ERROR
     assert good.finish_reason is FinishReason.LENGTH

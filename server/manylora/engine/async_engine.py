@@ -30,8 +30,16 @@ from manylora.engine.interface import (
     TextCodec,
     Tier,
 )
+from manylora.engine.recovery import Unrecoverable
 from manylora.engine.sequence import Sequence, SequenceStatus
-from manylora.errors import AdapterLoadFailed, ContextLengthExceeded, Draining, EngineDead, ManyloraError
+from manylora.errors import (
+    AdapterLoadFailed,
+    ContextLengthExceeded,
+    Draining,
+    EngineDead,
+    InvalidRequest,
+    ManyloraError,
+)
 from manylora.log import get_logger
 from manylora.lora.tiers import AdapterTiers
 
@@ -132,12 +140,13 @@ class AsyncEngine:
         self._tiers = tiers
         self._admission = Admission(max_open, engine.scheduler.max_num_seqs, tenant_share)
         self._before_step = before_step
-        self._inbox: deque[Callable[[], None]] = deque()
+        self._inbox: deque[tuple[list[Sequence], Callable[[], None]]] = deque()  # with whom each is about
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._generations: dict[int, RunningGeneration] = {}  # by id() of each sequence; event loop only
         self._loop: asyncio.AbstractEventLoop | None = None
         self._failure: str | None = None
+        self._on_death: Callable[[], None] = lambda: None
         self._is_stopping = False
         self.is_draining = False
         self._num_probes = 0
@@ -150,6 +159,15 @@ class AsyncEngine:
     @property
     def is_ready(self) -> bool:
         return self._thread.is_alive() and self._failure is None and not self._is_stopping
+
+    @property
+    def failure(self) -> EngineDead | None:
+        """Why the engine has ended, once it has failed for good."""
+        return None if self._failure is None else EngineDead(f"The engine has stopped: {self._failure}")
+
+    def on_death(self, action: Callable[[], None]) -> None:
+        """Call `action` on the event loop when the engine has failed for good and everybody was told."""
+        self._on_death = action
 
     def wake(self) -> None:
         """Something changed that may let the engine go on. Any thread."""
@@ -179,6 +197,14 @@ class AsyncEngine:
             raise ContextLengthExceeded(
                 f"The prompt has {len(prompt_ids)} tokens and the model's context is {self.model.context_length}."
             )
+        if not prompt_ids:
+            raise InvalidRequest("The prompt is empty. Send at least one token.", param="prompt")
+        if not 0 <= min(prompt_ids) <= max(prompt_ids) < self.model.vocab_size:
+            raise InvalidRequest(
+                f"The prompt holds a token id that is not in 0 to {self.model.vocab_size - 1}, so the model has no "
+                "embedding for it.",
+                param="prompt",
+            )
         seqs = [
             Sequence(
                 request_id,
@@ -207,14 +233,14 @@ class AsyncEngine:
         for seq in seqs:
             self._generations[id(seq)] = generation
             self._admission.enter(seq.tenant)
-        self._post(lambda: self._engine.add(seqs[0]))
+        self._post(seqs, lambda: self._engine.add(seqs[0]))
         return generation
 
     def leave(self, generation: RunningGeneration) -> None:
         """Nobody listens to this request any more: take out what still runs of it."""
         mine = [s for s in generation.seqs if self._closed(s) is not None]
         if mine:
-            self._post(lambda: self._engine.abort(mine))
+            self._post(mine, lambda: self._engine.abort(mine))
 
     def _closed(self, seq: Sequence) -> RunningGeneration | None:
         """The generation of a sequence that has ended; None where it was closed before."""
@@ -224,13 +250,13 @@ class AsyncEngine:
         return generation
 
     def _check_open(self) -> None:
-        if self._failure is not None:
-            raise EngineDead(f"The engine has stopped: {self._failure}")
+        if self.failure is not None:
+            raise self.failure
         if self.is_draining:
             raise Draining("The server is shutting down.")
 
-    def _post(self, action: Callable[[], None]) -> None:
-        self._inbox.append(action)
+    def _post(self, seqs: list[Sequence], action: Callable[[], None]) -> None:
+        self._inbox.append((seqs, action))
         self._wake.set()
 
     # adapters
@@ -238,7 +264,8 @@ class AsyncEngine:
     async def measure_effect(self, ref: AdapterRef, folder: Path) -> Effect:
         """Logits of a fixed prompt with the adapter against those without; see `interface.EngineClient`."""
         self._check_open()
-        prompt = self.codec.encode(PROBE_TEXT)[: self.model.context_length - 1]
+        prompt = [i for i in self.codec.encode(PROBE_TEXT) if i < self.model.vocab_size]
+        prompt = prompt[: self.model.context_length - 1]
         self._num_probes += 1
         params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
         self._tiers.offer(ref, folder)
@@ -359,20 +386,39 @@ class AsyncEngine:
     def _run(self) -> None:
         try:
             while not self._is_stopping:
-                while self._inbox:
-                    self._inbox.popleft()()
+                outputs = self._empty_inbox()
                 if self._engine.has_work:
-                    self._before_step()
-                outputs = self._engine.step()
+                    self._place()
+                outputs += self._engine.step()
                 if outputs:
                     self._call_loop(partial(self._deliver, outputs))
                 if not self._engine.made_progress:
                     self._wake.wait(_IDLE_WAIT_S)
                     self._wake.clear()
-        except Exception as error:  # noqa: BLE001 - whatever ends the engine must reach every waiting request
-            get_logger(__name__).exception("engine_died")
-            self._failure = f"{type(error).__name__}: {error}"
+        except BaseException as error:  # noqa: BLE001 - whatever ends the engine must reach every waiting request
+            cause = error.__cause__ if isinstance(error, Unrecoverable) and error.__cause__ else error
+            self._failure = f"{type(cause).__name__}: {cause}"
             self._call_loop(self._fail_all)
+            get_logger(__name__).exception("engine_died")
+
+    def _empty_inbox(self) -> list[Output]:
+        """Do what the event loop wants done; who it cannot be done for is told so, alone."""
+        outputs: list[Output] = []
+        while self._inbox:
+            seqs, action = self._inbox.popleft()
+            try:
+                action()
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is of these sequences alone
+                outputs += self._engine.fail(seqs, error)
+        return outputs
+
+    def _place(self) -> None:
+        """Where the threads run is a matter of speed: the engine goes on without."""
+        try:
+            self._before_step()
+        except Exception:  # noqa: BLE001
+            self._before_step = lambda: None
+            get_logger(__name__).exception("threads_not_placed")
 
     def _call_loop(self, action: Callable[[], None]) -> None:
         assert self._loop is not None
@@ -392,6 +438,8 @@ class AsyncEngine:
 
     def _fail_all(self) -> None:
         for generation in set(self._open()):
-            generation.put(EngineDead(f"The engine has stopped: {self._failure}"))
+            if (failure := self.failure) is not None:
+                generation.put(failure)
             for seq in generation.seqs:
                 self._closed(seq)
+        self._on_death()

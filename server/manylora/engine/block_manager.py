@@ -34,6 +34,7 @@ class BlockManager:
         self._hash_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
         self._free: OrderedDict[int, None] = OrderedDict((b, None) for b in range(num_blocks))
+        self._spoiled: set[int] = set()  # held, and what they hold may be wrong
 
     @property
     def num_free(self) -> int:
@@ -53,7 +54,7 @@ class BlockManager:
         At least one token is always left to run, since its logits are wanted.
         """
         assert not seq.block_table
-        if seq.wants_prompt_logits and not seq.num_output_tokens:
+        if seq.scores_prompt:
             return 0
         for i in range((seq.num_tokens - 1) // self.block_size):
             block = self._block_of.get(self._hash(seq, i))
@@ -87,15 +88,22 @@ class BlockManager:
             block, key = seq.block_table[i], seq.block_hashes[i]
             if self._hash_of[block] == key:
                 break
-            if self._hash_of[block] is None and key not in self._block_of:
+            if self._hash_of[block] is None and key not in self._block_of and block not in self._spoiled:
                 self._hash_of[block] = key
                 self._block_of[key] = block
+
+    def spoil(self, seq: Sequence) -> None:
+        """What the sequence's blocks hold may be wrong: whoever has them keeps them, and nobody finds them again."""
+        for block in seq.block_table:
+            self._forget(block)
+            self._spoiled.add(block)
 
     def free(self, seq: Sequence) -> None:
         """Take all blocks back. Ends are handed out again before beginnings, which more prompts share."""
         for block in reversed(seq.block_table):
             self._ref_counts[block] -= 1
             if not self._ref_counts[block]:
+                self._spoiled.discard(block)
                 self._free[block] = None
                 if self._hash_of[block] is None:
                     self._free.move_to_end(block, last=False)
@@ -141,5 +149,6 @@ class BlockManager:
             for block in seq.block_table:
                 held[block] += 1
         assert held == self._ref_counts
+        assert all(held[b] and self._hash_of[b] is None for b in self._spoiled)
         assert set(self._free) == {b for b, count in enumerate(held) if not count}
         assert {b: h for h, b in self._block_of.items()} == {b: h for b, h in enumerate(self._hash_of) if h is not None}

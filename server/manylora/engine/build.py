@@ -13,6 +13,7 @@ from manylora.engine.engine import Engine
 from manylora.engine.interface import AdapterSource, ModelInfo
 from manylora.engine.model_runner import ModelRunner
 from manylora.engine.placement import ThreadPlacement
+from manylora.engine.recovery import FaultEvents
 from manylora.engine.scheduler import Scheduler
 from manylora.errors import InvalidSettings, ModelUnusable, NotEnoughMemory
 from manylora.log import get_logger
@@ -66,6 +67,17 @@ class _TierMetrics(TierEvents):
         self._occupancy.leave(ref)
 
 
+class _FaultMetrics(FaultEvents):
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def on_step_failure(self, phase: str, result: str) -> None:
+        self._metrics.count_step_failure(phase, result)
+
+    def on_not_finite(self, ref: AdapterRef) -> None:
+        self._metrics.count_not_finite(ref.tenant, ref.name)
+
+
 class EngineBuilder:
     """Builds in two steps, since the catalog must know the base's modules before the engine can ask it for files."""
 
@@ -77,7 +89,6 @@ class EngineBuilder:
         self.device = next(base.model.parameters()).device
         self.dtype: torch.dtype = base.model.dtype
         self._use_native = settings.kernels == "auto" and self.device.type == "cpu" and native.is_available()
-        self._num_embeddings = int(base.model.get_input_embeddings().weight.shape[0])
         self.context_length = self._context_length()
         matmuls = factory(settings.quantization, use_native=self._use_native)
         self.wrapped: WrappedModel = wrap(base.model, matmuls, context_length=self.context_length)
@@ -136,6 +147,7 @@ class EngineBuilder:
             tiers,
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.max_num_batched_tokens,
+            max_prompt_logits=self._max_prompt_logits(),
         )
         engine = Engine(
             scheduler,
@@ -144,6 +156,7 @@ class EngineBuilder:
             eos_ids=frozenset(self.base.codec.eos_ids),
             max_model_len=self.context_length,
             observe=metrics.observe_step,
+            faults=_FaultMetrics(metrics),
         )
         return engine, tiers
 
@@ -176,6 +189,11 @@ class EngineBuilder:
 
         return packer
 
+    def _max_prompt_logits(self) -> int:
+        """Of how many tokens of prompts a step may make the logits; of one at least."""
+        per_token = self.wrapped.vocab_size * torch.float32.itemsize  # in which some models make them whatever they are
+        return max(1, in_bytes(self.settings.prompt_logits_memory, self.device) // per_token)
+
     def _context_length(self) -> int:
         own = position_limit(self.base.model.config)
         wanted = self.settings.max_model_len
@@ -207,7 +225,7 @@ class EngineBuilder:
         return ModelInfo(
             name=self.base.name,
             context_length=self.context_length,
-            vocab_size=min(self._num_embeddings, int(self.base.model.config.get_text_config().vocab_size)),
+            vocab_size=self.wrapped.vocab_size,
             created=int(time.time()),
             default_temperature=generation.temperature,
             default_top_p=generation.top_p,

@@ -9,7 +9,8 @@ import torch
 from manylora.engine.detokenizer import Decode, Detokenizer
 from manylora.engine.interface import Delta, FinishReason
 from manylora.engine.model_runner import ModelRunner, StepResult
-from manylora.engine.scheduler import Plan, Scheduled, Scheduler
+from manylora.engine.recovery import Fault, FaultEvents, Recovery, failure_of, log_failure, not_finite
+from manylora.engine.scheduler import Scheduled, Scheduler
 from manylora.engine.sequence import Sequence
 from manylora.errors import ManyloraError
 
@@ -38,6 +39,7 @@ class Engine:
         eos_ids: frozenset[int],
         max_model_len: int,
         observe: PhaseObserver | None = None,
+        faults: FaultEvents | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.runner = runner
@@ -45,7 +47,9 @@ class Engine:
         self._eos_ids = eos_ids
         self._max_model_len = max_model_len
         self._observe = observe or (lambda _phase, _seconds: None)
-        self._detokenizers: dict[int, Detokenizer] = {}
+        self._faults = faults or FaultEvents()
+        self._recovery = Recovery(scheduler, self._attempt, spare_block=runner.spare_block, events=self._faults)
+        self._phase = "schedule"  # of the step, as the metrics call it
         self.num_steps = 0
         self.made_progress = False
 
@@ -55,52 +59,109 @@ class Engine:
 
     def add(self, seq: Sequence) -> None:
         for each in (seq, *seq.followers):
-            self._detokenizers[id(each)] = Detokenizer(
-                self._decode, each.tokens[: each.num_prompt_tokens], each.params.stop
-            )
+            each.detokenizer = Detokenizer(self._decode, each.tokens[: each.num_prompt_tokens], each.params.stop)
         self.scheduler.add(seq)
 
     def abort(self, seqs: list[Sequence]) -> None:
         """Take sequences out, wherever they are; their blocks are free at once."""
         for seq in seqs:
             self.scheduler.finish(seq, FinishReason.ABORTED)
-            self._detokenizers.pop(id(seq), None)
+
+    def fail(self, seqs: list[Sequence], error: Exception) -> list[Output]:
+        """End these sequences, wherever they are, because what was to be done with them raised `error`."""
+        fault = Fault.of("request", error)
+        self._faults.on_step_failure(fault.phase, "isolated")
+        return [self._end_alone(seq, fault) for seq in seqs if not seq.is_finished]
 
     def step(self) -> list[Output]:
-        """Run one step. Returns nothing when everything that could run waits for its adapter."""
+        """Run one step. Returns nothing when everything that could run waits for its adapter.
+
+        A sequence that the step fails for ends alone. Raises Unrecoverable when the engine runs nothing any more.
+        """
         began = time.perf_counter()
-        plan = self.scheduler.plan()
-        planned = self._lap("schedule", began)
-        outputs = [self._failure(seq, error) for seq, error in plan.failed]
+        plan = self._recovery.plan()
+        if isinstance(plan, Fault):
+            plan = self._recovery.plan_again(plan)
+        self._lap("schedule", began)
+        outputs = [_failure(seq, error) for seq, error in self.scheduler.take_failed()]
         self.made_progress = bool(plan.scheduled)
         if not plan.scheduled:
             return outputs
-        logits = self.runner.forward(plan.scheduled)
-        forwarded = self._lap("forward", planned)
-        result = self.runner.sample(plan.scheduled, logits)
-        sampled = self._lap("sample", forwarded)
-        outputs += self._commit(plan, result)
+        result = self._attempt(plan.scheduled)
+        sampled = time.perf_counter()
+        if isinstance(result, Fault):
+            parts = self._recovery.run_in_parts(plan.scheduled, result)
+            outputs += [self._end_alone(seq, fault, is_spoiled=True) for seq, fault in parts.failed]
+            result = parts.result
+        for item in plan.scheduled:
+            output = self._commit(item, result) if not item.seq.is_finished else None
+            if output is not None:
+                outputs.append(output)
         self._lap("deliver", sampled)
         self.num_steps += 1
         return outputs
+
+    def _attempt(self, scheduled: list[Scheduled]) -> StepResult | Fault:
+        try:
+            return self._run(scheduled)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the step is run in parts
+            return Fault.of(self._phase, error)
+
+    def _run(self, scheduled: list[Scheduled]) -> StepResult:
+        """Forward and sample; no sequence changes."""
+        began = time.perf_counter()
+        self._phase = "forward"
+        logits = self.runner.forward(scheduled)
+        forwarded = self._lap(self._phase, began)
+        self._phase = "sample"
+        result = self.runner.sample(scheduled, logits)
+        self._lap(self._phase, forwarded)
+        return result
 
     def _lap(self, phase: str, since: float) -> float:
         now = time.perf_counter()
         self._observe(phase, now - since)
         return now
 
-    def _failure(self, seq: Sequence, error: ManyloraError) -> Output:
-        self._detokenizers.pop(id(seq), None)
-        return Output(seq, Delta(seq.index, "", (), finish_reason=FinishReason.ERROR), error)
+    def _end_alone(self, seq: Sequence, fault: Fault, *, is_spoiled: bool = False) -> Output:
+        log_failure(seq, fault)
+        return self._end(seq, failure_of(fault), is_spoiled=is_spoiled)
 
-    def _commit(self, plan: Plan, result: StepResult) -> list[Output]:
-        ended = [item for item in plan.scheduled if item.samples]
-        self.scheduler.commit(plan)
-        return [self._advance(item, result) for item in ended]
+    def _end(self, seq: Sequence, error: ManyloraError, *, is_spoiled: bool = False) -> Output:
+        if is_spoiled:
+            self.scheduler.blocks.spoil(seq)
+        self.scheduler.finish(seq, FinishReason.ERROR)
+        return _failure(seq, error)
 
-    def _advance(self, item: Scheduled, result: StepResult) -> Output:
-        """Give a sequence its new token, and end it where a stop condition holds."""
+    def _commit(self, item: Scheduled, result: StepResult) -> Output | None:
+        """Give a sequence what the step found for it."""
         seq = item.seq
+        if id(seq) in result.not_finite and not seq.capture_logits:
+            if seq.adapter is not None:
+                self._faults.on_not_finite(seq.adapter)
+            return self._end(seq, not_finite(seq), is_spoiled=True)
+        samples = item.samples
+        try:
+            self._take_prompt(item, result)
+            self.scheduler.commit(item)
+            return self._advance(seq, result) if samples else None
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is of this sequence alone
+            fault = Fault.of("deliver", error)
+            self._faults.on_step_failure(fault.phase, "isolated")
+            return self._end_alone(seq, fault, is_spoiled=not seq.is_finished)
+
+    def _take_prompt(self, item: Scheduled, result: StepResult) -> None:
+        """What the logits of its prompt told, where they were asked for."""
+        seq = item.seq
+        if not seq.scores_prompt:
+            return
+        if not item.start:
+            seq.prompt_logprobs, seq.captured = [], []
+        seq.prompt_logprobs += result.prompt_logprobs.get(id(seq), [])
+        seq.captured += result.captured.get(id(seq), [])
+
+    def _advance(self, seq: Sequence, result: StepResult) -> Output:
+        """Give a sequence its new token, and end it where a stop condition holds."""
         if seq.first_token_s is None:
             seq.first_token_s = time.monotonic()
         if not seq.params.max_tokens:
@@ -109,7 +170,8 @@ class Engine:
         is_first = not seq.num_output_tokens
         seq.append(token_id)
         self.scheduler.charge_output(seq)
-        detokenizer = self._detokenizers[id(seq)]
+        detokenizer = seq.detokenizer
+        assert detokenizer is not None
         reason = self._stop_reason(seq, token_id)
         stopped_by_token = reason is FinishReason.STOP
         text = "" if stopped_by_token else detokenizer.add([token_id])
@@ -120,7 +182,6 @@ class Engine:
             if detokenizer.is_stopped:
                 reason = FinishReason.STOP
             self.scheduler.finish(seq, reason)
-            del self._detokenizers[id(seq)]
         logprob = result.logprobs.get(id(seq))
         delta = Delta(
             seq.index,
@@ -131,12 +192,11 @@ class Engine:
             prompt_logprobs=tuple(seq.prompt_logprobs) if is_first else (),
             num_cached_tokens=seq.num_cached_tokens if is_first else 0,
         )
-        return Output(seq, delta, captured=result.captured.get(id(seq)))
+        return Output(seq, delta, captured=torch.cat(seq.captured) if seq.captured else None)
 
     def _end_without_answer(self, seq: Sequence) -> Output:
         """The prompt alone was asked for, to be scored or brought into the cache."""
         self.scheduler.finish(seq, FinishReason.LENGTH)
-        del self._detokenizers[id(seq)]
         delta = Delta(
             seq.index,
             "",
@@ -154,3 +214,7 @@ class Engine:
         if seq.num_output_tokens >= params.max_tokens or seq.num_tokens >= self._max_model_len:
             return FinishReason.LENGTH
         return None
+
+
+def _failure(seq: Sequence, error: ManyloraError) -> Output:
+    return Output(seq, Delta(seq.index, "", (), finish_reason=FinishReason.ERROR), error)

@@ -20,22 +20,48 @@ from manylora.models.wrapping import WrappedModel
 
 @dataclass(slots=True)
 class StepResult:
-    """What a step gave: the next token of every sequence that reached its end, by id() of the sequence."""
+    """What a step gave, by id() of the sequence: its next token, where the step reached its end.
+
+    `prompt_logprobs` and `captured` (logits [rows, vocab], in pieces) are of the step's own part of a prompt.
+    `not_finite` are the sequences whose logits hold NaN or infinity.
+    """
 
     token_ids: dict[int, int] = field(default_factory=dict)
     logprobs: dict[int, TokenLogprob | None] = field(default_factory=dict)
-    captured: dict[int, torch.Tensor] = field(default_factory=dict)
+    prompt_logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict)
+    captured: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    not_finite: set[int] = field(default_factory=set)
+
+    def add(self, later: "StepResult") -> None:
+        """Take over what another part of the step gave, of the same sequences' later tokens or of others."""
+        self.token_ids |= later.token_ids
+        self.logprobs |= later.logprobs
+        self.not_finite |= later.not_finite
+        for key, entries in later.prompt_logprobs.items():
+            self.prompt_logprobs.setdefault(key, []).extend(entries)
+        for key, pieces in later.captured.items():
+            self.captured.setdefault(key, []).extend(pieces)
 
 
 class ModelRunner:
-    """Runs plans. Lives on the engine's thread."""
+    """Runs plans. Lives on the engine's thread.
+
+    What it runs may be run again, as a whole or in parts: the keys and values are written to the same places, and
+    no sequence changes.
+    """
 
     def __init__(self, wrapped: WrappedModel, cache: KVCache, memory: DeviceMemory, kernel: LoraKernel) -> None:
         self._wrapped = wrapped
+        self._vocab_size = wrapped.vocab_size
         self._cache = cache
         self._memory = memory
         self._kernel = kernel
         self._device = memory.device
+
+    @property
+    def spare_block(self) -> int:
+        """The block of the cache that no sequence has."""
+        return self._cache.spare_block
 
     @torch.inference_mode()
     def forward(self, scheduled: SequenceOf[Scheduled]) -> torch.Tensor:
@@ -53,7 +79,7 @@ class ModelRunner:
         finally:
             context.batch = None
         logits: torch.Tensor = output.logits[0]
-        return logits
+        return logits[:, : self._vocab_size] if logits.shape[1] > self._vocab_size else logits
 
     @torch.inference_mode()
     def sample(self, scheduled: SequenceOf[Scheduled], logits: torch.Tensor) -> StepResult:
@@ -64,7 +90,7 @@ class ModelRunner:
         at = 0
         for item in scheduled:
             count = len(_logit_rows(item, 0))
-            if item.seq.wants_prompt_logits and not item.seq.num_output_tokens:
+            if item.seq.scores_prompt:
                 self._read_prompt(item, logits[at : at + count], result)
             at += count
             if item.samples:
@@ -73,25 +99,25 @@ class ModelRunner:
         if seqs:
             wanted = logits if len(rows) == logits.shape[0] else logits[rows]
             sampled = sample(wanted, seqs)
-            for seq, token_id, logprob in zip(seqs, sampled.token_ids, sampled.logprobs, strict=True):
-                result.token_ids[id(seq)] = token_id
-                result.logprobs[id(seq)] = logprob
+            for i, seq in enumerate(seqs):
+                result.token_ids[id(seq)] = sampled.token_ids[i]
+                result.logprobs[id(seq)] = sampled.logprobs[i]
+            if not all(sampled.is_finite):
+                result.not_finite.update(id(s) for s, ok in zip(seqs, sampled.is_finite, strict=True) if not ok)
         return result
 
     def _read_prompt(self, item: Scheduled, logits: torch.Tensor, result: StepResult) -> None:
         seq = item.seq
         if seq.capture_logits:
-            earlier = seq.captured if item.start else []
-            seq.captured = [*earlier, logits.float().clone()]
-            if item.samples:
-                result.captured[id(seq)] = torch.cat(seq.captured)
+            result.captured[id(seq)] = [logits.float().clone()]
             return
         following = seq.tokens[item.start + 1 : item.start + item.num_tokens + 1]
-        if item.start == 0:
-            seq.prompt_logprobs = [TokenLogprob(seq.tokens[0], None)]
-        if following:
-            counts = [seq.params.prompt_logprobs or 0] * len(following)
-            seq.prompt_logprobs += token_logprobs(logits[: len(following)], following, counts)
+        entries = token_logprobs(
+            logits[: len(following)], following, [seq.params.prompt_logprobs or 0] * len(following)
+        )
+        if any(entry.logprob != entry.logprob for entry in entries):  # NaN
+            result.not_finite.add(id(seq))
+        result.prompt_logprobs[id(seq)] = [TokenLogprob(seq.tokens[0], None), *entries] if not item.start else entries
 
     def _build(self, scheduled: SequenceOf[Scheduled]) -> Batch:
         size = self._cache.block_size
@@ -135,6 +161,6 @@ class ModelRunner:
 
 def _logit_rows(item: Scheduled, first_row: int) -> list[int]:
     """The rows of a sequence's chunk whose logits are wanted: all, the last, or none."""
-    if item.seq.wants_prompt_logits and not item.seq.num_output_tokens:
+    if item.seq.scores_prompt:
         return list(range(first_row, first_row + item.num_tokens))
     return [first_row + item.num_tokens - 1] if item.samples else []

@@ -18,6 +18,7 @@ NUM_CANDIDATES = 256  # top-p is first tried among this many; the full sort is f
 MIN_TEMPERATURE = 1e-30  # lower ones, which float32 would round to 0, draw the likeliest token all the same
 MIN_PENALTY = 1e-30  # lower ones, which float32 would round to 0, make nothing larger than a float can be
 DRAWS_AHEAD = 64  # places of a sequence whose random numbers are made together
+_ROWS_AT_ONCE = 32  # log-probabilities are made of so many rows at a time: each is another [vocab] in float32
 _WORDS = 4  # numbers of 64 bits that the generator makes of one counter, of which the first is used
 
 
@@ -181,7 +182,18 @@ def _logprobs(logits: torch.Tensor, token_ids: list[int], seqs: list[Sequence]) 
 
 
 def token_logprobs(logits: torch.Tensor, token_ids: list[int], counts: list[int]) -> list[TokenLogprob]:
-    """Log-probability of each row's token, and of the `counts[row]` likeliest; `logits` [rows, vocab] float32."""
+    """Log-probability of each row's token, and of the `counts[row]` likeliest; `logits` [rows, vocab], any float dtype.
+
+    NaN where a row's logits are not finite.
+    """
+    found: list[TokenLogprob] = []
+    for at in range(0, len(token_ids), _ROWS_AT_ONCE):
+        part = slice(at, at + _ROWS_AT_ONCE)
+        found += _token_logprobs(logits[part], token_ids[part], counts[part])
+    return found
+
+
+def _token_logprobs(logits: torch.Tensor, token_ids: list[int], counts: list[int]) -> list[TokenLogprob]:
     logprobs = torch.log_softmax(logits.float(), dim=-1)
     own = logprobs.gather(1, torch.tensor(token_ids, device=logits.device)[:, None])[:, 0].tolist()
     most = max(counts)

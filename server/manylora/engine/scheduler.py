@@ -9,7 +9,7 @@ in the prefix cache. So the time to a first token does not grow with the answers
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from time import monotonic
@@ -61,18 +61,44 @@ class Scheduled:
 
 @dataclass(slots=True)
 class Plan:
-    """One step's work, sequences with one token first; and the sequences whose adapter failed to load."""
+    """One step's work, sequences with one token first."""
 
     scheduled: list[Scheduled] = field(default_factory=list)
-    failed: list[tuple[Sequence, ManyloraError]] = field(default_factory=list)
     num_tokens: int = 0
 
 
+@dataclass(slots=True)
+class _Room:
+    """What a step may still take: tokens, and among them prompt tokens whose logits are wanted."""
+
+    tokens: int
+    prompt_logits: int
+
+    def fits(self, seq: Sequence) -> int:
+        """How many of the sequence's tokens."""
+        count = min(seq.num_uncomputed, self.tokens)
+        return min(count, self.prompt_logits) if seq.scores_prompt else count
+
+    def take(self, seq: Sequence, count: int) -> None:
+        self.tokens -= count
+        if seq.scores_prompt:
+            self.prompt_logits -= count
+
+
 class Scheduler:
-    """Owns the waiting and the running sequences."""
+    """Owns the waiting and the running sequences.
+
+    Of prompts whose logits are wanted, a step runs at most `max_prompt_logits` tokens.
+    """
 
     def __init__(
-        self, blocks: BlockManager, slots: SlotProvider, *, max_num_seqs: int, max_num_batched_tokens: int
+        self,
+        blocks: BlockManager,
+        slots: SlotProvider,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_prompt_logits: int | None = None,
     ) -> None:
         self.blocks = blocks
         self.waiting = FairQueue()
@@ -82,6 +108,7 @@ class Scheduler:
         self._slots = slots
         self.max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
+        self._max_prompt_logits = max_prompt_logits or max_num_batched_tokens
         self._passed_over: Counter[int] = Counter()  # by id() of waiting sequences
         self._yielding: dict[str, Sequence] = {}  # adapter id -> the sequence it makes room for
         self._granted: dict[int, int] = {}  # id() of a waiting sequence -> the plan that made another yield to it
@@ -89,40 +116,47 @@ class Scheduler:
         self._held_since: dict[str, int] = {}  # adapter id -> the plan since which it has run without a break
         self._started: dict[int, int] = {}  # id() of a running sequence -> the plan since which it runs
         self._num_plans = 0
+        self._only: Collection[int] | None = None  # id()s of the sequences that the plan may name, None for all
+        self._failed: list[tuple[Sequence, ManyloraError]] = []
 
     @property
     def has_work(self) -> bool:
         return bool(self.running) or len(self.waiting) > 0
 
     def add(self, seq: Sequence) -> None:
-        self.waiting.enter(seq.tenant)
-        for follower in seq.followers:
-            self.waiting.enter(follower.tenant)
+        for each in (seq, *seq.followers):
+            self.waiting.enter(each.tenant)
+            each.is_counted = True
         self.waiting.push(seq)
 
-    def plan(self) -> Plan:
-        """Choose the next step's work and reserve its blocks and slots."""
+    def plan(self, only: Collection[int] | None = None) -> Plan:
+        """Choose the next step's work and reserve its blocks and slots; with `only`, for sequences of these id()s.
+
+        Whatever it raises, every sequence is either running or waiting, what was reserved for it is its own, and
+        the next plan goes on from there.
+        """
         plan = Plan()
+        self._only = only
         work: dict[int, Scheduled] = {}
         self._num_plans += 1
         self._lacking.clear()
-        budget = self._max_num_batched_tokens
+        room = _Room(self._max_num_batched_tokens, self._max_prompt_logits)
         may_admit = True
         for seq in sorted(self.running, key=lambda s: s.num_uncomputed > 1):
-            if seq.status is not SequenceStatus.RUNNING or budget <= 0:
+            count = room.fits(seq)
+            if seq.status is not SequenceStatus.RUNNING or count <= 0 or not self._is_meant(seq):
                 continue
-            count = min(seq.num_uncomputed, budget)
             while not self.blocks.allocate(seq, seq.num_computed + count):
                 may_admit = False
                 victim = self._most_over_share()
-                budget += self._preempt(victim, work)
+                room.take(victim, -self._preempt(victim, work))
                 if victim is seq:
                     break
             else:
                 work[id(seq)] = Scheduled(seq, seq.num_computed, count)
-                budget -= count
+                room.take(seq, count)
         if may_admit:
-            self._admit(plan, work, budget)
+            self._admit(work, room)
         if self._lacking:
             self._take_turns(work)
         plan.scheduled = sorted(work.values(), key=lambda s: s.num_tokens > 1)
@@ -131,16 +165,25 @@ class Scheduler:
         self.num_waiting_for_adapter = sum(waits or ())
         return plan
 
-    def commit(self, plan: Plan) -> None:
-        """The step has run: its keys and values are in the cache."""
-        for item in plan.scheduled:
-            seq = item.seq
-            seq.num_computed += item.num_tokens
-            self.blocks.mark_computed(seq)
-            if seq.followers and seq.is_prefilled:
-                for follower in reversed(seq.followers):
-                    self.waiting.push(follower, front=True)
-                seq.followers = []
+    def take_failed(self) -> list[tuple[Sequence, ManyloraError]]:
+        """The sequences that failed before they ran (their adapter did not load), since this was last asked."""
+        failed, self._failed = self._failed, []
+        return failed
+
+    def commit(self, item: Scheduled) -> None:
+        """The step has run: the keys and values of these tokens are in the cache."""
+        seq = item.seq
+        seq.num_computed += item.num_tokens
+        self.blocks.mark_computed(seq)
+        if seq.followers and seq.is_prefilled:
+            for follower in reversed(seq.followers):
+                self.waiting.push(follower, front=True)
+            seq.followers = []
+
+    def fail(self, seq: Sequence, error: ManyloraError) -> None:
+        """End a sequence and keep its error for `take_failed`."""
+        self._failed.append((seq, error))
+        self.finish(seq, FinishReason.ERROR)
 
     def charge_output(self, seq: Sequence) -> None:
         self.waiting.charge(seq, 0, 1)
@@ -149,7 +192,7 @@ class Scheduler:
         """End a sequence in whatever state it is, and give back all it holds."""
         if seq.is_finished:
             return
-        if seq.status is SequenceStatus.RUNNING:
+        if seq in self.running:
             self.running.remove(seq)
             self._release(seq)
         elif self._is_queued(seq):
@@ -160,30 +203,35 @@ class Scheduler:
         seq.status = SequenceStatus.FINISHED
         seq.finish_reason = reason
         seq.finished_s = monotonic()
-        self.waiting.leave(seq.tenant)
+        seq.detokenizer = None
+        if seq.is_counted:
+            seq.is_counted = False
+            self.waiting.leave(seq.tenant)
         for follower in seq.followers:
             self.finish(follower, reason)
         seq.followers = []
 
     # admission
 
-    def _admit(self, plan: Plan, work: dict[int, Scheduled], budget: int) -> None:
+    def _admit(self, work: dict[int, Scheduled], room: _Room) -> None:
         not_ready: set[str] = set()
-        while budget > 0:
-            seq = self._next_ready(plan, not_ready)
+        while room.tokens > 0:
+            seq = self._next_ready(not_ready)
             if seq is None:
                 return
-            if not self._make_seat(seq, work):
-                self._unacquire(seq)
+            try:
+                if self._make_seat(seq, work):
+                    self._start(seq)
+            finally:
+                if seq.status is not SequenceStatus.RUNNING:
+                    self.blocks.free(seq)
+                    self._unacquire(seq)
+            if seq.status is not SequenceStatus.RUNNING:
                 return
-            if not seq.num_charged:
-                self.waiting.charge(seq, seq.num_prompt_tokens - seq.num_computed, 0)
-                seq.num_charged = seq.num_prompt_tokens
-                seq.num_cached_tokens = seq.num_computed
-            self._start(seq)
-            count = min(seq.num_uncomputed, budget)
-            work[id(seq)] = Scheduled(seq, seq.num_computed, count)
-            budget -= count
+            count = room.fits(seq)
+            if count:
+                work[id(seq)] = Scheduled(seq, seq.num_computed, count)
+                room.take(seq, count)
 
     def _start(self, seq: Sequence) -> None:
         self.waiting.remove(seq)
@@ -198,11 +246,20 @@ class Scheduler:
         self._started[id(seq)] = self._num_plans
         if seq.adapter is not None:
             self._held_since.setdefault(seq.adapter.id, self._num_plans)
+        if not seq.num_charged:
+            seq.num_charged = seq.num_prompt_tokens
+            seq.num_cached_tokens = seq.num_computed
+            self.waiting.charge(seq, seq.num_prompt_tokens - seq.num_computed, 0)
 
-    def _next_ready(self, plan: Plan, not_ready: set[str]) -> Sequence | None:
+    def _is_meant(self, seq: Sequence) -> bool:
+        return self._only is None or id(seq) in self._only
+
+    def _next_ready(self, not_ready: set[str]) -> Sequence | None:
         """The next sequence to serve, its adapter's slot acquired; None when nobody can go on."""
         for tenant in self.waiting.tenants():
             for seq in list(islice(self.waiting.of(tenant), LOOK_AHEAD)):
+                if not self._is_meant(seq):
+                    continue
                 if seq.adapter is None:
                     return seq
                 if seq.adapter.id in not_ready:
@@ -210,8 +267,7 @@ class Scheduler:
                 try:
                     ready = self._acquire(seq, seq.adapter)
                 except ManyloraError as error:
-                    plan.failed.append((seq, error))
-                    self.finish(seq, FinishReason.ERROR)
+                    self.fail(seq, error)
                     continue
                 if ready:
                     return seq
@@ -319,10 +375,7 @@ class Scheduler:
                 return False
             self._preempt(victim, work)
         self.blocks.take_prefix(seq)
-        if self.blocks.allocate(seq, seq.num_tokens):
-            return True
-        self.blocks.free(seq)
-        return False
+        return self.blocks.allocate(seq, seq.num_tokens)
 
     def _has_blocks(self, seq: Sequence) -> bool:
         return self.blocks.blocks_needed(seq, seq.num_tokens) <= self.blocks.num_free
@@ -371,11 +424,13 @@ class Scheduler:
     def _preempt(self, seq: Sequence, work: dict[int, Scheduled]) -> int:
         """Send a running sequence back to the front of its queue; returns the tokens it gives back to the step."""
         self.running.remove(seq)
-        self._release(seq)
-        seq.status = SequenceStatus.PREEMPTED
-        if not seq.num_output_tokens:
-            seq.prompt_logprobs = []
-        self.waiting.push(seq, front=True)
+        try:
+            self._release(seq)
+        finally:
+            seq.status = SequenceStatus.PREEMPTED
+            if not seq.num_output_tokens:
+                seq.prompt_logprobs = []
+            self.waiting.push(seq, front=True)
         self._preemptions[seq.tenant] += 1
         item = work.pop(id(seq), None)
         return item.num_tokens if item else 0
@@ -386,8 +441,8 @@ class Scheduler:
         if seq.adapter is not None:
             if not any(s.adapter is not None and s.adapter.id == seq.adapter.id for s in self.running):
                 del self._held_since[seq.adapter.id]
+            seq.slot = -1  # before it is let go of: whatever that raises, nobody may let go of it once more
             self._slots.release(seq.adapter)
-            seq.slot = -1
 
     # housekeeping
 

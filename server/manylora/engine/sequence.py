@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from manylora.engine.detokenizer import Detokenizer
 from manylora.engine.interface import AdapterRef, FinishReason, SamplingParams, TokenLogprob
 
 
@@ -59,9 +60,12 @@ class Sequence:
         self.tenant = tenant
         self.weight = weight
         self.capture_logits = capture_logits
+        # None of the prompt may come from the cache, since the logits of all of it are asked for.
+        self.wants_prompt_logits = capture_logits or params.prompt_logprobs is not None
         self.cache_salt = cache_salt
         self.seed = params.seed if params.seed is not None else secrets.randbits(63)
         self.status = SequenceStatus.WAITING
+        self.is_counted = False  # among its tenant's, from the time it is added until it has finished
         self.finish_reason: FinishReason | None = None
         self.slot = -1
         self.block_table: list[int] = []
@@ -71,6 +75,7 @@ class Sequence:
         self.num_charged = 0
         self.output_counts: Counter[int] = Counter()
         self.draws: Draws | None = None
+        self.detokenizer: Detokenizer | None = None  # from the time it is added until it has finished
         self.prompt_logprobs: list[TokenLogprob] = []
         self.captured: list[Any] = []  # logits of the prompt's chunks so far, where they are asked for
         self.followers: list[Sequence] = []
@@ -104,9 +109,9 @@ class Sequence:
         return self.status is SequenceStatus.FINISHED
 
     @property
-    def wants_prompt_logits(self) -> bool:
-        """The prompt's own logits are asked for, so none of it may come from the cache."""
-        return self.capture_logits or self.params.prompt_logprobs is not None
+    def scores_prompt(self) -> bool:
+        """What runs of it next are prompt tokens whose logits are all wanted."""
+        return self.wants_prompt_logits and not self.num_output_tokens
 
     @property
     def has_penalties(self) -> bool:

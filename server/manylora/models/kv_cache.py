@@ -14,8 +14,9 @@ class KVShape:
 
 
 class KVCache:
-    """`keys[layer]` and `values[layer]`: [num_blocks, num_heads, block_size, head_dim].
+    """`keys[layer]` and `values[layer]`: [num_blocks + 1, num_heads, block_size, head_dim].
 
+    The last block is spare: it belongs to no sequence, so that a step can be tried without any.
     Blocks are never cleared: readers look at no position behind a sequence's length.
     """
 
@@ -27,9 +28,13 @@ class KVCache:
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
         for shape in shapes:
-            room = (num_blocks, shape.num_heads, block_size, shape.head_dim)
+            room = (num_blocks + 1, shape.num_heads, block_size, shape.head_dim)
             self.keys.append(torch.empty(room, dtype=dtype, device=device))
             self.values.append(torch.empty(room, dtype=dtype, device=device))
+
+    @property
+    def spare_block(self) -> int:
+        return self.num_blocks
 
 
 def bytes_per_block(shapes: list[KVShape], block_size: int, dtype: torch.dtype) -> int:

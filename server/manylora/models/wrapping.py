@@ -37,6 +37,12 @@ class WrappedModel:
     modules: dict[str, ModuleSpec]
     sites: dict[str, int]
 
+    @property
+    def vocab_size(self) -> int:
+        """Ids below this are tokens: they have a row of the embedding and a logit."""
+        rows = int(self.model.get_input_embeddings().weight.shape[0])
+        return min(rows, int(self.survey.probes[0].base.shape[-1]))
+
     def attach_cache(self, cache: KVCache, *, use_native: bool) -> None:
         """Attend over this cache from now on, by the C++ kernels or in torch operations."""
         name = f"manylora-{next(_numbers)}"
