@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -86,10 +87,16 @@ def remove_tree(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def clear_folder(folder: Path) -> None:
-    """Leave the folder in place and empty."""
+def clear_folder(folder: Path, *, older_than_s: float = 0.0) -> None:
+    """Leave the folder in place and empty, but for what was changed within `older_than_s`."""
     folder.mkdir(parents=True, exist_ok=True)
     for entry in folder.iterdir():
+        try:
+            is_young = time.time() - entry.lstat().st_mtime < older_than_s
+        except FileNotFoundError:  # another server's, and done with
+            continue
+        if is_young:
+            continue
         if entry.is_dir() and not entry.is_symlink():
             remove_tree(entry)
         else:

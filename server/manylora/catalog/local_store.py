@@ -24,19 +24,28 @@ from manylora.errors import AdapterLoadFailed
 _READING = "The adapter's files cannot be read"
 _STORING = "The adapter's files cannot be stored"
 _MOVING = "The adapter's files cannot be moved"
+# What is half written in a shared folder may be another server's work in progress.
+_OTHERS_WORK_S = 86_400.0
+
+
+def _taken(root: Path) -> str:
+    return (
+        f"Another manylora server uses the store {root}. Servers can share it if all of them have the same PostgreSQL "
+        "database (database_url); else give this one another store_url or --data-dir."
+    )
 
 
 class LocalStore:
-    """Implements `catalog.store.Store`. With `is_exclusive` the folder belongs to this process.
+    """Implements `catalog.store.Store`.
 
-    Raises StartupError if another one has it.
+    With `is_locked` the folder belongs to this process, or with `is_shared` to servers on one PostgreSQL database,
+    whose locks keep them apart (`Database.named_lock`). Raises StartupError if somebody else has it.
     """
 
-    is_shared = False
-
-    def __init__(self, root: Path, *, is_exclusive: bool = True) -> None:
+    def __init__(self, root: Path, *, is_locked: bool = True, is_shared: bool = False) -> None:
         self._root = root.absolute()
-        self._lock = FolderLock(self._root) if is_exclusive else None
+        self.is_shared = is_shared
+        self._lock = FolderLock(self._root, is_shared=is_shared, taken=_taken(self._root)) if is_locked else None
         self._incoming = self._root / "incoming"
         self._orphans = self._root / "orphans"
 
@@ -194,7 +203,7 @@ class LocalStore:
 
     def tidy(self) -> None:
         with file_errors("The store cannot be written"):
-            clear_folder(self._incoming)
+            clear_folder(self._incoming, older_than_s=_OTHERS_WORK_S if self.is_shared else 0.0)
 
     def close(self) -> None:
         if self._lock is not None:

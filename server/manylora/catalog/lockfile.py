@@ -1,30 +1,48 @@
-"""One server per data folder: two that sweep and write the same files would undo each other's work."""
+"""Who may use a folder: two servers that sweep and write the same files unawares would undo each other's work."""
 
+import errno
 import fcntl
 import os
 from pathlib import Path
 
+from manylora.catalog.faults import file_error
 from manylora.errors import StartupError
+
+_NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 
 
 class FolderLock:
-    """An exclusive lock on a folder. The system lets go of it when the process ends, however it ends."""
+    """A lock on a folder. The system lets go of it when the process ends, however it ends.
 
-    def __init__(self, folder: Path) -> None:
+    Several processes may have it at a time if all ask for it with `is_shared`. `taken` says what to do where somebody
+    else has it. Raises StartupError.
+    """
+
+    def __init__(self, folder: Path, *, is_shared: bool = False, taken: str = "") -> None:
+        taken = taken or f"Another manylora server uses {folder}. Stop it, or give this one another --data-dir."
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise StartupError(f"The folder {folder} cannot be used: {error}") from error
+            raise StartupError(file_error(error, f"The folder {folder} cannot be used").message) from error
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            fcntl.flock(self._descriptor, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except OSError as error:
             os.close(self._descriptor)
-            raise StartupError(
-                f"Another manylora server uses {folder}. Stop it, or give this one another --data-dir."
-            ) from error
+            raise StartupError(_reason(error, folder, taken)) from error
 
     def release(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def _reason(error: OSError, folder: Path, taken: str) -> str:
+    if isinstance(error, BlockingIOError):
+        return taken
+    if error.errno in _NO_LOCKS:
+        return (
+            f"The file system of {folder} has no locks, without which two servers would undo each other's work. Use a "
+            "folder on another file system, or an object store (store_url)."
+        )
+    return file_error(error, f"The folder {folder} cannot be locked").message

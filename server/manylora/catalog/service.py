@@ -82,7 +82,8 @@ class Catalog:
             stack.callback(lock.release)
             database = open_database(settings.resolved_database_url, settings.database_timeout_s)
             stack.callback(database.close)
-            store = open_store(settings.resolved_store_url, settings.data_dir / "cache")
+            cache = settings.data_dir / "cache"
+            store = open_store(settings.resolved_store_url, cache, is_shared=not database.is_sqlite)
             stack.callback(store.close)
             check_owner(store, database)
             catalog = cls(database, store, lock, settings, Rules(modules, settings.max_rank, max_bytes, base))

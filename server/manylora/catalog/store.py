@@ -14,6 +14,7 @@ Database and store are backed up and restored apart from each other, so neither 
 the database does not know are moved to `orphans/`, from where they come back once it does.
 """
 
+import secrets
 from pathlib import Path
 from typing import Protocol
 
@@ -21,10 +22,11 @@ import fsspec
 from fsspec.utils import stringify_path
 
 from manylora.catalog.cache import DownloadCache
+from manylora.catalog.faults import cause_of
 from manylora.catalog.files import Orphan
 from manylora.catalog.local_store import LocalStore
 from manylora.catalog.remote_store import RemoteStore
-from manylora.errors import StartupError
+from manylora.errors import StartupError, Unavailable, quoted
 
 __all__ = ["LocalStore", "RemoteStore", "Store", "open_store"]
 
@@ -97,17 +99,40 @@ class Store(Protocol):
     def close(self) -> None: ...
 
 
-def open_store(url: str, cache: Path, *, is_exclusive: bool = True) -> Store:
+def open_store(url: str, cache: Path, *, is_exclusive: bool = True, is_shared: bool = False) -> Store:
     """The store behind a URL; `cache` is a local folder for copies of remote blobs. Raises StartupError.
 
-    Without `is_exclusive` a local folder may be in use by a server: for reading, and for mending single blobs.
+    Without `is_exclusive` a local folder may be in use by a server: for reading, and for mending single blobs. With
+    `is_shared` several servers on one database may use it.
     """
     if url.startswith("file://") or "://" not in url:
-        return LocalStore(Path(url.removeprefix("file://")), is_exclusive=is_exclusive)
+        return LocalStore(Path(url.removeprefix("file://")), is_locked=is_exclusive, is_shared=is_shared)
+    if url.startswith("local://"):
+        raise StartupError(f"store_url {quoted(url)}: a folder is written as file:///PATH.")
     try:
         filesystem, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
     except ImportError as error:
-        raise StartupError(f"store_url {url}: {error}. For s3:// install 'manylora[s3]'.") from error
-    except ValueError as error:
-        raise StartupError(f"store_url {url} is not usable: {error}") from error
-    return RemoteStore(filesystem, stringify_path(root), DownloadCache(cache))
+        raise StartupError(f"store_url {quoted(url)}: {error}. For s3:// install 'manylora[s3]'.") from error
+    except Exception as error:  # fsspec's file systems promise no class
+        raise StartupError(f"store_url {quoted(url)} is not usable: {cause_of(error)}") from error
+    store = RemoteStore(filesystem, stringify_path(root), DownloadCache(cache))
+    if is_exclusive:
+        _prove(store, url)
+    return store
+
+
+def _prove(store: Store, url: str) -> None:
+    """What cannot be written is found out now and not at the first upload. Raises StartupError."""
+    name, sent = f"probes/{secrets.token_hex(8)}", secrets.token_bytes(16)
+    try:
+        store.write(name, sent)
+        try:
+            found = store.read(name)
+        finally:
+            store.erase(name)
+    except Unavailable as error:
+        raise StartupError(f"store_url {quoted(url)} cannot be used: {error.message}") from error
+    if found != sent:
+        raise StartupError(
+            f"store_url {quoted(url)} cannot be used: what was written there came back as something else."
+        )
