@@ -15,12 +15,15 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+from manylora.catalog.database import open_database
 from manylora.catalog.receive import ARCHIVE_PART
+from manylora.catalog.rescan import rescan
 from manylora.catalog.service import Catalog
+from manylora.catalog.store import open_store
 from manylora.errors import AdapterNotFound, Conflict
 from manylora.settings import Settings
 
-from .rig import MODULES, CatalogEngine, sound_files, tar_of
+from .rig import MODULES, TENSOR_FILE, CatalogEngine, sound_files, tar_of
 
 TENANT = "acme"
 NAMES = ("a", "b", "c")
@@ -72,12 +75,61 @@ async def main(data_dir: Path, seed: int) -> None:
         await _step(catalog, chance)
 
 
-def _serve_forks(data_dir: Path) -> None:
+async def restoring(data_dir: Path, seed: int) -> None:
+    """Starts with an older and a newer database in turn, rescans and repairs: whatever moves files in the store."""
+    chance = random.Random(seed)
+    _say(open=True)
+    while True:
+        action = chance.choice(["older", "newer", "rescan", "mend"])
+        _say(begin=action, name="")
+        if action == "rescan":
+            _rescan(data_dir)
+        elif action == "mend":
+            _mend(data_dir, chance)
+        else:
+            catalog = Catalog.open(_settings_with(data_dir, action), MODULES)
+            await catalog.attach(CatalogEngine())
+            await catalog.aclose()
+        _say(end=action, name="")
+
+
+def _settings_with(data_dir: Path, database: str) -> Settings:
+    return Settings(data_dir=data_dir, database_url=f"sqlite:///{data_dir}/{database}.sqlite3")
+
+
+def _rescan(data_dir: Path) -> None:
+    for file in data_dir.glob("fresh.sqlite3*"):
+        file.unlink()
+    database = open_database(f"sqlite:///{data_dir}/fresh.sqlite3")
+    store = open_store(f"file://{data_dir}/store", data_dir / "cache")
+    owner = store.read("registry")
+    rescan(database, store)
+    assert owner is not None
+    store.write("registry", owner)  # it stays the store of the other two
+    store.close()
+    database.close()
+
+
+def _mend(data_dir: Path, chance: random.Random) -> None:
+    """A file is damaged, and a copy of the adapter is there."""
+    store = open_store(f"file://{data_dir}/store", data_dir / "cache")
+    blobs = sorted(store.blobs())
+    if blobs:
+        blob = chance.choice(blobs)
+        store.write(f"{blob[:2]}/{blob}/{TENSOR_FILE}", b"damaged")
+        store.put(data_dir / "copies" / blob, blob)
+    store.close()
+
+
+LIVES = {"life": main, "restoring": restoring}
+
+
+def _serve_forks(data_dir: Path, life: str) -> None:
     _say(ready=True)
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
-            asyncio.run(main(data_dir, int(line)))
+            asyncio.run(LIVES[life](data_dir, int(line)))
         _say(pid=child)
         os.waitpid(child, 0)
         sys.stdout.write("\n")  # the dead one may have left half a line
@@ -86,4 +138,4 @@ def _serve_forks(data_dir: Path) -> None:
 
 if __name__ == "__main__":
     tempfile.tempdir = sys.argv[2]
-    _serve_forks(Path(sys.argv[1]))
+    _serve_forks(Path(sys.argv[1]), sys.argv[3])

@@ -4,7 +4,9 @@ import asyncio
 import json
 import os
 import random
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -16,20 +18,21 @@ from typing import Any
 import pytest
 
 from manylora.catalog.service import Catalog
+from manylora.catalog.verify import verify
 from manylora.lora import format as lora_format
 from manylora.settings import Settings
 
 from .crash_child import NAMES, TENANT
-from .rig import MODULES, CatalogEngine
+from .rig import MODULES, TENSOR_FILE, CatalogEngine, running, sound_files
 
 KILLS = 25
 _ROOT = Path(__file__).resolve().parents[2]
 
 
 @contextmanager
-def _forks(data_dir: Path, scratch: Path) -> Iterator["subprocess.Popen[str]"]:
+def _forks(data_dir: Path, scratch: Path, life: str = "life") -> Iterator["subprocess.Popen[str]"]:
     """The process that makes those that are killed."""
-    command = [sys.executable, "-m", "tests.catalog.crash_child", str(data_dir), str(scratch)]
+    command = [sys.executable, "-m", "tests.catalog.crash_child", str(data_dir), str(scratch), life]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(command, cwd=_ROOT, text=True, env=_environment(), **pipes) as process:  # type: ignore[call-overload]
         assert json.loads(process.stdout.readline()) == {"ready": True}
@@ -142,3 +145,52 @@ def test_kill_at_random_moments_leaves_every_adapter_absent_or_whole(tmp_path: P
     assert num_operations > KILLS
     assert num_interrupted > 0, "no kill hit an operation; the test shows nothing"
     assert max(highest.values()) > 1
+
+
+async def _two_databases(data_dir: Path) -> dict[str, bytes]:
+    """A store with four adapters, a database that knows one of them, and one that knows all; the bytes by blob."""
+    settings = Settings(data_dir=data_dir, database_url=f"sqlite:///{data_dir}/newer.sqlite3")
+    async with running(settings) as rig:
+        for number in range(4):
+            assert (await rig.push(f"a{number}", sound_files(number + 1.0))).status_code == 201
+            if number == 0:
+                with sqlite3.connect(data_dir / "newer.sqlite3") as database:
+                    database.execute(f"VACUUM INTO '{data_dir}/older.sqlite3'")
+                database.close()
+    shutil.copytree(data_dir / "store", data_dir / "copies-of-store")
+    (data_dir / "copies").mkdir()
+    for folder in (data_dir / "copies-of-store").glob("??/*"):
+        folder.rename(data_dir / "copies" / folder.name)
+    return {folder.name: (folder / TENSOR_FILE).read_bytes() for folder in (data_dir / "copies").iterdir()}
+
+
+async def _assert_nothing_lost(data_dir: Path, expected: dict[str, bytes]) -> None:
+    """The newer database serves all that it knows, but for what the kill left damaged, which can be mended."""
+    settings = Settings(data_dir=data_dir, database_url=f"sqlite:///{data_dir}/newer.sqlite3")
+    async with running(settings) as rig:
+        assert rig.catalog._blobs.missing == frozenset()
+        for checked in verify(rig.catalog.database, rig.catalog.store, data_dir / "copies"):
+            assert checked.fault is None or checked.is_mended, checked
+        found = {}
+        for entry in rig.catalog.directory.entries():
+            folder = rig.catalog.local_folder(entry.versions[1].ref)
+            found[folder.name] = (folder / TENSOR_FILE).read_bytes()
+        assert found == expected
+        assert len(rig.catalog.store.names("labels")) == len(expected)
+    assert not list((data_dir / "store" / "incoming").iterdir())
+
+
+@pytest.mark.slow
+def test_kill_while_files_are_set_aside_brought_back_registered_and_mended_loses_none(tmp_path: Path) -> None:
+    data_dir, scratch = tmp_path / "data", tmp_path / "scratch"
+    scratch.mkdir()
+    expected = asyncio.run(_two_databases(data_dir))
+    num_operations = num_interrupted = 0
+    with _forks(data_dir, scratch, "restoring") as forks:
+        for seed in range(KILLS):
+            said = _run_until_killed(forks, seed)
+            asyncio.run(_assert_nothing_lost(data_dir, expected))
+            num_operations += len([line for line in said if "end" in line])
+            num_interrupted += bool(said) and "begin" in said[-1]
+    assert num_operations > KILLS / 2
+    assert num_interrupted > 0, "no kill hit an operation; the test shows nothing"

@@ -1,0 +1,134 @@
+"""`manylora adapters verify`, `rescan` and `orphans` as an operator runs them."""
+
+import asyncio
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from manylora.catalog.lockfile import FolderLock
+from manylora.cli import build
+from manylora.errors import StartupError
+from manylora.settings import Settings
+
+from .rig import TENSOR_FILE, running, sound_files
+
+
+def run(settings: Settings, *words: str, typed: str | None = None) -> Result:
+    return CliRunner().invoke(build(), ["adapters", *words, "--data-dir", str(settings.data_dir)], input=typed)
+
+
+def stored(settings: Settings, where: str = "??") -> list[Path]:
+    return sorted((settings.data_dir / "store").glob(f"{where}/*"))
+
+
+@pytest.fixture
+def data(settings: Settings) -> Settings:
+    """A data folder with the adapters acme/x and acme/y, without a server."""
+
+    async def fill() -> None:
+        async with running(settings, "acme:manager") as rig:
+            await rig.push("x", sound_files(1.0), "acme:manager")
+            await rig.push("y", sound_files(2.0), "acme:manager")
+
+    asyncio.run(fill())
+    return settings
+
+
+def lose_database(settings: Settings) -> None:
+    for file in settings.data_dir.glob("registry.sqlite3*"):
+        file.unlink()
+
+
+def start(settings: Settings) -> None:
+    async def open_and_close() -> None:
+        async with running(settings):
+            pass
+
+    asyncio.run(open_and_close())
+
+
+def test_verify_names_what_is_damaged_and_mends_it(data: Settings, tmp_path: Path) -> None:
+    assert run(data, "verify").stdout == "2 checked, 0 mended, 0 damaged\n"
+    shutil.copytree(data.data_dir / "store", tmp_path / "backup")
+    first, second = stored(data)
+    (first / TENSOR_FILE).write_bytes(b"other")
+    shutil.rmtree(second)
+    damaged = run(data, "verify")
+    assert (damaged.exit_code, damaged.stdout.count("DAMAGED: acme/")) == (1, 2)
+    assert damaged.stdout.endswith("2 checked, 0 mended, 2 damaged\n")
+    as_json = json.loads(run(data, "verify", "--json").stdout)
+    assert (as_json["sound"], as_json["left"], len(as_json["faults"])) == (0, 2, 2)
+    mended = run(data, "verify", "--repair-from", str(tmp_path / "backup"))
+    assert (mended.exit_code, mended.stdout.count("mended: acme/")) == (0, 2)
+    assert run(data, "verify").stdout == "2 checked, 0 mended, 0 damaged\n"
+
+
+def test_verify_does_not_need_the_server_to_stop(data: Settings) -> None:
+    locks = [FolderLock(data.data_dir), FolderLock(data.data_dir / "store")]
+    assert run(data, "verify").exit_code == 0
+    assert run(data, "orphans").exit_code == 0
+    for words in (("rescan",), ("orphans", "--drop", "--yes")):
+        refused = run(data, *words)
+        assert isinstance(refused.exception, StartupError)
+        assert "Stop it" in refused.exception.message
+    for lock in locks:
+        lock.release()
+
+
+def test_verify_refuses_another_servers_store(data: Settings) -> None:
+    lose_database(data)
+    refused = run(data, "verify")
+    assert isinstance(refused.exception, StartupError)
+    assert "belongs to another registry" in refused.exception.message
+
+
+def test_a_lost_database_comes_back_by_a_rescan(data: Settings) -> None:
+    lose_database(data)
+    done = run(data, "rescan")
+    assert done.stdout.splitlines() == ["registered: acme/x@1", "registered: acme/y@1", "2 registered, 0 were known"]
+    again = json.loads(run(data, "rescan", "--json").stdout)
+    assert (again["registered"], again["known"]) == ([], 2)
+    key = CliRunner().invoke(build(), ["keys", "create", "--tenant", "acme", "--data-dir", str(data.data_dir)])
+    assert key.exit_code == 0
+    start(data)
+    assert run(data, "verify").exit_code == 0
+
+
+def test_orphans_are_listed_brought_back_and_dropped(data: Settings) -> None:
+    first, second = stored(data)
+    aside = data.data_dir / "store" / "orphans"
+    aside.mkdir()
+    for folder in (first, second):
+        folder.rename(aside / folder.name)
+        os.utime(aside / folder.name)
+    listed = json.loads(run(data, "orphans", "--json").stdout)
+    assert sorted(row["versions"] for row in listed) == [["acme/x@1"], ["acme/y@1"]]
+    assert all(row["until"] - row["since"] == 30 * 86_400 for row in listed)
+    assert "acme/x@1" in run(data, "orphans").stdout
+    assert run(data, "orphans", "--drop", typed="n\n").exit_code != 0
+    assert len(stored(data, "orphans")) == 2
+    dropped = run(data, "orphans", "--drop", "--yes")
+    assert (dropped.exit_code, dropped.stdout.count("dropped")) == (0, 2)
+    assert stored(data, "orphans") == stored(data, "labels") == []
+
+
+def test_what_is_damaged_is_not_registered_and_the_exit_code_says_so(data: Settings) -> None:
+    lose_database(data)
+    (stored(data)[0] / TENSOR_FILE).write_bytes(b"other")
+    done = run(data, "rescan")
+    assert (done.exit_code, done.stdout.count("registered: ")) == (1, 1)
+    assert "not those that were stored" in done.stdout
+
+
+@pytest.mark.slow
+def test_files_without_labels_are_validated_for_a_tenant(data: Settings, tiny_base: Path) -> None:
+    lose_database(data)
+    for label in stored(data, "labels"):
+        label.unlink()
+    assert run(data, "rescan").stdout.count("without a label: ") == 2
+    done = run(data, "rescan", "--tenant", "acme", "--model", str(tiny_base))
+    assert (done.exit_code, done.stdout.count("registered: acme/recovered-")) == (0, 2), done.output
