@@ -21,7 +21,7 @@ help:
 	@echo "make quick    the tests that take seconds"
 	@echo "make check    linter, formatting, types"
 	@echo "make format   put the code into its format"
-	@echo "make docs     write the tables in docs/configuration.md and docs/lifecycle.md anew"
+	@echo "make docs     write the tables in docs/configuration.md, lifecycle.md and models.md anew"
 	@echo "make clean    remove what was built; make distclean: .venv too"
 
 serve: $(VENV)/.runtime
@@ -62,6 +62,7 @@ format: $(VENV)/.dev
 docs: $(VENV)/.dev
 	$(BIN)/python scripts/document_settings.py
 	$(BIN)/python scripts/document_lifecycle.py
+	$(BIN)/python scripts/document_models.py
 
 # The build needs torch's headers, so torch comes first and the build is not isolated from it.
 $(VENV)/.torch:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -59,6 +60,18 @@ def test_every_setting_is_used(name: str) -> None:
     )
 
     assert re.search(rf"settings\.(resolved_)?{name}\b", text), "accepted and ignored"
+
+
+# models
+
+
+def test_the_models_page_and_the_readme_say_what_the_table_of_types_does() -> None:
+    page = (DOCS / "models.md").read_text(encoding="utf-8")
+    types = json.loads((ROOT / "tests" / "models" / "zoo.json").read_text(encoding="utf-8"))["types"]
+    served = sum(each["outcome"] == "served" for each in types.values())
+
+    assert script("document_models").with_table(page) == page, "run `make docs`"
+    assert f"{served} of the {len(types)} decoder types" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 # routes

@@ -14,10 +14,12 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from manylora.engine.build import EngineBuilder
+from manylora.engine.engine import Engine
 from manylora.engine.interface import AdapterRef, SamplingParams
 from manylora.engine.sequence import Sequence
 from manylora.errors import InvalidAdapter, ModelUnusable
 from manylora.lora import format as adapter_format
+from manylora.lora.tiers import AdapterTiers
 from manylora.metrics import NoMetrics
 from manylora.models.loading import load_base
 from manylora.models.modules import adaptable_modules, is_plain
@@ -62,6 +64,12 @@ def settings_for(folder: Path, **values: Any) -> Settings:
     )
 
 
+def start(settings: Settings, adapters: Mapping[str, Path]) -> tuple[EngineBuilder, Engine, AdapterTiers]:
+    """The base loaded, wrapped and checked, and an engine around it. Raises StartupError."""
+    builder = EngineBuilder(settings, load_base(settings))
+    return (builder, *builder.build_core(_Folders(adapters), NoMetrics()))
+
+
 def prompts(vocab: int = 300, lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]:
     random = torch.Generator().manual_seed(3)
     return [torch.randint(4, vocab, (length,), generator=random).tolist() for length in lengths]
@@ -75,8 +83,7 @@ def answer_all(
     Raises StartupError for a base, and InvalidAdapter for an adapter, that is refused.
     """
     settings = settings_for(folder, **values)
-    builder = EngineBuilder(settings, load_base(settings))
-    engine, tiers = builder.build_core(_Folders(adapters), NoMetrics())
+    builder, engine, tiers = start(settings, adapters)
     for path in adapters.values():
         adapter_format.read(path, builder.modules, max_rank=settings.max_rank, max_size=2**30)
     asked = [prompt[: builder.context_length - NUM_ANSWERED] for prompt in asked]
@@ -109,7 +116,10 @@ def make_adapters(folder: Path) -> dict[str, Path]:
     """Adapters written by PEFT for the model in `folder`, beside it: `linear` on every linear, `ends` on the embedding
     and the head. Without those that PEFT cannot make: it knows no linears with a forward of their own, and no Mamba.
     """
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+    except ValueError:  # a part of a larger model, which transformers saves and does not load by itself
+        return {}
     head = model.get_output_embeddings()
     linears, ends = [], []
     for path, spec in adaptable_modules(model).items():
@@ -126,6 +136,7 @@ def make_adapters(folder: Path) -> dict[str, Path]:
             target = folder.with_name(name)
             try:
                 make_adapter(folder, target, rank=4, seed=1, targets=targets)
+                oracle(folder, target)
             except ValueError:
                 continue
             if not json.loads((target / "adapter_config.json").read_text()).get("target_parameters"):
@@ -138,9 +149,12 @@ def oracle(folder: Path, adapter: Path | None) -> Any:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     if adapter is None:
         return model
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return PeftModel.from_pretrained(model, adapter).eval()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        tuned = PeftModel.from_pretrained(model, adapter).eval()
+    if any("missing adapter keys" in str(each.message) for each in said):
+        raise ValueError("PEFT does not read its own file again")
+    return tuned
 
 
 @torch.inference_mode()

@@ -9,7 +9,7 @@ from manylora.errors import ModelUnusable
 from manylora.lora.kernels.native import NativeKernel
 from manylora.models import fused, native
 from manylora.models.kv_cache import KVCache
-from manylora.models.matmul import factory
+from manylora.models.matmul import BaseMatmul, factory, int8
 from manylora.models.native_layers import NativeLayers
 from manylora.models.selfcheck import SelfCheck
 from manylora.models.wrapping import wrap
@@ -32,6 +32,14 @@ def test_rounded_model_differs_from_the_whole_one_by_its_rounding_only(architect
 
     with pytest.raises(ModelUnusable, match="logits differ"):
         SelfCheck(ours, cache, NativeKernel()).check()
+
+
+def test_a_rounded_linear_that_computes_something_else_is_named(tmp_path: Path) -> None:
+    def mistaken(weight: torch.Tensor, bias: torch.Tensor | None) -> BaseMatmul:
+        return int8(weight.roll(1, 0) if weight.shape == (64, 96) else weight, bias)
+
+    with pytest.raises(ModelUnusable, match=r"layers\.0\.mlp\.down_proj cannot be kept in int8"):
+        wrap(load(make_tiny_model("llama", tmp_path)), mistaken)
 
 
 def test_an_adapters_delta_is_made_from_the_input_as_it_was() -> None:

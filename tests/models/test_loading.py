@@ -13,6 +13,9 @@ from transformers import (
     BertConfig,
     BertLMHeadModel,
     BertModel,
+    LlavaConfig,
+    Qwen2AudioConfig,
+    Qwen2VLConfig,
     RoFormerConfig,
     RoFormerForCausalLM,
     T5Config,
@@ -314,6 +317,22 @@ def test_an_encoder_is_refused(tmp_path: Path, kind: Any) -> None:
     kind(config).save_pretrained(tmp_path)
 
     with pytest.raises(ModelUnusable, match="no causal language model"):
+        load_base(settings(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        (Qwen2VLConfig(architectures=["Qwen2VLForConditionalGeneration"]), "a vision-language model"),
+        (LlavaConfig(architectures=["LlavaForConditionalGeneration"]), "a vision-language model"),
+        (Qwen2AudioConfig(architectures=["Qwen2AudioForConditionalGeneration"]), "a model of speech or sound"),
+    ],
+    ids=lambda value: str(getattr(value, "model_type", "")),
+)
+def test_a_model_with_eyes_or_ears_is_named_as_what_it_is(tmp_path: Path, config: Any, what: str) -> None:
+    config.save_pretrained(tmp_path)
+
+    with pytest.raises(ModelUnusable, match=f"ForConditionalGeneration, {what}"):
         load_base(settings(tmp_path))
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from manylora.engine.build import EngineBuilder
 from manylora.errors import InvalidSettings, ModelUnusable
 from manylora.lora.kernels.torch import TorchKernel
-from manylora.models import fused
+from manylora.models import fused, native
 from manylora.models.kv_cache import KVCache
 from manylora.models.loading import load_base
 from manylora.models.masks import hidden_from, window_of
@@ -20,10 +20,11 @@ from manylora.models.positions import batch_limit, position_limit, probe_starts
 from manylora.models.selfcheck import SelfCheck
 from manylora.models.torch_layers import TorchLayers
 from manylora.models.wrapping import WrappedModel, wrap
-from tests.models.front_door import make_adapters, settings_for, try_model, try_type
+from tests.models.front_door import make_adapters, settings_for, start, try_model, try_type
 from tests.models.zoo import CHUNK, ORIGINAL, WINDOW, make_zoo_model, tiny_config
 
 CPU = torch.device("cpu")
+needs_kernels = pytest.mark.skipif(not native.is_available(), reason="the C++ kernels are not installed")
 
 
 def load(folder: Path) -> PreTrainedModel:
@@ -156,6 +157,23 @@ def test_parts_that_do_more_than_multiply_are_served_with_adapters_on_all_others
     outcome = try_type(model_type, tmp_path, kernels=kernels)
 
     assert outcome.kind == "served", outcome.detail
+
+
+@pytest.mark.parametrize("model_type", ["ernie4_5", "ministral3", "phimoe", "gemma2"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"dtype": "bfloat16", "kernels": "torch"},
+        {"dtype": "bfloat16"},
+        {"dtype": "float16"},
+        pytest.param({"quantization": "int8"}, marks=needs_kernels),
+    ],
+    ids=str,
+)
+def test_good_models_pass_in_every_number_format(how: dict[str, str], model_type: str, tmp_path: Path) -> None:
+    _, _, tiers = start(settings_for(make_zoo_model(model_type, tmp_path / "base"), **how), {})
+
+    tiers.close()
 
 
 def test_linears_on_the_wanted_rows_only_are_told_from_the_others(tmp_path: Path) -> None:

@@ -151,8 +151,7 @@ def make_zoo_model(model_type: str, folder: Path, **overrides: Any) -> Path:
         with torch.inference_mode():
             model.eval()(input_ids=torch.arange(4)[None])
     except Exception as error:
-        first = next(iter(str(error).strip().splitlines()), "")[:120]
-        raise Unbuildable(f"{type(error).__name__}: {first}") from error
+        raise Unbuildable(f"{type(error).__name__}: {' '.join(str(error).split())[:160]}") from error
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder

@@ -97,11 +97,16 @@ def _is_known(model_type: object) -> bool:
     return model_type in CONFIG_MAPPING_NAMES
 
 
-def _require_causal(folder: Path, config: Any) -> None:
+def _causal_classes(config: Any) -> set[str]:
+    """The classes of causal language models that transformers has for a config's type."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     wanted = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-    classes = {wanted} if isinstance(wanted, str) else set(wanted or ())
+    return {wanted} if isinstance(wanted, str) else set(wanted or ())
+
+
+def _require_causal(folder: Path, config: Any) -> None:
+    classes = _causal_classes(config)
     stated = list(getattr(config, "architectures", None) or ())
     if not classes or (stated and not classes & set(stated)) or _is_encoder(config):
         raise _not_causal(folder, config)
@@ -128,9 +133,19 @@ def _kind(config: Any) -> str:
 
 
 def _not_causal(folder: Path, config: Any) -> ModelUnusable:
-    return ModelUnusable(
-        f"{folder} holds {_kind(config)}, which is no causal language model. Choose a decoder-only one."
-    )
+    parts = [
+        str(name) for name in getattr(config, "sub_configs", None) or () if getattr(config, name, None) is not None
+    ]
+    for sense, what in (("vision", "a vision-language model"), ("audio", "a model of speech or sound")):
+        if any(sense in part for part in parts):
+            return ModelUnusable(
+                f"{folder} holds {_kind(config)}, {what}. Only language models are served: give a text model's "
+                "checkpoint."
+            )
+    what = "which is no causal language model"
+    if _kind(config).endswith("ForCausalLM") and not _causal_classes(config):
+        what = "a part of a larger model, which transformers does not load by itself"
+    return ModelUnusable(f"{folder} holds {_kind(config)}, {what}. Choose a decoder-only one.")
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -86,12 +86,15 @@ class _Surveyor:
         self._token_ids = torch.randint(0, vocab, (self._count,), generator=random).to(self._device)
         self._found = Survey()
         parameters = inspect.signature(model.forward).parameters
+        self._may_ignore_positions = "position_ids" not in parameters
         self._past_name = "cache" if "cache" in parameters else "past_key_values"
         self._tolerance = SAME.get(model.dtype, SAME[torch.bfloat16])
 
     def run(self) -> Survey:
         with torch.no_grad():  # no inference mode, in which changes in place cannot be told
             own = self._logits(1, position_ids=None)
+            if self._may_ignore_positions and torch.equal(own, self._logits(1, stride=2)):
+                raise ModelUnusable(f"{self._name} takes no position_ids, so its sequences cannot share a batch.")
             self._require_same(self._logits(1), own, "numbers its positions in a way of its own")
             recorder = _Recorder(self._name)
             with _attending(self._model, recorder, builds_mask=True):
@@ -109,9 +112,9 @@ class _Surveyor:
         self._found.kv_shapes = recorder.kv_shapes
         return self._found
 
-    def _logits(self, num_rows: int, *, start: int = 0, **inputs: Any) -> torch.Tensor:
+    def _logits(self, num_rows: int, *, start: int = 0, stride: int = 1, **inputs: Any) -> torch.Tensor:
         """float32 [num_rows, n, vocab] of the probe's tokens from `start` on, the same ones in each row."""
-        positions = torch.arange(start, start + self._count, device=self._device)
+        positions = start + stride * torch.arange(self._count, device=self._device)
         given = {"position_ids": positions.expand(num_rows, -1), "use_cache": False, **inputs}
         given = {name: value for name, value in given.items() if value is not None}
         logits = getattr(self._model(input_ids=self._token_ids.expand(num_rows, -1), **given), "logits", None)
@@ -188,7 +191,8 @@ class _Recorder:
         return self._attend
 
     def settled(self) -> list[attention.AttentionOptions]:
-        """Each layer's options, the window being the one that its masks have."""
+        """Each layer's options, the window being the one that its masks have. Lets go of the masks."""
+        self._masks = {}
         return [
             replace(options, window=self._window(layer, options.window)) for layer, options in enumerate(self._options)
         ]

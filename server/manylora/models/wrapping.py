@@ -6,17 +6,20 @@ replaced by ours.
 
 import itertools
 from dataclasses import dataclass
+from typing import Final
 
 import torch
+from torch.nn import functional
 from transformers import PreTrainedModel
 
+from manylora.errors import ModelUnusable
 from manylora.lora.format import ModuleSpec
 from manylora.lora.kernels import SiteGroup
 from manylora.models import attention
 from manylora.models.batch import ForwardContext
 from manylora.models.kv_cache import KVCache
 from manylora.models.linear import AdaptedEmbedding, AdaptedLinear, FusedLinears, FusedMember, KeptLinear
-from manylora.models.matmul import MatmulFactory, factory
+from manylora.models.matmul import Int8, MatmulFactory, factory
 from manylora.models.modules import adaptable_modules, embedding_scale, weight_of
 from manylora.models.positions import UNSTATED_LIMIT, position_limit
 from manylora.models.refusals import refusing
@@ -24,6 +27,8 @@ from manylora.models.survey import Survey, survey
 
 __all__ = ["WrappedModel", "adaptable_modules", "weight_of", "wrap"]
 
+# Of a rounded linear's outputs, root mean square; good ones differ by a hundredth.
+_INT8_DIFFERENCE: Final = 0.1
 _numbers = itertools.count()
 
 
@@ -96,6 +101,24 @@ def _complete_groups(groups: list[list[str]], specs: dict[str, ModuleSpec]) -> l
     return [leaders.get(path, [path]) for path in specs if path in leaders or path not in taken]
 
 
+def _require_close(matmul: Int8, weight: torch.Tensor, bias: torch.Tensor | None, group: list[str]) -> None:
+    """That a rounded linear differs from the whole one by its rounding only.
+
+    Rounding moves the logits of a deep model so far that the check of the whole says little of a single linear.
+    """
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(2, weight.shape[1], generator=random).to(weight.dtype)
+    wanted = functional.linear(x, weight, bias).float()
+    difference = float(
+        (matmul(x).float() - wanted).square().mean().sqrt() / wanted.square().mean().sqrt().clamp(min=1e-6)
+    )
+    if not difference <= _INT8_DIFFERENCE:
+        raise ModelUnusable(
+            f"{group[0]} cannot be kept in int8: its outputs differ by {difference:.2g} of their size, "
+            f"{_INT8_DIFFERENCE} is allowed. Leave out --quantization int8."
+        )
+
+
 def _keep_linear(wrapped: WrappedModel, path: str) -> None:
     """Add deltas to what a linear computes by code of its own, or whose weight the model's code reads elsewhere."""
     module, spec, site = wrapped.model.get_submodule(path), wrapped.modules[path], wrapped.sites[path]
@@ -123,6 +146,8 @@ def _replace_linears(wrapped: WrappedModel, group: list[str], make: MatmulFactor
         wrapped.sites[group[0]], offsets, torch.tensor(offsets, dtype=torch.int32, device=weight.device)
     )
     matmul = make(weight, bias)
+    if isinstance(matmul, Int8):
+        _require_close(matmul, weight, bias, group)
     linear = AdaptedLinear(
         matmul,
         site_group,

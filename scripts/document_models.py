@@ -1,0 +1,66 @@
+"""Writes the table of docs/models.md from tests/models/zoo.json: `make docs`.
+
+`python scripts/document_models.py --try` first tries every type anew with the installed transformers (minutes), and
+`--try TYPE …` some of them.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "models.md"
+OUTCOMES = ROOT / "tests" / "models" / "zoo.json"
+START, END = "<!-- models: written by `make docs` -->", "<!-- end of models -->"
+
+
+def table() -> str:
+    """One row for each model type: its class, what the server makes of it, and why."""
+    found = json.loads(OUTCOMES.read_text(encoding="utf-8"))
+    types: dict[str, dict[str, str]] = found["types"]
+    served = sum(each["outcome"] == "served" for each in types.values())
+    rows = [
+        f"Of the {len(types)} types of transformers {found['transformers']}, {served} are served.",
+        "",
+        "| `model_type` | class | | why |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, each in sorted(types.items()):
+        reason = each["reason"].replace("|", r"\|")
+        rows.append(f"| `{name}` | {each['class']} | {each['outcome']} | {reason} |")
+    return "\n".join(rows)
+
+
+def with_table(page: str) -> str:
+    """The page with its table replaced by the current one."""
+    before, _, rest = page.partition(START)
+    _, _, after = rest.partition(END)
+    return f"{before}{START}\n{table()}\n{END}{after}"
+
+
+def try_again(chosen: list[str]) -> None:
+    """Write what the server makes of the types (all unless some are chosen) into the table's data."""
+    sys.path[:0] = [str(ROOT / "server"), str(ROOT)]
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    from tests.models.front_door import try_type
+
+    transformers.logging.set_verbosity_error()
+    found: dict[str, Any] = json.loads(OUTCOMES.read_text(encoding="utf-8")) if OUTCOMES.exists() else {"types": {}}
+    types = dict(found["types"]) if chosen else {}
+    for name in chosen or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        with tempfile.TemporaryDirectory() as folder:
+            outcome = try_type(name, Path(folder))
+        class_name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name]
+        types[name] = {"class": str(class_name), "outcome": outcome.kind, "reason": outcome.detail}
+    whole = {"transformers": transformers.__version__, "types": dict(sorted(types.items()))}
+    OUTCOMES.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    if "--try" in sys.argv:
+        try_again(sys.argv[sys.argv.index("--try") + 1 :])
+    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
