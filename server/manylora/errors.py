@@ -10,6 +10,7 @@
     │   └── HeaderTooLarge              431 invalid_request_error  header_too_large
     ├── AuthenticationFailed            401 authentication_error   invalid_api_key
     ├── PermissionDenied                403 permission_error       insufficient_role
+    │   └── SourceNotAllowed            403 permission_error       source_not_allowed
     │   └── CrossSite                   403 permission_error       cross_site
     ├── NotFound                        404 not_found_error        not_found
     │   └── AdapterNotFound             404 not_found_error        adapter_not_found
@@ -135,6 +136,15 @@ class CrossSite(PermissionDenied):
     """A page of another site, or a host name that is not this server's, while the server asks for no key."""
 
     code = "cross_site"
+
+
+class SourceNotAllowed(PermissionDenied):
+    """An import from a place that the operator did not list, whoever asks."""
+
+    code = "source_not_allowed"
+
+    def __init__(self, message: str, *, param: str | None = "source") -> None:
+        super().__init__(message, param=param)
 
 
 class NotFound(ManyloraError):

@@ -182,7 +182,7 @@ async def test_json_imports_a_folder_for_an_admin(settings: Settings, tmp_path: 
         assert (answer.status_code, answer.json()["pinned"]) == (201, True), answer.text
         assert (await rig.call("POST", "/v1/adapters", json=body)).status_code == 200
         refused = await rig.call("POST", "/v1/adapters", json={**body, "source": "file:///etc"})
-        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "insufficient_role")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "source_not_allowed")
         unknown = await rig.call("POST", "/v1/adapters", json={**body, "colour": "red"})
         assert (unknown.status_code, unknown.json()["error"]["param"]) == (400, "colour")
 
@@ -202,7 +202,17 @@ async def test_vllms_routes_load_and_unload(settings: Settings, tmp_path: Path) 
         assert in_place.status_code == 200
         assert rig.catalog.directory.resolve("public", "x").version == 2
         outside = await rig.call("POST", "/v1/load_lora_adapter", json={"lora_name": "y", "lora_path": "/etc"})
-        assert outside.status_code == 403
+        error = outside.json()["error"]
+        assert (outside.status_code, error["code"], error["param"]) == (403, "source_not_allowed", "lora_path")
+        assert "import_allow" in error["message"]
+        for wrong, param in (({"lora_name": "Y!"}, "lora_name"), ({"lora_path": "srv/a"}, "lora_path"),
+                             ({"lora_path": "ftp://a"}, "lora_path"), ({"lora_path": None}, "lora_path")):  # fmt: skip
+            refused = await rig.call("POST", "/v1/load_lora_adapter", json={**body, "lora_name": "z", **wrong})
+            error = refused.json()["error"]
+            assert (refused.status_code, error["param"]) == (400, param), error
+            assert f"'{param}'" in error["message"]
+            assert "'source'" not in error["message"]
+            assert "'name'" not in error["message"]
         unloaded = await rig.call("POST", "/v1/unload_lora_adapter", json={"lora_name": "x"})
         assert (unloaded.status_code, unloaded.text) == (200, "Success: LoRA adapter 'x' removed successfully.")
         assert (await rig.call("POST", "/v1/unload_lora_adapter", json={"lora_name": "x"})).status_code == 404

@@ -32,6 +32,14 @@ def with_tokens(tokenizer: Tokenizer, *tokens: AddedToken) -> Tokenizer:
     return tokenizer
 
 
+def trained_byte_level() -> Tokenizer:
+    """As those that were trained without the whole alphabet: characters that were never seen vanish."""
+    alphabet = [sign for sign in pre_tokenizers.ByteLevel.alphabet() if sign not in "\u0113\u0106\u00f2"]
+    tokenizer = Tokenizer(models.BPE({sign: n for n, sign in enumerate([*alphabet, "ab"])}, [("a", "b")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return tokenizer
+
+
 def byte_fallback(**options: Any) -> Tokenizer:
     tokenizer = bpe(["<unk>", *BYTES, *PIECES], byte_fallback=True, fuse_unk=True, unk_token="<unk>", **options)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -58,6 +66,7 @@ BOUNDED: dict[str, Callable[[], Any]] = {
         byte_level(), AddedToken("<end>", rstrip=True), AddedToken("<mask>", lstrip=True)
     ),
     "byte level, a long added token": lambda: with_tokens(byte_level(), AddedToken("a" * 50)),
+    "byte level, some control characters vanish": trained_byte_level,
     "byte fallback": byte_fallback,
     "unknown characters one by one": white_space_bpe,
 }
@@ -74,23 +83,24 @@ UNBOUNDED: dict[str, Callable[[], Any]] = {
         )
     ),
 }
-TEXTS = st.text(alphabet=st.sampled_from("ab 我é🙂\n\te\u0301\u0323\u00a0<end>mask"), max_size=80) | st.text(
-    max_size=40
-)
+TEXTS = st.text(
+    alphabet=st.sampled_from("ab \x13\x06\U00080000我é🙂\n\te\u0301\u0323\u00a0<end>mask"), max_size=80
+) | st.text(max_size=40)
 RUNS = st.lists(st.tuples(TEXTS, st.integers(1, 60)), max_size=5).map(lambda runs: "".join(t * n for t, n in runs))
 
 
 @pytest.mark.parametrize("kind", [*BOUNDED, *UNBOUNDED])
 @given(text=RUNS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_a_text_that_fits_is_never_refused(kind: str, text: str) -> None:
     tokenizer = CACHE[kind]
     num_tokens = len(tokenizer.encode(text, add_special_tokens=False).ids)
 
-    assert not TextLength.of(tokenizer).surely_exceeds(text, num_tokens)
+    assert not LENGTHS[kind].surely_exceeds(text, num_tokens)
 
 
 CACHE: dict[str, Any] = {kind: make() for kind, make in {**BOUNDED, **UNBOUNDED}.items()}
+LENGTHS = {kind: TextLength.of(tokenizer) for kind, tokenizer in CACHE.items()}
 
 
 @pytest.mark.parametrize("kind", BOUNDED)
@@ -105,6 +115,14 @@ def test_a_text_that_cannot_fit_is_refused_by_its_length(kind: str) -> None:
 @pytest.mark.parametrize("kind", UNBOUNDED)
 def test_where_characters_can_vanish_no_length_is_too_long(kind: str) -> None:
     assert not TextLength.of(CACHE[kind]).surely_exceeds("a" * 10**6, 1)
+
+
+def test_characters_that_vanish_do_not_count() -> None:
+    length = TextLength.of(CACHE["byte level, some control characters vanish"])
+
+    assert not length.surely_exceeds("\x13" * 10**6, 5)
+    assert not length.surely_exceeds("\U00080000" * 10**6, 5)
+    assert length.surely_exceeds("x" * 10**6, 5)
 
 
 def test_white_space_that_a_token_takes_with_it_does_not_count() -> None:

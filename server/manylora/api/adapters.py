@@ -1,9 +1,9 @@
 """The adapter routes: upload, import, list, show, download, promote, pin, delete, and vLLM's two."""
 
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from typing import IO, Annotated, Final, TypeVar
 
-import orjson
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -12,16 +12,21 @@ from manylora.api.adapter_views import adapter_view, version_view
 from manylora.api.auth import Admin, Caller, Manager, has_role
 from manylora.api.compat import is_json, require_json
 from manylora.api.errors import invalid_from
+from manylora.api.fields import wanted
+from manylora.api.json_body import parse_json
+from manylora.api.lanes import PYTHON, beside_loop
 from manylora.api.ownership import not_found, owner_of, target_tenant, version_number
 from manylora.catalog.interface import PUBLIC_TENANT
 from manylora.catalog.records import AdapterRecord, Published, VersionRecord, Wish
 from manylora.catalog.service import Catalog
-from manylora.errors import AdapterNotFound, InvalidRequest, PermissionDenied, TooLarge
+from manylora.errors import AdapterNotFound, InvalidRequest, PermissionDenied, TooLarge, quoted
 from manylora.tenants.interface import Principal, Role
 
 __all__ = ["build_router", "version_of"]
 
-_MAX_JSON_BYTES: Final = 2**20
+MAX_JSON_BYTES: Final = 2**20
+MAX_DESCRIPTION: Final = 4096
+_INLINE_BYTES: Final = 16_384
 _CHUNK_BYTES: Final = 2**18
 _TenantQuery = Annotated[str | None, Query(description="Another tenant's adapter: for admin keys.")]
 
@@ -37,7 +42,7 @@ class ImportBody(_Body):
 
     name: str
     source: str
-    description: Annotated[str, Field(max_length=4096)] | None = None
+    description: Annotated[str, Field(max_length=MAX_DESCRIPTION)] | None = None
     pinned: bool | None = None
     activate: bool | None = None
 
@@ -47,7 +52,7 @@ class PatchBody(_Body):
 
     active_version: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     pinned: bool | None = None
-    description: Annotated[str, Field(max_length=4096)] | None = None
+    description: Annotated[str, Field(max_length=MAX_DESCRIPTION)] | None = None
 
     @model_validator(mode="after")
     def _not_empty(self) -> "PatchBody":
@@ -80,14 +85,21 @@ async def read_body(request: Request, schema: type[B]) -> B:
     data = bytearray()
     async for chunk in request.stream():
         data += chunk
-        if len(data) > _MAX_JSON_BYTES:
-            raise TooLarge(f"A JSON body may have {_MAX_JSON_BYTES} bytes here.")
+        if len(data) > MAX_JSON_BYTES:
+            raise TooLarge(f"A JSON body may have {MAX_JSON_BYTES} bytes here.")
+    if len(data) <= _INLINE_BYTES:
+        return _parsed(bytes(data), schema)
+    return await beside_loop(PYTHON, _parsed, bytes(data), schema)
+
+
+def _parsed(data: bytes, schema: type[B]) -> B:
+    raw = parse_json(data)
+    if not isinstance(raw, dict):
+        raise InvalidRequest("The body must be a JSON object.")
     try:
-        return schema.model_validate(orjson.loads(data))
-    except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"The body is not JSON: {error}") from error
+        return schema.model_validate(wanted(raw, schema.model_fields, {}))
     except ValidationError as error:
-        raise invalid_from(error.errors()) from error
+        raise invalid_from(error.errors(include_url=False, include_input=False)) from None
 
 
 def build_router(catalog: Catalog) -> APIRouter:
@@ -249,8 +261,8 @@ def _add_vllm(router: APIRouter, catalog: Catalog) -> None:
                 "To load it again in place, set 'load_inplace' to true.",
                 param="lora_name",
             )
-        source = f"file://{body.lora_path}" if body.lora_path.startswith("/") else body.lora_path
-        done = await catalog.import_from(Wish(caller.tenant, body.lora_name), source)
+        with _as_vllm_names_them():
+            done = await catalog.import_from(Wish(caller.tenant, body.lora_name), _source_of(body.lora_path))
         return PlainTextResponse(f"Success: LoRA adapter '{done.version.ref.name}' added successfully.")
 
     @router.post("/v1/unload_lora_adapter")
@@ -260,3 +272,30 @@ def _add_vllm(router: APIRouter, catalog: Catalog) -> None:
         owner = owner_of(catalog.directory, caller, body.lora_name, None, for_change=True)
         await catalog.delete(owner, body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+def _source_of(path: str) -> str:
+    """The source that a `lora_path` means. Raises InvalidRequest."""
+    if path.startswith("/"):
+        return f"file://{path}"
+    if "://" in path:
+        return path
+    raise InvalidRequest(
+        f"'lora_path' is '{quoted(path)}', a relative path: send an absolute one, or hf://OWNER/REPO or s3://BUCKET/PREFIX.",
+        param="lora_path",
+    )
+
+
+@contextmanager
+def _as_vllm_names_them() -> Iterator[None]:
+    """Errors about fields of our own import name those that were sent."""
+    names = {"name": "lora_name", "source": "lora_path"}
+    try:
+        yield
+    except (InvalidRequest, PermissionDenied) as error:
+        if error.param not in names:
+            raise
+        message = error.message
+        for own, sent in names.items():
+            message = message.replace(f"'{own}'", f"'{sent}'")
+        raise type(error)(message, param=names[error.param]) from None

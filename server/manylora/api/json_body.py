@@ -14,9 +14,9 @@ from manylora.errors import InvalidRequest
 __all__ = ["parse_json"]
 
 MAX_DEPTH: Final = 64
-MAX_CONTAINERS: Final = 32_768
-MAX_STRINGS: Final = 131_072
-MAX_VALUES: Final = 1_048_576
+MAX_CONTAINERS: Final = 16_384
+MAX_STRINGS: Final = 65_536
+MAX_VALUES: Final = 600_000
 
 # A body of this size stays below the other bounds whatever it holds, and its brackets are counted in no time.
 _SURELY_FEW_BYTES: Final = 32_768

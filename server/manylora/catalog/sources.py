@@ -20,7 +20,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 
 from manylora.catalog.faults import cause_of, file_error, is_local
 from manylora.catalog.files import ADAPTER_FILES
-from manylora.errors import InvalidAdapter, InvalidRequest, PermissionDenied, Problem, TooLarge, Unavailable
+from manylora.errors import InvalidAdapter, InvalidRequest, Problem, SourceNotAllowed, TooLarge, Unavailable, quoted
 from manylora.lora.folder import names_in
 
 _HF: Final = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
@@ -31,7 +31,7 @@ def fetch(source: str, target: Path, *, allow: Sequence[str], max_bytes: int) ->
     """Copy the source's two adapter files into the folder `target`; the names of what lies beside them.
 
     A hub's repository is not listed, since people keep it for more than the adapter. Raises InvalidRequest (not a
-    source, or not there), PermissionDenied (not on the allow-list), InvalidAdapter (`missing_file`), TooLarge, or
+    source, or not there), SourceNotAllowed, InvalidAdapter (`missing_file`), TooLarge, or
     Unavailable (the other side does not answer).
     """
     if source.startswith("file://"):
@@ -49,14 +49,18 @@ def fetch(source: str, target: Path, *, allow: Sequence[str], max_bytes: int) ->
 
 
 def check_allowed(source: str, allow: Sequence[str]) -> None:
-    """Raises PermissionDenied unless an entry of the allow-list covers the source."""
+    """Raises SourceNotAllowed unless an entry of the allow-list covers the source."""
     for entry in allow:
         if "*" in entry:
             if fnmatch.fnmatchcase(source, entry):
                 return
         elif source == entry or source.startswith((entry.rstrip("/") + "/", entry.rstrip("/") + "@")):
             return
-    raise PermissionDenied("This source is not on the server's list of allowed sources (the setting import_allow).")
+    listed = "The list has other places." if allow else "The list is empty, so nothing can be imported."
+    raise SourceNotAllowed(
+        f"'{quoted(source)}' is not on the server's list of allowed sources (the setting import_allow). {listed} The "
+        "operator can add it there, or upload the files."
+    )
 
 
 def _missing(names: Sequence[str]) -> InvalidAdapter:

@@ -3,13 +3,12 @@
 import json
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
 from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
 from manylora.models.chat_template import ChatTemplate
-from manylora.models.text_length import TextLength
+from manylora.models.text_length import TextLength, byte_of_character
 
 __all__ = ["HuggingFaceCodec"]
 
@@ -158,16 +157,8 @@ class _PlainBackend:
             )
 
 
-@cache
-def _byte_of_character() -> dict[str, int]:
-    """The alphabet of byte-level BPE: printable bytes stand for themselves, the others for characters from 256 on."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
-
-
 def _byte_level(token: str) -> bytes:
-    alphabet = _byte_of_character()
+    alphabet = byte_of_character()
     if all(character in alphabet for character in token):
         return bytes(alphabet[character] for character in token)
     return token.encode()

@@ -7,16 +7,17 @@ Where something can, such as the spaces between words or a run of unknown charac
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cache, reduce
 from math import ceil
 from typing import Any
 
-__all__ = ["TextLength"]
+__all__ = ["TextLength", "byte_of_character"]
 
 _CHUNK_CHARACTERS = 2**16
 _COMPOSED = 4  # characters that one of Unicode's composed forms can stand for
 _BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
-_KEEP_ALL = {None, "ByteLevel", "Metaspace", "Digits", "UnicodeScripts", "Prepend", "Lowercase", "NFD", "NFKD"}
+_CONTINUATION = bytes(range(0x80, 0xC0))  # of a character in UTF-8, after its first byte
+_KEEP_ALL = {"ByteLevel", "Metaspace", "Digits", "UnicodeScripts", "Prepend", "Lowercase", "NFD", "NFKD"}
 _DROP_SPACE = {"Whitespace", "WhitespaceSplit", "Strip"}
 
 
@@ -24,11 +25,13 @@ _DROP_SPACE = {"Whitespace", "WhitespaceSplit", "Strip"}
 class TextLength:
     """`characters` are the most that a token stands for, None where there is no such number.
 
-    With `can_drop_space` white space comes on top of them.
+    With `can_drop_space` white space comes on top of them, and so do characters whose first byte in UTF-8 is one of
+    `dropped`: a byte-level vocabulary that was trained may lack a few control characters.
     """
 
     characters: int | None = None
     can_drop_space: bool = False
+    dropped: bytes = b""
 
     @classmethod
     def of(cls, tokenizer: Any) -> "TextLength":
@@ -37,24 +40,29 @@ class TextLength:
         steps = [*_steps(tokenizer.normalizer, "normalizers"), *_steps(tokenizer.pre_tokenizer, "pretokenizers")]
         growths = [_characters_for_one(step) for step in steps]
         vocabulary = tokenizer.get_vocab()
-        if None in growths or not _has_place_for_all(tokenizer, steps, vocabulary):
+        dropped = _dropped_bytes(tokenizer, steps, vocabulary)
+        if None in growths or dropped is None:
             return cls()
         longest = max(map(len, vocabulary), default=1)
         composed = reduce(lambda a, b: a * b, (growth for growth in growths if growth is not None), 1)
         drops = any(step["type"] in _DROP_SPACE for step in steps) or any(
             token.lstrip or token.rstrip for token in added
         )
-        return cls(max(1, longest) * composed, drops)
+        return cls(max(1, longest) * composed, drops, dropped)
 
     def surely_exceeds(self, text: str, num_tokens: int) -> bool:
         """Whether `text` has more than `num_tokens` tokens, as far as its length says."""
         if self.characters is None:
             return False
         room = self.characters * num_tokens
-        if len(text) <= room or not self.can_drop_space:
+        if len(text) <= room or not (self.can_drop_space or self.dropped):
             return len(text) > room
+        uncounted = _CONTINUATION + self.dropped
         for start in range(0, len(text), _CHUNK_CHARACTERS):
-            room -= sum(map(len, text[start : start + _CHUNK_CHARACTERS].split()))
+            chunk = text[start : start + _CHUNK_CHARACTERS]
+            if self.can_drop_space:
+                chunk = "".join(chunk.split())
+            room -= len(chunk.encode(errors="replace").translate(None, uncounted)) if self.dropped else len(chunk)
             if room < 0:
                 return True
         return False
@@ -85,18 +93,26 @@ def _characters_for_one(step: dict[str, Any]) -> int | None:
     return None
 
 
-def _has_place_for_all(tokenizer: Any, steps: Sequence[dict[str, Any]], vocabulary: dict[str, int]) -> bool:
-    """Whether every character comes out as a token: no run of unknown ones becomes a single token, or none."""
+def _dropped_bytes(tokenizer: Any, steps: Sequence[dict[str, Any]], vocabulary: dict[str, int]) -> bytes | None:
+    """The first bytes of characters that may vanish; None where others may, or become one token in any number."""
     from tokenizers.models import BPE, Unigram
-    from tokenizers.pre_tokenizers import ByteLevel
 
     model = tokenizer.model
     if any(step["type"] == "ByteLevel" for step in steps):
-        return isinstance(model, BPE) and vocabulary.keys() >= set(ByteLevel.alphabet())
+        missing = bytes(byte for sign, byte in byte_of_character().items() if sign not in vocabulary)
+        return missing if isinstance(model, BPE) and not set(missing) & set(_CONTINUATION) else None
     if isinstance(model, BPE):
-        if model.byte_fallback and vocabulary.keys() >= _BYTES:
-            return True
-        return model.unk_token is not None and not model.fuse_unk
+        has_all = model.byte_fallback and vocabulary.keys() >= _BYTES
+        return b"" if has_all or (model.unk_token is not None and not model.fuse_unk) else None
     if isinstance(model, Unigram):
-        return bool(json.loads(tokenizer.to_str())["model"].get("byte_fallback")) and vocabulary.keys() >= _BYTES
-    return False
+        falls_back = bool(json.loads(tokenizer.to_str())["model"].get("byte_fallback"))
+        return b"" if falls_back and vocabulary.keys() >= _BYTES else None
+    return None
+
+
+@cache
+def byte_of_character() -> dict[str, int]:
+    """The alphabet of byte-level BPE: printable bytes stand for themselves, the others for characters from 256 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
