@@ -35,7 +35,7 @@ from manylora.models.loading import (
 from manylora.settings import Settings
 from tests.conftest import ModelMaker
 from tests.models.tiny_gguf import write_tiny_gguf
-from tests.tiny_models import ARCHITECTURES, END_OF_TURN, make_tiny_model, make_tokenizer
+from tests.tiny_models import ARCHITECTURES, END_OF_TURN, draw_weights, make_tiny_model, make_tokenizer
 
 CPU = torch.device("cpu")
 needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
@@ -304,7 +304,9 @@ def test_an_encoder_whose_attention_does_not_say_so_is_refused(tmp_path: Path) -
     config = RoFormerConfig(
         vocab_size=320, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
     )
-    RoFormerForCausalLM(config).save_pretrained(tmp_path)
+    model = RoFormerForCausalLM(config)
+    draw_weights(model)
+    model.save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
 
     with pytest.raises(ModelUnusable, match="no causal language model"):
