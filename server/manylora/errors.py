@@ -40,10 +40,13 @@ that turns them into an answer. Messages are written for the person who reads th
 to do about it.
 """
 
+import re
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Final
 
 MAX_QUOTED: Final = 200
+_MOST_SAID: Final = 1000
+_LONG_WORD: Final = re.compile(rf"\S{{{MAX_QUOTED + 2},}}")  # one more than what `quoted` gives
 
 
 def quoted(text: str) -> str:
@@ -51,17 +54,28 @@ def quoted(text: str) -> str:
     return text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}…"
 
 
+def _bounded(text: str) -> str:
+    """Whatever a message was made of: no word of ours is as long as a quote, and no message is as long as a page."""
+    words = _LONG_WORD.sub(lambda word: quoted(word[0]), text)
+    return words if len(words) <= _MOST_SAID else f"{words[:_MOST_SAID]}…"
+
+
 class ManyloraError(Exception):
-    """Base of the tree. `param` names the request field at fault, when there is one."""
+    """Base of the tree. `param` names the request field at fault, when there is one.
+
+    Message and `param` are cut here, for answers and log lines alike, since they may quote what a stranger sent; what a
+    start cannot go on with (StartupError) is the operator's own and stays whole.
+    """
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
     code: ClassVar[str] = "internal_error"
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.param = param
+        said = message if isinstance(self, StartupError) else _bounded(message)
+        super().__init__(said)
+        self.message = said
+        self.param = None if param is None else quoted(param)
 
     def body(self) -> dict[str, Any]:
         """The JSON object that goes under `error`."""
@@ -197,7 +211,7 @@ class InvalidAdapter(ManyloraError):
         first = problems[0].message if problems else "no details"
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         super().__init__(f"The adapter was refused: {first}{more}")
-        self.problems = problems
+        self.problems = [Problem(p.code, _bounded(p.where), _bounded(p.message)) for p in problems]
 
     def body(self) -> dict[str, Any]:
         return {**super().body(), "problems": [asdict(p) for p in self.problems]}

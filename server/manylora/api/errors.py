@@ -90,7 +90,7 @@ def _without_place(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    method, path = request.method, request.url.path
+    method, path = request.method, quoted(request.scope["path"])
     known: ManyloraError
     if error.status_code == 404:
         known = NotFound(f"There is no route {method} {path}. See /docs.")

@@ -15,7 +15,7 @@ from typing import IO, Final
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from manylora.errors import InvalidAdapter, InvalidRequest, Problem, TooLarge, UnsupportedField
+from manylora.errors import InvalidAdapter, InvalidRequest, Problem, TooLarge, UnsupportedField, quoted
 from manylora.lora.folder import NEEDED
 
 ARCHIVE_PART: Final = "archive"
@@ -189,7 +189,7 @@ class _Sink:
         elif self._name == FILES_PART:
             self._open_file(options.get(b"filename", b"").decode(errors="replace"))
         else:
-            message = f"The field '{self._name}' is not supported by this server. Leave it out."
+            message = f"The field '{quoted(self._name)}' is not supported by this server. Leave it out."
             self._fail(UnsupportedField(message, param=self._name))
 
     def _open_archive(self) -> None:

@@ -125,9 +125,9 @@ def _fetch_hf(source: str, target: Path, max_bytes: int) -> None:
     except EntryNotFoundError as error:
         raise InvalidAdapter([Problem("missing_file", source, f"The repository lacks a file: {error}")]) from error
     except HFValidationError as error:
-        raise InvalidRequest(f"'source' is not a repository: {error}", param="source") from error
+        raise InvalidRequest(f"'source' is not a repository: {quoted(str(error))}", param="source") from error
     except HfHubHTTPError as error:
-        raise InvalidRequest(f"'source' cannot be fetched: {error}", param="source") from error
+        raise InvalidRequest(f"'source' cannot be fetched: {quoted(str(error))}", param="source") from error
     except (httpx2.HTTPError, LocalEntryNotFoundError, OSError) as error:
         if is_local(error):
             raise

@@ -16,7 +16,7 @@ from sqlalchemy import BindParameter, bindparam, select, update
 
 from manylora.catalog.database import Database
 from manylora.catalog.tables import KeyRow
-from manylora.errors import InvalidRequest, NotFound
+from manylora.errors import InvalidRequest, NotFound, quoted
 from manylora.tenants.interface import Role
 
 _KEY: Final = re.compile(r"ml_([0-9a-f]{12})_([A-Za-z0-9_-]{43})")
@@ -63,7 +63,7 @@ def check_tenant(tenant: str) -> None:
     """Raises InvalidRequest."""
     if not _TENANT.fullmatch(tenant):
         raise InvalidRequest(
-            f"'{tenant}' cannot be a tenant: use 1 to 64 of a-z, 0-9, '.', '_' and '-', "
+            f"'{quoted(tenant)}' cannot be a tenant: use 1 to 64 of a-z, 0-9, '.', '_' and '-', "
             "beginning with a letter or digit.",
             param="tenant",
         )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
-from manylora.errors import InvalidRequest
+from manylora.errors import InvalidRequest, quoted
 
 __all__ = ["DAY_S", "QUARTER_S", "Period", "as_rfc3339", "parse_period", "quarter_of"]
 
@@ -42,7 +42,9 @@ def parse_period(start: str | None, end: str | None) -> Period:
     """From the query's `from` and `to`; absent and empty are open. Raises InvalidRequest."""
     period = Period(_parsed("from", start) if start else None, _parsed("to", end) if end else None)
     if period.start_s is not None and period.end_s is not None and period.start_s >= period.end_s:
-        raise InvalidRequest(f"'to' must be later than 'from': {end} is not after {start}.", param="to")
+        raise InvalidRequest(
+            f"'to' must be later than 'from': {quoted(str(end))} is not after {quoted(str(start))}.", param="to"
+        )
     return period
 
 
