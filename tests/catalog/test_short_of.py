@@ -3,10 +3,11 @@
 import asyncio
 import os
 import resource
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -211,3 +212,27 @@ async def test_a_command_on_a_full_disk_ends_in_one_line(tmp_path: Path, words: 
     lines = [line for line in done.stderr.splitlines() if "is starting" not in line]
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("error: ")
+
+
+async def test_while_another_program_locks_the_database_nothing_is_changed(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database_module, "_BUSY_TIMEOUT_MS", 100)
+    async with running(settings) as rig:
+        await rig.push("x", description="before")
+        before = rig.stored()
+        with closing(sqlite3.connect(settings.data_dir / "registry.sqlite3", isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            for answer in (
+                await rig.push("y", sound_files(2.0)),
+                await rig.call("PATCH", "/v1/adapters/x", json={"description": "after"}),
+                await rig.call("DELETE", "/v1/adapters/x"),
+            ):
+                assert (answer.status_code, answer.json()["error"]["code"]) == (503, "database_unavailable")
+                assert "lock" in one_sentence(answer.json()["error"])
+                assert answer.headers["retry-after"]
+            assert (await rig.call("GET", "/v1/adapters/x")).json()["description"] == "before"
+            other.execute("ROLLBACK")
+        await nothing_left(rig)
+        assert rig.stored() == before
+        assert (await rig.push("y", sound_files(2.0))).status_code == 201
