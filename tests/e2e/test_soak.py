@@ -21,7 +21,9 @@ def test_nothing_grows_in_ten_minutes_of_everything(tmp_path: Path) -> None:
     assert summary.is_passed, "\n".join(lines_of(summary))
     outcomes = summary.totals.outcomes
     assert set(outcomes) == {"ok", "left", "refused"}
-    assert min(outcomes.values()) > 50
+    assert outcomes["ok"] > 500
+    assert outcomes["refused"] > 50
+    assert outcomes["left"] >= 3, "answers are quick here, and most were out before their clients left"
     assert summary.num_changes > 200
     assert status == 0
 
