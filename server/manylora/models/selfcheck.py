@@ -147,8 +147,10 @@ class SelfCheck:
             return False
         runs = (torch.split(stream[0], counts) for stream in (after, layer.after, layer.before))
         for found, wanted, before in zip(*runs, strict=True):
-            allowed = self._layer_tolerance * _rms(wanted.float() - before.float())
-            if not _rms(found.float() - wanted.float()) <= allowed + torch.finfo(wanted.dtype).eps * _rms(wanted):
+            # A step of the stream's own format is each number's due; a few channels of it are often huge.
+            due = torch.finfo(wanted.dtype).eps * wanted.float().abs()
+            excess = ((found.float() - wanted.float()).abs() - due).clamp(min=0)
+            if not _rms(excess) <= self._layer_tolerance * _rms(wanted.float() - before.float()):
                 return False
         return True
 
