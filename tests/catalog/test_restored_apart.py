@@ -21,6 +21,8 @@ from manylora.catalog.upload import Rules, new_version
 from manylora.catalog.verify import verify
 from manylora.errors import AdapterLoadFailed, StartupError
 from manylora.settings import Settings
+from manylora.tenants.interface import Role
+from manylora.tenants.keys import KeyStore
 
 from .rig import MODULES, Rig, files_of, running, sound_files, write_sound
 
@@ -234,6 +236,7 @@ async def test_a_lost_database_is_made_again_from_the_store(settings: Settings, 
     ]
     assert (found.damaged, found.nameless, found.taken) == ({}, [], [])
     assert rescan(database, store).registered == []
+    KeyStore(database).create("ops", Role.ADMIN)  # or else it would be open, which a server with keys never is again
     database.close()
     async with running(settings, "acme:manager", "ops:admin") as rig:
         rig.catalog.check_integrity()
