@@ -12,6 +12,7 @@ from manylora.api.docs import install_docs
 from manylora.api.errors import install_error_handlers
 from manylora.api.middleware import BodyLimit, LastResort, RequestContext
 from manylora.api.origins import Cors, OpenGuard, OwnHosts
+from manylora.api.presence import Presence
 from manylora.api.query import check_query
 from manylora.api.record import Recorder
 from manylora.api.state import Departure, Services
@@ -56,6 +57,11 @@ def create_app(
         dependencies=[Depends(check_query)],
         telemetry=NO_TRACING if tracing is None else tracing.telemetry,
     )
+    body_limit = _in_bytes(settings.max_body, "max_body")
+    presence = Presence(
+        max_requests=settings.max_tenant_requests or max(1, settings.max_connections // 2),
+        max_bytes=max(_in_bytes(settings.max_body_memory, "max_body_memory"), 2 * body_limit),
+    )
     app.state.services = Services(
         settings=settings,
         engine=engine,
@@ -63,6 +69,7 @@ def create_app(
         gate=gate,
         metrics=metrics,
         traffic=Traffic(),
+        presence=presence,
         recorders=(*recorders, *(() if tracing is None else (tracing.record,))),
         usage=usage,
         may_run_open=may_run_open,
@@ -72,22 +79,26 @@ def create_app(
         app.include_router(router)
     install_docs(app)
     install_error_handlers(app)
-    _add_layers(app, settings, is_open=lambda: gate.is_open and may_run_open)
+    _add_layers(app, settings, body_limit, presence, is_open=lambda: gate.is_open and may_run_open)
     metrics.watch_engine(engine.stats, lambda: engine.is_ready)
     _prepare_routes(app)
     return app
 
 
-def _add_layers(app: FastAPI, settings: Settings, *, is_open: Callable[[], bool]) -> None:
+def _add_layers(
+    app: FastAPI, settings: Settings, body_limit: int, presence: Presence, *, is_open: Callable[[], bool]
+) -> None:
     """What every request passes on its way to a route; the last one added comes first."""
-    body_limit = _in_bytes(settings.max_body, "max_body")
     upload_limit = max(body_limit, _in_bytes(settings.max_adapter_size, "max_adapter_size") + _MULTIPART_OVERHEAD)
 
+    def is_upload(scope: Scope) -> bool:
+        return (scope["method"], scope["path"]) == _UPLOAD_ROUTE
+
     def limit_of(scope: Scope) -> int:
-        return upload_limit if (scope["method"], scope["path"]) == _UPLOAD_ROUTE else body_limit
+        return upload_limit if is_upload(scope) else body_limit
 
     is_reachable = settings.allow_open and not is_loopback(settings.host)
-    app.add_middleware(BodyLimit, limit_of=limit_of)
+    app.add_middleware(BodyLimit, limit_of=limit_of, is_streamed=is_upload, presence=presence)
     app.add_middleware(AnyMethodAndEncoding)
     app.add_middleware(
         OpenGuard,

@@ -24,13 +24,14 @@ def has_role(principal: Principal, role: Role) -> bool:
 
 
 async def current_principal(request: Request, services: ServicesDep) -> Principal:
-    """The caller, from the `Authorization` or `x-api-key` header. Raises AuthenticationFailed."""
+    """The caller, from the `Authorization` or `x-api-key` header. Raises AuthenticationFailed or RateLimited."""
     if services.gate.is_open and not services.may_run_open:
         raise AuthenticationFailed(
             "This server has no API key and is reachable from other machines. "
             "Make a key with `manylora keys create`, or start it with --allow-open."
         )
     principal = services.gate.authenticate(_authorization(request))
+    services.presence.enter(request.scope["manylora.visit"], principal.tenant)
     fields = request.scope.setdefault("manylora.log", {})
     fields["tenant"] = principal.tenant
     if principal.key_id is not None:

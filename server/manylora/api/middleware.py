@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bound_contextvars
 
 from manylora.api.errors import INTERNAL_ERROR, error_response
+from manylora.api.presence import Presence, Visit
 from manylora.api.record import ClientGone
 from manylora.errors import TooLarge, quoted
 from manylora.log import get_logger
@@ -104,16 +105,20 @@ class RequestContext:
 
 
 class BodyLimit:
-    """Refuses a body over its limit with 413, before it is in memory.
+    """Refuses a body over its limit with 413, before it is in memory, and counts those that are in memory.
 
-    `limit_of(scope)` gives the limit in bytes. A body whose length is announced is refused unread; the answer
-    goes out at once and the body is then read and dropped for a while, so that a client which sends all of it
-    first still gets to the answer.
+    `limit_of(scope)` gives the limit in bytes, `is_streamed(scope)` says that the body goes to disk as it comes. A body
+    whose length is announced is refused unread; the answer goes out at once and the body is then read and dropped for
+    a while, so that a client which sends all of it first still gets to the answer.
     """
 
-    def __init__(self, app: ASGIApp, limit_of: Callable[[Scope], int]) -> None:
+    def __init__(
+        self, app: ASGIApp, limit_of: Callable[[Scope], int], is_streamed: Callable[[Scope], bool], presence: Presence
+    ) -> None:
         self.app = app
         self._limit_of = limit_of
+        self._is_streamed = is_streamed
+        self._presence = presence
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -124,17 +129,24 @@ class BodyLimit:
         if announced.isdigit() and int(announced) > limit:
             await self._refuse(limit, scope, receive, send)
             return
-        num_bytes = 0
+        num_bytes, is_held = 0, not self._is_streamed(scope)
+        visit: Visit = scope.setdefault("manylora.visit", Visit())
 
         async def receive_limited() -> Message:
             nonlocal num_bytes
             message = await receive()
-            num_bytes += len(message.get("body", b""))
+            size = len(message.get("body", b""))
+            num_bytes += size
             if num_bytes > limit:
                 raise _too_large(limit)
+            if is_held and size:
+                self._presence.hold(visit, size)
             return message
 
-        await self.app(scope, receive_limited, send)
+        try:
+            await self.app(scope, receive_limited, send)
+        finally:
+            self._presence.leave(visit)
 
     async def _refuse(self, limit: int, scope: Scope, receive: Receive, send: Send) -> None:
         response = error_response(_too_large(limit), headers={"connection": "close"})

@@ -5,6 +5,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from manylora.api.presence import Presence
 from manylora.api.record import Recorder
 from manylora.api.traffic import Traffic
 from manylora.catalog.interface import AdapterDirectory, UsageSink
@@ -38,6 +39,7 @@ class Services:
     gate: Gate
     metrics: Metrics
     traffic: Traffic
+    presence: Presence
     recorders: tuple[Recorder, ...] = ()
     usage: UsageSink | None = None
     may_run_open: bool = True

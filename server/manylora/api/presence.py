@@ -1,0 +1,78 @@
+"""How many requests each tenant has here at a time, and how much of their bodies is in memory.
+
+One tenant can have half of either: however many requests its keys send, there is room for another's.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from manylora.errors import RateLimited, Unavailable
+
+__all__ = ["Presence", "Visit"]
+
+_RETRY_S = 1.0
+
+
+@dataclass(slots=True)
+class Visit:
+    """One request: whose it is, once that is known, and the bytes of its body that are held."""
+
+    tenant: str | None = None
+    num_bytes: int = 0
+
+
+class Presence:
+    """Used on the event loop's thread only. `max_bytes` is for all tenants together, `max_requests` for each."""
+
+    def __init__(self, *, max_requests: int, max_bytes: int) -> None:
+        self._max_requests = max_requests
+        self._max_bytes = max_bytes
+        self._requests: Counter[str] = Counter()
+        self._bytes: Counter[str | None] = Counter()
+        self._num_bytes = 0
+
+    def enter(self, visit: Visit, tenant: str) -> None:
+        """It is the tenant's request. Raises RateLimited."""
+        if self._requests[tenant] >= self._max_requests:
+            raise RateLimited(
+                f"{self._max_requests} requests of this tenant are being answered, as many as may be at a time. "
+                "Wait for one of them.",
+                retry_after_s=_RETRY_S,
+            )
+        visit.tenant = tenant
+        self._requests[tenant] += 1
+
+    def hold(self, visit: Visit, num_bytes: int) -> None:
+        """So many more bytes of its body are in memory. Raises RateLimited or Unavailable."""
+        if self._bytes[visit.tenant] + num_bytes > self._max_bytes // 2:
+            raise RateLimited(
+                f"The bodies of this tenant's requests have more than {self._max_bytes // 2} bytes together. "
+                "Wait for some of them to be answered.",
+                retry_after_s=_RETRY_S,
+            )
+        if self._num_bytes + num_bytes > self._max_bytes:
+            raise Unavailable("The bodies of all requests take as much memory as they may.", retry_after_s=_RETRY_S)
+        visit.num_bytes += num_bytes
+        if num_bytes:
+            self._bytes[visit.tenant] += num_bytes
+            self._num_bytes += num_bytes
+
+    def leave(self, visit: Visit) -> None:
+        """The request has been answered, or its client has gone."""
+        if visit.num_bytes:
+            self._num_bytes -= visit.num_bytes
+            self._bytes[visit.tenant] -= visit.num_bytes
+            if self._bytes[visit.tenant] == 0:
+                del self._bytes[visit.tenant]
+        if visit.tenant is not None:
+            self._requests[visit.tenant] -= 1
+            if self._requests[visit.tenant] == 0:
+                del self._requests[visit.tenant]
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._requests and self._num_bytes == 0
+
+    def check_integrity(self) -> None:
+        assert self._num_bytes == self._bytes.total()
+        assert all(count > 0 for count in (*self._requests.values(), *self._bytes.values()))
