@@ -29,6 +29,8 @@ NO_BOUNDS = {
     "lora.kernels.torch.MAX_GROUP": "a choice between kernels",
     "lora.kernels.torch.MAX_GROUPED_BYTES": "a choice between kernels",
     "lora.kernels.torch.MAX_GROUP_ROWS": "a choice between kernels",
+    "models.positions.MAX_STARTS": "how many places of a sequence the start-up check tries",
+    "models.refusals.MAX_QUOTED": "of an error of the model's own code, at the start",
     "models.int8.MAX_GROUP_SIZE": "the layout of a matmul's scales",
     "tenants.quotas.MAX_IDLE_ACCOUNTS": "a cache of rows of the database",
 }

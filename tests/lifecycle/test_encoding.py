@@ -91,3 +91,16 @@ def test_chat_rendering_without_a_template_is_refused() -> None:
 
     with pytest.raises(InvalidRequest, match="no chat template"):
         Encoder(tokenizer, render="chat", max_length=32)
+
+
+def test_a_template_that_reads_parts_gets_them_so_that_the_question_is_learnt_from(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m['role'] }}]{% for c in m['content'] %}{{ c['text'] }}{% endfor %}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    dataset = _dataset(tmp_path, {"prompt": "Where is it?", "completion": "here"})
+
+    [one] = Encoder(tokenizer, max_length=512).encode(dataset, context_length=512)
+
+    assert tokenizer.decode(one.prompt_ids) == "[user]Where is it?[assistant]"

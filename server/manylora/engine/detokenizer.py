@@ -1,6 +1,7 @@
 """Token ids become text as they come, in whole characters, and stop strings are found across token borders."""
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -23,6 +24,7 @@ class Detokenizer:
         self._prefix = 0
         self._read = len(self._ids)
         self._stop = tuple(stop)
+        self._begun = [_Begun(s) for s in self._stop]
         self._held = ""
         self.is_stopped = False
 
@@ -83,15 +85,50 @@ class Detokenizer:
             self.is_stopped = True
             self._held = ""
             return pending[: min(found)[1]]
-        keep = max(_overlap(pending, s) for s in self._stop)
+        keep = max(begun.after(text) for begun in self._begun)
         self._held = pending[len(pending) - keep :]
         return pending[: len(pending) - keep]
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if stop.startswith(text[len(text) - n :])), 0)
+class _Begun:
+    """How much of one stop string the text ends with: Knuth, Morris and Pratt's way, a few steps for a character.
+
+    Looking at the end of the text anew with each token takes time in proportion to the stop string, and there may be
+    many long ones.
+    """
+
+    __slots__ = ("_borders", "_length", "_stop")
+
+    def __init__(self, stop: str) -> None:
+        self._stop = stop
+        self._borders = _borders(stop)
+        self._length = 0
+
+    def after(self, text: str) -> int:
+        """Length of the longest end of all text so far that is a beginning of the stop string, but not all of it."""
+        stop, borders, length = self._stop, self._borders, self._length
+        if not length and stop[0] not in text:
+            return 0
+        for character in text:
+            while length and stop[length] != character:
+                length = borders[length]
+            length += stop[length] == character
+            if length == len(stop):
+                length = borders[length]
+        self._length = length
+        return length
+
+
+@lru_cache(1024)
+def _borders(stop: str) -> tuple[int, ...]:
+    """Of each beginning of `stop`, by its length: the longest shorter beginning that it ends with."""
+    borders = [0, 0]
+    for character in stop[1:]:
+        length = borders[-1]
+        while length and stop[length] != character:
+            length = borders[length]
+        borders.append(length + (stop[length] == character))
+    return tuple(borders)
 
 
 def _num_common(a: str, b: str) -> int:

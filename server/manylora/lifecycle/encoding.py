@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from manylora.errors import InvalidRequest
 from manylora.lifecycle.data import Dataset, Example, Message
+from manylora.models.chat_template import ChatTemplate
 
 Render = Literal["auto", "chat", "plain"]
 
@@ -55,6 +56,7 @@ class Encoder:
         self.is_chat = has_template if render == "auto" else render == "chat"
         self.max_length = max_length
         self._tokenizer = tokenizer
+        self._template = ChatTemplate(tokenizer)
         self._instruction = instruction
 
     def encode(self, dataset: Dataset, *, context_length: int) -> list[Encoded]:
@@ -140,7 +142,7 @@ class Encoder:
 
     def _chat(self, messages: Sequence[Message], *, for_answer: bool) -> str:
         turns = [{"role": m.role, "content": m.content} for m in messages]
-        return str(self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=for_answer))
+        return self._template.render(turns, for_answer=for_answer)
 
     def _ids(self, text: str, *, special: bool) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=special)["input_ids"])

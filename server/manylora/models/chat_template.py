@@ -17,7 +17,7 @@ __all__ = ["ChatTemplate"]
 
 _MARKER = re.compile("probe([0-9]+)probe")
 _NUM_REMEMBERED = 1024
-_MAX_REMEMBERED_LENGTH = 64  # messages
+_REMEMBERED_LENGTH = 64  # messages
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class ChatTemplate:
         if not self.exists:
             raise InvalidRequest("This model has no chat template. Use /v1/completions.", param="messages")
         shapes = tuple(_Shape(m.get("role"), "name" in m, "tool_call_id" in m) for m in messages)
-        in_parts = (self._remembered if len(shapes) <= _MAX_REMEMBERED_LENGTH else self._in_parts)(shapes)
+        in_parts = (self._remembered if len(shapes) <= _REMEMBERED_LENGTH else self._in_parts)(shapes)
         return self._apply(
             [{**m, "content": _part(m["content"])} if m.get("role") in in_parts else m for m in messages],
             for_answer=for_answer and not continue_final,
