@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 
@@ -34,4 +35,14 @@ def make_adapter(
                 if "lora_" in name:
                     weight.normal_(0.0, (strength / weight.shape[-1]) ** 0.5)
         tuned.save_pretrained(folder)
+    return folder
+
+
+def make_adapter_that_spoils(model_dir: Path, folder: Path, token_id: int) -> Path:
+    """Save an adapter of finite numbers whose logits hold NaN or infinity behind one token, and nowhere else."""
+    make_adapter(model_dir, folder, targets=["embed_tokens", "q_proj"])
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors[next(name for name in tensors if "lora_embedding_A" in name)][:, token_id] = 3e38
+    save_file(tensors, path, metadata={"format": "pt"})
     return folder

@@ -3,14 +3,17 @@
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
 from playwright.sync_api import Page, expect
 
+from manylora.models.checkpoint import load_tokenizer
 from tests.e2e.conftest import Server
+from tests.tiny_adapters import make_adapter_that_spoils
 
-from .conftest import NAMES, OpenPage
+from .conftest import NAMES, OpenPage, upload
 
 pytestmark = pytest.mark.slow
 
@@ -132,3 +135,19 @@ def test_a_server_that_is_gone_is_called_gone(open_page: OpenPage, own_server: S
     own_server.process.kill()
     expect(visit.page.locator("#health-text")).to_contain_text("unreachable")
     visit.complaints.clear()  # Chromium names every refused connection
+
+
+def test_an_adapter_whose_logits_are_no_numbers_is_marked(
+    open_page: OpenPage, own_server: Server, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    token_id = int(load_tokenizer(tiny_llama_dir)("我")["input_ids"][-1])
+    upload(own_server.url, make_adapter_that_spoils(tiny_llama_dir, tmp_path / "spoiling", token_id), "spoiling")
+    for prompt, status in (("The quick", 200), ("我", 500), ("我", 500)):
+        body = {"model": "spoiling", "prompt": prompt, "max_tokens": 2}
+        assert httpx.post(f"{own_server.url}/v1/completions", json=body, timeout=60).status_code == status
+    page = open_page(own_server).page
+    rows = page.locator("#adapters-body tr")
+    expect(rows.filter(has_text="spoiling").locator(".badge.bad")).to_have_text("NaN: 2")
+    for other in rows.filter(has_not_text="spoiling").all():
+        expect(other.locator(".badge.bad")).to_be_hidden()
+    expect(page.get_by_text("adapter_not_finite").first).to_be_visible()

@@ -14,7 +14,8 @@ from manylora.errors import AdapterNotFinite, ModelNotFinite, SequenceFailed
 from tests.engine.faults import PHASES, Faults
 from tests.engine.harness import Rig, available_kernels, build_rig, load
 from tests.engine.oracle import check_greedy, with_adapter
-from tests.tiny_adapters import make_adapter
+from tests.tiny_adapters import make_adapter, make_adapter_that_spoils
+from tests.tiny_models import make_tiny_model
 
 NAMES = [None, "tuned", None, "other", "tuned", None, "other"]
 PROMPTS = [[3 + 7 * i, *range(20 + i, 20 + 4 * i)] for i in range(len(NAMES))]
@@ -300,24 +301,12 @@ def test_an_adapter_that_cannot_be_asked_for_fails_its_own_sequences(rig: Rig, m
 # logits that are no numbers
 
 
-def poisoned(folder: Path, token_id: int) -> Path:
-    """The adapter, with a row of the embedding so large that the logits after that token are no numbers."""
-    from safetensors.torch import load_file, save_file
-
-    path = folder / "adapter_model.safetensors"
-    tensors = load_file(path)
-    name = next(n for n in tensors if "lora_embedding_A" in n)
-    tensors[name][:, token_id] = 3e38
-    save_file(tensors, path, metadata={"format": "pt"})
-    return folder
-
-
 @pytest.mark.parametrize("kernel", available_kernels)
 def test_logits_that_are_no_numbers_end_their_own_sequence_with_an_error(
     kernel: str, tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
-    folder = make_adapter(tiny_llama_dir, tmp_path / "bad", targets=["embed_tokens", "q_proj"])
-    rig = build_rig(load(tiny_llama_dir), {"bad": poisoned(folder, 77)}, kernel=kernel, num_blocks=120)
+    folder = make_adapter_that_spoils(tiny_llama_dir, tmp_path / "bad", 77)
+    rig = build_rig(load(tiny_llama_dir), {"bad": folder}, kernel=kernel, num_blocks=120)
     faults = Faults(rig).install()
     for i, (prompt, name) in enumerate([([5, 77, 6], "bad"), ([5, 76, 6], "bad"), ([5, 77, 6], None)]):
         rig.add(f"r{i}", prompt, name)
@@ -350,3 +339,28 @@ def test_a_base_whose_logits_are_no_numbers_is_said_to_be_the_cause(tiny_llama_d
     error = rig.outputs["r/0"][-1].error
     assert isinstance(error, ModelNotFinite)
     assert error.code == "model_not_finite"
+
+
+# token ids without an embedding
+
+
+@pytest.mark.parametrize("kernel", available_kernels)
+def test_no_token_without_an_embedding_is_sampled(kernel: str, tmp_path: Path) -> None:
+    """Of a head with more rows than the embedding, the rows beyond are no tokens: the next step could not run them."""
+    folder = make_tiny_model("llama", tmp_path / "wide")
+    model = load(folder)
+    head = model.get_output_embeddings()
+    wide = torch.nn.Linear(head.in_features, head.out_features + 40, bias=False)
+    with torch.no_grad():
+        wide.weight[: head.out_features] = head.weight
+        wide.weight[head.out_features :] = head.weight[:40] * 3
+    model.set_output_embeddings(wide)
+    rig, narrow = build_rig(model, kernel=kernel), build_rig(load(folder), kernel=kernel)
+    for each in (rig, narrow):
+        for i in range(4):
+            each.add(f"r{i}", [i, 7, 9], temperature=1.0 * (i % 2), seed=i, logprobs=5, prompt_logprobs=5)
+        each.run()
+    assert rig.wrapped.vocab_size == narrow.wrapped.vocab_size == head.out_features
+    for i in range(4):
+        assert rig.tokens(f"r{i}") == narrow.tokens(f"r{i}")
+        assert all(t < head.out_features for entry in scores(rig, f"r{i}") for t, _ in entry.top)

@@ -343,6 +343,25 @@ def test_token_logprobs_of_a_prompt_are_those_of_the_tokens_that_follow() -> Non
     assert [len(e.top) for e in found] == [0, 2, 1]
 
 
+def test_log_probabilities_of_many_rows_are_those_of_each_alone_and_made_a_few_rows_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    logits = random_logits(150).bfloat16()
+    token_ids, counts = [i % VOCAB for i in range(150)], [i % 4 for i in range(150)]
+    alone = [token_logprobs(logits[i : i + 1], token_ids[i : i + 1], counts[i : i + 1])[0] for i in range(150)]
+    made: list[int] = []
+    log_softmax = torch.log_softmax
+
+    def noted(rows: torch.Tensor, dim: int) -> torch.Tensor:
+        made.append(rows.shape[0])
+        return log_softmax(rows, dim)
+
+    monkeypatch.setattr(torch, "log_softmax", noted)
+    assert token_logprobs(logits, token_ids, counts) == alone
+    assert sum(made) == 150
+    assert max(made) <= 32
+
+
 # rows that are no numbers
 
 

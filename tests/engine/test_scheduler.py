@@ -382,6 +382,36 @@ def test_failed_load_ends_its_sequences_only() -> None:
     assert good.finish_reason is FinishReason.LENGTH
 
 
+def scored(prompt: int) -> Sequence:
+    params = SamplingParams(max_tokens=2, prompt_logprobs=1)
+    return Sequence(f"r{next(_numbers)}", [random.randrange(1000) for _ in range(prompt)], params, tenant="t")
+
+
+def test_a_step_makes_no_more_logits_of_prompts_than_there_is_memory_for() -> None:
+    s = Scheduler(BlockManager(200, 4), FakeSlots(8), max_num_seqs=8, max_num_batched_tokens=64, max_prompt_logits=10)
+    requests = [scored(25), request(60, 2), scored(9), scored(40), request(3, 30)]
+    for r in requests:
+        s.add(r)
+    most = 0
+    while s.has_work:
+        asked = {id(r): r.scores_prompt for r in requests}
+        plan = step(s)
+        rows = sum(item.num_tokens for item in plan.scheduled if asked[id(item.seq)])
+        assert rows <= 10
+        assert all(item.num_tokens > 0 for item in plan.scheduled)
+        most = max(most, rows)
+    assert most == 10
+    assert all(r.finish_reason is FinishReason.LENGTH for r in requests)
+
+
+def test_a_prompt_is_scored_even_with_memory_for_the_logits_of_one_token() -> None:
+    s = Scheduler(BlockManager(200, 4), FakeSlots(8), max_num_seqs=8, max_num_batched_tokens=64, max_prompt_logits=1)
+    s.add(first := scored(7))
+    s.add(second := scored(5))
+    assert drain(s) <= 7 + 5 + 2
+    assert first.num_output_tokens == second.num_output_tokens == 2
+
+
 def test_finishing_twice_changes_nothing() -> None:
     s = scheduler()
     s.add(r := request())

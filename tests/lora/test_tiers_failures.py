@@ -7,7 +7,16 @@ from tests.lora.tier_setup import SMALL, Setup, ref
 
 
 @pytest.mark.parametrize(
-    "error", [OSError("disk on fire"), ValueError("bad"), KeyError("k"), RuntimeError("r"), MemoryError("full")]
+    "error",
+    [
+        OSError("disk on fire"),
+        ValueError("bad"),
+        KeyError("k"),
+        RuntimeError("r"),
+        MemoryError("full"),
+        TypeError("nobody thought of it"),
+        AssertionError("nor of this"),
+    ],
 )
 def test_a_failed_load_reaches_who_asked_once_and_can_be_tried_again(setup: Setup, error: Exception) -> None:
     setup.disk.broken[0] = error

@@ -1,5 +1,7 @@
 """Keys: made, shown once, kept as a hash, looked up, revoked."""
 
+import asyncio
+
 import pytest
 
 from manylora.catalog.database import Database
@@ -126,3 +128,34 @@ async def test_when_a_key_was_last_used_is_written_together_and_at_the_end(datab
     last_used = {key.id: key.last_used for key in store.list()}
     assert last_used[unused.id] is None
     assert (last_used[used.id] or 0) >= used.created
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("error", [KeyError("a bug"), RuntimeError("another"), NotFound("ours")])
+async def test_a_look_at_the_database_that_fails_is_not_the_last_one(
+    error: Exception, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a key that was taken back would be good for ever."""
+    monkeypatch.setattr("manylora.tenants.gate._POLL_S", 0.001)
+    gate = TenantGate(database)
+    key, text = KeyStore(database).create("acme", Role.USER)
+    await gate.refresh()
+    load, num_failed = gate._load, 0
+
+    def failing() -> None:
+        nonlocal num_failed
+        num_failed += 1
+        if num_failed < 3:
+            raise error
+        load()
+
+    monkeypatch.setattr(gate, "_load", failing)
+    gate.start()
+    KeyStore(database).revoke(key.id)
+    while True:
+        try:
+            gate.authenticate(f"Bearer {text}")
+        except AuthenticationFailed:
+            break
+        await asyncio.sleep(0.001)
+    await gate.aclose()

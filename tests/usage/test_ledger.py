@@ -192,6 +192,29 @@ async def test_a_database_that_is_down_holds_nobody_up_and_gets_everything_later
     assert rows(broken)[0][5] == 11
 
 
+@pytest.mark.parametrize("error", [KeyError("a bug"), RuntimeError("another")])
+async def test_a_write_that_fails_as_nobody_thought_of_is_tried_again_too(
+    error: Exception, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = ledger_of(database, Clock())
+    write, num_failed = ledger._store.write, 0
+
+    def failing(*args: Any) -> None:
+        nonlocal num_failed
+        num_failed += 1
+        if num_failed < 3:
+            raise error
+        write(*args)
+
+    monkeypatch.setattr(ledger._store, "write", failing)
+    ledger.add(use())
+    await asyncio.wait_for(ledger.stored(), 30)
+    while not rows(database):
+        await asyncio.sleep(0.01)
+    await ledger.aclose()
+    assert num_failed == 3
+
+
 async def test_a_batch_whose_confirmation_was_lost_is_not_counted_twice(broken: Broken) -> None:
     ledger = ledger_of(broken, Clock())
     broken.is_mute = True

@@ -18,6 +18,7 @@ from manylora.errors import (
     MethodNotAllowed,
     NotFound,
     RateLimited,
+    SequenceFailed,
     StorageFull,
     StoreUnavailable,
     Unavailable,
@@ -68,7 +69,7 @@ def field_path(loc: tuple[int | str, ...]) -> str:
 
 async def _on_manylora_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ManyloraError)
-    if error.status >= 500 and not isinstance(error, Unavailable):
+    if error.status >= 500 and not isinstance(error, Unavailable | SequenceFailed):  # which the engine has logged
         _log.error("request_failed", error=error.message, code=error.code, exc_info=error)
     elif isinstance(error, DatabaseUnavailable | StoreUnavailable | StorageFull):
         _log.error("request_failed", error=error.message, code=error.code)

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from manylora.api.record import FinishedRequest, RequestRecord
 from manylora.engine.interface import AdapterRef, Tier
+from manylora.errors import AdapterNotFinite
 
 __all__ = ["Traffic", "percentiles"]
 
@@ -214,6 +215,7 @@ class Traffic:
                 "tier": tier_of(ref),
                 "last_used": round(used[-1].finished_at, 3),
                 "requests": len(used),
+                "not_finite": sum(f.error is not None and f.error.code == AdapterNotFinite.code for f in used),
                 "tokens_per_s": round(tokens[adapter_id] / window, 3),
                 "ttft_ms": percentiles(f.ttft_s for f in used),
                 "tpot_ms": percentiles(f.tpot_s for f in used),

@@ -333,7 +333,7 @@ class Catalog:
                 await self.refresh()
             except Unavailable:
                 continue  # which the database has said
-            except ManyloraError:
+            except Exception:  # noqa: BLE001 - whatever it is, this goes on looking
                 _log.exception("The adapters stay as they were, and are looked at again")
 
     @property

@@ -9,7 +9,7 @@ import torch
 from manylora.engine.detokenizer import Decode, Detokenizer
 from manylora.engine.interface import Delta, FinishReason
 from manylora.engine.model_runner import ModelRunner, StepResult
-from manylora.engine.recovery import Fault, FaultEvents, Recovery, failure_of, log_failure, not_finite
+from manylora.engine.recovery import Fault, FaultEvents, Recovery, failure_of, log_ended, log_failure, not_finite
 from manylora.engine.scheduler import Scheduled, Scheduler
 from manylora.engine.sequence import Sequence
 from manylora.errors import ManyloraError
@@ -139,7 +139,9 @@ class Engine:
         if id(seq) in result.not_finite and not seq.capture_logits:
             if seq.adapter is not None:
                 self._faults.on_not_finite(seq.adapter)
-            return self._end(seq, not_finite(seq), is_spoiled=True)
+            error = not_finite(seq)
+            log_ended(seq, error)
+            return self._end(seq, error, is_spoiled=True)
         samples = item.samples
         try:
             self._take_prompt(item, result)

@@ -23,7 +23,7 @@ from manylora.engine.sequence import Sequence
 from manylora.errors import AdapterNotFinite, ModelNotFinite, SequenceFailed
 from manylora.log import get_logger
 
-__all__ = ["Fault", "FaultEvents", "Recovery", "Unrecoverable", "failure_of", "log_failure", "not_finite"]
+__all__ = ["Fault", "FaultEvents", "Recovery", "Unrecoverable", "failure_of", "log_ended", "log_failure", "not_finite"]
 
 _PROOFS: Final = 3  # tries of a step with nobody's input before the engine counts as dead
 
@@ -193,15 +193,17 @@ class Recovery:
 
 def log_failure(seq: Sequence, fault: Fault) -> None:
     """The one line of a failed sequence, with the traceback."""
-    get_logger(__name__).error(
-        "sequence_failed",
-        job_id=seq.request_id,
-        choice=seq.index,
-        tenant=seq.tenant,
-        adapter=seq.adapter.label if seq.adapter else "base",
-        phase=fault.phase,
-        exc_info=fault.error,
-    )
+    get_logger(__name__).error("sequence_failed", **_named(seq), phase=fault.phase, exc_info=fault.error)
+
+
+def log_ended(seq: Sequence, error: SequenceFailed) -> None:
+    """The one line of a sequence that nothing was raised for."""
+    get_logger(__name__).error("sequence_failed", **_named(seq), code=error.code)
+
+
+def _named(seq: Sequence) -> dict[str, str | int]:
+    adapter = seq.adapter.label if seq.adapter else "base"
+    return {"job_id": seq.request_id, "choice": seq.index, "tenant": seq.tenant, "adapter": adapter}
 
 
 def _smaller(part: list[Scheduled], fault: Fault) -> list[list[Scheduled]]:

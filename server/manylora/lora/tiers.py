@@ -320,7 +320,7 @@ class AdapterTiers:
             self._to_device(entry, self._to_host(entry))
         except ManyloraError as error:
             self._fail(entry, error)
-        except (OSError, ValueError, KeyError, RuntimeError, MemoryError) as error:
+        except Exception as error:  # noqa: BLE001 - who waits must hear of it, or the load is begun again for ever
             self._fail(entry, AdapterLoadFailed(f"Adapter {entry.ref.label} could not be loaded: {error}"))
         finally:
             with self._lock:

@@ -165,10 +165,11 @@ export class AdapterTable {
     const open = h("button", { type: "button", class: "name", onclick: () => this.onopen(current) });
     const pin = h("span", { class: "pin", title: "pinned", role: "img", "aria-label": "pinned" }, icon(PIN));
     const narrowPin = h("span", { class: "pin narrow", "aria-hidden": "true" }, icon(PIN)); // where there is no column for it
+    const spoiled = h("span", { class: "badge bad" });
     const about = h("span", { class: "about" });
     const tier = h("span", { class: "tier" });
     const cells = Object.fromEntries(COLUMNS.map((c) => [c.id, h("td", { class: this.classOf(c), data: { column: c.id } })]));
-    cells.name.append(h("span", { class: "name-line" }, open, narrowPin), about);
+    cells.name.append(h("span", { class: "name-line" }, open, narrowPin, spoiled), about);
     cells.tier.append(tier);
     cells.pinned.append(pin);
     return {
@@ -177,6 +178,9 @@ export class AdapterTable {
         current = a;
         setText(open, a.name);
         for (const mark of [pin, narrowPin]) mark.toggleAttribute("hidden", !a.pinned);
+        spoiled.toggleAttribute("hidden", !a.notFinite);
+        setText(spoiled, `NaN: ${count(a.notFinite)}`);
+        spoiled.title = "requests of the last 5 minutes that failed because the adapter's logits hold NaN or infinity";
         setText(about, a.description);
         setText(cells.tenant, a.tenant);
         setText(cells.version, a.version === null ? "none" : `${a.version}${a.numVersions > 1 ? ` of ${a.numVersions}` : ""}`);
@@ -208,6 +212,7 @@ function join(adapter, uses) {
     tier: use ? use.tier : adapter.tier,
     size: adapter.size_bytes,
     requests: uses.reduce((sum, row) => sum + row.requests, 0),
+    notFinite: uses.reduce((sum, row) => sum + row.not_finite, 0),
     tokensPerS: uses.reduce((sum, row) => sum + row.tokens_per_s, 0),
     ttft: ttfts.length ? Math.max(...ttfts) : null,
   };

@@ -188,8 +188,8 @@ class UsageLedger:
         while True:
             try:
                 await self._on_thread(partial(self._store.write, sending.number, sending.batch, self._now_us()))
-            except ManyloraError as error:
-                self._note_failing(error.message)
+            except Exception as error:  # noqa: BLE001 - whatever it is, what was counted is kept and tried again
+                self._note_failing(str(error))
                 is_kept = await self._keep_in_journal()
                 num_last += self._is_closing
                 if self._is_closing and is_kept:
