@@ -24,7 +24,7 @@ def test_a_record_keeps_facts_of_an_error_and_not_the_error() -> None:
     def refuse() -> weakref.ref[Body]:
         body = Body()
         try:
-            raise QueueFull("full" * MAX_KEPT_MESSAGE)  # noqa: TRY301 - the traceback is what is tested
+            raise QueueFull("full " * MAX_KEPT_MESSAGE)  # noqa: TRY301 - the traceback is what is tested
         except QueueFull as error:
             kept.append(RequestRecord("r", "acme").finish(error))
         return weakref.ref(body)
