@@ -144,12 +144,13 @@ def list_adapters(
     if as_json:
         print_json(found)
         return
-    columns = ["name", "tenant", "active", "versions", "rank", "size", "tier", "pinned", "created"]
+    columns = ["name", "tenant", "active", "status", "versions", "rank", "size", "tier", "pinned", "created"]
     rows = [
         [
             a["name"],
             a["tenant"],
             _or_dash(a["active_version"]),
+            _status(a),
             str(a["num_versions"]),
             _or_dash(a["rank"]),
             in_bytes(a["size_bytes"]),
@@ -160,6 +161,14 @@ def list_adapters(
         for a in found
     ]
     console.print(table(columns, rows))
+
+
+def _status(found: dict[str, Any]) -> str:
+    """Of an adapter or a version, in words."""
+    if found["status"] == "other_base":
+        return "made for another base"
+    facts = found.get("report", found)
+    return f"names {facts['base_model']}" if facts["base_model_differs"] else _or_dash(found["status"])
 
 
 def _or_dash(value: object) -> str:
@@ -197,7 +206,7 @@ def _show_adapter(found: dict[str, Any]) -> None:
         [
             str(v["version"]),
             "active" if v["active"] else "",
-            v["status"],
+            _status(v),
             str(v["rank"]),
             in_bytes(v["size_bytes"]),
             v["tier"],
@@ -210,8 +219,10 @@ def _show_adapter(found: dict[str, Any]) -> None:
 
 
 def _show_version(found: dict[str, Any]) -> None:
-    rows = [[key, str(found[key])] for key in ("id", "tenant", "status", "active", "pinned", "kind", "rank", "alpha")]
+    rows = [[key, str(found[key])] for key in ("id", "tenant", "active", "pinned", "kind", "rank", "alpha")]
     rows += [
+        ["status", _status(found)],
+        ["base model", _or_dash(found["report"]["base_model"])],
         ["target modules", ", ".join(found["target_modules"])],
         ["modules matched", str(len(found["report"]["matched"]))],
         ["size", in_bytes(found["size_bytes"])],
@@ -257,6 +268,8 @@ def _change(name: str, tenant: str | None, body: dict[str, Any], said: str, *, a
         print_json(found)
     else:
         console.print(said, markup=False)
+        if found["status"] == "other_base":
+            console.print("Its active version was made for another base, and is not used with the one that runs.")
 
 
 @app.command()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from manylora.catalog.archive import unpack
+from manylora.catalog.base_names import BaseNames
 from manylora.catalog.records import NewVersion
 from manylora.catalog.upload import Rules, new_version, report_of
 from manylora.errors import ModelUnusable
@@ -34,7 +35,8 @@ def validate_offline(path: Path, model: str | None, *, max_rank: int | None = No
             "alpha": adapter.alpha,
             "target_modules": list(adapter.target_modules),
             "size_bytes": adapter.size_bytes,
-            "report": report_of(adapter, None),
+            "report": report_of(adapter, None)
+            | {"base_model_differs": rules.names.differ_from(adapter.base_model_name_or_path)},
         }
 
 
@@ -49,7 +51,8 @@ def _rules(modules: Mapping[str, ModuleSpec], settings: Settings) -> Rules:
     from manylora.models.stored_weights import StoredWeights
 
     base = StoredWeights(resolve_model(settings.model), modules)
-    return Rules(modules, settings.max_rank, int(settings.max_adapter_size), base)
+    names = BaseNames((settings.served_name, settings.model))
+    return Rules(modules, settings.max_rank, int(settings.max_adapter_size), base, names)
 
 
 def modules_of(model: str | None) -> Mapping[str, ModuleSpec]:

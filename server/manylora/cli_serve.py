@@ -52,6 +52,9 @@ def _announce(what: "Announcement") -> None:
     console = Console(highlight=False, soft_wrap=True)
     adapters = "1 adapter" if what.num_adapters == 1 else f"{what.num_adapters} adapters"
     console.print(f"[bold]manylora[/] serves [bold]{what.model}[/] and {adapters}")
+    if what.num_other_base:
+        are = "adapter was" if what.num_other_base == 1 else "adapters were"
+        console.print(f"  {what.num_other_base} more {are} made for another base and cannot be used with this one.")
     pages = {"API": "/v1", "Dashboard": "/dashboard", "Docs": "/docs"} | (
         {"Metrics": "/metrics"} if what.has_metrics else {}
     )

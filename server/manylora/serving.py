@@ -45,11 +45,16 @@ _LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True, slots=True)
 class Announcement:
-    """What is worth saying once requests are answered. `moved_from` is the host asked for, where it was not used."""
+    """What is worth saying once requests are answered.
+
+    `num_other_base` adapters, beside the `num_adapters`, cannot be used with this base. `moved_from` is the host asked
+    for, where it was not used.
+    """
 
     url: str
     model: str
     num_adapters: int
+    num_other_base: int
     is_open: bool
     has_metrics: bool = True
     moved_from: str | None = None
@@ -111,7 +116,9 @@ class _Server:
         async with AsyncExitStack() as stack:
             if self._tracing is not None:
                 stack.push_async_callback(asyncio.to_thread, self._tracing.close)
-            catalog = Catalog.open(settings, builder.modules, StoredWeights(base.folder, builder.modules))
+            catalog = Catalog.open(
+                settings, builder.modules, StoredWeights(base.folder, builder.modules), base_name=base.name
+            )
             stack.push_async_callback(catalog.aclose)
             gate = TenantGate(catalog.database, Seal(settings.data_dir, catalog.store))
             occupancy = Occupancy()
@@ -182,7 +189,8 @@ class _Server:
         return Announcement(
             url=url_of(self._host, self._sock.getsockname()[1]),
             model=engine.model.name,
-            num_adapters=len(catalog.directory),
+            num_adapters=catalog.directory.num_usable,
+            num_other_base=len(catalog.directory) - catalog.directory.num_usable,
             is_open=gate.is_open,
             has_metrics=self._metrics.is_on,
             moved_from=self._settings.host if self._host != self._settings.host else None,

@@ -12,8 +12,10 @@ __all__ = ["adapter_view", "version_view"]
 OTHER_BASE = "other_base"
 
 
-def version_view(adapter: AdapterRecord, version: VersionRecord, tier: Tier) -> dict[str, Any]:
-    """`adapter.version`, as the API documents it."""
+def version_view(
+    adapter: AdapterRecord, version: VersionRecord, tier: Tier, *, has_other_name: bool = False
+) -> dict[str, Any]:
+    """`adapter.version`, as the API documents it. `has_other_name`: it names another model than the served one."""
     is_active = version.ref.version == adapter.active_version
     return {
         "id": version.ref.id,
@@ -21,7 +23,7 @@ def version_view(adapter: AdapterRecord, version: VersionRecord, tier: Tier) -> 
         "name": version.ref.name,
         "version": version.ref.version,
         "digest": version.ref.digest,
-        "status": "ready" if version.is_ready else OTHER_BASE,
+        "status": _status(version),
         "active": is_active,
         "pinned": adapter.pinned and is_active,
         "tenant": version.ref.tenant,
@@ -32,11 +34,19 @@ def version_view(adapter: AdapterRecord, version: VersionRecord, tier: Tier) -> 
         "size_bytes": version.size_bytes,
         "created": version.created // MICROSECONDS,
         "tier": tier,
-        "report": dict(version.report),
+        "report": {"base_model": None, **version.report, "base_model_differs": has_other_name},
     }
 
 
-def adapter_view(adapter: AdapterRecord, tier_of: Callable[[AdapterRef], Tier]) -> dict[str, Any]:
+def _status(version: VersionRecord) -> str:
+    return "ready" if version.is_ready else OTHER_BASE
+
+
+def adapter_view(
+    adapter: AdapterRecord,
+    tier_of: Callable[[AdapterRef], Tier],
+    has_other_name: Callable[[VersionRecord], bool] = lambda _: False,
+) -> dict[str, Any]:
     """`adapter`: a name with what its active version is; the facts of it are null where none is active."""
     active = adapter.active
     return {
@@ -46,6 +56,9 @@ def adapter_view(adapter: AdapterRecord, tier_of: Callable[[AdapterRef], Tier]) 
         "tenant": adapter.tenant,
         "description": adapter.description,
         "active_version": adapter.active_version,
+        "status": _status(active) if active else None,
+        "base_model": active.report.get("base_model") if active else None,
+        "base_model_differs": active is not None and has_other_name(active),
         "newest_version": adapter.versions[-1].ref.version,
         "num_versions": len(adapter.versions),
         "pinned": adapter.pinned,

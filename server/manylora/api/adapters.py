@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from typing import IO, Annotated, Final, TypeVar
+from typing import IO, Annotated, Any, Final, TypeVar
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
@@ -143,7 +143,7 @@ async def _stream(request: Request) -> AsyncIterator[bytes]:
 
 def _published(request: Request, catalog: Catalog, done: Published) -> Response:
     request.scope.setdefault("manylora.log", {})["adapter"] = done.version.ref.label
-    view = version_view(done.adapter, done.version, catalog.tier_of(done.version.ref))
+    view = _version_view(catalog, done.adapter, done.version)
     return JSONResponse(view, 201 if done.is_new else 200)
 
 
@@ -157,7 +157,7 @@ def _add_reads(router: APIRouter, catalog: Catalog) -> None:
     ) -> Response:
         """The adapters that the caller may use, newest first; an admin sees all tenants'."""
         records, has_more = await catalog.page(_listed_tenants(caller, tenant), limit, after)
-        data = [adapter_view(record, catalog.tier_of) for record in records]
+        data = [adapter_view(record, catalog.tier_of, catalog.has_other_name) for record in records]
         ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
         return JSONResponse({"object": "list", "data": data, **ends, "has_more": has_more})
 
@@ -165,14 +165,14 @@ def _add_reads(router: APIRouter, catalog: Catalog) -> None:
     async def get_adapter(name: str, caller: Caller, tenant: _TenantQuery = None) -> Response:
         """One adapter with all its versions."""
         record = await _record(catalog, caller, name, tenant)
-        versions = [version_view(record, v, catalog.tier_of(v.ref)) for v in record.versions]
-        return JSONResponse({**adapter_view(record, catalog.tier_of), "versions": versions})
+        versions = [_version_view(catalog, record, v) for v in record.versions]
+        return JSONResponse({**adapter_view(record, catalog.tier_of, catalog.has_other_name), "versions": versions})
 
     @router.get("/v1/adapters/{name}/versions/{n}")
     async def get_version(name: str, n: str, caller: Caller, tenant: _TenantQuery = None) -> Response:
         """One version with its validation report."""
         record, version = await version_of(catalog, caller, name, n, tenant)
-        return JSONResponse(version_view(record, version, catalog.tier_of(version.ref)))
+        return JSONResponse(_version_view(catalog, record, version))
 
     @router.get("/v1/adapters/{name}/versions/{n}/download")
     async def download_version(name: str, n: str, caller: Manager, tenant: _TenantQuery = None) -> Response:
@@ -185,6 +185,11 @@ def _add_reads(router: APIRouter, catalog: Catalog) -> None:
         }
         file.seek(0)
         return StreamingResponse(_chunks(file), media_type="application/gzip", headers=headers)
+
+
+def _version_view(catalog: Catalog, record: AdapterRecord, version: VersionRecord) -> dict[str, Any]:
+    differs = catalog.has_other_name(version)
+    return version_view(record, version, catalog.tier_of(version.ref), has_other_name=differs)
 
 
 def _chunks(file: IO[bytes]) -> Iterator[bytes]:
@@ -232,7 +237,7 @@ def _add_changes(router: APIRouter, catalog: Catalog) -> None:
         record = await catalog.update(
             owner, name, active_version=body.active_version, pinned=body.pinned, description=body.description
         )
-        return JSONResponse(adapter_view(record, catalog.tier_of))
+        return JSONResponse(adapter_view(record, catalog.tier_of, catalog.has_other_name))
 
     @router.delete("/v1/adapters/{name}", status_code=204)
     async def delete_adapter(name: str, caller: Manager, tenant: _TenantQuery = None) -> Response:

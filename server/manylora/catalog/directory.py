@@ -63,6 +63,11 @@ class Directory:
     def __len__(self) -> int:
         return sum(len(entries) for entries in self._tenants.values())
 
+    @property
+    def num_usable(self) -> int:
+        """Adapters with a version for this base. Looks at all: not for the hot path."""
+        return sum(any(listed.is_ready for listed in entry.versions.values()) for entry in self.entries())
+
     def resolve(self, tenant: str, name: str, version: int | None = None) -> AdapterRef:
         """The tenant's own adapter, else the public one. Raises AdapterNotFound."""
         entry = self.find(tenant, name)

@@ -205,12 +205,18 @@ class Registry:
         pinned: bool | None = None,
         description: str | None = None,
     ) -> AdapterRecord:
-        """Change what is given, all in one step. Raises AdapterNotFound or QuotaExceeded."""
+        """Change what is given, all in one step. Raises AdapterNotFound, QuotaExceeded, or Conflict (another base)."""
         with self._write() as transaction:
             row = queries.get_adapter(transaction.session, tenant, name)
             if active_version is not None:
-                if queries.load_record(transaction.session, row, self._base).version(active_version) is None:
+                version = queries.load_record(transaction.session, row, self._base).version(active_version)
+                if version is None:
                     raise missing(name, active_version)
+                if not version.is_ready:
+                    raise Conflict(
+                        f"'{name}@{active_version}' was made for a base of other shapes than the one that is served "
+                        "here, so it cannot become active. Promote a version whose status is 'ready'."
+                    )
                 row.active_version = active_version
             _change(transaction.session, row, pinned, description)
             return transaction.mirror(row)

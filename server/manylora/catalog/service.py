@@ -16,6 +16,7 @@ from typing import IO, Final
 from starlette.requests import ClientDisconnect
 
 from manylora.catalog import folders, sources
+from manylora.catalog.base_names import BaseNames
 from manylora.catalog.belonging import check_owner
 from manylora.catalog.blobs import Blobs
 from manylora.catalog.database import Database, open_database
@@ -69,8 +70,15 @@ class Catalog:
         self._count_upload: Callable[[str, str], None] = _ignore
 
     @classmethod
-    def open(cls, settings: Settings, modules: Mapping[str, ModuleSpec], base: BaseWeights | None = None) -> "Catalog":
-        """`base` has the modules' own numbers, for adapters that bring copies of them.
+    def open(
+        cls,
+        settings: Settings,
+        modules: Mapping[str, ModuleSpec],
+        base: BaseWeights | None = None,
+        *,
+        base_name: str | None = None,
+    ) -> "Catalog":
+        """`base` has the modules' own numbers, for adapters that bring copies of them; `base_name` is the served one.
 
         Opens database and store, and clears away what a crash left. Raises StartupError.
         """
@@ -86,7 +94,9 @@ class Catalog:
             store = open_store(settings.resolved_store_url, cache, is_shared=not database.is_sqlite)
             stack.callback(store.close)
             check_owner(store, database)
-            catalog = cls(database, store, lock, settings, Rules(modules, settings.max_rank, max_bytes, base))
+            names = BaseNames((base_name, settings.served_name, settings.model))
+            rules = Rules(modules, settings.max_rank, max_bytes, base, names)
+            catalog = cls(database, store, lock, settings, rules)
             catalog._blobs.sweep(settings.orphan_days)
             stack.pop_all()
         return catalog
@@ -279,6 +289,10 @@ class Catalog:
         if self.directory.blob_of(version.ref.id) is None:
             raise missing(version.ref.name, version.ref.version)
         return await asyncio.to_thread(self._blobs.pack, version, self._scratch)
+
+    def has_other_name(self, version: VersionRecord) -> bool:
+        """Whether the adapter names another model as its base than the one that is served."""
+        return self._rules.names.differ_from(version.report.get("base_model"))
 
     def tier_of(self, ref: AdapterRef) -> Tier:
         return self._attached.tier_of(ref)

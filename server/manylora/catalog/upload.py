@@ -9,18 +9,19 @@ import math
 import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from manylora.catalog.archive import unpack
+from manylora.catalog.base_names import BaseNames
 from manylora.catalog.faults import file_errors
 from manylora.catalog.files import ADAPTER_FILES, blob_of_folder, clear_folder, remove_tree
 from manylora.catalog.receive import Received
 from manylora.catalog.records import NewVersion, Wish
 from manylora.catalog.registry import new_id
 from manylora.engine.interface import AdapterRef, Effect, EngineClient
-from manylora.errors import InvalidAdapter, InvalidRequest, Problem
+from manylora.errors import InvalidAdapter, InvalidRequest, Problem, quoted
 from manylora.lora import format as lora_format
 from manylora.lora.format import Adapter, ModuleSpec
 from manylora.lora.spec import BaseWeights
@@ -40,10 +41,11 @@ class Rules:
     max_rank: int
     max_bytes: int
     base: BaseWeights | None = None
+    names: BaseNames = field(default_factory=BaseNames)
 
     def read(self, folder: Path, left_aside: Sequence[str] = ()) -> Adapter:
         """Validate the files in `folder`; `left_aside` lay beside them. Raises InvalidAdapter with every problem."""
-        return lora_format.read(
+        adapter = lora_format.read(
             folder,
             self.modules,
             max_rank=self.max_rank,
@@ -51,6 +53,9 @@ class Rules:
             left_aside=left_aside,
             base=self.base,
         )
+        warning = self.names.warning(adapter.base_model_name_or_path)
+        adapter.warnings.extend([] if warning is None else [warning])
+        return adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +158,13 @@ def new_version(folder: Path, adapter: Adapter, effect: Effect | None, *, blob: 
 def report_of(adapter: Adapter, effect: Effect | None) -> dict[str, Any]:
     """The validation report of the API. Offline there is no effect: nothing ran."""
     measured = None if effect is None else asdict(effect)
-    return {"matched": list(adapter.matched), "warnings": list(adapter.warnings), "effect": measured}
+    named = adapter.base_model_name_or_path
+    return {
+        "matched": list(adapter.matched),
+        "warnings": list(adapter.warnings),
+        "effect": measured,
+        "base_model": None if named is None else quoted(named),
+    }
 
 
 def wish_of(fields: Mapping[str, str], tenant: str) -> Wish:

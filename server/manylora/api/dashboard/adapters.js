@@ -93,7 +93,7 @@ export class AdapterTable {
 
   /** Names for the try-it box. */
   names(mayUse) {
-    return this.listed.filter((a) => a.active_version !== null && mayUse(a.tenant)).map((a) => a.name);
+    return this.listed.filter((a) => a.status === "ready" && mayUse(a.tenant)).map((a) => a.name);
   }
 
   show(stats) {
@@ -168,8 +168,9 @@ export class AdapterTable {
     const spoiled = h("span", { class: "badge bad" });
     const about = h("span", { class: "about" });
     const tier = h("span", { class: "tier" });
+    const base = h("span", { class: "badge warn" });
     const cells = Object.fromEntries(COLUMNS.map((c) => [c.id, h("td", { class: this.classOf(c), data: { column: c.id } })]));
-    cells.name.append(h("span", { class: "name-line" }, open, narrowPin, spoiled), about);
+    cells.name.append(h("span", { class: "name-line" }, open, narrowPin, base, spoiled), about);
     cells.tier.append(tier);
     cells.pinned.append(pin);
     return {
@@ -182,6 +183,9 @@ export class AdapterTable {
         setText(spoiled, `NaN: ${count(a.notFinite)}`);
         spoiled.title = "requests of the last 5 minutes that failed because the adapter's logits hold NaN or infinity";
         setText(about, a.description);
+        setText(base, a.remark.text);
+        base.title = a.remark.title;
+        base.toggleAttribute("hidden", !a.remark.text);
         setText(cells.tenant, a.tenant);
         setText(cells.version, a.version === null ? "none" : `${a.version}${a.numVersions > 1 ? ` of ${a.numVersions}` : ""}`);
         setText(tier, TIER_NAMES[a.tier] ?? "–");
@@ -197,6 +201,15 @@ export class AdapterTable {
   }
 }
 
+/** What is to be said of the base that an adapter or a version was made for. */
+export function baseRemark(found) {
+  const { status, report = found } = found;
+  const { base_model: name, base_model_differs: differs } = report;
+  if (status === "other_base") return { text: "other base", title: "Made for a base model of other shapes: it cannot be used with this one." };
+  if (differs) return { text: "other name", title: `It names ${name} as its base, and another model is served.` };
+  return { text: "", title: "" };
+}
+
 /** One adapter as the table shows it. Traffic of several versions adds up; the TTFT is the slowest of theirs. */
 function join(adapter, uses) {
   const use = uses.find((row) => row.version === adapter.active_version);
@@ -207,6 +220,7 @@ function join(adapter, uses) {
     tenant: adapter.tenant,
     description: adapter.description ?? "",
     pinned: adapter.pinned,
+    remark: baseRemark(adapter),
     version: adapter.active_version,
     numVersions: adapter.num_versions,
     tier: use ? use.tier : adapter.tier,

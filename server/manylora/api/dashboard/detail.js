@@ -1,6 +1,7 @@
 // The drawer of one adapter: its versions, and what the visitor may do with them.
 
 import { download, getJson, send } from "./api.js";
+import { baseRemark } from "./adapters.js";
 import { byId, confirmed, h, toast } from "./dom.js";
 import { bytes, day } from "./format.js";
 import { Inspection } from "./inspect.js";
@@ -69,7 +70,7 @@ export class Detail {
 
   actions(may) {
     const { adapter } = this;
-    const tryIt = this.session.mayUse(adapter.tenant) && adapter.active_version !== null
+    const tryIt = this.session.mayUse(adapter.tenant) && adapter.status === "ready"
       ? h("button", { type: "button", class: "primary", onclick: () => this.tryIt(adapter.name) }, "Try it")
       : null;
     if (!may) {
@@ -87,6 +88,7 @@ export class Detail {
     const { adapter } = this;
     const isActive = version.version === adapter.active_version;
     const isReady = version.status === "ready";
+    const remark = baseRemark(version);
     const label = `${adapter.name}@${version.version}`;
     const place = h("div", { class: "version-report" });
     const fold = (label, show) => h("button", { type: "button", class: "quiet", "aria-expanded": "false", onclick: (event) => this.fold(event.currentTarget, place, show) }, label);
@@ -106,7 +108,8 @@ export class Detail {
     return h("li", { data: { active: String(isActive) } },
       h("div", { class: "version-line" },
         h("strong", {}, `Version ${version.version}`),
-        isActive ? h("span", { class: "badge" }, "active") : null,
+        isActive && isReady ? h("span", { class: "badge" }, "active") : null,
+        remark.text ? h("span", { class: "badge warn", title: remark.title }, remark.text) : null,
         h("span", { class: "tier", data: { tier: version.tier ?? "" } }, version.tier ?? "–")),
       h("p", { class: "hint" }, `${version.kind}, rank ${version.rank} · ${bytes(version.size_bytes)} · ${day(version.created)}${isReady ? "" : " · made for another base model"}`),
       h("div", { class: "version-actions" }, buttons),

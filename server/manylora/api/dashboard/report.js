@@ -16,10 +16,11 @@ const line = (label, value) => [h("dt", {}, label), h("dd", {}, value)];
 
 /** `version` as `GET /v1/adapters/{name}/versions/{n}` gives it. */
 export function reportView(version) {
-  const { matched = [], warnings = [], effect = null } = version.report ?? {};
+  const { matched = [], warnings = [], effect = null, base_model: base = null } = version.report ?? {};
   const list = h("dl", { class: "facts" },
     line("Modules", `${count(matched.length)} matched`),
     line("Targets", (version.target_modules ?? []).join(", ")),
+    base ? line("Trained on", base) : null,
     line("Rank, alpha", `${version.rank}, ${version.alpha}`),
     effect ? line("Effect", `largest logit change ${effect.max_abs_logit_delta.toPrecision(3)}, KL ${effect.kl.toPrecision(3)} nats on ${effect.prompt_tokens} tokens`) : null,
     line("Digest", h("code", { class: "digest" }, version.digest)),
