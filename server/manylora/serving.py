@@ -182,7 +182,8 @@ class _Server:
     async def _drain(self, engine: "AsyncEngine", departure: Departure) -> None:
         """First nobody is sent here any more, then nobody is taken any more."""
         departure.is_near = True
-        await asyncio.sleep(self._settings.drain_delay_s)
+        if engine.failure is None:  # or there is nothing left to be answered meanwhile
+            await asyncio.sleep(self._settings.drain_delay_s)
         await engine.drain(self._settings.drain_timeout_s)
 
     def _announcement(self, catalog: Catalog, engine: "AsyncEngine", gate: TenantGate) -> Announcement:

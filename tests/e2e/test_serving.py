@@ -248,7 +248,7 @@ async def test_sigterm_lets_running_requests_finish_and_then_ends_well(own_serve
 
 @pytest.mark.anyio
 async def test_a_dead_engine_answers_what_waits_and_ends_the_process(own_server: Callable[..., Any]) -> None:
-    with own_server(max_num_seqs=2) as server:
+    with own_server(max_num_seqs=2, drain_delay_s=3600) as server:
         body = {"model": "small", "prompt": "The", "max_tokens": 450, "ignore_eos": True}
         url = f"{server.url}/v1/completions"
         async with httpx.AsyncClient(timeout=120) as client:

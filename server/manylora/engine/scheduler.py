@@ -77,11 +77,11 @@ class _Room:
     def fits(self, seq: Sequence) -> int:
         """How many of the sequence's tokens."""
         count = min(seq.num_uncomputed, self.tokens)
-        return min(count, self.prompt_logits) if seq.scores_prompt else count
+        return min(count, self.prompt_logits) if seq.wants_prompt_logits and seq.scores_prompt else count
 
     def take(self, seq: Sequence, count: int) -> None:
         self.tokens -= count
-        if seq.scores_prompt:
+        if seq.wants_prompt_logits and seq.scores_prompt:
             self.prompt_logits -= count
 
 
@@ -143,8 +143,10 @@ class Scheduler:
         room = _Room(self._max_num_batched_tokens, self._max_prompt_logits)
         may_admit = True
         for seq in sorted(self.running, key=lambda s: s.num_uncomputed > 1):
+            if seq.status is not SequenceStatus.RUNNING or (only is not None and id(seq) not in only):
+                continue
             count = room.fits(seq)
-            if seq.status is not SequenceStatus.RUNNING or count <= 0 or not self._is_meant(seq):
+            if count <= 0:
                 continue
             while not self.blocks.allocate(seq, seq.num_computed + count):
                 may_admit = False
