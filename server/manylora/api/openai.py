@@ -128,6 +128,7 @@ class _Call:
         self._log: dict[str, Any] = request.scope["manylora.log"]
         self._record = RequestRecord(request_id=request.scope["manylora.request_id"], tenant=caller.tenant)
         self._is_ended = False
+        self._is_large = False
         services.traffic.begin(self._record)
 
     async def completion(self) -> Response:
@@ -136,6 +137,7 @@ class _Call:
             adapter = self._resolve(body)
             params = self._params(body, len(body.prompts))
             prompts = await encode_prompts(body, self._services.engine)
+            await self._check_connected()
             check_echo(params, body, [(len(prompt.ids), len(prompt.text)) for prompt in prompts])
             job = self._job(body, adapter, params, prompts)
             answer = CompletionAnswer(job, self._services.engine.codec, **self._names(body), echo=body.echo)
@@ -146,7 +148,9 @@ class _Call:
             body = await self._parsed(ChatRequest)
             adapter = self._resolve(body)
             params = self._params(body, 1)
-            job = self._job(body, adapter, params, [await encode_chat(body, self._services.engine)])
+            prompt = await encode_chat(body, self._services.engine)
+            await self._check_connected()
+            job = self._job(body, adapter, params, [prompt])
             answer = ChatAnswer(job, self._services.engine.codec, **self._names(body))
             return await self._answer(body, job, answer)
 
@@ -162,7 +166,13 @@ class _Call:
     async def _parsed(self, schema: type[T]) -> T:
         """The body. A large one is parsed and checked beside the event loop."""
         data = await self._read()
-        return parse(schema, data) if len(data) <= _INLINE_BYTES else await beside_loop(PYTHON, parse, schema, data)
+        self._is_large = len(data) > _INLINE_BYTES
+        return await beside_loop(PYTHON, parse, schema, data) if self._is_large else parse(schema, data)
+
+    async def _check_connected(self) -> None:
+        """Raises ClientGone if the client of a large body has not waited for its prompts to be encoded."""
+        if self._is_large and await self._request.is_disconnected():
+            raise ClientGone
 
     async def _read(self) -> bytes:
         require_json(self._request)

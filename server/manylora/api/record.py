@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
 from manylora.catalog.interface import Use
 from manylora.engine.interface import AdapterRef, Progress, RequestTiming, Tier
@@ -12,7 +12,6 @@ from manylora.metrics import RequestSample
 
 __all__ = ["ClientGone", "ErrorFacts", "FinishedRequest", "Recorder", "RequestRecord", "outcome_of"]
 
-MAX_KEPT_MESSAGE: Final = 1000
 _TIERS: tuple[Tier, ...] = ("device", "host", "disk")
 
 
@@ -26,7 +25,7 @@ class ErrorFacts:
     @classmethod
     def of(cls, error: BaseException | None) -> "ErrorFacts | None":
         """None for anything that was not raised on purpose, since its text is for the log alone."""
-        return cls(error.code, error.message[:MAX_KEPT_MESSAGE]) if isinstance(error, ManyloraError) else None
+        return cls(error.code, error.message) if isinstance(error, ManyloraError) else None
 
 
 @dataclass(frozen=True, slots=True)
