@@ -197,7 +197,7 @@ class Watch:
         while True:
             await asyncio.sleep(1)
             async with self._session.get(f"{self._url}/v1/stats") as answer:
-                stats = (await answer.json())["engine"]
+                stats = await answer.json()
             if stats["running"] + stats["waiting"] <= NUM_STREAMS:
                 return
 
@@ -280,7 +280,13 @@ def main() -> None:
     late = [row.name for row in rows if row.extra_ms > GOAL_MS]
     print(f"more than {GOAL_MS:.0f} ms longer: {', '.join(late) or 'none'}")
     if arguments.output:
-        figures = {"quiet": asdict(quiet), "rows": [asdict(row) for row in rows], "flags": arguments.flags}
+        figures = {
+            "num_cpus": os.cpu_count(),
+            "load_average": os.getloadavg()[0],  # beyond the number of CPUs, others had them as well
+            "quiet": asdict(quiet),
+            "rows": [asdict(row) for row in rows],
+            "flags": arguments.flags,
+        }
         arguments.output.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 

@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
@@ -16,6 +17,7 @@ __all__ = ["HuggingFaceCodec"]
 # Shorter ones are encoded and decoded faster than another thread is woken.
 _SHORT_CHARACTERS = 4096
 _SHORT_TOKENS = 1024
+_NUM_SPELLED = 2**15  # tokens whose spelling is remembered: log-probabilities name the same ones again and again
 
 
 class _Backend(Protocol):
@@ -45,6 +47,7 @@ class HuggingFaceCodec:
         self._template = ChatTemplate(tokenizer)
         self._num_tokens = max(tokenizer.get_vocab().values(), default=-1) + 1
         self._added: dict[int, str] = {int(i): str(t) for i, t in tokenizer.added_tokens_decoder.items()}
+        self._spelled = lru_cache(_NUM_SPELLED)(self._spell)
         self._bytes_of = _byte_rule(None if fast is None else fast.decoder)
 
     @property
@@ -81,19 +84,22 @@ class HuggingFaceCodec:
 
     def token_text(self, token_id: int) -> str:
         """One token as text; bytes that are no whole character become U+FFFD."""
-        return bytes(self.token_bytes(token_id)).decode(errors="replace")
+        return self._spelled(token_id)[0]
 
     def token_bytes(self, token_id: int) -> list[int]:
         """One token's bytes, the space before a word included. An id without a token has none."""
+        return list(self._spelled(token_id)[1])
+
+    def _spell(self, token_id: int) -> tuple[str, bytes]:
+        """A token's text and bytes."""
+        spelled = b""
         added = self._added.get(token_id)
         if added is not None:
-            return list(added.encode())
-        if not 0 <= token_id < self.num_tokens:
-            return []
-        token = self._tokenizer.convert_ids_to_tokens(token_id)
-        if not isinstance(token, str):
-            return []
-        return list(self._bytes_of(token))
+            spelled = added.encode()
+        elif 0 <= token_id < self.num_tokens:
+            token = self._tokenizer.convert_ids_to_tokens(token_id)
+            spelled = self._bytes_of(token) if isinstance(token, str) else b""
+        return spelled.decode(errors="replace"), spelled
 
     def chat(self, messages: list[dict[str, Any]], *, continue_final: bool = False) -> list[int]:
         """The ids of a rendered chat; `continue_final` leaves the last message open instead of starting an answer.
