@@ -6,6 +6,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # On a machine without a GPU: make serve TORCH_INDEX=https://download.pytorch.org/whl/cpu (a tenth of the download).
 TORCH_INDEX ?=
 BUILD_INPUTS := pyproject.toml setup.py $(wildcard server/manylora/csrc/*)
+# Tests run in so many processes; with 0, in pytest's own, which a debugger wants.
+JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count() or 1))')
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 ARGS ?=
 
 .PHONY: help serve test emulated sanitize soak check quick format docs clean distclean
@@ -14,7 +17,7 @@ ARGS ?=
 help:
 	@echo "make serve    install what is needed, fetch the default model, serve it with adapters/ on port 8000"
 	@echo "              (more flags: make serve ARGS='--port 9000 --max-num-seqs 32')"
-	@echo "make test     install what is needed, then check and all tests"
+	@echo "make test     install what is needed, then check and all tests (JOBS=0: one after the other)"
 	@echo "make emulated the kernels' tests on the CPU paths that this machine lacks"
 	@echo "make soak     ten minutes of load on a server that is watched, and servers that are killed at work"
 	@echo "make sanitize the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
@@ -28,12 +31,13 @@ serve: $(VENV)/.runtime
 	$(BIN)/manylora serve --adapters adapters $(ARGS)
 
 test: check
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) -m "not soak and not alone" $(ARGS)
+	$(BIN)/python -m pytest -m alone tests
 
 # Another build of the extension, in which AVX2 stands in for AVX512 and VNNI; see csrc/emulate.h.
 emulated: $(VENV)/.dev
 	MANYLORA_EMULATE=1 $(BIN)/python setup.py -q build --build-lib build/emulated/lib --build-temp build/emulated/temp
-	PYTHONPATH=build/emulated/lib $(BIN)/python -m pytest tests/kernels $(ARGS)
+	PYTHONPATH=build/emulated/lib $(PYTEST) tests/kernels $(ARGS)
 
 # In a process of its own beside `make test`, so it leaves pytest's cache to that one.
 soak: $(VENV)/.dev
@@ -44,11 +48,11 @@ soak: $(VENV)/.dev
 sanitize: $(VENV)/.dev
 	MANYLORA_SANITIZE=1 $(BIN)/python setup.py -q build --build-lib build/sanitize/lib --build-temp build/sanitize/temp
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc OMP_NUM_THREADS=2 \
-	PYTHONPATH=build/sanitize/lib $(BIN)/python -m pytest tests/kernels --capture=sys $(ARGS)
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
+	PYTHONPATH=build/sanitize/lib $(PYTEST) tests/kernels --capture=sys $(ARGS)
 
 quick: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow and not soak" $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

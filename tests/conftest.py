@@ -1,10 +1,16 @@
 """Fixtures that several parts of the suite share: tiny models on disk, made once per session."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
 import pytest
+
+# Processes of tests beside each other share the CPUs: threads that wait for one another on the same one are many times
+# slower than a single one. Before torch is imported, which reads it once.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 import manylora  # noqa: F401 - before any test imports torch: it sets how torch's threads wait
 

@@ -138,6 +138,7 @@ def test_own_cpus_are_all_of_them_or_none(monkeypatch: pytest.MonkeyPatch) -> No
     assert own_cpus() == []
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(
     not own_cpus() or not native.is_available(), reason="needs as many CPUs as threads, and the kernels"
 )
