@@ -1,6 +1,7 @@
 """The bridge to asyncio over a real engine: queues, ends of every kind, and an engine that dies."""
 
 import asyncio
+import math
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -27,7 +28,7 @@ from manylora.models.checkpoint import load_tokenizer
 from manylora.models.codec import HuggingFaceCodec
 from tests.engine.harness import Rig, build_rig, load
 from tests.engine.oracle import check_greedy, with_adapter
-from tests.tiny_adapters import make_adapter
+from tests.tiny_adapters import make_adapter, make_adapter_that_spoils
 from tests.tiny_models import VOCAB_SIZE
 
 pytestmark = pytest.mark.anyio
@@ -333,6 +334,17 @@ async def test_an_effect_is_measured_beside_running_requests(
     assert effect.prompt_tokens == len(ids)
     assert effect.max_abs_logit_delta == pytest.approx(float((base - tuned).abs().max()), rel=1e-3)
     assert effect.kl > 0
+
+
+async def test_an_effect_of_no_numbers_is_measured_as_such_so_that_the_upload_can_say_so(
+    rig: Rig, engine: AsyncEngine, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    first = engine.codec.encode(PROBE_TEXT)[0]
+    effect = await engine.measure_effect(
+        rig.refs["tuned"], make_adapter_that_spoils(tiny_llama_dir, tmp_path / "bad", first)
+    )
+    assert not math.isfinite(effect.max_abs_logit_delta)
+    assert engine.is_ready
 
 
 async def test_timing_tells_waiting_from_loading(
