@@ -31,26 +31,19 @@ _log = get_logger("manylora.request")
 
 
 class LastResort:
-    """Answers what nobody foresaw with a 500 that tells nothing of its inside, and logs it."""
+    """Answers what nobody foresaw with a 500 that tells nothing of its inside, and logs it. Inside RequestContext."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_started = False
-
-        async def send_on(message: Message) -> None:
-            nonlocal is_started
-            is_started = True
-            await send(message)
-
         try:
-            await self.app(scope, receive, send_on)
+            await self.app(scope, receive, send)
         except (ClientGone, ClientDisconnect):
             raise
         except Exception:  # noqa: BLE001 - the outermost handler
             _log.exception("unexpected_error", request_id=scope["manylora.request_id"], path=quoted(scope["path"]))
-            if not is_started:
+            if not scope["manylora.status"]:
                 await error_response(INTERNAL_ERROR)(scope, receive, send)
 
 
@@ -74,7 +67,7 @@ class RequestContext:
         scope["manylora.request_id"] = request_id
         fields: dict[str, Any] = scope.setdefault("manylora.log", {})
         header = (REQUEST_ID_HEADER.encode(), request_id.encode())
-        status: list[int] = []
+        status: list[int] = scope.setdefault("manylora.status", [])  # empty until the answer has begun
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
