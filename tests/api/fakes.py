@@ -1,7 +1,7 @@
 """A small engine, directory and gate, real enough to serve HTTP: no model, deterministic text."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -271,12 +271,12 @@ class FakeDirectory:
                 return ref
         raise AdapterNotFound(f"{tenant} has no {name}@{version} but {self.refs}")
 
-    def visible_to(self, tenant: str) -> list[PublishedAdapter]:
-        return [
+    def visible_to(self, tenant: str, start: str = "") -> Iterator[PublishedAdapter]:
+        return (
             PublishedAdapter(ref, 1_700_000_000 + ref.version)
             for ref in self.refs
-            if ref.tenant in (tenant, PUBLIC_TENANT) and self.active[ref.name] == ref.version
-        ]
+            if ref.tenant in (tenant, PUBLIC_TENANT) and self.active[ref.name] == ref.version and ref.name >= start
+        )
 
 
 @dataclass

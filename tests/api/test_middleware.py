@@ -75,7 +75,7 @@ def test_the_line_of_a_refused_request_has_the_code(rig: Rig) -> None:
 
 
 def test_an_unforeseen_error_is_logged_with_its_traceback(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rig.directory, "visible_to", lambda tenant: 1 / 0)
+    monkeypatch.setattr(rig.directory, "visible_to", lambda tenant, start: 1 / 0)
     with capture_logs() as logs:
         answer = rig.client.get("/v1/models")
     assert answer.status_code == 500

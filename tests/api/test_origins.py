@@ -161,7 +161,7 @@ def test_whole_answers_streams_and_errors_may_be_read(
     shared: tuple[Rig, dict[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rig, page = shared
-    monkeypatch.setattr(rig.directory, "visible_to", lambda tenant: 1 / 0)
+    monkeypatch.setattr(rig.directory, "visible_to", lambda tenant, start: 1 / 0)
     answers = {
         200: rig.client.post("/v1/chat/completions", json=CHAT, headers=page),
         400: rig.client.post("/v1/chat/completions", json={}, headers=page),

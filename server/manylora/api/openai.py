@@ -4,9 +4,11 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
-from typing import Any, Final, TypeVar
+from itertools import islice
+from typing import Annotated, Any, Final, TypeVar
 
-from fastapi import APIRouter, Request
+import orjson
+from fastapi import APIRouter, Query, Request
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
@@ -22,6 +24,7 @@ from manylora.api.sampling import check_echo, fit_to_context, sampling_params
 from manylora.api.schemas import ChatRequest, CompletionRequest, GenerationRequest, parse
 from manylora.api.sse import EventStream, while_connected
 from manylora.api.state import Services, ServicesDep
+from manylora.catalog.interface import PublishedAdapter
 from manylora.engine.interface import AdapterRef, SamplingParams
 from manylora.errors import AdapterNotFound, InvalidRequest
 from manylora.tenants.interface import Principal
@@ -30,6 +33,8 @@ __all__ = ["ADAPTER_HEADER", "router"]
 
 ADAPTER_HEADER: Final = "x-manylora-adapter"
 _INLINE_BYTES: Final = 65_536
+# OpenAI's clients take a list of models for whole: few have more than this, and who pages can have all.
+MAX_MODELS: Final = 10_000
 T = TypeVar("T", bound=GenerationRequest)
 router = APIRouter(tags=["inference"])
 
@@ -53,30 +58,54 @@ async def create_chat_completion(request: Request, caller: Caller, services: Ser
 
 
 @router.get("/v1/models")
-async def list_models(caller: Caller, services: ServicesDep) -> dict[str, Any]:
-    """The base and the adapters that the caller may name."""
+async def list_models(
+    caller: Caller,
+    services: ServicesDep,
+    limit: Annotated[int, Query(ge=1, le=MAX_MODELS)] = MAX_MODELS,
+    after: Annotated[str | None, Query(description="The `last_id` of the page before.")] = None,
+) -> Response:
+    """The base and the adapters that the caller may name, by name."""
+    body = await beside_loop(PYTHON, _models_page, services, caller.tenant, limit, after)
+    return Response(body, media_type="application/json")
+
+
+def _models_page(services: Services, tenant: str, limit: int, after: str | None) -> bytes:
     model = services.engine.model
-    adapters = services.directory.visible_to(caller.tenant)
-    entries = [_adapter_entry(services, p.ref, p.created, p.ref.name) for p in adapters]
-    data = [_base_entry(services, model.created), *entries]
-    data += _aliases(services, caller.tenant, {entry["id"]: entry for entry in data})
-    return {"object": "list", "data": data}
+    is_first = after is None or after == model.name
+    data = [_base_entry(services, model.created)] if after is None else []
+    room = limit - len(data)
+    start = "" if is_first else f"{after}\0"  # no name comes between the two
+    found = list(islice(services.directory.visible_to(tenant, start), room + 1))
+    data += [_adapter_entry(services, p.ref, p.created, p.ref.name) for p in found[:room]]
+    has_more = len(found) > room
+    if not has_more:
+        data += _aliases(services, tenant)
+    ids = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
+    return orjson.dumps({"object": "list", "data": data, **ids, "has_more": has_more})
 
 
-def _aliases(services: Services, tenant: str, known: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _aliases(services: Services, tenant: str) -> Iterator[dict[str, Any]]:
     """The entries of the aliases that lead somewhere for this tenant, as those tools look for them."""
     base = services.engine.model
     for alias, name in services.settings.resolved_model_aliases.items():
-        if alias in known:
+        if alias == base.name or _published(services, tenant, alias) is not None:
             continue
-        if name in known:
-            yield known[name] | {"id": alias}
+        if name == base.name:
+            yield _base_entry(services, base.created) | {"id": alias}
             continue
         with suppress(AdapterNotFound):
             wanted = parse_model(name, base.name)
             if wanted is not None:
                 ref = resolve(services.directory, tenant, wanted, written=alias, param="model")
-                yield _adapter_entry(services, ref, base.created, alias)
+                found = _published(services, tenant, ref.name)
+                is_active = found is not None and found.ref == ref
+                yield _adapter_entry(services, ref, found.created if found and is_active else base.created, alias)
+
+
+def _published(services: Services, tenant: str, name: str) -> PublishedAdapter | None:
+    """The adapter of that name, where it has an active version."""
+    first = next(services.directory.visible_to(tenant, name), None)
+    return first if first is not None and first.ref.name == name else None
 
 
 @router.get("/v1/models/{model_id:path}")
@@ -90,9 +119,8 @@ async def get_model(model_id: str, caller: Caller, services: ServicesDep) -> dic
     if wanted is None:
         return _base_entry(services, base.created) | {"id": model_id}
     ref = resolve(services.directory, caller.tenant, wanted, written=model_id, param="model")
-    visible = services.directory.visible_to(caller.tenant)
-    created = next((p.created for p in visible if (p.ref.tenant, p.ref.name) == (ref.tenant, ref.name)), base.created)
-    return _adapter_entry(services, ref, created, model_id)
+    found = _published(services, caller.tenant, ref.name)
+    return _adapter_entry(services, ref, base.created if found is None else found.created, model_id)
 
 
 def _base_entry(services: Services, created: int) -> dict[str, Any]:

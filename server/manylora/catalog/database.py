@@ -113,7 +113,7 @@ class Database:
     def revision(self, topic: Topic) -> int:
         """A number that grows with every change to the topic, by whichever process."""
         with self.read() as session:
-            return session.execute(select(RevisionRow.value).where(RevisionRow.topic == topic)).scalar_one()
+            return revision_in(session, topic)
 
     @contextmanager
     def named_lock(self, number: int) -> Iterator[None]:
@@ -207,6 +207,11 @@ class Database:
         for engine in (self._engine, self._lock_engine):
             if engine is not None:
                 engine.dispose()
+
+
+def revision_in(session: Session, topic: Topic) -> int:
+    """The topic's revision as a transaction sees it: one that writes, its own."""
+    return session.execute(select(RevisionRow.value).where(RevisionRow.topic == topic)).scalar_one()
 
 
 def open_database(url: str, timeout_s: float = TIMEOUT_S) -> Database:

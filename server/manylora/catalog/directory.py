@@ -1,6 +1,8 @@
 """The adapters in memory, so that a request's name becomes an identity without a query."""
 
-from collections.abc import Iterable, Mapping
+import heapq
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -57,6 +59,7 @@ class Directory:
 
     def __init__(self) -> None:
         self._tenants: dict[str, dict[str, Entry]] = {}
+        self._names: dict[str, tuple[str, ...]] = {}  # sorted; replaced and never changed, as readers hold no lock
         self._blobs: dict[str, str] = {}  # version id -> blob
         self._retired: dict[str, str] = {}  # the same for removed versions
 
@@ -76,13 +79,22 @@ class Directory:
             raise missing(name, version)
         return listed.ref
 
-    def visible_to(self, tenant: str) -> list[PublishedAdapter]:
-        """Own adapters and those public ones that no own adapter hides; only those with an active version."""
-        own = self._tenants.get(tenant, {})
-        shared = {} if tenant == PUBLIC_TENANT else self._tenants.get(PUBLIC_TENANT, {})
-        entries = [*own.values(), *(e for name, e in shared.copy().items() if name not in own)]
-        active = [e.active for e in entries if e.active is not None]
-        return [PublishedAdapter(listed.ref, listed.created // MICROSECONDS) for listed in active]
+    def visible_to(self, tenant: str, start: str = "") -> Iterator[PublishedAdapter]:
+        """Own adapters and those public ones that no own adapter hides, by name, from `start` on; only active ones.
+
+        Made as they are asked for, so the first few of many cost what a few do.
+        """
+        owners = dict.fromkeys((tenant, PUBLIC_TENANT))
+        last = None
+        for name in heapq.merge(*(self._names_from(owner, start) for owner in owners)):
+            entry = self.find(tenant, name) if name != last else None
+            last = name
+            if entry is not None and entry.active is not None:
+                yield PublishedAdapter(entry.active.ref, entry.active.created // MICROSECONDS)
+
+    def _names_from(self, tenant: str, start: str) -> Iterator[str]:
+        names = self._names.get(tenant, ())
+        return (names[index] for index in range(bisect_left(names, start), len(names)))
 
     def find(self, tenant: str, name: str) -> Entry | None:
         """The entry that `name` means for this tenant."""
@@ -118,10 +130,18 @@ class Directory:
         old = self._tenants.get(entry.tenant, {}).get(entry.name)
         self._blobs.update({v.ref.id: v.blob for v in entry.versions.values()})
         self._tenants.setdefault(entry.tenant, {})[entry.name] = entry
+        if old is None:
+            names = self._names.get(entry.tenant, ())
+            place = bisect_left(names, entry.name)
+            self._names[entry.tenant] = (*names[:place], entry.name, *names[place:])
         self._retire_gone(old, entry)
 
     def remove(self, tenant: str, name: str) -> None:
         old = self._tenants.get(tenant, {}).pop(name, None)
+        if old is not None:
+            names = self._names[tenant]
+            place = bisect_left(names, name)
+            self._names[tenant] = (*names[:place], *names[place + 1 :])
         self._retire_gone(old, None)
 
     def _retire_gone(self, old: Entry | None, new: Entry | None) -> None:
@@ -142,6 +162,7 @@ class Directory:
         self._retired.update({listed.ref.id: listed.blob for listed in gone})
         self._blobs = blobs
         self._tenants = tenants
+        self._names = {tenant: tuple(sorted(entries)) for tenant, entries in tenants.items()}
         return [listed.ref for listed in gone]
 
     def check_integrity(self) -> None:
@@ -155,4 +176,7 @@ class Directory:
                     assert (version.ref.tenant, version.ref.name, version.ref.version) == (tenant, name, number)
                     listed[version.ref.id] = version.blob
         assert listed == self._blobs
+        assert {t: list(n) for t, n in self._names.items() if n} == {
+            t: sorted(e) for t, e in self._tenants.items() if e
+        }
         assert not self._blobs.keys() & self._retired.keys()

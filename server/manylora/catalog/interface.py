@@ -1,5 +1,6 @@
 """What the inference routes need of the catalog: names become identities, a list of names, usage is counted."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,7 +28,9 @@ class AdapterDirectory(Protocol):
         """
         ...
 
-    def visible_to(self, tenant: str) -> list[PublishedAdapter]: ...
+    def visible_to(self, tenant: str, start: str = "") -> Iterator[PublishedAdapter]:
+        """What it may name, by name, from `start` on."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,7 +107,7 @@ class KeyRow(Base):
     """An API key. `secret_hash` is the only trace of the secret."""
 
     __tablename__ = "keys"
-    __table_args__ = (UniqueConstraint("prefix", name="uq_keys_prefix"),)
+    __table_args__ = (UniqueConstraint("prefix", name="uq_keys_prefix"), Index("ix_keys_revision", "revision"))
 
     id: Mapped[str] = mapped_column(primary_key=True)
     tenant: Mapped[str]
@@ -117,12 +117,14 @@ class KeyRow(Base):
     created: Mapped[int]
     last_used: Mapped[int | None]
     revoked: Mapped[int | None]
+    revision: Mapped[int] = mapped_column(server_default="0")
 
 
 class TenantRow(Base):
     """A tenant's fair share and quotas; NULL is "no limit". A tenant without a row has the defaults."""
 
     __tablename__ = "tenants"
+    __table_args__ = (Index("ix_tenants_revision", "revision"),)
 
     name: Mapped[str] = mapped_column(primary_key=True)
     weight: Mapped[float]
@@ -132,12 +134,14 @@ class TenantRow(Base):
     max_adapters: Mapped[int | None]
     max_adapter_bytes: Mapped[int | None]
     max_pinned: Mapped[int | None]
+    revision: Mapped[int] = mapped_column(server_default="0")
 
 
 class RevisionRow(Base):
     """A counter per topic (`catalog`, `tenants`), raised by each writing transaction.
 
-    Other processes read it once a second to notice changes; the row's lock also puts writers in one order.
+    Other processes read it once a second to notice changes; the row's lock also puts writers in one order. Keys and
+    tenants carry the value at which they were written last, so that only these are read again.
     """
 
     __tablename__ = "revisions"

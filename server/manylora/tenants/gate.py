@@ -92,14 +92,28 @@ class TenantGate:
     def _load(self) -> None:
         revision = self._database.revision("tenants")
         if revision != self._seen:
-            keys = {key.prefix: key for key in self._key_store.list()}
-            self._quotas.set_limits(self._tenant_store.list())
-            if self._keys and not keys:
-                _log.error("The database has lost its API keys: nobody is let in until it has some again")
-            self._keys = keys
-            self._was_closed = self._was_closed or bool(keys)
+            if self._seen < 0 or not self._load_changes(revision):
+                self._load_all()
+            self._was_closed = self._was_closed or bool(self._keys)
             self._seen = revision
         self._keep_closed()
+
+    def _load_changes(self, revision: int) -> bool:
+        """What was written since the last time. False where a change left no trace: by an older version, or by hand."""
+        keys, last_key = self._key_store.changed(self._seen)
+        limits, last_tenant = self._tenant_store.changed(self._seen)
+        if max(last_key, last_tenant) < revision:
+            return False
+        self._keys.update({key.prefix: key for key in keys})
+        self._quotas.update_limits(limits)
+        return True
+
+    def _load_all(self) -> None:
+        keys = {key.prefix: key for key in self._key_store.changed(-1)[0]}
+        self._quotas.set_limits(self._tenant_store.changed(-1)[0])
+        if self._keys and not keys:
+            _log.error("The database has lost its API keys: nobody is let in until it has some again")
+        self._keys = keys
 
     def _keep_closed(self) -> None:
         """Once there are keys, say so outside the database."""

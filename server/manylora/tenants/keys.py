@@ -14,7 +14,7 @@ from typing import Final
 
 from sqlalchemy import BindParameter, bindparam, select, update
 
-from manylora.catalog.database import Database
+from manylora.catalog.database import Database, revision_in
 from manylora.catalog.tables import KeyRow
 from manylora.errors import InvalidRequest, NotFound, quoted
 from manylora.tenants.interface import Role
@@ -90,12 +90,19 @@ class KeyStore:
             revoked=None,
         )
         with self._database.write("tenants") as session:
+            row.revision = revision_in(session, "tenants")
             session.add(row)
         return _key(row), f"ml_{prefix}_{secret}"
 
+    def changed(self, since: int) -> tuple[list[Key], int]:
+        """The keys that changes after revision `since` made or revoked, and the last of these; with -1 all keys."""
+        with self._database.read(is_long=True) as session:
+            rows = session.execute(select(KeyRow).where(KeyRow.revision > since)).scalars().all()
+            return [_key(row) for row in rows], max((row.revision for row in rows), default=-1)
+
     def list(self) -> list[Key]:
         """All keys, revoked ones too, oldest first."""
-        with self._database.read() as session:
+        with self._database.read(is_long=True) as session:
             return [_key(row) for row in session.execute(select(KeyRow).order_by(KeyRow.created)).scalars()]
 
     def revoke(self, name: str) -> Key:
@@ -109,6 +116,7 @@ class KeyStore:
                 raise NotFound("There is no such key. `manylora keys list` shows ids and prefixes.")
             if row.revoked is None:
                 row.revoked = time.time_ns() // 1000
+            row.revision = revision_in(session, "tenants")
         return _key(row)
 
     def note_used(self, times: dict[str, int]) -> None:

@@ -5,7 +5,7 @@ from typing import Final
 
 from sqlalchemy import select
 
-from manylora.catalog.database import Database
+from manylora.catalog.database import Database, revision_in
 from manylora.catalog.tables import TenantRow
 from manylora.errors import InvalidRequest
 from manylora.tenants.keys import check_tenant
@@ -36,6 +36,12 @@ class TenantStore:
     def __init__(self, database: Database) -> None:
         self._database = database
 
+    def changed(self, since: int) -> tuple[dict[str, TenantLimits], int]:
+        """The tenants that were set after revision `since`, and the last of these; with -1 all that have a row."""
+        with self._database.read(is_long=True) as session:
+            rows = session.execute(select(TenantRow).where(TenantRow.revision > since)).scalars().all()
+            return {row.name: _limits(row) for row in rows}, max((row.revision for row in rows), default=-1)
+
     def list(self) -> dict[str, TenantLimits]:
         """Every tenant with a row; the others have the defaults."""
         with self._database.read() as session:
@@ -49,7 +55,7 @@ class TenantStore:
             row = session.get(TenantRow, tenant)
             limits = replace(TenantLimits() if row is None else _limits(row), **values)  # type: ignore[arg-type]
             _check(limits)
-            session.merge(TenantRow(name=tenant, **asdict(limits)))
+            session.merge(TenantRow(name=tenant, revision=revision_in(session, "tenants"), **asdict(limits)))
         return limits
 
 

@@ -103,11 +103,15 @@ class Quotas:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._limits: Mapping[str, TenantLimits] = {}
+        self._limits: dict[str, TenantLimits] = {}
         self._accounts: dict[str, _Account] = {}
 
     def limits_of(self, tenant: str) -> TenantLimits:
         return self._limits.get(tenant) or TenantLimits()
+
+    def update_limits(self, limits: Mapping[str, TenantLimits]) -> None:
+        """As `set_limits`, for these tenants alone."""
+        self._limits.update(limits)
 
     def set_limits(self, limits: Mapping[str, TenantLimits]) -> None:
         """New quotas count from the next request on; what runs keeps running."""
