@@ -21,6 +21,7 @@ from manylora.settings import Settings
 from .conftest import Rig
 from .test_answers import events
 
+COMMENT = b": keep-alive\n\n"
 CHAT: dict[str, Any] = {"model": "base-model", "messages": [{"role": "user", "content": "hi"}]}
 BODY: dict[str, Any] = {"model": "base-model", "prompt": "hi", "stream": True}
 
@@ -143,6 +144,10 @@ class Connection:
     def num_events(self) -> int:
         return sum(bool(m.get("body")) for m in self.sent)
 
+    @property
+    def body(self) -> bytes:
+        return b"".join(m.get("body", b"") for m in self.sent)
+
     async def receive(self) -> Message:
         if not self._is_read:
             self._is_read = True
@@ -258,21 +263,41 @@ def test_running_usage_is_in_every_event(rig: Rig, route: str, last: bool) -> No
 
 @pytest.fixture
 def silent(tmp_path: Path) -> Rig:
-    """Each token takes longer than a stream is silent."""
+    """Each token takes longer than a stream may be silent."""
     rig = Rig(Settings(data_dir=tmp_path, stream_keep_alive_s=0.02))
     rig.engine.step_s = 0.2
     return rig
 
 
-def test_a_silent_stream_shows_that_it_lives(silent: Rig) -> None:
-    answer = silent.complete(stream=True, max_tokens=3)
-    blocks = answer.text.split("\n\n")
+def slow_connection(rig: Rig, **body: Any) -> Connection:
+    """Each token comes once a comment was sent since the one before."""
+    connection = Connection(rig.app, {**BODY, **body})
+    connection.scope["headers"].append((b"host", b"127.0.0.1"))
+    num_seen = 0
+
+    async def after_a_comment() -> None:
+        nonlocal num_seen
+        while connection.body.count(COMMENT) <= num_seen:
+            await asyncio.sleep(0.001)
+        num_seen = connection.body.count(COMMENT)
+        if rig.engine.error_at == 1:
+            raise rig.engine.error
+
+    rig.engine.pace = after_a_comment  # type: ignore[method-assign]
+    return connection
+
+
+@pytest.mark.anyio
+async def test_a_silent_stream_shows_that_it_lives(silent: Rig) -> None:
+    connection = slow_connection(silent, max_tokens=3)
+    await connection.run()
+    text = connection.body.decode()
+    blocks = text.split("\n\n")
     assert blocks[0] == ": keep-alive", "before the first token"
     places = [number for number, block in enumerate(blocks) if block.startswith("data:")]
     assert all(blocks[number - 1] == ": keep-alive" for number in places[:3]), "and between two"
-    comments = [block for block in blocks if not block.startswith("data:")]
-    assert set(comments) == {": keep-alive", ""}
-    assert "".join(e["choices"][0]["text"] for e in events(answer.text.replace(": keep-alive\n\n", ""))) == "The"
+    assert {block for block in blocks if not block.startswith("data:")} == {": keep-alive", ""}
+    assert "".join(e["choices"][0]["text"] for e in events(text.replace(": keep-alive\n\n", ""))) == "The"
 
 
 def test_a_stream_that_says_something_in_time_has_no_comment(rig: Rig) -> None:
@@ -286,15 +311,13 @@ def test_an_error_before_the_first_comment_has_its_own_status(silent: Rig) -> No
     assert silent.complete(stream=True).status_code == 429
 
 
-def test_an_error_after_it_is_the_last_event(silent: Rig) -> None:
-    async def stumble() -> None:
-        await asyncio.sleep(0.2)
-        raise silent.engine.error
-
-    silent.engine.pace = stumble  # type: ignore[method-assign]
-    answer = silent.complete(stream=True)
-    assert answer.status_code == 200
-    *comments, last, rest = answer.text.split("\n\n")
+@pytest.mark.anyio
+async def test_an_error_after_it_is_the_last_event(silent: Rig) -> None:
+    silent.engine.error_at = 1
+    connection = slow_connection(silent)
+    await connection.run()
+    assert connection.sent[0]["status"] == 200
+    *comments, last, rest = connection.body.decode().split("\n\n")
     assert set(comments) == {": keep-alive"}
     assert orjson.loads(last.removeprefix("data: "))["error"]["message"] == "the engine tripped"
     assert rest == ""
@@ -327,10 +350,10 @@ def test_clients_skip_the_comments(silent: Rig, serve: Callable[[FastAPI], Any])
         ):
             assert "".join(chunks) == "The"
     answer = silent.complete(stream=True, max_tokens=3)
-    assert ": keep-alive" in answer.text
+    content = answer.content.replace(b"data: ", COMMENT + b"data: ")  # however many it had
     result = RequestResult(0, 0, "public", None, False, 1, 3, 0.0)
     reader = StreamReader(result)
-    for byte in answer.content:
+    for byte in content:
         reader.feed(bytes([byte]), 1.0)
     reader.end()
     assert (result.outcome, result.num_events) == ("ok", 3)
