@@ -1,8 +1,10 @@
 """A Trainer's folder is taken however it comes: two files are read, one warning names the rest, no pickle is opened."""
 
+import gzip
 import io
 import logging
 import pickle
+import tarfile
 import zipfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -110,11 +112,23 @@ async def _tar(rig: Rig, _folder: Path, files: dict[str, bytes]) -> Any:
     return await rig.push_archive("x", tar_of(files, prefix="out/"))
 
 
+async def _tar_of_dot(rig: Rig, folder: Path, _files: dict[str, bytes]) -> Any:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w:gz") as tar:
+        tar.add(folder, arcname="./")  # as `tar -czf x.tgz -C FOLDER .` names its members
+    assert b"./" in gzip.decompress(out.getvalue())
+    return await rig.push_archive("x", out.getvalue())
+
+
+async def _zip_of_dot(rig: Rig, _folder: Path, files: dict[str, bytes]) -> Any:
+    return await rig.push_archive("x", zip_of({"": b"", **files}, "./"))
+
+
 async def _import(rig: Rig, folder: Path, _files: dict[str, bytes]) -> Any:
     return await rig.call("POST", "/v1/adapters", json={"name": "x", "source": f"file://{folder}"})
 
 
-WAYS: list[Way] = [_form, _zip, _zip_of_a_folder, _tar, _import]
+WAYS: list[Way] = [_form, _zip, _zip_of_a_folder, _zip_of_dot, _tar, _tar_of_dot, _import]
 
 
 @pytest.fixture

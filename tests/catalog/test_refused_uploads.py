@@ -5,14 +5,21 @@ import io
 import stat
 import struct
 import tarfile
+import tempfile
 import zipfile
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as settings_of_hypothesis
+from hypothesis import strategies as st
 from starlette.types import Message
 
+from manylora.catalog.archive import unpack
 from manylora.engine.interface import Effect
+from manylora.errors import InvalidAdapter, TooLarge
 from manylora.settings import Settings
 from tests.lora.malformed import MALFORMED
 
@@ -75,6 +82,14 @@ def _raw_zip_name(name: bytes) -> bytes:
     return _zip({placeholder.decode(): b"x"}).replace(placeholder, name)
 
 
+def _negative_size() -> bytes:
+    block = bytearray(_info("x").tobuf(tarfile.GNU_FORMAT))
+    block[124:136] = (-(2**20)).to_bytes(12, "big", signed=True)
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return tar_of(sound_files(), mode="w")[:-10240] + bytes(block) + b"\0" * 10240
+
+
 def _encrypted_zip() -> bytes:
     data = bytearray(_zip(sound_files()))
     data[6] |= 1
@@ -119,6 +134,7 @@ ARCHIVES = [
     ("tar with a block device", _with((_info("d", tarfile.BLKTYPE), b"")), "unsafe_archive"),
     ("tar with a pipe", _with((_info("p", tarfile.FIFOTYPE), b"")), "unsafe_archive"),
     ("tar with a sparse file", _sparse(), "unsafe_archive"),
+    ("tar with a negative size", _negative_size(), "unsafe_archive"),
     ("tar with a huge extended header", _pax_bomb(), "unsafe_archive"),
     ("tar with an archive inside", _with((_info("more.tar.gz"), tar_of(sound_files()))), "unsafe_archive"),
     ("tar two folders deep", tar_of(sound_files(), prefix="a/b/"), "unsafe_archive"),
@@ -143,6 +159,8 @@ ARCHIVES = [
     ("zip with a link", _zip({TENSOR_FILE: b"/etc/passwd"}, mode=stat.S_IFLNK), "unsafe_archive"),
     ("zip with a device", _zip({TENSOR_FILE: b""}, mode=stat.S_IFCHR), "unsafe_archive"),
     ("zip with a zero byte", _raw_zip_name(b"adapter\0model"), "unsafe_archive"),
+    ("zip with an empty name", _raw_zip_name(b"\0"), "unsafe_archive"),
+    ("zip with a name twice but for the dot", _zip({CONFIG_FILE: b"", f"./{CONFIG_FILE}": b""}), "unsafe_archive"),
     ("zip in another compression", _zip(sound_files(), compression=zipfile.ZIP_LZMA), "unsafe_archive"),
     ("zip encrypted", _encrypted_zip(), "unsafe_archive"),
     ("zip in a zip", _zip({"inner.zip": _zip(sound_files())}), "unsafe_archive"),
@@ -159,6 +177,36 @@ async def test_an_unsafe_archive_gets_its_code_and_leaves_nothing(settings: Sett
         assert code in {problem["code"] for problem in response.json()["error"]["problems"]}
         assert [p.name for p in outside.iterdir()] == ["data"]
         await _assert_nothing_stayed(rig)
+
+
+_SMALL = {f"x/{CONFIG_FILE}": b"{}" * 9, f"x/{TENSOR_FILE}": b"0" * 40, "é" * 70: b"y"}
+SEEDS = [
+    _zip(_SMALL),
+    _zip(_SMALL, compression=zipfile.ZIP_DEFLATED),
+    tar_of(_SMALL, mode="w")[:-8192],
+    tar_of(_SMALL),
+]
+
+
+@settings_of_hypothesis(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    seed=st.sampled_from(SEEDS),
+    changes=st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), min_size=1, max_size=4),
+    length=st.one_of(st.none(), st.integers(0, 2**16)),
+)
+def test_a_changed_archive_raises_nothing_but_a_refusal(
+    seed: bytes, changes: list[tuple[int, int]], length: int | None
+) -> None:
+    data = bytearray(seed)
+    for place, value in changes:
+        data[place % len(data)] = value
+    with tempfile.TemporaryDirectory() as scratch:
+        archive, target = Path(scratch) / "archive", Path(scratch) / "adapter"
+        archive.write_bytes(data[:length])
+        target.mkdir()
+        with suppress(InvalidAdapter, TooLarge):
+            unpack(archive, target, max_bytes=2**20)
+        assert {path.name for path in target.iterdir()} <= {CONFIG_FILE, TENSOR_FILE}
 
 
 @pytest.mark.parametrize("mode", ["w:gz", "zip"])

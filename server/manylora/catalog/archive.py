@@ -37,6 +37,10 @@ class Member:
     kind: str
 
 
+# The folder itself, as `tar -C DIR .` names it.
+_ROOT: Final = Member("", "folder")
+
+
 class _Readable(Protocol):
     def read(self, size: int, /) -> bytes: ...
 
@@ -66,6 +70,8 @@ class _Guarded:
         return data
 
     def seek(self, offset: int, whence: int = 0) -> int:
+        if whence == 0 and offset < 0:  # of a member whose size is negative
+            raise tarfile.ReadError("a size or an offset in it is negative")
         return self._file.seek(offset, whence)
 
     def tell(self) -> int:
@@ -111,6 +117,7 @@ def choose(members: list[Member]) -> tuple[dict[str, str], list[str]]:
 
     Raises InvalidAdapter with everything that is wrong.
     """
+    members = [member for member in members if member != _ROOT]
     problems = [p for member in members if (p := _member_problem(member)) is not None]
     files = [m.name for m in members if m.kind == "file"]
     if len(set(files)) < len(files):
@@ -142,7 +149,9 @@ def _member_problem(member: Member) -> Problem | None:
     message = None
     if member.name.startswith(("/", "\\")) or ":" in parts[0]:
         message = "Member names must be relative."
-    elif any(part in {"", "..", "."} or "\\" in part or not part.isprintable() for part in parts):
+    elif "\\" in member.name:
+        message = "Its name has a backslash: pack it with a tool that writes '/' between folder and file."
+    elif any(part in {"", "..", "."} or not part.isprintable() for part in parts):
         message = "Member names must be plain: no '..', no empty or odd parts."
     elif max(len(part.encode(errors="replace")) for part in parts) > _MAX_NAME:
         message = f"Member names must be shorter than {_MAX_NAME} bytes."
@@ -197,18 +206,19 @@ def _unpack_tar(archive: Path, target: Path, max_bytes: int) -> list[str]:
                 if len(infos) > _MAX_MEMBERS:
                     raise _too_many()
             guarded.listed = True
-            wanted, others = choose([Member(_tar_name(info), _tar_kind(info)) for info in infos])
+            wanted, others = choose([Member(_plain(info.name), _tar_kind(info)) for info in infos])
             budget = _Budget(max_bytes, archive.stat().st_size)
             for member, name in wanted.items():
-                source = tar.extractfile(next(i for i in infos if i.isreg() and _tar_name(i) == member))
+                source = tar.extractfile(next(i for i in infos if i.isreg() and _plain(i.name) == member))
                 assert source is not None
                 with source:
                     _pour(source, target / name, budget)
     return others
 
 
-def _tar_name(info: tarfile.TarInfo) -> str:
-    return info.name.removeprefix("./") if info.name != "." else info.name
+def _plain(name: str) -> str:
+    """A `./` in front, as `tar -C DIR .` and some packers write it, means nothing."""
+    return "" if name == "." else name.removeprefix("./")
 
 
 def _tar_kind(info: tarfile.TarInfo) -> str:
@@ -231,10 +241,10 @@ def _unpack_zip(archive: Path, target: Path, max_bytes: int) -> list[str]:
             if len(infos) > _MAX_MEMBERS:
                 raise _too_many()
             guarded.listed = True
-            wanted, others = choose([Member(info.orig_filename, _zip_kind(info)) for info in infos])
+            wanted, others = choose([Member(_plain(info.orig_filename), _zip_kind(info)) for info in infos])
             budget = _Budget(max_bytes, archive.stat().st_size)
             for member, name in wanted.items():
-                with bundle.open(next(info for info in infos if info.orig_filename == member)) as source:
+                with bundle.open(next(info for info in infos if _plain(info.orig_filename) == member)) as source:
                     _pour(source, target / name, budget)
     return others
 
@@ -250,4 +260,4 @@ def _zip_kind(info: zipfile.ZipInfo) -> str:
         return "link"
     if kind not in {0, stat.S_IFREG, stat.S_IFDIR}:
         return "device or another special file"
-    return "folder" if info.is_dir() else "file"
+    return "folder" if info.orig_filename.endswith("/") else "file"
