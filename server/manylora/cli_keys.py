@@ -1,7 +1,7 @@
 """`manylora keys …` and `manylora tenants …` change the server's database; a running server notices in a second."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,11 +29,14 @@ def register(program: typer.Typer) -> None:
 
 
 @contextmanager
-def _database(data_dir: Path | None, database_url: str | None) -> Iterator[Any]:
-    from manylora.catalog.database import open_database
+def _database(data_dir: Path | None, database_url: str | None, *, must_exist: bool = True) -> Iterator[Any]:
+    """The server's. Without `must_exist` it is made, for what may come before the first start."""
+    from manylora.catalog.database import check_exists, open_database
     from manylora.settings import load_settings
 
     settings = load_settings(data_dir=data_dir, database_url=database_url)
+    if must_exist:
+        check_exists(settings.resolved_database_url)
     database = open_database(settings.resolved_database_url, settings.database_timeout_s)
     try:
         yield database
@@ -56,7 +59,7 @@ def create(
     """Make a key and print it, this once: only its hash is kept."""
     from manylora.tenants.keys import KeyStore
 
-    with _database(data_dir, database_url) as database:
+    with _database(data_dir, database_url, must_exist=False) as database:
         key, text = KeyStore(database).create(tenant, role)
     _note_keys(data_dir, database_url)
     if as_json:
@@ -94,12 +97,14 @@ def reopen(
     from manylora.settings import load_settings
     from manylora.tenants.seal import Seal
 
-    if not yes:
-        typer.confirm("Everybody who can connect will be an admin. Go on?", abort=True)
     settings = load_settings(data_dir=data_dir, store_url=store_url)
-    store = open_store(settings.resolved_store_url, settings.data_dir / "cache", is_exclusive=False)
-    Seal(settings.data_dir, store).lift()
-    store.close()
+    with closing(open_store(settings.resolved_store_url, settings.data_dir / "cache", is_exclusive=False)) as store:
+        seal = Seal(settings.data_dir, store)
+        if not seal.is_set():
+            fail(f"No server with data folder {settings.data_dir} had keys: name the server's own data folder.", USAGE)
+        if not yes:
+            typer.confirm("Everybody who can connect will be an admin. Go on?", abort=True)
+        seal.lift()
     console.print("Without keys, the server is open again", markup=False)
 
 
@@ -192,7 +197,7 @@ def set_limits(
             given[name] = _parsed(name, text)
     if not given:
         fail("Say what to set, for example --weight 2 --requests-per-minute 60.", USAGE)
-    with _database(data_dir, database_url) as database:
+    with _database(data_dir, database_url, must_exist=False) as database:
         limits = TenantStore(database).change(tenant, **given)
     if as_json:
         print_json(asdict(limits))

@@ -31,13 +31,23 @@ def register(app: typer.Typer) -> None:
 
 
 @contextmanager
-def _opened(settings: "Settings", *, is_exclusive: bool) -> Iterator[tuple["Database", "Store"]]:
-    """The server's database and store. Exclusively: no server may be using this data folder or a local store."""
-    from manylora.catalog.database import open_database
+def _opened(
+    settings: "Settings", *, is_exclusive: bool, must_exist: bool = True
+) -> Iterator[tuple["Database", "Store"]]:
+    """The server's database and store. Exclusively: no server may be using this data folder or a local store.
+
+    One of the two must be there, or the name has a slip in it: the database, or without `must_exist` the store, for
+    which an empty one is made.
+    """
+    from manylora.catalog.database import check_exists, open_database
     from manylora.catalog.lockfile import FolderLock
-    from manylora.catalog.store import open_store
+    from manylora.catalog.store import check_store_exists, open_store
 
     with ExitStack() as stack:
+        if must_exist:
+            check_exists(settings.resolved_database_url)
+        else:
+            check_store_exists(settings.resolved_store_url)
         if is_exclusive:
             stack.callback(FolderLock(settings.data_dir).release)
         database = open_database(settings.resolved_database_url, settings.database_timeout_s)
@@ -110,7 +120,7 @@ def rescan(
 
     settings = _settings(data_dir, database_url, store_url, model=model)
     unnamed = None if tenant is None else _unnamed(tenant, settings)
-    with _opened(settings, is_exclusive=True) as (database, store):
+    with _opened(settings, is_exclusive=True, must_exist=False) as (database, store):
         found = register_all(database, store, unnamed, take_over=take_over)
     if as_json:
         print_json(
@@ -163,33 +173,35 @@ def orphans(
     store_url: StoreUrl = None,
     as_json: AsJson = False,
 ) -> None:
-    """Adapter files that were set aside because the database did not know them. `rescan` brings them back."""
-    from manylora.catalog.labels import all_labels, forget
+    """Adapter files that were set aside because the database did not know them. `rescan` brings them back.
+
+    With --drop, those that the database knows by now are brought back as well, and the others deleted.
+    """
+    from manylora.catalog.labels import all_labels
+    from manylora.catalog.orphans import drop_orphans
 
     settings = _settings(data_dir, database_url, store_url)
-    with _opened(settings, is_exclusive=drop) as (_, store):
+    with _opened(settings, is_exclusive=drop) as (database, store):
         found = store.orphans()
         names: dict[str, list[str]] = {}
         for label in all_labels(store):
             names.setdefault(label.blob, []).append(f"{label.tenant}/{label.name}@{label.version}")
         if drop and found and not yes:
             typer.confirm(f"Delete the files of {len(found)} adapters for good?", abort=True)
-        for orphan in found if drop else []:
-            store.drop(orphan.blob)
-        if drop:
-            forget(store, {orphan.blob for orphan in found})
+        dropped = drop_orphans(database, store) if drop else set[str]()
     until = {o.blob: int(o.since + settings.orphan_days * _DAY_S) for o in found}
     if as_json:
         rows = [
             {"blob": o.blob, "versions": names.get(o.blob, []), "size_bytes": o.size_bytes, "since": int(o.since),
-             "until": until[o.blob], "dropped": drop}
+             "until": until[o.blob], "dropped": o.blob in dropped}
             for o in found
         ]  # fmt: skip
         print_json(rows)
         return
+    back = "brought back: known"
     shown = [
         [", ".join(names.get(o.blob, ["(no label)"])), in_bytes(o.size_bytes), as_time(int(o.since)),
-         "dropped" if drop else as_time(until[o.blob]), o.blob]
+         "dropped" if o.blob in dropped else back if drop else as_time(until[o.blob]), o.blob]
         for o in found
     ]  # fmt: skip
     console.print(table(["adapter", "size", "set aside", "kept until", "blob"], shown))

@@ -1,6 +1,7 @@
 """What is stored is what is served: damaged files are noticed at every read, and mended by whoever has the bytes."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -56,7 +57,25 @@ def _folder_for_file(folder: Path) -> None:
     (folder / TENSOR_FILE).mkdir()
 
 
-ALL = (_flip, _flip_config, _cut, _empty, _lose_file, _lose_folder, _folder_for_file)
+def _pipe_for_file(folder: Path) -> None:
+    (folder / CONFIG_FILE).unlink()
+    os.mkfifo(folder / CONFIG_FILE)
+
+
+def _link_to_itself(folder: Path) -> None:
+    (folder / TENSOR_FILE).unlink()
+    (folder / TENSOR_FILE).symlink_to(TENSOR_FILE)
+
+
+def _file_for_folder(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.touch()
+
+
+ALL = (
+    _flip, _flip_config, _cut, _empty, _lose_file, _lose_folder, _folder_for_file, _pipe_for_file, _link_to_itself,
+    _file_for_folder,
+)  # fmt: skip
 anyio = pytest.mark.anyio
 
 

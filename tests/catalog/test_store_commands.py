@@ -7,9 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from sqlalchemy import delete, select
 from typer.testing import CliRunner, Result
 
+from manylora.catalog.database import open_database
 from manylora.catalog.lockfile import FolderLock
+from manylora.catalog.tables import AdapterRow, VersionRow
 from manylora.cli import build
 from manylora.errors import StartupError
 from manylora.settings import Settings
@@ -79,11 +82,54 @@ def test_verify_does_not_need_the_server_to_stop(data: Settings) -> None:
         lock.release()
 
 
-def test_verify_refuses_another_servers_store(data: Settings) -> None:
+@pytest.mark.parametrize("words", [("verify",), ("orphans", "--drop", "--yes")])
+def test_another_servers_store_is_refused(data: Settings, words: tuple[str, ...]) -> None:
     lose_database(data)
-    refused = run(data, "verify")
+    open_database(data.resolved_database_url).close()
+    (folder,) = put_aside(data, stored(data)[0])
+    refused = run(data, *words)
     assert isinstance(refused.exception, StartupError)
     assert "belongs to another registry" in refused.exception.message
+    assert folder.is_dir()
+
+
+def put_aside(settings: Settings, *folders: Path) -> list[Path]:
+    aside = settings.data_dir / "store" / "orphans"
+    aside.mkdir()
+    moved = [folder.rename(aside / folder.name) for folder in folders]
+    for folder in moved:
+        os.utime(folder)
+    return moved
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("adapters", "verify"), ("adapters", "rescan"), ("adapters", "orphans"), ("adapters", "orphans", "--drop"),
+        ("keys", "list"), ("keys", "revoke", "abcd"), ("tenants", "list"),
+    ],
+)  # fmt: skip
+def test_a_folder_that_is_not_there_is_no_empty_server(words: tuple[str, ...], tmp_path: Path) -> None:
+    refused = CliRunner().invoke(build(), [*words, "--data-dir", str(tmp_path / "typo")])
+    assert isinstance(refused.exception, StartupError), refused.output
+    assert refused.exception.message.startswith("There is no ")
+    assert not (tmp_path / "typo").exists()
+
+
+def test_a_server_that_had_no_keys_is_not_reopened(tmp_path: Path) -> None:
+    refused = CliRunner().invoke(build(), ["keys", "reopen", "--yes", "--data-dir", str(tmp_path / "typo")])
+    assert refused.exit_code != 0
+    assert "had keys" in refused.output
+    assert not (tmp_path / "typo").exists()
+
+
+def test_who_looks_after_a_lost_database_makes_none(data: Settings) -> None:
+    lose_database(data)
+    for words in (("verify",), ("orphans",)):
+        refused = run(data, *words)
+        assert isinstance(refused.exception, StartupError)
+        assert "manylora adapters rescan" in refused.exception.message
+    assert not list(data.data_dir.glob("registry.sqlite3*"))
 
 
 def test_a_lost_database_comes_back_by_a_rescan(data: Settings) -> None:
@@ -98,13 +144,9 @@ def test_a_lost_database_comes_back_by_a_rescan(data: Settings) -> None:
     assert run(data, "verify").exit_code == 0
 
 
-def test_orphans_are_listed_brought_back_and_dropped(data: Settings) -> None:
-    first, second = stored(data)
-    aside = data.data_dir / "store" / "orphans"
-    aside.mkdir()
-    for folder in (first, second):
-        folder.rename(aside / folder.name)
-        os.utime(aside / folder.name)
+def test_orphans_are_listed_and_dropped(data: Settings) -> None:
+    forget(data, "x", "y")
+    put_aside(data, *stored(data))
     listed = json.loads(run(data, "orphans", "--json").stdout)
     assert sorted(row["versions"] for row in listed) == [["acme/x@1"], ["acme/y@1"]]
     assert all(row["until"] - row["since"] == 30 * 86_400 for row in listed)
@@ -114,6 +156,38 @@ def test_orphans_are_listed_brought_back_and_dropped(data: Settings) -> None:
     dropped = run(data, "orphans", "--drop", "--yes")
     assert (dropped.exit_code, dropped.stdout.count("dropped")) == (0, 2)
     assert stored(data, "orphans") == stored(data, "labels") == []
+
+
+def forget(settings: Settings, *names: str) -> None:
+    """As a database from before these were uploaded."""
+    database = open_database(settings.resolved_database_url)
+    with database.write("catalog") as session:
+        ids = session.execute(select(AdapterRow.id).where(AdapterRow.name.in_(names))).scalars().all()
+        session.execute(delete(VersionRow).where(VersionRow.adapter_id.in_(ids)))
+        session.execute(delete(AdapterRow).where(AdapterRow.id.in_(ids)))
+    database.close()
+
+
+def test_what_the_database_knows_again_is_not_dropped(data: Settings, tmp_path: Path) -> None:
+    file = data.data_dir / "registry.sqlite3"
+    shutil.copy(file, tmp_path / "newer")
+    forget(data, "x")
+    start(data)
+    assert len(stored(data, "orphans")) == 1
+    lose_database(data)
+    shutil.copy(tmp_path / "newer", file)
+    (row,) = json.loads(run(data, "orphans", "--drop", "--yes", "--json").stdout)
+    assert (row["versions"], row["dropped"]) == (["acme/x@1"], False)
+    assert run(data, "verify").stdout == "2 checked, 0 mended, 0 damaged\n"
+    assert stored(data, "orphans") == []
+
+
+def test_a_second_copy_that_is_dropped_takes_no_label_with_it(data: Settings) -> None:
+    forget(data, "x", "y")
+    first, _ = stored(data)
+    shutil.copytree(first, data.data_dir / "store" / "orphans" / first.name)
+    assert run(data, "orphans", "--drop", "--yes").exit_code == 0
+    assert run(data, "rescan").stdout.endswith("2 registered, 0 were known\n")
 
 
 def test_what_is_damaged_is_not_registered_and_the_exit_code_says_so(data: Settings) -> None:

@@ -155,7 +155,9 @@ class Blobs:
             if orphan.blob in referenced and orphan.blob not in stored:
                 self._bring_back(orphan.blob)
                 stored[orphan.blob] = orphan.since
-        old = [o.blob for o in aside if time.time() - o.since > orphan_days * _DAY_S and o.blob not in referenced]
+        # One that is in its place as well is set aside again below, for the days from now on.
+        needed = referenced | stored.keys()
+        old = [o.blob for o in aside if time.time() - o.since > orphan_days * _DAY_S and o.blob not in needed]
         self._drop(old)
         grace_s = _SHARED_GRACE_S if self._store.is_shared else 0.0
         unknown = [blob for blob in stored.keys() - referenced if time.time() - stored[blob] > grace_s]

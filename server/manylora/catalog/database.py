@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
@@ -21,7 +21,7 @@ from sqlalchemy.orm import Session
 
 from manylora.catalog.faults import NoAnswer, cause_of, database_error, database_errors, file_error
 from manylora.catalog.tables import RevisionRow
-from manylora.errors import DatabaseUnavailable, StartupError, Unavailable
+from manylora.errors import DatabaseUnavailable, StartupError, Unavailable, quoted
 
 Topic = Literal["catalog", "tenants"]
 R = TypeVar("R")
@@ -212,6 +212,21 @@ class Database:
 def revision_in(session: Session, topic: Topic) -> int:
     """The topic's revision as a transaction sees it: one that writes, its own."""
     return session.execute(select(RevisionRow.value).where(RevisionRow.topic == topic)).scalar_one()
+
+
+def check_exists(url: str) -> None:
+    """For who looks or changes something: in an empty database that was made for it, all would seem to be in order.
+
+    Raises StartupError where a SQLite file is not there; what else is wrong with the URL, `open_database` says.
+    """
+    with suppress(ArgumentError):
+        parsed = make_url(url)
+        is_file = parsed.get_backend_name() == "sqlite" and parsed.database not in (None, "", ":memory:")
+        if is_file and not Path(str(parsed.database)).exists():
+            raise StartupError(
+                f"There is no database {quoted(str(parsed.database))}: name the server's own data folder or database. "
+                "If it was lost, `manylora adapters rescan` makes one again from the store."
+            )
 
 
 def open_database(url: str, timeout_s: float = TIMEOUT_S) -> Database:

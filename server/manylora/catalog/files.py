@@ -66,11 +66,14 @@ def folder_fault(folder: Path, blob: str) -> str | None:
 
     Raises OSError where they are there and cannot be read.
     """
+    # Looked at before they are opened: opening a pipe would wait for a writer.
+    gone = [name for name in ADAPTER_FILES if not (folder / name).is_file()]
     try:
-        found = blob_of_folder(folder)
+        found = "" if gone else blob_of_folder(folder)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        gone = [name for name in ADAPTER_FILES if not (folder / name).is_file()]
-        return f"{' and '.join(gone) or 'a file'} is missing"
+        gone = ["a file"]  # until a moment ago it was there
+    if gone:
+        return f"{' and '.join(gone)} {'is' if len(gone) == 1 else 'are'} missing"
     return None if found == blob else "the bytes are not those that were stored"
 
 

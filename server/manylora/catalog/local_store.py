@@ -67,6 +67,8 @@ class LocalStore:
                 sync_folder(staging)
                 self._make_parent(target)
                 if not target.is_dir():
+                    if os.path.lexists(target):  # what is in a folder's place is damage, too
+                        target.rename(self._new_incoming())
                     staging.rename(target)
                 sync_folder(target.parent)
             finally:

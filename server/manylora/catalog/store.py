@@ -28,7 +28,7 @@ from manylora.catalog.local_store import LocalStore
 from manylora.catalog.remote_store import RemoteStore
 from manylora.errors import StartupError, Unavailable, quoted
 
-__all__ = ["LocalStore", "RemoteStore", "Store", "open_store"]
+__all__ = ["LocalStore", "RemoteStore", "Store", "check_store_exists", "open_store"]
 
 
 class Store(Protocol):
@@ -105,8 +105,8 @@ def open_store(url: str, cache: Path, *, is_exclusive: bool = True, is_shared: b
     Without `is_exclusive` a local folder may be in use by a server: for reading, and for mending single blobs. With
     `is_shared` several servers on one database may use it.
     """
-    if url.startswith("file://") or "://" not in url:
-        return LocalStore(Path(url.removeprefix("file://")), is_locked=is_exclusive, is_shared=is_shared)
+    if _is_folder(url):
+        return LocalStore(_folder_of(url), is_locked=is_exclusive, is_shared=is_shared)
     if url.startswith("local://"):
         raise StartupError(f"store_url {quoted(url)}: a folder is written as file:///PATH.")
     try:
@@ -119,6 +119,20 @@ def open_store(url: str, cache: Path, *, is_exclusive: bool = True, is_shared: b
     if is_exclusive:
         _prove(store, url)
     return store
+
+
+def check_store_exists(url: str) -> None:
+    """For who brings nothing of his own to a store. Raises StartupError where a local folder is not there."""
+    if _is_folder(url) and not _folder_of(url).is_dir():
+        raise StartupError(f"There is no store {quoted(url)}: name the server's own data folder or store.")
+
+
+def _is_folder(url: str) -> bool:
+    return url.startswith("file://") or "://" not in url
+
+
+def _folder_of(url: str) -> Path:
+    return Path(url.removeprefix("file://"))
 
 
 def _prove(store: Store, url: str) -> None:
