@@ -13,8 +13,10 @@ from sqlalchemy import Engine, create_engine, inspect
 
 from manylora.catalog.database import open_database
 from manylora.catalog.tables import Base
+from manylora.settings import Settings
 
 from . import postgres
+from .rig import running, sound_files
 
 
 def _config() -> Config:
@@ -67,3 +69,24 @@ def test_every_step_can_be_undone_and_done_again(migrated: Engine) -> None:
                 change(config, target)
             tables = set(inspect(migrated).get_table_names()) - {"alembic_version"}
             assert tables == (set(Base.metadata.tables) if target == "head" else set())
+
+
+@pytest.mark.anyio
+async def test_what_was_there_before_is_counted_and_known(url: str, tmp_path: Path) -> None:
+    settings = Settings(data_dir=tmp_path / "data", database_url=url, max_adapter_size=4 * 2**20)
+    async with running(settings, "acme:manager", "ops:admin") as rig:
+        for name, who in (("x", "acme:manager"), ("y", "acme:manager"), ("z", "ops:admin")):
+            await rig.push(name, sound_files(1.0), who, pinned="true")
+        await rig.push("x", sound_files(2.0), "acme:manager")
+        await rig.call("DELETE", "/v1/adapters/y", "acme:manager")
+    engine = create_engine(url.replace("postgresql://", "postgresql+psycopg://"))
+    config = _config()
+    for change, target in ((command.downgrade, "0003"), (command.upgrade, "head")):
+        with engine.begin() as connection:
+            config.attributes["connection"] = connection
+            change(config, target)
+    engine.dispose()
+    async with running(settings) as rig:
+        rig.catalog.check_integrity()
+        await rig.gate.refresh()
+        assert not rig.gate.is_open

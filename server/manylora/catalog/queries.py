@@ -1,14 +1,14 @@
 """The registry's queries, each inside a session that the registry holds."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from sqlalchemy import Select, func, select, tuple_
+from sqlalchemy import Select, select, tuple_
 from sqlalchemy.orm import Session
 
 from manylora.catalog.directory import Entry, Listed, missing
 from manylora.catalog.records import AdapterRecord, adapter_record, limits_of
-from manylora.catalog.tables import AdapterRow, RevisionRow, TenantRow, VersionRow
+from manylora.catalog.tables import AdapterRow, KeptRow, RevisionRow, TenantRow, VersionRow
 from manylora.errors import InvalidRequest, QuotaExceeded
 from manylora.lora.ref import AdapterRef
 
@@ -106,12 +106,11 @@ def check_kept(session: Session, tenant: str, row: AdapterRow | None, size_bytes
     """
     limits = limits_of(session.get(TenantRow, tenant))
     if limits.max_adapters is not None and (row is None or row.is_deleted):
-        count = _count_adapters(session, tenant, only_pinned=False)
+        count = kept_by(session, tenant).adapters
         if count >= limits.max_adapters:
             raise _exceeded(tenant, f"adapters ({count} of {limits.max_adapters})", "Delete one")
     if limits.max_adapter_bytes is not None:
-        query = select(func.coalesce(func.sum(VersionRow.size_bytes), 0)).join(AdapterRow)
-        kept = int(session.execute(query.where(AdapterRow.tenant == tenant)).scalar_one())
+        kept = kept_by(session, tenant).size_bytes
         if kept + size_bytes > limits.max_adapter_bytes:
             what = f"adapter bytes ({kept} kept and {size_bytes} new, of {limits.max_adapter_bytes})"
             raise _exceeded(tenant, what, "Delete old versions")
@@ -121,16 +120,42 @@ def check_pins(session: Session, tenant: str) -> None:
     """Whether the tenant may pin one more adapter. Raises QuotaExceeded."""
     limits = limits_of(session.get(TenantRow, tenant))
     if limits.max_pinned is not None:
-        count = _count_adapters(session, tenant, only_pinned=True)
+        count = kept_by(session, tenant).pinned
         if count >= limits.max_pinned:
             raise _exceeded(tenant, f"pinned adapters ({count} of {limits.max_pinned})", "Unpin one")
 
 
-def _count_adapters(session: Session, tenant: str, *, only_pinned: bool) -> int:
-    query = select(func.count()).where(AdapterRow.tenant == tenant, AdapterRow.is_deleted.is_(False))
-    if only_pinned:
-        query = query.where(AdapterRow.pinned.is_(True))
-    return int(session.execute(query).scalar_one())
+def kept_by(session: Session, tenant: str) -> KeptRow:
+    """The tenant's sums; those of nothing for one that never had an adapter."""
+    return session.get(KeptRow, tenant) or KeptRow(tenant=tenant, adapters=0, pinned=0, size_bytes=0)
+
+
+def count_kept(session: Session, row: AdapterRow, size_bytes: int) -> None:
+    """Bring the tenant's sums up to what the adapter is now."""
+    kept = kept_by(session, row.tenant)
+    now = (0 if row.is_deleted else 1, int(row.pinned), size_bytes)
+    kept.adapters += now[0] - row.counted_adapters
+    kept.pinned += now[1] - row.counted_pins
+    kept.size_bytes += now[2] - row.counted_bytes
+    row.counted_adapters, row.counted_pins, row.counted_bytes = now
+    session.add(kept)
+    session.flush()
+
+
+def check_counts(session: Session, rows: Sequence[AdapterRow], versions: Mapping[str, Sequence[VersionRow]]) -> None:
+    """The sums are those of the rows. For tests: it looks at all of them."""
+    sums: dict[str, list[int]] = {}
+    for row in rows:
+        size_bytes = sum(version.size_bytes for version in versions.get(row.id, ()))
+        assert (row.counted_adapters, row.counted_pins) == (not row.is_deleted, row.pinned)
+        assert row.counted_bytes == size_bytes
+        total = sums.setdefault(row.tenant, [0, 0, 0])
+        for index, value in enumerate((not row.is_deleted, row.pinned, size_bytes)):
+            total[index] += value
+    kept = {
+        row.tenant: [row.adapters, row.pinned, row.size_bytes] for row in session.execute(select(KeptRow)).scalars()
+    }
+    assert kept == sums
 
 
 def _exceeded(tenant: str, what: str, remedy: str) -> QuotaExceeded:

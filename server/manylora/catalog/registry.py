@@ -56,6 +56,7 @@ class _Transaction:
         self.session.flush()
         record = queries.load_record(self.session, row, self._base)
         note_stored(self.session, record, now_us())
+        queries.count_kept(self.session, row, sum(version.size_bytes for version in record.versions))
         self.changed.append((record, row.is_deleted))
         return record
 
@@ -300,6 +301,7 @@ class Registry:
             self.directory.check_integrity()
             versions = queries.versions_by_adapter(session, None)
             rows = session.execute(select(AdapterRow)).scalars().all()
+            queries.check_counts(session, rows, versions)
             expected = []
             for row in rows:
                 numbers = [v.version for v in versions.get(row.id, [])]

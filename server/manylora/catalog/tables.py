@@ -53,6 +53,10 @@ class AdapterRow(Base):
     pinned: Mapped[bool]
     is_deleted: Mapped[bool]
     created: Mapped[int]
+    # What of it is in its tenant's row of `kept`.
+    counted_adapters: Mapped[int] = mapped_column(server_default="0")
+    counted_pins: Mapped[int] = mapped_column(server_default="0")
+    counted_bytes: Mapped[int] = mapped_column(server_default="0")
 
 
 class VersionRow(Base):
@@ -81,6 +85,17 @@ class VersionRow(Base):
     size_bytes: Mapped[int]
     report: Mapped[dict[str, Any]]
     created: Mapped[int]
+
+
+class KeptRow(Base):
+    """What a tenant keeps now, for its quotas. Written with each change to one of its adapters."""
+
+    __tablename__ = "kept"
+
+    tenant: Mapped[str] = mapped_column(primary_key=True)
+    adapters: Mapped[int]
+    pinned: Mapped[int]
+    size_bytes: Mapped[int]
 
 
 class FolderRow(Base):
