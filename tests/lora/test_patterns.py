@@ -87,6 +87,7 @@ def test_adapted_modules_are_those_that_peft_adapts(
     [
         r"(.|..)*(.|..)*\1\2[!?]", "(?:(?:a{999}){999}){999}", "a{1,99999}", "(?:foo){e<=2}", "a" * 9000,
         "(" * 2000 + "a" + ")" * 2000, "(unclosed", "*", r"\p{L}", "a{٣}",
+        "[[:alpha:]_]*q_proj", "[^[:digit:]]+", "[:word:]+",
     ],
 )  # fmt: skip
 def test_costly_or_broken_pattern_is_a_fault(pattern: str) -> None:

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, CodeGenConfig, GPTJConfig, PhiCon
 
 from manylora.catalog.upload import Rules
 from manylora.errors import InvalidAdapter
-from manylora.lora.format import TENSOR_FILE, Adapter
+from manylora.lora.contents import num_different
+from manylora.lora.format import TENSOR_FILE, Adapter, TensorView
 from manylora.models.stored_weights import StoredWeights
 from manylora.models.wrapping import adaptable_modules
 from tests.engine.harness import load
@@ -96,6 +97,35 @@ def test_a_copy_that_was_rounded_is_equal(dtype: torch.dtype, tmp_path: Path) ->
     change(adapter, "base_layer.weight", lambda tensor: tensor.to(dtype))
 
     assert any("equal to it" in warning for warning in read(base, adapter).warnings)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("trained", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16, torch.float16])
+def test_only_a_rounding_makes_a_copy_equal(stored: torch.dtype, trained: torch.dtype, saved: torch.dtype) -> None:
+    base = (torch.randn(40, 30, generator=torch.Generator().manual_seed(0)) * 0.02).to(stored)
+    copy = base.to(trained).to(saved)
+    assert num_different(view_of(copy), view_of(base)) == 0
+    for place, factor in (((3, 4), 1.01), ((7, 7), 0.99)):
+        other = copy.clone()
+        other[place] *= factor
+        assert num_different(view_of(other), view_of(base)) > 0
+    assert num_different(view_of(copy), view_of(base * 1.01)) > 0
+
+
+def test_numbers_that_were_trained_a_little_are_others() -> None:
+    base = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
+    assert num_different(view_of(base + 1e-3), view_of(base)) == base.numel()
+    assert num_different(view_of(base * 1.001), view_of(base)) > 1000
+    one = base.clone()
+    one[5, 6] *= 1.0001
+    assert num_different(view_of(one), view_of(base)) == 1
+
+
+def view_of(tensor: torch.Tensor) -> TensorView:
+    names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+    data = memoryview(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return TensorView(names[tensor.dtype], tuple(tensor.shape), data)
 
 
 def test_one_row_that_was_trained_is_enough(tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +17,35 @@ from manylora.lora.spec import LoraModule
 _BITS = {"BF16": ("<u2", 0x7FFF, 0x7F80), "F16": ("<u2", 0x7FFF, 0x7C00), "F32": ("<u4", 0x7FFFFFFF, 0x7F800000)}
 SERVED_DTYPES = tuple(_BITS)
 _CHUNK = 2**20
-# Of bfloat16, with some slack; and what float16 cannot tell from zero.
-_ROUNDING, _TINY = 1.01 * 2.0**-8, 2.0**-24
+_Floats = npt.NDArray[np.float32]
+_Round = Callable[[_Floats], _Floats]
+
+
+def _as_they_are(values: _Floats) -> _Floats:
+    return values
+
+
+def _to_bfloat16(values: _Floats) -> _Floats:
+    """To the nearest number, and of two to the even one, as torch does."""
+    bits = values.view(np.uint32)
+    return ((bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) & np.uint32(0xFFFF0000)).view(np.float32)
+
+
+def _to_float16(values: _Floats) -> _Floats:
+    with np.errstate(over="ignore"):
+        return values.astype(np.float16).astype(np.float32)
+
+
+# What an adapter's copy, and what the base, may have been rounded to: by the training, by who saved it, by both.
+_ROUNDINGS: Final[tuple[tuple[_Round, _Round], ...]] = (
+    (_as_they_are, _as_they_are),
+    (_as_they_are, _to_bfloat16),
+    (_as_they_are, _to_float16),
+    (_to_bfloat16, _as_they_are),
+    (_to_float16, _as_they_are),
+    (_as_they_are, lambda values: _to_float16(_to_bfloat16(values))),
+    (_as_they_are, lambda values: _to_bfloat16(_to_float16(values))),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +90,30 @@ def check_effect(modules: Iterable[LoraModule], problems: Problems, warnings: li
 
 
 def num_different(copy: TensorView, base: TensorView | None) -> int:
-    """How many numbers of `copy` are not those of `base` (zeros for None) but for the rounding to 16 bits."""
+    """How many numbers of `copy` are not those of `base` (zeros for None); 0 where all are, but for a rounding.
+
+    Training in 16 bits rounds the base's numbers, and saving may round the copy. Then one of the two is the other one
+    in a 16-bit format, to the last bit. Being close is not enough: numbers that were trained a little are close too.
+    """
     if copy.dtype not in _BITS or (base is not None and (base.dtype not in _BITS or base.shape != copy.shape)):
         return copy.numel
+    fewest = copy.numel
+    for of_copy, of_base in _ROUNDINGS:
+        fewest = _num_different(copy, base, of_copy, of_base, fewest)
+        if fewest == 0:
+            break
+    return fewest
+
+
+def _num_different(copy: TensorView, base: TensorView | None, of_copy: _Round, of_base: _Round, most: int) -> int:
+    """After these roundings; where there are more than `most`, it is not told how many more."""
     different = 0
     for start in range(0, copy.numel, _CHUNK):
         ours = _piece(copy, start)
         theirs = np.zeros_like(ours) if base is None else _piece(base, start)
-        different += int((~(np.abs(ours - theirs) <= _ROUNDING * np.abs(theirs) + _TINY)).sum())
+        different += int((of_copy(ours) != of_base(theirs)).sum())
+        if different >= most:
+            return most
     return different
 
 

@@ -64,6 +64,8 @@ class Patterns:
             raise PatternFault(f"more than {MAX_EXPRESSIONS} regular expressions; write plain module names instead")
         if _BEYOND_ASCII.search(pattern):
             raise PatternFault(f"{shown(pattern)}: only ASCII is taken in a pattern, as in the names of modules")
+        if "[:" in pattern:  # to `regex` a class of characters, to `re` a set like any other
+            raise PatternFault(f"{shown(pattern)}: '[:' is not taken in a pattern; spell the characters out")
         _check_repeats(pattern)
         try:
             re.compile(pattern)
