@@ -64,6 +64,21 @@ def test_nothing_is_left_to_do() -> None:
     assert found == []
 
 
+def test_no_merge_is_left_half_done() -> None:
+    kinds = {".md", ".py", ".toml", ".yml", ".yaml", ".js", ".css", ".html", ".cpp", ".h"}
+    texts = [*ROOT.glob("*.*"), ROOT / "Makefile", *(ROOT / ".ci").iterdir()]
+    texts += [path for part in ("docs", "deploy", "scripts", *PACKAGES, "tests") for path in (ROOT / part).rglob("*.*")]
+    found = [
+        where(path, number)
+        for path in texts
+        if path.is_file() and (path.suffix in kinds or not path.suffix)
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1)
+        if line.startswith(("<" * 7 + " ", ">" * 7 + " "))
+    ]
+
+    assert found == []
+
+
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_global_and_no_print_outside_the_command_line(path: Path) -> None:
     nodes = list(ast.walk(parse(path)))
