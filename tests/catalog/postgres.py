@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -72,14 +72,17 @@ class Cluster:
     def paused(self) -> Iterator[None]:
         """Every process of the server stands still, and its connections stay open."""
         main = psutil.Process(int((self._data / "postmaster.pid").read_text().split()[0]))
-        processes = [main, *main.children()]
-        for process in processes:
-            process.suspend()
+        main.suspend()  # from now on there are no new ones
+        workers = main.children()
+        for process in workers:
+            with suppress(psutil.NoSuchProcess):  # it was on its way out
+                process.suspend()
         try:
             yield
         finally:
-            for process in processes:
-                process.resume()
+            for process in (*workers, main):
+                with suppress(psutil.NoSuchProcess):
+                    process.resume()
 
     def new_database(self) -> str:
         """A new database; its URL, as a user writes it."""
