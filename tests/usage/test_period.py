@@ -27,6 +27,11 @@ def test_dates_and_times_with_any_offset_are_understood(text: str, unix_s: int) 
     assert parse_period(text, None) == Period(unix_s, None)
 
 
+@pytest.mark.parametrize("text", ["0001-01-01", "0001-01-01T00:15:00+00:15", "9999-12-31T23:45:00Z"])
+def test_the_first_and_the_last_time_can_be_read_and_shown(text: str) -> None:
+    assert parse_period(as_rfc3339(parse_period(text, None).start_s), None) == parse_period(text, None)
+
+
 def test_absent_and_empty_are_open() -> None:
     assert parse_period(None, "") == Period(None, None)
 
@@ -36,7 +41,8 @@ def test_absent_and_empty_are_open() -> None:
     [
         "yesterday", "2026-11", "20261124", "2026-13-01", "2026-02-30", "2026-11-24T12:00:00", "2026-11-24T25:00:00Z",
         "2026-11-24T12:00Z", "2026-11-24T12:00:00+99:00", "2026-W48-2", "1795521600", "２０２６-11-24", "0000-01-01",
-        "2026-11-24T12:00:00Z; DROP TABLE usage",
+        "2026-11-24T12:00:00Z; DROP TABLE usage", "0001-01-01T00:00:00+00:15", "0001-01-01T00:00:00+23:59",
+        "9999-12-31T23:45:00-00:15", "9999-12-31T23:45:00-23:59", "9999-12-31T23:59:59Z",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("name", ["from", "to"])

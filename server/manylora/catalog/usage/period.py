@@ -18,6 +18,9 @@ DAY_S: Final = 86_400
 # `+` in a query string that nobody encoded arrives as a space.
 _TIME: Final = re.compile(r"(\d{4}-\d\d-\d\d)(?:[Tt ](\d\d:\d\d:\d\d(?:\.\d{1,9})?)([Zz]|[+\- ]\d\d:\d\d))?", re.ASCII)
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+# What can be written back in UTC; with an offset, a time can be read that cannot.
+_FIRST: Final = datetime(1, 1, 1, tzinfo=UTC) - _EPOCH
+_LAST: Final = datetime(9999, 12, 31, 23, 45, tzinfo=UTC) - _EPOCH
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +38,9 @@ def quarter_of(unix_s: float) -> int:
 
 def as_rfc3339(unix_s: int | None) -> str | None:
     """`2026-11-24T10:15:00Z`."""
-    return None if unix_s is None else (_EPOCH + timedelta(seconds=unix_s)).strftime("%Y-%m-%dT%H:%M:%SZ")
+    if unix_s is None:
+        return None
+    return f"{(_EPOCH + timedelta(seconds=unix_s)).replace(tzinfo=None).isoformat()}Z"
 
 
 def parse_period(start: str | None, end: str | None) -> Period:
@@ -58,6 +63,8 @@ def _parsed(name: str, text: str) -> int:
         elapsed = moment - _EPOCH
     except (ValueError, OverflowError):
         raise _not_a_time(name, text) from None
+    if not _FIRST <= elapsed <= _LAST:
+        raise _not_a_time(name, text)
     if elapsed % timedelta(seconds=QUARTER_S):
         below = int(elapsed // timedelta(seconds=QUARTER_S)) * QUARTER_S
         near = f"{as_rfc3339(below)} or {as_rfc3339(below + QUARTER_S)}"
