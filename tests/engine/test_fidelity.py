@@ -139,6 +139,21 @@ def test_choices_of_one_request_share_the_prompts_blocks(prefix_cache: bool, lla
     assert rig.scheduler.blocks.num_used == 0
 
 
+@pytest.mark.parametrize("max_tokens", [0, 3])
+def test_tokens_from_the_cache_are_told_once_for_all_choices_of_a_prompt(max_tokens: int, llama: Path) -> None:
+    rig = build_rig(load(llama), num_blocks=200)
+    prompt = prompts(1, VOCAB, (40,))[0]
+    told: dict[str, int] = {}
+    for request in ("first", "again"):
+        rig.add(request, prompt, n=4, temperature=0.0, ignore_eos=True, max_tokens=max_tokens)
+        rig.run()
+        told[request] = sum(
+            output.delta.num_cached_tokens for index in range(4) for output in rig.outputs[f"{request}/{index}"]
+        )
+    # The choices take each other's blocks too, which is no cache hit: the request computed them itself.
+    assert told == {"first": 0, "again": 36}
+
+
 def test_prefix_cache_never_answers_for_another_adapter(llama: Path, adapters: dict[str, Path]) -> None:
     rig = build_rig(load(llama), adapters, num_blocks=400)
     prompt = prompts(1, VOCAB, (40,))[0]

@@ -192,7 +192,7 @@ class Engine:
             logprobs=(logprob,) if logprob is not None else (),
             finish_reason=reason,
             prompt_logprobs=tuple(seq.prompt_logprobs) if is_first else (),
-            num_cached_tokens=seq.num_cached_tokens if is_first else 0,
+            num_cached_tokens=seq.num_cached_tokens if is_first and seq.index == 0 else 0,
         )
         return Output(seq, delta, captured=torch.cat(seq.captured) if seq.captured else None)
 
@@ -205,7 +205,7 @@ class Engine:
             (),
             finish_reason=FinishReason.LENGTH,
             prompt_logprobs=tuple(seq.prompt_logprobs),
-            num_cached_tokens=seq.num_cached_tokens,
+            num_cached_tokens=seq.num_cached_tokens if seq.index == 0 else 0,
         )
         return Output(seq, delta)
 
