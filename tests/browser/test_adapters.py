@@ -26,7 +26,7 @@ def broken(folders: dict[str, Path], tmp_path: Path) -> Path:
     folder = tmp_path / "broken"
     shutil.copytree(folders["spare"], folder)
     config = json.loads((folder / "adapter_config.json").read_text())
-    config |= {"use_dora": True, "frobnicate": HOSTILE, "target_modules": [*config["target_modules"], HOSTILE]}
+    config |= {"use_dora": True, "frobnicate": HOSTILE, HOSTILE: "a key that PEFT does not have"}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     tensors = load_file(folder / "adapter_model.safetensors")
     save_file({**tensors, HOSTILE: next(iter(tensors.values()))}, folder / "adapter_model.safetensors")
@@ -291,3 +291,22 @@ def test_the_table_sorts_and_filters(open_page: OpenPage) -> None:
     assert names.all_inner_texts() == ["legal-contracts"]
     page.locator("#filter").fill("nothing like it")
     expect(page.locator("#adapters-empty")).to_have_text("No adapter matches this filter.")
+
+
+def test_an_adapter_that_names_another_base_is_marked_in_the_table_the_drawer_and_its_report(
+    open_page: OpenPage, server: Server, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(folders["spare"], tmp_path / "stranger"))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "Qwen/Qwen2.5-0.5B-Instruct"
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    upload(server.url, folder, "stranger")
+    page = open_page().page
+    row = page.locator("#adapters-body tr", has_text="stranger")
+    expect(row.locator(".badge.warn")).to_have_text("other name")
+    expect(page.locator("#adapters-body tr", has_text="sql").first.locator(".badge.warn")).to_be_hidden()
+    row.get_by_role("button", name="stranger").click()
+    expect(page.locator(".versions .badge.warn")).to_have_text("other name")
+    page.get_by_role("button", name="Report").first.click()
+    expect(page.locator(".version-report .warnings")).to_contain_text("Qwen/Qwen2.5-0.5B-Instruct")
+    httpx.delete(f"{server.url}/v1/adapters/stranger")
