@@ -65,6 +65,36 @@ async def test_many_uploads_at_once_number_without_gaps(settings: Settings) -> N
         rig.catalog.check_integrity()
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("GET", "/v1/adapters?after=%00", None),
+        ("GET", "/v1/adapters/%00", None),
+        ("GET", "/v1/adapters/x?tenant=%00", None),
+        ("GET", "/v1/adapters/x%00/versions/1", None),
+        ("DELETE", "/v1/adapters/%00", None),
+        ("PATCH", "/v1/adapters/x", {"description": "a\0b"}),
+        ("POST", "/v1/unload_lora_adapter", {"lora_name": "\0"}),
+    ],
+)
+async def test_the_one_character_that_it_cannot_store_is_the_callers_fault(
+    method: str, path: str, body: dict[str, str] | None, settings: Settings
+) -> None:
+    async with running(settings) as rig:
+        await rig.push("x", sound_files())
+        answer = await rig.call(method, path, json=body)
+        assert answer.status_code in (400, 404), answer.text
+        assert (await rig.call("GET", "/v1/adapters/x")).json()["description"] == ""
+
+
+async def test_a_description_that_it_cannot_store_is_refused_and_nothing_is_left(settings: Settings) -> None:
+    async with running(settings) as rig:
+        answer = await rig.push("x", sound_files(), description="a\0b")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_request")
+        await rig.settle()
+        rig.catalog.check_integrity()
+
+
 async def test_pages_go_through_every_adapter_newest_first(settings: Settings) -> None:
     async with running(settings) as rig:
         for i in range(5):

@@ -15,7 +15,7 @@ from typing import Final
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, NotSupportedError, ProgrammingError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from manylora.errors import DatabaseUnavailable, ManyloraError, StorageFull, StoreUnavailable
+from manylora.errors import DatabaseUnavailable, InvalidRequest, ManyloraError, StorageFull, StoreUnavailable
 
 __all__ = [
     "CAUSE_CHARS", "NoAnswer", "cause_of", "database_error", "database_errors", "file_error", "file_errors",
@@ -38,6 +38,9 @@ _SQLITE_CAUSES: Final = {
 }
 _SQLITE_PRIMARY: Final = 0xFF
 _POSTGRES_DISK_FULL: Final = "53100"
+# PostgreSQL stores every character but U+0000. Its driver says so before it sends a text, the server of a JSON value.
+_POSTGRES_NO_TEXT: Final = "22P05"
+_DRIVER_NO_TEXT: Final = "NUL (0x00)"
 # Statements that fail because of the database, not of the statement: not allowed, and no such table.
 _POSTGRES_OUTSIDE: Final = frozenset({"42501", "42P01"})
 _OURS: Final = (DataError, IntegrityError, NotSupportedError, ProgrammingError)
@@ -54,7 +57,10 @@ def cause_of(error: BaseException) -> str:
 
 
 def database_error(error: SQLAlchemyError) -> ManyloraError:
-    """What the error means: DatabaseUnavailable, StorageFull, or a plain ManyloraError where it is a bug of ours."""
+    """What the error means: DatabaseUnavailable, StorageFull, InvalidRequest for a text that cannot be stored.
+
+    Where it is a bug of ours, a plain ManyloraError.
+    """
     if isinstance(error, PoolTimeout):
         return DatabaseUnavailable("The database is busy: no connection became free in time. Try again.")
     original = error.orig if isinstance(error, DBAPIError) else None
@@ -65,6 +71,8 @@ def database_error(error: SQLAlchemyError) -> ManyloraError:
     state = getattr(original, "sqlstate", None)
     if state == _POSTGRES_DISK_FULL:
         return _full_database()
+    if isinstance(error, DataError) and (state == _POSTGRES_NO_TEXT or _DRIVER_NO_TEXT in str(original)):
+        return InvalidRequest("A text of the request holds the character U+0000, which cannot be stored. Leave it out.")
     if isinstance(error, _OURS) and state not in _POSTGRES_OUTSIDE:
         return _bug()
     return DatabaseUnavailable(f"The database cannot be used: {cause_of(original)}")
