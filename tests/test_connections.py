@@ -394,6 +394,24 @@ def test_requests_sent_ahead_are_answered_in_order_up_to_a_bound() -> None:
     assert served.ended == ["pipelined"]
 
 
+@pytest.mark.parametrize(
+    "fault", [b"\0nonsense\r\n\r\n", b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\nnonsense\r\n"]
+)
+@pytest.mark.parametrize("num_before", [1, 2, MAX_REQUESTS_AHEAD])
+def test_whole_requests_before_one_that_is_refused_are_answered(num_before: int, fault: bytes) -> None:
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.01)
+        await answer(send, scope["path"].encode())
+
+    with serving(slow, PATIENT) as served:
+        peer = served.peer()
+        peer.send(b"".join(b"GET /no%d. HTTP/1.1\r\n\r\n" % n for n in range(num_before)) + fault)
+        received = peer.rest()
+    assert [received.count(b"/no%d." % n) for n in range(num_before)] == [1] * num_before
+    assert received.count(b"HTTP/1.1 200") == received.count(b"HTTP/1.1") == num_before
+    assert served.ended == ["malformed"]
+
+
 def test_requests_sent_ahead_all_hear_that_their_client_has_gone() -> None:
     begun, left = threading.Event(), threading.Event()
 

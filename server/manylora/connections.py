@@ -415,16 +415,18 @@ class GuardedProtocol(HttpToolsProtocol):  # type: ignore[misc]  # uvicorn is no
         self._refuse("long_header", HeaderTooLarge(message))
 
     def _refuse(self, reason: str, error: ManyloraError) -> None:
-        """Answer what no route can answer, and end the connection. A whole request before it is answered first."""
+        """Answer what no route can answer, and end the connection. Whole requests before it are answered instead."""
         self._tell(reason)
         self._unset_keepalive_if_required()
         self._stop_reading()
-        self.pipeline.clear()
+        if self.pipeline and self.pipeline[0][0].more_body:
+            self.pipeline.popleft()  # the newest, which is cut short
         running = self._running
         self._phase = _Phase.REFUSED
         if running is not None and not running.response_complete:
             if not running.more_body:
-                running.keep_alive = False
+                last = self.pipeline[0][0] if self.pipeline else running
+                last.keep_alive = False
                 return
             if running.response_started:
                 self.transport.abort()
