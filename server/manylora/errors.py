@@ -49,6 +49,11 @@ _MOST_SAID: Final = 1000
 _LONG_WORD: Final = re.compile(rf"\S{{{MAX_QUOTED + 2},}}")  # one more than what `quoted` gives
 
 
+def cause_for_caller(error: Exception) -> str:
+    """What went wrong in words for a caller: those of the operating system without the path that they name."""
+    return str(error.strerror or type(error).__name__) if isinstance(error, OSError) else str(error)
+
+
 def quoted(text: str) -> str:
     """What a caller sent, as it may stand in a message or a log line: its first `MAX_QUOTED` characters."""
     return text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}…"

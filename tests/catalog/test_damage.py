@@ -213,6 +213,7 @@ def test_a_completion_never_comes_from_damaged_files(tiny_base: Path, tmp_path: 
             body = {"model": "x", "prompt": "The quick brown fox", "max_tokens": 6, "temperature": 0}
             answer = server.client.post("/v1/completions", json=body)
             assert (answer.status_code, answer.json()["error"]["code"]) == (500, "adapter_load_failed"), answer.text
+            assert str(tmp_path) not in answer.text, "where the files lie is nothing for a tenant"
             metrics = server.client.get("/metrics").text
             assert "manylora_adapter_files_damaged_total 0.0" not in metrics
             assert server.push("x", sound_files()).status_code == 200

@@ -17,7 +17,7 @@ from manylora.api.auth import Caller
 from manylora.api.ownership import not_found
 from manylora.catalog.records import VersionRecord
 from manylora.catalog.service import Catalog
-from manylora.errors import AdapterLoadFailed, InvalidRequest
+from manylora.errors import AdapterLoadFailed, InvalidRequest, cause_for_caller
 
 __all__ = ["Inspect", "build_router"]
 
@@ -78,5 +78,6 @@ class _Reports:
         except (OSError, InvalidRequest) as error:
             if self._catalog.directory.blob_of(version.ref.id) is None:  # deleted just now
                 raise not_found(version.ref.label) from error
-            raise AdapterLoadFailed(f"The files of {version.ref.label} cannot be read: {error}") from error
+            cause = cause_for_caller(error)
+            raise AdapterLoadFailed(f"The files of {version.ref.label} cannot be read: {cause}") from error
         return {key: value for key, value in found.items() if key != "adapter"}  # that is the store's folder

@@ -103,9 +103,10 @@ class Blobs:
                 raise missing(ref.name, ref.version) from error
             self.count_damaged()
             _log.error(
-                "%s cannot be served: %s `manylora adapters verify --repair-from DIR` mends it from a backup, "
-                "an upload of the same adapter does too.",
+                "%s, blob %s of the store, cannot be served: %s `manylora adapters verify --repair-from DIR` mends it "
+                "from a backup, an upload of the same adapter does too.",
                 ref.label,
+                blob,
                 error.message,
             )
             raise

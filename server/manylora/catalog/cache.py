@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from manylora.catalog.faults import file_errors
-from manylora.catalog.files import clear_folder, remove_tree, tree_bytes
+from manylora.catalog.files import clear_folder, remove_entry, remove_tree, tree_bytes
 
 _MAX_BYTES: Final = 16 * 2**30
 # Whoever was given a folder reads it at once; this long it is left alone, whatever the budget says.
@@ -57,6 +57,7 @@ class DownloadCache:
             with file_errors("The adapter's files cannot be kept here"):
                 staging.mkdir(parents=True)
                 download(blob, staging)
+                remove_entry(target)  # a file that somebody put there
                 staging.rename(target)
         finally:
             remove_tree(staging)
@@ -83,7 +84,7 @@ class DownloadCache:
     def _drop(self, blob: str) -> None:
         self._sizes.pop(blob, None)
         self._handed_out.pop(blob, None)
-        remove_tree(self._root / blob)
+        remove_entry(self._root / blob)
 
     def remove(self, blob: str) -> None:
         with self._lock:

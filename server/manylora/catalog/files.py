@@ -90,6 +90,14 @@ def remove_tree(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def remove_entry(entry: Path) -> None:
+    """Remove a folder with what is in it, or whatever else has its name; what is gone already is fine."""
+    if entry.is_dir() and not entry.is_symlink():
+        remove_tree(entry)
+    else:
+        entry.unlink(missing_ok=True)
+
+
 def clear_folder(folder: Path, *, older_than_s: float = 0.0) -> None:
     """Leave the folder in place and empty, but for what was changed within `older_than_s`."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -100,10 +108,7 @@ def clear_folder(folder: Path, *, older_than_s: float = 0.0) -> None:
             continue
         if is_young:
             continue
-        if entry.is_dir() and not entry.is_symlink():
-            remove_tree(entry)
-        else:
-            entry.unlink(missing_ok=True)
+        remove_entry(entry)
 
 
 def tree_bytes(folder: Path) -> int:

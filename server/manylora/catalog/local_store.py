@@ -109,7 +109,7 @@ class LocalStore:
         with file_errors(_READING):
             fault = folder_fault(folder, blob)
         if fault is not None:
-            raise AdapterLoadFailed(f"The adapter's stored files are damaged: in {folder}, {fault}.")
+            raise AdapterLoadFailed(f"The adapter's stored files are damaged: {fault}.")
         return folder
 
     def remove(self, blob: str) -> None:

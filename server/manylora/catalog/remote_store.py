@@ -80,7 +80,7 @@ class RemoteStore:
         self._fetch(self._place(blob), target)
         fault = folder_fault(target, blob)
         if fault is not None:
-            raise AdapterLoadFailed(f"The adapter's stored files are damaged: in {self._place(blob)}, {fault}.")
+            raise AdapterLoadFailed(f"The adapter's stored files are damaged: {fault}.")
 
     def remove(self, blob: str) -> None:
         self._cache.remove(blob)

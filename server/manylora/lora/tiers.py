@@ -19,7 +19,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from manylora.errors import AdapterLoadFailed, AdapterNotFound, Conflict, InvalidAdapter, ManyloraError
+from manylora.errors import (
+    AdapterLoadFailed,
+    AdapterNotFound,
+    Conflict,
+    InvalidAdapter,
+    ManyloraError,
+    cause_for_caller,
+)
 from manylora.lora.device import DeviceTier
 from manylora.lora.entries import Entry, TierEvents
 from manylora.lora.host import HostCache
@@ -321,7 +328,9 @@ class AdapterTiers:
         except ManyloraError as error:
             self._fail(entry, error)
         except Exception as error:  # noqa: BLE001 - who waits must hear of it, or the load is begun again for ever
-            self._fail(entry, AdapterLoadFailed(f"Adapter {entry.ref.label} could not be loaded: {error}"))
+            self._fail(
+                entry, AdapterLoadFailed(f"Adapter {entry.ref.label} could not be loaded: {cause_for_caller(error)}")
+            )
         finally:
             with self._lock:
                 entry.is_loading = False
