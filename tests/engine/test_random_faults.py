@@ -71,7 +71,7 @@ requests = st.builds(
 )
 
 
-@dataclass(repr=False)  # it would be 60 kB
+@dataclass(repr=False)
 class Engine:
     """The engine of all examples: each finds it as the one before has left it."""
 
@@ -79,6 +79,9 @@ class Engine:
     codec: HuggingFaceCodec
     faults: Faults
     seen: set[tuple[str, str]] = field(default_factory=set)  # phases in which a fault has come to something, and what
+
+    def __repr__(self) -> str:
+        return "Engine()"  # for hypothesis, which shows what it tried: all of it would be 60 kB
 
     def ids_of(self, prompt: Any) -> list[int]:
         if isinstance(prompt, str):
@@ -147,13 +150,16 @@ def with_every_phase(test: Callable[..., None]) -> Callable[..., None]:
 @settings(max_examples=60, deadline=None)
 @given(
     wanted=st.lists(requests, min_size=4, max_size=7),
-    passing=st.lists(st.tuples(st.sampled_from(PHASES[:3]), st.integers(1, 12)), max_size=2),
+    passing=st.lists(st.tuples(st.sampled_from(PHASES[:3]), st.integers(1, 12)), max_size=1),
     lasting=st.tuples(st.sampled_from(PHASES), st.integers(0, 6), st.integers(0, 4)),
 )
 def test_no_fault_reaches_whom_it_is_not_about(
     engine: Engine, wanted: list[Wanted], passing: list[tuple[str, int]], lasting: tuple[str, int, int]
 ) -> None:
-    """`passing`: a phase fails at one call. `lasting`: it fails whenever one request is in it that has got so far."""
+    """`passing`: a phase fails at one call. `lasting`: it fails whenever one request is in it that has got so far.
+
+    Two that pass could meet one sequence in both of its tries alone, which then counts as the cause.
+    """
     rig, faults = engine.rig, engine.faults
     expected = [engine.alone(each) for each in wanted]
     names = [f"r{next(_numbers)}" for _ in wanted]
