@@ -32,8 +32,8 @@ from benchmarks.registered import register_fleet, register_small
 from benchmarks.servers import Server, end_on_sigterm, free_port
 from benchmarks.streams import Upload, complete, run_streams
 from benchmarks.workloads import Workload
-from loadtest.fleet import make_fleet
-from loadtest.popularity import Popularity
+from manylora_loadtest.fleet import make_fleet
+from manylora_loadtest.popularity import Popularity
 
 NUM_STREAMS = 16
 

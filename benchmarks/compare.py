@@ -27,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, outside a
 
 from benchmarks.servers import Server, end_on_sigterm, fill_in, free_port
 from benchmarks.workloads import EQUAL_PATTERN, FLEET_SIZE, MIXED_PATTERN, MIXED_RANKS, Workload, comparison
-from loadtest.fleet import make_fleet
-from loadtest.machine import machine
-from loadtest.runner import run_scenario
-from loadtest.summary import summarise
+from manylora_loadtest.fleet import make_fleet
+from manylora_loadtest.machine import machine
+from manylora_loadtest.runner import run_scenario
+from manylora_loadtest.summary import summarise
 
 BASE_NAME = "base"
 MANYLORA = (

@@ -25,13 +25,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, outside a
 
 from benchmarks.kernels import machine
 from benchmarks.steps import Folders, load_all, sequence
-from loadtest.fleet import make_fleet
 from manylora.engine.build import EngineBuilder
 from manylora.engine.engine import Engine
 from manylora.engine.interface import AdapterRef
 from manylora.metrics import Metrics
 from manylora.models.loading import load_base
 from manylora.settings import load_settings
+from manylora_loadtest.fleet import make_fleet
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 COUNTS = (1, 2, 4, 8, 16, 32)

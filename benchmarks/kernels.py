@@ -18,10 +18,10 @@ from itertools import cycle
 import torch
 from torch.nn import functional
 
-from manylora.lora.memory import DTYPE_CODES
-from manylora.models import native
-from manylora.models.int8 import pack_int8
-from manylora.models.panels import pack_panels
+from manylora.kernels import native
+from manylora.kernels.int8 import pack_int8
+from manylora.kernels.weights import pack_panels
+from manylora.lora.memory.device_memory import DTYPE_CODES
 
 SHAPES = ((576, 960), (576, 3072), (1536, 576))  # in, out: a small model's q/k/v, gate/up and down
 CACHE_BYTES = 96 * 2**20

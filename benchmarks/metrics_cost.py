@@ -32,11 +32,11 @@ from benchmarks.compare import BASE_NAME, measure
 from benchmarks.servers import Server, end_on_sigterm, fill_in, free_port
 from benchmarks.steps import Folders, load_all, sequence
 from benchmarks.workloads import EQUAL_PATTERN, FLEET_SIZE, OUTPUT_TOKENS, standard
-from loadtest.fleet import make_fleet
 from manylora.engine.build import EngineBuilder
 from manylora.metrics import Metrics, NoMetrics, RequestSample
 from manylora.models.loading import load_base
 from manylora.settings import load_settings
+from manylora_loadtest.fleet import make_fleet
 
 COMMAND = (
     f"{sys.executable} -m manylora serve {{model}} --served-name {BASE_NAME} --adapters {{adapters}} "

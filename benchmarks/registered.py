@@ -12,13 +12,13 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from manylora.catalog.blobs import Blobs
-from manylora.catalog.database import open_database
 from manylora.catalog.records import Wish
 from manylora.catalog.registry import Registry
 from manylora.catalog.service import base_signature
 from manylora.catalog.store import open_store
 from manylora.catalog.upload import Rules, new_version
-from manylora.cli_offline import modules_of
+from manylora.cli.offline import modules_of
+from manylora.database.database import open_database
 from manylora.engine.interface import Effect
 from manylora.settings import Settings
 

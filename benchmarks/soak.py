@@ -18,16 +18,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, outside an installed checkout
 
 from benchmarks.servers import Server, end_on_sigterm, free_port
-from loadtest.fleet import make_fleet
-from loadtest.record import write_run
-from loadtest.report import write_report
-from loadtest.runner import run_scenario
-from loadtest.scenario import LiveChange, Scenario, find_scenario, load_scenario
-from loadtest.summary import Summary, summarise
-from manylora.catalog.database import open_database
+from manylora.database.database import open_database
 from manylora.settings import load_settings
 from manylora.tenants.interface import Role
 from manylora.tenants.keys import KeyStore
+from manylora_loadtest.fleet import make_fleet
+from manylora_loadtest.record import write_run
+from manylora_loadtest.report import write_report
+from manylora_loadtest.runner import run_scenario
+from manylora_loadtest.scenario import LiveChange, Scenario, find_scenario, load_scenario
+from manylora_loadtest.summary import Summary, summarise
 
 NUM_ADAPTERS = 60
 NUM_SLOTS = 16

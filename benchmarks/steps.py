@@ -21,7 +21,7 @@ from manylora.engine.build import EngineBuilder
 from manylora.engine.engine import Engine
 from manylora.engine.interface import AdapterRef, SamplingParams
 from manylora.engine.sequence import Sequence
-from manylora.lora.tiers import AdapterTiers
+from manylora.lora.memory.tiers import AdapterTiers
 from manylora.metrics import Metrics
 from manylora.models.loading import load_base
 from manylora.settings import load_settings

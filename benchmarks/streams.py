@@ -10,7 +10,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 
-from loadtest.words import random_text
+from manylora_loadtest.words import random_text
 
 __all__ = ["Streams", "Upload", "complete", "run_streams"]
 

@@ -1,7 +1,7 @@
 """The workloads that servers are compared on: adapters, concurrency, prompt length, ranks, popularity.
 
-Which adapter a request names and how long it is are drawn by `loadtest.popularity` and `loadtest.lengths`, the
-same as everywhere else; here are only the combinations.
+Which adapter a request names and how long it is are drawn by `manylora_loadtest.popularity` and
+`manylora_loadtest.lengths`, the same as everywhere else; here are only the combinations.
 """
 
 from collections.abc import Iterator
@@ -9,10 +9,10 @@ from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from loadtest.arrivals import Arrival
-from loadtest.lengths import Length
-from loadtest.popularity import Popularity
-from loadtest.scenario import AdapterMix, RequestMix, Scenario
+from manylora_loadtest.arrivals import Arrival
+from manylora_loadtest.lengths import Length
+from manylora_loadtest.popularity import Popularity
+from manylora_loadtest.scenario import AdapterMix, RequestMix, Scenario
 
 __all__ = ["FLEET_SIZE", "MIXED_RANKS", "PROMPT_TOKENS", "Workload", "comparison", "standard"]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import typer
 
-from manylora.cli import build
+from manylora.cli.main import build
 
 PAGE = Path(__file__).parent.parent / "docs" / "lifecycle.md"
 COMMANDS = ("train", "evaluate", "choose-rank", "extract", "compress", "merge", "inspect")

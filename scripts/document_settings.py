@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from manylora.cli_serve import flag_of, shown_default
+from manylora.cli.serve import flag_of, shown_default
 from manylora.settings import ENV_PREFIX, Settings
 
 PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"

@@ -26,14 +26,14 @@ import httpx
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from loadtest.fleet import make_fleet
-from loadtest.runner import run_scenario
-from loadtest.scenario import Scenario
-from manylora.catalog.database import open_database
+from manylora.database.database import open_database
 from manylora.models import default_model
 from manylora.tenants.interface import Role
 from manylora.tenants.keys import KeyStore
 from manylora.tenants.limits import TenantStore
+from manylora_loadtest.fleet import make_fleet
+from manylora_loadtest.runner import run_scenario
+from manylora_loadtest.scenario import Scenario
 from tests.browser.chromium import DESKTOP, PHONE, launch
 
 ROOT: Final = Path(__file__).parent.parent

@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from manylora import __version__
-from manylora.cli import build
-from manylora.cli_serve import flag_of
+from manylora.cli.main import build
+from manylora.cli.serve import flag_of
 from manylora.settings import Settings
 
 
@@ -24,7 +24,7 @@ def run(*words: str, cwd: Path | None = None) -> "subprocess.CompletedProcess[st
 def test_help_does_not_import_torch() -> None:
     script = (
         "import sys; sys.argv = ['manylora', '--help']\n"
-        "from manylora.cli import main\n"
+        "from manylora.cli.main import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
         "heavy = {'torch', 'transformers', 'fastapi', 'sqlalchemy', 'numpy'} & set(sys.modules)\n"

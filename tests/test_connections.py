@@ -14,9 +14,9 @@ import pytest
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from manylora import connections
 from manylora.api.sse import EventStream
-from manylora.connections import (
+from manylora.serving import connections
+from manylora.serving.connections import (
     MAX_HEADER_BYTES,
     MAX_HEADERS,
     MAX_REQUESTS_AHEAD,
@@ -24,7 +24,7 @@ from manylora.connections import (
     GuardedProtocol,
     Limits,
 )
-from manylora.http_server import bind, make_config
+from manylora.serving.http_server import bind, make_config
 
 SHORT_S = 0.5
 MIDDLE_S = 3.0  # longer than a busy machine forgets a thread

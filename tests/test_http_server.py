@@ -10,10 +10,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from manylora.app import create_app
 from manylora.errors import StartupError
-from manylora.http_server import DrainingServer, bind, is_loopback, make_config
 from manylora.metrics import Metrics
+from manylora.serving.app import create_app
+from manylora.serving.http_server import DrainingServer, bind, is_loopback, make_config
 from manylora.settings import Settings
 
 from .api.fakes import FakeDirectory, FakeEngine, FakeGate
@@ -121,7 +121,7 @@ async def test_an_idle_server_ends_with_the_first_signal(tmp_path: Path) -> None
 async def test_half_sent_requests_do_not_hold_up_the_end_and_are_no_errors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("manylora.http_server._LAST_WRITES_S", 0.2)
+    monkeypatch.setattr("manylora.serving.http_server._LAST_WRITES_S", 0.2)
     head = b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
     parts = [
         b"POST /v1",
@@ -147,7 +147,7 @@ async def test_half_sent_requests_do_not_hold_up_the_end_and_are_no_errors(
 async def test_a_request_that_does_not_end_in_time_is_ended_without_an_error_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("manylora.http_server._LAST_WRITES_S", 0.2)
+    monkeypatch.setattr("manylora.serving.http_server._LAST_WRITES_S", 0.2)
     engine = FakeEngine(step_s=3600)
     async with running(engine, tmp_path, drain_s=0) as (url, task), httpx.AsyncClient() as client:
         asked = asyncio.create_task(client.post(f"{url}/v1/completions", json={**BODY, "stream": False}, timeout=60))

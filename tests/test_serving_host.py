@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from manylora.catalog.database import open_database
-from manylora.serving import safe_host, url_of
+from manylora.database.database import open_database
+from manylora.serving.process import safe_host, url_of
 from manylora.settings import Settings
 from manylora.tenants.interface import Role
 from manylora.tenants.keys import KeyStore

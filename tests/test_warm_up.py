@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from manylora import warm_up as module
 from manylora.engine.async_engine import AsyncEngine
 from manylora.engine.interface import AdapterRef, ModelInfo
 from manylora.models.checkpoint import load_tokenizer
 from manylora.models.codec import HuggingFaceCodec
-from manylora.warm_up import warm_up
+from manylora.serving import warm_up as module
+from manylora.serving.warm_up import warm_up
 from tests.engine.harness import Rig, build_rig, load
 from tests.tiny_adapters import make_adapter
 from tests.tiny_models import VOCAB_SIZE

@@ -1,6 +1,6 @@
 """`python -m manylora`."""
 
-from manylora.cli import main
+from manylora.cli.main import main
 
 if __name__ == "__main__":
     main()

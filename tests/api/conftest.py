@@ -16,9 +16,9 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from manylora.api.record import FinishedRequest
-from manylora.app import create_app
-from manylora.http_server import bind, make_config
 from manylora.metrics import Metrics
+from manylora.serving.app import create_app
+from manylora.serving.http_server import bind, make_config
 from manylora.settings import Settings
 
 from .fakes import FakeDirectory, FakeEngine, FakeGate

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from manylora.catalog.interface import PUBLIC_TENANT, PublishedAdapter
+from manylora.catalog.interface import PublishedAdapter
 from manylora.engine.interface import (
     AdapterRef,
     Delta,
@@ -29,6 +29,7 @@ from manylora.errors import (
     QueueFull,
     QuotaExceeded,
 )
+from manylora.identity import PUBLIC_TENANT
 from manylora.tenants.interface import Principal, Role
 
 VOCAB_SIZE = 1000

@@ -5,9 +5,9 @@ from fastapi import APIRouter
 from starlette.testclient import TestClient
 
 from manylora.api.auth import Admin, Manager
-from manylora.app import create_app
 from manylora.errors import ManyloraError, QueueFull
 from manylora.metrics import Metrics
+from manylora.serving.app import create_app
 from manylora.tenants.interface import Principal, Role
 
 from .conftest import Rig

@@ -10,9 +10,9 @@ from starlette.testclient import TestClient
 from structlog.testing import capture_logs
 
 from manylora.api import dashboard_routes
-from manylora.app import create_app
 from manylora.errors import InvalidSettings
 from manylora.metrics import Metrics
+from manylora.serving.app import create_app
 from manylora.settings import Settings, load_settings
 from manylora.tenants.interface import Principal, Role
 

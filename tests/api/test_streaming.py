@@ -13,10 +13,10 @@ import pytest
 from fastapi import FastAPI
 from starlette.types import Message
 
-from loadtest.results import RequestResult
-from loadtest.stream import StreamReader
 from manylora.errors import ManyloraError, QueueFull
 from manylora.settings import Settings
+from manylora_loadtest.results import RequestResult
+from manylora_loadtest.stream import StreamReader
 
 from .conftest import Rig
 from .test_answers import events

@@ -10,10 +10,10 @@ from starlette.testclient import TestClient
 from structlog.testing import capture_logs
 
 from manylora.api.tracing import Tracing, open_tracing, stations
-from manylora.app import create_app
 from manylora.engine.interface import Progress
 from manylora.errors import InvalidSettings, ManyloraError, StartupError
 from manylora.metrics import Metrics
+from manylora.serving.app import create_app
 from manylora.settings import Settings
 from tests.otlp import ReceivedSpan, Receiver, receiving
 
@@ -192,7 +192,7 @@ def test_it_is_off_by_default_and_then_loads_nothing() -> None:
         "from manylora.api.tracing import open_tracing\n"
         "from manylora.settings import Settings\n"
         "assert open_tracing(Settings()) is None\n"
-        "import manylora.app\n"
+        "import manylora.serving.app\n"
         "heavy = ('opentelemetry.sdk', 'opentelemetry.exporter')\n"
         "sys.exit(' '.join(name for name in sys.modules if name.startswith(heavy)))\n"
     )

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, expect, sync_playwright
 
-from manylora.catalog.database import open_database
+from manylora.database.database import open_database
 from manylora.tenants.interface import Role
 from manylora.tenants.keys import KeyStore
 from tests.e2e.conftest import Server, running

@@ -15,11 +15,11 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from manylora.catalog.database import open_database
 from manylora.catalog.receive import ARCHIVE_PART
 from manylora.catalog.rescan import rescan
 from manylora.catalog.service import Catalog
 from manylora.catalog.store import open_store
+from manylora.database.database import open_database
 from manylora.errors import AdapterNotFound, Conflict
 from manylora.settings import Settings
 

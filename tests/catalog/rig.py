@@ -15,19 +15,19 @@ from fastapi import FastAPI
 
 from manylora.api import usage as usage_routes
 from manylora.api.adapters import build_router
-from manylora.app import create_app
 from manylora.catalog.service import Catalog
-from manylora.catalog.usage.ledger import UsageLedger
 from manylora.engine.interface import AdapterRef, Effect, Tier
 from manylora.errors import Conflict
-from manylora.lora.format import CONFIG_FILE, TENSOR_FILE
-from manylora.lora.occupancy import Occupancy
+from manylora.identity import CONFIG_FILE, TENSOR_FILE
+from manylora.lora.memory.occupancy import Occupancy
 from manylora.metrics import Metrics
+from manylora.serving.app import create_app
 from manylora.settings import Settings
 from manylora.tenants.gate import TenantGate
 from manylora.tenants.interface import Role
 from manylora.tenants.keys import KeyStore
 from manylora.tenants.seal import Seal
+from manylora.usage.ledger import UsageLedger
 from tests.api.fakes import FakeEngine
 from tests.lora.malformed import Tensors, config, tensors, tiny_modules, write
 

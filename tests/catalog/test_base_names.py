@@ -131,8 +131,8 @@ async def models_of(rig: Rig) -> list[str]:
 
 
 def test_the_banner_counts_what_cannot_be_used_apart(capsys: pytest.CaptureFixture[str]) -> None:
-    from manylora.cli_serve import _announce
-    from manylora.serving import Announcement
+    from manylora.cli.serve import _announce
+    from manylora.serving.process import Announcement
 
     _announce(Announcement("http://x", "base", 3, 2, is_open=False))
     said = capsys.readouterr().out

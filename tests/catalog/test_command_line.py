@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from manylora.cli import build
+from manylora.cli.main import build
 from manylora.tenants.interface import Role
 
 from .real_server import Server, serving

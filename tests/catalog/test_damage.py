@@ -10,11 +10,11 @@ import pytest
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from manylora.catalog.database import open_database
-from manylora.catalog.files import ADAPTER_FILES
 from manylora.catalog.store import open_store
 from manylora.catalog.verify import verify
+from manylora.database.database import open_database
 from manylora.errors import AdapterLoadFailed
+from manylora.identity import ADAPTER_FILES
 from manylora.settings import Settings
 
 from .real_server import serving

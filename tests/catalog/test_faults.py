@@ -13,10 +13,10 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from manylora.catalog import database as database_module
-from manylora.catalog.database import Database, open_database
-from manylora.catalog.faults import CAUSE_CHARS, cause_of, database_error, file_error, file_errors
+from manylora.database import database as database_module
+from manylora.database.database import Database, open_database
 from manylora.errors import DatabaseUnavailable, ManyloraError, StartupError, StorageFull, StoreUnavailable
+from manylora.faults import CAUSE_CHARS, cause_of, database_error, file_error, file_errors
 
 SERVER = Path(__file__).parents[2] / "server" / "manylora"
 
@@ -166,7 +166,7 @@ def test_a_cause_is_one_short_line() -> None:
 
 def test_no_other_module_knows_the_errors_of_the_database() -> None:
     """Whoever catches them elsewhere misses what `Database` has made of them."""
-    allowed = {"catalog/faults.py", "catalog/database.py", "catalog/postgresql.py"}
+    allowed = {"faults.py", "database/database.py", "database/postgresql.py"}
     found = set()
     for path in SERVER.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from manylora.catalog.archive import unpack
 from manylora.catalog.upload import Rules
-from manylora.cli import build
-from manylora.lora.format import CONFIG_FILE, TENSOR_FILE
+from manylora.cli.main import build
+from manylora.identity import CONFIG_FILE, TENSOR_FILE
 from manylora.settings import Settings
 from tests.tiny_adapters import make_adapter
 

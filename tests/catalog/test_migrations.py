@@ -11,8 +11,8 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, create_engine, inspect
 
-from manylora.catalog.database import open_database
-from manylora.catalog.tables import Base
+from manylora.database.database import open_database
+from manylora.database.tables import Base
 from manylora.settings import Settings
 
 from . import postgres
@@ -21,7 +21,7 @@ from .rig import running, sound_files
 
 def _config() -> Config:
     config = Config()
-    config.set_main_option("script_location", "manylora.catalog:migrations")
+    config.set_main_option("script_location", "manylora.database:migrations")
     return config
 
 

@@ -1,5 +1,6 @@
 """`GET /v1/models` in pages: every name once, in order, whatever comes and goes, at the cost of the page."""
 
+import itertools
 import sys
 from types import FrameType, MappingProxyType
 from typing import Any
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manylora.catalog.directory import Directory, Entry, Listed
-from manylora.lora.ref import AdapterRef
+from manylora.identity import AdapterRef
 from manylora.settings import Settings
 
 from .rig import running, sound_files
@@ -18,8 +19,11 @@ pytestmark = pytest.mark.anyio
 names = st.text("abc", min_size=1, max_size=3)
 
 
+_numbers = itertools.count()  # a version's id is never used again
+
+
 def entry(tenant: str, name: str, *, is_active: bool = True) -> Entry:
-    ref = AdapterRef(f"{tenant}/{name}", tenant, name, 1, "d")
+    ref = AdapterRef(f"version_{next(_numbers)}", tenant, name, 1, "d")
     listed = Listed(ref, "blob", 0, True)
     return Entry(
         tenant, name, pinned=False, active_version=1 if is_active else None, versions=MappingProxyType({1: listed})

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from manylora.catalog.database import Database, open_database
+from manylora.database.database import Database, open_database
 from manylora.errors import DatabaseUnavailable, StartupError
 from manylora.settings import Settings
 from manylora.tenants.gate import TenantGate
@@ -87,7 +87,7 @@ async def serving(settings: Settings) -> AsyncIterator[Rig]:
 async def test_a_dead_database_is_503_until_it_is_back(
     settings: Settings, cluster: postgres.Cluster, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.WARNING, "manylora.catalog.database")
+    caplog.set_level(logging.WARNING, "manylora.database.database")
     async with serving(settings) as rig:
         rig.gate.start()
         cluster.kill()
@@ -102,7 +102,7 @@ async def test_a_dead_database_is_503_until_it_is_back(
         assert (await rig.call("GET", "/v1/adapters/x")).json()["active_version"] == 2
         assert (await rig.push("y", sound_files(3.0))).status_code == 201
         rig.catalog.check_integrity()
-    said = [record for record in caplog.records if record.name == "manylora.catalog.database"]
+    said = [record for record in caplog.records if record.name == "manylora.database.database"]
     assert [record.levelname for record in said] == ["ERROR", "WARNING"]
     assert not any(record.exc_info for record in caplog.records)
 
@@ -246,10 +246,10 @@ def dead(cluster: postgres.Cluster) -> Iterator[None]:
 CHILD = """
 import asyncio, sys
 from pathlib import Path
-from manylora.catalog.database import open_database
-from manylora.catalog.interface import Use
-from manylora.catalog.usage.ledger import UsageLedger
-from manylora.lora.occupancy import Occupancy
+from manylora.database.database import open_database
+from manylora.usage.interface import Use
+from manylora.usage.ledger import UsageLedger
+from manylora.lora.memory.occupancy import Occupancy
 
 async def main(url, folder):
     ledger = UsageLedger(open_database(url, 1.0), Occupancy(), Path(folder), wait_s=0.1)

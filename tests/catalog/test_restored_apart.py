@@ -10,16 +10,16 @@ import pytest
 from sqlalchemy import delete
 
 from manylora.catalog import belonging, blobs, labels
-from manylora.catalog.database import Database, open_database
-from manylora.catalog.files import ADAPTER_FILES
 from manylora.catalog.files import blob_of_folder as blob_of
 from manylora.catalog.rescan import Unnamed, rescan
 from manylora.catalog.service import Catalog, base_signature
 from manylora.catalog.store import Store, open_store
-from manylora.catalog.tables import AdapterRow, VersionRow
 from manylora.catalog.upload import Rules, new_version
 from manylora.catalog.verify import verify
+from manylora.database.database import Database, open_database
+from manylora.database.tables import AdapterRow, VersionRow
 from manylora.errors import AdapterLoadFailed, StartupError
+from manylora.identity import ADAPTER_FILES
 from manylora.settings import Settings
 from manylora.tenants.interface import Role
 from manylora.tenants.keys import KeyStore

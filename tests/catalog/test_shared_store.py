@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from manylora.catalog.files import clear_folder
 from manylora.catalog.lockfile import FolderLock
 from manylora.catalog.store import open_store
 from manylora.errors import StartupError
+from manylora.files import clear_folder
 from manylora.settings import Settings
 
 from . import postgres

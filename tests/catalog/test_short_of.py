@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection
 
-from manylora.catalog import database as database_module
-from manylora.catalog.database import _begin_sqlite as begin_sqlite
 from manylora.catalog.service import Catalog
+from manylora.database import database as database_module
+from manylora.database.database import _begin_sqlite as begin_sqlite
 from manylora.errors import ManyloraError
 from manylora.settings import Settings
 
@@ -197,7 +197,7 @@ async def test_a_start_on_a_full_disk_is_one_sentence(settings: Settings, is_new
 async def test_a_command_on_a_full_disk_ends_in_one_line(tmp_path: Path, words: tuple[str, ...]) -> None:
     code = (
         "import resource, sys\n"
-        "from manylora.cli import main\n"
+        "from manylora.cli.main import main\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
         f"sys.argv = ['manylora', *{words!r}, '--data-dir', {str(tmp_path / 'data')!r}]\n"
         "main()\n"

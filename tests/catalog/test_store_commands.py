@@ -10,10 +10,10 @@ import pytest
 from sqlalchemy import delete, select
 from typer.testing import CliRunner, Result
 
-from manylora.catalog.database import open_database
 from manylora.catalog.lockfile import FolderLock
-from manylora.catalog.tables import AdapterRow, VersionRow
-from manylora.cli import build
+from manylora.cli.main import build
+from manylora.database.database import open_database
+from manylora.database.tables import AdapterRow, VersionRow
 from manylora.errors import StartupError
 from manylora.settings import Settings
 

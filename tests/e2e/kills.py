@@ -34,11 +34,11 @@ from typing import Any
 
 import httpx
 
-from loadtest.fleet import make_fleet
-from manylora.catalog.database import open_database
+from manylora.database.database import open_database
 from manylora.settings import load_settings
 from manylora.tenants.interface import Role
 from manylora.tenants.keys import KeyStore
+from manylora_loadtest.fleet import make_fleet
 from tests.e2e.conftest import start
 from tests.tiny_models import make_tiny_model
 

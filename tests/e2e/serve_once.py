@@ -10,7 +10,7 @@ from dataclasses import asdict
 
 from manylora.engine.model_runner import ModelRunner
 from manylora.errors import EngineDead, StartupError
-from manylora.serving import Announcement, serve
+from manylora.serving.process import Announcement, serve
 from manylora.settings import load_settings
 
 

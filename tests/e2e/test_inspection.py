@@ -5,7 +5,7 @@ from typing import Any
 
 import httpx
 
-from manylora.lifecycle.inspection import InspectConfig, inspect_adapter
+from manylora.lifecycle.weights.inspection import InspectConfig, inspect_adapter
 from tests.e2e.conftest import ADAPTERS, Server
 
 

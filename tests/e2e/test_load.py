@@ -4,9 +4,9 @@ import asyncio
 
 import pytest
 
-from loadtest.runner import run_scenario
-from loadtest.scenario import Scenario
-from loadtest.summary import summarise
+from manylora_loadtest.runner import run_scenario
+from manylora_loadtest.scenario import Scenario
+from manylora_loadtest.summary import summarise
 
 from .conftest import Server
 

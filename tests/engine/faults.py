@@ -11,7 +11,7 @@ from manylora.engine.model_runner import StepResult
 from manylora.engine.recovery import FaultEvents
 from manylora.engine.scheduler import Plan, Scheduled
 from manylora.engine.sequence import Sequence
-from manylora.lora.ref import AdapterRef
+from manylora.identity import AdapterRef
 from tests.engine.harness import Rig
 
 PHASES = ("schedule", "forward", "sample", "deliver")

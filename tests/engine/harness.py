@@ -15,19 +15,20 @@ from manylora.engine.interface import AdapterRef, SamplingParams
 from manylora.engine.model_runner import ModelRunner
 from manylora.engine.scheduler import Scheduler
 from manylora.engine.sequence import Sequence
-from manylora.lora import format as adapter_format
-from manylora.lora.keep_as import KeepAs
-from manylora.lora.kernels import LoraKernel
-from manylora.lora.kernels.native import NativeKernel
-from manylora.lora.kernels.torch import TorchKernel
-from manylora.lora.memory import DeviceMemory
-from manylora.lora.packing import PackedAdapter, pack
-from manylora.lora.slots import SlotBook
-from manylora.lora.tiers import AdapterTiers
-from manylora.models import fused, native
+from manylora.kernels import native
+from manylora.kernels.interface import LoraKernel
+from manylora.kernels.matmul import factory
+from manylora.kernels.native_lora import NativeKernel
+from manylora.kernels.torch_lora import TorchKernel
+from manylora.lora.format import reader as adapter_format
+from manylora.lora.memory.device_memory import DeviceMemory
+from manylora.lora.memory.keep_as import KeepAs
+from manylora.lora.memory.packing import PackedAdapter, pack
+from manylora.lora.memory.slots import SlotBook
+from manylora.lora.memory.tiers import AdapterTiers
+from manylora.models import fused
 from manylora.models.kv_cache import KVCache
 from manylora.models.loading import load_base
-from manylora.models.matmul import factory
 from manylora.models.native_layers import NativeLayers
 from manylora.models.selfcheck import SelfCheck
 from manylora.models.torch_layers import TorchLayers

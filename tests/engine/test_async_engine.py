@@ -23,7 +23,7 @@ from manylora.errors import (
     QueueFull,
     SequenceFailed,
 )
-from manylora.lora.packing import PackedAdapter
+from manylora.lora.memory.packing import PackedAdapter
 from manylora.models.checkpoint import load_tokenizer
 from manylora.models.codec import HuggingFaceCodec
 from tests.engine.harness import Rig, build_rig, load

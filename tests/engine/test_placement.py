@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from manylora.engine.placement import CHECK_EVERY_S, FIRST_PAUSE_S, FORGET_AFTER_S, ThreadPlacement, own_cpus
-from manylora.models import native
+from manylora.kernels import native
+from manylora.kernels.placement import CHECK_EVERY_S, FIRST_PAUSE_S, FORGET_AFTER_S, ThreadPlacement, own_cpus
 
 CPUS = [0, 1]
 BUSY_NS = 150_000_000

@@ -258,7 +258,7 @@ def test_the_tensors_of_a_step_that_failed_are_gone_when_it_is_tried_again(
 def test_planning_that_is_interrupted_anywhere_goes_on_from_there(
     what: str, call: int, tiny_llama_dir: Path, adapters: dict[str, Path]
 ) -> None:
-    """Few blocks, so that sequences are preempted, too."""
+    """Few blocks, so that sequences are preempted, too: all run at once, since their adapters are there already."""
     rig = build_rig(load(tiny_llama_dir), adapters, kernel=available_kernels[-1], num_blocks=24)
     expected = build_rig(load(tiny_llama_dir), adapters, kernel=available_kernels[-1], num_blocks=24)
     manager = rig.scheduler.blocks
@@ -269,6 +269,10 @@ def test_planning_that_is_interrupted_anywhere_goes_on_from_there(
             raise OSError("interrupted")
         return real(*args)
 
+    for each in (rig, expected):
+        for name in ("tuned", "other"):
+            each.add(f"before-{name}", [3], name, max_tokens=1)
+        each.run()
     setattr(manager, what, interrupted)
     for each in (rig, expected):
         ask_all(each, "r")

@@ -15,7 +15,7 @@ import typer
 from fastapi.routing import APIRoute
 
 from manylora import __version__, errors
-from manylora.cli import build
+from manylora.cli.main import build
 from manylora.errors import ManyloraError
 from manylora.settings import ENV_PREFIX, Settings
 

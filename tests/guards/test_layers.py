@@ -10,19 +10,24 @@ import pytest
 
 SOURCE = Path(__file__).parents[2] / "server"
 PACKAGE = SOURCE / "manylora"
-FOUNDATION = {"manylora", "manylora.errors", "manylora.settings", "manylora.metrics", "manylora.log"}
+GROUND = ("errors", "faults", "files", "identity", "log", "metrics", "settings")
+FOUNDATION = {"manylora", *(f"manylora.{name}" for name in GROUND)}
 
 # For each part: prefixes of what else of ours it may import. `engine` here is its interface alone.
 ALLOWED: dict[str, set[str]] = {
-    "api": {"api", "tenants", "catalog", "engine.interface", "lora.ref"},
-    "tenants": {"tenants", "catalog", "engine.interface", "lora.ref"},
-    "catalog": {"catalog", "tenants.interface", "engine.interface", "lora"},
-    "engine": {"engine", "models", "lora"},
-    "models": {"models", "lora"},
-    "lora": {"lora", "models.native"},  # the one place that loads the C++ extension
-    "lifecycle": {"lifecycle", "lora", "models"},
+    "api": {"api", "tenants", "catalog", "usage", "engine.interface"},
+    "tenants": {"tenants", "catalog", "database", "usage", "engine.interface"},
+    "catalog": {"catalog", "database", "usage", "tenants.interface", "engine.interface", "lora"},
+    "usage": {"usage", "database", "lora.memory.occupancy"},
+    "database": {"database"},
+    "engine": {"engine", "models", "kernels", "lora"},
+    "models": {"models", "kernels", "lora"},
+    "kernels": {"kernels", "lora.memory"},
+    "lora": {"lora"},
+    "lifecycle": {"lifecycle", "client", "lora", "models"},
+    "client": {"client"},
 }
-STANDALONE = ("errors", "settings", "metrics")
+STANDALONE = ("errors", "faults", "files", "identity", "settings", "metrics")
 
 
 def module_of(path: Path) -> str:
@@ -73,6 +78,20 @@ def test_each_package_imports_only_its_neighbours(part: str) -> None:
     assert wrong == []
 
 
+def test_packages_form_no_circle() -> None:
+    parts = {name.split(".")[1] for name in MODULES if "." in name and name not in FOUNDATION} - {"__main__"}
+    uses: dict[str, set[str]] = {part: set() for part in parts}
+    for name, path in MODULES.items():
+        part = name.split(".")[1] if "." in name else ""
+        if part in parts:
+            imported = {each.split(".")[1] for each in imports(name, path) if "." in each}
+            uses[part] |= (imported & parts) - {part}
+    while free := {part for part in uses if not uses[part] & uses.keys()}:
+        uses = {part: used for part, used in uses.items() if part not in free}
+
+    assert uses == {}
+
+
 @pytest.mark.parametrize("name", STANDALONE)
 def test_foundations_import_nothing_of_ours_but_errors(name: str) -> None:
     module = f"manylora.{name}"
@@ -96,9 +115,11 @@ def test_only_the_bridge_knows_asyncio_and_threads_inside_the_engine() -> None:
 
 def without_torch() -> list[str]:
     """Packages and modules that must work, and load, without torch."""
-    bookkeeping = ("engine.admission", "engine.block_manager", "engine.scheduler", "engine.fairness",
-                   "engine.interface", "lora.slots", "lora.eviction", "lora.format", "lora.ref",
-                   "catalog.registry", "errors", "settings", "metrics", "cli", "app")  # fmt: skip
+    bookkeeping = (
+        "engine.admission", "engine.block_manager", "engine.scheduler", "engine.fairness", "engine.interface",
+        "lora.memory.slots", "lora.memory.eviction", "lora.format.reader", "identity", "catalog.registry", "errors",
+        "settings", "metrics", "cli.main", "serving.app",
+    )  # fmt: skip
     wanted = {f"manylora.{name}" for name in bookkeeping}
     wanted |= {name for name in MODULES if is_below(name, "manylora.api") or is_below(name, "manylora.tenants")}
     return sorted(wanted & set(MODULES))
@@ -125,12 +146,12 @@ def test_the_guard_sees_relative_and_lazy_imports(tmp_path: Path) -> None:
         "from ..errors import NotFound\n"
         "def f():\n"
         "    from manylora.engine import engine\n"
-        "    import manylora.app\n"
+        "    import manylora.serving.app\n"
     )
 
     assert list(imports("manylora.api.x", path)) == [
         "manylora.api.ops",
         "manylora.errors",
         "manylora.engine.engine",
-        "manylora.app",
+        "manylora.serving.app",
     ]

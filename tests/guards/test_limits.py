@@ -25,13 +25,13 @@ NO_BOUNDS = {
     "catalog.cache.MAX_BYTES": "a cache on disk",
     "engine.detokenizer.MAX_BYTES": "of one character in UTF-8",
     "engine.detokenizer.MAX_PENDING": "tokens that wait for the end of a character",
-    "lora.kernels.torch.MAX_BATCHED_ROWS": "a choice between kernels",
-    "lora.kernels.torch.MAX_GROUP": "a choice between kernels",
-    "lora.kernels.torch.MAX_GROUPED_BYTES": "a choice between kernels",
-    "lora.kernels.torch.MAX_GROUP_ROWS": "a choice between kernels",
+    "kernels.torch_lora.MAX_BATCHED_ROWS": "a choice between kernels",
+    "kernels.torch_lora.MAX_GROUP": "a choice between kernels",
+    "kernels.torch_lora.MAX_GROUPED_BYTES": "a choice between kernels",
+    "kernels.torch_lora.MAX_GROUP_ROWS": "a choice between kernels",
     "models.positions.MAX_STARTS": "how many places of a sequence the start-up check tries",
     "models.refusals.MAX_QUOTED": "of an error of the model's own code, at the start",
-    "models.int8.MAX_GROUP_SIZE": "the layout of a matmul's scales",
+    "kernels.int8.MAX_GROUP_SIZE": "the layout of a matmul's scales",
     "tenants.quotas.MAX_IDLE_ACCOUNTS": "a cache of rows of the database",
 }
 # The command line's own tools work on their user's machine, for nobody else.

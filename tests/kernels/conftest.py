@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from manylora.models import native
+from manylora.kernels import native
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from loadtest.popularity import Popularity
-from manylora.lora.memory import DTYPE_CODES, TableEntry
+from manylora.lora.memory.device_memory import DTYPE_CODES, TableEntry
+from manylora_loadtest.popularity import Popularity
 
 POPULARITIES = ("identical", "distinct", "uniform", "zipf", "skewed", "base")
 

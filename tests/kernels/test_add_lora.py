@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from manylora.models import native
+from manylora.kernels import native
 from tests.kernels.lora_case import POPULARITIES, LoraCase, make_case
 from tests.kernels.tolerance import assert_close, assert_same_bits
 

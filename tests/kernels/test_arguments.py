@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from manylora.models import native
-from manylora.models.int8 import pack_int8
-from manylora.models.panels import pack_panels
+from manylora.kernels import native
+from manylora.kernels.int8 import pack_int8
+from manylora.kernels.weights import pack_panels
 from tests.kernels.lora_case import make_case
 
 Arguments = dict[str, torch.Tensor | int | float | None]

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from manylora.models import native
+from manylora.kernels import native
 from tests.kernels.tolerance import assert_close, assert_same_bits
 
 WIDTHS = [1, 5, 16, 31, 576, 1000]

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from manylora.models import native
-from manylora.models.int8 import Int8Weight, choose_group_size, pack_int8
+from manylora.kernels import native
+from manylora.kernels.int8 import Int8Weight, choose_group_size, pack_int8
 from tests.kernels.tolerance import assert_close, assert_same_bits
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from manylora.models import native
-from manylora.models.panels import pack_panels
+from manylora.kernels import native
+from manylora.kernels.weights import pack_panels
 from tests.kernels.tolerance import assert_close, assert_same_bits
 
 SHAPES = [(1, 1), (7, 5), (64, 64), (97, 203), (576, 130), (1536, 64)]

@@ -3,7 +3,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from manylora.models import native
+from manylora.kernels import native
 from tests.kernels.tolerance import assert_close, assert_same_bits
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from manylora.models import native
+from manylora.kernels import native
 from tests.kernels.tolerance import assert_same_bits
 
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from manylora.lifecycle.train_config import LoraShape, TrainConfig
-from manylora.lifecycle.training import Schedule
+from manylora.lifecycle.train.config import LoraShape, TrainConfig
+from manylora.lifecycle.train.training import Schedule
 
 WORDS = {"fruit": ("apple", "pear", "plum", "fig"), "tool": ("saw", "axe", "drill", "file")}
 

@@ -11,13 +11,13 @@ from pathlib import Path
 import httpx
 import pytest
 
+from manylora.client.adapters import connect, promote, publish, served_base
 from manylora.errors import InvalidRequest, ManyloraError
-from manylora.lifecycle.data import read_dataset
-from manylora.lifecycle.evaluate_command import EvaluateRequest, run_evaluation
-from manylora.lifecycle.publish import connect, promote, publish, served_base
+from manylora.lifecycle.data.data import read_dataset
+from manylora.lifecycle.evaluate.command import EvaluateRequest, run_evaluation
 from manylora.lifecycle.recipes import city
-from manylora.lifecycle.train import train
-from manylora.lifecycle.train_config import LoraShape
+from manylora.lifecycle.train.config import LoraShape
+from manylora.lifecycle.train.train import train
 from tests.e2e.conftest import ROOT, running
 from tests.lifecycle.helpers import label_rows, tiny_config, write_rows
 from tests.tiny_adapters import make_adapter

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manylora.lifecycle.base import accepts_logits_to_keep, load_base
-from manylora.lifecycle.batches import answer_nll, collate, epoch_order
-from manylora.lifecycle.data import Example, Message
-from manylora.lifecycle.encoding import Encoded
+from manylora.lifecycle.data.batches import answer_nll, collate, epoch_order
+from manylora.lifecycle.data.data import Example, Message
+from manylora.lifecycle.data.encoding import Encoded
 from tests.conftest import ModelMaker
 
 

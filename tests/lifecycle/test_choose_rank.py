@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from manylora.errors import InvalidRequest
-from manylora.lifecycle.choose_rank import Candidate, ChooseConfig, choose_rank, one_standard_error, split_folds
-from manylora.lifecycle.data import read_dataset
-from manylora.lifecycle.encoding import Encoder
-from manylora.lifecycle.train_config import LoraShape
+from manylora.lifecycle.data.data import read_dataset
+from manylora.lifecycle.data.encoding import Encoder
+from manylora.lifecycle.train.choose_rank import Candidate, ChooseConfig, choose_rank, one_standard_error, split_folds
+from manylora.lifecycle.train.config import LoraShape
 from tests.conftest import ModelMaker
 from tests.lifecycle.helpers import label_rows, tiny_config, write_rows
 from tests.tiny_models import make_tokenizer

@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
-from manylora.cli import build
+from manylora.cli.main import build
 from tests.lifecycle.helpers import label_rows, write_rows
 from tests.tiny_adapters import make_adapter
 from tests.tiny_models import make_tiny_model
@@ -198,7 +198,7 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing(
     def interrupted(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("manylora.lifecycle.compress.write_adapter", interrupted)
+    monkeypatch.setattr("manylora.lifecycle.weights.compress.write_adapter", interrupted)
     done = run("compress", folder, "--rank", "4", "--out", tmp_path / "out" / "a")
 
     assert (done.exit_code, done.stderr) == (130, "compress 14/14\ninterrupted\n")

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from manylora.errors import InvalidRequest
-from manylora.lifecycle.compress import CompressConfig, compress
-from manylora.lifecycle.low_rank import read_lora
 from manylora.lifecycle.progress import Progress
+from manylora.lifecycle.weights.compress import CompressConfig, compress
+from manylora.lifecycle.weights.low_rank import read_lora
 from tests.tiny_adapters import make_adapter
 
 

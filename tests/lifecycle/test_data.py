@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from manylora.errors import InvalidRequest
-from manylora.lifecycle.data import read_dataset
+from manylora.lifecycle.data.data import read_dataset
 from tests.lifecycle.helpers import write_rows
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from manylora.errors import InvalidRequest, ManyloraError
-from manylora.lifecycle.evaluate import deserves_promotion
-from manylora.lifecycle.evaluate_command import EvaluateRequest, run_evaluation
+from manylora.lifecycle.evaluate.command import EvaluateRequest, run_evaluation
+from manylora.lifecycle.evaluate.evaluate import deserves_promotion
+from manylora.lifecycle.evaluate.scores import Comparison
 from manylora.lifecycle.progress import Progress
-from manylora.lifecycle.scores import Comparison
 from tests.lifecycle.helpers import label_rows, write_rows
 from tests.tiny_adapters import make_adapter
 

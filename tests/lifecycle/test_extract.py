@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from manylora.errors import InvalidRequest
-from manylora.lifecycle.extract import ExtractConfig, extract
-from manylora.lifecycle.low_rank import read_lora
-from manylora.lifecycle.merge import MergeConfig, merge
+from manylora.lifecycle.weights.extract import ExtractConfig, extract
+from manylora.lifecycle.weights.low_rank import read_lora
+from manylora.lifecycle.weights.merge import MergeConfig, merge
 from tests.conftest import ModelMaker
 from tests.tiny_adapters import make_adapter
 from tests.tiny_models import make_tiny_model, make_tokenizer

@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 
 from manylora.errors import InvalidRequest
-from manylora.lifecycle import choose_rank as choosing
-from manylora.lifecycle import evaluate as evaluating
-from manylora.lifecycle import extras, inspection
-from manylora.lifecycle import train as training
-from manylora.lifecycle.choose_rank import ChooseConfig, choose_rank, ranks_folder
-from manylora.lifecycle.evaluate_command import EvaluateRequest, run_evaluation
+from manylora.lifecycle import extras
+from manylora.lifecycle.evaluate import evaluate as evaluating
+from manylora.lifecycle.evaluate.command import EvaluateRequest, run_evaluation
 from manylora.lifecycle.output import report_folder
 from manylora.lifecycle.progress import Progress
-from manylora.lifecycle.train import train
-from manylora.lifecycle.train_config import TrainConfig
+from manylora.lifecycle.train import choose_rank as choosing
+from manylora.lifecycle.train import train as training
+from manylora.lifecycle.train.choose_rank import ChooseConfig, choose_rank, ranks_folder
+from manylora.lifecycle.train.config import TrainConfig
+from manylora.lifecycle.train.train import train
+from manylora.lifecycle.weights import inspection
 from tests.lifecycle.helpers import label_rows, tiny_config, write_rows
 from tests.tiny_adapters import make_adapter
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from manylora.errors import InvalidAdapter, InvalidRequest
 from manylora.lifecycle.adapter_files import write_adapter
 from manylora.lifecycle.base import load_base
-from manylora.lifecycle.low_rank import (
+from manylora.lifecycle.weights.low_rank import (
     Pair,
     applied,
     distance,

@@ -10,11 +10,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from manylora.errors import InvalidRequest, ManyloraError
-from manylora.lifecycle.combine import combined
-from manylora.lifecycle.low_rank import read_lora
-from manylora.lifecycle.merge import MergeConfig, merge, parse_adapter
-from manylora.lifecycle.merging import delta_of
 from manylora.lifecycle.progress import Progress
+from manylora.lifecycle.weights.combine import combined
+from manylora.lifecycle.weights.deltas import delta_of
+from manylora.lifecycle.weights.low_rank import read_lora
+from manylora.lifecycle.weights.merge import MergeConfig, merge, parse_adapter
 from tests.conftest import ModelMaker
 from tests.tiny_adapters import make_adapter
 from tests.tiny_models import make_tiny_model

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from manylora.lifecycle.merge import MergeConfig, merge
+from manylora.lifecycle.weights.merge import MergeConfig, merge
 from tests.conftest import ModelMaker
 from tests.engine.harness import available_kernels, build_rig, load
 from tests.tiny_adapters import make_adapter

@@ -38,7 +38,7 @@ def test_every_command_has_a_table_of_explained_flags_and_an_example(command: st
 
 
 def test_every_metric_is_explained() -> None:
-    from manylora.lifecycle.scores import HIGHER_IS_BETTER
+    from manylora.lifecycle.evaluate.scores import HIGHER_IS_BETTER
 
     page = PAGE.read_text(encoding="utf-8")
 

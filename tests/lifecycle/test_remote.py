@@ -4,9 +4,9 @@ from collections.abc import Callable
 import httpx
 import pytest
 
+from manylora.client.adapters import active_version, check_name, pinned
+from manylora.client.server import call, connect
 from manylora.errors import InvalidRequest, ManyloraError
-from manylora.lifecycle.publish import active_version, check_name, pinned
-from manylora.lifecycle.remote import call, connect
 
 Answer = Callable[[httpx.Request], httpx.Response]
 

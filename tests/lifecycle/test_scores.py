@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
 
-from manylora.lifecycle.scores import (
+from manylora.lifecycle.evaluate.scores import (
     Outcomes,
     bootstrap,
     confusion,

@@ -14,15 +14,15 @@ from safetensors.torch import load_file, save_file
 
 from manylora.errors import InvalidRequest, ManyloraError
 from manylora.lifecycle.base import Base, load_base
-from manylora.lifecycle.batches import padding_share
-from manylora.lifecycle.checkpoint import checkpoint_path
-from manylora.lifecycle.data import read_dataset
+from manylora.lifecycle.data.batches import padding_share
+from manylora.lifecycle.data.data import read_dataset
 from manylora.lifecycle.output import report_folder
 from manylora.lifecycle.progress import Progress, ignore
-from manylora.lifecycle.train import encode, prepare, train
-from manylora.lifecycle.train_config import LoraShape, TrainConfig
-from manylora.lifecycle.training import Trainer
-from manylora.lora.format import read
+from manylora.lifecycle.train.checkpoint import checkpoint_path
+from manylora.lifecycle.train.config import LoraShape, TrainConfig
+from manylora.lifecycle.train.train import encode, prepare, train
+from manylora.lifecycle.train.training import Trainer
+from manylora.lora.format.reader import read
 from manylora.models.wrapping import adaptable_modules
 from tests.conftest import ModelMaker
 from tests.lifecycle.helpers import label_rows, tiny_config, write_rows

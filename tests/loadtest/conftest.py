@@ -7,8 +7,8 @@ from typing import Any, TypeAlias
 
 import pytest
 
-from loadtest.runner import Run, run_scenario
-from loadtest.scenario import Scenario
+from manylora_loadtest.runner import Run, run_scenario
+from manylora_loadtest.scenario import Scenario
 from tests.loadtest.fake_server import FakeServer, running
 
 Serve: TypeAlias = Callable[[FakeServer], str]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from loadtest.arrivals import Arrival
+from manylora_loadtest.arrivals import Arrival
 
 
 def _times(seed: int = 11, **fields: Any) -> np.ndarray:

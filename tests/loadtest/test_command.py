@@ -9,11 +9,11 @@ import orjson
 import pytest
 from typer.testing import CliRunner
 
-from loadtest import cli
-from loadtest.errors import LoadTestError, ScenarioError
-from loadtest.record import read_run
-from loadtest.scenario import load_scenario, ready_scenarios
-from loadtest.summary import summarise
+from manylora_loadtest import cli
+from manylora_loadtest.errors import LoadTestError, ScenarioError
+from manylora_loadtest.record import read_run
+from manylora_loadtest.scenario import load_scenario, ready_scenarios
+from manylora_loadtest.summary import summarise
 from tests.loadtest.conftest import Serve
 from tests.loadtest.fake_server import FakeServer
 

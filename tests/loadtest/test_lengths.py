@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from loadtest.lengths import Length, LengthKind, Lengths
+from manylora_loadtest.lengths import Length, LengthKind, Lengths
 
 
 def _draw(**fields: Any) -> np.ndarray:

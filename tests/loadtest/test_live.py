@@ -6,9 +6,9 @@ import io
 import pytest
 from rich.console import Console
 
-from loadtest import live
-from loadtest.live import LiveView
-from loadtest.runner import Progress, run_scenario
+from manylora_loadtest import live
+from manylora_loadtest.live import LiveView
+from manylora_loadtest.runner import Progress, run_scenario
 from tests.loadtest.conftest import Serve, scenario
 from tests.loadtest.fake_server import FakeServer
 

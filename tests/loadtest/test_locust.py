@@ -15,11 +15,21 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 def run_locust(url: str, scenario: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "locust", "-f", "loadtest/locustfile.py", "--host", url, "--headless"]
+    command = [
+        sys.executable,
+        "-m",
+        "locust",
+        "-f",
+        "loadtest/manylora_loadtest/locustfile.py",
+        "--host",
+        url,
+        "--headless",
+    ]
     return subprocess.run(
         [*command, "--users", "2", "--spawn-rate", "2", "--run-time", "4s", "--exit-code-on-error", "1"],
-        cwd=ROOT, env={**os.environ, **environment, "LOADTEST_SCENARIO": scenario, "PYTHONPATH": str(ROOT)},
-        timeout=120, capture_output=True, text=True, check=False,
+        cwd=ROOT, timeout=120,
+        env={**os.environ, **environment, "LOADTEST_SCENARIO": scenario, "PYTHONPATH": str(ROOT / "loadtest")},
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
 
 

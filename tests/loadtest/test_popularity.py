@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtest.popularity import POPULARITY_KINDS, Popularity, PopularityKind
+from manylora_loadtest.popularity import POPULARITY_KINDS, Popularity, PopularityKind
 
 kinds = st.sampled_from(POPULARITY_KINDS)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.errors import ServerUnavailable
-from loadtest.summary import latencies, summarise
+from manylora_loadtest.errors import ServerUnavailable
+from manylora_loadtest.summary import latencies, summarise
 from tests.loadtest.conftest import Serve, run, scenario
 from tests.loadtest.fake_server import FakeServer
 
@@ -31,7 +31,7 @@ def test_counters_of_the_server_are_compared(serve: Serve) -> None:
 
 
 def test_server_that_forgets_tokens_is_found_out(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loadtest.runner._COUNTERS_WITHIN_S", 0.2)
+    monkeypatch.setattr("manylora_loadtest.runner._COUNTERS_WITHIN_S", 0.2)
     summary = summarise(run(scenario(), serve(FakeServer(undercount=1))))
     assert (summary.counter_mismatches, summary.usage_mismatches) == (1, 0)
 
@@ -42,7 +42,7 @@ def test_the_usage_export_is_compared_too(serve: Serve) -> None:
 
 
 def test_server_that_charges_too_much_is_found_out(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loadtest.runner._COUNTERS_WITHIN_S", 0.2)
+    monkeypatch.setattr("manylora_loadtest.runner._COUNTERS_WITHIN_S", 0.2)
     summary = summarise(run(scenario(), serve(FakeServer(overcharge=1))))
     assert (summary.counter_mismatches, summary.usage_mismatches) == (0, 1)
 

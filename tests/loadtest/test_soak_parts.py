@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.record import read_run, write_run
-from loadtest.runner import Run
-from loadtest.server_watch import ServerSample, server_figures
-from loadtest.summary import summarise
+from manylora_loadtest.record import read_run, write_run
+from manylora_loadtest.runner import Run
+from manylora_loadtest.server_watch import ServerSample, server_figures
+from manylora_loadtest.summary import summarise
 from tests.loadtest.conftest import Serve, run, scenario
 from tests.loadtest.fake_server import FakeServer
 
@@ -122,8 +122,8 @@ def test_what_cannot_be_seen_is_not_measured() -> None:
 def test_a_watched_run_has_figures_of_the_server_and_keeps_them(
     serve: Serve, tmp_path: Path, left: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loadtest.server_watch._EVERY_S", 0.02)
-    monkeypatch.setattr("loadtest.server_watch._SETTLED_WITHIN_S", 0.3)
+    monkeypatch.setattr("manylora_loadtest.server_watch._EVERY_S", 0.02)
+    monkeypatch.setattr("manylora_loadtest.server_watch._SETTLED_WITHIN_S", 0.3)
     arrival = {"process": "constant", "rate": 20, "duration_s": 1}
     loaded = scenario(arrival=arrival, thresholds=WATCHED)
     finished = run(loaded, serve(FakeServer(left_in_use=left)), pid=os.getpid())

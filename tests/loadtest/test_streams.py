@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtest.results import RequestResult
-from loadtest.stream import StreamReader
-from loadtest.summary import jain_index, meets, statistics
-from loadtest.thresholds import Slo, Thresholds
+from manylora_loadtest.results import RequestResult
+from manylora_loadtest.stream import StreamReader
+from manylora_loadtest.summary import jain_index, meets, statistics
+from manylora_loadtest.thresholds import Slo, Thresholds
 
 STREAM = b"".join(
     [

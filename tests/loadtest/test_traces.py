@@ -4,10 +4,10 @@ from pathlib import Path
 import orjson
 import pytest
 
-from loadtest.errors import ScenarioError
-from loadtest.plan import make_plan
-from loadtest.scenario import Scenario, TraceSource
-from loadtest.trace import read_trace, trace_lines
+from manylora_loadtest.errors import ScenarioError
+from manylora_loadtest.plan import make_plan
+from manylora_loadtest.scenario import Scenario, TraceSource
+from manylora_loadtest.trace import read_trace, trace_lines
 from tests.loadtest.conftest import Serve, run, scenario
 from tests.loadtest.fake_server import FakeServer
 

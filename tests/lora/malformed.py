@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from manylora.lora.format import CONFIG_FILE, TENSOR_FILE, ModuleSpec
+from manylora.identity import CONFIG_FILE, TENSOR_FILE
+from manylora.lora.format.reader import ModuleSpec
 
 Array = npt.NDArray[Any]
 Tensors = dict[str, Array]

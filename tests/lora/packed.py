@@ -4,9 +4,9 @@ from collections.abc import Mapping
 
 import torch
 
-from manylora.lora.kernels.reference import LowRank
-from manylora.lora.layout import Layout
-from manylora.lora.packing import FORMATS, PackedAdapter
+from manylora.kernels.reference import LowRank
+from manylora.lora.memory.layout import Layout
+from manylora.lora.memory.packing import FORMATS, PackedAdapter
 
 Shapes = Mapping[int, tuple[int, int]]
 

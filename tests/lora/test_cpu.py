@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from manylora.lora.kernels.cpu import cpu_multiplies
+from manylora.kernels.cpu import cpu_multiplies
 
 
 @pytest.mark.parametrize("is_supported", [True, False])

@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manylora.lora.eviction import GreedyDualSizeFrequency
+from manylora.lora.memory.eviction import GreedyDualSizeFrequency
 
 
 def used(*keys: str, size: int = 100, cost: float = 100.0) -> GreedyDualSizeFrequency[str]:

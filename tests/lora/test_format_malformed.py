@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from manylora.errors import InvalidAdapter, TooLarge
-from manylora.lora.format import CONFIG_FILE, TENSOR_FILE, digest_of, read, read_trusted
-from manylora.lora.problems import MAX_PER_CODE
+from manylora.identity import CONFIG_FILE, TENSOR_FILE
+from manylora.lora.format.problems import MAX_PER_CODE
+from manylora.lora.format.reader import digest_of, read, read_trusted
 from tests.lora.malformed import MALFORMED, Builder, config, safetensors, tensors, tiny_modules, write
 
 # The codes of docs/adapters.md that a folder can have; the two that only uploads have are left out.

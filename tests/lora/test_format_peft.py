@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from manylora.errors import InvalidAdapter
-from manylora.lora.format import Adapter, ModuleKind, ModuleSpec, digest_of, read, read_trusted
+from manylora.lora.format.reader import Adapter, ModuleKind, ModuleSpec, digest_of, read, read_trusted
 from tests.lora.malformed import TINY_LLAMA, tiny_modules
 
 CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {

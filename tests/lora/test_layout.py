@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manylora.lora.layout import ITEM_BYTES, RANK_STEP, Layout, NumberFormat, padded_rank
+from manylora.lora.memory.layout import ITEM_BYTES, RANK_STEP, Layout, NumberFormat, padded_rank
 
 SHAPES = {site: (3 + 7 * site, 5 + 4 * site) for site in range(12)}
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manylora.lora.line import LoadLine
-from manylora.lora.packing import PackedAdapter
+from manylora.lora.memory.line import LoadLine
+from manylora.lora.memory.packing import PackedAdapter
 from tests.lora.tier_setup import PATIENCE_S, Disk, Setup, ref
 
 

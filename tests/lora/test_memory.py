@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from manylora.lora.kernels.reference import LowRank
-from manylora.lora.memory import DTYPE_CODES, TABLE_FIELDS, DeviceMemory, TableEntry
-from manylora.lora.packing import PackedAdapter
-from manylora.lora.slots import Place, SlotBook
+from manylora.kernels.reference import LowRank
+from manylora.lora.memory.device_memory import DTYPE_CODES, TABLE_FIELDS, DeviceMemory, TableEntry
+from manylora.lora.memory.packing import PackedAdapter
+from manylora.lora.memory.slots import Place, SlotBook
 from tests.lora.packed import random_packed
 
 SHAPES = {0: (40, 30), 1: (7, 11), 2: (40, 24)}

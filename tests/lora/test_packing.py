@@ -8,10 +8,10 @@ import torch
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
-from manylora.lora import format as adapter_format
-from manylora.lora.kernels.reference import LowRank, add_lora
-from manylora.lora.layout import padded_rank
-from manylora.lora.packing import PackedAdapter, pack
+from manylora.kernels.reference import LowRank, add_lora
+from manylora.lora.format import reader as adapter_format
+from manylora.lora.memory.layout import padded_rank
+from manylora.lora.memory.packing import PackedAdapter, pack
 from manylora.models.wrapping import adaptable_modules
 from tests.conftest import ModelMaker
 from tests.engine.harness import load

@@ -6,7 +6,7 @@ import psutil
 import pytest
 import torch
 
-from manylora.lora.pages import zeros
+from manylora.lora.memory.pages import zeros
 
 MEGABYTE = 2**20
 

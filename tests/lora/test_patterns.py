@@ -13,10 +13,10 @@ from hypothesis import given
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
-from manylora.lora.patterns import BUDGET_S, KeyTable, PatternFault, Patterns
-from manylora.lora.peft_config import MAX_LAYERS_PATTERNS, MAX_NAMES, LoraSettings, parse
-from manylora.lora.problems import Problems
-from manylora.lora.targets import as_accepted, resolve
+from manylora.lora.format.config import MAX_LAYERS_PATTERNS, MAX_NAMES, LoraSettings, parse
+from manylora.lora.format.patterns import BUDGET_S, KeyTable, PatternFault, Patterns
+from manylora.lora.format.problems import Problems
+from manylora.lora.format.targets import as_accepted, resolve
 from tests.lora.malformed import config, tiny_modules
 
 MODULES = tiny_modules(layers=3)

@@ -11,8 +11,8 @@ import pytest
 from peft import LoraConfig
 
 from manylora.errors import InvalidAdapter
-from manylora.lora.format import read
-from manylora.lora.peft_fields import KNOWN, NEUTRAL, REFUSED, SERVED
+from manylora.lora.format.peft_fields import KNOWN, NEUTRAL, REFUSED, SERVED
+from manylora.lora.format.reader import read
 from tests.lora.malformed import config, tiny_modules, write
 from tests.lora.test_format_malformed import CODES
 
@@ -86,6 +86,9 @@ def test_refused_setting_that_is_switched_off_is_accepted(tmp_path: Path, key: s
 
 
 def test_reader_imports_neither_torch_nor_peft() -> None:
-    code = "import sys, manylora.lora.format; sys.exit(bool({'torch', 'peft', 'transformers'} & sys.modules.keys()))"
+    code = (
+        "import sys, manylora.lora.format.reader\n"
+        "sys.exit(bool({'torch', 'peft', 'transformers'} & sys.modules.keys()))"
+    )
     root = Path(__file__).parents[2] / "server"
     assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(root)}, check=False).returncode == 0

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manylora.lora.rows import group_rows
+from manylora.kernels.rows import group_rows
 
 CPU = torch.device("cpu")
 NUM_SLOTS = 6

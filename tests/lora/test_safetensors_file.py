@@ -13,9 +13,10 @@ from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save_file
 
 from manylora.errors import InvalidAdapter
-from manylora.lora.format import TENSOR_FILE, Adapter, read, read_trusted
-from manylora.lora.problems import Problems
-from manylora.lora.safetensors_file import DTYPE_BITS, TensorView, map_file, parse
+from manylora.identity import TENSOR_FILE
+from manylora.lora.format.problems import Problems
+from manylora.lora.format.reader import Adapter, read, read_trusted
+from manylora.lora.format.tensors import DTYPE_BITS, TensorView, map_file, parse
 from tests.lora.malformed import config, layout, safetensors, tensors, tiny_modules, write
 
 SOUND = safetensors(*layout(tensors()))

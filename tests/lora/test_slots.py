@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manylora.lora.layout import Layout
-from manylora.lora.slots import Place, SlotBook
+from manylora.lora.memory.layout import Layout
+from manylora.lora.memory.slots import Place, SlotBook
 
 SHAPES = {0: (16, 16), 1: (16, 32)}
 LAYOUTS = [Layout.of(ranks, SHAPES, "bfloat16") for ranks in ({0: 8}, {0: 16, 1: 8}, {1: 64})]

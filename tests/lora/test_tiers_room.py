@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manylora.errors import AdapterLoadFailed, Conflict
-from manylora.lora.kernels.torch import TorchKernel
-from manylora.lora.rows import group_rows
+from manylora.kernels.rows import group_rows
+from manylora.kernels.torch_lora import TorchKernel
 from tests.lora.packed import random_packed
 from tests.lora.tier_setup import RANKS, SHAPES, SMALL, Setup, ref
 

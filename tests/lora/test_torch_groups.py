@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from manylora.lora.kernels.cpu import cpu_multiplies
-from manylora.lora.kernels.torch import MAX_GROUP, MAX_GROUP_ROWS, TorchKernel
-from manylora.lora.memory import DeviceMemory
-from manylora.lora.packing import PackedAdapter
-from manylora.lora.rows import group_rows
+from manylora.kernels.cpu import cpu_multiplies
+from manylora.kernels.rows import group_rows
+from manylora.kernels.torch_lora import MAX_GROUP, MAX_GROUP_ROWS, TorchKernel
+from manylora.lora.memory.device_memory import DeviceMemory
+from manylora.lora.memory.packing import PackedAdapter
 from tests.kernels.tolerance import assert_same_bits
 from tests.lora.test_torch_kernel import Fleet
 

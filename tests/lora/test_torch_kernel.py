@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from manylora.lora.kernels import LoraKernel, LoraPlan, SiteGroup
-from manylora.lora.kernels.reference import LowRank, add_lora
-from manylora.lora.kernels.torch import MAX_BATCHED_ROWS
-from manylora.lora.memory import DeviceMemory
-from manylora.lora.packing import PackedAdapter
-from manylora.lora.rows import group_rows
-from manylora.lora.slots import SlotBook
+from manylora.kernels.interface import LoraKernel, LoraPlan, SiteGroup
+from manylora.kernels.reference import LowRank, add_lora
+from manylora.kernels.rows import group_rows
+from manylora.kernels.torch_lora import MAX_BATCHED_ROWS
+from manylora.lora.memory.device_memory import DeviceMemory
+from manylora.lora.memory.packing import PackedAdapter
+from manylora.lora.memory.slots import SlotBook
 from tests.engine.harness import KERNELS, available_kernels
 from tests.kernels.lora_case import POPULARITIES, draw_slots
 from tests.kernels.tolerance import TOLERANCES, assert_same_bits

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from manylora.lora.kernels.reference import LowRank
-from manylora.lora.memory import DeviceMemory
-from manylora.lora.packing import PackedAdapter
-from manylora.lora.ref import AdapterRef, Tier
-from manylora.lora.slots import SlotBook
-from manylora.lora.tiers import AdapterTiers, TierEvents
+from manylora.identity import AdapterRef, Tier
+from manylora.kernels.reference import LowRank
+from manylora.lora.memory.device_memory import DeviceMemory
+from manylora.lora.memory.packing import PackedAdapter
+from manylora.lora.memory.slots import SlotBook
+from manylora.lora.memory.tiers import AdapterTiers, TierEvents
 from tests.lora.packed import random_packed
 
 SHAPES = {0: (16, 16), 1: (16, 32)}

@@ -18,8 +18,8 @@ from manylora.engine.engine import Engine
 from manylora.engine.interface import AdapterRef, SamplingParams
 from manylora.engine.sequence import Sequence
 from manylora.errors import InvalidAdapter, ModelUnusable
-from manylora.lora import format as adapter_format
-from manylora.lora.tiers import AdapterTiers
+from manylora.lora.format import reader as adapter_format
+from manylora.lora.memory.tiers import AdapterTiers
 from manylora.metrics import NoMetrics
 from manylora.models.loading import load_base
 from manylora.models.modules import adaptable_modules, is_plain

@@ -11,18 +11,19 @@ from torch import nn
 from transformers import GraniteConfig, GraniteForCausalLM, PreTrainedModel
 
 from manylora.errors import ModelUnusable
-from manylora.lora.kernels import SiteGroup
-from manylora.lora.kernels.native import NativeKernel
-from manylora.lora.kernels.torch import TorchKernel
-from manylora.lora.memory import DTYPE_CODES, DeviceMemory, TableEntry
-from manylora.lora.rows import group_rows
-from manylora.models import fused, native
+from manylora.kernels import native
+from manylora.kernels.batch import ForwardContext
+from manylora.kernels.interface import SiteGroup
+from manylora.kernels.matmul import MatmulFactory, factory, int8, packed, paneled
+from manylora.kernels.native_lora import NativeKernel
+from manylora.kernels.rows import group_rows
+from manylora.kernels.torch_lora import TorchKernel
+from manylora.lora.memory.device_memory import DTYPE_CODES, DeviceMemory, TableEntry
+from manylora.models import fused
 from manylora.models.attention import AttentionOptions
-from manylora.models.batch import ForwardContext
 from manylora.models.kv_cache import KVCache, KVShape
 from manylora.models.layers import LayerKernel, LayerParts, Norm
 from manylora.models.linear import AdaptedLinear
-from manylora.models.matmul import MatmulFactory, factory, int8, packed, paneled
 from manylora.models.native_layers import NativeLayers
 from manylora.models.selfcheck import SelfCheck, single_sequence
 from manylora.models.torch_layers import TorchLayers

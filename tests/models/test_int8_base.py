@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from manylora.errors import ModelUnusable
-from manylora.lora.kernels.native import NativeKernel
-from manylora.models import fused, native
+from manylora.kernels import native
+from manylora.kernels.matmul import BaseMatmul, factory, int8
+from manylora.kernels.native_lora import NativeKernel
+from manylora.models import fused
 from manylora.models.kv_cache import KVCache
-from manylora.models.matmul import BaseMatmul, factory, int8
 from manylora.models.native_layers import NativeLayers
 from manylora.models.selfcheck import SelfCheck
 from manylora.models.wrapping import wrap

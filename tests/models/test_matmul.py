@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from manylora.models import matmul, native
+from manylora.kernels import matmul, native
 
 
 @pytest.mark.parametrize("rows", [1, 3, 40])

@@ -10,12 +10,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from manylora.engine.build import EngineBuilder
 from manylora.errors import InvalidSettings, ModelUnusable
-from manylora.lora.kernels.torch import TorchKernel
-from manylora.models import fused, native
+from manylora.kernels import native
+from manylora.kernels.matmul import factory
+from manylora.kernels.torch_lora import TorchKernel
+from manylora.models import fused
 from manylora.models.kv_cache import KVCache
 from manylora.models.loading import load_base
 from manylora.models.masks import hidden_from, window_of
-from manylora.models.matmul import factory
 from manylora.models.positions import batch_limit, position_limit, probe_starts
 from manylora.models.selfcheck import SelfCheck
 from manylora.models.torch_layers import TorchLayers

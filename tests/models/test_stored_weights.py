@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, CodeGenConfig, GPTJConfig, PhiCon
 
 from manylora.catalog.upload import Rules
 from manylora.errors import InvalidAdapter
-from manylora.lora.contents import num_different
-from manylora.lora.format import TENSOR_FILE, Adapter, TensorView
+from manylora.identity import TENSOR_FILE
+from manylora.lora.format.contents import num_different
+from manylora.lora.format.reader import Adapter, TensorView
 from manylora.models.stored_weights import StoredWeights
 from manylora.models.wrapping import adaptable_modules
 from tests.engine.harness import load

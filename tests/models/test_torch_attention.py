@@ -5,8 +5,8 @@ from itertools import pairwise
 import pytest
 import torch
 
+from manylora.kernels.batch import Batch
 from manylora.models.attention import AttentionOptions, StepViews, attend_paged
-from manylora.models.batch import Batch
 
 HEADS, KV_HEADS, DIM, BLOCK = 6, 2, 8, 4
 SCALE = 0.3

@@ -5,8 +5,8 @@ import asyncio
 import pytest
 from sqlalchemy import delete, update
 
-from manylora.catalog.database import Database
-from manylora.catalog.tables import KeyRow
+from manylora.database.database import Database
+from manylora.database.tables import KeyRow
 from manylora.errors import AuthenticationFailed
 from manylora.tenants.gate import TenantGate
 from manylora.tenants.interface import Role

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from manylora.catalog.database import Database
+from manylora.database.database import Database
 from manylora.errors import AuthenticationFailed, InvalidRequest, NotFound
 from manylora.tenants.gate import TenantGate
 from manylora.tenants.interface import Role

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manylora.catalog.database import Database
+from manylora.database.database import Database
 from manylora.errors import InvalidRequest, QuotaExceeded
 from manylora.tenants.gate import TenantGate
 from manylora.tenants.interface import Principal, Role

@@ -6,12 +6,12 @@ import pytest
 from sqlalchemy import delete
 from typer.testing import CliRunner
 
-from manylora.catalog.database import Database, open_database
 from manylora.catalog.store import open_store
-from manylora.catalog.tables import KeyRow
-from manylora.cli import build
+from manylora.cli.main import build
+from manylora.database.database import Database, open_database
+from manylora.database.tables import KeyRow
 from manylora.errors import AuthenticationFailed, StartupError
-from manylora.serving import safe_host
+from manylora.serving.process import safe_host
 from manylora.settings import Settings
 from manylora.tenants.gate import TenantGate
 from manylora.tenants.interface import Role

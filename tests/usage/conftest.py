@@ -6,7 +6,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from manylora.catalog.database import Database, open_database
+from manylora.database.database import Database, open_database
 from tests.catalog import postgres
 
 

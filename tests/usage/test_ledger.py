@@ -15,16 +15,16 @@ import pytest
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from manylora.catalog.database import Database, Topic, open_database
-from manylora.catalog.interface import Use
-from manylora.catalog.tables import SlotTimeRow, UsageRow, UsageWriterRow
-from manylora.catalog.usage.journal import journal_of, read_journal
-from manylora.catalog.usage.ledger import UsageLedger, add_stays
-from manylora.catalog.usage.period import QUARTER_S
-from manylora.catalog.usage.store import Batch, UsageStore
+from manylora.database.database import Database, Topic, open_database
+from manylora.database.tables import SlotTimeRow, UsageRow, UsageWriterRow
 from manylora.errors import DatabaseUnavailable
-from manylora.lora.occupancy import Occupancy, Stay
-from manylora.lora.ref import AdapterRef
+from manylora.identity import AdapterRef
+from manylora.lora.memory.occupancy import Occupancy, Stay
+from manylora.usage.interface import Use
+from manylora.usage.journal import journal_of, read_journal
+from manylora.usage.ledger import UsageLedger, add_stays
+from manylora.usage.period import QUARTER_S
+from manylora.usage.store import Batch, UsageStore
 
 pytestmark = pytest.mark.anyio
 QUARTER = 1_795_521_600
@@ -307,7 +307,7 @@ async def test_nobody_waits_longer_than_wait_s_and_nobody_twice(database: Databa
 async def test_a_journal_that_grows_is_written_anew_with_the_same_sums(
     broken: Broken, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("manylora.catalog.usage.ledger._COMPACT_BYTES", 2000)
+    monkeypatch.setattr("manylora.usage.ledger._COMPACT_BYTES", 2000)
     ledger = ledger_of(broken, Clock())
     broken.is_down = True
     for _ in range(100):

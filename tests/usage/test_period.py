@@ -2,8 +2,8 @@
 
 import pytest
 
-from manylora.catalog.usage.period import DAY_S, Period, as_rfc3339, parse_period
 from manylora.errors import InvalidRequest
+from manylora.usage.period import DAY_S, Period, as_rfc3339, parse_period
 
 NOON = 1_795_521_600  # 2026-11-24T12:00:00Z
 

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
-from manylora.catalog.database import Database
-from manylora.catalog.tables import StoredRow
-from manylora.catalog.usage.period import DAY_S, QUARTER_S, Period
-from manylora.catalog.usage.report import GROUPS, Group, UsageReport, make_report, parse_groups
-from manylora.catalog.usage.store import Batch, UsageStore
+from manylora.database.database import Database
+from manylora.database.tables import StoredRow
 from manylora.errors import InvalidRequest
+from manylora.usage.period import DAY_S, QUARTER_S, Period
+from manylora.usage.report import GROUPS, Group, UsageReport, make_report, parse_groups
+from manylora.usage.store import Batch, UsageStore
 
 DAY = 20_781 * DAY_S  # 2026-11-24
 NOW_US = (DAY + 2 * DAY_S) * 1_000_000

@@ -44,7 +44,7 @@ async def test_a_refused_upload_is_not_stored(tmp_path: Path) -> None:
 
 def upgrade(engine: sa.Engine, revision: str) -> None:
     config = Config()
-    config.set_main_option("script_location", "manylora.catalog:migrations")
+    config.set_main_option("script_location", "manylora.database:migrations")
     with engine.begin() as connection:
         config.attributes["connection"] = connection
         command.upgrade(config, revision)

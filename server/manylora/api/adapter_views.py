@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from manylora.catalog.records import MICROSECONDS, AdapterRecord, VersionRecord
+from manylora.catalog.records import AdapterRecord, VersionRecord
 from manylora.engine.interface import AdapterRef, Tier
 
 __all__ = ["adapter_view", "version_view"]
@@ -32,7 +32,7 @@ def version_view(
         "alpha": version.alpha,
         "target_modules": list(version.target_modules),
         "size_bytes": version.size_bytes,
-        "created": version.created // MICROSECONDS,
+        "created": version.created_s,
         "tier": tier,
         "report": {"base_model": None, **version.report, "base_model_differs": has_other_name},
     }
@@ -62,7 +62,7 @@ def adapter_view(
         "newest_version": adapter.versions[-1].ref.version,
         "num_versions": len(adapter.versions),
         "pinned": adapter.pinned,
-        "created": adapter.created // MICROSECONDS,
+        "created": adapter.created_s,
         "digest": active.ref.digest if active else None,
         "rank": active.rank if active else None,
         "size_bytes": sum(v.size_bytes for v in adapter.versions),

@@ -16,10 +16,10 @@ from manylora.api.fields import wanted
 from manylora.api.json_body import parse_json
 from manylora.api.lanes import PYTHON, beside_loop
 from manylora.api.ownership import not_found, owner_of, target_tenant, version_number
-from manylora.catalog.interface import PUBLIC_TENANT
 from manylora.catalog.records import AdapterRecord, Published, VersionRecord, Wish
 from manylora.catalog.service import Catalog
 from manylora.errors import AdapterNotFound, InvalidRequest, PermissionDenied, TooLarge, quoted
+from manylora.identity import PUBLIC_TENANT
 from manylora.tenants.interface import Principal, Role
 
 __all__ = ["build_router", "version_of"]

@@ -8,8 +8,8 @@ from typing import Final
 
 from manylora.api.auth import has_role
 from manylora.catalog.directory import Directory
-from manylora.catalog.interface import PUBLIC_TENANT
 from manylora.errors import AdapterNotFound, Conflict, PermissionDenied
+from manylora.identity import PUBLIC_TENANT
 from manylora.tenants.interface import Principal, Role
 from manylora.tenants.keys import check_tenant
 

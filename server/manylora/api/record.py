@@ -5,10 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from manylora.catalog.interface import Use
 from manylora.engine.interface import AdapterRef, Progress, RequestTiming, Tier
 from manylora.errors import ManyloraError
 from manylora.metrics import RequestSample
+from manylora.usage.interface import Use
 
 __all__ = ["ClientGone", "ErrorFacts", "FinishedRequest", "Recorder", "RequestRecord", "outcome_of"]
 

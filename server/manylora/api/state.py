@@ -8,11 +8,12 @@ from fastapi import Depends, Request
 from manylora.api.presence import Presence
 from manylora.api.record import Recorder
 from manylora.api.traffic import Traffic
-from manylora.catalog.interface import AdapterDirectory, UsageSink
+from manylora.catalog.interface import AdapterDirectory
 from manylora.engine.interface import EngineClient
 from manylora.metrics import Metrics
 from manylora.settings import Settings
 from manylora.tenants.interface import Gate
+from manylora.usage.interface import UsageSink
 
 __all__ = ["Departure", "Services", "ServicesDep", "services_of"]
 

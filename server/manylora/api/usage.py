@@ -9,10 +9,10 @@ from fastapi import APIRouter, Query
 from fastapi.responses import Response
 
 from manylora.api.auth import Caller, has_role
-from manylora.catalog.usage.ledger import UsageLedger
-from manylora.catalog.usage.period import Period, parse_period
-from manylora.catalog.usage.report import Group, make_report, parse_groups
 from manylora.tenants.interface import Role
+from manylora.usage.ledger import UsageLedger
+from manylora.usage.period import Period, parse_period
+from manylora.usage.report import Group, make_report, parse_groups
 
 __all__ = ["build_router"]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Final, Protocol, cast
 
 from manylora.errors import InvalidAdapter, Problem, TooLarge
-from manylora.lora.folder import NEEDED
+from manylora.lora.format.folder import NEEDED
 
 _MAX_MEMBERS: Final = 1024
 # Real weights hardly compress; all-zero ones do, so the ratio only counts from this size on.

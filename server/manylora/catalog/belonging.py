@@ -8,9 +8,9 @@ from typing import Final
 
 from sqlalchemy import exists, select
 
-from manylora.catalog.database import Database
 from manylora.catalog.store import Store
-from manylora.catalog.tables import AdapterRow, RegistryRow
+from manylora.database.database import Database
+from manylora.database.tables import AdapterRow, RegistryRow
 from manylora.errors import StartupError
 
 __all__ = ["check_may_claim", "check_owner", "check_same", "claim", "had_adapters", "owner_of", "registry_id"]

@@ -15,15 +15,15 @@ from typing import IO, Final
 
 from manylora.catalog import labels
 from manylora.catalog.copies import Copies
-from manylora.catalog.database import Database
 from manylora.catalog.directory import missing
 from manylora.catalog.download import pack
 from manylora.catalog.files import blob_of_folder
 from manylora.catalog.records import Published, VersionRecord
 from manylora.catalog.registry import Registry
 from manylora.catalog.store import Store
+from manylora.database.database import Database
 from manylora.errors import AdapterLoadFailed, ManyloraError
-from manylora.lora.ref import AdapterRef
+from manylora.identity import AdapterRef
 
 _DAY_S: Final = 86_400.0
 # Several servers can share an object store; a blob that was just written may belong to an upload of another server.

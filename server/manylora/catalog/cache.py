@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from manylora.catalog.faults import file_errors
-from manylora.catalog.files import clear_folder, remove_entry, remove_tree, tree_bytes
+from manylora.faults import file_errors
+from manylora.files import clear_folder, remove_entry, remove_tree, tree_bytes
 
 _MAX_BYTES: Final = 16 * 2**30
 # Whoever was given a folder reads it at once; this long it is left alone, whatever the budget says.

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from manylora.catalog.files import ADAPTER_FILES, CONFIG_FILE, blob_of_folder, folder_fault
+from manylora.catalog.files import blob_of_folder, folder_fault
+from manylora.identity import ADAPTER_FILES, CONFIG_FILE
 
 __all__ = ["Copies"]
 

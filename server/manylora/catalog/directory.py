@@ -6,10 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from manylora.catalog.interface import PUBLIC_TENANT, PublishedAdapter
-from manylora.catalog.records import MICROSECONDS, AdapterRecord
+from manylora.catalog.interface import PublishedAdapter
+from manylora.catalog.records import AdapterRecord
+from manylora.database.tables import MICROSECONDS
 from manylora.errors import AdapterNotFound
-from manylora.lora.ref import AdapterRef
+from manylora.identity import PUBLIC_TENANT, AdapterRef
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,9 @@ import tempfile
 from pathlib import Path
 from typing import IO
 
-from manylora.catalog.faults import file_errors
-from manylora.catalog.files import ADAPTER_FILES
-from manylora.catalog.records import MICROSECONDS, VersionRecord
+from manylora.catalog.records import VersionRecord
+from manylora.faults import file_errors
+from manylora.identity import ADAPTER_FILES
 
 
 def pack(folder: Path, version: VersionRecord, scratch: Path) -> IO[bytes]:
@@ -22,7 +22,7 @@ def pack(folder: Path, version: VersionRecord, scratch: Path) -> IO[bytes]:
 
 
 def _pack(folder: Path, version: VersionRecord, scratch: Path) -> IO[bytes]:
-    created = version.created // MICROSECONDS
+    created = version.created_s
     file = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115  the caller closes it, after sending
     try:
         with (

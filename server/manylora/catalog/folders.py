@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from manylora.catalog.files import ADAPTER_FILES, CONFIG_FILE
 from manylora.catalog.records import Folder, Published
 from manylora.errors import InvalidAdapter, ManyloraError, StartupError
-from manylora.lora.folder import left_aside, names_in, warning_of
+from manylora.identity import ADAPTER_FILES, CONFIG_FILE
+from manylora.lora.format.folder import left_aside, names_in, warning_of
 
 _CHECKPOINT: Final = re.compile(r"checkpoint-[0-9]+")
 _log = logging.getLogger(__name__)

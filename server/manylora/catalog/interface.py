@@ -1,12 +1,12 @@
-"""What the inference routes need of the catalog: names become identities, a list of names, usage is counted."""
+"""What the inference routes need of the catalog: names become identities, a list of names."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from manylora.engine.interface import PUBLIC_TENANT, AdapterRef
+from manylora.identity import AdapterRef
 
-__all__ = ["PUBLIC_TENANT", "AdapterDirectory", "PublishedAdapter", "UsageSink", "Use"]
+__all__ = ["AdapterDirectory", "PublishedAdapter"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,26 +30,4 @@ class AdapterDirectory(Protocol):
 
     def visible_to(self, tenant: str, start: str = "") -> Iterator[PublishedAdapter]:
         """What it may name, by name, from `start` on."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Use:
-    """What one finished request used, whatever its outcome. `tenant` is the caller's."""
-
-    tenant: str
-    adapter: AdapterRef | None
-    outcome: str
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
-
-
-class UsageSink(Protocol):
-    """Where usage is counted; see `catalog.usage.ledger`."""
-
-    def add(self, use: Use) -> None: ...
-
-    async def stored(self) -> None:
-        """Wait until what was added is in the database."""
         ...

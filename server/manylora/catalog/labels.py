@@ -11,9 +11,9 @@ from typing import Any, Final
 from pydantic import BaseModel, ConfigDict, ValidationError
 from sqlalchemy import select
 
-from manylora.catalog.database import Database
 from manylora.catalog.store import Store
-from manylora.catalog.tables import AdapterRow, VersionRow
+from manylora.database.database import Database
+from manylora.database.tables import AdapterRow, VersionRow
 
 __all__ = ["FOLDER", "Label", "all_labels", "file_of", "forget", "labels_of", "missing_labels", "parse_name"]
 

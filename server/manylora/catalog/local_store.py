@@ -5,21 +5,12 @@ import secrets
 from contextlib import suppress
 from pathlib import Path
 
-from manylora.catalog.faults import file_errors
-from manylora.catalog.files import (
-    ADAPTER_FILES,
-    BLOB,
-    Orphan,
-    clear_folder,
-    copy_durably,
-    folder_fault,
-    remove_tree,
-    sync_folder,
-    tree_bytes,
-    write_durably,
-)
+from manylora.catalog.files import BLOB, Orphan, folder_fault
 from manylora.catalog.lockfile import FolderLock
 from manylora.errors import AdapterLoadFailed
+from manylora.faults import file_errors
+from manylora.files import clear_folder, copy_durably, remove_tree, sync_folder, tree_bytes, write_durably
+from manylora.identity import ADAPTER_FILES
 
 _READING = "The adapter's files cannot be read"
 _STORING = "The adapter's files cannot be stored"

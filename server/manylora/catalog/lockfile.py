@@ -5,8 +5,8 @@ import fcntl
 import os
 from pathlib import Path
 
-from manylora.catalog.faults import file_error
 from manylora.errors import StartupError
+from manylora.faults import file_error
 
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 

@@ -2,9 +2,9 @@
 
 from manylora.catalog import labels
 from manylora.catalog.belonging import check_same
-from manylora.catalog.database import Database
 from manylora.catalog.registry import Registry
 from manylora.catalog.store import Store
+from manylora.database.database import Database
 
 __all__ = ["drop_orphans"]
 

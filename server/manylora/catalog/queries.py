@@ -8,9 +8,9 @@ from sqlalchemy.orm import Session
 
 from manylora.catalog.directory import Entry, Listed, missing
 from manylora.catalog.records import AdapterRecord, adapter_record, limits_of
-from manylora.catalog.tables import AdapterRow, KeptRow, RevisionRow, TenantRow, VersionRow
+from manylora.database.tables import AdapterRow, KeptRow, RevisionRow, TenantRow, VersionRow
 from manylora.errors import InvalidRequest, QuotaExceeded
-from manylora.lora.ref import AdapterRef
+from manylora.identity import AdapterRef
 
 # A quota on what is kept frees up by somebody's decision, not by time: come back in a minute, not in a second.
 _KEPT_RETRY_S = 60.0

@@ -16,7 +16,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from manylora.errors import InvalidAdapter, InvalidRequest, Problem, TooLarge, UnsupportedField, quoted
-from manylora.lora.folder import NEEDED
+from manylora.lora.format.folder import NEEDED
 
 ARCHIVE_PART: Final = "archive"
 FILES_PART: Final = "files"

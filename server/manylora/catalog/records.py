@@ -4,10 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from manylora.catalog.tables import AdapterRow, TenantRow, VersionRow
-from manylora.lora.ref import AdapterRef
-
-MICROSECONDS = 1_000_000
+from manylora.database.tables import MICROSECONDS, AdapterRow, TenantRow, VersionRow
+from manylora.identity import AdapterRef
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +60,11 @@ class VersionRecord:
     report: Mapping[str, Any]
     created: int
 
+    @property
+    def created_s(self) -> int:
+        """In whole Unix seconds."""
+        return self.created // MICROSECONDS
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterRecord:
@@ -75,6 +78,11 @@ class AdapterRecord:
     pinned: bool
     created: int
     versions: tuple[VersionRecord, ...]
+
+    @property
+    def created_s(self) -> int:
+        """In whole Unix seconds."""
+        return self.created // MICROSECONDS
 
     @property
     def active(self) -> VersionRecord | None:

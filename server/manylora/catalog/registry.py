@@ -16,7 +16,6 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from manylora.catalog import queries
-from manylora.catalog.database import Database
 from manylora.catalog.directory import Directory, entry_of, missing
 from manylora.catalog.labels import Label
 from manylora.catalog.records import (
@@ -28,10 +27,11 @@ from manylora.catalog.records import (
     Wish,
     adapter_record,
 )
-from manylora.catalog.tables import AdapterRow, FolderContentRow, FolderRow, VersionRow
-from manylora.catalog.usage.store import note_stored
+from manylora.database.database import Database
+from manylora.database.tables import AdapterRow, FolderContentRow, FolderRow, VersionRow
 from manylora.errors import Conflict
-from manylora.lora.ref import AdapterRef
+from manylora.identity import AdapterRef
+from manylora.usage.store import note_stored
 
 
 def new_id(kind: str) -> str:
@@ -55,8 +55,9 @@ class _Transaction:
         """The adapter as it is at this point of the transaction, noted for the directory."""
         self.session.flush()
         record = queries.load_record(self.session, row, self._base)
-        note_stored(self.session, record, now_us())
-        queries.count_kept(self.session, row, sum(version.size_bytes for version in record.versions))
+        size_bytes = sum(version.size_bytes for version in record.versions)
+        note_stored(self.session, record.tenant, record.name, size_bytes, now_us())
+        queries.count_kept(self.session, row, size_bytes)
         self.changed.append((record, row.is_deleted))
         return record
 

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from manylora.catalog.cache import DownloadCache
-from manylora.catalog.faults import remote_errors
-from manylora.catalog.files import ADAPTER_FILES, BLOB, Orphan, combine, folder_fault
+from manylora.catalog.files import BLOB, Orphan, combine, folder_fault
 from manylora.errors import AdapterLoadFailed
+from manylora.faults import remote_errors
+from manylora.identity import ADAPTER_FILES
 
 _READING = "The store cannot be read"
 _WRITING = "The store cannot be written"

@@ -12,12 +12,12 @@ from sqlalchemy import select
 
 from manylora.catalog import labels
 from manylora.catalog.belonging import check_may_claim, claim
-from manylora.catalog.database import Database
 from manylora.catalog.labels import Label
 from manylora.catalog.records import NewVersion, Published, Wish
 from manylora.catalog.registry import Registry
 from manylora.catalog.store import Store
-from manylora.catalog.tables import VersionRow
+from manylora.database.database import Database
+from manylora.database.tables import VersionRow
 from manylora.errors import InvalidAdapter, TooLarge
 
 __all__ = ["Found", "Unnamed", "rescan"]

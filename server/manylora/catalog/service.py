@@ -1,6 +1,6 @@
 """The catalog as the rest of the program uses it: registry, store and quarantine put together.
 
-An adapter's way: quarantine folder → `lora.format.read` → effect probe → store → one registry transaction →
+An adapter's way: quarantine folder → `lora.format.reader.read` → effect probe → store → one registry transaction →
 visible. A crash at any point leaves either nothing or the whole adapter; `Catalog.open` sweeps the rest.
 """
 
@@ -19,24 +19,22 @@ from manylora.catalog import folders, sources
 from manylora.catalog.base_names import BaseNames
 from manylora.catalog.belonging import check_owner
 from manylora.catalog.blobs import Blobs
-from manylora.catalog.database import Database, open_database
 from manylora.catalog.directory import Directory, Listed, missing
-from manylora.catalog.files import ADAPTER_FILES
-from manylora.catalog.interface import PUBLIC_TENANT
 from manylora.catalog.lockfile import FolderLock
-from manylora.catalog.names import check_name
-from manylora.catalog.pins import Pins
 from manylora.catalog.receive import receive_form
 from manylora.catalog.records import AdapterRecord, Folder, Published, VersionRecord, Wish
 from manylora.catalog.registry import Registry
+from manylora.catalog.residency import Pins
 from manylora.catalog.retirement import Retirement
 from manylora.catalog.store import Store, open_store
 from manylora.catalog.upload import Brought, Quarantine, Rules, new_version, probe, wish_of
+from manylora.database.database import Database, open_database
 from manylora.engine.interface import AdapterRef, EngineClient, Tier
 from manylora.errors import InvalidSettings, ManyloraError, Unavailable
-from manylora.lora.folder import names_in
-from manylora.lora.format import Adapter, ModuleSpec
-from manylora.lora.spec import BaseWeights
+from manylora.identity import ADAPTER_FILES, PUBLIC_TENANT, check_name
+from manylora.lora.format.folder import names_in
+from manylora.lora.format.reader import Adapter, ModuleSpec
+from manylora.lora.format.spec import BaseWeights
 from manylora.settings import Settings
 
 _POLL_S: Final = 1.0

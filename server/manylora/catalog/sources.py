@@ -18,10 +18,10 @@ import httpx2
 from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from manylora.catalog.faults import cause_of, file_error, is_local
-from manylora.catalog.files import ADAPTER_FILES
 from manylora.errors import InvalidAdapter, InvalidRequest, Problem, SourceNotAllowed, TooLarge, Unavailable, quoted
-from manylora.lora.folder import names_in
+from manylora.faults import cause_of, file_error, is_local
+from manylora.identity import ADAPTER_FILES
+from manylora.lora.format.folder import names_in
 
 _HF: Final = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
 _S3: Final = re.compile(r"s3://[a-z0-9][a-z0-9.-]*(?:/[^?*\[\]]*)?", re.ASCII)

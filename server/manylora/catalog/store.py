@@ -22,11 +22,11 @@ import fsspec
 from fsspec.utils import stringify_path
 
 from manylora.catalog.cache import DownloadCache
-from manylora.catalog.faults import cause_of
 from manylora.catalog.files import Orphan
 from manylora.catalog.local_store import LocalStore
 from manylora.catalog.remote_store import RemoteStore
 from manylora.errors import StartupError, Unavailable, quoted
+from manylora.faults import cause_of
 
 __all__ = ["LocalStore", "RemoteStore", "Store", "check_store_exists", "open_store"]
 

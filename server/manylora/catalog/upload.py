@@ -15,16 +15,18 @@ from typing import Any, Final
 
 from manylora.catalog.archive import unpack
 from manylora.catalog.base_names import BaseNames
-from manylora.catalog.faults import file_errors
-from manylora.catalog.files import ADAPTER_FILES, blob_of_folder, clear_folder, remove_tree
+from manylora.catalog.files import blob_of_folder
 from manylora.catalog.receive import Received
 from manylora.catalog.records import NewVersion, Wish
 from manylora.catalog.registry import new_id
 from manylora.engine.interface import AdapterRef, Effect, EngineClient
 from manylora.errors import InvalidAdapter, InvalidRequest, Problem, quoted
-from manylora.lora import format as lora_format
-from manylora.lora.format import Adapter, ModuleSpec
-from manylora.lora.spec import BaseWeights
+from manylora.faults import file_errors
+from manylora.files import clear_folder, remove_tree
+from manylora.identity import ADAPTER_FILES
+from manylora.lora.format import reader as lora_format
+from manylora.lora.format.reader import Adapter, ModuleSpec
+from manylora.lora.format.spec import BaseWeights
 
 _BOOLEANS: Final = {"true": True, "1": True, "false": False, "0": False}
 _MAX_DESCRIPTION: Final = 4096

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from manylora.catalog.belonging import check_same
 from manylora.catalog.copies import Copies
-from manylora.catalog.database import Database
 from manylora.catalog.registry import Registry
 from manylora.catalog.store import Store
+from manylora.database.database import Database
 
 __all__ = ["Checked", "verify"]
 

@@ -1,4 +1,4 @@
-// The operators' schemas. Semantics: server/manylora/models/native.py.
+// The operators' schemas. Semantics: server/manylora/kernels/native.py.
 
 #include "kernels.h"
 #include "operators.h"

@@ -18,7 +18,7 @@ struct Rows {
 };
 
 // What a slot holds for one module: an entry of the low-rank tables, int64 fields in the order of `TableEntry` in
-// lora/memory.py. Where the rank is 0, nothing else is read.
+// lora/memory/device_memory.py. Where the rank is 0, nothing else is read.
 struct LoraEntry {
   int64_t a, b;    // addresses of A [rank, in_features] and B [rank, width]
   int64_t rank;
@@ -29,7 +29,7 @@ struct LoraEntry {
 constexpr int64_t kLoraEntryFields = 7;
 static_assert(sizeof(LoraEntry) == kLoraEntryFields * sizeof(int64_t));
 
-// See `add_lora_` in models/native.py for the semantics of the fields.
+// See `add_lora_` in kernels/native.py for the semantics of the fields.
 struct LoraArgs {
   DType dtype;
   Rows<void*> out;

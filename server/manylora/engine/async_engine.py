@@ -41,7 +41,7 @@ from manylora.errors import (
     ManyloraError,
 )
 from manylora.log import get_logger
-from manylora.lora.tiers import AdapterTiers
+from manylora.lora.memory.tiers import AdapterTiers
 
 PROBE_TEXT = "The quick brown fox jumps over the lazy dog. Question: what is the capital of France? Answer:"
 _IDLE_WAIT_S = 0.5

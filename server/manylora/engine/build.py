@@ -12,28 +12,29 @@ from manylora.engine.block_manager import BlockManager
 from manylora.engine.engine import Engine
 from manylora.engine.interface import AdapterSource, ModelInfo
 from manylora.engine.model_runner import ModelRunner
-from manylora.engine.placement import ThreadPlacement
 from manylora.engine.recovery import FaultEvents
 from manylora.engine.scheduler import Scheduler
 from manylora.errors import InvalidSettings, ModelUnusable, NotEnoughMemory
+from manylora.identity import AdapterRef, Tier
+from manylora.kernels import native
+from manylora.kernels.interface import LoraKernel
+from manylora.kernels.matmul import factory
+from manylora.kernels.native_lora import NativeKernel
+from manylora.kernels.placement import ThreadPlacement
+from manylora.kernels.torch_lora import TorchKernel
 from manylora.log import get_logger
-from manylora.lora import format as adapter_format
-from manylora.lora.format import ModuleSpec
-from manylora.lora.keep_as import KeepAs
-from manylora.lora.kernels import LoraKernel
-from manylora.lora.kernels.native import NativeKernel
-from manylora.lora.kernels.torch import TorchKernel
-from manylora.lora.memory import DeviceMemory
-from manylora.lora.occupancy import Occupancy
-from manylora.lora.packing import PackedAdapter, pack
-from manylora.lora.ref import AdapterRef, Tier
-from manylora.lora.slots import SlotBook
-from manylora.lora.tiers import AdapterTiers, TierEvents
+from manylora.lora.format import reader as adapter_format
+from manylora.lora.format.reader import ModuleSpec
+from manylora.lora.memory.device_memory import DeviceMemory
+from manylora.lora.memory.keep_as import KeepAs
+from manylora.lora.memory.occupancy import Occupancy
+from manylora.lora.memory.packing import PackedAdapter, pack
+from manylora.lora.memory.slots import SlotBook
+from manylora.lora.memory.tiers import AdapterTiers, TierEvents
 from manylora.metrics import Metrics
-from manylora.models import fused, native
+from manylora.models import fused
 from manylora.models.kv_cache import KVCache, bytes_per_block
 from manylora.models.loading import LoadedBase
-from manylora.models.matmul import factory
 from manylora.models.native_layers import NativeLayers
 from manylora.models.positions import UNSTATED_LIMIT, batch_limit, position_limit
 from manylora.models.selfcheck import SelfCheck

@@ -10,7 +10,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
-from manylora.lora.ref import PUBLIC_TENANT, AdapterRef, Tier
+from manylora.identity import PUBLIC_TENANT, AdapterRef, Tier
 
 __all__ = [
     "PUBLIC_TENANT",

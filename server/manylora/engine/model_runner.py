@@ -10,10 +10,10 @@ from manylora.engine.interface import TokenLogprob
 from manylora.engine.sampler import sample, token_logprobs
 from manylora.engine.scheduler import Scheduled
 from manylora.engine.sequence import Sequence
-from manylora.lora.kernels import LoraKernel, LoraPlan
-from manylora.lora.memory import DeviceMemory
-from manylora.lora.rows import group_rows
-from manylora.models.batch import Batch
+from manylora.kernels.batch import Batch
+from manylora.kernels.interface import LoraKernel, LoraPlan
+from manylora.kernels.rows import group_rows
+from manylora.lora.memory.device_memory import DeviceMemory
 from manylora.models.kv_cache import KVCache
 from manylora.models.wrapping import WrappedModel
 

@@ -30,7 +30,7 @@ LOOK_AHEAD = 256  # waiting sequences of one tenant that a plan looks at
 
 
 class SlotProvider(Protocol):
-    """The part of `lora.tiers.AdapterTiers` that scheduling needs."""
+    """The part of `lora.memory.tiers.AdapterTiers` that scheduling needs."""
 
     def acquire(self, ref: AdapterRef, tenant: str | None = None) -> int | None: ...
 

@@ -10,37 +10,36 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from manylora.errors import InvalidRequest
+from manylora.identity import CONFIG_FILE, TENSOR_FILE
 from manylora.lifecycle.output import safetensors_as_os_errors
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
 CARD = "README.md"
 
 
 def write_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> int:
     """Write config and tensors into an existing folder; the size of the weights in bytes. Raises OSError."""
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
     with safetensors_as_os_errors("the weights"):
-        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / WEIGHTS).chmod(0o644)  # safetensors leaves the file to its owner alone
-    return (folder / WEIGHTS).stat().st_size
+        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / TENSOR_FILE, metadata={"format": "pt"})
+    (folder / TENSOR_FILE).chmod(0o644)  # safetensors leaves the file to its owner alone
+    return (folder / TENSOR_FILE).stat().st_size
 
 
 def read_adapter_files(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Config and tensors as they lie in a folder. Raises InvalidRequest when it is no adapter."""
-    for name in (CONFIG, WEIGHTS):
+    for name in (CONFIG_FILE, TENSOR_FILE):
         if not (folder / name).is_file():
             raise InvalidRequest(f"{folder} is not an adapter in PEFT layout: {name} is missing.")
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InvalidRequest(f"{folder / CONFIG} is not JSON: {error}") from error
+        raise InvalidRequest(f"{folder / CONFIG_FILE} is not JSON: {error}") from error
     try:
-        tensors = load_file(folder / WEIGHTS)
+        tensors = load_file(folder / TENSOR_FILE)
     except SafetensorError as error:
-        raise InvalidRequest(f"{folder / WEIGHTS} is not a safetensors file: {error}") from error
+        raise InvalidRequest(f"{folder / TENSOR_FILE} is not a safetensors file: {error}") from error
     if not isinstance(config, dict):
-        raise InvalidRequest(f"{folder / CONFIG} is not a JSON object.")
+        raise InvalidRequest(f"{folder / CONFIG_FILE} is not a JSON object.")
     return config, tensors
 
 

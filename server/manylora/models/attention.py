@@ -14,9 +14,9 @@ from torch.nn import functional
 from transformers import AttentionInterface
 
 from manylora.errors import ModelUnusable
-from manylora.lora.kernels.cpu import cpu_multiplies
-from manylora.models import native
-from manylora.models.batch import Batch, ForwardContext
+from manylora.kernels import native
+from manylora.kernels.batch import Batch, ForwardContext
+from manylora.kernels.cpu import cpu_multiplies
 from manylora.models.kv_cache import KVCache
 from manylora.models.masks import hidden_from
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from manylora.errors import ModelUnusable
+from manylora.identity import CONFIG_FILE
 from manylora.models.stages import quiet
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def read_config(folder: Path) -> "PretrainedConfig":
 def _config_json(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
-        if (folder / "adapter_config.json").is_file():
+        if (folder / CONFIG_FILE).is_file():
             hint = "It is an adapter: give its parent folder with --adapters, and the base as MODEL."
         elif files := sorted(folder.glob("*.gguf")):
             hint = f"For a GGUF model give the file: {files[0]}."

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers.activations import SiLUActivation
 
-from manylora.models.batch import ForwardContext
+from manylora.kernels.batch import ForwardContext
 from manylora.models.kv_cache import KVCache
 from manylora.models.layers import Layer, LayerKernel, LayerParts, Norm
 from manylora.models.linear import AdaptedLinear, FusedMember

@@ -6,8 +6,8 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from manylora.kernels.batch import Batch
 from manylora.models.attention import AttentionOptions
-from manylora.models.batch import Batch
 from manylora.models.linear import AdaptedLinear
 
 S = TypeVar("S")

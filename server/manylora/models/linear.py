@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from manylora.lora.kernels import LoraPlan, SiteGroup
-from manylora.models.batch import ForwardContext
-from manylora.models.matmul import BaseMatmul
+from manylora.kernels.batch import ForwardContext
+from manylora.kernels.interface import LoraPlan, SiteGroup
+from manylora.kernels.matmul import BaseMatmul
 
 
 class AdaptedLinear(nn.Module):

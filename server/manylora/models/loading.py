@@ -10,7 +10,8 @@ import psutil
 import torch
 
 from manylora.errors import InvalidSettings, ModelUnusable, NotEnoughMemory
-from manylora.models import checkpoint, default_model, gguf, native
+from manylora.kernels import native
+from manylora.models import checkpoint, default_model, gguf
 from manylora.models.model_cache import default_cache
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from manylora.lora.format import ModuleSpec
+from manylora.lora.format.reader import ModuleSpec
 
 __all__ = ["adaptable_modules", "embedding_scale", "is_linear", "is_plain", "token_embedding", "weight_of"]
 

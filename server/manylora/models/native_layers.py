@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 
-from manylora.lora.kernels.native import NativePlan
-from manylora.models.batch import Batch
+from manylora.kernels.batch import Batch
+from manylora.kernels.matmul import Int8, Packed, Paneled
+from manylora.kernels.native_lora import NativePlan
 from manylora.models.layers import Layer, LayerParts
 from manylora.models.linear import AdaptedLinear
-from manylora.models.matmul import Int8, Packed, Paneled
 
 # Handles of C++ objects (csrc/layer.cpp), which torch has no static types for.
 Handle = Any

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from manylora.lora.format import ModuleSpec
-from manylora.lora.layout import Layout
-from manylora.lora.packing import FORMATS, PackedAdapter
+from manylora.lora.format.reader import ModuleSpec
+from manylora.lora.memory.layout import Layout
+from manylora.lora.memory.packing import FORMATS, PackedAdapter
 from manylora.models.modules import embedding_scale
 
 __all__ = ["PROBE_LENGTH", "PROBE_STRENGTH", "PretendedPast", "Probe", "ProbeAdapter"]

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from manylora.errors import ModelUnusable
-from manylora.lora.kernels import LoraKernel, LoraPlan
-from manylora.lora.memory import DeviceMemory
-from manylora.lora.rows import group_rows
-from manylora.lora.slots import Place
-from manylora.models.batch import Batch
+from manylora.kernels.batch import Batch
+from manylora.kernels.interface import LoraKernel, LoraPlan
+from manylora.kernels.rows import group_rows
+from manylora.lora.memory.device_memory import DeviceMemory
+from manylora.lora.memory.slots import Place
 from manylora.models.kv_cache import KVCache
 from manylora.models.probes import PROBE_STRENGTH, Probe, ProbeAdapter
 from manylora.models.refusals import refusing

@@ -4,18 +4,18 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
-from manylora.lora import safetensors_file
-from manylora.lora.problems import Problems
-from manylora.lora.safetensors_file import TensorView
-from manylora.lora.spec import ModuleSpec
-from manylora.lora.targets import output_head
+from manylora.lora.format import tensors as safetensors_file
+from manylora.lora.format.problems import Problems
+from manylora.lora.format.spec import ModuleSpec
+from manylora.lora.format.targets import output_head
+from manylora.lora.format.tensors import TensorView
 from manylora.models.checkpoint import weight_files
 
 __all__ = ["StoredWeights"]
 
 
 class StoredWeights:
-    """Implements `lora.spec.BaseWeights` over a checkpoint's files, mapped when it is first asked. Thread-safe."""
+    """Implements `lora.format.spec.BaseWeights` over a checkpoint's files, mapped when first asked. Thread-safe."""
 
     def __init__(self, folder: Path, modules: Mapping[str, ModuleSpec]) -> None:
         self._folder = folder

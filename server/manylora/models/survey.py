@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from manylora.errors import ModelUnusable
-from manylora.lora.format import ModuleSpec
+from manylora.lora.format.reader import ModuleSpec
 from manylora.models import attention
 from manylora.models.kv_cache import KVShape
 from manylora.models.masks import window_of

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from manylora.kernels.batch import Batch
 from manylora.models.attention import AttentionOptions, StepViews, attend_paged, write_kv
-from manylora.models.batch import Batch
 from manylora.models.layers import Layer, LayerParts, Norm
 
 

@@ -13,13 +13,13 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from manylora.errors import ModelUnusable
-from manylora.lora.format import ModuleSpec
-from manylora.lora.kernels import SiteGroup
+from manylora.kernels.batch import ForwardContext
+from manylora.kernels.interface import SiteGroup
+from manylora.kernels.matmul import Int8, MatmulFactory, factory
+from manylora.lora.format.reader import ModuleSpec
 from manylora.models import attention
-from manylora.models.batch import ForwardContext
 from manylora.models.kv_cache import KVCache
 from manylora.models.linear import AdaptedEmbedding, AdaptedLinear, FusedLinears, FusedMember, KeptLinear
-from manylora.models.matmul import Int8, MatmulFactory, factory
 from manylora.models.modules import adaptable_modules, embedding_scale, weight_of
 from manylora.models.positions import UNSTATED_LIMIT, position_limit
 from manylora.models.refusals import refusing

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
-from manylora.catalog.database import Database
-from manylora.catalog.interface import PUBLIC_TENANT
+from manylora.database.database import Database
 from manylora.errors import AuthenticationFailed, ManyloraError, Unavailable
+from manylora.identity import PUBLIC_TENANT
 from manylora.tenants.interface import Principal, Role
 from manylora.tenants.keys import Key, KeyStore, is_secret_of, parse_key
 from manylora.tenants.limits import TenantStore

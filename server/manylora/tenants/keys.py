@@ -14,8 +14,8 @@ from typing import Final
 
 from sqlalchemy import BindParameter, bindparam, select, update
 
-from manylora.catalog.database import Database, revision_in
-from manylora.catalog.tables import KeyRow
+from manylora.database.database import Database, revision_in
+from manylora.database.tables import KeyRow
 from manylora.errors import InvalidRequest, NotFound, quoted
 from manylora.tenants.interface import Role
 

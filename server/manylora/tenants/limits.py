@@ -5,8 +5,8 @@ from typing import Final
 
 from sqlalchemy import select
 
-from manylora.catalog.database import Database, revision_in
-from manylora.catalog.tables import TenantRow
+from manylora.database.database import Database, revision_in
+from manylora.database.tables import TenantRow
 from manylora.errors import InvalidRequest
 from manylora.tenants.keys import check_tenant
 

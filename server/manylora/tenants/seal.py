@@ -7,10 +7,10 @@ open a server that was closed: so the data folder and the store remember, and on
 from pathlib import Path
 from typing import Final
 
-from manylora.catalog.faults import file_errors
-from manylora.catalog.files import sync_folder
 from manylora.catalog.store import Store
 from manylora.errors import StartupError
+from manylora.faults import file_errors
+from manylora.files import sync_folder
 
 __all__ = ["Seal", "reopened"]
 

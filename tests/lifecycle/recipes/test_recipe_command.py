@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from manylora.cli import build
+from manylora.cli.main import build
 from manylora.lifecycle.recipes import RECIPES, all_commands
 
 

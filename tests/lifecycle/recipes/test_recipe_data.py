@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from manylora.errors import InvalidRequest
-from manylora.lifecycle.data import read_dataset
+from manylora.lifecycle.data.data import read_dataset
 from manylora.lifecycle.recipes import RECIPES, city, devil, order_json, sentiment, sql, write_splits
 from tests.lifecycle.recipes.conftest import EXCERPT, SplitsOf
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from manylora.cli_offline import validate_offline
+from manylora.cli.offline import validate_offline
 from manylora.lifecycle.recipes import RECIPES, all_commands
 
 ROOT = Path(__file__).parents[3]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from manylora.errors import InvalidRequest
-from manylora.lifecycle.adapter_files import CONFIG, WEIGHTS
+from manylora.identity import ADAPTER_FILES
 from manylora.lifecycle.card import Card, write_card
 from manylora.lifecycle.output import atomic_folder
 from manylora.lifecycle.recipes.commands import all_commands
@@ -50,7 +50,7 @@ def ship(recipe: Recipe, made: Made, out: Path) -> None:
 
     Raises InvalidRequest when a report is missing, or comes from other settings than those that the card prints.
     """
-    for path in (made.adapter / CONFIG, made.adapter / WEIGHTS, made.train_report, made.scores, made.told):
+    for path in (*(made.adapter / name for name in ADAPTER_FILES), made.train_report, made.scores, made.told):
         if path is not None and not path.is_file():
             raise InvalidRequest(f"{path} does not exist: train and evaluate first.")
     trained, scores = _read(made.train_report), _read(made.scores)
@@ -62,7 +62,7 @@ def ship(recipe: Recipe, made: Made, out: Path) -> None:
     if made.told is not None and told is not None:
         _check_scores(recipe, told, made.told)
     with atomic_folder(out) as draft:
-        for name in (CONFIG, WEIGHTS):
+        for name in ADAPTER_FILES:
             shutil.copyfile(made.adapter / name, draft / name)
         write_card(draft, recipe_card(recipe, trained, scores, made.machine, told))
 

@@ -1,6 +1,0 @@
-"""`python -m loadtest`."""
-
-from loadtest.cli import main
-
-if __name__ == "__main__":
-    main()

@@ -1,1 +1,0 @@
-"""Alembic's migrations, run by `catalog.database.open_database` on the connection it hands over."""

@@ -1,0 +1,322 @@
+"""`manylora adapters …`: a server's adapters from the command line, and `validate`, which needs no server.
+
+The server is `MANYLORA_URL`, the key `MANYLORA_KEY`; see `cli.answers` for the exit codes.
+"""
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, Annotated, Any
+
+import typer
+
+from manylora.cli import store as cli_store
+from manylora.cli.answers import (
+    REFUSED,
+    USAGE,
+    as_time,
+    console,
+    fail,
+    in_bytes,
+    print_json,
+    server,
+    show_problems,
+    table,
+)
+from manylora.identity import ADAPTER_FILES
+from manylora.lora.format.folder import left_aside, names_in, warning_of
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Upload, list, promote, pin, delete and check adapters.",
+    epilog="Asks the server at MANYLORA_URL (http://127.0.0.1:8000 unless set) with the key in MANYLORA_KEY.",
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="JSON for scripts instead of a table.")]
+OfTenant = Annotated[str | None, typer.Option("--tenant", help="Another tenant's, with an admin key.")]
+Label = Annotated[str, typer.Argument(metavar="NAME[@VERSION]")]
+Name = Annotated[str, typer.Argument(metavar="NAME")]
+_LABEL = re.compile(r"([^@/?#]+)(?:@([0-9]+))?")
+
+
+def register(program: typer.Typer) -> None:
+    """Add `adapters` to the program."""
+    cli_store.register(app)
+    program.add_typer(app, name="adapters")
+
+
+@app.command()
+def push(
+    path: Annotated[Path, typer.Argument(metavar="DIR|FILE", help="A PEFT folder, or a .zip, .tar, .tar.gz, .tgz.")],
+    name: Annotated[str | None, typer.Option(help="The adapter's name; default: the folder's or file's.")] = None,
+    description: Annotated[str | None, typer.Option(help="A line about it.")] = None,
+    pin: Annotated[bool, typer.Option("--pin", help="Keep it on the device.")] = False,
+    activate: Annotated[bool, typer.Option("--activate/--no-activate", help="Make it the active version.")] = True,
+    tenant: OfTenant = None,
+    as_json: AsJson = False,
+) -> None:
+    """Upload an adapter as a new version of NAME. The same content again is the version that is there."""
+    chosen = name or path.name.removesuffix(".gz").removesuffix(".tgz").removesuffix(".tar").removesuffix(".zip")
+    fields = {"name": chosen, "activate": "true" if activate else "false"}
+    fields |= {"description": description} if description is not None else {}
+    fields |= {"pinned": "true"} if pin else {}
+    aside = warning_of(left_aside(names_in(path)))  # of a folder the two files are sent, so the server cannot know
+    with server(as_json=as_json) as remote, _parts(path) as parts:
+        version = remote.call("POST", "/v1/adapters", data=fields, files=parts, params=_tenant(tenant))
+    if aside is not None:
+        version["report"]["warnings"].insert(0, aside)
+    if as_json:
+        print_json(version)
+    else:
+        active = "active" if version["active"] else "not active"
+        console.print(f"{version['name']}@{version['version']} is {version['status']} and {active}", markup=False)
+        _show_warnings(version["report"]["warnings"])
+
+
+class _Watched:
+    """A file that tells how much of it was read."""
+
+    def __init__(self, file: IO[bytes], advance: Any) -> None:
+        self._file = file
+        self._advance = advance
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(size)
+        self._advance(len(data))
+        return data
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+
+@contextmanager
+def _parts(path: Path) -> Iterator[list[tuple[str, tuple[str, Any]]]]:
+    """The multipart files, with a progress bar on standard error if a person is watching."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    paths = [path / name for name in ADAPTER_FILES if (path / name).is_file()] if path.is_dir() else [path]
+    if not paths or not all(p.is_file() for p in paths):
+        fail(f"{path} is neither a folder with {' and '.join(ADAPTER_FILES)} nor an archive.", USAGE)
+    bar = Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+    task = bar.add_task("uploading", total=sum(p.stat().st_size for p in paths))
+    with ExitStack() as stack:
+        stack.enter_context(bar)
+        kind = "files" if path.is_dir() else "archive"
+        opened = [(p.name, stack.enter_context(p.open("rb"))) for p in paths]
+        yield [(kind, (name, _Watched(file, lambda n: bar.advance(task, n)))) for name, file in opened]
+
+
+def _tenant(tenant: str | None) -> dict[str, str]:
+    return {} if tenant is None else {"tenant": tenant}
+
+
+def _show_warnings(warnings: list[str]) -> None:
+    for warning in warnings:
+        console.print("warning:", warning, style="yellow", markup=False)
+
+
+@app.command("list")
+def list_adapters(
+    tenant: OfTenant = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most this many, newest first.")] = 1000,
+    as_json: AsJson = False,
+) -> None:
+    """The adapters that the key may use, newest first."""
+    found: list[dict[str, Any]] = []
+    with server(as_json=as_json) as remote:
+        after: dict[str, str] = {}
+        while True:
+            params = {"limit": str(min(limit - len(found), 1000)), **after, **_tenant(tenant)}
+            page = remote.call("GET", "/v1/adapters", params=params)
+            found += page["data"]
+            if not page["has_more"] or len(found) >= limit:
+                break
+            after = {"after": page["last_id"]}
+    if as_json:
+        print_json(found)
+        return
+    columns = ["name", "tenant", "active", "status", "versions", "rank", "size", "tier", "pinned", "created"]
+    rows = [
+        [
+            a["name"],
+            a["tenant"],
+            _or_dash(a["active_version"]),
+            _status(a),
+            str(a["num_versions"]),
+            _or_dash(a["rank"]),
+            in_bytes(a["size_bytes"]),
+            _or_dash(a["tier"]),
+            "yes" if a["pinned"] else "",
+            as_time(a["created"]),
+        ]
+        for a in found
+    ]
+    console.print(table(columns, rows))
+
+
+def _status(found: dict[str, Any]) -> str:
+    """Of an adapter or a version, in words."""
+    if found["status"] == "other_base":
+        return "made for another base"
+    facts = found.get("report", found)
+    return f"names {facts['base_model']}" if facts["base_model_differs"] else _or_dash(found["status"])
+
+
+def _or_dash(value: object) -> str:
+    return "-" if value is None else str(value)
+
+
+def _split(label: str, *, needs_version: bool = False) -> tuple[str, str | None]:
+    """`name@3` as its parts; only what can stand in a path gets through."""
+    match = _LABEL.fullmatch(label)
+    if match is None or (needs_version and match[2] is None):
+        fail(f"'{label}' is not {'NAME@VERSION' if needs_version else 'NAME or NAME@VERSION'}.", USAGE)
+    return match[1], match[2]
+
+
+@app.command()
+def show(label: Label, tenant: OfTenant = None, as_json: AsJson = False) -> None:
+    """An adapter with its versions, or one version with its report."""
+    name, number = _split(label)
+    path = f"/v1/adapters/{name}" + (f"/versions/{number}" if number else "")
+    with server(as_json=as_json) as remote:
+        found = remote.call("GET", path, params=_tenant(tenant))
+    if as_json:
+        print_json(found)
+    elif number:
+        _show_version(found)
+    else:
+        _show_adapter(found)
+
+
+def _show_adapter(found: dict[str, Any]) -> None:
+    console.print(f"{found['name']} of {found['tenant']}", markup=False, style="bold")
+    if found["description"]:
+        console.print(found["description"], markup=False)
+    rows = [
+        [
+            str(v["version"]),
+            "active" if v["active"] else "",
+            _status(v),
+            str(v["rank"]),
+            in_bytes(v["size_bytes"]),
+            v["tier"],
+            v["digest"][:12],
+            as_time(v["created"]),
+        ]
+        for v in found["versions"]
+    ]
+    console.print(table(["version", "", "status", "rank", "size", "tier", "digest", "created"], rows))
+
+
+def _show_version(found: dict[str, Any]) -> None:
+    rows = [[key, str(found[key])] for key in ("id", "tenant", "active", "pinned", "kind", "rank", "alpha")]
+    rows += [
+        ["status", _status(found)],
+        ["base model", _or_dash(found["report"]["base_model"])],
+        ["target modules", ", ".join(found["target_modules"])],
+        ["modules matched", str(len(found["report"]["matched"]))],
+        ["size", in_bytes(found["size_bytes"])],
+        ["tier", found["tier"]],
+        ["digest", found["digest"]],
+        ["created", as_time(found["created"])],
+        ["effect", _effect(found["report"]["effect"])],
+    ]
+    console.print(f"{found['name']}@{found['version']}", markup=False, style="bold")
+    console.print(table(["", ""], rows))
+    _show_warnings(found["report"]["warnings"])
+
+
+def _effect(effect: dict[str, float] | None) -> str:
+    if effect is None:
+        return "not measured: registered by a rescan of the store"
+    return f"logits move by up to {effect['max_abs_logit_delta']:.4g}, KL {effect['kl']:.4g} nats"
+
+
+@app.command()
+def promote(label: Label, tenant: OfTenant = None, as_json: AsJson = False) -> None:
+    """Make NAME@VERSION the active version; rolling back is the same. Running requests keep theirs."""
+    name, number = _split(label, needs_version=True)
+    _change(name, tenant, {"active_version": int(number or 0)}, f"{name}@{number} is active", as_json=as_json)
+
+
+@app.command()
+def pin(
+    name: Name,
+    off: Annotated[bool, typer.Option("--off", help="Let it be evicted again.")] = False,
+    tenant: OfTenant = None,
+    as_json: AsJson = False,
+) -> None:
+    """Keep the active version on the device, whatever else is asked for."""
+    said = f"{name} is {'no longer pinned' if off else 'pinned'}"
+    _change(_split(name)[0], tenant, {"pinned": not off}, said, as_json=as_json)
+
+
+def _change(name: str, tenant: str | None, body: dict[str, Any], said: str, *, as_json: bool) -> None:
+    with server(as_json=as_json) as remote:
+        found = remote.call("PATCH", f"/v1/adapters/{name}", json=body, params=_tenant(tenant))
+    if as_json:
+        print_json(found)
+    else:
+        console.print(said, markup=False)
+        if found["status"] == "other_base":
+            console.print("Its active version was made for another base, and is not used with the one that runs.")
+
+
+@app.command()
+def delete(
+    label: Label,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    tenant: OfTenant = None,
+    as_json: AsJson = False,
+) -> None:
+    """Delete an adapter, or one version of it. Running requests finish."""
+    name, number = _split(label)
+    if not yes and sys.stdin.isatty():
+        typer.confirm(f"Delete {label}{'' if number else ' with all its versions'}?", abort=True)
+    path = f"/v1/adapters/{name}" + (f"/versions/{number}" if number else "")
+    with server(as_json=as_json) as remote:
+        remote.call("DELETE", path, params=_tenant(tenant))
+    if as_json:
+        print_json({"deleted": label})
+    else:
+        console.print(f"{label} is deleted", markup=False)
+
+
+@app.command()
+def validate(
+    path: Annotated[Path, typer.Argument(metavar="DIR|FILE", help="A PEFT folder or an archive of one.")],
+    model: Annotated[str | None, typer.Option(help="The base model; default: the embedded one.")] = None,
+    max_rank: Annotated[int | None, typer.Option(min=1, help="The server's --max-rank.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check an adapter against a base model without a server: the same report, but for the measured effect."""
+    from manylora.cli.offline import validate_offline
+    from manylora.errors import InvalidAdapter, TooLarge
+
+    if not path.exists():
+        fail(f"{path} does not exist.", USAGE)
+    try:
+        found = validate_offline(path, model, max_rank=max_rank)
+    except (InvalidAdapter, TooLarge) as error:
+        if as_json:
+            print_json({"error": error.body()})
+            raise typer.Exit(REFUSED) from error
+        if isinstance(error, InvalidAdapter):
+            show_problems(error.body()["problems"])
+        fail(error.message, REFUSED)
+    if as_json:
+        print_json(found)
+        return
+    matched = len(found["report"]["matched"])
+    console.print(f"sound: rank {found['rank']}, {matched} modules, {in_bytes(found['size_bytes'])}", markup=False)
+    _show_warnings(found["report"]["warnings"])

@@ -1,0 +1,74 @@
+"""Validating an adapter without a server: the same reader, against a base of which only the config is read."""
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from manylora.catalog.archive import unpack
+from manylora.catalog.base_names import BaseNames
+from manylora.catalog.records import NewVersion
+from manylora.catalog.upload import Rules, new_version, report_of
+from manylora.errors import ModelUnusable
+from manylora.lora.format.reader import ModuleSpec
+from manylora.settings import Settings, load_settings
+
+
+def validate_offline(path: Path, model: str | None, *, max_rank: int | None = None) -> dict[str, Any]:
+    """What the server would say of a folder or an archive, but for the measured effect, which is null.
+
+    Raises InvalidAdapter, TooLarge or ModelUnusable.
+    """
+    settings = load_settings(model=model, max_rank=max_rank)
+    rules = _rules(modules_of(settings.model), settings)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, others = path, list[str]()
+        if path.is_file():
+            folder = Path(scratch) / "adapter"
+            folder.mkdir()
+            others = unpack(path, folder, max_bytes=rules.max_bytes)
+        adapter = rules.read(folder, others)
+        return {
+            "digest": adapter.digest,
+            "kind": "lora",
+            "rank": adapter.rank,
+            "alpha": adapter.alpha,
+            "target_modules": list(adapter.target_modules),
+            "size_bytes": adapter.size_bytes,
+            "report": report_of(adapter, None)
+            | {"base_model_differs": rules.names.differ_from(adapter.base_model_name_or_path)},
+        }
+
+
+def validated(folder: Path, blob: str, modules: Mapping[str, ModuleSpec], settings: Settings) -> NewVersion:
+    """A version to register without a server, from files that are in the store. Raises InvalidAdapter or TooLarge."""
+    rules = _rules(modules, settings)
+    return new_version(folder, rules.read(folder), None, blob=blob)
+
+
+def _rules(modules: Mapping[str, ModuleSpec], settings: Settings) -> Rules:
+    from manylora.models.loading import resolve_model
+    from manylora.models.stored_weights import StoredWeights
+
+    base = StoredWeights(resolve_model(settings.model), modules)
+    names = BaseNames((settings.served_name, settings.model))
+    return Rules(modules, settings.max_rank, int(settings.max_adapter_size), base, names)
+
+
+def modules_of(model: str | None) -> Mapping[str, ModuleSpec]:
+    """The base's adaptable modules, from its config alone. Raises ModelUnusable."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from manylora.models import checkpoint
+    from manylora.models.loading import resolve_model
+    from manylora.models.wrapping import adaptable_modules
+
+    folder = resolve_model(model)
+    config = checkpoint.read_config(folder)
+    try:
+        with torch.device("meta"):
+            base = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError) as error:
+        raise ModelUnusable(f"The config of {folder} cannot be used: {error}") from error
+    return adaptable_modules(base)

@@ -1,0 +1,168 @@
+"""What the lifecycle's commands share: errors as one line, a bar for progress, a gentle Ctrl-C."""
+
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import typer
+from rich.console import Console
+
+from manylora.errors import InvalidAdapter, InvalidRequest, ManyloraError
+
+if TYPE_CHECKING:
+    from manylora.lifecycle.progress import Progress
+
+_T = TypeVar("_T", bound=str)
+console = Console(stderr=True)
+INTERRUPTED = 130
+_EVERY_S = 10.0
+
+
+def one_of(flag: str, value: str, allowed: tuple[_T, ...]) -> _T:
+    for known in allowed:
+        if value == known:
+            return known
+    raise InvalidRequest(f"{flag} must be one of {', '.join(allowed)}, not {value!r}.")
+
+
+def names_of(text: str) -> tuple[str, ...]:
+    """`a, b` as ("a", "b")."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def numbers_of(flag: str, text: str) -> tuple[int, ...]:
+    """`1,2` as (1, 2). Raises InvalidRequest."""
+    try:
+        return tuple(int(part) for part in names_of(text))
+    except ValueError as error:
+        raise InvalidRequest(f"{flag} must be whole numbers with commas between, not {text!r}.") from error
+
+
+def command() -> str:
+    """The command as it can be typed again, without this machine's way of starting the program, and without a key.
+
+    It goes into cards and reports, which are published.
+    """
+    return shlex.join(["manylora", *_without_key(sys.argv[1:])])
+
+
+def _without_key(words: list[str]) -> Iterator[str]:
+    is_key = False
+    for word in words:
+        if not is_key and word != "--key" and not word.startswith("--key="):
+            yield word
+        is_key = word == "--key" and not is_key
+
+
+@contextmanager
+def errors() -> Iterator[None]:
+    """A refusal or a failure is one line on stderr and exit code 1; so is an interruption, with code 130."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        console.print("interrupted", style="red")
+        raise typer.Exit(INTERRUPTED) from error
+    except ManyloraError as error:
+        console.print("error:", error.message, style="red", markup=False, highlight=False, soft_wrap=True)
+        if isinstance(error, InvalidAdapter):
+            for problem in error.problems:
+                console.print(f"  {problem.where}: {problem.message}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+
+
+@contextmanager
+def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C or SIGTERM asks the work to stop at a good place; the second ends it."""
+    asked: list[int] = []
+
+    def ask(number: int, _: FrameType | None) -> None:
+        asked.append(number)
+        signal.signal(number, previous[number])
+        console.print("stopping after this step; once more to stop at once")
+
+    previous: dict[int, Any] = {int(n): signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def progress() -> Iterator[Callable[["Progress"], None]]:
+    """Messages and warnings as lines; a bar with the newest figures on a terminal, a line now and then elsewhere."""
+    if not console.is_terminal:
+        yield _Lines()
+        return
+    bars = _Bars()
+    try:
+        yield bars
+    finally:
+        bars.stop()
+
+
+def _say(event: "Progress") -> None:
+    style = "yellow" if event.stage == "warning" else None
+    console.print(event.message, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+class _Bars:
+    """One bar for each stage, from the stage's first event on."""
+
+    def __init__(self) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bar
+
+        self._bar = Bar(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("{task.fields[figures]}"), console=console,
+        )  # fmt: skip
+        self._tasks: dict[str, Any] = {}
+
+    def __call__(self, event: "Progress") -> None:
+        if event.message:
+            _say(event)
+        if not event.total:
+            return
+        if event.stage not in self._tasks:
+            self._bar.start()
+            self._tasks[event.stage] = self._bar.add_task(event.stage, total=event.total, figures="")
+        self._bar.update(
+            self._tasks[event.stage], completed=event.done, total=event.total, figures=_figures(event.values)
+        )
+
+    def stop(self) -> None:
+        if self._tasks:
+            self._bar.stop()
+
+
+class _Lines:
+    """For logs: a line when a stage ends, and at least every few seconds in between."""
+
+    def __init__(self) -> None:
+        self._stage, self._last = "", time.monotonic()
+
+    def __call__(self, event: "Progress") -> None:
+        if event.message:
+            _say(event)
+        now = time.monotonic()
+        if event.stage != self._stage:
+            self._stage, self._last = event.stage, now
+        if event.total and (event.done == event.total or now - self._last > _EVERY_S):
+            self._last = now
+            line = f"{event.stage} {event.done}/{event.total}  {_figures(event.values)}".rstrip()
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _figures(values: dict[str, float]) -> str:
+    from manylora.lifecycle.train.pace import in_words
+
+    parts = [f"{name} {value:.4f}" for name, value in values.items() if name != "remaining_s"]
+    if values.get("remaining_s"):
+        parts.append(f"about {in_words(values['remaining_s'])} left")
+    return "  ".join(parts)

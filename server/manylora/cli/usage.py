@@ -1,0 +1,83 @@
+"""`manylora usage`: what was used and stored, as a table, as CSV for a spreadsheet, or as JSON."""
+
+import csv
+import sys
+from typing import Annotated, Any, Final
+
+import typer
+
+from manylora.cli.answers import USAGE, console, fail, in_bytes, print_json, server, table
+
+_GROUPS: Final = ("day", "tenant", "adapter", "adapter_tenant")
+_OUTCOMES: Final = ("ok", "cancelled", "invalid", "rejected", "error")
+_SUMS: Final = (
+    "prompt_tokens", "completion_tokens", "cached_tokens", "slot_seconds", "stored_bytes", "stored_byte_hours",
+)  # fmt: skip
+
+
+def register(program: typer.Typer) -> None:
+    """Add `usage` to the program."""
+    program.command()(usage)
+
+
+def usage(
+    start: Annotated[
+        str | None, typer.Option("--from", metavar="TIME", help="2026-11-01 (midnight UTC) or 2026-11-01T10:15:00Z.")
+    ] = None,
+    end: Annotated[
+        str | None, typer.Option("--to", metavar="TIME", help="The first moment that does not count; default: now.")
+    ] = None,
+    group_by: Annotated[str, typer.Option(help="Comma list of tenant, adapter, day.")] = "tenant,adapter",
+    as_csv: Annotated[bool, typer.Option("--csv", help="CSV for a spreadsheet.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON for scripts.")] = False,
+) -> None:
+    """Requests, tokens, time in device slots and bytes stored: of your tenant; with an admin key, of all.
+
+    Asks the server at MANYLORA_URL with the key in MANYLORA_KEY.
+    """
+    if as_csv and as_json:
+        fail("Ask for --csv or for --json.", USAGE)
+    asked = {"from": start, "to": end, "group_by": group_by}
+    with server(as_json=as_json) as connection:
+        answer = connection.call("GET", "/v1/usage", params={k: v for k, v in asked.items() if v is not None})
+    if as_json:
+        print_json(answer)
+    elif as_csv:
+        _write_csv(answer)
+    else:
+        _show(answer)
+
+
+def _groups(answer: dict[str, Any]) -> list[str]:
+    wanted = {*answer["group_by"], *(["adapter_tenant"] if "adapter" in answer["group_by"] else [])}
+    return [name for name in _GROUPS if name in wanted]
+
+
+def _write_csv(answer: dict[str, Any]) -> None:
+    """A header and one record for each row; an empty adapter is the base."""
+    groups = _groups(answer)
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow([*groups, "requests", *(f"requests_{name}" for name in _OUTCOMES), *_SUMS])
+    for row in answer["data"]:
+        outcomes = [row["outcomes"].get(name, 0) for name in _OUTCOMES]
+        writer.writerow([*(row[name] for name in groups), row["requests"], *outcomes, *(row[name] for name in _SUMS)])
+
+
+def _show(answer: dict[str, Any]) -> None:
+    groups = _groups(answer)
+    columns = [*groups, "requests", "ok", "prompt tokens", "completion tokens", "slot hours", "stored"]
+    rows = [[_name(name, row[name]) for name in groups] + _cells(row) for row in answer["data"]]
+    if groups:
+        rows.append(["total", *[""] * (len(groups) - 1), *_cells(answer["total"])])
+    console.print(table([name.replace("adapter_tenant", "of") for name in columns], rows))
+
+
+def _name(column: str, name: str | None) -> str:
+    if name is None:
+        return "(base)" if column == "adapter" else ""
+    return name
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    counts = (row["requests"], row["outcomes"].get("ok", 0), row["prompt_tokens"], row["completion_tokens"])
+    return [*map(str, counts), f"{row['slot_seconds'] / 3600:.2f}", in_bytes(row["stored_bytes"])]

@@ -1,0 +1,1 @@
+"""One HTTP client of our own server, for the command line and the lifecycle."""

@@ -1,0 +1,220 @@
+"""The database's tables: adapters and their versions, keys, tenants, usage, and what start-up remembers.
+
+Times are whole microseconds since the Unix epoch, so that ordering by them is exact. The schema changes only
+through `migrations/`; a test holds these classes and the migrations together.
+"""
+
+from typing import Any, ClassVar, Final
+
+from sqlalchemy import JSON, BigInteger, Float, ForeignKey, Index, Integer, Text, UniqueConstraint
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+MICROSECONDS: Final = 1_000_000  # in a second
+
+
+class Base(DeclarativeBase):
+    """The one set of tables."""
+
+    type_annotation_map: ClassVar[dict[Any, Any]] = {
+        str: Text(),
+        int: BigInteger(),
+        float: Float(),
+        dict[str, Any]: JSON(),
+        list[str]: JSON(),
+    }
+
+
+class RegistryRow(Base):
+    """One row: the registry's id, made with it. A store says by it whose it is (`catalog.belonging`)."""
+
+    __tablename__ = "registry"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+
+
+class AdapterRow(Base):
+    """One name of one tenant.
+
+    The row outlives its versions (`is_deleted`), because `next_version` must never go back: a version number
+    once seen never means another adapter.
+    """
+
+    __tablename__ = "adapters"
+    __table_args__ = (
+        UniqueConstraint("tenant", "name", name="uq_adapters_tenant_name"),
+        Index("ix_adapters_tenant_page", "tenant", "is_deleted", "created", "id"),
+        Index("ix_adapters_page", "is_deleted", "created", "id"),
+    )
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    tenant: Mapped[str]
+    name: Mapped[str]
+    description: Mapped[str]
+    active_version: Mapped[int | None]
+    next_version: Mapped[int]
+    pinned: Mapped[bool]
+    is_deleted: Mapped[bool]
+    created: Mapped[int]
+    # What of it is in its tenant's row of `kept`.
+    counted_adapters: Mapped[int] = mapped_column(server_default="0")
+    counted_pins: Mapped[int] = mapped_column(server_default="0")
+    counted_bytes: Mapped[int] = mapped_column(server_default="0")
+
+
+class VersionRow(Base):
+    """One immutable version.
+
+    `digest` is the canonical content's hash, `blob` addresses the bytes in the store, `base` says which shapes of
+    base model it was validated against.
+    """
+
+    __tablename__ = "versions"
+    __table_args__ = (
+        UniqueConstraint("adapter_id", "version", name="uq_versions_adapter_version"),
+        Index("ix_versions_blob", "blob"),
+    )
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    adapter_id: Mapped[str] = mapped_column(ForeignKey("adapters.id"))
+    version: Mapped[int]
+    digest: Mapped[str]
+    blob: Mapped[str]
+    base: Mapped[str]
+    kind: Mapped[str]
+    rank: Mapped[int]
+    alpha: Mapped[float]
+    target_modules: Mapped[list[str]]
+    size_bytes: Mapped[int]
+    report: Mapped[dict[str, Any]]
+    created: Mapped[int]
+
+
+class KeptRow(Base):
+    """What a tenant keeps now, for its quotas. Written with each change to one of its adapters."""
+
+    __tablename__ = "kept"
+
+    tenant: Mapped[str] = mapped_column(primary_key=True)
+    adapters: Mapped[int]
+    pinned: Mapped[int]
+    size_bytes: Mapped[int]
+
+
+class FolderRow(Base):
+    """What `--adapters` registered from a folder, so that an unchanged one costs a `stat` at the next start."""
+
+    __tablename__ = "folders"
+
+    path: Mapped[str] = mapped_column(primary_key=True)
+    fingerprint: Mapped[str]
+    version_id: Mapped[str]
+
+
+class FolderContentRow(Base):
+    """A content that `--adapters` has registered under a name, for a base; the version may be gone since."""
+
+    __tablename__ = "folder_contents"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    digest: Mapped[str] = mapped_column(primary_key=True)
+    base: Mapped[str] = mapped_column(primary_key=True)
+
+
+class KeyRow(Base):
+    """An API key. `secret_hash` is the only trace of the secret."""
+
+    __tablename__ = "keys"
+    __table_args__ = (UniqueConstraint("prefix", name="uq_keys_prefix"), Index("ix_keys_revision", "revision"))
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    tenant: Mapped[str]
+    role: Mapped[str]
+    prefix: Mapped[str]
+    secret_hash: Mapped[str]
+    created: Mapped[int]
+    last_used: Mapped[int | None]
+    revoked: Mapped[int | None]
+    revision: Mapped[int] = mapped_column(server_default="0")
+
+
+class TenantRow(Base):
+    """A tenant's fair share and quotas; NULL is "no limit". A tenant without a row has the defaults."""
+
+    __tablename__ = "tenants"
+    __table_args__ = (Index("ix_tenants_revision", "revision"),)
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    weight: Mapped[float]
+    requests_per_minute: Mapped[int | None]
+    tokens_per_minute: Mapped[int | None]
+    max_concurrent: Mapped[int | None]
+    max_adapters: Mapped[int | None]
+    max_adapter_bytes: Mapped[int | None]
+    max_pinned: Mapped[int | None]
+    revision: Mapped[int] = mapped_column(server_default="0")
+
+
+class RevisionRow(Base):
+    """A counter per topic (`catalog`, `tenants`), raised by each writing transaction.
+
+    Other processes read it once a second to notice changes; the row's lock also puts writers in one order. Keys and
+    tenants carry the value at which they were written last, so that only these are read again.
+    """
+
+    __tablename__ = "revisions"
+
+    topic: Mapped[str] = mapped_column(primary_key=True)
+    value: Mapped[int]
+
+
+class UsageRow(Base):
+    """Requests of one tenant for one adapter that ended within one quarter of an hour in one way.
+
+    `quarter` is its beginning in Unix seconds, `owner` whose the adapter is; both names are empty for the base.
+    """
+
+    __tablename__ = "usage"
+
+    quarter: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    tenant: Mapped[str] = mapped_column(primary_key=True)
+    owner: Mapped[str] = mapped_column(primary_key=True)
+    adapter: Mapped[str] = mapped_column(primary_key=True)
+    outcome: Mapped[str] = mapped_column(primary_key=True)
+    requests: Mapped[int]
+    prompt_tokens: Mapped[int]
+    completion_tokens: Mapped[int]
+    cached_tokens: Mapped[int]
+
+
+class SlotTimeRow(Base):
+    """How long versions of one adapter sat in device slots within one quarter of an hour."""
+
+    __tablename__ = "slot_time"
+
+    quarter: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    tenant: Mapped[str] = mapped_column(primary_key=True)
+    adapter: Mapped[str] = mapped_column(primary_key=True)
+    microseconds: Mapped[int]
+
+
+class StoredRow(Base):
+    """From `at` on, one adapter's versions take `size_bytes` together. Written with each change, never changed."""
+
+    __tablename__ = "stored"
+    __table_args__ = (Index("ix_stored_adapter", "tenant", "adapter", "id"),)
+
+    id: Mapped[int] = mapped_column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True)
+    tenant: Mapped[str]
+    adapter: Mapped[str]
+    at: Mapped[int]
+    size_bytes: Mapped[int]
+
+
+class UsageWriterRow(Base):
+    """One server process that writes usage, and the last batch it wrote: a batch sent again is known by it."""
+
+    __tablename__ = "usage_writers"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    batch: Mapped[int]
+    at: Mapped[int]

@@ -1,0 +1,44 @@
+"""Who an adapter is: its reference, what it may be called, and what its files are called."""
+
+import re
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from manylora.errors import InvalidRequest
+
+PUBLIC_TENANT: Final = "public"  # whose adapters everybody may use
+CONFIG_FILE: Final = "adapter_config.json"
+TENSOR_FILE: Final = "adapter_model.safetensors"
+ADAPTER_FILES: Final = (CONFIG_FILE, TENSOR_FILE)
+_NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+Tier = Literal["device", "host", "disk"]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRef:
+    """One version of one adapter.
+
+    `id` is unique for ever: a name uploaded again makes a new version with a new id, so nothing that is
+    keyed by the id (slots, prefix-cache hashes, counts) can answer for another version.
+    """
+
+    id: str
+    tenant: str
+    name: str
+    version: int
+    digest: str
+
+    @property
+    def label(self) -> str:
+        """`name@version`, as people write it."""
+        return f"{self.name}@{self.version}"
+
+
+def check_name(name: str, *, reserved: str) -> None:
+    """Raises InvalidRequest. `reserved` is the base model's name, which must go on meaning the base."""
+    if not _NAME.fullmatch(name):
+        raise InvalidRequest(
+            "'name' must be 1 to 64 of a-z, 0-9, '.', '_' and '-', and begin with a letter or digit.", param="name"
+        )
+    if name == reserved:
+        raise InvalidRequest(f"'{name}' is the base model's name; give the adapter another one.", param="name")

@@ -1,0 +1,1 @@
+"""Low-rank kernels, matmuls and attention: one specification, several implementations."""

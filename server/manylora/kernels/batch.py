@@ -1,0 +1,44 @@
+"""The ragged batch: what one forward pass needs to know, built once per step and read by every layer."""
+
+from dataclasses import dataclass
+
+import torch
+
+from manylora.kernels.interface import LoraPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """T tokens of S sequences, one sequence after the other, without padding.
+
+    `token_ids`, `positions`, `kv_slots` int64 [T]; `kv_slots` is block * block_size + offset, where each
+    token's key and value go. `block_tables` int32 [S, most blocks], zero behind a sequence's own.
+    `query_starts` int32 [S + 1]: each sequence's run of tokens. `context_lens` int32 [S]: keys to look at,
+    this step's included. The first `num_decode` sequences have exactly one token. `logit_rows` int64 [L]: the
+    tokens whose logits are wanted. `lora` groups the T rows by adapter, `logit_lora` the L rows; None when
+    none has one.
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    kv_slots: torch.Tensor
+    block_tables: torch.Tensor
+    query_starts: torch.Tensor
+    context_lens: torch.Tensor
+    num_decode: int
+    starts: tuple[int, ...]
+    lens: tuple[int, ...]
+    logit_rows: torch.Tensor
+    lora: LoraPlan | None = None
+    logit_lora: LoraPlan | None = None
+
+
+@dataclass(slots=True)
+class ForwardContext:
+    """Where the layers find the current batch. One per wrapped model."""
+
+    batch: Batch | None = None
+
+    def current(self) -> Batch:
+        assert self.batch is not None, "a wrapped model runs inside a step only"
+        return self.batch

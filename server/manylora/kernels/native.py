@@ -1,0 +1,217 @@
+"""The C++ kernels: the one place that loads them, says whether they are there, and gives their semantics.
+
+`manylora._C` is compiled when the package is installed (`setup.py`); where there was no compiler it is missing, which
+is logged once, and callers use their torch versions. Every operator takes float32, bfloat16 or float16 on the CPU, any
+sizes, accumulates in float32, and wants tensors contiguous in their last dimension; the other strides are free. The
+kernels exist once per instruction set (`CPU_PATHS`), and the best one for the machine is chosen when they are loaded.
+"""
+
+import functools
+import importlib
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from manylora.kernels.int8 import Int8Weight
+from manylora.kernels.weights import PanelWeight
+
+CPU_PATHS = ("avx512_bf16", "avx512", "avx2_vnni", "avx2", "portable")
+
+_log = logging.getLogger(__name__)
+
+
+@functools.cache
+def is_available() -> bool:
+    """Whether the C++ kernels are installed. The first call loads them, and logs a line where it cannot."""
+    try:
+        importlib.import_module("manylora._C")  # registers torch.ops.manylora
+    except ImportError as error:
+        _log.warning(
+            "C++ kernels are not installed (%s): using the slower torch kernels. "
+            "Install a C++17 compiler and reinstall manylora to have them built.",
+            error,
+        )
+        return False
+    _log.info("C++ kernels loaded, CPU path %s", cpu_path())
+    return True
+
+
+def cpu_path() -> str:
+    """The instruction set in use, one of `CPU_PATHS`."""
+    return str(torch.ops.manylora.cpu_path())
+
+
+def available_cpu_paths() -> tuple[str, ...]:
+    """The members of `CPU_PATHS` that this machine can run, best first; none without the kernels."""
+    return tuple(path for path in CPU_PATHS if torch.ops.manylora.has_cpu_path(path)) if is_available() else ()
+
+
+def set_cpu_path(path: str) -> None:
+    """Use another path for the whole process, for tests and comparisons; "auto" is the best one.
+
+    Raises ValueError for a path that this machine cannot run.
+    """
+    torch.ops.manylora.set_cpu_path(path)
+
+
+def place_threads(cpus: Sequence[int], *, apart: bool) -> None:
+    """Let each thread of the calling thread's parallel regions run on its own of `cpus`, or again on all of them.
+
+    As many `cpus` as torch has threads; the calling thread gets the first. What the system refuses is left as it was.
+    Does nothing on systems other than Linux.
+    """
+    torch.ops.manylora.place_threads(cpus, apart)
+
+
+def thread_times(cpus: Sequence[int]) -> tuple[int, int] | None:
+    """How long these threads have run, and how long they have waited for a CPU, in nanoseconds, summed.
+
+    None unless each is on its own of `cpus`, and where the system has no `schedstat`.
+    """
+    run_ns, wait_ns = torch.ops.manylora.thread_times(cpus)
+    return (run_ns, wait_ns) if run_ns >= 0 else None
+
+
+def add_lora_(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    tables: torch.Tensor,
+    out_offsets: torch.Tensor,
+    order: torch.Tensor,
+    segment_slots: torch.Tensor,
+    segment_starts: torch.Tensor,
+) -> None:
+    """Add each row's own low-rank delta, for one linear or for several that share their input.
+
+        out[t, offsets[m]:offsets[m + 1]] += (x[t] @ A[m, s].T) @ B[m, s]
+
+    for every segment i, every t in order[starts[i]:starts[i + 1]] with s = segment_slots[i], and every member m.
+
+    out [T, columns] and x [T, in_features] of one dtype. tables int64 [members, slots, TABLE_FIELDS]: for each member
+    and slot a `device_memory.TableEntry`: addresses of A [r, in_features], of B [r, offsets[m + 1] - offsets[m]], both
+    contiguous, and of float32 scales [r] by which x @ A.T is multiplied (0: of none). r = 0 where the slot's
+    adapter does not touch the member. That memory is at the addresses is trusted; that it is for x and out of these
+    sizes is not. out_offsets int32 [members + 1]; order int32 [R]: the rows that have an
+    adapter, sorted by slot; segment_slots int32 [S]; segment_starts int32 [S + 1] into order.
+
+    The delta is made in float32 and rounded once, in the sum with out. A row depends on its own adapter only, and its
+    result does not depend on which other rows are in the batch.
+    """
+    torch.ops.manylora.add_lora_(out, x, tables, out_offsets, order, segment_slots, segment_starts)
+
+
+def paged_attention(
+    out: torch.Tensor,
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    query_starts: torch.Tensor,
+    context_lens: torch.Tensor,
+    scale: float,
+    sliding_window: int = 0,
+    softcap: float = 0.0,
+) -> None:
+    """Causal attention of a ragged batch to its own past in the paged cache.
+
+        out[t, h] = sum_j softmax_j(cap(scale * q[t, h] . k[j, h // group])) v[j, h // group]
+        cap(z) = softcap * tanh(z / softcap), or z where softcap is 0
+
+    out, q [T, heads, head_dim]; k_cache, v_cache [blocks, kv_heads, block_size, head_dim] with heads a multiple of
+    kv_heads (group = heads / kv_heads). Sequence s owns the rows query_starts[s]:query_starts[s + 1] (int32 [S + 1]),
+    the last of which is its position context_lens[s] - 1 (int32 [S]; this step's keys are written before). A row at
+    position p sees the keys j <= p, with a sliding window (0: none) only p - j < sliding_window. Key j lies in block
+    block_tables[s, j // block_size] (int32 [S, max_blocks]); what lies behind context_lens is not read.
+    """
+    torch.ops.manylora.paged_attention(
+        out, q, k_cache, v_cache, block_tables, query_starts, context_lens, scale, sliding_window, softcap
+    )
+
+
+def write_kv(
+    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor
+) -> None:
+    """Store keys and values: cache[slots[t] // block_size, :, slots[t] % block_size] = k[t].
+
+    k, v [T, kv_heads, head_dim]; the caches [blocks, kv_heads, block_size, head_dim] of the same dtype; slots int64
+    [T], negative to leave a row out.
+    """
+    torch.ops.manylora.write_kv(k, v, k_cache, v_cache, slots)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float = 0.0) -> torch.Tensor:
+    """x [T, hidden] over its root mean square, times weight [hidden] -> [T, hidden], rounded as Hugging Face does.
+
+    With weight_offset 0 (Llama): weight * round(x / sqrt(mean(x^2) + eps)). With another (1 for Gemma):
+    round((weight_offset + weight) * x / sqrt(mean(x^2) + eps)), without a rounding in between.
+    """
+    out: torch.Tensor = torch.ops.manylora.rms_norm(x, weight, eps, weight_offset)
+    return out
+
+
+def add_rms_norm_(
+    residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float = 0.0
+) -> torch.Tensor:
+    """residual [T, hidden] += x, in place and rounded; returns rms_norm(residual, weight, eps, weight_offset)."""
+    out: torch.Tensor = torch.ops.manylora.add_rms_norm_(residual, x, weight, eps, weight_offset)
+    return out
+
+
+def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """gate_up [T, 2 * width] -> [T, width]: silu(gate) * up, gate being the first half; rounded once."""
+    out: torch.Tensor = torch.ops.manylora.silu_and_mul(gate_up)
+    return out
+
+
+def gelu_tanh_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """gate_up [T, 2 * width] -> [T, width]: gelu(gate) * up with gelu's tanh form; rounded once."""
+    out: torch.Tensor = torch.ops.manylora.gelu_tanh_and_mul(gate_up)
+    return out
+
+
+def rope_write_kv(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+) -> torch.Tensor:
+    """Turn q and k by their positions, store k and v in the cache, return the turned q.
+
+    With h = rotary_dim / 2, for d < h (Hugging Face's half-split convention):
+        y[d] = x[d] cos[d] - x[d + h] sin[d]          y[d + h] = x[d + h] cos[d + h] + x[d] sin[d + h]
+    and y[d] = x[d] from rotary_dim on. Computed in float32, rounded once.
+
+    q [T, heads, head_dim]; k, v [T, kv_heads, head_dim], as slices of one fused row if you like; cos, sin float32
+    [T, rotary_dim], rotary_dim even and at most head_dim; caches and slots as for `write_kv`. Returns a new, contiguous
+    [T, heads, head_dim].
+    """
+    out: torch.Tensor = torch.ops.manylora.rope_write_kv(q, k, v, cos, sin, k_cache, v_cache, slots)
+    return out
+
+
+def linear(x: torch.Tensor, weight: PanelWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [T, in_features] W^T + bias (float32 [out_features]) -> [T, out_features]; x and W of one dtype.
+
+    Accumulated in float32, rounded once. A row's result does not depend on the rows beside it.
+    """
+    out: torch.Tensor = torch.ops.manylora.linear(x, weight.packed, weight.out_features, bias)
+    return out
+
+
+def int8_linear(x: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [T, in_features] times a packed weight, plus bias (float32 [out_features]) -> [T, out_features] of x's dtype.
+
+        out[t, n] = scales[n] * sum over groups g of s[t, g] * sum over k in g of q[t, k] * integers[n, k]
+        s[t, g] = max over k in g of |x[t, k]| / 127          q[t, k] = x[t, k] / s[t, g], rounded to an integer
+
+    The inner sum is exact, the outer one is made in float32. A row with a NaN or an infinity comes out as NaN.
+    """
+    out: torch.Tensor = torch.ops.manylora.int8_linear(
+        x, weight.packed, weight.scales, weight.group_sums, bias, weight.group_size
+    )
+    return out

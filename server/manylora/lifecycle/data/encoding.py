@@ -1,0 +1,161 @@
+"""From examples to token ids, split the way the server will see them: the prompt, then the answer.
+
+The prompt's ids are exactly what the server builds for the same request (chat template with the generation
+prompt, or the plain text), so nothing is learnt that a request does not reproduce.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from manylora.errors import InvalidRequest
+from manylora.lifecycle.data.data import Dataset, Example, Message
+from manylora.models.chat_template import ChatTemplate
+
+Render = Literal["auto", "chat", "plain"]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One example as ids. `is_answer[i]` says that token i is to be predicted (counted in the loss)."""
+
+    example: Example
+    ids: tuple[int, ...]
+    is_answer: tuple[bool, ...]
+    num_cut: int = 0  # prompt tokens dropped from the left to fit
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def first_answer(self) -> int:
+        return self.is_answer.index(True)
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """What precedes the last answer: the prompt of a generation."""
+        last_prompt_token = max((i for i, is_answer in enumerate(self.is_answer) if not is_answer), default=-1)
+        return self.ids[: last_prompt_token + 1]
+
+    @property
+    def num_answer_tokens(self) -> int:
+        return sum(self.is_answer)
+
+
+class Encoder:
+    """Encodes examples for one tokenizer.
+
+    `render="auto"` uses the chat template where the tokenizer has one. `instruction` goes before every
+    first user message, on a line of its own.
+    """
+
+    def __init__(self, tokenizer: Any, *, render: Render = "auto", instruction: str = "", max_length: int) -> None:
+        has_template = bool(getattr(tokenizer, "chat_template", None))
+        if render == "chat" and not has_template:
+            raise InvalidRequest("This base model has no chat template: use --render plain.")
+        self.is_chat = has_template if render == "auto" else render == "chat"
+        self.max_length = max_length
+        self._tokenizer = tokenizer
+        self._template = ChatTemplate(tokenizer)
+        self._instruction = instruction
+
+    def encode(self, dataset: Dataset, *, context_length: int) -> list[Encoded]:
+        """Encode all examples, cutting prompts from the left to `max_length`.
+
+        Raises InvalidRequest naming the rows that the model cannot hold at all: longer than
+        `context_length`, or an answer longer than `max_length`.
+        """
+        encoded, too_long = [], []
+        for example in dataset.examples:
+            one = self._encode(example)
+            if len(one) > context_length:
+                too_long.append(f"row {example.row} has {len(one)} tokens")
+            elif len(one) - one.first_answer >= self.max_length:
+                too_long.append(f"row {example.row}'s answer does not fit {self.max_length} tokens")
+            else:
+                encoded.append(self._cut(one))
+        if too_long:
+            more = f" and {len(too_long) - 5} more rows" if len(too_long) > 5 else ""
+            raise InvalidRequest(
+                f"{dataset.path.name}: longer than the model can hold ({context_length} tokens, "
+                f"--max-length {self.max_length}): {', '.join(too_long[:5])}{more}. Shorten or drop them."
+            )
+        return encoded
+
+    def request(self, prompt: Sequence[Message]) -> str | tuple[Message, ...]:
+        """What a client sends for this prompt: the text of a completion, or the messages of a chat."""
+        return self._instructed(prompt) if self.is_chat else self._plain(prompt)
+
+    def num_prompt_tokens(self, prompt: Sequence[Message]) -> int:
+        if not self.is_chat:
+            return len(self._ids(self._plain(prompt), special=True))
+        return len(self._ids(self._chat(self._instructed(prompt), for_answer=True), special=False))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def _encode(self, example: Example) -> Encoded:
+        ids: list[int] = []
+        is_answer: list[bool] = []
+        for text, learn in self._pieces(example):
+            piece = self._ids(text, special=not ids and not self.is_chat)
+            if learn:
+                piece = self._until_end(piece)
+            ids += piece
+            is_answer += [learn] * len(piece)
+        return Encoded(example, tuple(ids), tuple(is_answer))
+
+    def _pieces(self, example: Example) -> Iterator[tuple[str, bool]]:
+        """The text in order, as (text, is an answer to learn)."""
+        if not self.is_chat:
+            yield self._plain(example.prompt), False
+            yield example.answer, True
+            return
+        messages = self._instructed(example.messages)
+        done = ""
+        for index, message in enumerate(messages):
+            if message.role != "assistant":
+                continue
+            before = self._chat(messages[:index], for_answer=True)
+            after = self._chat(messages[: index + 1], for_answer=False)
+            if not before.startswith(done) or not after.startswith(before):
+                raise InvalidRequest(
+                    f"row {example.row}: the chat template rewrites earlier turns, so this chat cannot be "
+                    "learnt turn by turn. Use --render plain, or one question and one answer per row."
+                )
+            yield before[len(done) :], False
+            yield after[len(before) :], True
+            done = after
+
+    def _plain(self, messages: Sequence[Message]) -> str:
+        text = "\n".join(m.content for m in messages)
+        return f"{self._instruction}\n{text}" if self._instruction else text
+
+    def _instructed(self, messages: Sequence[Message]) -> tuple[Message, ...]:
+        if not self._instruction:
+            return tuple(messages)
+        out = list(messages)
+        first = next((i for i, m in enumerate(out) if m.role == "user"), None)
+        if first is not None:
+            out[first] = Message("user", f"{self._instruction}\n{out[first].content}")
+        return tuple(out)
+
+    def _chat(self, messages: Sequence[Message], *, for_answer: bool) -> str:
+        turns = [{"role": m.role, "content": m.content} for m in messages]
+        return self._template.render(turns, for_answer=for_answer)
+
+    def _ids(self, text: str, *, special: bool) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=special)["input_ids"])
+
+    def _until_end(self, ids: list[int]) -> list[int]:
+        """An answer ends with the end-of-text token: what a template adds after it is not learnt."""
+        end = self._tokenizer.eos_token_id
+        if end in ids:
+            return ids[: ids.index(end) + 1]
+        return [*ids, end]
+
+    def _cut(self, one: Encoded) -> Encoded:
+        excess = len(one) - self.max_length
+        if excess <= 0:
+            return one
+        return Encoded(one.example, one.ids[excess:], one.is_answer[excess:], excess)

@@ -1,0 +1,234 @@
+"""From the command's words to contenders: folders in this process, or names on a server; then promotion."""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from manylora.client.adapters import active_version, check_may_manage, connect, pinned, promote, served_base
+from manylora.errors import InvalidRequest
+from manylora.identity import TENSOR_FILE
+from manylora.lifecycle.adapter_files import read_adapter_files
+from manylora.lifecycle.base import DeviceName, DtypeName, load_base, load_tokenizer, memory_faults
+from manylora.lifecycle.data.data import Dataset
+from manylora.lifecycle.data.encoding import Encoded, Encoder, Render
+from manylora.lifecycle.data.lengths import tell_lengths
+from manylora.lifecycle.evaluate.contenders import BASE, Contenders, LocalContenders, ServerContenders
+from manylora.lifecycle.evaluate.evaluate import (
+    EvaluateConfig,
+    comparison,
+    deserves_promotion,
+    evaluate,
+    evaluation_data,
+)
+from manylora.lifecycle.extras import need
+from manylora.lifecycle.journal import Journal
+from manylora.lifecycle.output import refuse_existing
+from manylora.lifecycle.progress import Listener, Progress, ignore
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluateRequest:
+    """`manylora evaluate`'s arguments. With `server`, `adapters` are names there; otherwise folders."""
+
+    data: Path
+    adapters: tuple[str, ...] = ()
+    with_base: bool = False
+    server: str = ""
+    key: str = ""
+    metrics: tuple[str, ...] = ()
+    max_tokens: int = 64
+    out: Path | None = None
+    promote_if_better: str = ""
+    min_gain: float = 0.0
+    model: str | None = None
+    max_length: int = 1024
+    render: Render = "auto"
+    instruction: str = ""
+    seed: int = 0
+    device: DeviceName = "auto"
+    dtype: DtypeName = "auto"
+    resume: bool = False
+    overwrite: bool = False
+
+
+def run_evaluation(request: EvaluateRequest, listen: Listener = ignore) -> tuple[dict[str, Any], str]:
+    """The report, and a sentence about the promotion when one was asked for.
+
+    Raises InvalidRequest for bad input before any model is loaded, ManyloraError when the server fails.
+    """
+    dataset, metrics = _check(request)
+    tokenizer, context_length = load_tokenizer(request.model)
+    encoder = Encoder(tokenizer, render=request.render, instruction=request.instruction, max_length=request.max_length)
+    room = context_length - 1 if request.server else context_length  # a server is asked for one token more
+    encoded = encoder.encode(dataset, context_length=room)
+    tell_lengths("--data", encoded, listen)
+    _check_room(request, encoded, metrics, context_length, listen)
+    run = _Run(request, dataset, metrics, encoder, encoded, listen)
+    if request.server:
+        return _on_server(run)
+    base = load_base(request.model, device=request.device, dtype=request.dtype, max_length=request.max_length)
+    with memory_faults("Evaluate fewer adapters at once, or shorten --max-length."):
+        local = LocalContenders(base, encoder, _names_of(request.adapters), with_base=request.with_base)
+        return run.score(local), ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A checked request with its data, for whichever contenders."""
+
+    request: EvaluateRequest
+    dataset: Dataset
+    metrics: tuple[str, ...]
+    encoder: Encoder
+    encoded: list[Encoded]
+    listen: Listener
+
+    def score(self, contenders: Contenders) -> dict[str, Any]:
+        request = self.request
+        config = EvaluateConfig(request.data, self.metrics, request.max_tokens, request.seed, request.out)
+        path = None if request.out is None else request.out.parent / f".{request.out.name}.evaluate.json"
+        journal = Journal(
+            path, _fingerprint(request, contenders), resume=request.resume, overwrite=request.overwrite,
+            what="evaluation",
+        )  # fmt: skip
+        report = evaluate(config, self.dataset, self.encoded, contenders, self.metrics, journal, self.listen)
+        journal.discard()
+        return report
+
+
+def _on_server(run: _Run) -> tuple[dict[str, Any], str]:
+    request = run.request
+    with connect(request.server, request.key) as client:
+        if request.promote_if_better:
+            return _promote_if_better(run, client)
+        names = tuple(pinned(client, adapter) for adapter in request.adapters)
+        return run.score(_server_contenders(run, client, names)), ""
+
+
+def _promote_if_better(run: _Run, client: httpx.Client) -> tuple[dict[str, Any], str]:
+    """Score the candidate, the last adapter, against what its name serves now; promote it if it is better."""
+    request, metric = run.request, run.request.promote_if_better
+    check_may_manage(client)
+    candidate = request.adapters[-1]
+    name = candidate.partition("@")[0]
+    active = active_version(client, name)
+    if active == candidate:
+        raise InvalidRequest(f"{candidate} is the active version of {name} already: there is nothing to promote.")
+    others = [pinned(client, adapter) for adapter in request.adapters[:-1]]
+    names = dict.fromkeys([*([active] if active else []), *others, candidate])
+    if len(names) + request.with_base < 2:
+        raise InvalidRequest(f"{name} has no active version to compare with: give --base or another --adapter first.")
+    contenders = _server_contenders(run, client, tuple(names), reference=active)
+    report = run.score(contenders)
+    test = comparison(report, candidate, metric)
+    facts = f"{metric} gain {test.gain:+.4g} over {report['reference']} (p = {test.p:.2g})"
+    if not deserves_promotion(test, request.min_gain):
+        return report, f"{candidate} was not promoted: {facts}, needed at least {request.min_gain:g} with p < 0.05."
+    if active_version(client, name) != active:
+        return report, f"{candidate} was not promoted: another version of {name} became active meanwhile. Run it again."
+    promote(client, candidate)
+    return report, f"{candidate} was promoted: {facts}."
+
+
+def _server_contenders(
+    run: _Run, client: httpx.Client, names: tuple[str, ...], *, reference: str | None = None
+) -> ServerContenders:
+    """`reference` comes first, then the base where it is wanted, then the others."""
+    first = (reference,) if reference else ()
+    base = (BASE,) if run.request.with_base else ()
+    rest = tuple(name for name in names if name != reference)
+    contenders = ServerContenders(client, served_base(client), (*first, *base, *rest), run.encoder)
+    contenders.check_tokenizer()
+    return contenders
+
+
+def _check(request: EvaluateRequest) -> tuple[Dataset, tuple[str, ...]]:
+    if not request.adapters and not request.with_base:
+        raise InvalidRequest("Nothing to evaluate: give --adapter or --base.")
+    if request.max_tokens <= 0:
+        raise InvalidRequest(f"--max-tokens must be positive, not {request.max_tokens}.")
+    if request.max_length <= 0:
+        raise InvalidRequest(f"--max-length must be positive, not {request.max_length}.")
+    if not 0 <= request.seed < 2**32:
+        raise InvalidRequest(f"--seed must be from 0 to 2**32 - 1, not {request.seed}.")
+    if request.resume and request.out is None:
+        raise InvalidRequest("--resume goes on where an evaluation with the same --out stopped: give --out.")
+    if request.out is not None:
+        refuse_existing(request.out, overwrite=request.overwrite)
+    dataset, metrics = evaluation_data(request.data, request.metrics)
+    _check_extras(request, dataset)
+    if request.promote_if_better:
+        _check_promotion(request, metrics)
+    if not request.server:
+        for folder in request.adapters:
+            read_adapter_files(Path(folder))
+    return dataset, metrics
+
+
+def _check_extras(request: EvaluateRequest, dataset: Dataset) -> None:
+    """Raises InvalidRequest where a package is missing that scores, answers or pictures would need in the end."""
+    modules = [] if request.server or not request.adapters else ["peft"]
+    if dataset.shape == "label":
+        modules += ["sklearn"] if request.out is None else ["sklearn", "matplotlib"]
+    need(*modules)
+
+
+def _check_promotion(request: EvaluateRequest, metrics: Sequence[str]) -> None:
+    if not request.server:
+        raise InvalidRequest("--promote-if-better promotes on a server: give --server.")
+    if request.promote_if_better not in metrics:
+        raise InvalidRequest(f"--promote-if-better must be one of the metrics computed: {', '.join(metrics)}.")
+    if not (math.isfinite(request.min_gain) and request.min_gain >= 0):
+        raise InvalidRequest(f"--min-gain must not be negative, and it is {request.min_gain}.")
+    if not request.adapters:
+        raise InvalidRequest("--promote-if-better needs a candidate: give --adapter NAME@VERSION.")
+    if not request.adapters[-1].partition("@")[2].isdigit():
+        raise InvalidRequest(f"The candidate {request.adapters[-1]!r} must name its version, as in NAME@2.")
+
+
+def _check_room(
+    request: EvaluateRequest, encoded: Sequence[Encoded], metrics: Sequence[str], context_length: int, listen: Listener
+) -> None:
+    """Raises InvalidRequest when a prompt and an answer of --max-tokens do not fit the model together."""
+    if set(metrics) == {"perplexity"}:
+        return
+    longest = max(encoded, key=lambda e: len(e.prompt_ids))
+    if len(longest.prompt_ids) + request.max_tokens > context_length:
+        raise InvalidRequest(
+            f"The prompt of row {longest.example.row} has {len(longest.prompt_ids)} tokens; with --max-tokens "
+            f"{request.max_tokens} that is more than the {context_length} that the model can hold."
+        )
+    cut = sum(e.num_answer_tokens > request.max_tokens for e in encoded)
+    if cut:
+        message = f"{cut} right answers are longer than --max-tokens {request.max_tokens}: they cannot be given."
+        listen(Progress("warning", message=message))
+
+
+def _fingerprint(request: EvaluateRequest, contenders: Contenders) -> str:
+    """What answers and likelihoods depend on: the data, the prompts' form, and who is asked."""
+    parts = [contenders.names, request.max_tokens, request.max_length, request.render, request.instruction]
+    parts += [request.model, request.server, request.dtype]
+    digest = hashlib.sha256(json.dumps(parts).encode() + request.data.read_bytes())
+    if not request.server:
+        for folder in request.adapters:
+            digest.update((Path(folder) / TENSOR_FILE).read_bytes())
+    return digest.hexdigest()
+
+
+def _names_of(folders: Sequence[str]) -> dict[str, Path]:
+    """Short names for folders: the last part, numbered where two are alike (PEFT forbids dots in names)."""
+    names: dict[str, Path] = {}
+    for folder in folders:
+        path = Path(folder)
+        stem = path.resolve().name.replace(".", "_")
+        name, count = stem, 2
+        while name in names or name == BASE:
+            name, count = f"{stem}-{count}", count + 1
+        names[name] = path
+    return names

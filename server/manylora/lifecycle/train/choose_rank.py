@@ -1,0 +1,250 @@
+"""`manylora choose-rank`: cross-validation over ranks and targets, and the smallest that is as good as the best."""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from manylora.errors import InvalidRequest
+from manylora.lifecycle.base import Base, load_base, load_tokenizer, memory_faults
+from manylora.lifecycle.data.data import Dataset, read_dataset
+from manylora.lifecycle.data.encoding import Encoded, Encoder
+from manylora.lifecycle.data.lengths import tell_lengths
+from manylora.lifecycle.extras import decoration, need
+from manylora.lifecycle.journal import Journal
+from manylora.lifecycle.output import atomic_file, atomic_folder, refuse_existing, write_json
+from manylora.lifecycle.plots import rank_curve
+from manylora.lifecycle.progress import Listener, Progress, ignore
+from manylora.lifecycle.train.checkpoint import checkpoint_path
+from manylora.lifecycle.train.config import LoraShape, TrainConfig, check_settings
+from manylora.lifecycle.train.train import MEMORY_ADVICE, TrainResult, add_lora, train
+from manylora.lifecycle.train.training import Trainer
+
+
+@dataclass(frozen=True, slots=True)
+class ChooseConfig:
+    """`training` holds the data and everything but the rank; its `out` is where the final adapter goes.
+
+    `targets` are the sets of linears to compare; empty: the training's own.
+    """
+
+    training: TrainConfig
+    ranks: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    folds: int = 5
+    targets: tuple[tuple[str, ...], ...] = ()
+    train_final: bool = False
+
+    @property
+    def shapes(self) -> list[LoraShape]:
+        sets = self.targets or (self.training.lora.targets,)
+        return [replace(self.training.lora, rank=rank, targets=names) for names in sets for rank in sorted(self.ranks)]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One shape's held-out losses, fold by fold, in nats per answer token."""
+
+    shape: LoraShape
+    size_bytes: int
+    losses: tuple[float, ...] = field(default=())
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.losses))
+
+    @property
+    def standard_error(self) -> float:
+        return float(np.std(self.losses, ddof=1) / math.sqrt(len(self.losses)))
+
+
+def choose_rank(
+    config: ChooseConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    listen: Listener = ignore,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> tuple[dict[str, Any] | None, TrainResult | None]:
+    """The report (None after an interruption) and the final training (None unless asked for).
+
+    Raises InvalidRequest for bad input before the model is loaded.
+    """
+    need("peft", "sklearn", "matplotlib")
+    dataset = _check(config, resume=resume, overwrite=overwrite)
+    out = config.training.out
+    journal = Journal(
+        out.parent / f".{out.name}.ranks.json", _fingerprint(config), resume=resume, overwrite=overwrite, what="search"
+    )
+    candidates = _candidates(config, dataset, journal, listen, should_stop)
+    if candidates is None:
+        return None, None
+    chosen = one_standard_error(candidates)
+    report = _report(config, dataset, candidates, chosen)
+    with atomic_folder(ranks_folder(out)) as draft:
+        write_json(draft / "ranks.json", report)
+    with decoration("The curve of ranks", listen), atomic_file(ranks_folder(out) / "ranks.png") as draft:
+        rank_curve(draft, report["candidates"], report["chosen"])
+    trained = None
+    if config.train_final:
+        final = replace(config.training, lora=chosen.shape)
+        going_on = resume and checkpoint_path(final.out).exists()
+        trained = train(final, resume=going_on, overwrite=overwrite, listen=listen, should_stop=should_stop)
+    if trained is None or trained.finished:
+        journal.discard()
+    return report, trained
+
+
+def ranks_folder(out: Path) -> Path:
+    """Where table and plot go: beside the final adapter's place."""
+    return out.parent / f"{out.name}.ranks"
+
+
+def _candidates(
+    config: ChooseConfig, dataset: Dataset, journal: Journal, listen: Listener, should_stop: Callable[[], bool]
+) -> list[Candidate] | None:
+    training = config.training
+    tokenizer, context_length = load_tokenizer(training.base)
+    encoder = Encoder(
+        tokenizer, render=training.render, instruction=training.instruction, max_length=training.max_length
+    )
+    encoded = encoder.encode(dataset, context_length=context_length)
+    tell_lengths("--data", encoded, listen)
+    if training.threads:
+        torch.set_num_threads(training.threads)
+    base = load_base(
+        training.base, name=training.base_name, device=training.device, dtype=training.dtype,
+        max_length=training.max_length,
+    )  # fmt: skip
+    with memory_faults(MEMORY_ADVICE):
+        return _cross_validate(config, base, encoded, journal, listen, should_stop)
+
+
+def one_standard_error(candidates: Sequence[Candidate]) -> Candidate:
+    """The smallest candidate whose mean loss is within one standard error of the best one's."""
+    best = min(candidates, key=lambda c: c.mean)
+    good = [c for c in candidates if c.mean <= best.mean + best.standard_error]
+    return min(good, key=lambda c: (c.size_bytes, c.mean))
+
+
+def split_folds(examples: Sequence[Encoded], folds: int, seed: int) -> list[np.ndarray[Any, Any]]:
+    """Indices of each fold's held-out examples; with labels, each fold has its share of every label."""
+    from sklearn.model_selection import KFold, StratifiedKFold
+
+    labels = [e.example.label for e in examples]
+    kind = KFold if None in labels else StratifiedKFold
+    splits = kind(n_splits=folds, shuffle=True, random_state=seed).split(np.zeros(len(labels)), labels)
+    return [held_out for _, held_out in splits]
+
+
+def _cross_validate(
+    config: ChooseConfig,
+    base: Base,
+    encoded: Sequence[Encoded],
+    journal: Journal,
+    listen: Listener,
+    should_stop: Callable[[], bool],
+) -> list[Candidate] | None:
+    folds = split_folds(encoded, config.folds, config.training.schedule.seed)
+    done, total = 0, len(config.shapes) * len(folds)
+    candidates, seconds = [], []
+    for shape in config.shapes:
+        losses, size = [], 0
+        for number, held_out in enumerate(folds):
+            key = json.dumps([asdict(shape), number])
+            if key not in journal.results:
+                started = time.monotonic()
+                found = _one_fold(config, base, encoded, held_out, shape, should_stop)
+                if found is None:
+                    return None
+                seconds.append(time.monotonic() - started)
+                journal.add(key, found)
+            loss, size = journal.results[key][0], int(journal.results[key][1])
+            losses.append(loss)
+            done += 1
+            values = {"loss": loss}
+            if seconds:
+                values["remaining_s"] = sum(seconds) / len(seconds) * (total - done)
+            listen(Progress("cross-validate", done, total, values=values))
+        candidates.append(Candidate(shape, size, tuple(losses)))
+    return candidates
+
+
+def _one_fold(
+    config: ChooseConfig,
+    base: Base,
+    encoded: Sequence[Encoded],
+    held_out: np.ndarray[Any, Any],
+    shape: LoraShape,
+    should_stop: Callable[[], bool],
+) -> tuple[float, int] | None:
+    """(held-out loss, bytes in bfloat16) of one training, or None when it was told to stop."""
+    out = set(held_out.tolist())
+    rows = [e for i, e in enumerate(encoded) if i not in out]
+    torch.manual_seed(config.training.schedule.seed)
+    model = add_lora(base, shape)
+    try:
+        trainer = Trainer(model, base, rows, [], replace(config.training.schedule, early_stop=0))
+        if not trainer.run(ignore, should_stop, lambda: None):
+            return None
+        size = 2 * sum(p.numel() for p in trainer.parameters.values())
+        return trainer.evaluation_loss([encoded[i] for i in held_out]), size
+    finally:
+        model.unload()
+
+
+def _check(config: ChooseConfig, *, resume: bool, overwrite: bool) -> Dataset:
+    if not config.ranks or min(config.ranks) < 1 or len(set(config.ranks)) != len(config.ranks):
+        raise InvalidRequest("--ranks must be different numbers from 1 up, as in 1,2,4,8.")
+    if config.folds < 2:
+        raise InvalidRequest(f"--folds must be at least 2, not {config.folds}.")
+    training = config.training
+    check_settings(training.lora, training.schedule, training.max_length, training.threads)
+    # an interrupted final training comes after the table was written
+    refuse_existing(ranks_folder(training.out), overwrite=overwrite or resume)
+    if config.train_final:
+        refuse_existing(training.out, overwrite=overwrite)
+    dataset = read_dataset(training.data, min_labels=2)
+    smallest = min((sum(e.label == label for e in dataset.examples) for label in dataset.labels), default=len(dataset))
+    if smallest < config.folds:
+        raise InvalidRequest(f"--folds {config.folds} needs that many examples (of every label); there are {smallest}.")
+    return dataset
+
+
+def _fingerprint(config: ChooseConfig) -> str:
+    training = config.training
+    parts = [asdict(training.schedule), training.instruction, training.render, config.folds]
+    text = json.dumps([*parts, training.max_length, training.dtype, training.base], sort_keys=True)
+    return hashlib.sha256(text.encode() + training.data.read_bytes()).hexdigest()
+
+
+def _report(
+    config: ChooseConfig, dataset: Dataset, candidates: Sequence[Candidate], chosen: Candidate
+) -> dict[str, Any]:
+    rows = [
+        {
+            "rank": c.shape.rank,
+            "targets": list(c.shape.targets),
+            "size_bytes": c.size_bytes,
+            "losses": list(c.losses),
+            "mean": c.mean,
+            "standard_error": c.standard_error,
+        }
+        for c in candidates
+    ]
+    return {
+        "data": config.training.data.name,
+        "num_examples": len(dataset),
+        "folds": config.folds,
+        "schedule": asdict(config.training.schedule),
+        "score": "held-out loss in nats per answer token",
+        "rule": "one standard error",
+        "candidates": rows,
+        "chosen": rows[list(candidates).index(chosen)],
+    }

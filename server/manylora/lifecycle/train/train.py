@@ -1,0 +1,200 @@
+"""`manylora train`: data in, an adapter in PEFT layout out, with its loss curve, report and card."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from manylora.errors import InvalidRequest
+from manylora.lifecycle.adapter_files import plain_config, write_adapter
+from manylora.lifecycle.base import Base, load_base, load_tokenizer, memory_faults, quiet_peft
+from manylora.lifecycle.card import Card, write_card
+from manylora.lifecycle.data.batches import epoch_order, padding_share
+from manylora.lifecycle.data.data import Dataset
+from manylora.lifecycle.data.encoding import Encoded, Encoder
+from manylora.lifecycle.data.lengths import length_statistics, tell_lengths
+from manylora.lifecycle.extras import decoration, need
+from manylora.lifecycle.output import atomic_file, report_folder, result_and_report, write_json
+from manylora.lifecycle.plots import loss_curve
+from manylora.lifecycle.progress import Listener, ignore
+from manylora.lifecycle.train.checkpoint import checkpoint_path, discard_checkpoint, load_checkpoint, save_checkpoint
+from manylora.lifecycle.train.config import LoraShape, TrainConfig, check, check_checkpoint
+from manylora.lifecycle.train.training import Diverged, Trainer
+
+__all__ = ["LoraShape", "TrainConfig", "TrainResult", "add_lora", "encode", "prepare", "report_folder", "train"]
+
+REPORT = "train.json"
+CURVE = "loss.png"
+MEMORY_ADVICE = "Lower --batch-size (and raise --accumulate as much, for the same result), or --max-length."
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What came out. `finished` is False after an interruption; then only the checkpoint exists."""
+
+    finished: bool
+    out: Path
+    report: dict[str, Any]
+
+
+def train(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    listen: Listener = ignore,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> TrainResult:
+    """Train an adapter and write it to `config.out`, whole or not at all.
+
+    All input is checked before the model is loaded. Raises InvalidRequest for bad data or settings,
+    ManyloraError when training diverges or the disk is full.
+    """
+    need("peft", "matplotlib")
+    train_set, held_out = check(config, overwrite=overwrite, listen=listen)
+    checkpoint = checkpoint_path(config.out)
+    check_checkpoint(checkpoint, resume=resume, overwrite=overwrite)
+    data = encode(config, train_set, held_out, listen)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    base = load_base(
+        config.base, name=config.base_name, device=config.device, dtype=config.dtype, max_length=config.max_length
+    )
+    trainer = prepare(config, base, data)
+    fingerprint = _fingerprint(config)
+    if resume:
+        load_checkpoint(checkpoint, trainer, fingerprint)
+    try:
+        with memory_faults(MEMORY_ADVICE):
+            finished = trainer.run(listen, should_stop, lambda: save_checkpoint(checkpoint, trainer, fingerprint))
+    except Diverged:
+        discard_checkpoint(checkpoint)  # going on from there would only diverge again
+        raise
+    report = _report(config, base, trainer, data, train_set)
+    if not finished:
+        return TrainResult(False, config.out, report)
+    _write(config, base, trainer, report)
+    discard_checkpoint(checkpoint)
+    with decoration("The loss curve", listen), atomic_file(report_folder(config.out) / CURVE) as draft:
+        loss_curve(draft, report["train_loss"], report["eval_loss"], report["best_step"])
+    return TrainResult(True, config.out, report)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainData:
+    """The examples as tokens, and what is to be said of their lengths. `padding` is its share of all positions."""
+
+    train: list[Encoded]
+    held_out: list[Encoded]
+    lengths: dict[str, Any]
+    padding: float
+
+
+def encode(config: TrainConfig, train_set: Dataset, held_out: Dataset | None, listen: Listener) -> TrainData:
+    """Both files as tokens, with their lengths told; needs the base's tokenizer only.
+
+    Raises InvalidRequest naming the rows that the model cannot hold.
+    """
+    tokenizer, context_length = load_tokenizer(config.base)
+    encoder = Encoder(tokenizer, render=config.render, instruction=config.instruction, max_length=config.max_length)
+    train = encoder.encode(train_set, context_length=context_length)
+    evaluation = encoder.encode(held_out, context_length=context_length) if held_out else []
+    lengths = [len(e) for e in train]
+    batches = epoch_order(lengths, config.schedule.batch_size, seed=config.schedule.seed, epoch=0)
+    padding = padding_share(lengths, batches)
+    tell_lengths("--data", train, listen, f"; {padding:.1%} padding in batches of like length")
+    if evaluation:
+        tell_lengths("--eval", evaluation, listen)
+    told = {"train": asdict(length_statistics(train)), "eval": None}
+    if evaluation:
+        told["eval"] = asdict(length_statistics(evaluation))
+    return TrainData(train, evaluation, told, padding)
+
+
+def prepare(config: TrainConfig, base: Base, data: TrainData) -> Trainer:
+    """The trainer on fresh low-rank matrices, the same for the same seed."""
+    torch.manual_seed(config.schedule.seed)
+    return Trainer(add_lora(base, config.lora), base, data.train, data.held_out, config.schedule)
+
+
+def add_lora(base: Base, shape: LoraShape) -> Any:
+    """The base wrapped by PEFT with new matrices: A random, B zero, so that it starts as the base.
+
+    Raises InvalidRequest when a target names no linear of the model.
+    """
+    from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
+
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=shape.rank,
+        lora_alpha=shape.rank * 2 if shape.alpha is None else shape.alpha,
+        lora_dropout=shape.dropout,
+        use_rslora=shape.rslora,
+        target_modules=list(shape.targets) or "all-linear",
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.model.modules()),
+    )
+    try:
+        with quiet_peft():
+            return get_peft_model(base.model, config)
+    except ValueError as error:
+        raise InvalidRequest(f"--targets {','.join(shape.targets)}: {error}") from error
+
+
+def _fingerprint(config: TrainConfig) -> str:
+    """What a checkpoint belongs to: the settings and the bytes of the data."""
+    digest = hashlib.sha256(json.dumps(_settings(config), sort_keys=True).encode())
+    for path in (config.data, config.eval_data):
+        if path is not None:
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    """The settings without what differs from machine to machine: folders and the command's spelling."""
+    values = asdict(replace(config, command="", threads=None))
+    for key in ("data", "eval_data", "out", "base"):
+        values[key] = Path(values[key]).name if values[key] is not None else None
+    return values
+
+
+def _report(config: TrainConfig, base: Base, trainer: Trainer, data: TrainData, train_set: Dataset) -> dict[str, Any]:
+    history = trainer.history
+    said = trainer.estimate
+    estimate = None if said is None else {"after_step": said[0], "seconds": round(said[1], 1)}
+    return {
+        "settings": _settings(config),
+        "base": base.name,
+        "dtype": str(base.model.dtype).removeprefix("torch."),
+        "device": base.device.type,
+        "lengths": data.lengths,
+        "padding": round(data.padding, 4),
+        "labels": list(train_set.labels),
+        "num_eval_examples": len(data.held_out),
+        "num_parameters": sum(p.numel() for p in trainer.parameters.values()),
+        "steps": history.step,
+        "tokens": history.num_tokens,
+        "seconds": round(history.seconds, 1),
+        "estimate": estimate,
+        "best_step": history.best_step,
+        "best_eval_loss": history.best_loss if history.eval_loss else None,
+        "train_loss": history.train_loss,
+        "eval_loss": history.eval_loss,
+        "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _write(config: TrainConfig, base: Base, trainer: Trainer, report: dict[str, Any]) -> None:
+    from peft import get_peft_model_state_dict
+
+    model: Any = trainer.model
+    tensors = {k: v.detach().to("cpu", torch.bfloat16) for k, v in get_peft_model_state_dict(model).items()}
+    with result_and_report(config.out) as (result, beside):
+        report["size_bytes"] = write_adapter(result, plain_config(model.peft_config["default"], base.name), tensors)
+        write_card(result, Card.of_training(config.title or config.out.name, config.command, report))
+        write_json(beside / REPORT, report)

@@ -1,0 +1,230 @@
+"""The training loop: only the low-rank parameters move, and it can stop and go on anywhere."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from manylora.errors import ManyloraError
+from manylora.lifecycle.base import Base, accepts_logits_to_keep
+from manylora.lifecycle.data.batches import answer_nll, collate, epoch_order, sorted_batches
+from manylora.lifecycle.data.encoding import Encoded
+from manylora.lifecycle.progress import Listener, Progress
+from manylora.lifecycle.train.pace import Pace, in_words
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How to optimise. `accumulate` batches make one step; `early_stop` evaluations without gain end it (0: never)."""
+
+    epochs: int = 3
+    batch_size: int = 8
+    accumulate: int = 1
+    lr: float = 5e-4
+    warmup: float = 0.06
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    early_stop: int = 0
+    eval_every: int = 0  # steps between evaluations; 0: once an epoch
+    checkpoint_every: int = 50
+    seed: int = 0
+
+
+@dataclass(slots=True)
+class History:
+    """What happened so far; together with weights, optimizer and random state it is a checkpoint."""
+
+    step: int = 0
+    num_tokens: int = 0
+    seconds: float = 0.0
+    train_loss: list[tuple[int, float]] = field(default_factory=list)
+    eval_loss: list[tuple[int, float]] = field(default_factory=list)
+    best_step: int = 0
+    best_loss: float = math.inf
+    stale: int = 0  # evaluations since the best one
+
+
+class Diverged(ManyloraError):
+    """The loss or a gradient is no longer a number."""
+
+
+class Trainer:
+    """Trains the parameters of `model` that require a gradient.
+
+    `run` returns whether it reached the end (False: `should_stop` said so). Raises Diverged when the
+    loss stops being a number. `estimate` is what was first said about the whole time: (after step, seconds).
+    """
+
+    def __init__(
+        self, model: nn.Module, base: Base, train: Sequence[Encoded], held_out: Sequence[Encoded], schedule: Schedule
+    ) -> None:
+        self.model = model
+        self.schedule = schedule
+        self.history = History()
+        self.estimate: tuple[int, float] | None = None
+        self._pace = Pace()
+        self._base = base
+        self._train = train
+        self._held_out = held_out
+        self._tokens_per_epoch, self._held_out_tokens = sum(map(len, train)), sum(map(len, held_out))
+        self._order: tuple[int, list[list[int]]] = (-1, [])
+        self._keeps_logits = accepts_logits_to_keep(base.model)
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=schedule.lr, weight_decay=schedule.weight_decay)
+
+    @property
+    def num_steps(self) -> int:
+        return self.schedule.epochs * self.steps_per_epoch
+
+    @property
+    def steps_per_epoch(self) -> int:
+        batches = math.ceil(len(self._train) / self.schedule.batch_size)
+        return math.ceil(batches / self.schedule.accumulate)
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up, then a cosine to zero. `step` counts from 0."""
+        warmup = max(1, round(self.schedule.warmup * self.num_steps))
+        if step < warmup:
+            return self.schedule.lr * (step + 1) / warmup
+        done = (step - warmup) / max(1, self.num_steps - warmup)
+        return self.schedule.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+    def run(self, listen: Listener, should_stop: Callable[[], bool], on_checkpoint: Callable[[], None]) -> bool:
+        while self.history.step < self.num_steps and not self._is_stale:
+            if should_stop():
+                on_checkpoint()
+                return False
+            loss = self._timed_step()
+            if self._evaluates_after(self.history.step):
+                self._evaluate(listen)
+            self._tell(listen, loss)
+            if self.history.step % self.schedule.checkpoint_every == 0:
+                on_checkpoint()
+        self._keep_best()
+        return True
+
+    @property
+    def _is_stale(self) -> bool:
+        return 0 < self.schedule.early_stop <= self.history.stale
+
+    @property
+    def _evaluation_interval(self) -> int:
+        return self.schedule.eval_every or self.steps_per_epoch
+
+    def _evaluates_after(self, step: int) -> bool:
+        return bool(self._held_out) and (step % self._evaluation_interval == 0 or step == self.num_steps)
+
+    def _timed_step(self) -> float:
+        started, tokens = time.monotonic(), self.history.num_tokens
+        loss = self._step()
+        seconds = time.monotonic() - started
+        self.history.seconds += seconds
+        self.history.train_loss.append((self.history.step, loss))
+        self._pace.step_s.append(seconds)
+        self._pace.step_tokens.append(self.history.num_tokens - tokens)
+        return loss
+
+    def evaluation_loss(self, examples: Sequence[Encoded]) -> float:
+        """Mean negative log-likelihood per answer token, in nats."""
+        self.model.eval()
+        total, count = 0.0, 0
+        with torch.inference_mode():
+            for indices in sorted_batches(examples, self.schedule.batch_size * 2):
+                batch = collate([examples[i] for i in indices], pad_id=self._base.pad_id, device=self._base.device)
+                total += float(answer_nll(self.model, batch, keeps_logits=self._keeps_logits).sum())
+                count += batch.num_targets
+        return total / count
+
+    def _step(self) -> float:
+        """One optimizer step over `accumulate` batches; the loss is the mean over their answer tokens."""
+        epoch, within = divmod(self.history.step, self.steps_per_epoch)
+        group = self._batches(epoch)[within * self.schedule.accumulate : (within + 1) * self.schedule.accumulate]
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        count = sum(self._train[i].num_answer_tokens for indices in group for i in indices)
+        loss = 0.0
+        for indices in group:
+            batch = collate([self._train[i] for i in indices], pad_id=self._base.pad_id, device=self._base.device)
+            part = answer_nll(self.model, batch, keeps_logits=self._keeps_logits).sum() / count
+            torch.autograd.backward(part)
+            loss += float(part.detach())
+            self.history.num_tokens += batch.num_tokens
+        norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.schedule.max_grad_norm))
+        self._check(loss, norm, [self._train[i].example.row for indices in group for i in indices])
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = self.learning_rate(self.history.step)
+        self.optimizer.step()
+        self.history.step += 1
+        return loss
+
+    def _batches(self, epoch: int) -> list[list[int]]:
+        if self._order[0] != epoch:
+            lengths = [len(e) for e in self._train]
+            batches = epoch_order(lengths, self.schedule.batch_size, seed=self.schedule.seed, epoch=epoch)
+            self._order = (epoch, batches)
+        return self._order[1]
+
+    def _check(self, loss: float, norm: float, rows: list[int]) -> None:
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        shown = ", ".join(str(row) for row in sorted(rows)[:8])
+        what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm}"
+        raise Diverged(
+            f"Training diverged at step {self.history.step + 1} ({what}) on rows {shown}. "
+            "Lower --lr, or look at these rows. No adapter was written."
+        )
+
+    def _evaluate(self, listen: Listener) -> None:
+        listen(Progress("evaluate", self.history.step, self.num_steps))
+        started = time.monotonic()
+        loss = self.evaluation_loss(self._held_out)
+        seconds = time.monotonic() - started
+        self.history.seconds += seconds
+        self._pace.evaluation_s.append(seconds)
+        if not math.isfinite(loss):
+            raise Diverged(
+                f"The evaluation loss after step {self.history.step} is {loss}. Lower --lr, or look at the rows of "
+                "--eval. No adapter was written."
+            )
+        self.history.eval_loss.append((self.history.step, loss))
+        if loss < self.history.best_loss:
+            self.history.best_loss, self.history.best_step, self.history.stale = loss, self.history.step, 0
+            self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
+        else:
+            self.history.stale += 1
+
+    def _keep_best(self) -> None:
+        if not self.history.eval_loss:
+            self.history.best_step = self.history.step
+            return
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(self.best[name])
+
+    def _tell(self, listen: Listener, loss: float) -> None:
+        values: dict[str, float] = {"loss": loss}
+        if self.history.eval_loss:
+            values["eval_loss"] = self.history.eval_loss[-1][1]
+        remaining = self._remaining_s()
+        if remaining is not None:
+            values["remaining_s"] = remaining
+        listen(Progress("train", self.history.step, self.num_steps, values=values))
+        if remaining is not None and self.estimate is None:
+            self.estimate = (self.history.step, self.history.seconds + remaining)
+            sooner = "; early stopping may end it sooner" if self.schedule.early_stop else ""
+            listen(Progress("estimate", message=f"about {in_words(remaining)} to go, by the first steps{sooner}"))
+
+    def _remaining_s(self) -> float | None:
+        tokens_left = self.schedule.epochs * self._tokens_per_epoch - self.history.num_tokens
+        return self._pace.remaining_s(max(0, tokens_left), self._evaluations_left(), self._held_out_tokens)
+
+    def _evaluations_left(self) -> int:
+        if not self._held_out or self.history.step >= self.num_steps:
+            return 0
+        every = self._evaluation_interval
+        at_the_end = self.num_steps % every != 0
+        return self.num_steps // every - self.history.step // every + at_the_end

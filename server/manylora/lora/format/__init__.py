@@ -1,0 +1,1 @@
+"""Reads and validates an adapter folder in PEFT's layout."""

@@ -1,0 +1,252 @@
+"""`adapter_config.json`: read strictly, every fault at once."""
+
+import json
+import math
+from collections.abc import Callable, Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from manylora.identity import CONFIG_FILE
+from manylora.lora.format import strict_json
+from manylora.lora.format.peft_fields import (
+    HARMLESS_INITS,
+    KNOWN,
+    MUTATING_INITS,
+    OTHER_LAYOUT,
+    OTHER_TASKS,
+    REFUSED,
+    is_off,
+)
+from manylora.lora.format.problems import Problems, shown
+from manylora.lora.format.tensors import read_bytes
+
+MAX_CONFIG_BYTES = 2**20
+# Of one list or one table; the models with the most adaptable modules have some eighteen thousand.
+MAX_NAMES = 20_000
+MAX_LAYERS_PATTERNS = 16
+ALL_LINEAR = "all-linear"
+# Sets to PEFT, which therefore writes them in any order.
+_SETS = ("target_modules", "exclude_modules")
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """The keys that matter for serving. `str` in place of a tuple of names is a regular expression."""
+
+    rank: int
+    alpha: float
+    use_rslora: bool
+    target_modules: tuple[str, ...] | str
+    exclude_modules: tuple[str, ...] | str
+    layers_to_transform: frozenset[int] | None
+    layers_pattern: tuple[str, ...]
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+    base_model_name_or_path: str | None
+    has_plain_layout: bool
+
+    def scale(self, rank: int, alpha: float) -> float:
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+
+def read_json(path: Path, problems: Problems) -> dict[str, Any] | None:
+    """The config's JSON object, or None with a `bad_config` problem. Raises OSError."""
+    data = read_bytes(path, MAX_CONFIG_BYTES)
+    if len(data) > MAX_CONFIG_BYTES:
+        problems.add("bad_config", CONFIG_FILE, f"It is larger than {MAX_CONFIG_BYTES} bytes; a config is a few KiB.")
+        return None
+    try:
+        return strict_json.loads(data)
+    except strict_json.JsonFault as fault:
+        problems.add("bad_config", CONFIG_FILE, f"Not valid JSON: {fault}. Write it with PEFT's save_pretrained.")
+        return None
+
+
+def canonical(raw: dict[str, Any]) -> bytes:
+    """The config as bytes that do not depend on key order, white space or the order of PEFT's sets."""
+    ordered = {
+        key: sorted(value)
+        if key in _SETS and isinstance(value, list) and all(isinstance(name, str) for name in value)
+        else value
+        for key, value in raw.items()
+    }
+    return json.dumps(ordered, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+
+
+def parse(raw: dict[str, Any], problems: Problems, warnings: list[str]) -> LoraSettings | None:
+    """The settings in `raw`; None where they are unusable, with the reasons in `problems`.
+
+    Unsupported features alone are problems, but do not make the result None.
+    """
+    if not _is_lora(raw, problems):
+        return None
+    _check_keys(raw, problems, warnings)
+    _check_features(raw, problems)
+    fields = _Fields(raw, problems)
+    settings = fields.settings()
+    return None if fields.is_bad else settings
+
+
+def _is_lora(raw: dict[str, Any], problems: Problems) -> bool:
+    where, kind = f"{CONFIG_FILE}: peft_type", raw.get("peft_type")
+    if kind == "LORA":
+        return True
+    if isinstance(kind, str) and kind:
+        problems.add(
+            "unsupported_feature", where, f"Adapters of type {shown(kind)} are not served; train a LoRA adapter."
+        )
+    else:
+        problems.add("bad_config", where, f'It must be "LORA", not {shown(kind)}. Is this a PEFT adapter config?')
+    return False
+
+
+def _check_keys(raw: dict[str, Any], problems: Problems, warnings: list[str]) -> None:
+    for key in sorted(raw.keys() - KNOWN):
+        value = raw[key]
+        if value is None or value is False or (isinstance(value, (str, list, dict)) and not value):
+            warnings.append(f"The config key {shown(key)} is unknown here; it is switched off, so it is left aside.")
+        else:
+            problems.add(
+                "unknown_config_key",
+                f"{CONFIG_FILE}: {shown(key)}",
+                "No PEFT up to 0.21 has this LoRA setting, so what it means is not known. Remove it if it is a note.",
+            )
+
+
+def _check_features(raw: dict[str, Any], problems: Problems) -> None:
+    for key, reason in REFUSED.items():
+        if not is_off(key, raw.get(key)):
+            problems.add("unsupported_feature", f"{CONFIG_FILE}: {key}", f"Not served: {reason}.")
+    init, task = raw.get("init_lora_weights"), raw.get("task_type")
+    if isinstance(init, str) and init.lower().startswith(MUTATING_INITS):
+        problems.add(
+            "unsupported_feature",
+            f"{CONFIG_FILE}: init_lora_weights",
+            f"{shown(init)} moved part of the base's weights into the adapter, so it is wrong on the unchanged base. "
+            "Convert it: save_pretrained(..., path_initial_model_for_weight_conversion=...), see PEFT's guide.",
+        )
+    elif not (init is None or isinstance(init, bool) or (isinstance(init, str) and init in HARMLESS_INITS)):
+        problems.add("bad_config", f"{CONFIG_FILE}: init_lora_weights", f"{shown(init)} is not one of PEFT's values.")
+    if isinstance(task, str) and task in OTHER_TASKS:
+        problems.add(
+            "unsupported_feature",
+            f"{CONFIG_FILE}: task_type",
+            f"Trained for {task}; only text generation (CAUSAL_LM) is served.",
+        )
+    elif task not in (None, "CAUSAL_LM"):
+        problems.add("bad_config", f"{CONFIG_FILE}: task_type", f"{shown(task)} is not one of PEFT's task types.")
+
+
+def _is_int(value: Any) -> bool:
+    return type(value) is int
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**63
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e30
+
+
+def _is_share(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= 1
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
+
+
+class _Fields:
+    """Takes typed values out of the raw config; remembers whether any was bad."""
+
+    def __init__(self, raw: dict[str, Any], problems: Problems) -> None:
+        self._raw = raw
+        self._problems = problems
+        self.is_bad = False
+
+    def bad(self, key: str, message: str) -> None:
+        self.is_bad = True
+        self._problems.add("bad_config", f"{CONFIG_FILE}: {key}", message)
+
+    def take(self, key: str, default: Any, is_valid: Callable[[Any], bool], expected: str) -> Any:
+        value = self._raw.get(key)
+        if value is None:
+            return default
+        if is_valid(value):
+            return value
+        self.bad(key, f"It must be {expected}, not {shown(value)}.")
+        return default
+
+    def names(self, key: str, most: int = MAX_NAMES) -> tuple[str, ...] | str:
+        value = self.take(key, (), lambda v: _is_names(v) or _is_text(v), "a list of module names or one pattern")
+        if isinstance(value, str):
+            return value
+        self._check_length(key, value, most)
+        return tuple(value[:most])
+
+    def _check_length(self, key: str, values: Sized, most: int) -> None:
+        if len(values) > most:
+            self.bad(key, f"It has {len(values)} entries; at most {most} are taken.")
+
+    def table(self, key: str, is_valid: Callable[[Any], bool], expected: str) -> dict[str, Any]:
+        table = self.take(key, {}, lambda v: isinstance(v, dict), "an object")
+        self._check_length(key, table, MAX_NAMES)
+        for name, value in table.items():
+            if not is_valid(value):
+                self.bad(f"{key}[{shown(name)}]", f"It must be {expected}, not {shown(value)}.")
+        return dict(table)
+
+    def layers(self) -> frozenset[int] | None:
+        value = self.take(
+            "layers_to_transform",
+            None,
+            lambda v: _is_int(v) or (isinstance(v, list) and all(_is_int(n) for n in v)),
+            "a layer's number or a list of them",
+        )
+        if value is None or value == []:
+            return None
+        if isinstance(value, list):
+            self._check_length("layers_to_transform", value, MAX_NAMES)
+        return frozenset(value if isinstance(value, list) else [value])
+
+    def rank(self) -> int:
+        if "r" not in self._raw:
+            self.bad("r", "It is missing; PEFT always writes the rank.")
+        return int(self.take("r", 1, _is_positive, "a whole number above 0"))
+
+    def settings(self) -> LoraSettings:
+        target = self.names("target_modules")
+        if not target and is_off("target_parameters", self._raw.get("target_parameters")):
+            self.bad("target_modules", "It is missing or empty; name the adapted modules.")
+        layers = self.layers()
+        pattern = self.names("layers_pattern", MAX_LAYERS_PATTERNS)
+        if isinstance(target, str) and (layers or pattern):
+            self.bad("layers_to_transform", "PEFT does not allow it with a pattern in target_modules; use a list.")
+        if pattern and layers is None:
+            self.bad("layers_pattern", "PEFT does not allow it without layers_to_transform; remove it.")
+        self.take("lora_dropout", 0.0, _is_share, "a number from 0 to 1")
+        self.take("fan_in_fan_out", False, _is_bool, "true or false")
+        return LoraSettings(
+            rank=self.rank(),
+            # PEFT's own default, for files in which it is missing.
+            alpha=self.take("lora_alpha", 8, _is_number, "a number"),
+            use_rslora=self.take("use_rslora", False, _is_bool, "true or false"),
+            target_modules=target,
+            exclude_modules=self.names("exclude_modules"),
+            layers_to_transform=layers,
+            layers_pattern=(pattern,) if isinstance(pattern, str) else pattern,
+            rank_pattern=self.table("rank_pattern", _is_positive, "a whole number above 0"),
+            alpha_pattern=self.table("alpha_pattern", _is_number, "a number"),
+            base_model_name_or_path=self.take("base_model_name_or_path", None, _is_text, "a text"),
+            has_plain_layout=all(is_off(key, self._raw.get(key)) for key in OTHER_LAYOUT),
+        )

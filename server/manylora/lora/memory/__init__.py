@@ -1,0 +1,1 @@
+"""Holds adapters: how they are packed, where they lie, who makes room."""

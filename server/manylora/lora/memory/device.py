@@ -1,0 +1,176 @@
+"""The device tier: who has a place, who may lose it, and what that does to the device's memory."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from manylora.errors import AdapterLoadFailed, Conflict
+from manylora.lora.memory.device_memory import DeviceMemory
+from manylora.lora.memory.entries import Entry, TierEvents
+from manylora.lora.memory.eviction import GreedyDualSizeFrequency
+from manylora.lora.memory.layout import Layout
+from manylora.lora.memory.packing import PackedAdapter
+from manylora.lora.memory.slots import Place, SlotBook
+
+# Bringing an adapter back from disk takes about this many times as long as from host memory: it is parsed and packed.
+DISK_COST = 8.0
+
+
+class DeviceTier:
+    """Places on the device. Not thread-safe: `AdapterTiers` holds its lock, but for `fill`."""
+
+    def __init__(
+        self, book: SlotBook, memory: DeviceMemory, events: TierEvents, on_evicted: Callable[[Entry], None]
+    ) -> None:
+        self.book = book
+        self.memory = memory
+        self._events = events
+        self._on_evicted = on_evicted
+        self._policy: GreedyDualSizeFrequency[str] = GreedyDualSizeFrequency()
+        self._placed: dict[str, Entry] = {}
+        self._evictable: dict[str, Entry] = {}
+        self._claimed: dict[str, Entry] = {}  # idle, and kept for a request that waits in the queue
+
+    def entries(self) -> list[Entry]:
+        return list(self._placed.values())
+
+    def refile(self, entry: Entry) -> bool:
+        """Its users, pin or claim have changed. True if it may be evicted now and might not before."""
+        key = entry.ref.id
+        was_evictable = self._evictable.pop(key, None) is not None
+        self._claimed.pop(key, None)
+        if not entry.is_idle:
+            return False
+        (self._claimed if entry.is_claimed else self._evictable)[key] = entry
+        return not entry.is_claimed and not was_evictable
+
+    def count_use(self, entry: Entry, *, is_on_host: bool) -> None:
+        cost = entry.size_bytes * (1.0 if is_on_host else DISK_COST)
+        self._policy.on_use(entry.ref.id, entry.size_bytes, cost)
+
+    def num_chances(self, entry: Entry, typical_bytes: int) -> int:
+        """How many adapters like this one might find a place now. A guess: of unread ones the size is not known."""
+        size = max(1, entry.size_bytes or typical_bytes)
+        free = min(self.book.num_slots - self.book.num_used, self.book.free_bytes // size)
+        return free + len(self._victims(entry))
+
+    def _victims(self, entry: Entry) -> Mapping[str, Entry]:
+        return self._evictable or (self._claimed if entry.is_hurried else {})
+
+    def make_room(self, entry: Entry, packed: PackedAdapter) -> bool:
+        """Give `entry` a place, evicting idle adapters as needed; False while all that could leave is in use.
+
+        Raises AdapterLoadFailed where waiting would be for ever.
+        """
+        if not self.book.can_ever_hold(packed.layout):
+            raise AdapterLoadFailed(
+                f"The adapter needs {packed.size_bytes} bytes on the device and the whole budget is "
+                f"{self.book.budget_bytes}: raise --adapter-memory."
+            )
+        place = self._reserve(packed.layout)
+        while place is None:
+            victim = self._policy.victim(self._victims(entry))
+            if victim is None:
+                self._check_room_beside_pins(packed)
+                return False
+            evicted = self._placed[victim]
+            self.evict(evicted)
+            self._events.on_eviction(evicted.ref, "device")
+            self._on_evicted(evicted)
+            place = self._reserve(packed.layout)
+        entry.place = place
+        self._placed[entry.ref.id] = entry
+        self._events.on_enter(entry.ref)
+        with self._given_back_on_error(entry):
+            if place.is_new_slab:
+                self.memory.allocate(place, packed.layout, self.book.places_in(place.slab))
+        return True
+
+    def _reserve(self, layout: Layout) -> Place | None:
+        """A place, where bytes are free: also those that slabs of other layouts have and do not use."""
+        place = self.book.reserve(layout)
+        while place is None:
+            # Who is being filled stays where it is: another thread writes there.
+            fixed = {e.place.slab for e in self._placed.values() if e.place is not None and not e.is_resident}
+            slab = self.book.wasteful(layout, fixed)
+            if slab is None:
+                return None
+            places = self.book.compacted(slab)
+            self.memory.move(places)
+            self.book.compact(slab, places)
+            entries = {e.place.slot: e for e in self._placed.values() if e.place is not None}
+            for moved in places:
+                entries[moved.slot].place = moved
+            place = self.book.reserve(layout)
+        return place
+
+    @property
+    def has_unused_places(self) -> bool:
+        """Whether slabs hold more than their adapters take."""
+        return self.book.free_bytes > self.book.budget_bytes - self.book.used_bytes
+
+    def _check_room_beside_pins(self, packed: PackedAdapter) -> None:
+        num_pinned = sum(entry.is_pinned and entry.is_resident for entry in self._placed.values())
+        if num_pinned == len(self._placed):
+            raise AdapterLoadFailed(
+                f"The pinned adapters leave no room for this one ({packed.size_bytes} bytes): "
+                "unpin one, or raise --adapter-memory or --max-slots."
+            )
+
+    def check_pins(self, pinned: list[Entry], entry: Entry) -> None:
+        """Whether `entry` may be pinned beside `pinned`. Raises Conflict."""
+        size = sum(each.size_bytes for each in (*pinned, entry))
+        if len(pinned) + 1 >= self.book.num_slots or size >= self.book.budget_bytes:
+            raise Conflict(
+                "With one more pinned adapter there would be no room on the device for any other. Unpin one, or raise "
+                "--max-slots and --adapter-memory."
+            )
+
+    def fill(self, entry: Entry, packed: PackedAdapter) -> None:
+        """Copy the weights to its place. Runs beside everything else: nobody knows the place yet."""
+        assert entry.place is not None
+        self.memory.fill(entry.place, packed)
+
+    def publish(self, entry: Entry, packed: PackedAdapter) -> None:
+        """Let kernels find it."""
+        assert entry.place is not None
+        self.memory.publish(entry.place, packed)
+        entry.is_resident = True
+        self.refile(entry)
+
+    def evict(self, entry: Entry) -> None:
+        """Take it off the device, if it is there."""
+        if entry.place is None or not entry.is_resident:
+            return
+        entry.is_resident = entry.is_claimed = False
+        self.refile(entry)
+        self.memory.withdraw(entry.place.slot)
+        self.give_back(entry)
+        self._policy.on_remove(entry.ref.id)
+
+    def give_back(self, entry: Entry) -> None:
+        """Its place is free again."""
+        assert entry.place is not None
+        slot, entry.place = entry.place.slot, None
+        del self._placed[entry.ref.id]
+        self._events.on_leave(entry.ref)
+        slab = self.book.release(slot)
+        if slab is not None:
+            self.memory.free(slab)
+
+    @contextmanager
+    def _given_back_on_error(self, entry: Entry) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.give_back(entry)
+            raise
+
+    def check_integrity(self) -> None:
+        """Slots, bytes and lists of candidates agree."""
+        self.book.check_integrity()
+        self._policy.check_integrity()
+        assert len(self._placed) == self.book.num_used
+        assert not self._evictable.keys() & self._claimed.keys()
+        idle = {key for key, entry in self._placed.items() if entry.is_idle}
+        assert idle == self._evictable.keys() | self._claimed.keys()
+        assert all(entry.is_claimed for entry in self._claimed.values())

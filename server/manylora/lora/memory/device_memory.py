@@ -1,0 +1,200 @@
+"""The device tier's memory: slabs of flat buffers, and the tables by which kernels find an adapter's weights."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from manylora.lora.memory.layout import Extent, Layout
+from manylora.lora.memory.packing import TORCH_DTYPES, PackedAdapter
+from manylora.lora.memory.pages import zeros
+from manylora.lora.memory.slots import Place
+
+# How kernels are told an adapter's number format; csrc/kernels.h has the same.
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+
+
+class TableEntry(NamedTuple):
+    """What kernels are told of one slot at one site; `LoraEntry` of csrc/kernels.h has the same fields in this order.
+
+    `a`, `b`: addresses of A [rank, in_features] and B [rank, out_features]; `rank` 0: the site is not touched, and
+    nothing else is read. `scales`: address of float32 [rank] by which A x is multiplied, or 0. `dtype`: one of
+    `DTYPE_CODES`.
+    """
+
+    a: int = 0
+    b: int = 0
+    rank: int = 0
+    scales: int = 0
+    dtype: int = 0
+    in_features: int = 0
+    out_features: int = 0
+
+
+TABLE_FIELDS = len(TableEntry._fields)
+
+
+@dataclass(frozen=True, slots=True)
+class Slab:
+    """`num_places` adapters of one layout, matrix by matrix: first every place's A of the first module, then every B.
+
+    So the stack of one matrix over all places is contiguous, which batched matmuls need if they are not to copy it.
+    `data` has one dimension of num_places * layout.numel elements. `views`: stacks by offset, as kernels ask for the
+    same ones in every step. `finite`: places whose adapter is known to hold no NaN and no infinity; none in a slab
+    of one place, which has no neighbours to spare, and whose loads are to be one copy.
+    """
+
+    layout: Layout
+    num_places: int
+    data: torch.Tensor
+    views: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
+    finite: set[int] = field(default_factory=set)
+
+    def stack_a(self, extent: Extent) -> torch.Tensor:
+        """A of every place: [places, padded rank, in_features], a view."""
+        return self._stack(extent.a, extent.padded, extent.in_features)
+
+    def stack_b(self, extent: Extent) -> torch.Tensor:
+        """B of every place: [places, padded rank, out_features], a view."""
+        return self._stack(extent.b, extent.padded, extent.out_features)
+
+    def stack_scales(self, extent: Extent) -> torch.Tensor:
+        """The scales of every place, in a layout that has them: [places, padded rank] float32, a view."""
+        return self._stack(extent.scales, extent.padded, self.layout.scale_elements).view(torch.float32)[..., 0]
+
+    def _stack(self, offset: int, rows: int, columns: int) -> torch.Tensor:
+        view = self.views.get(offset)
+        if view is None:
+            start = offset * self.num_places
+            view = self.data[start : start + self.num_places * rows * columns].view(self.num_places, rows, columns)
+            self.views[offset] = view
+        return view
+
+    def fill(self, row: int, packed: PackedAdapter) -> None:
+        """Copy one adapter into its place."""
+        if self.num_places == 1:
+            self.data.copy_(packed.data)
+            return
+        self.finite.discard(row)
+        if not self.layout.has_scales and bool(packed.data.isfinite().all()):
+            self.finite.add(row)
+        for offset, size in self.layout.parts():
+            self._room(offset, size, row).copy_(packed.data[offset : offset + size])
+
+    def _room(self, offset: int, size: int, row: int) -> torch.Tensor:
+        """One place's part of a stack of `size` elements each."""
+        start = offset * self.num_places + row * size
+        return self.data[start : start + size]
+
+    def copy_place(self, row: int, source: "Slab", source_row: int) -> None:
+        """Take over one adapter of another slab of the same layout."""
+        for offset, size in self.layout.parts():
+            self._room(offset, size, row).copy_(source._room(offset, size, source_row))
+        if source_row in source.finite and self.num_places > 1:
+            self.finite.add(row)
+
+
+class DeviceMemory:
+    """Slabs by number, and per site and slot where the weights are.
+
+    `tables` int64 [sites, slots, TABLE_FIELDS] on the device, a `TableEntry` each.
+    `ranks` int32 [sites, slots] on the host, the same ranks.
+    `allocate`, `fill` and `publish` may run beside a step, since no batch names the slot yet, and `withdraw`, since
+    none does any more. `move` may too: where a slot's weights are is read as one value (`locate`), and who has read it
+    keeps the old slab, in which they stay what they were.
+    """
+
+    def __init__(self, num_sites: int, num_slots: int, device: torch.device) -> None:
+        self.device = device
+        self.tables = torch.zeros(num_sites, num_slots, TABLE_FIELDS, dtype=torch.int64, device=device)
+        self.ranks = np.zeros((num_sites, num_slots), dtype=np.int32)
+        self.slabs: dict[int, Slab] = {}
+        self.places: dict[int, Place] = {}
+        self._located: dict[int, tuple[Slab, int]] = {}
+
+    def allocate(self, place: Place, layout: Layout, num_places: int) -> None:
+        """Make the slab that `place` is the first of. On a CPU untouched rows cost no memory."""
+        numel, dtype = num_places * layout.numel, TORCH_DTYPES[layout.dtype]
+        data = zeros(numel, dtype) if self.device.type == "cpu" else torch.empty(numel, dtype=dtype, device=self.device)
+        self.slabs[place.slab] = Slab(layout, num_places, data)
+
+    def fill(self, place: Place, packed: PackedAdapter) -> None:
+        self.slabs[place.slab].fill(place.row, packed)
+
+    def publish(self, place: Place, packed: PackedAdapter) -> None:
+        """Let kernels find the adapter at its slot."""
+        ranks = np.zeros(self.ranks.shape[0], dtype=np.int32)
+        ranks[list(packed.ranks)] = list(packed.ranks.values())
+        self._point(place, ranks)
+        self.ranks[:, place.slot] = ranks
+
+    def _point(self, place: Place, ranks: np.ndarray) -> None:
+        slab = self.slabs[place.slab]
+        rows = np.zeros((self.tables.shape[0], TABLE_FIELDS), dtype=np.int64)
+        code = DTYPE_CODES[slab.data.dtype]
+        for site, extent in slab.layout.extents.items():
+            a, b = slab.stack_a(extent)[place.row], slab.stack_b(extent)[place.row]
+            scales = slab.stack_scales(extent)[place.row].data_ptr() if slab.layout.has_scales else 0
+            rows[site] = TableEntry(
+                a.data_ptr(), b.data_ptr(), int(ranks[site]), scales, code, extent.in_features, extent.out_features
+            )
+        self.tables[:, place.slot] = torch.from_numpy(rows).to(self.device)
+        self._located[place.slot] = slab, place.row
+        self.places[place.slot] = place
+
+    def move(self, places: list[Place]) -> None:
+        """Bring the adapters of these slots, all that their slab has, to a new slab that holds no more than them.
+
+        Both are there for a moment. Where there is no memory for that, nothing has changed.
+        """
+        old = self.places[places[0].slot].slab
+        source = self.slabs[old]
+        self.allocate(places[0], source.layout, len(places))
+        for place in places:
+            self.slabs[place.slab].copy_place(place.row, source, self.places[place.slot].row)
+        for place in places:
+            self._point(place, self.ranks[:, place.slot])
+        self.free(old)
+
+    def withdraw(self, slot: int) -> None:
+        """Make a slot empty for the kernels."""
+        self.tables[:, slot] = 0
+        self.ranks[:, slot] = 0
+        self.places.pop(slot, None)
+        self._located.pop(slot, None)
+
+    def free(self, slab: int) -> None:
+        self.slabs.pop(slab, None)
+
+    def matrices(self, slot: int, site: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """A and B of one slot, true rank only: [r, in] (an embedding's: [vocab, r]) and [r, out]; None if untouched.
+
+        As they are stored, but for scales, which are multiplied into A.
+        """
+        rank = int(self.ranks[site, slot])
+        if not rank:
+            return None
+        slab, row, extent = self._find(slot, site)
+        a, b = slab.stack_a(extent)[row, :rank], slab.stack_b(extent)[row, :rank]
+        return (a * slab.stack_scales(extent)[row, :rank, None] if slab.layout.has_scales else a), b
+
+    def embedding_matrices(
+        self, slot: int, site: int, token_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The same for an embedding and some tokens [T]: their rows of A, [T, r], and B [r, hidden]."""
+        rank = int(self.ranks[site, slot])
+        if not rank:
+            return None
+        slab, row, extent = self._find(slot, site)
+        room = slab.stack_a(extent)[row].view(extent.in_features, extent.padded)
+        a, b = room[token_ids, :rank], slab.stack_b(extent)[row, :rank]
+        return (a * slab.stack_scales(extent)[row, :rank] if slab.layout.has_scales else a), b
+
+    def locate(self, slot: int) -> tuple[Slab, int]:
+        """The slab and the place in it where a published adapter is."""
+        return self._located[slot]
+
+    def _find(self, slot: int, site: int) -> tuple[Slab, int, Extent]:
+        slab, row = self._located[slot]
+        return slab, row, slab.layout.extents[site]

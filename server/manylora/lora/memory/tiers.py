@@ -1,0 +1,416 @@
+"""Adapters between disk, host memory and the device: who is where, who uses it, who makes room.
+
+The engine asks with `acquire`, which answers at once: a slot, or "not yet" after starting the load. Loads run
+on threads of their own; a slot that is being filled is named by no batch, so a step never waits for one.
+Users are counted under the same lock that evicts, so an adapter in use cannot leave.
+
+Adapters that are waited for stand in a line. Each is read to host memory at once. Who finds no place on the device
+is tried again, in the line's order, when one may have fallen free, and not before: while everything is in use,
+waiting costs nothing, and files are not read over and over. What was brought in for a request stays until that
+request has taken it, so that those who wait do not push each other out.
+"""
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from manylora.errors import (
+    AdapterLoadFailed,
+    AdapterNotFound,
+    Conflict,
+    InvalidAdapter,
+    ManyloraError,
+    cause_for_caller,
+)
+from manylora.identity import AdapterRef, Tier
+from manylora.lora.memory.device import DeviceTier
+from manylora.lora.memory.device_memory import DeviceMemory
+from manylora.lora.memory.entries import Entry, TierEvents
+from manylora.lora.memory.host import HostCache
+from manylora.lora.memory.line import LoadLine
+from manylora.lora.memory.packing import PackedAdapter
+from manylora.lora.memory.slots import SlotBook
+
+__all__ = ["AdapterTiers", "FolderOf", "Packer", "TierEvents"]
+
+Packer = Callable[[Path], PackedAdapter]
+FolderOf = Callable[[AdapterRef], Path]
+LOOK_AHEAD = 256  # of those in the line, how many are looked at when a place falls free
+
+
+class AdapterTiers:
+    """The three tiers. Every public method is thread-safe and returns without waiting for a load."""
+
+    def __init__(
+        self,
+        book: SlotBook,
+        memory: DeviceMemory,
+        *,
+        host_bytes: int,
+        folder_of: FolderOf,
+        packer: Packer,
+        on_change: Callable[[], None] = lambda: None,
+        events: TierEvents | None = None,
+        num_threads: int = 1,
+    ) -> None:
+        self.book = book
+        self.memory = memory
+        self.on_change = on_change  # called on a loader thread after every load
+        self._folder_of = folder_of
+        self._packer = packer
+        self._events = events or TierEvents()
+        self._host = HostCache(host_bytes, lambda ref: self._events.on_eviction(ref, "host"))
+        self._device = DeviceTier(book, memory, self._events, self._settle)
+        self._entries: dict[str, Entry] = {}
+        self._wanted: OrderedDict[str, Entry] = OrderedDict()  # the line: asked for and not resident
+        self._hurried: set[str] = set()  # those of the line that go before all others
+        self._room = 0  # how often a place may have fallen free
+        self._num_retries = 0  # loads under way of entries that had found no place before
+        self._typical_bytes = 0  # of an adapter that was not read yet: as the last one that was
+        self._lock = threading.RLock()
+        self._idle = threading.Condition(self._lock)
+        self._line: LoadLine[str] = LoadLine(num_threads)  # those whose load has yet to get a thread
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="adapter-loader")
+        # It starts its threads when it is given work, and a thread runs where its starter may: the one that steps may
+        # be bound to a CPU, so it must not be the one to start a loader's. None ends before all have been started.
+        all_started = threading.Barrier(num_threads)
+        for _ in range(num_threads):
+            self._pool.submit(all_started.wait)
+        self._closed = False
+
+    # what the engine calls
+
+    def acquire(self, ref: AdapterRef, tenant: str | None = None) -> int | None:
+        """The adapter's slot, with one more user, or None while it is on its way.
+
+        `tenant`: who asks, at whose expense it is loaded; its owner if left out. Raises AdapterLoadFailed when its
+        files cannot be brought in.
+        """
+        with self._lock:
+            entry = self._entry(ref)
+            if entry.error is not None:
+                error, entry.error = entry.error, None
+                self._settle(entry)
+                raise error
+            if entry.is_resident and entry.place is not None:
+                entry.users += 1
+                entry.is_claimed = False
+                self._device.refile(entry)
+                self._device.count_use(entry, is_on_host=ref in self._host)
+                return entry.place.slot
+            self._want_for(entry, tenant)
+            return None
+
+    def prefetch(self, ref: AdapterRef, tenant: str | None = None) -> None:
+        """Start bringing an adapter in, because a request for it has been queued. `tenant`: as in `acquire`."""
+        with self._lock:
+            entry = self._entry(ref)
+            if not entry.is_resident:
+                self._want_for(entry, tenant)
+
+    def release(self, ref: AdapterRef) -> None:
+        """One user less. The adapter stays until room is needed."""
+        with self._lock:
+            entry = self._entries[ref.id]
+            assert entry.users > 0, "released more often than acquired"
+            entry.users -= 1
+            if entry.users == 0:
+                self._idle.notify_all()
+                self._refile(entry)
+
+    def give_up(self, ref: AdapterRef) -> None:
+        """Nobody waits for this adapter any more."""
+        with self._lock:
+            entry = self._entries.get(ref.id)
+            if entry is None:
+                return
+            entry.is_claimed = False
+            if not entry.is_pinned:
+                self._leave_line(entry)
+                entry.error = None
+            self._refile(entry)
+            self._settle(entry)
+            self._retry_wanted()
+
+    def lacks_room(self, ref: AdapterRef) -> bool:
+        """Whether it is waited for and found every place in use: it needs one that somebody lets go of."""
+        with self._lock:
+            entry = self._wanted.get(ref.id)
+            return entry is not None and entry.refused_at >= 0 and not entry.is_loading
+
+    def hurry(self, ref: AdapterRef) -> None:
+        """The next place that falls free is for this adapter, if it is waited for."""
+        with self._lock:
+            entry = self._wanted.get(ref.id)
+            if entry is not None and not entry.is_hurried:
+                entry.is_hurried = True
+                self._hurried.add(ref.id)
+                self._wanted.move_to_end(ref.id, last=False)
+                self._room_appeared()  # it may take what is kept for requests that wait in the queue
+
+    def may_leave(self, ref: AdapterRef) -> bool:
+        """Whether its place could be another's once nobody uses it."""
+        with self._lock:
+            entry = self._entries.get(ref.id)
+            return entry is not None and entry.is_resident and not entry.is_pinned
+
+    # what the catalog calls, through the engine's interface
+
+    def tier_of(self, ref: AdapterRef) -> Tier:
+        with self._lock:
+            entry = self._entries.get(ref.id)
+            if entry is not None and entry.is_resident:
+                return "device"
+            return "host" if ref in self._host else "disk"
+
+    def offer(self, ref: AdapterRef, folder: Path | None) -> None:
+        """Load this adapter from `folder` instead of asking the catalog, until it is offered None."""
+        with self._lock:
+            entry = self._entry(ref)
+            entry.folder = folder
+            self._settle(entry)
+
+    def set_pinned(self, ref: AdapterRef, pinned: bool) -> None:
+        """Pinned adapters are brought in and never evicted.
+
+        Raises Conflict where pins would leave no room for any other adapter.
+        """
+        with self._lock:
+            entry = self._entry(ref)
+            if pinned and not entry.is_pinned:
+                try:
+                    self._device.check_pins([e for e in self._entries.values() if e.is_pinned], entry)
+                except Conflict:
+                    self._settle(entry)
+                    raise
+            entry.is_pinned = pinned
+            entry.is_claimed = False
+            if not pinned:
+                self.give_up(ref)  # requests that wait for it ask again
+            elif not entry.is_resident:
+                self._want(entry)
+            else:
+                self._refile(entry)
+
+    def forget(self, ref: AdapterRef, timeout_s: float | None = None) -> bool:
+        """Wait until nobody uses or loads the adapter, then free its memory. False if `timeout_s` ran out."""
+        with self._lock:
+            entry = self._entries.get(ref.id)
+            if entry is None:
+                self._host.drop(ref)
+                return True
+            entry.is_forgotten = True
+            entry.is_pinned = entry.is_claimed = False
+            self._leave_line(entry)
+            if not self._idle.wait_for(lambda: not entry.users and not entry.is_loading, timeout_s):
+                return False
+            self._device.evict(entry)
+            self._host.drop(ref)
+            self._entries.pop(ref.id, None)
+            self._room_appeared()
+            return True
+
+    @property
+    def host_bytes(self) -> int:
+        return self._host.used_bytes
+
+    def host_bytes_of(self, tenant: str) -> int:
+        """Of the adapters that this tenant owns."""
+        with self._lock:
+            return self._host.used_bytes_of(tenant)
+
+    def residents(self) -> list[dict[str, Any]]:
+        """One row per adapter on the device, for the dashboard's map of slots."""
+        with self._lock:
+            return [
+                {
+                    "slot": e.place.slot,
+                    "id": e.ref.id,
+                    "tenant": e.ref.tenant,
+                    "name": e.ref.name,
+                    "version": e.ref.version,
+                    "size_bytes": e.size_bytes,
+                    "users": e.users,
+                    "pinned": e.is_pinned,
+                }
+                for e in self._device.entries()
+                if e.is_resident and e.place is not None
+            ]
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    # the line
+
+    def _entry(self, ref: AdapterRef) -> Entry:
+        entry = self._entries.get(ref.id)
+        if entry is None:
+            entry = self._entries[ref.id] = Entry(ref)
+        return entry
+
+    def _settle(self, entry: Entry) -> None:
+        """Drop an entry that says nothing any more, so that ten thousand adapters cost nothing here."""
+        idle = not (entry.is_resident or entry.is_loading or entry.is_pinned or entry.users)
+        if idle and entry.folder is None and entry.error is None and entry.ref.id not in self._wanted:
+            self._entries.pop(entry.ref.id, None)
+
+    def _leave_line(self, entry: Entry) -> None:
+        self._wanted.pop(entry.ref.id, None)
+        entry.refused_at = -1
+        entry.askers.clear()
+        if self._line.discard(entry.ref.id):
+            entry.is_loading = False
+            self._num_retries -= entry.is_retry
+        if entry.is_hurried:
+            entry.is_hurried = False
+            self._hurried.remove(entry.ref.id)
+            self._room += 1  # for those who came later
+
+    def _want_for(self, entry: Entry, tenant: str | None) -> None:
+        asker = entry.ref.tenant if tenant is None else tenant
+        if asker not in entry.askers:
+            entry.askers.add(asker)
+            if entry.ref.id in self._line:
+                self._line.add(entry.ref.id, (asker,))
+                self._start_loads()
+        self._want(entry)
+
+    def _want(self, entry: Entry) -> None:
+        """Put it in the line if it is not there yet, and start the load if that can lead to anything."""
+        self._wanted.setdefault(entry.ref.id, entry)
+        if entry.is_loading or self._closed:
+            return
+        if entry.refused_at == self._room:
+            return
+        has_chance = self._num_retries < self._device.num_chances(entry, self._typical_bytes)
+        is_retry = entry.refused_at >= 0
+        if not has_chance and (is_retry or not self._host.could_keep(self._typical_bytes, self._wanted)):
+            entry.refused_at = self._room if not is_retry else entry.refused_at
+            return
+        self._num_retries += is_retry
+        entry.is_loading, entry.is_retry = True, is_retry
+        self._line.add(entry.ref.id, entry.askers or (entry.ref.tenant,))
+        self._start_loads()
+
+    def _start_loads(self) -> None:
+        while not self._closed and (found := self._line.next()) is not None:
+            self._pool.submit(self._load, self._entries[found[0]], found[1])
+
+    def _retry_wanted(self) -> None:
+        """Start again, in the line's order, as many as may find a place."""
+        for entry in list(islice(self._wanted.values(), LOOK_AHEAD)):
+            self._want(entry)
+
+    def _room_appeared(self) -> None:
+        self._room += 1
+        self._retry_wanted()
+
+    def _refile(self, entry: Entry) -> None:
+        if self._device.refile(entry):
+            self._room_appeared()
+
+    # loading
+
+    def _load(self, entry: Entry, tenant: str) -> None:
+        """On a loader thread, at the tenant's expense: disk to host, host to device.
+
+        Ends with `is_loading` false, whatever happens.
+        """
+        try:
+            self._to_device(entry, self._to_host(entry))
+        except ManyloraError as error:
+            self._fail(entry, error)
+        except Exception as error:  # noqa: BLE001 - who waits must hear of it, or the load is begun again for ever
+            self._fail(
+                entry, AdapterLoadFailed(f"Adapter {entry.ref.label} could not be loaded: {cause_for_caller(error)}")
+            )
+        finally:
+            with self._lock:
+                entry.is_loading = False
+                self._num_retries -= entry.is_retry
+                self._line.done(tenant)
+                self._start_loads()
+                self._settle(entry)
+                self._retry_wanted()
+                self._idle.notify_all()
+        self.on_change()
+
+    def _fail(self, entry: Entry, error: ManyloraError) -> None:
+        with self._lock:
+            if entry.ref.id not in self._wanted:
+                return
+            self._leave_line(entry)
+            entry.error = error
+        if not isinstance(error, AdapterNotFound):  # deleted while it was asked for: nothing has failed
+            self._events.on_failure(entry.ref)
+
+    def _to_host(self, entry: Entry) -> PackedAdapter:
+        with self._lock:
+            packed = self._host.get(entry.ref)
+            if packed is not None:
+                return packed
+            folder = entry.folder
+        started = time.perf_counter()
+        packed = self._packer(folder) if folder else self._pack_stored(entry.ref)
+        self._events.on_load(entry.ref, "disk", time.perf_counter() - started)
+        with self._lock:
+            self._host.keep(entry.ref, packed, self._wanted)
+        return packed
+
+    def _pack_stored(self, ref: AdapterRef) -> PackedAdapter:
+        """What was accepted before and cannot be read now is no caller's fault."""
+        try:
+            return self._packer(self._folder_of(ref))
+        except InvalidAdapter as error:
+            reason = error.problems[0].message if error.problems else error.message
+            raise AdapterLoadFailed(f"The stored files of {ref.label} cannot be read: {reason}") from error
+
+    def _to_device(self, entry: Entry, packed: PackedAdapter) -> None:
+        started = time.perf_counter()
+        with self._lock:
+            entry.size_bytes = self._typical_bytes = packed.size_bytes
+            if entry.is_resident or entry.is_forgotten:
+                return
+            comes_later = bool(self._hurried) and not entry.is_hurried
+            seen = self._room
+            if comes_later or not self._device.make_room(entry, packed):
+                entry.refused_at = seen
+                return
+        try:
+            self._device.fill(entry, packed)
+        except BaseException:
+            with self._lock:
+                self._device.give_back(entry)
+            raise
+        with self._lock:
+            entry.is_claimed = entry.ref.id in self._wanted and not entry.is_pinned
+            self._leave_line(entry)
+            entry.error = None
+            self._device.publish(entry, packed)
+            self._room += self._device.has_unused_places  # its slab may give them away now that it is filled
+            self._device.count_use(entry, is_on_host=entry.ref in self._host)
+        self._events.on_load(entry.ref, "host", time.perf_counter() - started)
+
+    def check_integrity(self) -> None:
+        """Slots, counts and bytes agree."""
+        with self._lock:
+            self._device.check_integrity()
+            self._host.check_integrity()
+            for entry in self._entries.values():
+                assert entry.users >= 0
+                assert not entry.users or entry.is_resident
+                assert not entry.is_resident or entry.place is not None
+                assert not (entry.is_resident and entry.ref.id in self._wanted)
+                assert entry.is_hurried == (entry.ref.id in self._hurried)
+                assert not entry.is_claimed or (entry.is_resident and not entry.users and not entry.is_pinned)
+            assert self._hurried <= self._wanted.keys() <= self._entries.keys()
+            assert all(self._entries.get(e.ref.id) is e for e in self._device.entries())
+            assert self._num_retries >= 0
+            self._line.check_integrity()

@@ -1,0 +1,1 @@
+"""The running server: its parts, its HTTP application, its process."""

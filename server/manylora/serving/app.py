@@ -1,0 +1,127 @@
+"""The HTTP application over parts that exist. `serving.serve` makes the parts and runs it."""
+
+from collections.abc import Callable, Sequence
+
+from fastapi import APIRouter, Depends, FastAPI
+from starlette.types import Scope
+
+from manylora import __version__
+from manylora.api import openai, ops
+from manylora.api.compat import AnyMethodAndEncoding, CanonicalPath
+from manylora.api.docs import install_docs
+from manylora.api.errors import install_error_handlers
+from manylora.api.middleware import BodyLimit, LastResort, RequestContext
+from manylora.api.origins import Cors, OpenGuard, OwnHosts
+from manylora.api.presence import Presence
+from manylora.api.query import check_query
+from manylora.api.record import Recorder
+from manylora.api.state import Departure, Services
+from manylora.api.tracing import NO_TRACING, Tracing
+from manylora.api.traffic import Traffic
+from manylora.catalog.interface import AdapterDirectory
+from manylora.engine.interface import EngineClient
+from manylora.errors import InvalidSettings
+from manylora.metrics import Metrics
+from manylora.serving.http_server import is_loopback
+from manylora.settings import Settings
+from manylora.tenants.interface import Gate
+from manylora.usage.interface import UsageSink
+
+__all__ = ["create_app"]
+
+_UPLOAD_ROUTE = ("POST", "/v1/adapters")
+_MULTIPART_OVERHEAD = 2**20  # form fields, part headers and the adapter's configuration
+
+
+def create_app(
+    settings: Settings,
+    engine: EngineClient,
+    directory: AdapterDirectory,
+    gate: Gate,
+    metrics: Metrics,
+    *,
+    extra_routers: Sequence[APIRouter] = (),
+    recorders: Sequence[Recorder] = (),
+    usage: UsageSink | None = None,
+    tracing: Tracing | None = None,
+    may_run_open: bool = True,
+    departure: Departure | None = None,
+) -> FastAPI:
+    """The HTTP application. `recorders` hear of every finished inference request, `usage` counts them for good."""
+    app = FastAPI(
+        title="manylora",
+        version=__version__,
+        description="One base model, many LoRA adapters, every forward pass shared. OpenAI-compatible.",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        dependencies=[Depends(check_query)],
+        telemetry=NO_TRACING if tracing is None else tracing.telemetry,
+    )
+    body_limit = _in_bytes(settings.max_body, "max_body")
+    presence = Presence(
+        max_requests=settings.max_tenant_requests or max(1, settings.max_connections // 2),
+        max_bytes=max(_in_bytes(settings.max_body_memory, "max_body_memory"), 2 * body_limit),
+    )
+    app.state.services = Services(
+        settings=settings,
+        engine=engine,
+        directory=directory,
+        gate=gate,
+        metrics=metrics,
+        traffic=Traffic(),
+        presence=presence,
+        recorders=(*recorders, *(() if tracing is None else (tracing.record,))),
+        usage=usage,
+        may_run_open=may_run_open,
+        departure=departure or Departure(),
+    )
+    for router in (ops.router, openai.router, *extra_routers):
+        app.include_router(router)
+    install_docs(app)
+    install_error_handlers(app)
+    _add_layers(app, settings, body_limit, presence, is_open=lambda: gate.is_open and may_run_open)
+    metrics.watch_engine(engine.stats, lambda: engine.is_ready)
+    _prepare_routes(app)
+    return app
+
+
+def _add_layers(
+    app: FastAPI, settings: Settings, body_limit: int, presence: Presence, *, is_open: Callable[[], bool]
+) -> None:
+    """What every request passes on its way to a route; the last one added comes first."""
+    upload_limit = max(body_limit, _in_bytes(settings.max_adapter_size, "max_adapter_size") + _MULTIPART_OVERHEAD)
+
+    def is_upload(scope: Scope) -> bool:
+        return (scope["method"], scope["path"]) == _UPLOAD_ROUTE
+
+    def limit_of(scope: Scope) -> int:
+        return upload_limit if is_upload(scope) else body_limit
+
+    is_reachable = settings.allow_open and not is_loopback(settings.host)
+    app.add_middleware(BodyLimit, limit_of=limit_of, is_streamed=is_upload, presence=presence)
+    app.add_middleware(AnyMethodAndEncoding)
+    app.add_middleware(
+        OpenGuard,
+        is_open=is_open,
+        hosts=OwnHosts((settings.host, *settings.allowed_hosts), is_reachable=is_reachable),
+        allowed_origins=settings.allowed_origins,
+    )
+    app.add_middleware(LastResort)
+    if settings.allowed_origins:
+        app.add_middleware(Cors, allow_origins=settings.allowed_origins)
+    app.add_middleware(RequestContext)
+    app.add_middleware(CanonicalPath, root_path=settings.root_path)
+
+
+def _prepare_routes(app: FastAPI) -> None:
+    """Let FastAPI build its routes now: it does so when they are first compared with a path, and takes milliseconds."""
+    scope = {"type": "http", "method": "GET", "path": "/", "root_path": "", "headers": []}
+    for route in app.router.routes:
+        route.matches(scope)
+
+
+def _in_bytes(size: int | float, name: str) -> int:
+    if isinstance(size, float):
+        raise InvalidSettings(f"{name} is a size in bytes, such as '16MiB', not a share of memory.")
+    return size

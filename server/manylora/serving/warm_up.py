@@ -1,0 +1,51 @@
+"""Requests for nobody before the first one for somebody, which then finds memory, caches and adapters in place."""
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+
+from manylora.engine.interface import EngineClient, SamplingParams
+from manylora.errors import InvalidRequest, ManyloraError
+from manylora.identity import AdapterRef
+from manylora.log import get_logger
+
+__all__ = ["warm_up"]
+
+_TEXT = "Once upon a time, in a village by the sea, there lived a fisherman who could not swim. " * 3
+_ADAPTERS_S = 1.0
+
+
+async def warm_up(engine: EngineClient, adapters: Sequence[AdapterRef]) -> None:
+    """Answer one token with each of the first `adapters`, as many as there are slots, then a prompt by the base.
+
+    Adapters get a second: what is not read by then waits for its own request. One that cannot be read is left for
+    that request to say.
+    """
+    prompt = engine.codec.encode(_TEXT)
+    with suppress(InvalidRequest):  # a base without a chat template
+        prompt = engine.codec.chat([{"role": "user", "content": _TEXT}])
+    # A tokenizer can put a token in front that the model has not.
+    prompt = [i for i in prompt if i < engine.model.vocab_size][: engine.model.context_length - 1]
+    slots = engine.stats().slots_total
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_ADAPTERS_S):
+            for ref in adapters[:slots]:  # one by one: what was asked for is read to its end, beside the first requests
+                await _try(engine, prompt[:1], ref)
+    await _answer(engine, prompt, None)
+
+
+async def _try(engine: EngineClient, prompt: Sequence[int], adapter: AdapterRef) -> None:
+    try:
+        await _answer(engine, prompt, adapter)
+    except ManyloraError as error:
+        get_logger(__name__).info("adapter_not_warm", adapter=adapter.name, reason=error.message)
+
+
+async def _answer(engine: EngineClient, prompt: Sequence[int], adapter: AdapterRef | None) -> None:
+    params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+    generation = engine.generate("warm-up", prompt, params, adapter=adapter)
+    try:
+        async for _ in generation:
+            pass
+    finally:
+        await generation.aclose()
