@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from manylora.catalog.lockfile import FolderLock
+from manylora.catalog.files import FolderLock
 from manylora.catalog.store import open_store
 from manylora.errors import StartupError
 from manylora.files import clear_folder

@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import delete, select
 from typer.testing import CliRunner, Result
 
-from manylora.catalog.lockfile import FolderLock
+from manylora.catalog.files import FolderLock
 from manylora.cli.main import build
 from manylora.database.database import open_database
 from manylora.database.tables import AdapterRow, VersionRow

@@ -22,8 +22,7 @@ from manylora.kernels.native_lora import NativeKernel
 from manylora.kernels.torch_lora import TorchKernel
 from manylora.lora.format import reader as adapter_format
 from manylora.lora.memory.device_memory import DeviceMemory
-from manylora.lora.memory.keep_as import KeepAs
-from manylora.lora.memory.packing import PackedAdapter, pack
+from manylora.lora.memory.packing import KeepAs, PackedAdapter, pack
 from manylora.lora.memory.slots import SlotBook
 from manylora.lora.memory.tiers import AdapterTiers
 from manylora.models import fused

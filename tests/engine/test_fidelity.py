@@ -10,7 +10,7 @@ import torch
 
 from manylora.engine.scheduler import Scheduled
 from manylora.engine.sequence import Sequence
-from manylora.lora.memory.keep_as import KeepAs
+from manylora.lora.memory.packing import KeepAs
 from tests.engine.harness import Rig, available_kernels, build_rig, load, packer_of
 from tests.engine.oracle import check_greedy, with_adapter
 from tests.tiny_adapters import make_adapter

@@ -11,7 +11,7 @@ import pytest
 from peft import LoraConfig
 
 from manylora.errors import InvalidAdapter
-from manylora.lora.format.peft_fields import KNOWN, NEUTRAL, REFUSED, SERVED
+from manylora.lora.format.config import KNOWN, NEUTRAL, REFUSED, SERVED
 from manylora.lora.format.reader import read
 from tests.lora.malformed import config, tiny_modules, write
 from tests.lora.test_format_malformed import CODES

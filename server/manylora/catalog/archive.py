@@ -1,19 +1,24 @@
-"""Unpacking an uploaded archive by rules: the adapter's two files, at the root or in one folder.
+"""Archives: an uploaded one is unpacked by rules, a version is packed for its download.
 
-One broken rule and nothing is unpacked. Other members are named and not unpacked; the rules hold for them all the same.
-Sizes are counted while bytes flow, not believed from headers.
+Unpacked are the adapter's two files, at the root or in one folder. One broken rule and nothing is unpacked. Other
+members are named and not unpacked; the rules hold for them all the same. Sizes are counted while bytes flow, not
+believed from headers.
 """
 
 import gzip
 import stat
 import tarfile
+import tempfile
 import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final, Protocol, cast
 
+from manylora.catalog.records import VersionRecord
 from manylora.errors import InvalidAdapter, Problem, TooLarge
+from manylora.faults import file_errors
+from manylora.identity import ADAPTER_FILES
 from manylora.lora.format.folder import NEEDED
 
 _MAX_MEMBERS: Final = 1024
@@ -261,3 +266,33 @@ def _zip_kind(info: zipfile.ZipInfo) -> str:
     if kind not in {0, stat.S_IFREG, stat.S_IFDIR}:
         return "device or another special file"
     return "folder" if info.orig_filename.endswith("/") else "file"
+
+
+def pack(folder: Path, version: VersionRecord, scratch: Path) -> IO[bytes]:
+    """A version's files as a .tar.gz in PEFT layout, byte for byte as they came in.
+
+    An open file at its beginning, without a name: it is gone when closed. The same version always packs to the same
+    bytes. Weights hardly compress, so the fastest level is used. Raises StorageFull or StoreUnavailable.
+    """
+    with file_errors("The download cannot be packed"):
+        return _pack(folder, version, scratch)
+
+
+def _pack(folder: Path, version: VersionRecord, scratch: Path) -> IO[bytes]:
+    created = version.created_s
+    file = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115  the caller closes it, after sending
+    try:
+        with (
+            gzip.GzipFile(filename="", fileobj=file, mode="wb", compresslevel=1, mtime=created) as packed,
+            tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as tar,
+        ):
+            for name in ADAPTER_FILES:
+                info = tarfile.TarInfo(name)
+                info.size, info.mtime, info.mode = (folder / name).stat().st_size, created, 0o644
+                with (folder / name).open("rb") as source:
+                    tar.addfile(info, source)
+        file.seek(0)
+    except BaseException:
+        file.close()
+        raise
+    return file

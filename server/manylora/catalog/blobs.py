@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import IO, Final
 
 from manylora.catalog import labels
+from manylora.catalog.archive import pack
 from manylora.catalog.copies import Copies
 from manylora.catalog.directory import missing
-from manylora.catalog.download import pack
 from manylora.catalog.files import blob_of_folder
 from manylora.catalog.records import Published, VersionRecord
 from manylora.catalog.registry import Registry

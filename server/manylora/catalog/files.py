@@ -1,15 +1,20 @@
-"""Small things about files: the two files of an adapter, hashes of bytes, and writes that survive a power cut."""
+"""Files of the catalog: the two of an adapter, hashes of their bytes, and who may use a folder."""
 
+import errno
+import fcntl
 import hashlib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from manylora.errors import StartupError
+from manylora.faults import file_error
 from manylora.identity import ADAPTER_FILES
 
 BLOB: Final = re.compile(r"[0-9a-f]{64}")
-_CHUNK_BYTES: Final = 2**20
+_NO_LOCKS: Final = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,3 +59,40 @@ def folder_fault(folder: Path, blob: str) -> str | None:
     if gone:
         return f"{' and '.join(gone)} {'is' if len(gone) == 1 else 'are'} missing"
     return None if found == blob else "the bytes are not those that were stored"
+
+
+class FolderLock:
+    """A lock on a folder: two servers that write and sweep the same files would undo each other's work.
+
+    The system lets go of it when the process ends, however it ends. Several processes may have it at a time if all ask
+    for it with `is_shared`. `taken` says what to do where somebody else has it. Raises StartupError.
+    """
+
+    def __init__(self, folder: Path, *, is_shared: bool = False, taken: str = "") -> None:
+        taken = taken or f"Another manylora server uses {folder}. Stop it, or give this one another --data-dir."
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise StartupError(file_error(error, f"The folder {folder} cannot be used").message) from error
+        try:
+            fcntl.flock(self._descriptor, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._descriptor)
+            raise StartupError(_reason(error, folder, taken)) from error
+
+    def release(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def _reason(error: OSError, folder: Path, taken: str) -> str:
+    if isinstance(error, BlockingIOError):
+        return taken
+    if error.errno in _NO_LOCKS:
+        return (
+            f"The file system of {folder} has no locks, without which two servers would undo each other's work. Use a "
+            "folder on another file system, or an object store (store_url)."
+        )
+    return file_error(error, f"The folder {folder} cannot be locked").message

@@ -5,8 +5,7 @@ import secrets
 from contextlib import suppress
 from pathlib import Path
 
-from manylora.catalog.files import BLOB, Orphan, folder_fault
-from manylora.catalog.lockfile import FolderLock
+from manylora.catalog.files import BLOB, FolderLock, Orphan, folder_fault
 from manylora.errors import AdapterLoadFailed
 from manylora.faults import file_errors
 from manylora.files import clear_folder, copy_durably, remove_tree, sync_folder, tree_bytes, write_durably

@@ -1,6 +1,8 @@
-"""Keeps the engine's pins equal to the directory's: the active version of every pinned adapter."""
+"""What the engine holds for the catalog: pinned versions stay, deleted ones go once their users have finished."""
 
+import asyncio
 import logging
+from collections.abc import Callable
 
 from manylora.catalog.directory import Directory, Entry
 from manylora.engine.interface import AdapterRef, EngineClient
@@ -10,7 +12,10 @@ _log = logging.getLogger(__name__)
 
 
 class Pins:
-    """Used on the event loop's thread only."""
+    """Keeps the engine's pins equal to the directory's: the active version of every pinned adapter.
+
+    Used on the event loop's thread only.
+    """
 
     def __init__(self, engine: EngineClient, directory: Directory) -> None:
         self._engine = engine
@@ -45,3 +50,47 @@ class Pins:
 
 def _wanted(entry: Entry | None) -> AdapterRef | None:
     return entry.active.ref if entry is not None and entry.pinned and entry.active is not None else None
+
+
+class Retirement:
+    """What happens to a deleted version: its users finish, the engine forgets it, its files go.
+
+    One background task each. `free` removes the files of a blob and a version, on a worker thread.
+    """
+
+    def __init__(self, engine: EngineClient, directory: Directory, free: Callable[[str, str], None]) -> None:
+        self._engine = engine
+        self._directory = directory
+        self._free = free
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def begin(self, ref: AdapterRef, *, with_files: bool) -> None:
+        """`ref` has just been unpublished. `with_files`: here, on somebody's word, so that its files go as well.
+
+        Where it is only seen to be gone from the database, its files are not ours to delete: another server was told
+        to, or the database was restored from a backup that does not know the version.
+        """
+        task = asyncio.create_task(self._retire(ref, with_files=with_files), name=f"retire {ref.id}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _retire(self, ref: AdapterRef, *, with_files: bool) -> None:
+        blob = self._directory.blob_of(ref.id)
+        try:
+            await self._engine.forget(ref)
+            self._directory.release(ref.id)
+            if blob is not None and with_files:
+                await asyncio.to_thread(self._free, blob, ref.id)
+        except ManyloraError as error:
+            _log.warning("The files of %s/%s stay until the next start: %s", ref.tenant, ref.label, error)
+
+    async def settled(self) -> None:
+        """Wait until every version deleted so far is gone."""
+        while self._tasks:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def aclose(self) -> None:
+        """Leave what is not done to the next start's sweep."""
+        for task in self._tasks:
+            task.cancel()
+        await self.settled()

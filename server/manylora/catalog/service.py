@@ -20,12 +20,11 @@ from manylora.catalog.base_names import BaseNames
 from manylora.catalog.belonging import check_owner
 from manylora.catalog.blobs import Blobs
 from manylora.catalog.directory import Directory, Listed, missing
-from manylora.catalog.lockfile import FolderLock
+from manylora.catalog.files import FolderLock
 from manylora.catalog.receive import receive_form
 from manylora.catalog.records import AdapterRecord, Folder, Published, VersionRecord, Wish
 from manylora.catalog.registry import Registry
-from manylora.catalog.residency import Pins
-from manylora.catalog.retirement import Retirement
+from manylora.catalog.residency import Pins, Retirement
 from manylora.catalog.store import Store, open_store
 from manylora.catalog.upload import Brought, Quarantine, Rules, new_version, probe, wish_of
 from manylora.database.database import Database, open_database

@@ -39,7 +39,7 @@ def _opened(
     One of the two must be there, or the name has a slip in it: the database, or without `must_exist` the store, for
     which an empty one is made.
     """
-    from manylora.catalog.lockfile import FolderLock
+    from manylora.catalog.files import FolderLock
     from manylora.catalog.store import check_store_exists, open_store
     from manylora.database.database import check_exists, open_database
 

@@ -119,7 +119,7 @@ class Database:
     def named_lock(self, number: int) -> Iterator[None]:
         """Exclude other processes that hold the same 63-bit number, where several can share the database.
 
-        A SQLite database has one server (see `catalog.lockfile`), so there is nobody to exclude.
+        A SQLite database has one server (see `catalog.files`), so there is nobody to exclude.
         """
         if self.is_sqlite:
             yield

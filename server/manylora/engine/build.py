@@ -26,9 +26,8 @@ from manylora.log import get_logger
 from manylora.lora.format import reader as adapter_format
 from manylora.lora.format.reader import ModuleSpec
 from manylora.lora.memory.device_memory import DeviceMemory
-from manylora.lora.memory.keep_as import KeepAs
 from manylora.lora.memory.occupancy import Occupancy
-from manylora.lora.memory.packing import PackedAdapter, pack
+from manylora.lora.memory.packing import KeepAs, PackedAdapter, pack
 from manylora.lora.memory.slots import SlotBook
 from manylora.lora.memory.tiers import AdapterTiers, TierEvents
 from manylora.metrics import Metrics

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 import torch
@@ -19,6 +19,38 @@ TORCH_DTYPES: Final[Mapping[NumberFormat, torch.dtype]] = {
     "int8": torch.int8,
 }
 FORMATS: Final = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class KeepAs:
+    """`model` is what the base computes in; every adapter is kept as `dtype`, or narrower, `if_narrower` in its files.
+
+    So files of 16 bits cost no more beside a base in float32, and lose nothing.
+    """
+
+    model: torch.dtype
+    dtype: torch.dtype
+    if_narrower: bool = False
+
+    @classmethod
+    def choose(
+        cls, asked: NumberFormat | Literal["auto"], model: torch.dtype, *, is_int8_base: bool, mixes_dtypes: bool
+    ) -> "KeepAs":
+        """What the setting `lora_dtype` means. `mixes_dtypes`: the kernel multiplies other types than the model's."""
+        if asked != "auto":
+            return cls(model, TORCH_DTYPES[asked])
+        is_16_bit = is_int8_base and model == torch.float32
+        return cls(model, torch.bfloat16 if is_16_bit else model, if_narrower=mixes_dtypes)
+
+    def dtype_of(self, adapter: Adapter) -> torch.dtype:
+        """The format for one adapter."""
+        found = {FILE_DTYPES[view.dtype] for module in adapter.modules for view in (module.a, module.b)}
+        own = found.pop() if len(found) == 1 else torch.float32
+        return own if self.if_narrower and own.itemsize < self.dtype.itemsize else self.dtype
+
+    def has_scales(self, dtype: torch.dtype) -> bool:
+        """Whether the scaling stays beside the matrices: folded in, it would round them once more."""
+        return dtype != self.model
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,9 +28,8 @@ from manylora.errors import (
     cause_for_caller,
 )
 from manylora.identity import AdapterRef, Tier
-from manylora.lora.memory.device import DeviceTier
+from manylora.lora.memory.device import DeviceTier, Entry, TierEvents
 from manylora.lora.memory.device_memory import DeviceMemory
-from manylora.lora.memory.entries import Entry, TierEvents
 from manylora.lora.memory.host import HostCache
 from manylora.lora.memory.line import LoadLine
 from manylora.lora.memory.packing import PackedAdapter
