@@ -6,7 +6,7 @@ that the model builds for it, far out as well), and the logits that the wrapped 
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -274,6 +274,12 @@ class _Linears(TorchFunctionMode):
         self._model = model
         self._paths = {path: module for path, module in model.named_modules() if is_linear(module)}
         self._owners = {id(module.weight): path for path, module in self._paths.items()}
+        # A tied head's weight is the embedding's, too, which goes on having it and is no reason to keep the head.
+        self._sharing = {
+            module: [self._owners[id(each)] for each in module.parameters(recurse=False) if id(each) in self._owners]
+            for path, module in model.named_modules()
+            if path not in self._paths
+        }
         self._running: list[str] = []
         self._held: list[torch.Tensor] = []
         self._seen: dict[tuple[str, int, int], list[str]] = {}
@@ -286,6 +292,11 @@ class _Linears(TorchFunctionMode):
         for path, module in self._paths.items():
             self._handles.append(module.register_forward_pre_hook(self._before(path)))
             self._handles.append(module.register_forward_hook(self._after(path)))
+        for module, paths in self._sharing.items():
+            if paths:
+                begin, end = self._reading(paths)
+                self._handles.append(module.register_forward_pre_hook(begin))
+                self._handles.append(module.register_forward_hook(end))
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -323,6 +334,18 @@ class _Linears(TorchFunctionMode):
                 self._odd.add(path)
 
         return record
+
+    def _reading(self, paths: Sequence[str]) -> tuple[Callable[..., None], Callable[..., None]]:
+        """Hooks around a module that holds these linears' weights, too."""
+
+        def begin(*_: Any) -> None:
+            self._running.extend(paths)
+
+        def end(*_: Any) -> None:
+            for path in paths:
+                self._running.remove(path)
+
+        return begin, end
 
     @property
     def groups(self) -> list[list[str]]:
