@@ -15,6 +15,7 @@ from manylora.engine.interface import SamplingParams
 from manylora.engine.sampler import (
     DRAWS_AHEAD,
     NUM_CANDIDATES,
+    largest,
     sample,
     token_logprobs,
     uniform_number,
@@ -92,6 +93,21 @@ def test_greedy_is_the_largest_logit() -> None:
     logits = random_logits(20)
     found = sample(logits, [seq(temperature=0.0) for _ in range(20)]).token_ids
     assert found == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [1, 7, 255, 256, 257, 1000, 1024])
+def test_the_largest_is_torchs_and_the_first_of_equals(vocab: int, dtype: torch.dtype) -> None:
+    logits = torch.randint(-4, 5, (64, vocab), generator=torch.Generator().manual_seed(vocab)).to(dtype)
+    logits[1] = -torch.inf
+    logits[2] = -torch.inf
+    logits[2, -1] = -1e30
+    logits[3, vocab // 2] = torch.nan
+    logits[4, -1] = torch.inf
+    values, ids = largest(logits)
+    expected, first = logits.float().max(dim=-1)
+    assert torch.equal(values.float().nan_to_num(nan=99.0), expected.nan_to_num(nan=99.0))
+    assert torch.equal(ids, first)
 
 
 @pytest.mark.parametrize("params", SETTINGS, ids=str)

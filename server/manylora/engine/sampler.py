@@ -19,6 +19,7 @@ MIN_TEMPERATURE = 1e-30  # lower ones, which float32 would round to 0, draw the 
 MIN_PENALTY = 1e-30  # lower ones, which float32 would round to 0, make nothing larger than a float can be
 DRAWS_AHEAD = 64  # places of a sequence whose random numbers are made together
 _ROWS_AT_ONCE = 32  # log-probabilities are made of so many rows at a time: each is another [vocab] in float32
+_BLOCK = 256  # tokens
 _WORDS = 4  # numbers of 64 bits that the generator makes of one counter, of which the first is used
 
 
@@ -41,17 +42,32 @@ def sample(logits: torch.Tensor, seqs: list[Sequence]) -> Sampled:
     Order, as in vLLM: bias and penalties, temperature, top-k, top-p, min-p. Log-probabilities are those of
     the model itself, before any of it.
     """
-    logits = logits.float()
     raw = logits
     if any(s.has_penalties or s.params.logit_bias for s in seqs):
-        logits = _adjusted(logits.clone(), seqs)
-    largest, chosen = logits.max(dim=-1)  # of a row with a NaN: the NaN
+        logits = _adjusted(logits.to(torch.float32, copy=True), seqs)
+    highest, chosen = largest(logits)
     random_rows = [i for i, s in enumerate(seqs) if s.params.temperature > 0]
     if random_rows:
         rows = torch.tensor(random_rows, device=logits.device)
-        chosen[rows] = _draw(logits[rows], [seqs[i] for i in random_rows])
+        chosen[rows] = _draw(logits[rows].float(), [seqs[i] for i in random_rows])
     token_ids: list[int] = chosen.tolist()
-    return Sampled(token_ids, _logprobs(raw, token_ids, seqs), largest.isfinite().tolist())
+    return Sampled(token_ids, _logprobs(raw, token_ids, seqs), highest.isfinite().tolist())
+
+
+def largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row's largest logit and the first token that has it, [rows] each; NaN and its token for a row with a NaN.
+
+    The largest of every block first: torch finds values alone six times as fast as values with their places.
+    """
+    vocab = logits.shape[1]
+    whole = vocab // _BLOCK * _BLOCK
+    blocks = logits[:, :whole].reshape(len(logits), whole // _BLOCK, _BLOCK).amax(-1)
+    if whole < vocab:
+        blocks = torch.cat([blocks, logits[:, whole:].amax(-1, keepdim=True)], dim=1)
+    first = blocks.argmax(-1, keepdim=True) * _BLOCK
+    columns = (first + torch.arange(_BLOCK, device=logits.device)).clamp(max=vocab - 1)
+    values, places = logits.gather(1, columns).max(dim=-1)
+    return values, columns.gather(1, places[:, None])[:, 0]
 
 
 def _adjusted(logits: torch.Tensor, seqs: list[Sequence]) -> torch.Tensor:
