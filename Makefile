@@ -22,7 +22,7 @@ help:
 	@echo "make soak     ten minutes of load on a server that is watched, and servers that are killed at work"
 	@echo "make sanitize the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make quick    the tests that take seconds"
-	@echo "make check    linter, formatting, types"
+	@echo "make check    linters, formatting, types, spelling"
 	@echo "make format   put the code into its format"
 	@echo "make docs     write the tables in docs/configuration.md, lifecycle.md and models.md anew"
 	@echo "make clean    remove what was built; make distclean: .venv too"
@@ -58,6 +58,9 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/typos
+	$(BIN)/oxlint --deny-warnings server/manylora/api/dashboard
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

@@ -21,7 +21,7 @@ from manylora.settings import ENV_PREFIX, Settings
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md")), *sorted((ROOT / "adapters").glob("*/README.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md")), *sorted((ROOT / "adapters").glob("*/README.md"))]
 
 
 def script(name: str) -> ModuleType:

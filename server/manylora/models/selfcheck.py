@@ -159,14 +159,14 @@ class SelfCheck:
         recorded: dict[str, _Recorded] = {}
         handles = []
         for path in paths:
-            befores: list[tuple[torch.Tensor, Mapping[str, Any]]] = []
+            entered: list[tuple[torch.Tensor, Mapping[str, Any]]] = []
 
-            def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], kept: Any = befores) -> None:
+            def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], kept: Any = entered) -> None:
                 given = dict(kwargs)
                 hidden = args[0] if args else given.pop("hidden_states")
                 kept.append((hidden.clone(), given))
 
-            def leave(_module: nn.Module, _args: Any, out: Any, kept: Any = befores, path: str = path) -> None:
+            def leave(_module: nn.Module, _args: Any, out: Any, kept: Any = entered, path: str = path) -> None:
                 after = out[0] if isinstance(out, tuple) else out
                 before, given = kept.pop()
                 recorded[path] = _Recorded(before, given, after.clone())

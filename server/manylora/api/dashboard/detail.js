@@ -91,7 +91,7 @@ export class Detail {
     const remark = baseRemark(version);
     const label = `${adapter.name}@${version.version}`;
     const place = h("div", { class: "version-report" });
-    const fold = (label, show) => h("button", { type: "button", class: "quiet", "aria-expanded": "false", onclick: (event) => this.fold(event.currentTarget, place, show) }, label);
+    const fold = (text, show) => h("button", { type: "button", class: "quiet", "aria-expanded": "false", onclick: (event) => this.fold(event.currentTarget, place, show) }, text);
     const path = `/versions/${version.version}`;
     const buttons = [
       fold("Report", async () => ({ element: reportView(await getJson(this.path(adapter, path))) })),
