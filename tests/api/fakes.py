@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 from manylora.catalog.interface import PublishedAdapter
@@ -30,6 +29,7 @@ from manylora.errors import (
     QuotaExceeded,
 )
 from manylora.identity import PUBLIC_TENANT
+from manylora.lora.format.spec import Adapter
 from manylora.tenants.interface import Principal, Role
 
 VOCAB_SIZE = 1000
@@ -218,7 +218,7 @@ class FakeEngine:
         self.generations.append(generation)
         return generation
 
-    async def measure_effect(self, ref: AdapterRef, folder: Path) -> Effect:
+    async def measure_effect(self, ref: AdapterRef, adapter: Adapter) -> Effect:
         return Effect(prompt_tokens=4, max_abs_logit_delta=1.0, kl=0.1)
 
     def tier_of(self, ref: AdapterRef) -> Tier:
@@ -228,7 +228,7 @@ class FakeEngine:
 
     def unpin(self, ref: AdapterRef) -> None: ...
 
-    async def forget(self, ref: AdapterRef) -> None: ...
+    async def forget(self, ref: AdapterRef, *, heir: AdapterRef | None = None) -> None: ...
 
     def stats(self, tenant: str | None = None) -> EngineStats:
         mine = [g for g in self.open if tenant in (None, g.tenant)]

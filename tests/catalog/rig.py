@@ -19,6 +19,7 @@ from manylora.catalog.service import Catalog
 from manylora.engine.interface import AdapterRef, Effect, Tier
 from manylora.errors import Conflict
 from manylora.identity import CONFIG_FILE, TENSOR_FILE
+from manylora.lora.format.spec import Adapter
 from manylora.lora.memory.occupancy import Occupancy
 from manylora.metrics import Metrics
 from manylora.serving.app import create_app
@@ -39,14 +40,15 @@ class CatalogEngine(FakeEngine):
     """Remembers what the catalog tells it. `effect` is what every adapter does; `users` hold back `forget`."""
 
     effect: Effect = field(default_factory=lambda: Effect(prompt_tokens=8, max_abs_logit_delta=1.5, kl=0.25))
-    probed: list[tuple[AdapterRef, list[str]]] = field(default_factory=list)
+    probed: list[tuple[AdapterRef, Adapter]] = field(default_factory=list)
     pinned: dict[str, AdapterRef] = field(default_factory=dict)
     forgotten: list[str] = field(default_factory=list)
+    heirs: list[AdapterRef | None] = field(default_factory=list)
     users: Callable[[AdapterRef], Any] | None = None
     max_pinned: int = 100
 
-    async def measure_effect(self, ref: AdapterRef, folder: Path) -> Effect:
-        self.probed.append((ref, sorted(file.name for file in folder.iterdir())))
+    async def measure_effect(self, ref: AdapterRef, adapter: Adapter) -> Effect:
+        self.probed.append((ref, adapter))
         return self.effect
 
     def tier_of(self, ref: AdapterRef) -> Tier:
@@ -60,10 +62,11 @@ class CatalogEngine(FakeEngine):
     def unpin(self, ref: AdapterRef) -> None:
         del self.pinned[ref.id]
 
-    async def forget(self, ref: AdapterRef) -> None:
+    async def forget(self, ref: AdapterRef, *, heir: AdapterRef | None = None) -> None:
         if self.users is not None:
             await self.users(ref)
         self.forgotten.append(ref.id)
+        self.heirs.append(heir)
 
 
 @dataclass

@@ -144,7 +144,7 @@ async def test_it_is_taken_with_one_warning(way: Way, trained: Path, tmp_path: P
 
         assert response.status_code == 201, response.text
         check_warning(response.json()["report"]["warnings"])
-        assert [files for _, files in rig.engine.probed] == [[CONFIG_FILE, TENSOR_FILE]]
+        assert [adapter.digest for _, adapter in rig.engine.probed] == [response.json()["digest"]]
         assert {Path(name).name for name in rig.stored()} == {CONFIG_FILE, TENSOR_FILE}
     assert not (tmp_path / "opened").exists()
 

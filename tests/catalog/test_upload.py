@@ -7,6 +7,8 @@ import zipfile
 
 import pytest
 
+from manylora.engine.interface import AdapterRef, Effect
+from manylora.errors import EngineDead
 from manylora.settings import Settings
 
 from .rig import CONFIG_FILE, TENSOR_FILE, running, sound_files, tar_of
@@ -129,13 +131,33 @@ async def test_a_download_uploads_again_as_the_same_version(settings: Settings) 
         assert (again.status_code, again.json()["id"]) == (200, first["id"])
 
 
-async def test_the_probe_sees_the_adapters_files_and_is_forgotten(settings: Settings) -> None:
+async def test_what_was_validated_is_tried_and_left_to_the_version_that_it_became(settings: Settings) -> None:
     async with running(settings) as rig:
         version = (await rig.push("x")).json()
-        ((ref, files),) = rig.engine.probed
-        assert files == [CONFIG_FILE, TENSOR_FILE]
+        ((ref, adapter),) = rig.engine.probed
+        assert adapter.digest == ref.digest == version["digest"]
         assert ref.id != version["id"]
         assert rig.engine.forgotten == [ref.id]
+        assert rig.engine.heirs == [rig.catalog.directory.resolve("public", "x")]
+
+
+async def test_what_was_tried_and_not_published_is_left_to_nobody(settings: Settings) -> None:
+    async with running(settings) as rig:
+        rig.engine.effect = Effect(prompt_tokens=8, max_abs_logit_delta=0.0, kl=0.0)
+        assert (await rig.push("x")).status_code == 422
+        assert rig.engine.heirs == [None]
+
+
+async def test_an_upload_stands_whose_trial_cannot_be_forgotten(settings: Settings) -> None:
+    """As when the engine ends between the two: the version is there, and saying otherwise would be wrong."""
+    async with running(settings) as rig:
+
+        async def ends(ref: AdapterRef) -> None:
+            raise EngineDead("The engine has stopped.")
+
+        rig.engine.users = ends
+        assert (await rig.push("x")).status_code == 201
+        assert rig.catalog.directory.resolve("public", "x").version == 1
 
 
 async def test_the_engine_finds_the_files_of_what_it_is_given(settings: Settings) -> None:

@@ -20,7 +20,7 @@ from manylora.kernels.interface import LoraKernel
 from manylora.kernels.matmul import factory
 from manylora.kernels.native_lora import NativeKernel
 from manylora.kernels.torch_lora import TorchKernel
-from manylora.lora.format import reader as adapter_format
+from manylora.lora.format.reader import Adapter, read_trusted
 from manylora.lora.memory.device_memory import DeviceMemory
 from manylora.lora.memory.packing import KeepAs, PackedAdapter, pack
 from manylora.lora.memory.slots import SlotBook
@@ -101,9 +101,8 @@ class Rig:
         self.tiers.close()
 
 
-def packer_of(wrapped: WrappedModel, keep: KeepAs) -> Callable[[Path], PackedAdapter]:
-    def packer(folder: Path) -> PackedAdapter:
-        adapter = adapter_format.read_trusted(folder, wrapped.modules)
+def packer_of(wrapped: WrappedModel, keep: KeepAs) -> Callable[[Adapter], PackedAdapter]:
+    def packer(adapter: Adapter) -> PackedAdapter:
         dtype = keep.dtype_of(adapter)
         return pack(adapter, wrapped.sites, dtype, has_scales=keep.has_scales(dtype))
 
@@ -151,8 +150,8 @@ def build_rig(
         book,
         memory,
         host_bytes=2**28,
-        folder_of=lambda ref: folders[ref.id],
-        packer=packer_of(wrapped, keep),
+        read=lambda ref: read_trusted(folders[ref.id], wrapped.modules),
+        pack=packer_of(wrapped, keep),
         on_change=loaded.set,
     )
     scheduler = Scheduler(

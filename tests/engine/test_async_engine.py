@@ -23,6 +23,7 @@ from manylora.errors import (
     QueueFull,
     SequenceFailed,
 )
+from manylora.lora.format.reader import Adapter, read_trusted
 from manylora.lora.memory.packing import PackedAdapter
 from manylora.models.checkpoint import load_tokenizer
 from manylora.models.codec import HuggingFaceCodec
@@ -100,7 +101,9 @@ async def test_a_request_for_no_tokens_runs_its_prompt_only(engine: AsyncEngine)
     assert engine.stats().kv_blocks_used == 0
 
 
-async def test_a_dying_engine_fails_every_request_and_is_not_ready(rig: Rig, engine: AsyncEngine) -> None:
+async def test_a_dying_engine_fails_every_request_and_is_not_ready(
+    rig: Rig, engine: AsyncEngine, adapter: Path
+) -> None:
     rig.engine.runner.forward = dies_after(rig, steps=5)  # type: ignore[method-assign]
     assert engine.is_ready
     asked = [ask(engine, f"r{i}", LONG, rig if i % 2 else None) for i in range(5)]  # two run, three wait
@@ -112,7 +115,7 @@ async def test_a_dying_engine_fails_every_request_and_is_not_ready(rig: Rig, eng
     with pytest.raises(EngineDead, match="the device fell off"):
         ask(engine)
     with pytest.raises(EngineDead):
-        await engine.measure_effect(rig.refs["tuned"], Path())
+        await engine.measure_effect(rig.refs["tuned"], read_trusted(adapter, rig.wrapped.modules))
 
 
 async def test_a_dying_engine_says_so_once_everybody_was_told(rig: Rig, engine: AsyncEngine) -> None:
@@ -223,7 +226,7 @@ async def test_a_full_queue_refuses_and_says_when_to_come_back(rig: Rig, tiny_ll
 
 async def test_one_tenant_cannot_fill_the_queue_for_another(rig: Rig, tiny_llama_dir: Path) -> None:
     """Whatever became of its requests: answered, left, or failed for want of their adapter."""
-    rig.tiers._folder_of = lambda ref: Path("/nowhere")
+    rig.tiers._read = lambda ref: read_trusted(Path("/nowhere"), rig.wrapped.modules)
 
     async with started(rig, tiny_llama_dir, max_open=20) as engine:
 
@@ -322,7 +325,7 @@ async def test_an_effect_is_measured_beside_running_requests(
     rig: Rig, engine: AsyncEngine, tiny_llama_dir: Path, adapter: Path
 ) -> None:
     beside = asyncio.ensure_future(collect(ask(engine, max_tokens=40)))
-    effect = await engine.measure_effect(rig.refs["tuned"], adapter)
+    effect = await engine.measure_effect(rig.refs["tuned"], read_trusted(adapter, rig.wrapped.modules))
     await beside
 
     ids = engine.codec.encode(PROBE_TEXT)
@@ -340,9 +343,8 @@ async def test_an_effect_of_no_numbers_is_measured_as_such_so_that_the_upload_ca
     rig: Rig, engine: AsyncEngine, tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
     first = engine.codec.encode(PROBE_TEXT)[0]
-    effect = await engine.measure_effect(
-        rig.refs["tuned"], make_adapter_that_spoils(tiny_llama_dir, tmp_path / "bad", first)
-    )
+    bad = make_adapter_that_spoils(tiny_llama_dir, tmp_path / "bad", first)
+    effect = await engine.measure_effect(rig.refs["tuned"], read_trusted(bad, rig.wrapped.modules))
     assert not math.isfinite(effect.max_abs_logit_delta)
     assert engine.is_ready
 
@@ -350,15 +352,15 @@ async def test_an_effect_of_no_numbers_is_measured_as_such_so_that_the_upload_ca
 async def test_timing_tells_waiting_from_loading(
     rig: Rig, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pack = rig.tiers._packer
+    pack = rig.tiers._pack
 
-    def pack_once_it_is_waited_for(folder: Path) -> PackedAdapter:
+    def pack_once_it_is_waited_for(read: Adapter) -> PackedAdapter:
         deadline = time.monotonic() + 30
         while not engine.stats().waiting_for_adapter and time.monotonic() < deadline:
             time.sleep(0.001)
-        return pack(folder)
+        return pack(read)
 
-    monkeypatch.setattr(rig.tiers, "_packer", pack_once_it_is_waited_for)
+    monkeypatch.setattr(rig.tiers, "_pack", pack_once_it_is_waited_for)
     first, second = ask(engine, "first", rig=rig), None
     await collect(first)
     second = ask(engine, "second", rig=rig)
@@ -369,7 +371,7 @@ async def test_timing_tells_waiting_from_loading(
 
 
 async def test_an_error_of_one_request_is_its_own(rig: Rig, engine: AsyncEngine) -> None:
-    rig.tiers._folder_of = lambda ref: Path("/nowhere")
+    rig.tiers._read = lambda ref: read_trusted(Path("/nowhere"), rig.wrapped.modules)
     lost, beside = ask(engine, "lost", rig=rig, n=2), ask(engine, "beside")
     with pytest.raises(ManyloraError):
         await collect(lost)

@@ -10,6 +10,7 @@ import torch
 
 from manylora.engine.scheduler import Scheduled
 from manylora.engine.sequence import Sequence
+from manylora.lora.format.reader import read_trusted
 from manylora.lora.memory.packing import KeepAs
 from tests.engine.harness import Rig, available_kernels, build_rig, load, packer_of
 from tests.engine.oracle import check_greedy, with_adapter
@@ -91,7 +92,9 @@ def test_broken_adapter_moves_no_bit_of_its_neighbours_logits(
             memory = rig.tiers.memory
             slot = next(r["slot"] for r in rig.tiers.residents() if r["name"] == "a01")
             place = memory.places[slot]
-            packed = packer_of(rig.wrapped, KeepAs(torch.float32, torch.float32))(adapters["a01"])
+            packed = packer_of(rig.wrapped, KeepAs(torch.float32, torch.float32))(
+                read_trusted(adapters["a01"], rig.wrapped.modules)
+            )
             packed.data.mul_(1000) if how == "huge" else packed.data.fill_(float("nan"))
             memory.fill(place, packed)
         names = ["a00", "a01", None, "a03", "a01", "a00"]

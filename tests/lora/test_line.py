@@ -2,13 +2,13 @@
 
 import threading
 from collections import Counter
-from pathlib import Path
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from manylora.identity import AdapterRef
+from manylora.lora.format.spec import Adapter
 from manylora.lora.memory.line import LoadLine
-from manylora.lora.memory.packing import PackedAdapter
 from tests.lora.tier_setup import PATIENCE_S, Disk, Setup, ref
 
 
@@ -98,11 +98,11 @@ def test_a_tenant_whose_files_come_slowly_holds_up_its_own_loads_only() -> None:
     setup = Setup(slots=16, threads=4, disk=disk)
     is_open = threading.Event()
 
-    def slowly(folder: Path) -> PackedAdapter:
-        assert int(folder.name) >= 100 or is_open.wait(PATIENCE_S)
-        return disk.pack(folder)
+    def slowly(wanted: AdapterRef) -> Adapter:
+        assert int(wanted.id.removeprefix("id-")) >= 100 or is_open.wait(PATIENCE_S)
+        return disk.read(wanted)
 
-    setup.tiers._packer = slowly
+    setup.tiers._read = slowly
     try:
         for number in range(20):
             setup.tiers.prefetch(ref(number), "slow")

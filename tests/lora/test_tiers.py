@@ -3,13 +3,12 @@
 import os
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 
 from manylora.engine.build import NUM_LOADERS
 from tests.lora.packed import random_packed
-from tests.lora.tier_setup import SHAPES, SMALL, Disk, Setup, ref, weights
+from tests.lora.tier_setup import SHAPES, SMALL, Disk, Setup, numbered, ref, weights
 
 
 def test_first_answer_is_not_yet_and_the_load_runs_on_its_own_thread(setup: Setup) -> None:
@@ -125,9 +124,10 @@ def test_without_a_host_tier_every_return_is_read_from_disk() -> None:
     setup.tiers.close()
 
 
-def test_an_offered_folder_is_used_until_it_is_taken_back(setup: Setup) -> None:
-    setup.tiers.offer(ref(0), Path("/quarantine/2"))
+def test_what_is_offered_is_taken_without_reading_until_it_is_taken_back(setup: Setup) -> None:
+    setup.tiers.offer(ref(0), numbered(2))
     assert setup.holds(2, setup.get(0))
+    assert not setup.disk.reads
     setup.tiers.release(ref(0))
     setup.tiers.offer(ref(0), None)
     assert setup.tiers.forget(ref(0))

@@ -1,6 +1,7 @@
 """A deleted adapter's users finish, then its memory is free; what nobody wants leaves nothing behind."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 
@@ -104,3 +105,34 @@ def test_thousands_of_adapters_leave_nothing_behind() -> None:
     assert not setup.tiers._wanted
     assert len(setup.tiers._device._policy._priority) == setup.book.num_used
     setup.tiers.close()
+
+
+def test_an_heir_of_the_same_content_takes_over_what_the_host_holds(setup: Setup) -> None:
+    heir = replace(ref(0), id="id-0-published", version=2)
+    setup.use(0)
+    assert setup.tiers.forget(ref(0), timeout_s=PATIENCE_S, heir=heir)
+    assert (setup.tiers.tier_of(ref(0)), setup.tiers.tier_of(heir)) == ("disk", "host")
+    setup.tiers.check_integrity()
+    slot = None
+    while (slot := setup.tiers.acquire(heir)) is None:
+        assert setup.changed.wait(PATIENCE_S)
+        setup.changed.clear()
+    assert setup.holds(0, slot)
+    assert setup.disk.reads == [0]
+
+
+def test_an_heir_of_another_content_takes_over_nothing(setup: Setup) -> None:
+    heir = replace(ref(0), id="id-0-other", digest="another")
+    setup.use(0)
+    assert setup.tiers.forget(ref(0), timeout_s=PATIENCE_S, heir=heir)
+    assert (setup.tiers.tier_of(ref(0)), setup.tiers.tier_of(heir)) == ("disk", "disk")
+    assert setup.tiers.host_bytes == 0
+
+
+def test_an_heir_that_is_there_already_is_counted_once(setup: Setup) -> None:
+    setup.use(0)
+    setup.use(1)
+    heir = replace(ref(1), digest="digest-0")
+    assert setup.tiers.forget(ref(0), timeout_s=PATIENCE_S, heir=heir)
+    assert setup.tiers.forget(ref(9), timeout_s=PATIENCE_S, heir=heir)
+    setup.tiers.check_integrity()

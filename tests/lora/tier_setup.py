@@ -3,12 +3,12 @@
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
 from manylora.identity import AdapterRef, Tier
 from manylora.kernels.reference import LowRank
+from manylora.lora.format.spec import Adapter
 from manylora.lora.memory.device_memory import DeviceMemory
 from manylora.lora.memory.packing import PackedAdapter
 from manylora.lora.memory.slots import SlotBook
@@ -23,6 +23,11 @@ PATIENCE_S = 20.0
 
 def ref(number: int) -> AdapterRef:
     return AdapterRef(f"id-{number}", "tenant", f"adapter-{number}", 1, f"digest-{number}")
+
+
+def numbered(number: int) -> Adapter:
+    """What the reader makes of adapter N. Only its digest is looked at, by `Disk.pack`."""
+    return Adapter(8, 8.0, [], None, (), f"digest-{number}", 0, [], [])
 
 
 def weights(number: int) -> tuple[PackedAdapter, dict[int, LowRank]]:
@@ -50,7 +55,7 @@ class Recorder(TierEvents):
 
 @dataclass
 class Disk:
-    """What the loader finds: adapter N in folder N, unless `broken`, when `gate` and its own in `slow` are open."""
+    """What the loader finds for `id-N`: adapter N, unless `broken`, when `gate` and its own in `slow` are open."""
 
     broken: dict[int, Exception] = field(default_factory=dict)
     gate: threading.Event = field(default_factory=threading.Event)
@@ -61,14 +66,17 @@ class Disk:
     def __post_init__(self) -> None:
         self.gate.set()
 
-    def pack(self, folder: Path) -> PackedAdapter:
+    def read(self, ref: AdapterRef) -> Adapter:
         assert self.gate.wait(PATIENCE_S)
-        number = int(folder.name)
+        number = int(ref.id.removeprefix("id-"))
         assert number not in self.slow or self.slow[number].wait(PATIENCE_S)
         self.reads.append(number)
         if number in self.broken:
             raise self.broken[number]
-        return self.make(number)[0]
+        return numbered(number)
+
+    def pack(self, adapter: Adapter) -> PackedAdapter:
+        return self.make(int(adapter.digest.removeprefix("digest-")))[0]
 
 
 class Setup:
@@ -93,8 +101,8 @@ class Setup:
             self.book,
             self.memory,
             host_bytes=host_bytes,
-            folder_of=lambda r: Path(r.id.removeprefix("id-")),
-            packer=self.disk.pack,
+            read=self.disk.read,
+            pack=self.disk.pack,
             on_change=self.changed.set,
             events=self.events,
             num_threads=threads,

@@ -26,7 +26,7 @@ from manylora.catalog.records import AdapterRecord, Folder, Published, VersionRe
 from manylora.catalog.registry import Registry
 from manylora.catalog.residency import Pins, Retirement
 from manylora.catalog.store import Store, open_store
-from manylora.catalog.upload import Brought, Quarantine, Rules, new_version, probe, wish_of
+from manylora.catalog.upload import Brought, Quarantine, Rules, new_version, tried, wish_of
 from manylora.database.database import Database, open_database
 from manylora.engine.interface import AdapterRef, EngineClient, Tier
 from manylora.errors import InvalidSettings, ManyloraError, Unavailable
@@ -228,10 +228,12 @@ class Catalog:
             return done
         size, pinned = adapter.size_bytes, bool(wish.pinned)
         await self.database.run(partial(self._registry.check_quota, wish.tenant, wish.name, size, pinned=pinned))
-        effect = await probe(self._attached, folder, adapter.digest, wish)
-        new = await asyncio.to_thread(new_version, folder, adapter, effect)
-        publish = partial(self._registry.publish, wish, new, folder=stamp)
-        return await asyncio.to_thread(self._blobs.keep, folder, new.blob, publish)
+        async with tried(self._attached, adapter, wish) as trial:
+            new = await asyncio.to_thread(new_version, folder, adapter, trial.effect)
+            publish = partial(self._registry.publish, wish, new, folder=stamp)
+            done = await asyncio.to_thread(self._blobs.keep, folder, new.blob, publish)
+            trial.published = done.version.ref
+        return done
 
     def _newest_with(self, wish: Wish, digest: str) -> Listed | None:
         """The version that an upload of this content will find to be there already."""

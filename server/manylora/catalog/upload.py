@@ -1,10 +1,11 @@
-"""The steps between bytes that came in and a version that may be named: quarantine, validate, probe.
+"""The steps between bytes that came in and a version that may be named: quarantine, validate, try.
 
 Everything happens in a folder of its own below `quarantine/`, which is removed whatever the outcome, and swept
 at start.
 """
 
 import asyncio
+import logging
 import math
 import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from manylora.catalog.receive import Received
 from manylora.catalog.records import NewVersion, Wish
 from manylora.catalog.registry import new_id
 from manylora.engine.interface import AdapterRef, Effect, EngineClient
-from manylora.errors import InvalidAdapter, InvalidRequest, Problem, quoted
+from manylora.errors import InvalidAdapter, InvalidRequest, ManyloraError, Problem, quoted
 from manylora.faults import file_errors
 from manylora.files import clear_folder, remove_tree
 from manylora.identity import ADAPTER_FILES
@@ -33,6 +34,7 @@ _MAX_DESCRIPTION: Final = 4096
 # Each validation holds an adapter's tensors; a few at once keep the processors busy.
 _MAX_VALIDATIONS: Final = 2
 _REMOVE_AGAIN_S: Final = 0.5
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,13 +125,37 @@ class Quarantine:
         return Brought(target, [*others, *received.left_aside])
 
 
-async def probe(engine: EngineClient, folder: Path, digest: str, wish: Wish) -> Effect:
-    """What the adapter does to the base. Raises InvalidAdapter (`no_effect`, `not_finite`)."""
-    ref = AdapterRef(new_id("probe"), wish.tenant, wish.name, 0, digest)
+@dataclass(slots=True)
+class Trial:
+    """What the engine found. Once the adapter is `published`, that version takes over what host memory holds of it."""
+
+    effect: Effect
+    published: AdapterRef | None = None
+
+
+@asynccontextmanager
+async def tried(engine: EngineClient, adapter: Adapter, wish: Wish) -> AsyncIterator[Trial]:
+    """What the adapter does to the base, tried under a reference that nobody else knows.
+
+    Raises InvalidAdapter (`no_effect`, `not_finite`).
+    """
+    ref = AdapterRef(new_id("probe"), wish.tenant, wish.name, 0, adapter.digest)
+    published: AdapterRef | None = None
     try:
-        effect = await engine.measure_effect(ref, folder)
+        trial = Trial(await _measured(engine, ref, adapter))
+        yield trial
+        published = trial.published
     finally:
-        await engine.forget(ref)
+        try:
+            await engine.forget(ref, heir=published)
+        except ManyloraError as error:
+            if published is None:
+                raise
+            _log.warning("%s/%s is published, and what was tried stays in memory: %s", wish.tenant, wish.name, error)
+
+
+async def _measured(engine: EngineClient, ref: AdapterRef, adapter: Adapter) -> Effect:
+    effect = await engine.measure_effect(ref, adapter)
     if not (math.isfinite(effect.max_abs_logit_delta) and math.isfinite(effect.kl)):
         message = "With this adapter the model's logits are not finite. Its weights are too large; train it again."
         raise InvalidAdapter([Problem("not_finite", "effect", message)])

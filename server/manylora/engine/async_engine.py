@@ -11,7 +11,6 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as SequenceOf
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -41,6 +40,7 @@ from manylora.errors import (
     ManyloraError,
 )
 from manylora.log import get_logger
+from manylora.lora.format.spec import Adapter
 from manylora.lora.memory.tiers import AdapterTiers
 
 PROBE_TEXT = "The quick brown fox jumps over the lazy dog. Question: what is the capital of France? Answer:"
@@ -261,19 +261,19 @@ class AsyncEngine:
 
     # adapters
 
-    async def measure_effect(self, ref: AdapterRef, folder: Path) -> Effect:
+    async def measure_effect(self, ref: AdapterRef, adapter: Adapter) -> Effect:
         """Logits of a fixed prompt with the adapter against those without; see `interface.EngineClient`."""
         self._check_open()
         prompt = [i for i in self.codec.encode(PROBE_TEXT) if i < self.model.vocab_size]
         prompt = prompt[: self.model.context_length - 1]
         self._num_probes += 1
         params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
-        self._tiers.offer(ref, folder)
+        self._tiers.offer(ref, adapter)
 
-        def probe(name: str, adapter: AdapterRef | None) -> RunningGeneration:
+        def probe(name: str, tried: AdapterRef | None) -> RunningGeneration:
             """It runs at the expense of the tenant's fair share."""
             return self._submit(
-                [Sequence(name, list(prompt), params, adapter=adapter, tenant=ref.tenant, capture_logits=True)]
+                [Sequence(name, list(prompt), params, adapter=tried, tenant=ref.tenant, capture_logits=True)]
             )
 
         base, tuned = probe(f"probe-{self._num_probes}-base", None), probe(f"probe-{self._num_probes}", ref)
@@ -300,11 +300,11 @@ class AsyncEngine:
     def unpin(self, ref: AdapterRef) -> None:
         self._tiers.set_pinned(ref, False)
 
-    async def forget(self, ref: AdapterRef) -> None:
+    async def forget(self, ref: AdapterRef, *, heir: AdapterRef | None = None) -> None:
         """Wait for the last user, then free; see `interface.EngineClient`."""
         while any(s.adapter is not None and s.adapter.id == ref.id for g in self._open() for s in g.seqs):
             await asyncio.sleep(0.02)
-        while not await asyncio.to_thread(self._tiers.forget, ref, _IDLE_WAIT_S):
+        while not await asyncio.to_thread(self._tiers.forget, ref, _IDLE_WAIT_S, heir=heir):
             if not self._thread.is_alive():  # nobody is left to release it
                 raise EngineDead("The engine has stopped, so the adapter stays in memory until the process ends.")
 

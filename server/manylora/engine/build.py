@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import psutil
 import torch
@@ -23,8 +22,7 @@ from manylora.kernels.native_lora import NativeKernel
 from manylora.kernels.placement import ThreadPlacement
 from manylora.kernels.torch_lora import TorchKernel
 from manylora.log import get_logger
-from manylora.lora.format import reader as adapter_format
-from manylora.lora.format.reader import ModuleSpec
+from manylora.lora.format.reader import Adapter, ModuleSpec, read_trusted
 from manylora.lora.memory.device_memory import DeviceMemory
 from manylora.lora.memory.occupancy import Occupancy
 from manylora.lora.memory.packing import KeepAs, PackedAdapter, pack
@@ -132,8 +130,8 @@ class EngineBuilder:
             book,
             memory,
             host_bytes=in_bytes(settings.host_tier_memory, torch.device("cpu")),
-            folder_of=source.local_folder,
-            packer=self._packer(kernel),
+            read=self._reader(source),
+            pack=self._packer(kernel),
             events=_TierMetrics(metrics, occupancy or Occupancy()),
             num_threads=NUM_LOADERS,
         )
@@ -177,13 +175,16 @@ class EngineBuilder:
             fused.exchange(self.wrapped, originals)
             check.check()
 
-    def _packer(self, kernel: LoraKernel) -> Callable[[Path], PackedAdapter]:
-        modules, sites, settings = self.modules, self.wrapped.sites, self.settings
+    def _reader(self, source: AdapterSource) -> Callable[[AdapterRef], Adapter]:
+        modules = self.modules
+        return lambda ref: read_trusted(source.local_folder(ref), modules)
+
+    def _packer(self, kernel: LoraKernel) -> Callable[[Adapter], PackedAdapter]:
+        sites, settings = self.wrapped.sites, self.settings
         is_int8 = settings.quantization == "int8"
         keep = KeepAs.choose(settings.lora_dtype, self.dtype, is_int8_base=is_int8, mixes_dtypes=kernel.mixes_dtypes)
 
-        def packer(folder: Path) -> PackedAdapter:
-            adapter = adapter_format.read_trusted(folder, modules)
+        def packer(adapter: Adapter) -> PackedAdapter:
             dtype = keep.dtype_of(adapter)
             return pack(adapter, sites, dtype, has_scales=keep.has_scales(dtype))
 

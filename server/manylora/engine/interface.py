@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from manylora.identity import PUBLIC_TENANT, AdapterRef, Tier
+from manylora.lora.format.spec import Adapter
 
 __all__ = [
     "PUBLIC_TENANT",
@@ -273,8 +274,11 @@ class EngineClient(Protocol):
         """
         ...
 
-    async def measure_effect(self, ref: AdapterRef, folder: Path) -> Effect:
-        """Run a fixed prompt with and without the adapter in `folder`, beside the running requests."""
+    async def measure_effect(self, ref: AdapterRef, adapter: Adapter) -> Effect:
+        """Run a fixed prompt with and without the adapter, beside the running requests.
+
+        What was read of it is what runs: no file is opened. It stays in memory, as `ref`, until `forget`.
+        """
         ...
 
     def tier_of(self, ref: AdapterRef) -> Tier: ...
@@ -285,8 +289,11 @@ class EngineClient(Protocol):
 
     def unpin(self, ref: AdapterRef) -> None: ...
 
-    async def forget(self, ref: AdapterRef) -> None:
-        """Wait until no running request uses the adapter, then free its memory. No new request may name it."""
+    async def forget(self, ref: AdapterRef, *, heir: AdapterRef | None = None) -> None:
+        """Wait until no running request uses the adapter, then free its memory. No new request may name it.
+
+        What host memory holds of it goes to `heir`, if that has the same digest, for its first request.
+        """
         ...
 
     def stats(self, tenant: str | None = None) -> EngineStats:

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from manylora.errors import AdapterLoadFailed, Conflict, ManyloraError
 from manylora.identity import AdapterRef, Tier
+from manylora.lora.format.spec import Adapter
 from manylora.lora.memory.device_memory import DeviceMemory
 from manylora.lora.memory.eviction import GreedyDualSizeFrequency
 from manylora.lora.memory.layout import Layout
@@ -22,7 +22,7 @@ class Entry:
     """One adapter that is on the device, on its way there, waited for, or pinned."""
 
     ref: AdapterRef
-    folder: Path | None = None
+    offered: Adapter | None = None  # already read: to be taken in place of its files
     place: Place | None = None
     is_resident: bool = False
     is_loading: bool = False

@@ -63,6 +63,14 @@ class HostCache:
                 short -= candidate.size_bytes
         return doomed if short <= 0 else None
 
+    def bequeath(self, ref: AdapterRef, heir: AdapterRef | None) -> None:
+        """Hand the adapter over to a reference to the same content; drop it where there is no such heir."""
+        packed = self._kept.get(ref)
+        self.drop(ref)
+        if packed is not None and heir is not None and heir.digest == ref.digest and heir not in self._kept:
+            self._kept[heir] = packed
+            self.used_bytes += packed.size_bytes
+
     def drop(self, ref: AdapterRef) -> None:
         packed = self._kept.pop(ref, None)
         if packed is not None:

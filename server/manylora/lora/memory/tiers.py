@@ -16,7 +16,6 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from manylora.errors import (
@@ -28,6 +27,7 @@ from manylora.errors import (
     cause_for_caller,
 )
 from manylora.identity import AdapterRef, Tier
+from manylora.lora.format.spec import Adapter
 from manylora.lora.memory.device import DeviceTier, Entry, TierEvents
 from manylora.lora.memory.device_memory import DeviceMemory
 from manylora.lora.memory.host import HostCache
@@ -35,10 +35,10 @@ from manylora.lora.memory.line import LoadLine
 from manylora.lora.memory.packing import PackedAdapter
 from manylora.lora.memory.slots import SlotBook
 
-__all__ = ["AdapterTiers", "FolderOf", "Packer", "TierEvents"]
+__all__ = ["AdapterTiers", "Packer", "Reader", "TierEvents"]
 
-Packer = Callable[[Path], PackedAdapter]
-FolderOf = Callable[[AdapterRef], Path]
+Reader = Callable[[AdapterRef], Adapter]  # of what is stored
+Packer = Callable[[Adapter], PackedAdapter]
 LOOK_AHEAD = 256  # of those in the line, how many are looked at when a place falls free
 
 
@@ -51,8 +51,8 @@ class AdapterTiers:
         memory: DeviceMemory,
         *,
         host_bytes: int,
-        folder_of: FolderOf,
-        packer: Packer,
+        read: Reader,
+        pack: Packer,
         on_change: Callable[[], None] = lambda: None,
         events: TierEvents | None = None,
         num_threads: int = 1,
@@ -60,8 +60,8 @@ class AdapterTiers:
         self.book = book
         self.memory = memory
         self.on_change = on_change  # called on a loader thread after every load
-        self._folder_of = folder_of
-        self._packer = packer
+        self._read = read
+        self._pack = pack
         self._events = events or TierEvents()
         self._host = HostCache(host_bytes, lambda ref: self._events.on_eviction(ref, "host"))
         self._device = DeviceTier(book, memory, self._events, self._settle)
@@ -167,11 +167,11 @@ class AdapterTiers:
                 return "device"
             return "host" if ref in self._host else "disk"
 
-    def offer(self, ref: AdapterRef, folder: Path | None) -> None:
-        """Load this adapter from `folder` instead of asking the catalog, until it is offered None."""
+    def offer(self, ref: AdapterRef, adapter: Adapter | None) -> None:
+        """Take what was read of this adapter instead of its stored files, until it is offered None."""
         with self._lock:
             entry = self._entry(ref)
-            entry.folder = folder
+            entry.offered = adapter
             self._settle(entry)
 
     def set_pinned(self, ref: AdapterRef, pinned: bool) -> None:
@@ -196,12 +196,15 @@ class AdapterTiers:
             else:
                 self._refile(entry)
 
-    def forget(self, ref: AdapterRef, timeout_s: float | None = None) -> bool:
-        """Wait until nobody uses or loads the adapter, then free its memory. False if `timeout_s` ran out."""
+    def forget(self, ref: AdapterRef, timeout_s: float | None = None, *, heir: AdapterRef | None = None) -> bool:
+        """Wait until nobody uses or loads the adapter, then free its memory. False if `timeout_s` ran out.
+
+        The copy in host memory goes to `heir` where that has the same digest.
+        """
         with self._lock:
             entry = self._entries.get(ref.id)
             if entry is None:
-                self._host.drop(ref)
+                self._host.bequeath(ref, heir)
                 return True
             entry.is_forgotten = True
             entry.is_pinned = entry.is_claimed = False
@@ -209,7 +212,7 @@ class AdapterTiers:
             if not self._idle.wait_for(lambda: not entry.users and not entry.is_loading, timeout_s):
                 return False
             self._device.evict(entry)
-            self._host.drop(ref)
+            self._host.bequeath(ref, heir)
             self._entries.pop(ref.id, None)
             self._room_appeared()
             return True
@@ -257,7 +260,7 @@ class AdapterTiers:
     def _settle(self, entry: Entry) -> None:
         """Drop an entry that says nothing any more, so that ten thousand adapters cost nothing here."""
         idle = not (entry.is_resident or entry.is_loading or entry.is_pinned or entry.users)
-        if idle and entry.folder is None and entry.error is None and entry.ref.id not in self._wanted:
+        if idle and entry.offered is None and entry.error is None and entry.ref.id not in self._wanted:
             self._entries.pop(entry.ref.id, None)
 
     def _leave_line(self, entry: Entry) -> None:
@@ -355,9 +358,9 @@ class AdapterTiers:
             packed = self._host.get(entry.ref)
             if packed is not None:
                 return packed
-            folder = entry.folder
+            offered = entry.offered
         started = time.perf_counter()
-        packed = self._packer(folder) if folder else self._pack_stored(entry.ref)
+        packed = self._pack_stored(entry.ref) if offered is None else self._pack(offered)
         self._events.on_load(entry.ref, "disk", time.perf_counter() - started)
         with self._lock:
             self._host.keep(entry.ref, packed, self._wanted)
@@ -366,7 +369,7 @@ class AdapterTiers:
     def _pack_stored(self, ref: AdapterRef) -> PackedAdapter:
         """What was accepted before and cannot be read now is no caller's fault."""
         try:
-            return self._packer(self._folder_of(ref))
+            return self._pack(self._read(ref))
         except InvalidAdapter as error:
             reason = error.problems[0].message if error.problems else error.message
             raise AdapterLoadFailed(f"The stored files of {ref.label} cannot be read: {reason}") from error
