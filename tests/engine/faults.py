@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from manylora.engine.detokenizer import Detokenizer
-from manylora.engine.model_runner import StepResult
+from manylora.engine.model_runner import Outcome
 from manylora.engine.recovery import FaultEvents
 from manylora.engine.scheduler import Plan, Scheduled
 from manylora.engine.sequence import Sequence
@@ -39,7 +39,7 @@ class Faults(FaultEvents):
         engine._faults = engine._recovery._events = self
 
         def planned(only: Any = None) -> Plan:
-            meant = [s for s in scheduler.sequences() if only is None or id(s) in only]
+            meant = [s for s in scheduler.sequences() if only is None or s in only]
             found = plan(only)  # what was planned is lost with the fault, as it would be in the middle
             self._check("schedule", meant)
             return found
@@ -49,7 +49,7 @@ class Faults(FaultEvents):
             self._check("forward", [item.seq for item in scheduled])
             return logits
 
-        def sampled(scheduled: list[Scheduled], logits: torch.Tensor) -> StepResult:
+        def sampled(scheduled: list[Scheduled], logits: torch.Tensor) -> list[Outcome]:
             result = sample(scheduled, logits)
             self._check("sample", [item.seq for item in scheduled])
             return result

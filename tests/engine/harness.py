@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from manylora.engine.block_manager import BlockManager
+from manylora.engine.drafting import Drafter
 from manylora.engine.engine import Engine, Output
 from manylora.engine.interface import AdapterRef, SamplingParams
 from manylora.engine.model_runner import ModelRunner
@@ -125,6 +126,7 @@ def build_rig(
     poison: bool = True,
     eos_ids: frozenset[int] = frozenset(),
     keep_as: KeepAs | None = None,
+    drafter: Drafter | None = None,
 ) -> Rig:
     """An engine whose cache starts out full of NaN, so that reading a position nobody wrote shows at once."""
     wrapped = wrap(model, factory(use_native=kernel != "torch"))
@@ -159,6 +161,7 @@ def build_rig(
         tiers,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        drafter=drafter,
     )
     engine = Engine(
         scheduler,

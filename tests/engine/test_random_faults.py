@@ -15,6 +15,7 @@ from manylora.engine.sequence import Sequence
 from manylora.errors import SequenceFailed
 from manylora.models.checkpoint import load_tokenizer
 from manylora.models.codec import HuggingFaceCodec
+from tests.engine.drafts import Oracle
 from tests.engine.faults import PHASES, Faults
 from tests.engine.harness import Rig, available_kernels, build_rig, load
 from tests.tiny_adapters import make_adapter
@@ -78,6 +79,7 @@ class Engine:
     rig: Rig
     codec: HuggingFaceCodec
     faults: Faults
+    oracle: Oracle
     seen: set[tuple[str, str]] = field(default_factory=set)  # phases in which a fault has come to something, and what
 
     def __repr__(self) -> str:
@@ -120,16 +122,18 @@ def engine(
     adapters = {name: make_adapter(tiny_llama_dir, root / name, seed=i) for i, name in enumerate(("tuned", "other"))}
     codec = HuggingFaceCodec(load_tokenizer(tiny_llama_dir), {END_OF_TURN})
     # Few blocks, and less than the longest prompt in a step: sequences are preempted, and prompts run in pieces.
+    oracle = Oracle()
     rig = build_rig(
         load(tiny_llama_dir),
         adapters,
         kernel=request.param,
+        drafter=oracle,
         num_blocks=90,
         max_num_seqs=6,
         decode=codec.decode,
         eos_ids=codec.eos_ids,
     )
-    engine = Engine(rig, codec, Faults(rig).install())
+    engine = Engine(rig, codec, Faults(rig).install(), oracle)
     yield engine
     rig.close()
     assert {(phase, "isolated") for phase in PHASES} <= engine.seen
@@ -140,9 +144,10 @@ def with_every_phase(test: Callable[..., None]) -> Callable[..., None]:
     """Tried whatever chance brings: a lasting fault in each phase, and one that passes."""
     plain = [Wanted([n, 2, 3, 4], None, {"max_tokens": 6, "ignore_eos": True, "seed": n}, 0, -1) for n in range(4)]
     for phase in PHASES:
-        test = example(plain, [], (phase, 1, 0))(test)
+        test = example(plain, [], (phase, 1, 0), (0, 0.0))(test)
+        test = example(plain, [], (phase, 1, 2), (3, 0.2))(test)
     for phase in PHASES[:3]:
-        test = example(plain, [(phase, 2)], ("deliver", 1, 4))(test)
+        test = example(plain, [(phase, 2)], ("deliver", 1, 4), (2, 0.2))(test)
     return test
 
 
@@ -152,17 +157,29 @@ def with_every_phase(test: Callable[..., None]) -> Callable[..., None]:
     wanted=st.lists(requests, min_size=4, max_size=7),
     passing=st.lists(st.tuples(st.sampled_from(PHASES[:3]), st.integers(1, 12)), max_size=1),
     lasting=st.tuples(st.sampled_from(PHASES), st.integers(0, 6), st.integers(0, 4)),
+    drafts=st.tuples(st.integers(0, 6), st.sampled_from([0.0, 0.2, 0.8])),
 )
 def test_no_fault_reaches_whom_it_is_not_about(
-    engine: Engine, wanted: list[Wanted], passing: list[tuple[str, int]], lasting: tuple[str, int, int]
+    engine: Engine,
+    wanted: list[Wanted],
+    passing: list[tuple[str, int]],
+    lasting: tuple[str, int, int],
+    drafts: tuple[int, float],
 ) -> None:
     """`passing`: a phase fails at one call. `lasting`: it fails whenever one request is in it that has got so far.
 
     Two that pass could meet one sequence in both of its tries alone, which then counts as the cause.
+    `drafts`: at most so many tokens in each, and how many of them are wrong.
     """
     rig, faults = engine.rig, engine.faults
     expected = [engine.alone(each) for each in wanted]
     names = [f"r{next(_numbers)}" for _ in wanted]
+    engine.oracle.most, engine.oracle.wrong = drafts
+    engine.oracle.answers = {
+        f"{name}/{index}": answer["tokens"]
+        for name, answers in zip(names, expected, strict=True)
+        for index, answer in enumerate(answers)
+    }
     guilty = lasting[1] % len(wanted)
     faults.of(lasting[0], names[guilty], lasting[2])
     for phase, call in passing:

@@ -100,15 +100,20 @@ class BlockManager:
 
     def free(self, seq: Sequence) -> None:
         """Take all blocks back. Ends are handed out again before beginnings, which more prompts share."""
-        for block in reversed(seq.block_table):
+        self.shrink(seq, 0)
+        seq.num_computed = 0
+
+    def shrink(self, seq: Sequence, num_tokens: int) -> None:
+        """Take back the blocks behind those of the sequence's first `num_tokens` tokens."""
+        kept = -(-num_tokens // self.block_size)
+        for block in reversed(seq.block_table[kept:]):
             self._ref_counts[block] -= 1
             if not self._ref_counts[block]:
                 self._spoiled.discard(block)
                 self._free[block] = None
                 if self._hash_of[block] is None:
                     self._free.move_to_end(block, last=False)
-        seq.block_table = []
-        seq.num_computed = 0
+        del seq.block_table[kept:]
 
     def _hash(self, seq: Sequence, i: int) -> bytes:
         """Hash of the sequence's block i, which must be full of tokens."""

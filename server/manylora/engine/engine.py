@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, replace
 
 import torch
 
 from manylora.engine.detokenizer import Decode, Detokenizer
 from manylora.engine.interface import Delta, FinishReason
-from manylora.engine.model_runner import ModelRunner, StepResult
+from manylora.engine.model_runner import ModelRunner, Outcome
 from manylora.engine.recovery import Fault, FaultEvents, Recovery, failure_of, log_ended, log_failure, not_finite
 from manylora.engine.scheduler import Scheduled, Scheduler
 from manylora.engine.sequence import Sequence
@@ -60,6 +61,7 @@ class Engine:
     def add(self, seq: Sequence) -> None:
         for each in (seq, *seq.followers):
             each.detokenizer = Detokenizer(self._decode, each.tokens[: each.num_prompt_tokens], each.params.stop)
+            each.max_num_tokens = min(each.max_num_tokens, self._max_model_len)
         self.scheduler.add(seq)
 
     def abort(self, seqs: list[Sequence]) -> None:
@@ -87,36 +89,46 @@ class Engine:
         self.made_progress = bool(plan.scheduled)
         if not plan.scheduled:
             return outputs
-        result = self._attempt(plan.scheduled)
-        sampled = time.perf_counter()
-        if isinstance(result, Fault):
-            parts = self._recovery.run_in_parts(plan.scheduled, result)
-            outputs += [self._end_alone(seq, fault, is_spoiled=True) for seq, fault in parts.failed]
-            result = parts.result
-        for item in plan.scheduled:
-            output = self._commit(item, result) if not item.seq.is_finished else None
+        outcomes, sampled = self._outcomes(plan.scheduled, outputs)
+        for item, outcome in zip(plan.scheduled, outcomes, strict=True):
+            output = self._commit(item, outcome) if not item.seq.is_finished else None
             if output is not None:
                 outputs.append(output)
         self._lap("deliver", sampled)
         self.num_steps += 1
         return outputs
 
-    def _attempt(self, scheduled: list[Scheduled]) -> StepResult | Fault:
+    def _outcomes(self, scheduled: list[Scheduled], outputs: list[Output]) -> tuple[list[Outcome], float]:
+        """What each item gets, and when the step's sampling was done. Who failed alone is ended, in `outputs`."""
+        outcomes = self._attempt(scheduled)
+        sampled = time.perf_counter()
+        if isinstance(outcomes, Fault):
+            parts = self._recovery.run_in_parts(scheduled, outcomes)
+            outputs += [self._end_alone(seq, fault, is_spoiled=True) for seq, fault in parts.failed]
+            return parts.outcomes, sampled
+        spoiled = [i for i, item in enumerate(scheduled) if item.draft and not outcomes[i].is_finite]
+        if spoiled:  # attention multiplies what a draft made with zeros for those before it, and NaN stays NaN
+            again, _ = self._outcomes([replace(scheduled[i], draft=()) for i in spoiled], outputs)
+            for i, outcome in zip(spoiled, again, strict=True):
+                outcomes[i] = outcome
+        return outcomes, sampled
+
+    def _attempt(self, scheduled: list[Scheduled]) -> list[Outcome] | Fault:
         try:
             return self._run(scheduled)
         except Exception as error:  # noqa: BLE001 - whatever it is, the step is run in parts
             return Fault.of(self._phase, error)
 
-    def _run(self, scheduled: list[Scheduled]) -> StepResult:
+    def _run(self, scheduled: list[Scheduled]) -> list[Outcome]:
         """Forward and sample; no sequence changes."""
         began = time.perf_counter()
         self._phase = "forward"
         logits = self.runner.forward(scheduled)
         forwarded = self._lap(self._phase, began)
         self._phase = "sample"
-        result = self.runner.sample(scheduled, logits)
+        outcomes = self.runner.sample(scheduled, logits)
         self._lap(self._phase, forwarded)
-        return result
+        return outcomes
 
     def _lap(self, phase: str, since: float) -> float:
         now = time.perf_counter()
@@ -133,10 +145,10 @@ class Engine:
         self.scheduler.finish(seq, FinishReason.ERROR)
         return _failure(seq, error)
 
-    def _commit(self, item: Scheduled, result: StepResult) -> Output | None:
+    def _commit(self, item: Scheduled, outcome: Outcome) -> Output | None:
         """Give a sequence what the step found for it."""
         seq = item.seq
-        if id(seq) in result.not_finite and not seq.capture_logits:
+        if not outcome.is_finite and not seq.capture_logits:
             if seq.adapter is not None:
                 self._faults.on_not_finite(seq.adapter)
             error = not_finite(seq)
@@ -144,57 +156,65 @@ class Engine:
             return self._end(seq, error, is_spoiled=True)
         samples = item.samples
         try:
-            self._take_prompt(item, result)
+            self._take_prompt(item, outcome)
             self.scheduler.commit(item)
-            return self._advance(seq, result) if samples else None
+            return self._advance(item, outcome) if samples else None
         except Exception as error:  # noqa: BLE001 - whatever it is, it is of this sequence alone
             fault = Fault.of("deliver", error)
             self._faults.on_step_failure(fault.phase, "isolated")
             return self._end_alone(seq, fault, is_spoiled=not seq.is_finished)
 
-    def _take_prompt(self, item: Scheduled, result: StepResult) -> None:
+    def _take_prompt(self, item: Scheduled, outcome: Outcome) -> None:
         """What the logits of its prompt told, where they were asked for."""
         seq = item.seq
         if not seq.scores_prompt:
             return
         if not item.start:
             seq.prompt_logprobs, seq.captured = [], []
-        seq.prompt_logprobs += result.prompt_logprobs.get(id(seq), [])
-        seq.captured += result.captured.get(id(seq), [])
+        seq.prompt_logprobs += outcome.prompt_logprobs
+        seq.captured += outcome.captured
 
-    def _advance(self, seq: Sequence, result: StepResult) -> Output:
-        """Give a sequence its new token, and end it where a stop condition holds."""
+    def _advance(self, item: Scheduled, outcome: Outcome) -> Output:
+        """Give a sequence its new tokens, and end it where a stop condition holds."""
+        seq = item.seq
         if seq.first_token_s is None:
             seq.first_token_s = time.monotonic()
         if not seq.params.max_tokens:
             return self._end_without_answer(seq)
-        token_id = result.token_ids[id(seq)]
+        before = seq.num_tokens
         is_first = not seq.num_output_tokens
-        seq.append(token_id)
-        self.scheduler.charge_output(seq)
-        detokenizer = seq.detokenizer
-        assert detokenizer is not None
-        reason = self._stop_reason(seq, token_id)
-        stopped_by_token = reason is FinishReason.STOP
-        text = "" if stopped_by_token else detokenizer.add([token_id])
-        if detokenizer.is_stopped:
-            reason = FinishReason.STOP
+        text, reason = self._append(seq, outcome.token_ids)
+        taken = seq.tokens[before:]
+        self.scheduler.charge_output(seq, len(taken))
+        if item.draft:
+            self.scheduler.accept(item, min(outcome.num_accepted, len(taken) - 1))
         if reason is not None:
-            text += detokenizer.flush()
-            if detokenizer.is_stopped:
-                reason = FinishReason.STOP
             self.scheduler.finish(seq, reason)
-        logprob = result.logprobs.get(id(seq))
         delta = Delta(
             seq.index,
             text,
-            (token_id,),
-            logprobs=(logprob,) if logprob is not None else (),
+            tuple(taken),
+            logprobs=tuple(outcome.logprobs[: len(taken)]),
             finish_reason=reason,
             prompt_logprobs=tuple(seq.prompt_logprobs) if is_first else (),
             num_cached_tokens=seq.num_cached_tokens if is_first and seq.index == 0 else 0,
         )
         return Output(seq, delta, captured=torch.cat(seq.captured) if seq.captured else None)
+
+    def _append(self, seq: Sequence, token_ids: SequenceOf[int]) -> tuple[str, FinishReason | None]:
+        """Append tokens up to the first at which the sequence ends; their text, and why it ends if it does."""
+        detokenizer = seq.detokenizer
+        assert detokenizer is not None
+        text = ""
+        for token_id in token_ids:
+            seq.append(token_id)
+            reason = self._stop_reason(seq, token_id)
+            if reason is not FinishReason.STOP:
+                text += detokenizer.add([token_id])
+            if reason is not None or detokenizer.is_stopped:
+                text += detokenizer.flush()
+                return text, FinishReason.STOP if detokenizer.is_stopped else reason
+        return text, None
 
     def _end_without_answer(self, seq: Sequence) -> Output:
         """The prompt alone was asked for, to be scored or brought into the cache."""
@@ -213,7 +233,7 @@ class Engine:
         params = seq.params
         if token_id in params.stop_token_ids or (token_id in self._eos_ids and not params.ignore_eos):
             return FinishReason.STOP
-        if seq.num_output_tokens >= params.max_tokens or seq.num_tokens >= self._max_model_len:
+        if seq.num_tokens >= seq.max_num_tokens:
             return FinishReason.LENGTH
         return None
 

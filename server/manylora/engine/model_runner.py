@@ -1,13 +1,13 @@
 """One step on the device: build the ragged batch, run the model once, sample."""
 
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from manylora.engine.interface import TokenLogprob
-from manylora.engine.sampler import sample, token_logprobs
+from manylora.engine.sampler import Sampled, sample, token_logprobs
 from manylora.engine.scheduler import Scheduled
 from manylora.engine.sequence import Sequence
 from manylora.kernels.batch import Batch
@@ -19,28 +19,27 @@ from manylora.models.wrapping import WrappedModel
 
 
 @dataclass(slots=True)
-class StepResult:
-    """What a step gave, by id() of the sequence: its next token, where the step reached its end.
+class Outcome:
+    """What a step gave one sequence: its next tokens, where the step reached its end.
 
-    `prompt_logprobs` and `captured` (logits [rows, vocab], in pieces) are of the step's own part of a prompt.
-    `not_finite` are the sequences whose logits hold NaN or infinity.
+    The first `num_accepted` tokens are the draft's, which have run already; behind them comes at least one that has
+    not. `logprobs` has an entry for each token, or none. `prompt_logprobs` and `captured` (logits [rows, vocab], in
+    pieces) are of the step's own part of a prompt. `is_finite`: False where its logits hold NaN or infinity.
     """
 
-    token_ids: dict[int, int] = field(default_factory=dict)
-    logprobs: dict[int, TokenLogprob | None] = field(default_factory=dict)
-    prompt_logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict)
-    captured: dict[int, list[torch.Tensor]] = field(default_factory=dict)
-    not_finite: set[int] = field(default_factory=set)
+    token_ids: SequenceOf[int] = ()
+    num_accepted: int = 0
+    logprobs: SequenceOf[TokenLogprob] = ()
+    prompt_logprobs: SequenceOf[TokenLogprob] = ()
+    captured: SequenceOf[torch.Tensor] = ()
+    is_finite: bool = True
 
-    def add(self, later: "StepResult") -> None:
-        """Take over what another part of the step gave, of the same sequences' later tokens or of others."""
-        self.token_ids |= later.token_ids
-        self.logprobs |= later.logprobs
-        self.not_finite |= later.not_finite
-        for key, entries in later.prompt_logprobs.items():
-            self.prompt_logprobs.setdefault(key, []).extend(entries)
-        for key, pieces in later.captured.items():
-            self.captured.setdefault(key, []).extend(pieces)
+    def add(self, later: "Outcome") -> None:
+        """Take over what the step's part with the sequence's later tokens gave."""
+        self.token_ids, self.num_accepted, self.logprobs = later.token_ids, later.num_accepted, later.logprobs
+        self.prompt_logprobs = (*self.prompt_logprobs, *later.prompt_logprobs)
+        self.captured = (*self.captured, *later.captured)
+        self.is_finite &= later.is_finite
 
 
 class ModelRunner:
@@ -82,46 +81,49 @@ class ModelRunner:
         return logits[:, : self._vocab_size] if logits.shape[1] > self._vocab_size else logits
 
     @torch.inference_mode()
-    def sample(self, scheduled: SequenceOf[Scheduled], logits: torch.Tensor) -> StepResult:
-        """Sample every sequence that reached its end, and read the prompt's log-probabilities on the way."""
-        result = StepResult()
+    def sample(self, scheduled: SequenceOf[Scheduled], logits: torch.Tensor) -> list[Outcome]:
+        """What each item gets: a sample for who reached its end, and the prompt's log-probabilities on the way."""
+        outcomes = [Outcome() for _ in scheduled]
         rows: list[int] = []
         seqs: list[Sequence] = []
+        ahead: list[tuple[int, ...]] = []
         at = 0
-        for item in scheduled:
+        for item, outcome in zip(scheduled, outcomes, strict=True):
             count = len(_logit_rows(item, 0))
             if item.seq.scores_prompt:
-                self._read_prompt(item, logits[at : at + count], result)
+                self._read_prompt(item, logits[at : at + count], outcome)
             at += count
             if item.samples:
-                rows.append(at - 1)
-                seqs.append(item.seq)
+                for place in range(len(item.draft) + 1):
+                    rows.append(at - 1 - len(item.draft) + place)
+                    seqs.append(item.seq)
+                    ahead.append(item.draft[:place])
         if seqs:
             wanted = logits if len(rows) == logits.shape[0] else logits[rows]
-            sampled = sample(wanted, seqs)
-            for i, seq in enumerate(seqs):
-                result.token_ids[id(seq)] = sampled.token_ids[i]
-                result.logprobs[id(seq)] = sampled.logprobs[i]
-            if not all(sampled.is_finite):
-                result.not_finite.update(id(s) for s, ok in zip(seqs, sampled.is_finite, strict=True) if not ok)
-        return result
+            sampled = sample(wanted, seqs, ahead)
+            at = 0
+            for item, outcome in zip(scheduled, outcomes, strict=True):
+                if item.samples:
+                    _take(sampled, at, item.draft, outcome)
+                    at += len(item.draft) + 1
+        return outcomes
 
-    def _read_prompt(self, item: Scheduled, logits: torch.Tensor, result: StepResult) -> None:
+    def _read_prompt(self, item: Scheduled, logits: torch.Tensor, outcome: Outcome) -> None:
         seq = item.seq
         if seq.capture_logits:
-            result.captured[id(seq)] = [logits.float().clone()]
+            outcome.captured = [logits.float().clone()]
             return
         following = seq.tokens[item.start + 1 : item.start + item.num_tokens + 1]
         entries = token_logprobs(
             logits[: len(following)], following, [seq.params.prompt_logprobs or 0] * len(following)
         )
         if any(entry.logprob != entry.logprob for entry in entries):  # NaN
-            result.not_finite.add(id(seq))
-        result.prompt_logprobs[id(seq)] = [TokenLogprob(seq.tokens[0], None), *entries] if not item.start else entries
+            outcome.is_finite = False
+        outcome.prompt_logprobs = [TokenLogprob(seq.tokens[0], None), *entries] if not item.start else entries
 
     def _build(self, scheduled: SequenceOf[Scheduled]) -> Batch:
         size = self._cache.block_size
-        counts = np.array([s.num_tokens for s in scheduled])
+        counts = np.array([s.num_rows for s in scheduled])
         starts = np.concatenate(([0], counts.cumsum()))
         tables = np.zeros((len(scheduled), max(len(s.seq.block_table) for s in scheduled)), dtype=np.int32)
         tokens: list[int] = []
@@ -129,6 +131,7 @@ class ModelRunner:
         for i, item in enumerate(scheduled):
             tables[i, : len(item.seq.block_table)] = item.seq.block_table
             tokens += item.seq.tokens[item.start : item.start + item.num_tokens]
+            tokens += item.draft
             logit_rows += _logit_rows(item, int(starts[i]))
         first = np.array([s.start for s in scheduled])
         owner = np.repeat(np.arange(len(scheduled)), counts)
@@ -160,7 +163,21 @@ class ModelRunner:
 
 
 def _logit_rows(item: Scheduled, first_row: int) -> list[int]:
-    """The rows of a sequence's chunk whose logits are wanted: all, the last, or none."""
+    """The rows of a sequence's chunk whose logits are wanted: all, the last and its draft's, or none."""
     if item.seq.scores_prompt:
         return list(range(first_row, first_row + item.num_tokens))
-    return [first_row + item.num_tokens - 1] if item.samples else []
+    return list(range(first_row + item.num_tokens - 1, first_row + item.num_rows)) if item.samples else []
+
+
+def _take(sampled: Sampled, first: int, draft: tuple[int, ...], outcome: Outcome) -> None:
+    """Of the rows from `first` on, one for the sequence's last token and one for each of its draft, those that count.
+
+    A row behind a token that was not to come says nothing.
+    """
+    num_accepted = 0
+    while num_accepted < len(draft) and sampled.token_ids[first + num_accepted] == draft[num_accepted]:
+        num_accepted += 1
+    taken = slice(first, first + num_accepted + 1)
+    outcome.token_ids, outcome.num_accepted = sampled.token_ids[taken], num_accepted
+    outcome.logprobs = [entry for entry in sampled.logprobs[taken] if entry is not None]
+    outcome.is_finite &= all(sampled.is_finite[taken])

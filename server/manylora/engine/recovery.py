@@ -11,13 +11,13 @@ reaches a sequence only once it is whole; with the C++ kernels a row is the same
 import gc
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import torch
 
 from manylora.engine.interface import AdapterRef, SamplingParams
-from manylora.engine.model_runner import StepResult
+from manylora.engine.model_runner import Outcome
 from manylora.engine.scheduler import Plan, Scheduled, Scheduler
 from manylora.engine.sequence import Sequence
 from manylora.errors import AdapterNotFinite, ModelNotFinite, SequenceFailed
@@ -67,10 +67,13 @@ class Fault:
 
 @dataclass(slots=True)
 class Parts:
-    """A step that was run in parts: what went well, and who failed alone."""
+    """A step that was run in parts: what each of its items got, and who failed alone."""
 
-    result: StepResult = field(default_factory=StepResult)
+    outcomes: list[Outcome]
     failed: list[tuple[Sequence, Fault]] = field(default_factory=list)
+
+
+_Part = list[tuple[int, Scheduled]]  # some of a step's items, or pieces of them, by the item's number in the step
 
 
 def failure_of(fault: Fault) -> SequenceFailed:
@@ -97,7 +100,7 @@ class Recovery:
     def __init__(
         self,
         scheduler: Scheduler,
-        attempt: Callable[[list[Scheduled]], StepResult | Fault],
+        attempt: Callable[[list[Scheduled]], list[Outcome] | Fault],
         *,
         spare_block: int,
         events: FaultEvents,
@@ -110,21 +113,24 @@ class Recovery:
     # a step
 
     def run_in_parts(self, scheduled: list[Scheduled], fault: Fault) -> Parts:
-        """Run a step that raised `fault` again, in halves of halves. Raises Unrecoverable."""
-        found = Parts()
+        """Run a step that raised `fault` again, without drafts, in halves of halves. Raises Unrecoverable."""
+        found = Parts([Outcome() for _ in scheduled])
         if fault.is_memory:
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-        open_parts = _smaller(scheduled, fault) or [scheduled]
+        whole = [(i, replace(item, draft=())) for i, item in enumerate(scheduled)]
+        open_parts = _smaller(whole, fault) or [whole]
         is_proven = False
         while open_parts:
             part = open_parts.pop()
-            done = self._attempt(part)
+            items = [item for _, item in part]
+            done = self._attempt(items)
             if isinstance(done, Fault) and len(part) == 1:
-                done = self._attempt(part)  # once more, before one sequence is held to be the cause
-            if isinstance(done, StepResult):
-                found.result.add(done)
+                done = self._attempt(items)  # once more, before one sequence is held to be the cause
+            if not isinstance(done, Fault):
+                for (number, _), outcome in zip(part, done, strict=True):
+                    found.outcomes[number].add(outcome)
                 is_proven = True
                 continue
             if not is_proven:
@@ -134,9 +140,9 @@ class Recovery:
             if smaller:
                 open_parts += smaller
                 continue
-            guilty = part[0].seq
-            found.failed.append((guilty, done))
-            open_parts = [p for p in open_parts if p[0].seq is not guilty]  # its later tokens
+            number, guilty = part[0]
+            found.failed.append((guilty.seq, done))
+            open_parts = [p for p in open_parts if p[0][0] != number]  # its later tokens
         self._tell(fault, [seq for seq, _ in found.failed])
         return found
 
@@ -145,7 +151,7 @@ class Recovery:
         for _ in range(_PROOFS):
             seq = Sequence("proof", [0], SamplingParams(max_tokens=1, temperature=1.0, seed=0, logprobs=1))
             seq.block_table = [self._spare_block]
-            if isinstance(self._attempt([Scheduled(seq, 0, 1)]), StepResult):
+            if not isinstance(self._attempt([Scheduled(seq, 0, 1)]), Fault):
                 return
         self._events.on_step_failure(fault.phase, "fatal")
         raise Unrecoverable from fault.error
@@ -170,7 +176,7 @@ class Recovery:
     def plan(self, only: list[Sequence] | None = None) -> Plan | Fault:
         """The scheduler's plan, or what it raised."""
         try:
-            return self._scheduler.plan() if only is None else self._scheduler.plan({id(seq) for seq in only})
+            return self._scheduler.plan() if only is None else self._scheduler.plan(set(only))
         except Exception as error:  # noqa: BLE001 - whatever it is, its sequence is looked for
             return Fault.of("schedule", error)
 
@@ -206,14 +212,14 @@ def _named(seq: Sequence) -> dict[str, str | int]:
     return {"job_id": seq.request_id, "choice": seq.index, "tenant": seq.tenant, "adapter": adapter}
 
 
-def _smaller(part: list[Scheduled], fault: Fault) -> list[list[Scheduled]]:
+def _smaller(part: _Part, fault: Fault) -> list[_Part]:
     """A part in two, the one to run first last; one sequence only where memory is short, which its parts may not be."""
     half = len(part) // 2
     if half:
         return [part[half:], part[:half]]
-    item = part[0]
+    number, item = part[0]
     first = item.num_tokens // 2
     if not first or not fault.is_memory:
         return []
     rest = Scheduled(item.seq, item.start + first, item.num_tokens - first)
-    return [[rest], [Scheduled(item.seq, item.start, first)]]
+    return [[(number, rest)], [(number, Scheduled(item.seq, item.start, first))]]

@@ -6,6 +6,7 @@ and after a preemption too. The generator is asked for many places of a sequence
 far longer than its numbers do.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,20 +37,27 @@ class Sampled:
     is_finite: list[bool]
 
 
-def sample(logits: torch.Tensor, seqs: list[Sequence]) -> Sampled:
+Ahead = list[tuple[int, ...]]
+
+
+def sample(logits: torch.Tensor, seqs: list[Sequence], ahead: Ahead | None = None) -> Sampled:
     """Choose the next token of each sequence from `logits` [len(seqs), vocab] (any float dtype; not changed).
 
+    A sequence may have several rows: `ahead` says for each which tokens of a draft come between the sequence's last
+    one and the row's place. None: no row has any.
     Order, as in vLLM: bias and penalties, temperature, top-k, top-p, min-p. Log-probabilities are those of
     the model itself, before any of it.
     """
+    ahead = ahead or [()] * len(seqs)
     raw = logits
     if any(s.has_penalties or s.params.logit_bias for s in seqs):
-        logits = _adjusted(logits.to(torch.float32, copy=True), seqs)
+        logits = _adjusted(logits.to(torch.float32, copy=True), seqs, ahead)
     highest, chosen = largest(logits)
     random_rows = [i for i, s in enumerate(seqs) if s.params.temperature > 0]
     if random_rows:
         rows = torch.tensor(random_rows, device=logits.device)
-        chosen[rows] = _draw(logits[rows].float(), [seqs[i] for i in random_rows])
+        uniform = [uniform_number(seqs[i], len(ahead[i])) for i in random_rows]
+        chosen[rows] = _draw(logits[rows].float(), [seqs[i] for i in random_rows], uniform)
     token_ids: list[int] = chosen.tolist()
     return Sampled(token_ids, _logprobs(raw, token_ids, seqs), highest.isfinite().tolist())
 
@@ -70,17 +78,18 @@ def largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values, columns.gather(1, places[:, None])[:, 0]
 
 
-def _adjusted(logits: torch.Tensor, seqs: list[Sequence]) -> torch.Tensor:
+def _adjusted(logits: torch.Tensor, seqs: list[Sequence], ahead: Ahead) -> torch.Tensor:
     """Bias, repetition penalty (Keskar et al., CTRL, 2019), presence and frequency penalties, in place."""
-    for row, seq in zip(logits, seqs, strict=True):
+    for row, seq, drafted in zip(logits, seqs, ahead, strict=True):
         p = seq.params
         if p.repetition_penalty != 1.0:
-            seen = torch.tensor(sorted(set(seq.tokens)), device=row.device)
+            seen = torch.tensor(sorted({*seq.tokens, *drafted}), device=row.device)
             values, penalty = row[seen], max(p.repetition_penalty, MIN_PENALTY)
             row[seen] = torch.where(values > 0, values / penalty, values * penalty)
-        if seq.output_counts and (p.presence_penalty or p.frequency_penalty):
-            ids = torch.tensor(list(seq.output_counts), device=row.device)
-            counts = torch.tensor(list(seq.output_counts.values()), dtype=row.dtype, device=row.device)
+        output = seq.output_counts + Counter(drafted) if drafted else seq.output_counts
+        if output and (p.presence_penalty or p.frequency_penalty):
+            ids = torch.tensor(list(output), device=row.device)
+            counts = torch.tensor(list(output.values()), dtype=row.dtype, device=row.device)
             row[ids] -= p.presence_penalty + p.frequency_penalty * counts
         if p.logit_bias:
             ids = torch.tensor([i for i, _ in p.logit_bias], device=row.device)
@@ -88,8 +97,8 @@ def _adjusted(logits: torch.Tensor, seqs: list[Sequence]) -> torch.Tensor:
     return logits
 
 
-def _draw(logits: torch.Tensor, seqs: list[Sequence]) -> torch.Tensor:
-    """One draw per row of `logits` [rows, vocab]; returns token ids [rows].
+def _draw(logits: torch.Tensor, seqs: list[Sequence], numbers: list[float]) -> torch.Tensor:
+    """One draw per row of `logits` [rows, vocab], by its number in [0, 1); returns token ids [rows].
 
     Which way a row goes depends on the row alone: tokens of equal probability would come in another order on
     another way, and the same seed would give other tokens beside other requests.
@@ -98,7 +107,7 @@ def _draw(logits: torch.Tensor, seqs: list[Sequence]) -> torch.Tensor:
     temperature = torch.tensor([s.params.temperature for s in seqs], device=device).clamp(min=MIN_TEMPERATURE)
     # The largest logit becomes 0, so that no temperature can push it past the largest float.
     probs = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature[:, None], dim=-1)
-    uniform = torch.tensor([uniform_number(s) for s in seqs], dtype=torch.float64, device=device)
+    uniform = torch.tensor(numbers, dtype=torch.float64, device=device)
     cuts = _Cuts(
         torch.tensor([s.params.top_k or vocab for s in seqs], device=device).clamp(max=vocab),
         torch.tensor([s.params.top_p for s in seqs], device=device),
@@ -163,17 +172,18 @@ def _inverse_cdf(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     return torch.minimum(index, (weights > 0).cumsum(-1).argmax(-1))
 
 
-def uniform_number(seq: Sequence) -> float:
-    """The number in [0, 1) for the sequence's next token: of its seed, index and place only.
+def uniform_number(seq: Sequence, num_ahead: int = 0) -> float:
+    """The number in [0, 1) for the sequence's token `num_ahead` places behind its next: of seed, index and place only.
 
     The numbers are kept with the sequence and made `DRAWS_AHEAD` at a time, up to a place that depends on the seed,
     so that sequences which begin together do not all need new ones in the same step.
     """
-    place = seq.num_output_tokens
+    first = seq.num_output_tokens
+    place = first + num_ahead
     draws = seq.draws
     if draws is None or not 0 <= place - draws.first < len(draws.numbers):
-        count = DRAWS_AHEAD - (place + seq.seed) % DRAWS_AHEAD
-        draws = seq.draws = Draws(place, uniform_numbers(seq.seed, seq.index, place, count))
+        count = num_ahead + DRAWS_AHEAD - (place + seq.seed) % DRAWS_AHEAD
+        draws = seq.draws = Draws(first, uniform_numbers(seq.seed, seq.index, first, count))
     return draws.numbers[place - draws.first]
 
 

@@ -2,10 +2,6 @@
 
 Bookkeeping only; it touches no tensor and never waits. A sequence whose adapter is not on the device yet is
 passed over until it is, and holds nobody up.
-
-When more adapters are asked for than have places, they take turns: one that has run for a while yields to one that
-waits, soonest where that has had no token yet, and comes back in its turn. Its sequences find most of their blocks
-in the prefix cache. So the time to a first token does not grow with the answers of others.
 """
 
 from collections import Counter
@@ -13,23 +9,20 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from time import monotonic
-from typing import Protocol
+from typing import Final, Protocol
 
 from manylora.engine.block_manager import BlockManager
+from manylora.engine.drafting import Drafter
 from manylora.engine.fairness import FairQueue
 from manylora.engine.interface import AdapterRef, FinishReason
 from manylora.engine.sequence import Sequence, SequenceStatus
+from manylora.engine.turns import Places, Turns
 from manylora.errors import ManyloraError
 
-TURN_STEPS = 16  # what an adapter may run, for each of its sequences, before it yields to one that waits for a place
-FIRST_TURN_STEPS = 4  # the same, where who waits has had no token yet
-LONGEST_TURN_STEPS = 128  # however many sequences it has
-HEAD_START_STEPS = 64  # by how much a first token is more urgent than a later one, in steps of waiting
-GRANT_STEPS = 8  # how long a place that was given up may take to reach who waits, before another one is
-LOOK_AHEAD = 256  # waiting sequences of one tenant that a plan looks at
+LOOK_AHEAD: Final = 256  # waiting sequences of one tenant that a plan looks at
 
 
-class SlotProvider(Protocol):
+class SlotProvider(Places, Protocol):
     """The part of `lora.memory.tiers.AdapterTiers` that scheduling needs."""
 
     def acquire(self, ref: AdapterRef, tenant: str | None = None) -> int | None: ...
@@ -38,20 +31,24 @@ class SlotProvider(Protocol):
 
     def give_up(self, ref: AdapterRef) -> None: ...
 
-    def lacks_room(self, ref: AdapterRef) -> bool: ...
 
-    def hurry(self, ref: AdapterRef) -> None: ...
-
-    def may_leave(self, ref: AdapterRef) -> bool: ...
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Scheduled:
-    """`num_tokens` tokens of a sequence from position `start` on, in this step."""
+    """`num_tokens` tokens of a sequence from position `start` on, in this step, and behind its last one a `draft`.
+
+    The draft's tokens are not the sequence's yet: they are run as if they were, and those that come out as it says are
+    taken with the one behind them.
+    """
 
     seq: Sequence
     start: int
     num_tokens: int
+    draft: tuple[int, ...] = ()
+
+    @property
+    def num_rows(self) -> int:
+        """Tokens to run, the draft's included."""
+        return self.num_tokens + len(self.draft)
 
     @property
     def samples(self) -> bool:
@@ -61,7 +58,7 @@ class Scheduled:
 
 @dataclass(slots=True)
 class Plan:
-    """One step's work, sequences with one token first."""
+    """One step's work, sequences with one token to run first. `num_tokens`: of all of them, drafts included."""
 
     scheduled: list[Scheduled] = field(default_factory=list)
     num_tokens: int = 0
@@ -88,7 +85,7 @@ class _Room:
 class Scheduler:
     """Owns the waiting and the running sequences.
 
-    Of prompts whose logits are wanted, a step runs at most `max_prompt_logits` tokens.
+    Of prompts whose logits are wanted, and of drafts, a step runs at most `max_prompt_logits` tokens.
     """
 
     def __init__(
@@ -99,24 +96,20 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_prompt_logits: int | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         self.blocks = blocks
         self.waiting = FairQueue()
         self.running: list[Sequence] = []
         self._preemptions: Counter[str] = Counter()  # by tenant
-        self.num_waiting_for_adapter = 0  # as of the last plan; other threads read it
+        self.num_waiting_for_adapter = 0  # other threads read it
         self._slots = slots
         self.max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_prompt_logits = max_prompt_logits or max_num_batched_tokens
-        self._passed_over: Counter[int] = Counter()  # by id() of waiting sequences
-        self._yielding: dict[str, Sequence] = {}  # adapter id -> the sequence it makes room for
-        self._granted: dict[int, int] = {}  # id() of a waiting sequence -> the plan that made another yield to it
-        self._lacking: list[Sequence] = []  # of this plan: the first of each adapter that finds no place
-        self._held_since: dict[str, int] = {}  # adapter id -> the plan since which it has run without a break
-        self._started: dict[int, int] = {}  # id() of a running sequence -> the plan since which it runs
-        self._num_plans = 0
-        self._only: Collection[int] | None = None  # id()s of the sequences that the plan may name, None for all
+        self._drafter = drafter
+        self._turns = Turns(self.running, self.waiting, slots, max_num_seqs)
+        self._only: Collection[Sequence] | None = None  # the sequences that the plan may name, None for all
         self._failed: list[tuple[Sequence, ManyloraError]] = []
 
     @property
@@ -129,21 +122,19 @@ class Scheduler:
             each.is_counted = True
         self.waiting.push(seq)
 
-    def plan(self, only: Collection[int] | None = None) -> Plan:
-        """Choose the next step's work and reserve its blocks and slots; with `only`, for sequences of these id()s.
+    def plan(self, only: Collection[Sequence] | None = None) -> Plan:
+        """Choose the next step's work and reserve its blocks and slots; with `only`, for these sequences.
 
         Whatever it raises, every sequence is either running or waiting, what was reserved for it is its own, and
         the next plan goes on from there.
         """
-        plan = Plan()
         self._only = only
-        work: dict[int, Scheduled] = {}
-        self._num_plans += 1
-        self._lacking.clear()
+        work: list[Scheduled] = []
+        self._turns.begin_plan()
         room = _Room(self._max_num_batched_tokens, self._max_prompt_logits)
         may_admit = True
         for seq in sorted(self.running, key=lambda s: s.num_uncomputed > 1):
-            if seq.status is not SequenceStatus.RUNNING or (only is not None and id(seq) not in only):
+            if seq.status is not SequenceStatus.RUNNING or not self._is_meant(seq):
                 continue
             count = room.fits(seq)
             if count <= 0:
@@ -155,17 +146,15 @@ class Scheduler:
                 if victim is seq:
                     break
             else:
-                work[id(seq)] = Scheduled(seq, seq.num_computed, count)
+                work.append(Scheduled(seq, seq.num_computed, count))
                 room.take(seq, count)
         if may_admit:
             self._admit(work, room)
-        if self._lacking:
-            self._take_turns(work)
-        plan.scheduled = sorted(work.values(), key=lambda s: s.num_tokens > 1)
-        plan.num_tokens = sum(s.num_tokens for s in plan.scheduled)
-        waits = self._passed_over and (s.status is SequenceStatus.LOADING_ADAPTER for s in self.waiting)
-        self.num_waiting_for_adapter = sum(waits or ())
-        return plan
+        self._take_turns(work)
+        if self._drafter is not None:
+            work = [self._with_draft(item, room, self._drafter) for item in work]
+        work.sort(key=lambda s: s.num_rows > 1)
+        return Plan(work, sum(s.num_rows for s in work))
 
     def take_failed(self) -> list[tuple[Sequence, ManyloraError]]:
         """The sequences that failed before they ran (their adapter did not load), since this was last asked."""
@@ -173,7 +162,7 @@ class Scheduler:
         return failed
 
     def commit(self, item: Scheduled) -> None:
-        """The step has run: the keys and values of these tokens are in the cache."""
+        """The step has run: the keys and values of these tokens are in the cache; its draft's are for `accept`."""
         seq = item.seq
         seq.num_computed += item.num_tokens
         self.blocks.mark_computed(seq)
@@ -182,13 +171,21 @@ class Scheduler:
                 self.waiting.push(follower, front=True)
             seq.followers = []
 
+    def accept(self, item: Scheduled, num_accepted: int) -> None:
+        """Of the draft, so many tokens are the sequence's now. What was run of the others is as if it never was."""
+        seq = item.seq
+        if num_accepted:
+            seq.num_computed += num_accepted
+            self.blocks.mark_computed(seq)
+        self.blocks.shrink(seq, seq.num_tokens)
+
     def fail(self, seq: Sequence, error: ManyloraError) -> None:
         """End a sequence and keep its error for `take_failed`."""
         self._failed.append((seq, error))
         self.finish(seq, FinishReason.ERROR)
 
-    def charge_output(self, seq: Sequence) -> None:
-        self.waiting.charge(seq, 0, 1)
+    def charge_output(self, seq: Sequence, num_tokens: int) -> None:
+        self.waiting.charge(seq, 0, num_tokens)
 
     def finish(self, seq: Sequence, reason: FinishReason) -> None:
         """End a sequence in whatever state it is, and give back all it holds."""
@@ -215,7 +212,7 @@ class Scheduler:
 
     # admission
 
-    def _admit(self, work: dict[int, Scheduled], room: _Room) -> None:
+    def _admit(self, work: list[Scheduled], room: _Room) -> None:
         not_ready: set[str] = set()
         while room.tokens > 0:
             seq = self._next_ready(not_ready)
@@ -232,7 +229,7 @@ class Scheduler:
                 return
             count = room.fits(seq)
             if count:
-                work[id(seq)] = Scheduled(seq, seq.num_computed, count)
+                work.append(Scheduled(seq, seq.num_computed, count))
                 room.take(seq, count)
 
     def _start(self, seq: Sequence) -> None:
@@ -245,16 +242,14 @@ class Scheduler:
         if seq.first_scheduled_s is None:
             seq.first_scheduled_s = now
         self.running.append(seq)
-        self._started[id(seq)] = self._num_plans
-        if seq.adapter is not None:
-            self._held_since.setdefault(seq.adapter.id, self._num_plans)
+        self._turns.start(seq)
         if not seq.num_charged:
             seq.num_charged = seq.num_prompt_tokens
             seq.num_cached_tokens = seq.num_computed
             self.waiting.charge(seq, seq.num_prompt_tokens - seq.num_computed, 0)
 
     def _is_meant(self, seq: Sequence) -> bool:
-        return self._only is None or id(seq) in self._only
+        return self._only is None or seq in self._only
 
     def _next_ready(self, not_ready: set[str]) -> Sequence | None:
         """The next sequence to serve, its adapter's slot acquired; None when nobody can go on."""
@@ -277,7 +272,7 @@ class Scheduler:
         return None
 
     def _acquire(self, seq: Sequence, adapter: AdapterRef) -> bool:
-        if self._yielding.get(adapter.id, seq) is not seq:
+        if not self._turns.may_ask(seq, adapter):
             return False
         slot = self._slots.acquire(adapter, seq.tenant)
         if slot is not None:
@@ -285,11 +280,10 @@ class Scheduler:
             return True
         if seq.status is not SequenceStatus.LOADING_ADAPTER:
             seq.status = SequenceStatus.LOADING_ADAPTER
+            self.num_waiting_for_adapter += 1
             if seq.load_started_s is None:
                 seq.load_started_s = monotonic()
-        self._passed_over[id(seq)] += 1
-        if self._slots.lacks_room(adapter):
-            self._lacking.append(seq)
+        self._turns.pass_over(seq, adapter)
         return False
 
     def _unacquire(self, seq: Sequence) -> None:
@@ -297,79 +291,30 @@ class Scheduler:
             self._slots.release(seq.adapter)
             seq.slot = -1
 
-    # turns
+    def _take_turns(self, work: list[Scheduled]) -> None:
+        chosen = self._turns.choose()
+        if chosen is not None:
+            for seq in [s for s in reversed(self.running) if s.adapter and s.adapter.id == chosen]:
+                self._preempt(seq, work)
 
-    def _take_turns(self, work: dict[int, Scheduled]) -> None:
-        """Make one adapter yield to the most urgent of those that find no place, if one has had its turn."""
-        lacking = [s for s in self._lacking if self._num_plans - self._granted.get(id(s), -GRANT_STEPS) >= GRANT_STEPS]
-        held, share = self._places_held(lacking)
-        at_share = {tenant for tenant, count in held.items() if count >= share}
-        starving, turn_steps = self._most_urgent(lacking, at_share)
-        if starving is None or starving.adapter is None:
-            return
-        yielding = at_share
-        if starving.tenant in at_share:  # it takes turns with itself, and with who has more than that
-            yielding = {starving.tenant} | {tenant for tenant, count in held.items() if count > share}
-        chosen = self._who_yields(turn_steps, yielding)
-        if chosen is None:
-            if not any(s.adapter is not None and self._slots.may_leave(s.adapter) for s in self.running):
-                self._slots.hurry(starving.adapter)  # into a place that is kept for another one that waits
-            return
-        self._slots.hurry(starving.adapter)
-        self._granted[id(starving)] = self._num_plans
-        self._yielding[chosen] = starving
-        for seq in [s for s in reversed(self.running) if s.adapter and s.adapter.id == chosen]:
-            self._preempt(seq, work)
+    # drafts
 
-    def _places_held(self, lacking: list[Sequence]) -> tuple[Counter[str], float]:
-        """How many adapters each tenant runs, and how many would be an equal share of these for all who want some."""
-        held = Counter(tenant for tenant, _ in {(s.tenant, s.adapter.id) for s in self.running if s.adapter})
-        return held, held.total() / max(1, len(held.keys() | {s.tenant for s in lacking}))
-
-    def _most_urgent(self, lacking: list[Sequence], at_share: set[str]) -> tuple[Sequence | None, int]:
-        """Who has waited longest, new ones with a head start; and how long an adapter must have run to yield to it.
-
-        Tenants that have their share of places already come last, however many of their adapters wait.
-        A tenant begins no more requests than its share of seats: beyond, they would only slow each other down, and
-        a new one waits for a place to fall free, or for an adapter that has run for very long.
-        """
-        begun = Counter(s.tenant for s in (*self.running, *self.waiting) if s.num_output_tokens)
-        num_tenants = len({s.tenant for s in self.running} | set(self.waiting.tenants()))
-        may_begin = {t for t in {s.tenant for s in lacking} if begun[t] * num_tenants < self.max_num_seqs}
-
-        def urgency(seq: Sequence) -> int:
-            return self._passed_over[id(seq)] + (0 if seq.num_output_tokens else HEAD_START_STEPS)
-
-        allowed = [s for s in lacking if s.num_output_tokens or s.tenant in may_begin]
-        below = [s for s in allowed if s.tenant not in at_share]
-        starving = max(below or allowed or lacking, key=urgency, default=None)
-        if starving is None or not allowed:
-            return starving, LONGEST_TURN_STEPS
-        return starving, TURN_STEPS if starving.num_output_tokens else FIRST_TURN_STEPS
-
-    def _who_yields(self, turn_steps: int, tenants: set[str]) -> str | None:
-        """The adapter that has run longest for the number of its sequences; None if none has had its turn.
-
-        It is one that these `tenants` alone use, if there are such.
-        """
-        users: dict[str, list[Sequence]] = {}
-        for seq in self.running:
-            if seq.adapter is not None and seq.adapter.id not in self._yielding:
-                users.setdefault(seq.adapter.id, []).append(seq)
-        theirs = {adapter_id: seqs for adapter_id, seqs in users.items() if all(s.tenant in tenants for s in seqs)}
-        longest: tuple[float, str | None] = (0.0, None)
-        for adapter_id, seqs in (theirs or users).items():
-            steps = self._num_plans - self._held_since[adapter_id]
-            turn = min(turn_steps * len(seqs), LONGEST_TURN_STEPS)
-            has_begun = all(s.num_output_tokens for s in seqs) or steps >= LONGEST_TURN_STEPS
-            adapter = seqs[0].adapter
-            if steps >= turn and has_begun and adapter is not None and self._slots.may_leave(adapter):
-                longest = max(longest, (steps / len(seqs), adapter_id))
-        return longest[1]
+    def _with_draft(self, item: Scheduled, room: _Room, drafter: Drafter) -> Scheduled:
+        """The item with what the drafter proposes for it, as far as that takes nothing from anybody."""
+        seq = item.seq
+        most = min(seq.max_num_tokens - seq.num_tokens - 1, room.tokens, room.prompt_logits)
+        if most <= 0 or not item.samples or seq.scores_prompt:
+            return item
+        draft = tuple(drafter.propose(seq, most))[:most]
+        if not draft or not self.blocks.allocate(seq, seq.num_tokens + len(draft)):
+            return item
+        room.tokens -= len(draft)
+        room.prompt_logits -= len(draft)
+        return Scheduled(seq, item.start, item.num_tokens, draft)
 
     # room
 
-    def _make_seat(self, seq: Sequence, work: dict[int, Scheduled]) -> bool:
+    def _make_seat(self, seq: Sequence, work: list[Scheduled]) -> bool:
         """A place in the batch and blocks for all of the sequence, from tenants over their share if need be."""
         while len(self.running) >= self.max_num_seqs or not self._has_blocks(seq):
             victim = self._over_share_for(seq)
@@ -420,10 +365,9 @@ class Scheduler:
         if tenant == seq.tenant or held[tenant] <= share[tenant]:
             return None
         theirs = [each for each in self.running if each.tenant == tenant]
-        has_had_turn = len(theirs) > 1 or self._num_plans - self._started[id(theirs[-1])] >= LONGEST_TURN_STEPS
-        return theirs[-1] if has_had_turn else None
+        return theirs[-1] if len(theirs) > 1 or self._turns.has_had_turn(theirs[-1]) else None
 
-    def _preempt(self, seq: Sequence, work: dict[int, Scheduled]) -> int:
+    def _preempt(self, seq: Sequence, work: list[Scheduled]) -> int:
         """Send a running sequence back to the front of its queue; returns the tokens it gives back to the step."""
         self.running.remove(seq)
         try:
@@ -434,15 +378,16 @@ class Scheduler:
                 seq.prompt_logprobs = []
             self.waiting.push(seq, front=True)
         self._preemptions[seq.tenant] += 1
-        item = work.pop(id(seq), None)
-        return item.num_tokens if item else 0
+        item = next((each for each in work if each.seq is seq), None)
+        if item is None:
+            return 0
+        work.remove(item)
+        return item.num_tokens
 
     def _release(self, seq: Sequence) -> None:
         self.blocks.free(seq)
-        del self._started[id(seq)]
+        self._turns.stop(seq)
         if seq.adapter is not None:
-            if not any(s.adapter is not None and s.adapter.id == seq.adapter.id for s in self.running):
-                del self._held_since[seq.adapter.id]
             seq.slot = -1  # before it is let go of: whatever that raises, nobody may let go of it once more
             self._slots.release(seq.adapter)
 
@@ -455,10 +400,8 @@ class Scheduler:
         return any(s.adapter is not None and s.adapter.id == adapter.id for s in self.waiting)
 
     def _forget_waiting(self, seq: Sequence) -> None:
-        self._passed_over.pop(id(seq), None)
-        self._granted.pop(id(seq), None)
-        for adapter_id in [a for a, s in self._yielding.items() if s is seq]:
-            del self._yielding[adapter_id]
+        self.num_waiting_for_adapter -= seq.status is SequenceStatus.LOADING_ADAPTER
+        self._turns.forget_waiting(seq)
 
     # Other threads read these: each takes a copy in one go.
 
@@ -491,7 +434,6 @@ class Scheduler:
             assert seq.status in (SequenceStatus.WAITING, SequenceStatus.LOADING_ADAPTER, SequenceStatus.PREEMPTED)
             assert not seq.block_table
             assert seq.slot == -1
-        assert self._started.keys() == {id(s) for s in self.running}
-        assert self._passed_over.keys() | self._granted.keys() <= {id(s) for s in self.waiting}
-        assert self._held_since.keys() == {s.adapter.id for s in self.running if s.adapter is not None}
-        assert all(any(w is s for w in self.waiting) for s in self._yielding.values())
+        loading = [s for s in self.waiting if s.status is SequenceStatus.LOADING_ADAPTER]
+        assert self.num_waiting_for_adapter == len(loading)
+        self._turns.check_integrity()

@@ -73,6 +73,10 @@ class Sequence:
         self.num_computed = 0
         self.num_cached_tokens = 0
         self.num_charged = 0
+        self.max_num_tokens = len(prompt_ids) + params.max_tokens  # at which it ends, prompt included
+        self.num_passed_over = 0  # plans in which it could not go on since its adapter had no slot, while it waits
+        self.granted_plan: int | None = None  # the plan that made an adapter yield to it, while it waits
+        self.started_plan = 0  # the plan since which it runs
         self.output_counts: Counter[int] = Counter()
         self.draws: Draws | None = None
         self.detokenizer: Detokenizer | None = None  # from the time it is added until it has finished
