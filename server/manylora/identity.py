@@ -10,7 +10,8 @@ PUBLIC_TENANT: Final = "public"  # whose adapters everybody may use
 CONFIG_FILE: Final = "adapter_config.json"
 TENSOR_FILE: Final = "adapter_model.safetensors"
 ADAPTER_FILES: Final = (CONFIG_FILE, TENSOR_FILE)
-_NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+NAME_PATTERN: Final = r"[a-z0-9][a-z0-9._-]{0,63}"
+_NAME: Final = re.compile(NAME_PATTERN)
 Tier = Literal["device", "host", "disk"]
 
 

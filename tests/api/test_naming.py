@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manylora.api.naming import resolve_request
+from manylora.api.requests import resolve_request
 from manylora.engine.interface import AdapterRef
 from manylora.errors import AdapterNotFound, InvalidRequest
 from manylora.tenants.interface import Principal, Role

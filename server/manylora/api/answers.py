@@ -44,7 +44,7 @@ class Answer:
     def __init__(self, job: Job, codec: TextCodec, *, label: str, created: int) -> None:
         self.job = job
         self.codec = codec
-        has_logprobs = job.params[0].logprobs is not None
+        has_logprobs = job.prompts[0].params.logprobs is not None
         self._logprobs = [self.logprobs_kind(codec) for _ in range(job.num_choices)] if has_logprobs else []
         self._head = {"id": f"{self.id_prefix}{job.id}", "created": created, "model": label}
 

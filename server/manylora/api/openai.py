@@ -16,17 +16,23 @@ from manylora.api.answers import Answer, ChatAnswer, CompletionAnswer
 from manylora.api.auth import Caller
 from manylora.api.compat import require_json
 from manylora.api.lanes import PYTHON, beside_loop
-from manylora.api.naming import gone_is_missing, parse_model, resolve, resolve_request, without_alias
-from manylora.api.prompts import EncodedPrompt, encode_chat, encode_prompts
 from manylora.api.record import ClientGone, FinishedRequest, RequestRecord
+from manylora.api.requests import (
+    Prompt,
+    gone_is_missing,
+    parse_model,
+    prompts_of,
+    resolve,
+    resolve_request,
+    without_alias,
+)
 from manylora.api.run import Job, Run
-from manylora.api.sampling import check_echo, fit_to_context, sampling_params
 from manylora.api.schemas import ChatRequest, CompletionRequest, GenerationRequest, parse
 from manylora.api.sse import EventStream, while_connected
 from manylora.api.state import Services, ServicesDep
 from manylora.catalog.interface import PublishedAdapter
-from manylora.engine.interface import AdapterRef, SamplingParams
-from manylora.errors import AdapterNotFound, InvalidRequest
+from manylora.engine.interface import AdapterRef
+from manylora.errors import AdapterNotFound
 from manylora.tenants.interface import Principal
 
 __all__ = ["ADAPTER_HEADER", "router"]
@@ -163,11 +169,7 @@ class _Call:
         async with self._ending():
             body = await self._parsed(CompletionRequest)
             adapter = self._resolve(body)
-            params = self._params(body, len(body.prompts))
-            prompts = await encode_prompts(body, self._services.engine)
-            await self._check_connected()
-            check_echo(params, body, [(len(prompt.ids), len(prompt.text)) for prompt in prompts])
-            job = self._job(body, adapter, params, prompts)
+            job = self._job(body, adapter, await self._prompts(body))
             answer = CompletionAnswer(job, self._services.engine.codec, **self._names(body), echo=body.echo)
             return await self._answer(body, job, answer)
 
@@ -175,10 +177,7 @@ class _Call:
         async with self._ending():
             body = await self._parsed(ChatRequest)
             adapter = self._resolve(body)
-            params = self._params(body, 1)
-            prompt = await encode_chat(body, self._services.engine)
-            await self._check_connected()
-            job = self._job(body, adapter, params, [prompt])
+            job = self._job(body, adapter, await self._prompts(body))
             answer = ChatAnswer(job, self._services.engine.codec, **self._names(body))
             return await self._answer(body, job, answer)
 
@@ -197,10 +196,12 @@ class _Call:
         self._is_large = len(data) > _INLINE_BYTES
         return await beside_loop(PYTHON, parse, schema, data) if self._is_large else parse(schema, data)
 
-    async def _check_connected(self) -> None:
+    async def _prompts(self, body: GenerationRequest) -> tuple[Prompt, ...]:
         """Raises ClientGone if the client of a large body has not waited for its prompts to be encoded."""
+        prompts = await prompts_of(body, self._services.engine)
         if self._is_large and await self._request.is_disconnected():
             raise ClientGone
+        return prompts
 
     async def _read(self) -> bytes:
         require_json(self._request)
@@ -219,20 +220,7 @@ class _Call:
         self._record.adapter = adapter
         return adapter
 
-    def _params(self, body: GenerationRequest, num_prompts: int) -> SamplingParams:
-        """What can be checked before the prompts are encoded."""
-        params, most = sampling_params(body, self._services.engine.model), self._services.engine.max_choices
-        if num_prompts * params.n > most:
-            raise InvalidRequest(
-                f"The request asks for {num_prompts * params.n} answers; at most {most} are queued here. Send less.",
-                param="n" if params.n > 1 else "prompt",
-            )
-        return params
-
-    def _job(
-        self, body: GenerationRequest, adapter: AdapterRef | None, params: SamplingParams, prompts: list[EncodedPrompt]
-    ) -> Job:
-        model = self._services.engine.model
+    def _job(self, body: GenerationRequest, adapter: AdapterRef | None, prompts: tuple[Prompt, ...]) -> Job:
         if self._services.settings.log_prompts:
             decode = self._services.engine.codec.decode
             self._log["prompts"] = [decode(prompt.ids, skip_special_tokens=False) for prompt in prompts]
@@ -241,8 +229,7 @@ class _Call:
             id=job_id,
             principal=self._caller,
             adapter=adapter,
-            prompts=tuple(prompts),
-            params=tuple(fit_to_context(params, body, len(prompt.ids), model) for prompt in prompts),
+            prompts=prompts,
             cache_salt=body.cache_salt,
         )
 

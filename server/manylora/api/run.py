@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from manylora.api.prompts import EncodedPrompt
 from manylora.api.record import FinishedRequest, RequestRecord
+from manylora.api.requests import Prompt
 from manylora.api.state import Services
-from manylora.engine.interface import AdapterRef, Delta, FinishReason, Generation, SamplingParams
+from manylora.engine.interface import AdapterRef, Delta, FinishReason, Generation
 from manylora.errors import Draining, ManyloraError
 from manylora.tenants.interface import Lease, Principal
 
@@ -19,18 +19,17 @@ __all__ = ["Job", "Run"]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A request that was checked: `params[i]` goes with `prompts[i]`; choice j of prompt i is number i * n + j."""
+    """A request that was checked: choice j of prompt i is number i * n + j."""
 
     id: str
     principal: Principal
     adapter: AdapterRef | None
-    prompts: tuple[EncodedPrompt, ...]
-    params: tuple[SamplingParams, ...]
+    prompts: tuple[Prompt, ...]
     cache_salt: str | None = None
 
     @property
     def n(self) -> int:
-        return self.params[0].n
+        return self.prompts[0].params.n
 
     @property
     def num_choices(self) -> int:
@@ -69,13 +68,13 @@ class Run:
         job = self.job
         try:
             self._lease = self._services.gate.admit(
-                job.principal, job.num_prompt_tokens, sum(p.max_tokens * p.n for p in job.params)
+                job.principal, job.num_prompt_tokens, sum(p.params.max_tokens * p.params.n for p in job.prompts)
             )
-            for number, (prompt, params) in enumerate(zip(job.prompts, job.params, strict=True)):
+            for number, prompt in enumerate(job.prompts):
                 generation = self._services.engine.generate(
                     f"{job.id}-{number}",
                     prompt.ids,
-                    params,
+                    prompt.params,
                     adapter=job.adapter,
                     tenant=job.principal.tenant,
                     weight=job.principal.weight,

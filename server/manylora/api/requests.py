@@ -1,0 +1,388 @@
+"""A checked body becomes what the engine is asked for: an adapter, and for each prompt token ids and parameters.
+
+The one place for it, whichever route the body came by. What surely does not fit is refused before it is encoded, and
+every id is checked, wherever it comes from: a tokenizer can have tokens that the model has no row for.
+
+An adapter is named in five forms: `<base>` · `<adapter>` · `<adapter>@<n>` · `<base>:<adapter>` ·
+`<base>:<adapter>@<n>` in `model`, and `<adapter>` or `<adapter>@<n>` in `adapter_id`.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from manylora.api.lanes import LONG_TEXT, PYTHON, SHORT_TEXT, beside_loop
+from manylora.api.schemas import ChatRequest, CompletionRequest, GenerationRequest
+from manylora.catalog.interface import AdapterDirectory
+from manylora.engine.interface import EngineClient, ModelInfo, SamplingParams, TextCodec
+from manylora.errors import AdapterNotFound, ContextLengthExceeded, InvalidRequest, quoted
+from manylora.identity import NAME_PATTERN, AdapterRef
+
+__all__ = [
+    "AdapterName",
+    "Prompt",
+    "gone_is_missing",
+    "parse_model",
+    "prompts_of",
+    "resolve",
+    "resolve_request",
+    "without_alias",
+]
+
+COMPLETION_MAX_TOKENS: Final = 16  # OpenAI's default
+MAX_ECHO_LOGPROBS: Final = 1_048_576
+MAX_ECHO_CHARACTERS: Final = 8_388_608
+# Up to here the work takes a millisecond, and a thread's turn is not worth waiting for.
+_INLINE_CHARACTERS: Final = 4096
+_INLINE_IDS: Final = 16_384
+_INLINE_MESSAGES: Final = 32
+# Up to here it is done soon, so it need not stand behind the long ones.
+_SHORT_CHARACTERS: Final = 2**18
+# Encodings take a hundred bytes for a character, so that many prompts are encoded some at a time.
+_BATCH_CHARACTERS: Final = 2**20
+_NAMED: Final = re.compile(rf"({NAME_PATTERN})(?:@([1-9][0-9]{{0,8}}))?")
+
+
+_Encoded = tuple[tuple[int, ...], str]  # a prompt's ids, and its text as `echo` repeats it
+
+
+# adapters
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterName:
+    """A name as written: `version` None means the active one."""
+
+    name: str
+    version: int | None = None
+
+
+def _parse_adapter(text: str, *, param: str) -> AdapterName:
+    """`<adapter>` or `<adapter>@<n>`. Raises AdapterNotFound, since no adapter can have another name."""
+    match = _NAMED.fullmatch(text)
+    if match is None:
+        raise _not_found(text, param)
+    return AdapterName(match[1], int(match[2]) if match[2] else None)
+
+
+def parse_model(text: str, base: str) -> AdapterName | None:
+    """The value of `model`; None for the base. Raises AdapterNotFound."""
+    if text == base:
+        return None
+    try:
+        return _parse_adapter(text.removeprefix(f"{base}:"), param="model")
+    except AdapterNotFound:
+        raise _not_found(text, "model") from None
+
+
+def resolve(directory: AdapterDirectory, tenant: str, wanted: AdapterName, *, written: str, param: str) -> AdapterRef:
+    """The adapter's identity. Raises one and the same AdapterNotFound for missing, not ready and foreign."""
+    try:
+        return directory.resolve(tenant, wanted.name, wanted.version)
+    except AdapterNotFound:
+        raise _not_found(written, param) from None
+
+
+def without_alias(directory: AdapterDirectory, tenant: str, base: str, aliases: Mapping[str, str], model: str) -> str:
+    """What `model` stands for. The base and the caller's adapters have their names to themselves."""
+    if model not in aliases or model == base:
+        return model
+    try:
+        directory.resolve(tenant, model)
+    except AdapterNotFound:
+        return aliases[model]
+    return model
+
+
+def resolve_request(
+    directory: AdapterDirectory, tenant: str, base: str, model: str | None, adapter_id: str | None
+) -> AdapterRef | None:
+    """The adapter of a request that has `model`, `adapter_id` or both; None for the base.
+
+    Raises AdapterNotFound, or InvalidRequest where the two fields name different adapters.
+    """
+    by_model = parse_model(model, base) if model is not None else None
+    if adapter_id is None:
+        if by_model is None or model is None:
+            return None
+        return resolve(directory, tenant, by_model, written=model, param="model")
+    by_id = _parse_adapter(adapter_id, param="adapter_id")
+    if by_model is not None and by_model.name != by_id.name:
+        raise _conflict(model, adapter_id)
+    ref = resolve(directory, tenant, by_id, written=adapter_id, param="adapter_id")
+    if by_model is not None and model is not None and by_model.version != by_id.version:
+        other = resolve(directory, tenant, by_model, written=model, param="model")
+        if other != ref:
+            raise _conflict(model, adapter_id)
+    return ref
+
+
+@contextmanager
+def gone_is_missing(model: str | None, adapter_id: str | None) -> Iterator[None]:
+    """An adapter that was deleted after its name had become an identity is answered as one that was never there."""
+    try:
+        yield
+    except AdapterNotFound:
+        raise _not_found(adapter_id or model or "", "adapter_id" if adapter_id else "model") from None
+
+
+def _conflict(model: str | None, adapter_id: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"'model' ({quoted(model or '')}) and 'adapter_id' ({quoted(adapter_id)}) name different adapters. Send one.",
+        param="adapter_id",
+    )
+
+
+def _not_found(text: str, param: str) -> AdapterNotFound:
+    return AdapterNotFound(
+        f"The model or adapter '{quoted(text)}' does not exist or is not available to you. "
+        "GET /v1/models lists what you may name.",
+        param=param,
+    )
+
+
+# prompts
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt as the engine takes it: its ids, what is asked for with them, and its text as `echo` repeats it."""
+
+    ids: tuple[int, ...]
+    params: SamplingParams
+    text: str = ""
+
+
+async def prompts_of(body: GenerationRequest, engine: EngineClient) -> tuple[Prompt, ...]:
+    """Every prompt of the body; all have the same number of choices. What is quick to check is checked first.
+
+    Raises InvalidRequest, also where the model's chat template refuses the messages, and ContextLengthExceeded.
+    """
+    params = _sampling_params(body, engine.model)
+    if isinstance(body, CompletionRequest):
+        _check_num_choices(len(body.prompts), params.n, engine.max_choices)
+        encoded = await _encode_prompts(body, engine)
+        _check_echo(params, body, encoded)
+    else:
+        assert isinstance(body, ChatRequest)
+        _check_num_choices(1, params.n, engine.max_choices)
+        encoded = [await _encode_chat(body, engine)]
+    return tuple(Prompt(ids, _fit_to_context(params, body, len(ids), engine.model), text) for ids, text in encoded)
+
+
+def _check_num_choices(num_prompts: int, n: int, most: int) -> None:
+    if num_prompts * n > most:
+        raise InvalidRequest(
+            f"The request asks for {num_prompts * n} answers; at most {most} are queued here. Send less.",
+            param="n" if n > 1 else "prompt",
+        )
+
+
+# token ids
+
+
+async def _encode_prompts(request: CompletionRequest, engine: EngineClient) -> list[_Encoded]:
+    """Every prompt of a completions request. Raises InvalidRequest."""
+    prompts = request.prompts
+    if not all(prompts):
+        raise InvalidRequest("'prompt' is empty. Send at least one token.", param="prompt")
+    size = sum(map(len, prompts))
+    if isinstance(prompts[0], str):
+        texts = [text for text in prompts if isinstance(text, str)]
+        encoded = await _encode(request, texts, size, engine)
+        if not all(encoded):
+            raise InvalidRequest("'prompt' has no tokens for this model.", param="prompt")
+        return [(ids, text if request.echo else "") for ids, text in zip(encoded, texts, strict=True)]
+    if size <= _INLINE_IDS and not request.echo:
+        return _given(request, engine)
+    return await beside_loop(PYTHON, _given, request, engine)
+
+
+def _given(request: CompletionRequest, engine: EngineClient) -> list[_Encoded]:
+    """Prompts that came as ids. Those of all are checked before the first is decoded for `echo`."""
+    prompts = []
+    for prompt in request.prompts:
+        assert isinstance(prompt, list), "prompts are all text or all ids"
+        _room_for_answer(request, len(prompt), engine.model)
+        prompts.append(_check_token_ids(prompt, engine.model, "prompt"))
+    decode = engine.codec.decode
+    return [(ids, decode(ids, skip_special_tokens=False) if request.echo else "") for ids in prompts]
+
+
+async def _encode_chat(request: ChatRequest, engine: EngineClient) -> _Encoded:
+    """The rendered chat. Raises InvalidRequest when the model's template refuses the messages."""
+    messages, size = request.messages, sum(len(message.content) for message in request.messages)
+    try:
+        if size <= _INLINE_CHARACTERS and len(messages) <= _INLINE_MESSAGES:
+            text = _render(request, engine.codec)
+        else:
+            text = await beside_loop(PYTHON, _render, request, engine.codec)
+    except InvalidRequest as error:
+        raise InvalidRequest(error.message, param=error.param or "messages") from None
+    [ids] = await _encode(request, [text], len(text), engine)
+    if not ids:
+        raise InvalidRequest("'messages' have no tokens for this model.", param="messages")
+    return ids, ""
+
+
+def _render(request: ChatRequest, codec: TextCodec) -> str:
+    messages: list[dict[str, Any]] = [message.for_template() for message in request.messages]
+    return codec.render_chat(messages)
+
+
+async def _encode(
+    request: GenerationRequest, texts: Sequence[str], num_characters: int, engine: EngineClient
+) -> list[tuple[int, ...]]:
+    """The ids of each text; `num_characters` is the length of all."""
+    if num_characters <= _INLINE_CHARACTERS:
+        encode, special = engine.codec.encode, isinstance(request, CompletionRequest)
+        return [_checked(encode(text, add_special_tokens=special), request, engine) for text in texts]
+    lane = SHORT_TEXT if num_characters <= _SHORT_CHARACTERS else LONG_TEXT
+    return await beside_loop(lane, _encode_long, request, texts, engine)
+
+
+def _encode_long(request: GenerationRequest, texts: Sequence[str], engine: EngineClient) -> list[tuple[int, ...]]:
+    codec, special = engine.codec, isinstance(request, CompletionRequest)
+    for text in texts:
+        if codec.surely_exceeds(text, engine.model.context_length):
+            raise _too_long(request, f"more than that with {len(text)} characters", engine.model)
+    return [
+        _checked(ids, request, engine)
+        for batch in _batches(texts)
+        for ids in codec.encode_many(batch, add_special_tokens=special)
+    ]
+
+
+def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        if batch and size + len(text) > _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+        batch.append(text)
+        size += len(text)
+    yield batch
+
+
+def _checked(ids: list[int], request: GenerationRequest, engine: EngineClient) -> tuple[int, ...]:
+    """The ids of a text, if the model has a row for each and room for them."""
+    _room_for_answer(request, len(ids), engine.model)
+    highest = max(ids, default=0)
+    if highest >= engine.model.vocab_size:
+        param = "messages" if isinstance(request, ChatRequest) else "prompt"
+        raise InvalidRequest(
+            f"'{param}' has the token {quoted(repr(engine.codec.token_text(highest)))} (id {highest}), which the "
+            f"tokenizer knows and the model does not: its ids end at {engine.model.vocab_size - 1}. Leave it out.",
+            param=param,
+        )
+    return tuple(ids)
+
+
+# parameters
+
+
+def _sampling_params(request: GenerationRequest, model: ModelInfo) -> SamplingParams:
+    """Everything but `max_tokens`, which `_fit_to_context` sets for each prompt. Raises InvalidRequest."""
+    logprobs = _num_logprobs(request, model)
+    top_k = model.default_top_k if request.top_k is None else request.top_k
+    return SamplingParams(
+        max_tokens=1,
+        temperature=_or(request.temperature, model.default_temperature),
+        top_p=_or(request.top_p, model.default_top_p),
+        top_k=0 if top_k < 0 or top_k >= model.vocab_size else top_k,
+        min_p=_or(request.min_p, 0.0),
+        seed=request.seed,
+        stop=request.stops,
+        stop_token_ids=_check_token_ids(request.stop_token_ids, model, "stop_token_ids"),
+        ignore_eos=request.ignore_eos,
+        presence_penalty=_or(request.presence_penalty, 0.0),
+        frequency_penalty=_or(request.frequency_penalty, 0.0),
+        repetition_penalty=_or(request.repetition_penalty, model.default_repetition_penalty),
+        logit_bias=_logit_bias(request.logit_bias, model),
+        logprobs=logprobs,
+        prompt_logprobs=logprobs if isinstance(request, CompletionRequest) and request.echo else None,
+        n=request.n,
+    )
+
+
+def _fit_to_context(
+    params: SamplingParams, request: GenerationRequest, num_prompt_tokens: int, model: ModelInfo
+) -> SamplingParams:
+    """`params` with the `max_tokens` asked for, or the default. Raises ContextLengthExceeded."""
+    room = _room_for_answer(request, num_prompt_tokens, model)
+    asked = request.token_limit
+    default = room if isinstance(request, ChatRequest) else min(COMPLETION_MAX_TOKENS, room)
+    return replace(params, max_tokens=default if asked is None else asked)
+
+
+def _room_for_answer(request: GenerationRequest, num_prompt_tokens: int, model: ModelInfo) -> int:
+    """Tokens that the context leaves for the answer, at least 1. Raises ContextLengthExceeded."""
+    room = model.context_length - num_prompt_tokens
+    asked = request.token_limit
+    if room < 1 or (asked is not None and asked > room):
+        raise _too_long(request, str(num_prompt_tokens), model)
+    return room
+
+
+def _too_long(request: GenerationRequest, taken: str, model: ModelInfo) -> ContextLengthExceeded:
+    """The refusal of a prompt that takes `taken` of the context."""
+    asked = request.token_limit
+    completion = f", the answer up to {asked}" if asked is not None else " and leaves no room for an answer"
+    return ContextLengthExceeded(
+        f"The model's context is {model.context_length} tokens; the prompt takes {taken}{completion}. "
+        "Shorten the prompt or ask for fewer tokens.",
+        param="messages" if isinstance(request, ChatRequest) else "prompt",
+    )
+
+
+def _check_echo(params: SamplingParams, request: CompletionRequest, prompts: Sequence[_Encoded]) -> None:
+    """Raises InvalidRequest where so much is repeated or scored that the answer would be too large."""
+    if params.prompt_logprobs is not None:
+        scored = sum(len(ids) for ids, _ in prompts) * params.n * (1 + params.prompt_logprobs)
+        if scored > MAX_ECHO_LOGPROBS:
+            raise InvalidRequest(
+                f"'echo' with 'logprobs' asks for {scored} log-probabilities of the prompt; at most "
+                f"{MAX_ECHO_LOGPROBS} are given. Send fewer or shorter prompts, or a smaller 'logprobs' or 'n'.",
+                param="logprobs",
+            )
+    repeated = sum(len(text) for _, text in prompts) * params.n
+    if request.echo and repeated > MAX_ECHO_CHARACTERS:
+        raise InvalidRequest(
+            f"'echo' would repeat {repeated} characters; at most {MAX_ECHO_CHARACTERS} are given. Send fewer or "
+            "shorter prompts, or a smaller 'n'.",
+            param="echo",
+        )
+
+
+def _check_token_ids(token_ids: Sequence[int], model: ModelInfo, param: str) -> tuple[int, ...]:
+    """The ids, all of them in the vocabulary. Raises InvalidRequest."""
+    if token_ids and not 0 <= min(token_ids) <= max(token_ids) < model.vocab_size:
+        raise InvalidRequest(f"'{param}' holds a token id that is not in 0 to {model.vocab_size - 1}.", param=param)
+    return tuple(token_ids)
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def _num_logprobs(request: GenerationRequest, model: ModelInfo) -> int | None:
+    if isinstance(request, ChatRequest):
+        number, param = (request.top_logprobs or 0) if request.logprobs else None, "top_logprobs"
+    else:
+        assert isinstance(request, CompletionRequest)
+        number, param = request.logprobs, "logprobs"
+    if number is not None and number > model.max_logprobs:
+        raise InvalidRequest(f"'{param}' is at most {model.max_logprobs}.", param=param)
+    return number
+
+
+def _logit_bias(bias: dict[int, float], model: ModelInfo) -> tuple[tuple[int, float], ...]:
+    if bias and max(bias) >= model.vocab_size:
+        raise InvalidRequest(
+            f"'logit_bias' has the key '{max(bias)}', which is not a token id in 0 to {model.vocab_size - 1}.",
+            param="logit_bias",
+        )
+    return tuple(bias.items())
