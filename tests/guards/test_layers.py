@@ -10,7 +10,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[2] / "server"
 PACKAGE = SOURCE / "manylora"
-GROUND = ("errors", "faults", "files", "identity", "log", "metrics", "settings")
+GROUND = ("errors", "faults", "files", "identity", "log", "metrics", "settings", "threads")
 FOUNDATION = {"manylora", *(f"manylora.{name}" for name in GROUND)}
 
 # For each part: prefixes of what else of ours it may import. `engine` here is its interface alone.
@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "lifecycle": {"lifecycle", "client", "lora", "models"},
     "client": {"client"},
 }
-STANDALONE = ("errors", "faults", "files", "identity", "settings", "metrics")
+STANDALONE = ("errors", "faults", "files", "identity", "settings", "metrics", "threads")
 
 
 def module_of(path: Path) -> str:

@@ -104,7 +104,7 @@ class Lives(RuleBasedStateMachine):
         for number in range(10):
             assert tiers.forget(ref(number), timeout_s=PATIENCE_S)
         assert not tiers._entries
-        assert not tiers._wanted
+        assert not len(tiers._waiting)
         assert self.setup.book.num_used == self.setup.book.used_bytes == tiers.host_bytes == 0
         assert not self.setup.memory.slabs
         assert not self.setup.memory.tables.any()

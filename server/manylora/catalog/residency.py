@@ -7,15 +7,13 @@ from collections.abc import Callable
 from manylora.catalog.directory import Directory, Entry
 from manylora.engine.interface import AdapterRef, EngineClient
 from manylora.errors import ManyloraError
+from manylora.threads import on_event_loop
 
 _log = logging.getLogger(__name__)
 
 
 class Pins:
-    """Keeps the engine's pins equal to the directory's: the active version of every pinned adapter.
-
-    Used on the event loop's thread only.
-    """
+    """Keeps the engine's pins equal to the directory's: the active version of every pinned adapter."""
 
     def __init__(self, engine: EngineClient, directory: Directory) -> None:
         self._engine = engine
@@ -27,6 +25,7 @@ class Pins:
 
         Raises what `EngineClient.pin` raises; the old pin is given up then too.
         """
+        assert on_event_loop()
         wanted = _wanted(self._directory.own(tenant, name))
         held = self._held.pop((tenant, name), None)
         try:

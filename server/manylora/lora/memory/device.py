@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Final
 
 from manylora.errors import AdapterLoadFailed, Conflict, ManyloraError
 from manylora.identity import AdapterRef, Tier
@@ -17,25 +19,83 @@ from manylora.lora.memory.slots import Place, SlotBook
 DISK_COST = 8.0
 
 
+class State(Enum):
+    """Where an adapter is on its way to the device.
+
+                                        ┌───────────── no place ────────────┐
+                                        ▼                                   │
+        AWAY ── asked for ──▶ WAITING ── tried ──▶ QUEUED ── thread ──▶ READING ── place ──▶ FILLING
+          ▲                                                                                     │
+          └──────────── evicted ──── RESIDENT ◀── taken ── CLAIMED ◀────────────────────────────┘
+
+    AWAY → WAITING: a request asks for it, or a pin
+    WAITING → QUEUED: it is tried, since it may find a place, or host memory has room to read it ahead
+    WAITING → AWAY: nobody waits for it any more
+    QUEUED → READING: a loader thread has it
+    QUEUED → AWAY: nobody waits for it any more
+    READING → FILLING: it has a place, to which the thread copies it
+    READING → WAITING: it found no place
+    READING → AWAY: it found no place, or could not be read, and nobody waits for it
+    FILLING → CLAIMED: kernels find it, and it is kept for a request that waits
+    FILLING → RESIDENT: kernels find it, and it is pinned, or nobody waits for it any more
+    FILLING → AWAY: its place could not be filled
+    CLAIMED → RESIDENT: the request has taken it, or waits no more
+    CLAIMED → AWAY: evicted for one that was in more of a hurry
+    RESIDENT → AWAY: evicted, or forgotten
+    """
+
+    AWAY = auto()
+    WAITING = auto()
+    QUEUED = auto()
+    READING = auto()
+    FILLING = auto()
+    CLAIMED = auto()
+    RESIDENT = auto()
+
+
+NEXT: Final[Mapping[State, frozenset[State]]] = {
+    State.AWAY: frozenset({State.WAITING}),
+    State.WAITING: frozenset({State.QUEUED, State.AWAY}),
+    State.QUEUED: frozenset({State.READING, State.AWAY}),
+    State.READING: frozenset({State.FILLING, State.WAITING, State.AWAY}),
+    State.FILLING: frozenset({State.CLAIMED, State.RESIDENT, State.AWAY}),
+    State.CLAIMED: frozenset({State.RESIDENT, State.AWAY}),
+    State.RESIDENT: frozenset({State.AWAY}),
+}
+
+
 @dataclass(slots=True)
 class Entry:
     """One adapter that is on the device, on its way there, waited for, or pinned."""
 
     ref: AdapterRef
+    state: State = State.AWAY
     offered: Adapter | None = None  # already read: to be taken in place of its files
-    place: Place | None = None
-    is_resident: bool = False
-    is_loading: bool = False
+    place: Place | None = None  # from FILLING on
     is_pinned: bool = False
     is_forgotten: bool = False
-    is_claimed: bool = False  # brought in for a request that has yet to take it
-    is_hurried: bool = False  # the next place is for it
     users: int = 0
     error: ManyloraError | None = None
     size_bytes: int = 0  # on the device; 0 until it was read once
-    is_retry: bool = False  # the load under way follows one that found no place
-    askers: set[str] = field(default_factory=set)  # tenants that wait for it
-    refused_at: int = -1  # when it last found no place, by the tiers' count of such moments
+
+    def to(self, state: State) -> None:
+        assert state in NEXT[self.state], f"{self.ref.label} goes from {self.state.name} to {state.name}"
+        self.state = state
+
+    def unclaim(self) -> None:
+        """Nobody's claim keeps it any more, if one did."""
+        if self.state is State.CLAIMED:
+            self.to(State.RESIDENT)
+
+    @property
+    def is_resident(self) -> bool:
+        """Kernels find it at its slot."""
+        return self.state in (State.CLAIMED, State.RESIDENT)
+
+    @property
+    def is_loading(self) -> bool:
+        """A loader thread has it, or will."""
+        return self.state in (State.QUEUED, State.READING, State.FILLING)
 
     @property
     def is_idle(self) -> bool:
@@ -63,15 +123,21 @@ class TierEvents:
 
 
 class DeviceTier:
-    """Places on the device. Not thread-safe: `AdapterTiers` holds its lock, but for `fill`."""
+    """Places on the device. Whoever calls holds the tiers' lock (`is_held`), but for `fill`."""
 
     def __init__(
-        self, book: SlotBook, memory: DeviceMemory, events: TierEvents, on_evicted: Callable[[Entry], None]
+        self,
+        book: SlotBook,
+        memory: DeviceMemory,
+        events: TierEvents,
+        on_evicted: Callable[[Entry], None],
+        is_held: Callable[[], bool],
     ) -> None:
         self.book = book
         self.memory = memory
         self._events = events
         self._on_evicted = on_evicted
+        self._is_held = is_held
         self._policy: GreedyDualSizeFrequency[str] = GreedyDualSizeFrequency()
         self._placed: dict[str, Entry] = {}
         self._evictable: dict[str, Entry] = {}
@@ -82,32 +148,36 @@ class DeviceTier:
 
     def refile(self, entry: Entry) -> bool:
         """Its users, pin or claim have changed. True if it may be evicted now and might not before."""
+        assert self._is_held()
         key = entry.ref.id
         was_evictable = self._evictable.pop(key, None) is not None
         self._claimed.pop(key, None)
         if not entry.is_idle:
             return False
-        (self._claimed if entry.is_claimed else self._evictable)[key] = entry
-        return not entry.is_claimed and not was_evictable
+        is_claimed = entry.state is State.CLAIMED
+        (self._claimed if is_claimed else self._evictable)[key] = entry
+        return not is_claimed and not was_evictable
 
     def count_use(self, entry: Entry, *, is_on_host: bool) -> None:
         cost = entry.size_bytes * (1.0 if is_on_host else DISK_COST)
         self._policy.on_use(entry.ref.id, entry.size_bytes, cost)
 
-    def num_chances(self, entry: Entry, typical_bytes: int) -> int:
+    def num_chances(self, entry: Entry, typical_bytes: int, *, is_hurried: bool) -> int:
         """How many adapters like this one might find a place now. A guess: of unread ones the size is not known."""
         size = max(1, entry.size_bytes or typical_bytes)
         free = min(self.book.num_slots - self.book.num_used, self.book.free_bytes // size)
-        return free + len(self._victims(entry))
+        return free + len(self._victims(is_hurried=is_hurried))
 
-    def _victims(self, entry: Entry) -> Mapping[str, Entry]:
-        return self._evictable or (self._claimed if entry.is_hurried else {})
+    def _victims(self, *, is_hurried: bool) -> Mapping[str, Entry]:
+        return self._evictable or (self._claimed if is_hurried else {})
 
-    def make_room(self, entry: Entry, packed: PackedAdapter) -> bool:
+    def make_room(self, entry: Entry, packed: PackedAdapter, *, is_hurried: bool) -> bool:
         """Give `entry` a place, evicting idle adapters as needed; False while all that could leave is in use.
 
-        Raises AdapterLoadFailed where waiting would be for ever.
+        One that `is_hurried` takes those kept for other requests, too. Raises AdapterLoadFailed where waiting would be
+        for ever.
         """
+        assert self._is_held()
         if not self.book.can_ever_hold(packed.layout):
             raise AdapterLoadFailed(
                 f"The adapter needs {packed.size_bytes} bytes on the device and the whole budget is "
@@ -115,7 +185,7 @@ class DeviceTier:
             )
         place = self._reserve(packed.layout)
         while place is None:
-            victim = self._policy.victim(self._victims(entry))
+            victim = self._policy.victim(self._victims(is_hurried=is_hurried))
             if victim is None:
                 self._check_room_beside_pins(packed)
                 return False
@@ -130,6 +200,7 @@ class DeviceTier:
         with self._given_back_on_error(entry):
             if place.is_new_slab:
                 self.memory.allocate(place, packed.layout, self.book.places_in(place.slab))
+        entry.to(State.FILLING)
         return True
 
     def _reserve(self, layout: Layout) -> Place | None:
@@ -174,21 +245,25 @@ class DeviceTier:
 
     def fill(self, entry: Entry, packed: PackedAdapter) -> None:
         """Copy the weights to its place. Runs beside everything else: nobody knows the place yet."""
+        assert not self._is_held()
+        assert entry.state is State.FILLING
         assert entry.place is not None
         self.memory.fill(entry.place, packed)
 
-    def publish(self, entry: Entry, packed: PackedAdapter) -> None:
-        """Let kernels find it."""
+    def publish(self, entry: Entry, packed: PackedAdapter, *, is_claimed: bool) -> None:
+        """Let kernels find it. With `is_claimed` it is kept for a request that waits."""
+        assert self._is_held()
         assert entry.place is not None
         self.memory.publish(entry.place, packed)
-        entry.is_resident = True
+        entry.to(State.CLAIMED if is_claimed else State.RESIDENT)
         self.refile(entry)
 
     def evict(self, entry: Entry) -> None:
         """Take it off the device, if it is there."""
+        assert self._is_held()
         if entry.place is None or not entry.is_resident:
             return
-        entry.is_resident = entry.is_claimed = False
+        entry.to(State.AWAY)
         self.refile(entry)
         self.memory.withdraw(entry.place.slot)
         self.give_back(entry)
@@ -196,6 +271,7 @@ class DeviceTier:
 
     def give_back(self, entry: Entry) -> None:
         """Its place is free again."""
+        assert self._is_held()
         assert entry.place is not None
         slot, entry.place = entry.place.slot, None
         del self._placed[entry.ref.id]
@@ -220,4 +296,5 @@ class DeviceTier:
         assert not self._evictable.keys() & self._claimed.keys()
         idle = {key for key, entry in self._placed.items() if entry.is_idle}
         assert idle == self._evictable.keys() | self._claimed.keys()
-        assert all(entry.is_claimed for entry in self._claimed.values())
+        assert all(entry.state is State.CLAIMED for entry in self._claimed.values())
+        assert all(entry.is_resident or entry.state is State.FILLING for entry in self._placed.values())

@@ -8,12 +8,15 @@ from manylora.lora.memory.packing import PackedAdapter
 
 
 class HostCache:
-    """Adapters within a byte budget. Not thread-safe: `AdapterTiers` holds its lock."""
+    """Adapters within a byte budget. Whoever changes it holds the tiers' lock (`is_held`)."""
 
-    def __init__(self, budget_bytes: int, on_eviction: Callable[[AdapterRef], None]) -> None:
+    def __init__(
+        self, budget_bytes: int, on_eviction: Callable[[AdapterRef], None], is_held: Callable[[], bool]
+    ) -> None:
         self.used_bytes = 0
         self._budget_bytes = budget_bytes
         self._on_eviction = on_eviction
+        self._is_held = is_held
         self._kept: OrderedDict[AdapterRef, PackedAdapter] = OrderedDict()
 
     def __len__(self) -> int:
@@ -28,6 +31,7 @@ class HostCache:
 
     def get(self, ref: AdapterRef) -> PackedAdapter | None:
         """The adapter, which is now the most recently asked for."""
+        assert self._is_held()
         packed = self._kept.get(ref)
         if packed is not None:
             self._kept.move_to_end(ref)
@@ -38,6 +42,7 @@ class HostCache:
 
         `wanted`: ids of those that are waited for; pushing one out would only have it read again.
         """
+        assert self._is_held()
         doomed = self._room_for(packed.size_bytes, wanted)
         if ref in self._kept or doomed is None:
             return
@@ -72,6 +77,7 @@ class HostCache:
             self.used_bytes += packed.size_bytes
 
     def drop(self, ref: AdapterRef) -> None:
+        assert self._is_held()
         packed = self._kept.pop(ref, None)
         if packed is not None:
             self.used_bytes -= packed.size_bytes

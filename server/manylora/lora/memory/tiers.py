@@ -12,10 +12,9 @@ request has taken it, so that those who wait do not push each other out.
 
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from functools import partial
 from typing import Any
 
 from manylora.errors import (
@@ -28,17 +27,19 @@ from manylora.errors import (
 )
 from manylora.identity import AdapterRef, Tier
 from manylora.lora.format.spec import Adapter
-from manylora.lora.memory.device import DeviceTier, Entry, TierEvents
+from manylora.lora.memory.device import DeviceTier, Entry, State, TierEvents
 from manylora.lora.memory.device_memory import DeviceMemory
 from manylora.lora.memory.host import HostCache
-from manylora.lora.memory.line import LoadLine
+from manylora.lora.memory.line import LoadLine, WaitingLine
 from manylora.lora.memory.packing import PackedAdapter
 from manylora.lora.memory.slots import SlotBook
+from manylora.threads import holds, runs_on
 
 __all__ = ["AdapterTiers", "Packer", "Reader", "TierEvents"]
 
 Reader = Callable[[AdapterRef], Adapter]  # of what is stored
 Packer = Callable[[Adapter], PackedAdapter]
+_LOADER = "adapter-loader"
 LOOK_AHEAD = 256  # of those in the line, how many are looked at when a place falls free
 
 
@@ -63,18 +64,16 @@ class AdapterTiers:
         self._read = read
         self._pack = pack
         self._events = events or TierEvents()
-        self._host = HostCache(host_bytes, lambda ref: self._events.on_eviction(ref, "host"))
-        self._device = DeviceTier(book, memory, self._events, self._settle)
-        self._entries: dict[str, Entry] = {}
-        self._wanted: OrderedDict[str, Entry] = OrderedDict()  # the line: asked for and not resident
-        self._hurried: set[str] = set()  # those of the line that go before all others
-        self._room = 0  # how often a place may have fallen free
-        self._num_retries = 0  # loads under way of entries that had found no place before
-        self._typical_bytes = 0  # of an adapter that was not read yet: as the last one that was
         self._lock = threading.RLock()
         self._idle = threading.Condition(self._lock)
-        self._line: LoadLine[str] = LoadLine(num_threads)  # those whose load has yet to get a thread
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="adapter-loader")
+        is_held = partial(holds, self._idle)
+        self._host = HostCache(host_bytes, lambda ref: self._events.on_eviction(ref, "host"), is_held)
+        self._device = DeviceTier(book, memory, self._events, self._settle, is_held)
+        self._entries: dict[str, Entry] = {}
+        self._waiting: WaitingLine[str] = WaitingLine()  # asked for and not resident
+        self._typical_bytes = 0  # of an adapter that was not read yet: as the last one that was
+        self._loads: LoadLine[str] = LoadLine(num_threads)  # those whose load has yet to get a thread
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix=_LOADER)
         # It starts its threads when it is given work, and a thread runs where its starter may: the one that steps may
         # be bound to a CPU, so it must not be the one to start a loader's. None ends before all have been started.
         all_started = threading.Barrier(num_threads)
@@ -98,7 +97,7 @@ class AdapterTiers:
                 raise error
             if entry.is_resident and entry.place is not None:
                 entry.users += 1
-                entry.is_claimed = False
+                entry.unclaim()
                 self._device.refile(entry)
                 self._device.count_use(entry, is_on_host=ref in self._host)
                 return entry.place.slot
@@ -128,28 +127,24 @@ class AdapterTiers:
             entry = self._entries.get(ref.id)
             if entry is None:
                 return
-            entry.is_claimed = False
+            entry.unclaim()
             if not entry.is_pinned:
                 self._leave_line(entry)
                 entry.error = None
             self._refile(entry)
             self._settle(entry)
-            self._retry_wanted()
+            self._retry_waiting()
 
     def lacks_room(self, ref: AdapterRef) -> bool:
         """Whether it is waited for and found every place in use: it needs one that somebody lets go of."""
         with self._lock:
-            entry = self._wanted.get(ref.id)
-            return entry is not None and entry.refused_at >= 0 and not entry.is_loading
+            entry = self._entries.get(ref.id)
+            return entry is not None and entry.state is State.WAITING and self._waiting.was_refused(ref.id)
 
     def hurry(self, ref: AdapterRef) -> None:
         """The next place that falls free is for this adapter, if it is waited for."""
         with self._lock:
-            entry = self._wanted.get(ref.id)
-            if entry is not None and not entry.is_hurried:
-                entry.is_hurried = True
-                self._hurried.add(ref.id)
-                self._wanted.move_to_end(ref.id, last=False)
+            if self._waiting.hurry(ref.id):
                 self._room_appeared()  # it may take what is kept for requests that wait in the queue
 
     def may_leave(self, ref: AdapterRef) -> bool:
@@ -188,7 +183,7 @@ class AdapterTiers:
                     self._settle(entry)
                     raise
             entry.is_pinned = pinned
-            entry.is_claimed = False
+            entry.unclaim()
             if not pinned:
                 self.give_up(ref)  # requests that wait for it ask again
             elif not entry.is_resident:
@@ -207,7 +202,8 @@ class AdapterTiers:
                 self._host.bequeath(ref, heir)
                 return True
             entry.is_forgotten = True
-            entry.is_pinned = entry.is_claimed = False
+            entry.is_pinned = False
+            entry.unclaim()
             self._leave_line(entry)
             if not self._idle.wait_for(lambda: not entry.users and not entry.is_loading, timeout_s):
                 return False
@@ -259,60 +255,52 @@ class AdapterTiers:
 
     def _settle(self, entry: Entry) -> None:
         """Drop an entry that says nothing any more, so that ten thousand adapters cost nothing here."""
-        idle = not (entry.is_resident or entry.is_loading or entry.is_pinned or entry.users)
-        if idle and entry.offered is None and entry.error is None and entry.ref.id not in self._wanted:
+        says_nothing = entry.offered is None and entry.error is None and not entry.is_pinned
+        if says_nothing and entry.state is State.AWAY:
             self._entries.pop(entry.ref.id, None)
 
     def _leave_line(self, entry: Entry) -> None:
-        self._wanted.pop(entry.ref.id, None)
-        entry.refused_at = -1
-        entry.askers.clear()
-        if self._line.discard(entry.ref.id):
-            entry.is_loading = False
-            self._num_retries -= entry.is_retry
-        if entry.is_hurried:
-            entry.is_hurried = False
-            self._hurried.remove(entry.ref.id)
-            self._room += 1  # for those who came later
+        self._waiting.leave(entry.ref.id)
+        if entry.state is State.WAITING or self._loads.discard(entry.ref.id):
+            self._waiting.end(entry.ref.id)
+            entry.to(State.AWAY)
 
     def _want_for(self, entry: Entry, tenant: str | None) -> None:
         asker = entry.ref.tenant if tenant is None else tenant
-        if asker not in entry.askers:
-            entry.askers.add(asker)
-            if entry.ref.id in self._line:
-                self._line.add(entry.ref.id, (asker,))
-                self._start_loads()
+        if self._waiting.join(entry.ref.id, asker) and entry.state is State.QUEUED:
+            self._loads.add(entry.ref.id, (asker,))
+            self._start_loads()
         self._want(entry)
 
     def _want(self, entry: Entry) -> None:
         """Put it in the line if it is not there yet, and start the load if that can lead to anything."""
-        self._wanted.setdefault(entry.ref.id, entry)
+        key = entry.ref.id
+        self._waiting.join(key)
+        if entry.state is State.AWAY:
+            entry.to(State.WAITING)
         if entry.is_loading or self._closed:
             return
-        if entry.refused_at == self._room:
-            return
-        has_chance = self._num_retries < self._device.num_chances(entry, self._typical_bytes)
-        is_retry = entry.refused_at >= 0
-        if not has_chance and (is_retry or not self._host.could_keep(self._typical_bytes, self._wanted)):
-            entry.refused_at = self._room if not is_retry else entry.refused_at
-            return
-        self._num_retries += is_retry
-        entry.is_loading, entry.is_retry = True, is_retry
-        self._line.add(entry.ref.id, entry.askers or (entry.ref.tenant,))
-        self._start_loads()
+        is_hurried = self._waiting.is_hurried(key)
+        num_chances = partial(self._device.num_chances, entry, self._typical_bytes, is_hurried=is_hurried)
+        if self._waiting.begin(key, num_chances, partial(self._host.could_keep, self._typical_bytes, self._waiting)):
+            entry.to(State.QUEUED)
+            self._loads.add(key, self._waiting.tenants_of(key) or (entry.ref.tenant,))
+            self._start_loads()
 
     def _start_loads(self) -> None:
-        while not self._closed and (found := self._line.next()) is not None:
-            self._pool.submit(self._load, self._entries[found[0]], found[1])
+        while not self._closed and (found := self._loads.next()) is not None:
+            entry = self._entries[found[0]]
+            entry.to(State.READING)
+            self._pool.submit(self._load, entry, found[1])
 
-    def _retry_wanted(self) -> None:
+    def _retry_waiting(self) -> None:
         """Start again, in the line's order, as many as may find a place."""
-        for entry in list(islice(self._wanted.values(), LOOK_AHEAD)):
-            self._want(entry)
+        for key in self._waiting.first(LOOK_AHEAD):
+            self._want(self._entries[key])
 
     def _room_appeared(self) -> None:
-        self._room += 1
-        self._retry_wanted()
+        self._waiting.room_appeared()
+        self._retry_waiting()
 
     def _refile(self, entry: Entry) -> None:
         if self._device.refile(entry):
@@ -323,35 +311,47 @@ class AdapterTiers:
     def _load(self, entry: Entry, tenant: str) -> None:
         """On a loader thread, at the tenant's expense: disk to host, host to device.
 
-        Ends with `is_loading` false, whatever happens.
+        Ends with the entry in another state than READING or FILLING, whatever happens.
         """
+        assert runs_on(_LOADER)
+        error: ManyloraError | None = None
+        packed: PackedAdapter | None = None
+        started = time.perf_counter()
         try:
-            self._to_device(entry, self._to_host(entry))
-        except ManyloraError as error:
-            self._fail(entry, error)
-        except Exception as error:  # noqa: BLE001 - who waits must hear of it, or the load is begun again for ever
-            self._fail(
-                entry, AdapterLoadFailed(f"Adapter {entry.ref.label} could not be loaded: {cause_for_caller(error)}")
-            )
-        finally:
-            with self._lock:
-                entry.is_loading = False
-                self._num_retries -= entry.is_retry
-                self._line.done(tenant)
-                self._start_loads()
-                self._settle(entry)
-                self._retry_wanted()
-                self._idle.notify_all()
+            packed = self._to_host(entry)
+            started = time.perf_counter()
+            if not self._to_place(entry, packed):
+                packed = None
+        except ManyloraError as caught:
+            packed, error = None, caught
+        except Exception as caught:  # noqa: BLE001 - who waits must hear of it, or the load is begun again for ever
+            packed = None
+            error = AdapterLoadFailed(f"Adapter {entry.ref.label} could not be loaded: {cause_for_caller(caught)}")
+        with self._lock:
+            try:
+                if packed is not None:
+                    self._publish(entry, packed)
+                    self._events.on_load(entry.ref, "host", time.perf_counter() - started)
+            finally:
+                self._end(entry, tenant, error)
         self.on_change()
 
-    def _fail(self, entry: Entry, error: ManyloraError) -> None:
-        with self._lock:
-            if entry.ref.id not in self._wanted:
-                return
-            self._leave_line(entry)
+    def _end(self, entry: Entry, tenant: str, error: ManyloraError | None) -> None:
+        """The load is over: whoever waits for the adapter goes on waiting, or hears of the error."""
+        key = entry.ref.id
+        if error is not None and key in self._waiting:
+            self._waiting.leave(key)
             entry.error = error
-        if not isinstance(error, AdapterNotFound):  # deleted while it was asked for: nothing has failed
-            self._events.on_failure(entry.ref)
+            if not isinstance(error, AdapterNotFound):  # deleted while it was asked for: nothing has failed
+                self._events.on_failure(entry.ref)
+        if entry.is_loading:
+            entry.to(State.WAITING if key in self._waiting else State.AWAY)
+        self._waiting.end(key)
+        self._loads.done(tenant)
+        self._start_loads()
+        self._settle(entry)
+        self._retry_waiting()
+        self._idle.notify_all()
 
     def _to_host(self, entry: Entry) -> PackedAdapter:
         with self._lock:
@@ -363,7 +363,7 @@ class AdapterTiers:
         packed = self._pack_stored(entry.ref) if offered is None else self._pack(offered)
         self._events.on_load(entry.ref, "disk", time.perf_counter() - started)
         with self._lock:
-            self._host.keep(entry.ref, packed, self._wanted)
+            self._host.keep(entry.ref, packed, self._waiting)
         return packed
 
     def _pack_stored(self, ref: AdapterRef) -> PackedAdapter:
@@ -374,45 +374,50 @@ class AdapterTiers:
             reason = error.problems[0].message if error.problems else error.message
             raise AdapterLoadFailed(f"The stored files of {ref.label} cannot be read: {reason}") from error
 
-    def _to_device(self, entry: Entry, packed: PackedAdapter) -> None:
-        started = time.perf_counter()
+    def _to_place(self, entry: Entry, packed: PackedAdapter) -> bool:
+        """Find a place and fill it. False where there is none, which goes to whoever is in more of a hurry first."""
+        key = entry.ref.id
         with self._lock:
             entry.size_bytes = self._typical_bytes = packed.size_bytes
-            if entry.is_resident or entry.is_forgotten:
-                return
-            comes_later = bool(self._hurried) and not entry.is_hurried
-            seen = self._room
-            if comes_later or not self._device.make_room(entry, packed):
-                entry.refused_at = seen
-                return
+            if entry.is_forgotten:
+                return False
+            seen = self._waiting.moment
+            is_hurried = self._waiting.is_hurried(key)
+            if self._waiting.yields(key) or not self._device.make_room(entry, packed, is_hurried=is_hurried):
+                self._waiting.refuse(key, seen)
+                return False
         try:
             self._device.fill(entry, packed)
         except BaseException:
             with self._lock:
                 self._device.give_back(entry)
             raise
-        with self._lock:
-            entry.is_claimed = entry.ref.id in self._wanted and not entry.is_pinned
-            self._leave_line(entry)
-            entry.error = None
-            self._device.publish(entry, packed)
-            self._room += self._device.has_unused_places  # its slab may give them away now that it is filled
-            self._device.count_use(entry, is_on_host=entry.ref in self._host)
-        self._events.on_load(entry.ref, "host", time.perf_counter() - started)
+        return True
+
+    def _publish(self, entry: Entry, packed: PackedAdapter) -> None:
+        is_claimed = entry.ref.id in self._waiting and not entry.is_pinned
+        self._waiting.leave(entry.ref.id)
+        entry.error = None
+        self._device.publish(entry, packed, is_claimed=is_claimed)
+        if self._device.has_unused_places:  # its slab may give them away now that it is filled
+            self._waiting.room_appeared()
+        self._device.count_use(entry, is_on_host=entry.ref in self._host)
 
     def check_integrity(self) -> None:
         """Slots, counts and bytes agree."""
         with self._lock:
             self._device.check_integrity()
             self._host.check_integrity()
-            for entry in self._entries.values():
+            for key, entry in self._entries.items():
                 assert entry.users >= 0
-                assert not entry.users or entry.is_resident
+                assert not entry.users or entry.state is State.RESIDENT
                 assert not entry.is_resident or entry.place is not None
-                assert not (entry.is_resident and entry.ref.id in self._wanted)
-                assert entry.is_hurried == (entry.ref.id in self._hurried)
-                assert not entry.is_claimed or (entry.is_resident and not entry.users and not entry.is_pinned)
-            assert self._hurried <= self._wanted.keys() <= self._entries.keys()
+                assert not (entry.is_resident and key in self._waiting)
+                assert entry.state not in (State.WAITING, State.QUEUED) or key in self._waiting
+                assert entry.state is not State.AWAY or key not in self._waiting
+                assert (entry.state is State.QUEUED) == (key in self._loads)
+                assert entry.state is not State.CLAIMED or not entry.is_pinned
+            assert all(key in self._entries for key in self._waiting.first(len(self._waiting)))
             assert all(self._entries.get(e.ref.id) is e for e in self._device.entries())
-            assert self._num_retries >= 0
-            self._line.check_integrity()
+            self._waiting.check_integrity()
+            self._loads.check_integrity()

@@ -1,0 +1,29 @@
+"""What a rule about threads is asserted with: who holds a lock, and on which thread this runs."""
+
+import asyncio
+import threading
+
+__all__ = ["holds", "on_event_loop", "runs_on"]
+
+
+def holds(condition: threading.Condition) -> bool:
+    """Whether the calling thread holds the condition's lock."""
+    try:
+        condition.notify(0)  # wakes nobody, and refuses whoever does not hold it
+    except RuntimeError:
+        return False
+    return True
+
+
+def runs_on(name: str) -> bool:
+    """Whether the calling thread is called `name`, or is one of a pool with that prefix."""
+    return threading.current_thread().name.startswith(name)
+
+
+def on_event_loop() -> bool:
+    """Whether an event loop runs on the calling thread."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
