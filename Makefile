@@ -24,7 +24,7 @@ help:
 	@echo "make quick    the tests that take seconds"
 	@echo "make check    linters, formatting, types, spelling"
 	@echo "make format   put the code into its format"
-	@echo "make docs     write the tables in docs/configuration.md, lifecycle.md and models.md anew"
+	@echo "make docs     write the tables of docs/ that are made from code, tests and results anew"
 	@echo "make clean    remove what was built; make distclean: .venv too"
 
 serve: $(VENV)/.runtime
@@ -70,6 +70,7 @@ docs: $(VENV)/.dev
 	$(BIN)/python scripts/document_settings.py
 	$(BIN)/python scripts/document_lifecycle.py
 	$(BIN)/python scripts/document_models.py
+	$(BIN)/python scripts/document_performance.py
 
 # The build needs torch's headers, so torch comes first and the build is not isolated from it.
 $(VENV)/.torch:

@@ -14,6 +14,7 @@ import pytest
 import typer
 from fastapi.routing import APIRoute
 
+from benchmarks.workloads import standard
 from manylora import __version__, errors
 from manylora.cli.main import build
 from manylora.errors import ManyloraError
@@ -72,6 +73,56 @@ def test_the_models_page_and_the_readme_say_what_the_table_of_types_does() -> No
 
     assert script("document_models").with_table(page) == page, "run `make docs`"
     assert f"{served} of the {len(types)} decoder types" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+# performance
+
+
+def performance_pages() -> list[Path]:
+    return [DOCS / "performance.md", DOCS / "performance-history.md"]
+
+
+def test_the_performance_pages_show_what_the_results_say() -> None:
+    drawn = script("document_performance")
+
+    for page in performance_pages():
+        text = page.read_text(encoding="utf-8")
+        assert drawn.with_tables(text) == text, "run `make docs`"
+    assert drawn.PICTURE.read_text(encoding="utf-8") == drawn.picture(), "run `make docs`"
+
+
+def test_every_table_that_results_are_drawn_to_is_on_a_page() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in performance_pages())
+
+    assert sorted(re.findall(r"<!-- results: ([\w-]+)", text)) == sorted(script("document_performance").TABLES)
+
+
+def test_what_compare_writes_can_take_the_place_of_the_standard_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = script("document_performance")
+    workload = standard().model_dump(mode="json")
+    records: list[dict[str, Any]] = [
+        {"record": "setup", "commands": {"manylora": "a", "vllm": "b"}},
+        *(
+            {
+                "record": "measurement", "server": name, "repeat": repeat, "parameters": workload, "errors": errors,
+                "output_tokens_per_s": rate, "latency_s": {"tpot": {"p50": 0.05}, "ttft": {"p50": 1.25}},
+            }
+            for repeat, name, rate, errors in (
+                (0, "manylora", 99.0, 2),
+                (0, "vllm", 10.0, 0),
+                (1, "manylora", 90.0, 0),
+                (1, "vllm", 30.0, 0),
+            )
+        ),
+    ]  # fmt: skip
+    (tmp_path / "standard.jsonl").write_text("\n".join(json.dumps(record) for record in records))
+    monkeypatch.setattr(drawn, "RESULTS", tmp_path)
+
+    rows = drawn.standard().splitlines()[2:]
+
+    assert rows == ["| manylora | 90 | 3.0 | | 50 | 1.2 |", "| vllm | 10, 30 | | | 50 | 1.2 |"]
 
 
 # routes
