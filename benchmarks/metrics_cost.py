@@ -32,8 +32,10 @@ from benchmarks.compare import BASE_NAME, measure
 from benchmarks.servers import Server, end_on_sigterm, fill_in, free_port
 from benchmarks.steps import Folders, load_all, sequence
 from benchmarks.workloads import EQUAL_PATTERN, FLEET_SIZE, OUTPUT_TOKENS, standard
+from manylora.api.record import RequestRecord
 from manylora.engine.build import EngineBuilder
-from manylora.metrics import Metrics, NoMetrics, RequestSample
+from manylora.engine.interface import AdapterRef, RequestTiming
+from manylora.metrics import Metrics, NoMetrics
 from manylora.models.loading import load_base
 from manylora.settings import load_settings
 from manylora_loadtest.fleet import make_fleet
@@ -98,7 +100,19 @@ def calls() -> dict[str, float]:
     metrics = Metrics()
     gaps = (0.1,) * (OUTPUT_TOKENS - 1)
     samples = [
-        RequestSample("acme", f"a{i:03d}", "ok", 7.0, 0.7, 0.1, "device", 128, OUTPUT_TOKENS, 0, gaps)
+        RequestRecord(
+            request_id="r",
+            tenant="acme",
+            adapter=AdapterRef(f"v{i}", "acme", f"a{i:03d}", 1, "d"),
+            outcome="ok",
+            finished_at=0.0,
+            duration_s=7.0,
+            ttft_s=0.7,
+            timing=RequestTiming(queue_ms=100, load_ms=0, load_tier="device", ttft_ms=700),
+            prompt_tokens=128,
+            completion_tokens=OUTPUT_TOKENS,
+            gaps_s=gaps,
+        )
         for i in range(FLEET_SIZE)
     ]
 

@@ -278,10 +278,10 @@ def test_answers_that_nobody_reads_are_thrown_away(closing: bytes) -> None:
 def test_a_stream_that_nobody_reads_ends_its_work() -> None:
     ended = threading.Event()
 
-    async def events() -> AsyncGenerator[bytes, None]:
+    async def events() -> AsyncGenerator[list[bytes], None]:
         try:
             while True:
-                yield b"data: " + b"x" * 2**14 + b"\n\n"
+                yield [b"x" * 2**14]
                 await asyncio.sleep(0)
         finally:
             ended.set()

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from manylora.engine.interface import EngineStats
+from manylora.api.record import RequestRecord
+from manylora.engine.interface import AdapterRef, EngineStats, RequestTiming
 from manylora.metrics import (
     BASE_LABEL,
     BUCKETS,
@@ -17,7 +18,6 @@ from manylora.metrics import (
     BusiestNames,
     Metrics,
     NoMetrics,
-    RequestSample,
 )
 
 CONTRACT = {
@@ -43,9 +43,20 @@ def names_of(*groups: dict[str, str]) -> dict[str, str]:
     return {f"manylora_{name}": kind for group in groups for kind, names in group.items() for name in names.split()}
 
 
-def sample(tenant: str = "acme", adapter: str | None = "a", outcome: str = "ok", tokens: int = 3) -> RequestSample:
-    return RequestSample(
-        tenant, adapter, outcome, 1.5, 0.25, 0.01, "host", 5, tokens, cached_tokens=2, gaps_s=(0.1, 0.2)
+def sample(tenant: str = "acme", adapter: str | None = "a", outcome: str = "ok", tokens: int = 3) -> RequestRecord:
+    return RequestRecord(
+        request_id="r",
+        tenant=tenant,
+        adapter=AdapterRef("v1", tenant, adapter, 1, "d") if adapter else None,
+        outcome=outcome,
+        finished_at=0.0,
+        duration_s=1.5,
+        ttft_s=0.25,
+        timing=RequestTiming(queue_ms=10, load_ms=0, load_tier="host", ttft_ms=250),
+        prompt_tokens=5,
+        completion_tokens=tokens,
+        cached_tokens=2,
+        gaps_s=(0.1, 0.2),
     )
 
 
@@ -166,7 +177,7 @@ def test_the_base_has_a_label_that_no_adapter_can_have() -> None:
 
 def test_a_request_that_never_started_has_no_latencies() -> None:
     metrics = Metrics()
-    metrics.observe_request(RequestSample("acme", None, "rejected", 0.01))
+    metrics.observe_request(RequestRecord("r", "acme", None, "rejected", finished_at=0.0, duration_s=0.01))
     assert totals(metrics, "requests_total") == {("acme", BASE_LABEL): 1}
     assert totals(metrics, "time_to_first_token_seconds_count") == {("acme", BASE_LABEL): 0}
 

@@ -9,8 +9,7 @@ adapter is moved between tiers, nobody calls: `tenant` is then the adapter's own
 """
 
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import ClassVar, Final, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
@@ -23,10 +22,10 @@ __all__ = [
     "OTHER_LABEL",
     "OUTCOMES",
     "BusiestNames",
+    "EndedRequest",
     "EngineCounts",
     "Metrics",
     "NoMetrics",
-    "RequestSample",
 ]
 
 BASE_LABEL: Final = "__base__"
@@ -65,21 +64,34 @@ class EngineCounts(Protocol):
     def preemptions(self) -> int: ...
 
 
-@dataclass(frozen=True, slots=True)
-class RequestSample:
-    """One finished request. Times are seconds; None where the request never got that far."""
+class EndedRequest(Protocol):
+    """What the metrics read of a request for text: `api.record.RequestRecord` has this shape.
 
-    tenant: str
-    adapter: str | None
-    outcome: str
-    duration_s: float
-    ttft_s: float | None = None
-    queue_s: float | None = None
-    tier: str | None = None
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cached_tokens: int = 0
-    gaps_s: tuple[float, ...] = field(default=(), repr=False)
+    Times are seconds; None where the request never got that far.
+    """
+
+    @property
+    def tenant(self) -> str: ...
+    @property
+    def adapter_name(self) -> str | None: ...
+    @property
+    def outcome(self) -> str: ...
+    @property
+    def duration_s(self) -> float: ...
+    @property
+    def ttft_s(self) -> float | None: ...
+    @property
+    def queue_s(self) -> float | None: ...
+    @property
+    def load_tier(self) -> str | None: ...
+    @property
+    def prompt_tokens(self) -> int: ...
+    @property
+    def completion_tokens(self) -> int: ...
+    @property
+    def cached_tokens(self) -> int: ...
+    @property
+    def gaps_s(self) -> Sequence[float]: ...
 
 
 class BusiestNames:
@@ -298,24 +310,25 @@ class Metrics:
 
     # recorded by the API
 
-    def observe_request(self, sample: RequestSample) -> None:
-        """Record one finished inference request, whatever its outcome."""
-        tenant, adapter = self._callers.of(sample.tenant, BASE_LABEL if sample.adapter is None else sample.adapter)
+    def observe_request(self, request: EndedRequest) -> None:
+        """Record one ended request, whatever its outcome."""
+        name, tier = request.adapter_name, request.load_tier
+        tenant, adapter = self._callers.of(request.tenant, BASE_LABEL if name is None else name)
         series = self._series.get((tenant, adapter))
         if series is None:
             series = self._series[tenant, adapter] = _Series(self, tenant, adapter)
-        series.requests[sample.outcome].inc()
-        series.duration.observe(sample.duration_s)
-        if sample.ttft_s is not None:
-            series.ttft.observe(sample.ttft_s)
-        if sample.queue_s is not None:
-            series.queue.observe(sample.queue_s)
-        if sample.tier is not None and sample.adapter is not None:
-            self.adapter_requests_by_tier.labels(tenant, adapter, sample.tier).inc()
-        series.prompt_tokens.inc(sample.prompt_tokens)
-        series.completion_tokens.inc(sample.completion_tokens)
-        series.cached_tokens.inc(sample.cached_tokens)
-        for gap in sample.gaps_s:
+        series.requests[request.outcome].inc()
+        series.duration.observe(request.duration_s)
+        if request.ttft_s is not None:
+            series.ttft.observe(request.ttft_s)
+        if request.queue_s is not None:
+            series.queue.observe(request.queue_s)
+        if tier is not None and name is not None:
+            self.adapter_requests_by_tier.labels(tenant, adapter, tier).inc()
+        series.prompt_tokens.inc(request.prompt_tokens)
+        series.completion_tokens.inc(request.completion_tokens)
+        series.cached_tokens.inc(request.cached_tokens)
+        for gap in request.gaps_s:
             series.gap.observe(gap)
 
     # recorded by the engine and the catalog
@@ -370,7 +383,7 @@ class NoMetrics(Metrics):
 
     is_on = False
 
-    def observe_request(self, sample: RequestSample) -> None: ...
+    def observe_request(self, request: EndedRequest) -> None: ...
 
     def observe_step(self, phase: str, seconds: float) -> None: ...
 

@@ -15,7 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from manylora.api.record import FinishedRequest
+from manylora.api.record import RequestRecord
 from manylora.metrics import Metrics
 from manylora.serving.app import create_app
 from manylora.serving.http_server import bind, make_config
@@ -33,7 +33,7 @@ class Rig:
     directory: FakeDirectory = field(default_factory=FakeDirectory)
     gate: FakeGate = field(default_factory=FakeGate)
     metrics: Metrics = field(default_factory=Metrics)
-    finished: list[FinishedRequest] = field(default_factory=list)
+    finished: list[RequestRecord] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.app: FastAPI = create_app(

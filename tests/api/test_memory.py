@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import pytest
 
-from manylora.api.record import FinishedRequest, RequestRecord
+from manylora.api.record import Counts, RequestRecord
 from manylora.errors import QueueFull
 
 from .conftest import Rig
@@ -26,10 +26,10 @@ def test_a_record_keeps_facts_of_an_error_and_not_the_error() -> None:
         try:
             raise QueueFull("full")  # noqa: TRY301 - the traceback is what is tested
         except QueueFull as error:
-            kept.append(RequestRecord("r", "acme").finish(error))
+            kept.append(Counts().frozen(error, request_id="r", tenant="acme"))
         return weakref.ref(body)
 
-    kept: list[FinishedRequest] = []
+    kept: list[RequestRecord] = []
     body = refuse()
     gc.collect()
 
@@ -49,7 +49,7 @@ def test_every_field_of_a_finished_request_is_plain(error: Exception | None) -> 
             return [found for each in value for found in odd(each)]
         return [] if isinstance(value, PLAIN) else [value]
 
-    assert odd(dataclasses.asdict(RequestRecord("r", "acme").finish(error))) == []
+    assert odd(dataclasses.asdict(Counts().frozen(error, request_id="r", tenant="acme"))) == []
 
 
 def refused_bodies() -> list[bytes]:

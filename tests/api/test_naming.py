@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manylora.api.requests import resolve_request
+from manylora.api.requests import adapter_of
+from manylora.api.schemas import CompletionRequest
 from manylora.engine.interface import AdapterRef
 from manylora.errors import AdapterNotFound, InvalidRequest
 from manylora.tenants.interface import Principal, Role
@@ -16,7 +17,8 @@ BASE = "org/base:model"
 
 
 def named(model: str | None = None, adapter_id: str | None = None, tenant: str = "acme") -> AdapterRef | None:
-    return resolve_request(FakeDirectory(), tenant, BASE, model, adapter_id)
+    body = CompletionRequest(model=model, adapter_id=adapter_id, prompt="hi")
+    return adapter_of(body, FakeDirectory(), tenant, BASE, {})
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manylora.api.record import RequestRecord
+from manylora.api.record import Counts, RequestRecord
 from manylora.api.traffic import LATENCY_WINDOW_S, RATE_WINDOW_S, Traffic, percentiles
 from manylora.engine.interface import AdapterRef, RequestTiming, Tier
 from manylora.errors import QueueFull
@@ -27,19 +27,22 @@ def on_device(ref: AdapterRef) -> Tier:
 
 
 def finish(traffic: Traffic, *, tenant: str = "acme", adapter: AdapterRef | None = None, ttft_s: float = 0.1) -> None:
-    record = RequestRecord("r", tenant, adapter, arrived=0.0, first_token=ttft_s)
-    record.timings.append(RequestTiming(queue_ms=1, load_ms=0, load_tier="device", ttft_ms=1))
-    traffic.begin(record)
-    traffic.end(record.finish(None))
+    counts = Counts(arrived=0.0, first_token=ttft_s)
+    counts.timings.append(RequestTiming(queue_ms=1, load_ms=0, load_tier="device", ttft_ms=1))
+    traffic.begin(tenant)
+    traffic.end(counts.frozen(None, request_id="r", tenant=tenant, adapter=adapter))
+
+
+def ended(error: Exception | None) -> RequestRecord:
+    return Counts().frozen(error, request_id="r", tenant="acme")
 
 
 def test_the_rate_counts_whole_seconds_of_the_window() -> None:
     clock = Clock()
     traffic = Traffic(clock)
-    record = RequestRecord("r", "acme")
     for second in range(30):
         clock.now = 1000.0 + second
-        traffic.tick(record, 7, clock.now)
+        traffic.tick(("acme", None), 7, clock.now)
     clock.now += 0.9
     rates = traffic.view("acme", on_device)["rates"]
     assert rates["completion_tokens_per_s"] == 7.0
@@ -50,8 +53,8 @@ def test_the_rate_counts_whole_seconds_of_the_window() -> None:
 def test_the_rates_of_tenants_add_up_to_the_total() -> None:
     clock = Clock()
     traffic = Traffic(clock)
-    traffic.tick(RequestRecord("a", "acme"), 30, clock.now)
-    traffic.tick(RequestRecord("b", "rival"), 10, clock.now)
+    traffic.tick(("acme", None), 30, clock.now)
+    traffic.tick(("rival", None), 10, clock.now)
     clock.now += 2
     rates = [traffic.view(t, on_device)["rates"]["completion_tokens_per_s"] for t in ("acme", "rival", None)]
     assert rates == [15.0, 5.0, 20.0]
@@ -59,10 +62,9 @@ def test_the_rates_of_tenants_add_up_to_the_total() -> None:
 
 def test_in_flight_is_what_has_begun_and_not_ended() -> None:
     traffic = Traffic()
-    records = [RequestRecord(str(i), "acme") for i in range(3)]
-    for record in records:
-        traffic.begin(record)
-    traffic.end(records[0].finish(None))
+    for _ in range(3):
+        traffic.begin("acme")
+    traffic.end(ended(None))
     assert traffic.view("acme", on_device)["in_flight"] == 2
     assert traffic.view("rival", on_device)["in_flight"] == 0
 
@@ -96,9 +98,8 @@ def test_memory_is_bounded_over_many_adapters() -> None:
 def test_refusals_of_the_server_are_listed_and_the_callers_mistakes_are_not() -> None:
     traffic = Traffic()
     for error in (QueueFull("full"), ValueError("x")):
-        record = RequestRecord("r", "acme")
-        traffic.begin(record)
-        traffic.end(record.finish(error))
+        traffic.begin("acme")
+        traffic.end(ended(error))
     view = traffic.view("acme", on_device)
     assert [e["code"] for e in view["recent_errors"]] == ["queue_full"]
     assert view["totals"]["outcomes"] == {"rejected": 1, "error": 1}
@@ -118,10 +119,10 @@ def test_percentiles_are_values_that_were_seen(values: list[float]) -> None:
 
 
 def test_gaps_are_between_the_tokens_of_one_choice() -> None:
-    record = RequestRecord("r", "acme", arrived=0.0)
+    counts = Counts(arrived=0.0)
     for choice, num_tokens, now in [(0, 1, 1.0), (1, 1, 1.0), (0, 1, 1.5), (1, 2, 3.0), (1, 0, 9.0)]:
-        record.add_tokens(choice, num_tokens, now)
-    finished = record.finish(None)
+        counts.add_tokens(choice, num_tokens, now)
+    finished = counts.frozen(None, request_id="r", tenant="acme")
     assert finished.gaps_s == (0.5, 1.0, 1.0)
     assert finished.ttft_s == 1.0
     assert finished.completion_tokens == 5
@@ -129,10 +130,10 @@ def test_gaps_are_between_the_tokens_of_one_choice() -> None:
 
 
 def test_the_slowest_prompt_gives_the_times() -> None:
-    record = RequestRecord("r", "acme")
-    record.timings = [
+    counts = Counts()
+    counts.timings = [
         RequestTiming(1, 9, "host", 20),
         RequestTiming(5, 2, "disk", 10),
         RequestTiming(3, 3, "device", 1),
     ]
-    assert record.timing() == RequestTiming(5, 9, "disk", 20)
+    assert counts.timing() == RequestTiming(5, 9, "disk", 20)

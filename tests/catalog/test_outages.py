@@ -247,7 +247,7 @@ CHILD = """
 import asyncio, sys
 from pathlib import Path
 from manylora.database.database import open_database
-from manylora.usage.interface import Use
+from manylora.api.record import RequestRecord
 from manylora.usage.ledger import UsageLedger
 from manylora.lora.memory.occupancy import Occupancy
 
@@ -255,7 +255,7 @@ async def main(url, folder):
     ledger = UsageLedger(open_database(url, 1.0), Occupancy(), Path(folder), wait_s=0.1)
     ledger.start()
     for line in sys.stdin:
-        ledger.add(Use("acme", None, "ok", 1, 2, 0))
+        ledger.add(RequestRecord("r", "acme", None, "ok", 0.0, 0.0, prompt_tokens=1, completion_tokens=2))
         await ledger.stored()
         sys.stdout.write("kept\\n")
         sys.stdout.flush()

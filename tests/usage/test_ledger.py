@@ -15,6 +15,7 @@ import pytest
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from manylora.api.record import RequestRecord
 from manylora.database.database import Database, Topic, open_database
 from manylora.database.tables import SlotTimeRow, UsageRow, UsageWriterRow
 from manylora.errors import DatabaseUnavailable
@@ -32,7 +33,17 @@ REF = AdapterRef("v1", "public", "sql", 3, "d")
 
 
 def use(tenant: str = "acme", adapter: AdapterRef | None = REF, outcome: str = "ok", tokens: int = 5) -> Use:
-    return Use(tenant, adapter, outcome, prompt_tokens=10, completion_tokens=tokens, cached_tokens=1)
+    return RequestRecord(
+        request_id="r",
+        tenant=tenant,
+        adapter=adapter,
+        outcome=outcome,
+        finished_at=0.0,
+        duration_s=0.0,
+        prompt_tokens=10,
+        completion_tokens=tokens,
+        cached_tokens=1,
+    )
 
 
 class Clock:

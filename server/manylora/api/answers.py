@@ -1,133 +1,304 @@
-"""The bodies and stream events of the two inference routes."""
+"""Answers in the two shapes that OpenAI gave them: what the choices were given becomes bodies and events, and no more.
+
+An answer keeps a state for each choice. Log-probabilities are made into JSON as they come, so that an answer with many
+of them is put together in no time at its end.
+"""
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Final
 
 import orjson
 
-from manylora.api.logprobs import ChatLogprobs, CompletionLogprobs, LogprobsJson
-from manylora.api.record import RequestRecord
-from manylora.api.run import Job, Run
-from manylora.api.schemas import StreamOptions
-from manylora.engine.interface import AdapterRef, Delta, TextCodec, TokenLogprob
+from manylora.api.run import Deltas, Run
+from manylora.api.schemas import ChatRequest, CompletionRequest
+from manylora.engine.interface import Delta, TextCodec, TokenLogprob
 
 __all__ = ["Answer", "ChatAnswer", "CompletionAnswer"]
 
-_DONE = b"data: [DONE]\n\n"
+_DONE: Final = b"[DONE]"
 # A prompt's log-probabilities come all at once. So many are put into JSON at a time, a millisecond's work.
-_LOGPROBS_AT_ONCE = 64
+_LOGPROBS_AT_ONCE: Final = 64
+_LOWEST: Final = -9999.0  # JSON has no -inf
 
 
-@dataclass(slots=True)
-class _Choice:
-    """One choice of an answer that is sent whole."""
+# log-probabilities
 
-    texts: list[str] = field(default_factory=list)
-    finish_reason: str | None = None
+
+def _finite(logprob: float) -> float:
+    return max(_LOWEST, logprob)  # of NaN too, which compares false
+
+
+class LogprobsJson:
+    """One choice's log-probabilities: `add` them as they come, `take` the JSON of all since the last time."""
+
+    def __init__(self, codec: TextCodec) -> None:
+        self._codec = codec
+
+    def add(self, logprobs: Sequence[TokenLogprob]) -> None:
+        raise NotImplementedError
+
+    def take(self) -> orjson.Fragment:
+        raise NotImplementedError
+
+
+class _List:
+    """A JSON array in pieces."""
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes] = []
+
+    def extend(self, values: Iterable[Any]) -> None:
+        piece = orjson.dumps(list(values))[1:-1]
+        if piece:
+            self._pieces.append(piece)
+
+    def take(self) -> bytes:
+        taken = b",".join(self._pieces)
+        self._pieces.clear()
+        return b"[" + taken + b"]"
+
+
+class ChatLogprobs(LogprobsJson):
+    """`{"content": [{token, logprob, bytes, top_logprobs}], "refusal": null}`."""
+
+    def __init__(self, codec: TextCodec) -> None:
+        super().__init__(codec)
+        self._content = _List()
+
+    def add(self, logprobs: Sequence[TokenLogprob]) -> None:
+        self._content.extend(
+            {
+                **_chat_token(self._codec, entry.token_id, entry.logprob or 0.0),
+                "top_logprobs": [_chat_token(self._codec, token_id, logprob) for token_id, logprob in entry.top],
+            }
+            for entry in logprobs
+        )
+
+    def take(self) -> orjson.Fragment:
+        return orjson.Fragment(b'{"content":' + self._content.take() + b',"refusal":null}')
+
+
+def _chat_token(codec: TextCodec, token_id: int, logprob: float) -> dict[str, Any]:
+    return {"token": codec.token_text(token_id), "logprob": _finite(logprob), "bytes": codec.token_bytes(token_id)}
+
+
+class CompletionLogprobs(LogprobsJson):
+    """`{tokens, token_logprobs, top_logprobs, text_offset}`, each a list.
+
+    `text_offset` is the place of the token's first character in the choice's text. A token that begins within
+    a character points at that character; a special token, which the text does not show, has no width.
+    """
+
+    def __init__(self, codec: TextCodec) -> None:
+        super().__init__(codec)
+        self._num_characters = 0
+        self._lists = {name: _List() for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")}
+
+    def add(self, logprobs: Sequence[TokenLogprob]) -> None:
+        text, lists = self._codec.token_text, self._lists
+        lists["tokens"].extend(text(entry.token_id) for entry in logprobs)
+        lists["token_logprobs"].extend(None if e.logprob is None else _finite(e.logprob) for e in logprobs)
+        lists["top_logprobs"].extend(map(self._top, logprobs))
+        lists["text_offset"].extend(self._offset(entry.token_id) for entry in logprobs)
+
+    def take(self) -> orjson.Fragment:
+        named = (b'"' + name.encode() + b'":' + values.take() for name, values in self._lists.items())
+        return orjson.Fragment(b"{" + b",".join(named) + b"}")
+
+    def _top(self, entry: TokenLogprob) -> dict[str, float] | None:
+        """The likeliest tokens and the chosen one; of several ids with one text, the likeliest."""
+        if entry.logprob is None:
+            return None
+        top: dict[str, float] = {}
+        for token_id, logprob in (*entry.top, (entry.token_id, entry.logprob)):
+            token = self._codec.token_text(token_id)
+            top[token] = max(top.get(token, _LOWEST), _finite(logprob))
+        return top
+
+    def _offset(self, token_id: int) -> int:
+        codes = self._codec.token_bytes(token_id)
+        if codes and not self._codec.decode([token_id], skip_special_tokens=True):
+            return self._num_characters
+        begins_within = bool(codes) and _continues(codes[0]) and self._num_characters > 0
+        offset = self._num_characters - begins_within
+        self._num_characters += sum(not _continues(code) for code in codes)
+        return offset
+
+
+def _continues(code: int) -> bool:
+    return code & 0xC0 == 0x80
+
+
+# choices
+
+
+class Choice:
+    """One choice, and what has to be kept of it. `logprobs` is None where none were asked for."""
+
+    def __init__(self, index: int, logprobs: LogprobsJson | None) -> None:
+        self.index = index
+        self.logprobs = logprobs
+        self._texts: list[str] = []
+        self._finish_reason: str | None = None
 
     def add(self, delta: Delta) -> None:
-        self.texts.append(delta.text)
-        self.finish_reason = delta.finish_reason
+        self._texts.append(delta.text)
+        self._finish_reason = delta.finish_reason
+
+    def whole(self) -> dict[str, Any]:
+        """Its part of a whole answer, from what was added."""
+        return self._whole("".join(self._texts), self._finish_reason)
+
+    def _whole(self, text: str, finish_reason: str | None) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def chunk(self, delta: Delta) -> dict[str, Any]:
+        """Its part of a stream's event."""
+        raise NotImplementedError
+
+    def opening(self) -> dict[str, Any] | None:
+        """What a stream says of it before the first token."""
+        return None
+
+    def taken(self) -> orjson.Fragment | None:
+        """The log-probabilities that came since the last time."""
+        return None if self.logprobs is None else self.logprobs.take()
+
+
+class CompletionChoice(Choice):
+    """Of a `text_completion`, where whole and in parts are alike."""
+
+    def _whole(self, text: str, finish_reason: str | None) -> dict[str, Any]:
+        return {"index": self.index, "text": text, "logprobs": self.taken(), "finish_reason": finish_reason}
+
+    def chunk(self, delta: Delta) -> dict[str, Any]:
+        return self._whole(delta.text, delta.finish_reason)
+
+
+class ChatChoice(Choice):
+    """Of a `chat.completion`."""
+
+    def _whole(self, text: str, finish_reason: str | None) -> dict[str, Any]:
+        return {
+            "index": self.index,
+            "message": {"role": "assistant", "content": text, "refusal": None},
+            "logprobs": self.taken(),
+            "finish_reason": finish_reason,
+        }
+
+    def chunk(self, delta: Delta) -> dict[str, Any]:
+        return {
+            "index": self.index,
+            "delta": {"content": delta.text},
+            "logprobs": self.taken(),
+            "finish_reason": delta.finish_reason,
+        }
+
+    def opening(self) -> dict[str, Any]:
+        role = {"role": "assistant", "content": "", "refusal": None}
+        return {"index": self.index, "delta": role, "logprobs": None, "finish_reason": None}
+
+
+# answers
 
 
 class Answer:
-    """What both kinds share. `label` is the `model` that the answer names, `created` Unix seconds."""
+    """What both kinds share. Implements `run.Renderer`.
+
+    With `include_usage` the last event has no choices but the usage, and all others have `usage: null`. With
+    `continuous_usage_stats` each event has the usage so far. The last event, whichever it is, has the `manylora` block.
+    """
 
     id_prefix: ClassVar[str]
     whole_object: ClassVar[str]
     chunk_object: ClassVar[str]
+    choice_kind: ClassVar[type[Choice]]
     logprobs_kind: ClassVar[type[LogprobsJson]]
 
-    def __init__(self, job: Job, codec: TextCodec, *, label: str, created: int) -> None:
-        self.job = job
-        self.codec = codec
-        has_logprobs = job.prompts[0].params.logprobs is not None
-        self._logprobs = [self.logprobs_kind(codec) for _ in range(job.num_choices)] if has_logprobs else []
-        self._head = {"id": f"{self.id_prefix}{job.id}", "created": created, "model": label}
+    def __init__(self, run: Run, body: CompletionRequest | ChatRequest) -> None:
+        engine, options = run.services.engine, body.usage_in_stream
+        self._run = run
+        has_logprobs = run.prompts[0].params.logprobs is not None
+        self._choices = [
+            self.choice_kind(index, self.logprobs_kind(engine.codec) if has_logprobs else None)
+            for index in range(run.num_choices)
+        ]
+        label = body.model or body.adapter_id or engine.model.name
+        self._named = {"id": f"{self.id_prefix}{run.id}", "created": int(time.time()), "model": label}
+        self._head = orjson.dumps({**self._named, "object": self.chunk_object})[:-1] + b',"choices":'
+        self._num_left = run.num_choices
+        self._has_running_usage = options.continuous_usage_stats
+        self._has_last_usage = options.include_usage
+        self._tail = b',"usage":null}' if options.include_usage else b"}"
+        self._opening = [opening for choice in self._choices if (opening := choice.opening()) is not None]
 
-    def choice(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
-        """One choice of a whole answer."""
-        raise NotImplementedError
+    def arranged(self, deltas: Deltas) -> Deltas:
+        return deltas
 
-    def chunk_choice(self, index: int, delta: Delta) -> dict[str, Any]:
-        """One choice of a stream event."""
-        raise NotImplementedError
-
-    def first_choices(self) -> list[dict[str, Any]]:
-        """What a stream says before the first token."""
-        return []
-
-    def deltas(self, run: Run) -> AsyncGenerator[tuple[int, Delta], None]:
-        return run.deltas()
-
-    async def _keep_logprobs(self, index: int, delta: Delta) -> None:
+    async def keep(self, choice: int, logprobs: Sequence[TokenLogprob]) -> None:
         """Put them into JSON; of many, with pauses as long as the work, so that nobody else waits for all of it."""
-        if not self._logprobs:
+        kept = self._choices[choice].logprobs
+        if kept is None:
             return
-        for start in range(0, len(delta.logprobs), _LOGPROBS_AT_ONCE):
+        for start in range(0, len(logprobs), _LOGPROBS_AT_ONCE):
             began = time.perf_counter()
-            self._logprobs[index].add(delta.logprobs[start : start + _LOGPROBS_AT_ONCE])
-            if start + _LOGPROBS_AT_ONCE < len(delta.logprobs):
+            kept.add(logprobs[start : start + _LOGPROBS_AT_ONCE])
+            if start + _LOGPROBS_AT_ONCE < len(logprobs):
                 await asyncio.sleep(time.perf_counter() - began)
 
-    def logprobs(self, index: int) -> orjson.Fragment | None:
-        """Of the choice, those that came since the last time."""
-        return self._logprobs[index].take() if self._logprobs else None
+    def add(self, choice: int, delta: Delta) -> None:
+        self._choices[choice].add(delta)
 
-    async def whole(self, run: Run) -> bytes:
-        """The JSON body, once every choice has finished."""
-        choices = [_Choice() for _ in range(self.job.num_choices)]
-        async for index, delta in self.deltas(run):
-            choices[index].add(delta)
-            await self._keep_logprobs(index, delta)
-        rendered = [self.choice(i, "".join(c.texts), c.finish_reason) for i, c in enumerate(choices)]
-        await run.complete()
+    def whole(self) -> bytes:
         return orjson.dumps(
             {
-                **self._head,
+                **self._named,
                 "object": self.whole_object,
-                "choices": rendered,
-                "usage": usage(run.record),
-                "manylora": extension(self.job.adapter, run.record),
+                "choices": [choice.whole() for choice in self._choices],
+                "usage": _usage(self._run),
+                "manylora": _extension(self._run),
             }
         )
 
-    async def events(self, run: Run, options: StreamOptions) -> AsyncGenerator[bytes, None]:
-        """The stream's events, ready to send, `[DONE]` included.
+    def events(self, choice: int, delta: Delta) -> Sequence[bytes]:
+        """One event, none where nothing can be shown yet; before the first, what each choice opens with."""
+        if delta.finish_reason is not None:
+            self._num_left -= 1
+        elif not delta.text and not delta.logprobs and not self._opening:
+            return ()
+        tail = b',"usage":' + orjson.dumps(_usage(self._run)) + b"}" if self._has_running_usage else self._tail
+        event = self._head + orjson.dumps([self._choices[choice].chunk(delta)])
+        if self._num_left or self._has_last_usage:
+            event += tail
+        else:
+            event += b"," + self._ending(with_usage=self._has_running_usage)
+        if not self._opening:
+            return (event,)
+        opening, self._opening = self._opening, []
+        return *(self._head + orjson.dumps([each]) + tail for each in opening), event
 
-        With `include_usage` the last event has no choices but the usage, and all others have `usage: null`. With
-        `continuous_usage_stats` each event has the usage so far. The last event, whichever it is, has the `manylora`
-        block. `[DONE]` waits until the usage is stored.
-        """
-        is_running, has_last = options.continuous_usage_stats, options.include_usage
-        head = b"data: " + orjson.dumps({**self._head, "object": self.chunk_object})[:-1] + b',"choices":'
-        null = b',"usage":null}\n\n' if has_last else b"}\n\n"
-        opening = self.first_choices()
-        num_left = self.job.num_choices
-        async for index, delta in self.deltas(run):
-            num_left -= delta.finish_reason is not None
-            if not delta.text and delta.finish_reason is None and not delta.logprobs and not opening:
-                continue
-            await self._keep_logprobs(index, delta)
-            tail = b',"usage":' + orjson.dumps(usage(run.record)) + b"}\n\n" if is_running else null
-            first = b"".join(head + orjson.dumps([choice]) + tail for choice in opening)
-            opening = []
-            payload = first + head + orjson.dumps([self.chunk_choice(index, delta)])
-            if num_left or has_last:
-                yield payload + tail
-            else:
-                yield payload + b"," + self._ending(run, with_usage=is_running)
-        await run.complete()
-        last = head + b"[]," + self._ending(run, with_usage=True) if has_last else b""
-        yield last + _DONE
+    def last_events(self) -> Sequence[bytes]:
+        if not self._has_last_usage:
+            return (_DONE,)
+        return self._head + b"[]," + self._ending(with_usage=True), _DONE
 
-    def _ending(self, run: Run, *, with_usage: bool) -> bytes:
-        ending: dict[str, Any] = {"usage": usage(run.record)} if with_usage else {}
-        ending["manylora"] = extension(self.job.adapter, run.record)
-        return orjson.dumps(ending)[1:] + b"\n\n"
+    def _ending(self, *, with_usage: bool) -> bytes:
+        ending: dict[str, Any] = {"usage": _usage(self._run)} if with_usage else {}
+        ending["manylora"] = _extension(self._run)
+        return orjson.dumps(ending)[1:]
+
+
+class ChatAnswer(Answer):
+    """`chat.completion` and its chunks."""
+
+    id_prefix = "chatcmpl-"
+    whole_object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+    choice_kind = ChatChoice
+    logprobs_kind = ChatLogprobs
 
 
 class CompletionAnswer(Answer):
@@ -136,22 +307,17 @@ class CompletionAnswer(Answer):
     id_prefix = "cmpl-"
     whole_object = "text_completion"
     chunk_object = "text_completion"
+    choice_kind = CompletionChoice
     logprobs_kind = CompletionLogprobs
 
-    def __init__(self, job: Job, codec: TextCodec, *, label: str, created: int, echo: bool) -> None:
-        super().__init__(job, codec, label=label, created=created)
-        self._echo = echo
+    def __init__(self, run: Run, body: CompletionRequest) -> None:
+        super().__init__(run, body)
+        self._echo = body.echo
 
-    def choice(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
-        return {"index": index, "text": text, "logprobs": self.logprobs(index), "finish_reason": finish_reason}
+    def arranged(self, deltas: Deltas) -> Deltas:
+        return self._echoed(deltas) if self._echo else deltas
 
-    def chunk_choice(self, index: int, delta: Delta) -> dict[str, Any]:
-        return self.choice(index, delta.text, delta.finish_reason)
-
-    def deltas(self, run: Run) -> AsyncGenerator[tuple[int, Delta], None]:
-        return self._echoed(run.deltas()) if self._echo else run.deltas()
-
-    async def _echoed(self, deltas: AsyncGenerator[tuple[int, Delta], None]) -> AsyncGenerator[tuple[int, Delta], None]:
+    async def _echoed(self, deltas: Deltas) -> Deltas:
         """Puts the prompt before each choice's first delta.
 
         The prompt's log-probabilities come with choice 0 of its prompt; deltas of the other choices that come
@@ -161,7 +327,7 @@ class CompletionAnswer(Answer):
         begun: set[int] = set()
         waiting: dict[int, list[tuple[int, Delta]]] = {}
         async for index, delta in deltas:
-            prompt, number = divmod(index, self.job.n)
+            prompt, number = divmod(index, self._run.n)
             if number == 0 and prompt not in scored:
                 scored[prompt] = delta.prompt_logprobs
             elif prompt not in scored:
@@ -172,57 +338,26 @@ class CompletionAnswer(Answer):
                     begun.add(ready)
                     held = replace(
                         held,
-                        text=self.job.prompts[prompt].text + held.text,
+                        text=self._run.prompts[prompt].text + held.text,
                         logprobs=(*scored[prompt], *held.logprobs),
                     )
                 yield ready, held
 
 
-class ChatAnswer(Answer):
-    """`chat.completion` and its chunks."""
-
-    id_prefix = "chatcmpl-"
-    whole_object = "chat.completion"
-    chunk_object = "chat.completion.chunk"
-    logprobs_kind = ChatLogprobs
-
-    def choice(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
-        return {
-            "index": index,
-            "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": self.logprobs(index),
-            "finish_reason": finish_reason,
-        }
-
-    def chunk_choice(self, index: int, delta: Delta) -> dict[str, Any]:
-        return {
-            "index": index,
-            "delta": {"content": delta.text},
-            "logprobs": self.logprobs(index),
-            "finish_reason": delta.finish_reason,
-        }
-
-    def first_choices(self) -> list[dict[str, Any]]:
-        role = {"role": "assistant", "content": "", "refusal": None}
-        return [
-            {"index": index, "delta": role, "logprobs": None, "finish_reason": None}
-            for index in range(self.job.num_choices)
-        ]
-
-
-def usage(record: RequestRecord) -> dict[str, Any]:
-    """OpenAI's `usage`."""
+def _usage(run: Run) -> dict[str, Any]:
+    """OpenAI's `usage`, so far."""
+    counts = run.counts
     return {
-        "prompt_tokens": record.prompt_tokens,
-        "completion_tokens": record.completion_tokens,
-        "total_tokens": record.prompt_tokens + record.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": record.cached_tokens},
+        "prompt_tokens": counts.prompt_tokens,
+        "completion_tokens": counts.completion_tokens,
+        "total_tokens": counts.prompt_tokens + counts.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": counts.cached_tokens},
     }
 
 
-def extension(adapter: AdapterRef | None, record: RequestRecord) -> dict[str, Any]:
+def _extension(run: Run) -> dict[str, Any]:
     """The `manylora` block: who answered, and where the time before the first token went."""
-    timing = record.timing()
+    adapter, timing = run.adapter, run.counts.timing()
     assert timing is not None, "an answer ends after its first delta"
     named = {"name": adapter.name, "version": adapter.version, "digest": adapter.digest} if adapter else None
     return {

@@ -1,4 +1,4 @@
-"""What is known of one inference request while it runs, and what is left of it when it has ended."""
+"""What is left of one request for text when it has ended, the one record that metrics, ledger, log and traces read."""
 
 import time
 from collections.abc import Callable
@@ -7,10 +7,8 @@ from typing import Any
 
 from manylora.engine.interface import AdapterRef, Progress, RequestTiming, Tier
 from manylora.errors import ManyloraError
-from manylora.metrics import RequestSample
-from manylora.usage.interface import Use
 
-__all__ = ["ClientGone", "ErrorFacts", "FinishedRequest", "Recorder", "RequestRecord", "outcome_of"]
+__all__ = ["ClientGone", "Counts", "ErrorFacts", "Recorder", "RequestRecord", "outcome_of"]
 
 _TIERS: tuple[Tier, ...] = ("device", "host", "disk")
 
@@ -29,11 +27,11 @@ class ErrorFacts:
 
 
 @dataclass(frozen=True, slots=True)
-class FinishedRequest:
-    """One inference request, ended. `outcome` is `ok`, `cancelled`, `invalid`, `rejected` or `error`.
+class RequestRecord:
+    """One request for text, ended. `outcome` is `ok`, `cancelled`, `invalid`, `rejected` or `error`.
 
     `prompt_tokens` counts prompts that were computed, once for all `n` choices. Times are seconds, `finished_at`
-    is a Unix time.
+    is a Unix time. What a request never came to is None, 0 or empty.
     """
 
     request_id: str
@@ -42,41 +40,32 @@ class FinishedRequest:
     outcome: str
     finished_at: float
     duration_s: float
-    ttft_s: float | None
-    timing: RequestTiming | None
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
-    gaps_s: tuple[float, ...]
+    ttft_s: float | None = None
+    timing: RequestTiming | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    gaps_s: tuple[float, ...] = field(default=(), repr=False)
     progress: tuple[Progress, ...] = ()  # of each prompt that reached the engine
     error: ErrorFacts | None = None
+
+    @property
+    def adapter_name(self) -> str | None:
+        return self.adapter.name if self.adapter else None
+
+    @property
+    def queue_s(self) -> float | None:
+        return self.timing.queue_ms / 1000 if self.timing else None
+
+    @property
+    def load_tier(self) -> Tier | None:
+        """Where the adapter was when the request arrived."""
+        return self.timing.load_tier if self.timing else None
 
     @property
     def tpot_s(self) -> float | None:
         """Mean time between the tokens of a choice, None with fewer than two tokens."""
         return sum(self.gaps_s) / len(self.gaps_s) if self.gaps_s else None
-
-    def sample(self) -> RequestSample:
-        """What the metrics keep of it."""
-        return RequestSample(
-            tenant=self.tenant,
-            adapter=self.adapter.name if self.adapter else None,
-            outcome=self.outcome,
-            duration_s=self.duration_s,
-            ttft_s=self.ttft_s,
-            queue_s=self.timing.queue_ms / 1000 if self.timing else None,
-            tier=self.timing.load_tier if self.timing else None,
-            prompt_tokens=self.prompt_tokens,
-            completion_tokens=self.completion_tokens,
-            cached_tokens=self.cached_tokens,
-            gaps_s=self.gaps_s,
-        )
-
-    def use(self) -> Use:
-        """What it is charged for."""
-        return Use(
-            self.tenant, self.adapter, self.outcome, self.prompt_tokens, self.completion_tokens, self.cached_tokens
-        )
 
     def log_fields(self) -> dict[str, Any]:
         """What the request's log line says of it."""
@@ -108,7 +97,7 @@ class ClientGone(Exception):
     """The client closed the connection; there is nobody to answer."""
 
 
-Recorder = Callable[[FinishedRequest], None]
+Recorder = Callable[[RequestRecord], None]
 
 
 def outcome_of(error: BaseException | None) -> str:
@@ -125,25 +114,17 @@ def outcome_of(error: BaseException | None) -> str:
 
 
 @dataclass(slots=True)
-class RequestRecord:
-    """The running count of one request, kept by the event loop's thread."""
+class Counts:
+    """What a request has used so far, kept by the event loop's thread. Times are of `time.perf_counter`."""
 
-    request_id: str
-    tenant: str
-    adapter: AdapterRef | None = None
     arrived: float = field(default_factory=time.perf_counter)
     first_token: float | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
-    timings: list[RequestTiming] = field(default_factory=list)
+    timings: list[RequestTiming] = field(default_factory=list)  # of each prompt, from its first delta on
     gaps: list[float] = field(default_factory=list)
-    last_token: dict[int, float] = field(default_factory=dict)
-    progress: tuple[Progress, ...] = ()
-
-    @property
-    def traffic_key(self) -> tuple[str, str | None]:
-        return self.tenant, self.adapter.id if self.adapter else None
+    last_token: dict[int, float] = field(default_factory=dict)  # by choice
 
     def add_tokens(self, choice: int, num_tokens: int, now: float) -> None:
         """`num_tokens` of choice `choice` have just arrived; several share the time since the one before."""
@@ -169,11 +150,20 @@ class RequestRecord:
             ttft_ms=max(t.ttft_ms for t in self.timings),
         )
 
-    def finish(self, error: BaseException | None) -> FinishedRequest:
-        return FinishedRequest(
-            request_id=self.request_id,
-            tenant=self.tenant,
-            adapter=self.adapter,
+    def frozen(
+        self,
+        error: BaseException | None,
+        *,
+        request_id: str,
+        tenant: str,
+        adapter: AdapterRef | None = None,
+        progress: tuple[Progress, ...] = (),
+    ) -> RequestRecord:
+        """The record of the request, which ends now, with `error` or well."""
+        return RequestRecord(
+            request_id=request_id,
+            tenant=tenant,
+            adapter=adapter,
             outcome=outcome_of(error),
             finished_at=time.time(),
             duration_s=time.perf_counter() - self.arrived,
@@ -183,6 +173,6 @@ class RequestRecord:
             completion_tokens=self.completion_tokens,
             cached_tokens=self.cached_tokens,
             gaps_s=tuple(self.gaps),
-            progress=self.progress,
+            progress=progress,
             error=ErrorFacts.of(error),
         )

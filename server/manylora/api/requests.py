@@ -9,12 +9,15 @@ An adapter is named in five forms: `<base>` · `<adapter>` · `<adapter>@<n>` ·
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
+from starlette.requests import ClientDisconnect, Request
+
+from manylora.api.compat import require_json
 from manylora.api.lanes import LONG_TEXT, PYTHON, SHORT_TEXT, beside_loop
-from manylora.api.schemas import ChatRequest, CompletionRequest, GenerationRequest
+from manylora.api.record import ClientGone
+from manylora.api.schemas import ChatRequest, CompletionRequest, GenerationRequest, parse
 from manylora.catalog.interface import AdapterDirectory
 from manylora.engine.interface import EngineClient, ModelInfo, SamplingParams, TextCodec
 from manylora.errors import AdapterNotFound, ContextLengthExceeded, InvalidRequest, quoted
@@ -23,17 +26,20 @@ from manylora.identity import NAME_PATTERN, AdapterRef
 __all__ = [
     "AdapterName",
     "Prompt",
-    "gone_is_missing",
+    "adapter_of",
+    "check_connected",
+    "missing",
     "parse_model",
     "prompts_of",
+    "read_body",
     "resolve",
-    "resolve_request",
     "without_alias",
 ]
 
 COMPLETION_MAX_TOKENS: Final = 16  # OpenAI's default
 MAX_ECHO_LOGPROBS: Final = 1_048_576
 MAX_ECHO_CHARACTERS: Final = 8_388_608
+_INLINE_BYTES: Final = 65_536
 # Up to here the work takes a millisecond, and a thread's turn is not worth waiting for.
 _INLINE_CHARACTERS: Final = 4096
 _INLINE_IDS: Final = 16_384
@@ -44,8 +50,27 @@ _SHORT_CHARACTERS: Final = 2**18
 _BATCH_CHARACTERS: Final = 2**20
 _NAMED: Final = re.compile(rf"({NAME_PATTERN})(?:@([1-9][0-9]{{0,8}}))?")
 
-
+T = TypeVar("T", bound=GenerationRequest)
 _Encoded = tuple[tuple[int, ...], str]  # a prompt's ids, and its text as `echo` repeats it
+
+
+# the body
+
+
+async def read_body(request: Request, schema: type[T]) -> T:
+    """The checked body. A large one is parsed and checked beside the event loop. Raises InvalidRequest, ClientGone."""
+    require_json(request)
+    try:
+        data = await request.body()
+    except ClientDisconnect:
+        raise ClientGone from None
+    return await beside_loop(PYTHON, parse, schema, data) if len(data) > _INLINE_BYTES else parse(schema, data)
+
+
+async def check_connected(request: Request) -> None:
+    """Raises ClientGone if the client of a large body has not waited for its prompts to be encoded."""
+    if len(await request.body()) > _INLINE_BYTES and await request.is_disconnected():
+        raise ClientGone
 
 
 # adapters
@@ -96,13 +121,16 @@ def without_alias(directory: AdapterDirectory, tenant: str, base: str, aliases: 
     return model
 
 
-def resolve_request(
-    directory: AdapterDirectory, tenant: str, base: str, model: str | None, adapter_id: str | None
+def adapter_of(
+    body: GenerationRequest, directory: AdapterDirectory, tenant: str, base: str, aliases: Mapping[str, str]
 ) -> AdapterRef | None:
     """The adapter of a request that has `model`, `adapter_id` or both; None for the base.
 
     Raises AdapterNotFound, or InvalidRequest where the two fields name different adapters.
     """
+    model, adapter_id = body.model, body.adapter_id
+    if model is not None:
+        model = without_alias(directory, tenant, base, aliases, model)
     by_model = parse_model(model, base) if model is not None else None
     if adapter_id is None:
         if by_model is None or model is None:
@@ -119,13 +147,9 @@ def resolve_request(
     return ref
 
 
-@contextmanager
-def gone_is_missing(model: str | None, adapter_id: str | None) -> Iterator[None]:
-    """An adapter that was deleted after its name had become an identity is answered as one that was never there."""
-    try:
-        yield
-    except AdapterNotFound:
-        raise _not_found(adapter_id or model or "", "adapter_id" if adapter_id else "model") from None
+def missing(body: GenerationRequest) -> AdapterNotFound:
+    """For an adapter that was deleted after its name had become an identity: it is as if it had never been there."""
+    return _not_found(body.adapter_id or body.model or "", "adapter_id" if body.adapter_id else "model")
 
 
 def _conflict(model: str | None, adapter_id: str) -> InvalidRequest:

@@ -1,158 +1,270 @@
-"""One admitted request on its way through the engine, with everything that must happen when it ends."""
+"""One request for text from its arrival to its end, whichever route it came by and whatever its answer looks like."""
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager
+from typing import Any, Final, Protocol, TypeAlias
 
-from manylora.api.record import FinishedRequest, RequestRecord
+from starlette.requests import Request
+from starlette.responses import Response
+
+from manylora.api.record import Counts, RequestRecord
 from manylora.api.requests import Prompt
+from manylora.api.sse import EventStream, while_connected
 from manylora.api.state import Services
-from manylora.engine.interface import AdapterRef, Delta, FinishReason, Generation
-from manylora.errors import Draining, ManyloraError
+from manylora.api.traffic import TrafficKey
+from manylora.engine.interface import (
+    AdapterRef,
+    Delta,
+    FinishReason,
+    Generation,
+    Progress,
+    TokenLogprob,
+)
+from manylora.errors import AdapterNotFound, Draining, ManyloraError
 from manylora.tenants.interface import Lease, Principal
 
-__all__ = ["Job", "Run"]
+__all__ = ["ADAPTER_HEADER", "Deltas", "Renderer", "Run"]
+
+ADAPTER_HEADER: Final = "x-manylora-adapter"
+
+Deltas: TypeAlias = AsyncGenerator[tuple[int, Delta], None]
+"""What each choice was given, step by step, with the choice's number."""
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A request that was checked: choice j of prompt i is number i * n + j."""
+class Renderer(Protocol):
+    """Puts what the choices were given into the words of one API. It keeps what it needs of each, and asks nobody."""
 
-    id: str
-    principal: Principal
-    adapter: AdapterRef | None
-    prompts: tuple[Prompt, ...]
-    cache_salt: str | None = None
+    def arranged(self, deltas: Deltas) -> Deltas:
+        """The deltas in the order, and with the content, in which they are to be rendered."""
+        ...
+
+    async def keep(self, choice: int, logprobs: Sequence[TokenLogprob]) -> None:
+        """Take in the log-probabilities of the delta that comes next. Of many, others are let run meanwhile."""
+        ...
+
+    def add(self, choice: int, delta: Delta) -> None:
+        """Take in a delta of an answer that is sent whole."""
+        ...
+
+    def whole(self) -> bytes:
+        """The body, once every choice has finished."""
+        ...
+
+    def events(self, choice: int, delta: Delta) -> Sequence[bytes]:
+        """The data of the events that a stream sends for a delta, often one, perhaps none."""
+        ...
+
+    def last_events(self) -> Sequence[bytes]:
+        """The data of those that it ends with."""
+        ...
+
+
+class Run:
+    """One request for text. It counts what is used, and says so to everybody when it has ended, however that comes.
+
+        run = Run(request, caller, services)
+        async with run.ends_on_error():
+            run.adapter = …
+            run.ask(prompts)
+            return await run.answer(renderer, is_streamed=…)
+
+    Answering charges the quota and queues the prompts; it raises QuotaExceeded, QueueFull, Draining, EngineDead.
+    The end, for whatever reason, aborts what still runs, settles the quota and freezes the request's record, which the
+    log line, the metrics, the recorders and the ledger get. The last bytes of an answer leave when its usage is stored.
+    """
+
+    def __init__(self, request: Request, principal: Principal, services: Services) -> None:
+        self.id = ""  # once it is known what is asked for
+        self.adapter: AdapterRef | None = None
+        self.prompts: tuple[Prompt, ...] = ()
+        self.counts = Counts()
+        self.services = services
+        self.log: dict[str, Any] = request.scope["manylora.log"]
+        self._request = request
+        self._principal = principal
+        self._cache_salt: str | None = None
+        self._gone: AdapterNotFound | None = None
+        self._traffic_key: TrafficKey = principal.tenant, None
+        self._lease: Lease | None = None
+        self._generations: list[Generation] = []
+        self._heard: dict[int, int] = {}  # tokens that came so far, by prompt
+        self._is_ended = False
+        services.traffic.begin(principal.tenant)
 
     @property
     def n(self) -> int:
+        """Choices of each prompt; choice j of prompt i is number i * n + j."""
         return self.prompts[0].params.n
 
     @property
     def num_choices(self) -> int:
         return len(self.prompts) * self.n
 
-    @property
-    def num_prompt_tokens(self) -> int:
-        return sum(len(prompt.ids) for prompt in self.prompts)
+    # the beginning
 
-
-class Run:
-    """`async with Run(...) as run: async for choice, delta in run.deltas(): ...`
-
-    Entering charges the quota and queues the prompts; it raises QuotaExceeded, QueueFull, Draining, EngineDead.
-    Leaving, for whatever reason, aborts what still runs, settles the quota and hands the finished request to
-    `on_end`; an answer that is whole calls `complete` before its last bytes leave.
-    """
-
-    def __init__(
-        self,
-        services: Services,
-        job: Job,
-        record: RequestRecord,
-        on_end: Callable[[FinishedRequest], Awaitable[None]],
-    ) -> None:
-        self.job = job
-        self.record = record
-        self._services = services
-        self._on_end = on_end
-        self._lease: Lease | None = None
-        self._generations: list[Generation] = []
-        self._heard: dict[int, int] = {}  # tokens that came so far, by prompt
-        self._is_closed = False
-
-    async def __aenter__(self) -> Self:
-        job = self.job
+    @asynccontextmanager
+    async def ends_on_error(self) -> AsyncIterator[None]:
+        """Whatever is raised inside is how the request ended."""
         try:
-            self._lease = self._services.gate.admit(
-                job.principal, job.num_prompt_tokens, sum(p.params.max_tokens * p.params.n for p in job.prompts)
-            )
-            for number, prompt in enumerate(job.prompts):
-                generation = self._services.engine.generate(
-                    f"{job.id}-{number}",
-                    prompt.ids,
-                    prompt.params,
-                    adapter=job.adapter,
-                    tenant=job.principal.tenant,
-                    weight=job.principal.weight,
-                    cache_salt=job.cache_salt,
-                )
-                self._generations.append(generation)
+            yield
         except BaseException as error:
-            await self._close(error)
+            await self._end(error)
             raise
-        return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    def ask(
+        self, prompts: tuple[Prompt, ...], *, gone: AdapterNotFound | None = None, cache_salt: str | None = None
     ) -> None:
-        await self._close(error)
+        """What the engine will be asked for. `gone` is raised where the adapter has been deleted by then."""
+        self.id = self.log["job_id"] = uuid.uuid4().hex
+        self.prompts = prompts
+        self._gone = gone
+        self._cache_salt = cache_salt
+        self._traffic_key = self._principal.tenant, self.adapter.id if self.adapter else None
+        if self.services.settings.log_prompts:
+            decode = self.services.engine.codec.decode
+            self.log["prompts"] = [decode(prompt.ids, skip_special_tokens=False) for prompt in prompts]
 
-    async def complete(self) -> None:
-        """All of the answer is known: count it. Returns when its usage is stored."""
-        await self._close(None)
+    # the answer
 
-    async def _close(self, error: BaseException | None) -> None:
-        if self._is_closed:
+    async def answer(self, renderer: Renderer, *, is_streamed: bool) -> Response:
+        """The response, which a stream begins once it is sent. Raises ClientGone where nobody waits for it any more."""
+        headers = {ADAPTER_HEADER: self.adapter.label if self.adapter else "base"}
+        if is_streamed:
+            keep_alive_s = self.services.settings.stream_keep_alive_s
+            return EventStream(self._events(renderer), headers=headers, keep_alive_s=keep_alive_s)
+        content = await while_connected(self._request.receive, self._whole(renderer))
+        return Response(content, headers=headers, media_type="application/json")
+
+    async def _whole(self, renderer: Renderer) -> bytes:
+        with self._missing_once_gone():
+            async with self.ends_on_error():
+                self._start()
+                async with aclosing(renderer.arranged(self._deltas())) as deltas:
+                    async for choice, delta in deltas:
+                        if delta.logprobs:
+                            await renderer.keep(choice, delta.logprobs)
+                        renderer.add(choice, delta)
+                await self._end(None)
+                return renderer.whole()
+
+    async def _events(self, renderer: Renderer) -> AsyncGenerator[Sequence[bytes], None]:
+        """What is sent together, time after time."""
+        with self._missing_once_gone():
+            async with self.ends_on_error():
+                self._start()
+                async with aclosing(renderer.arranged(self._deltas())) as deltas:
+                    async for choice, delta in deltas:
+                        if delta.logprobs:
+                            await renderer.keep(choice, delta.logprobs)
+                        events = renderer.events(choice, delta)
+                        if events:
+                            yield events
+                await self._end(None)
+                yield renderer.last_events()
+
+    @contextmanager
+    def _missing_once_gone(self) -> Iterator[None]:
+        try:
+            yield
+        except AdapterNotFound as error:
+            raise (self._gone or error) from None
+
+    def _start(self) -> None:
+        """Charge the quota and queue the prompts."""
+        most = sum(prompt.params.max_tokens * prompt.params.n for prompt in self.prompts)
+        num_prompt_tokens = sum(len(prompt.ids) for prompt in self.prompts)
+        self._lease = self.services.gate.admit(self._principal, num_prompt_tokens, most)
+        for number, prompt in enumerate(self.prompts):
+            generation = self.services.engine.generate(
+                f"{self.id}-{number}",
+                prompt.ids,
+                prompt.params,
+                adapter=self.adapter,
+                tenant=self._principal.tenant,
+                weight=self._principal.weight,
+                cache_salt=self._cache_salt,
+            )
+            self._generations.append(generation)
+
+    async def _deltas(self) -> Deltas:
+        """Every delta, counted. Raises what the engine raises."""
+        if len(self._generations) == 1:
+            async for delta in self._generations[0]:
+                self._count(0, delta.index, delta)
+                yield delta.index, delta
             return
-        self._is_closed = True
-        try:
-            for generation in self._generations:
-                await generation.aclose()
-        finally:
-            self._account_for_the_rest()
-            if self._lease is not None:
-                self._lease.settle(self.record.prompt_tokens, self.record.completion_tokens)
-            await self._on_end(self.record.finish(error))
-
-    def _account_for_the_rest(self) -> None:
-        """Tokens that were generated and never fetched, since the client left or the request failed."""
-        record = self.record
-        record.progress = tuple(generation.progress for generation in self._generations)
-        for prompt, progress in enumerate(record.progress):
-            if progress.num_output_tokens and prompt not in self._heard:
-                record.prompt_tokens += len(self.job.prompts[prompt].ids)
-            record.completion_tokens += progress.num_output_tokens - self._heard.get(prompt, 0)
-
-    async def deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
-        """Every delta with the number of its choice. Raises what the engine raises."""
-        only = self._generations[0] if len(self._generations) == 1 else None
-        source = _numbered(only) if only is not None else _merged(self._generations)
-        try:
-            async for prompt, delta in source:
-                choice = prompt * self.job.n + delta.index
-                self._account(prompt, choice, delta)
+        async with aclosing(_merged(self._generations)) as merged:
+            async for number, delta in merged:
+                choice = number * self.n + delta.index
+                self._count(number, choice, delta)
                 yield choice, delta
-        finally:
-            await source.aclose()
 
-    def _account(self, prompt: int, choice: int, delta: Delta) -> None:
-        record, now = self.record, time.perf_counter()
+    def _count(self, prompt: int, choice: int, delta: Delta) -> None:
+        counts, now, num_tokens = self.counts, time.perf_counter(), len(delta.token_ids)
         if prompt not in self._heard:
             self._heard[prompt] = 0
-            record.prompt_tokens += len(self.job.prompts[prompt].ids)
-            record.timings.append(self._generations[prompt].timing)
-        record.cached_tokens += delta.num_cached_tokens
-        num_tokens = len(delta.token_ids)
+            counts.prompt_tokens += len(self.prompts[prompt].ids)
+            counts.timings.append(self._generations[prompt].timing)
+        counts.cached_tokens += delta.num_cached_tokens
         self._heard[prompt] += num_tokens
-        record.add_tokens(choice, num_tokens, now)
-        self._services.traffic.tick(record, num_tokens, now)
+        counts.add_tokens(choice, num_tokens, now)
+        self.services.traffic.tick(self._traffic_key, num_tokens, now)
         if delta.finish_reason is FinishReason.ABORTED:
             raise Draining("The server stopped before this answer was finished. Send the request again.")
         if delta.finish_reason is FinishReason.ERROR:
             raise ManyloraError("The engine failed on this request.")
 
+    # the end
 
-async def _numbered(generation: Generation) -> AsyncGenerator[tuple[int, Delta], None]:
-    async for delta in generation:
-        yield 0, delta
+    async def _end(self, error: BaseException | None) -> None:
+        """Only the first time counts. Returns when the usage of an answer that somebody waits for is stored."""
+        if self._is_ended:
+            return
+        self._is_ended = True
+        try:
+            for generation in self._generations:
+                await generation.aclose()
+        finally:
+            progress = self._count_the_rest()
+            if self._lease is not None:
+                self._lease.settle(self.counts.prompt_tokens, self.counts.completion_tokens)
+            await self._tell(
+                self.counts.frozen(
+                    error,
+                    request_id=self._request.scope["manylora.request_id"],
+                    tenant=self._principal.tenant,
+                    adapter=self.adapter,
+                    progress=progress,
+                )
+            )
+
+    def _count_the_rest(self) -> tuple[Progress, ...]:
+        """Tokens that were generated and never fetched, since the client left or the request failed."""
+        reached = tuple(generation.progress for generation in self._generations)
+        for prompt, progress in enumerate(reached):
+            if progress.num_output_tokens and prompt not in self._heard:
+                self.counts.prompt_tokens += len(self.prompts[prompt].ids)
+            self.counts.completion_tokens += progress.num_output_tokens - self._heard.get(prompt, 0)
+        return reached
+
+    async def _tell(self, record: RequestRecord) -> None:
+        services = self.services
+        self.log.update(record.log_fields())
+        services.traffic.end(record)
+        services.metrics.observe_request(record)
+        for recorder in services.recorders:
+            recorder(record)
+        if services.usage is not None:
+            services.usage.add(record)
+            if record.outcome != "cancelled":
+                await services.usage.stored()
 
 
-async def _merged(generations: list[Generation]) -> AsyncGenerator[tuple[int, Delta], None]:
-    """The deltas of several generations as they come."""
+async def _merged(generations: list[Generation]) -> Deltas:
+    """The deltas of several generations as they come, with the number of each one's."""
     queue: asyncio.Queue[tuple[int, Delta | None]] = asyncio.Queue()
 
     async def pump(number: int) -> None:

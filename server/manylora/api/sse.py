@@ -1,11 +1,11 @@
-"""Server-sent events framed by hand, and work that stops when its client leaves.
+"""Server-sent events framed by hand, the only place that frames any, and work that stops when its client leaves.
 
 Newer ASGI servers show a disconnect as an OSError from `send`, others only as `http.disconnect` from
 `receive`; both end the work here, and the work's own `finally` cleans up.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from typing import Any, Final, TypeVar
 
 from starlette.responses import Response
@@ -44,7 +44,9 @@ async def _disconnect(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Sends `events`. The status line waits for the first of them, so an error before it has its own status.
+    """Sends `events`: the data of those that are sent together, time after time, each without a line break.
+
+    The status line waits for the first of them, so an error before it has its own status.
 
     It waits no longer than `keep_alive_s`, though: after so many seconds of silence, at the beginning or between two
     events, a comment is sent, which every reader of events skips and which tells a proxy that there is life. An error
@@ -54,7 +56,11 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, events: AsyncGenerator[bytes, None], *, headers: dict[str, str], keep_alive_s: float | None = None
+        self,
+        events: AsyncGenerator[Sequence[bytes], None],
+        *,
+        headers: dict[str, str],
+        keep_alive_s: float | None = None,
     ) -> None:
         self.status_code = 200
         self.background = None
@@ -94,20 +100,20 @@ class EventStream(Response):
     async def _send_events(self, send: Send) -> None:
         clock = asyncio.get_running_loop().time
         try:
-            async for payload in self._events:
-                await self._send(send, payload)
+            async for together in self._events:
+                await self._send(send, _framed(together))
                 self._sent_at = clock()
         except ManyloraError as error:
             if not self._is_started:
                 raise
-            await self._send(send, _error_event(error))
+            await self._send(send, _framed([error_json(error)]))
         except ClientGone:
             raise
         except Exception:
             if not self._is_started:
                 raise
             _log.exception("stream_failed")
-            await self._send(send, _error_event(INTERNAL_ERROR))
+            await self._send(send, _framed([error_json(INTERNAL_ERROR)]))
         finally:
             await self._events.aclose()
 
@@ -122,5 +128,5 @@ class EventStream(Response):
             raise ClientGone from error
 
 
-def _error_event(error: ManyloraError) -> bytes:
-    return b"data: " + error_json(error) + b"\n\n"
+def _framed(together: Sequence[bytes]) -> bytes:
+    return b"data: " + b"\n\ndata: ".join(together) + b"\n\n"

@@ -15,7 +15,7 @@ from starlette.types import Scope
 
 from manylora import __version__
 from manylora.api.middleware import POLLED_PATHS
-from manylora.api.record import FinishedRequest
+from manylora.api.record import RequestRecord
 from manylora.engine.interface import Progress
 from manylora.errors import InvalidSettings, StartupError
 from manylora.settings import Settings
@@ -80,7 +80,7 @@ class Tracing:
             "exclude": _is_polled,
         }
 
-    def record(self, finished: FinishedRequest) -> None:
+    def record(self, finished: RequestRecord) -> None:
         """An `api.record.Recorder`. The request's server span is the current one."""
         server = get_current_span()
         if not server.is_recording():
@@ -119,7 +119,7 @@ def stations(progress: Progress, now_s: float) -> Iterator[tuple[str, float, flo
         yield "decode", progress.first_token_s, max(progress.first_token_s, end_s)
 
 
-def _attributes(finished: FinishedRequest) -> dict[str, Any]:
+def _attributes(finished: RequestRecord) -> dict[str, Any]:
     """Names of the conventions for generative AI where they have one."""
     attributes: dict[str, Any] = {
         "manylora.request_id": finished.request_id,

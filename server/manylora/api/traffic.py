@@ -9,13 +9,15 @@ import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
-from manylora.api.record import FinishedRequest, RequestRecord
+from manylora.api.record import RequestRecord
 from manylora.engine.interface import AdapterRef, Tier
 from manylora.errors import AdapterNotFinite
 
-__all__ = ["Traffic", "percentiles"]
+__all__ = ["Traffic", "TrafficKey", "percentiles"]
+
+TrafficKey: TypeAlias = tuple[str, str | None]  # the tenant, and the id of the adapter
 
 RATE_WINDOW_S: Final = 10
 LIVE_WINDOW_S: Final = 30
@@ -35,7 +37,7 @@ class _Totals:
     cached_tokens: int = 0
     outcomes: Counter[str] = field(default_factory=Counter)
 
-    def add(self, finished: FinishedRequest) -> None:
+    def add(self, finished: RequestRecord) -> None:
         self.requests += 1
         self.prompt_tokens += finished.prompt_tokens
         self.completion_tokens += finished.completion_tokens
@@ -69,25 +71,25 @@ class Traffic:
         self.started_at = time.time()
         self._started = clock()
         self._active: Counter[str] = Counter()
-        self._seconds: deque[tuple[int, Counter[tuple[str, str | None]]]] = deque(maxlen=LATENCY_WINDOW_S + 1)
-        self._finished: deque[tuple[float, FinishedRequest]] = deque(maxlen=_MAX_FINISHED)
-        self._errors: deque[FinishedRequest] = deque(maxlen=_MAX_ERRORS)
+        self._seconds: deque[tuple[int, Counter[TrafficKey]]] = deque(maxlen=LATENCY_WINDOW_S + 1)
+        self._finished: deque[tuple[float, RequestRecord]] = deque(maxlen=_MAX_FINISHED)
+        self._errors: deque[RequestRecord] = deque(maxlen=_MAX_ERRORS)
         self._tenants: dict[str, _Totals] = {}
         self._adapters: OrderedDict[str, tuple[AdapterRef, _Totals]] = OrderedDict()
 
     # recording
 
-    def begin(self, record: RequestRecord) -> None:
-        self._active[record.tenant] += 1
+    def begin(self, tenant: str) -> None:
+        self._active[tenant] += 1
 
-    def tick(self, record: RequestRecord, num_tokens: int, now: float) -> None:
+    def tick(self, key: TrafficKey, num_tokens: int, now: float) -> None:
         """`num_tokens` were generated at `now` (of the clock)."""
         second = int(now)
         if not self._seconds or self._seconds[-1][0] != second:
             self._seconds.append((second, Counter()))
-        self._seconds[-1][1][record.traffic_key] += num_tokens
+        self._seconds[-1][1][key] += num_tokens
 
-    def end(self, finished: FinishedRequest) -> None:
+    def end(self, finished: RequestRecord) -> None:
         self._active[finished.tenant] -= 1
         self._finished.append((self._clock(), finished))
         self._tenants.setdefault(finished.tenant, _Totals()).add(finished)
@@ -123,7 +125,7 @@ class Traffic:
                 "window_s": LATENCY_WINDOW_S,
                 "ttft_ms": percentiles(f.ttft_s for f in recent),
                 "tpot_ms": percentiles(f.tpot_s for f in recent),
-                "queue_ms": percentiles(f.timing.queue_ms / 1000 if f.timing else None for f in recent),
+                "queue_ms": percentiles(f.queue_s for f in recent),
                 "duration_ms": percentiles(f.duration_s for f in recent if f.outcome == "ok"),
             },
             "adapters": self._adapter_rows(tenant, recent, now, tier_of),
@@ -156,9 +158,9 @@ class Traffic:
         """The rates' window, shorter while the server is younger."""
         return min(float(RATE_WINDOW_S), max(1.0, now - self._started))
 
-    def _last_seconds(self, now: float) -> Counter[tuple[str, str | None]]:
+    def _last_seconds(self, now: float) -> Counter[TrafficKey]:
         """Tokens of the last whole seconds by tenant and adapter, without the second that has just begun."""
-        current, total = int(now), Counter[tuple[str, str | None]]()
+        current, total = int(now), Counter[TrafficKey]()
         for second, tokens in reversed(self._seconds):
             if second < current - RATE_WINDOW_S:
                 break
@@ -189,10 +191,10 @@ class Traffic:
         return line
 
     def _adapter_rows(
-        self, tenant: str | None, recent: list[FinishedRequest], now: float, tier_of: Callable[[AdapterRef], Tier]
+        self, tenant: str | None, recent: list[RequestRecord], now: float, tier_of: Callable[[AdapterRef], Tier]
     ) -> list[dict[str, Any]]:
         """One row for each adapter version used within the window, the newest use first."""
-        by_adapter: dict[str, list[FinishedRequest]] = {}
+        by_adapter: dict[str, list[RequestRecord]] = {}
         for finished in recent:
             if finished.adapter is not None:
                 by_adapter.setdefault(finished.adapter.id, []).append(finished)
@@ -226,11 +228,11 @@ class Traffic:
         return rows
 
 
-def _tokens_of(tenant: str | None, counts: Counter[tuple[str, str | None]]) -> int:
+def _tokens_of(tenant: str | None, counts: Counter[TrafficKey]) -> int:
     return sum(n for (owner, _), n in counts.items() if tenant in (None, owner))
 
 
-def _error_row(finished: FinishedRequest) -> dict[str, Any]:
+def _error_row(finished: RequestRecord) -> dict[str, Any]:
     assert finished.error is not None
     return {
         "at": round(finished.finished_at, 3),

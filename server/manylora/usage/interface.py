@@ -1,6 +1,5 @@
 """What counts usage, and what is counted."""
 
-from dataclasses import dataclass
 from typing import Protocol
 
 from manylora.identity import AdapterRef
@@ -8,16 +7,24 @@ from manylora.identity import AdapterRef
 __all__ = ["UsageSink", "Use"]
 
 
-@dataclass(frozen=True, slots=True)
-class Use:
-    """What one finished request used, whatever its outcome. `tenant` is the caller's."""
+class Use(Protocol):
+    """What one request used, whatever its outcome: `api.record.RequestRecord` has this shape.
 
-    tenant: str
-    adapter: AdapterRef | None
-    outcome: str
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
+    `tenant` is the caller's.
+    """
+
+    @property
+    def tenant(self) -> str: ...
+    @property
+    def adapter(self) -> AdapterRef | None: ...
+    @property
+    def outcome(self) -> str: ...
+    @property
+    def prompt_tokens(self) -> int: ...
+    @property
+    def completion_tokens(self) -> int: ...
+    @property
+    def cached_tokens(self) -> int: ...
 
 
 class UsageSink(Protocol):

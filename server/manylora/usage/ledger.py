@@ -51,7 +51,7 @@ class _Sending:
 
 
 class UsageLedger:
-    """Implements `catalog.interface.UsageSink`. Used on the event loop's thread; threads of its own write.
+    """Implements `usage.interface.UsageSink`. Used on the event loop's thread; threads of its own write.
 
     `folder` is where journals are. A batch is `_next` while it grows, then `_current` while the database is to take it;
     where that fails, what ends meanwhile is added to `_later`, under the number of the last batch in it.
