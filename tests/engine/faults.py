@@ -4,8 +4,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from manylora.engine.detokenizer import Detokenizer
 from manylora.engine.model_runner import Outcome
 from manylora.engine.recovery import FaultEvents
@@ -44,12 +42,12 @@ class Faults(FaultEvents):
             self._check("schedule", meant)
             return found
 
-        def forwarded(scheduled: list[Scheduled]) -> torch.Tensor:
+        def forwarded(scheduled: list[Scheduled]) -> Any:
             logits = forward(scheduled)
             self._check("forward", [item.seq for item in scheduled])
             return logits
 
-        def sampled(scheduled: list[Scheduled], logits: torch.Tensor) -> list[Outcome]:
+        def sampled(scheduled: list[Scheduled], logits: Any) -> list[Outcome]:
             result = sample(scheduled, logits)
             self._check("sample", [item.seq for item in scheduled])
             return result

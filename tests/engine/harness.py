@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from manylora.engine.block_manager import BlockManager
 from manylora.engine.drafting import Drafter
 from manylora.engine.engine import Engine, Output
+from manylora.engine.executor import Executor, LocalExecutor
 from manylora.engine.interface import AdapterRef, SamplingParams
 from manylora.engine.model_runner import ModelRunner
 from manylora.engine.scheduler import Scheduler
@@ -127,6 +128,7 @@ def build_rig(
     eos_ids: frozenset[int] = frozenset(),
     keep_as: KeepAs | None = None,
     drafter: Drafter | None = None,
+    executor: Callable[[Executor], Executor] = lambda local: local,
 ) -> Rig:
     """An engine whose cache starts out full of NaN, so that reading a position nobody wrote shows at once."""
     wrapped = wrap(model, factory(use_native=kernel != "torch"))
@@ -165,7 +167,7 @@ def build_rig(
     )
     engine = Engine(
         scheduler,
-        ModelRunner(wrapped, cache, memory, lora_kernel),
+        ModelRunner(executor(LocalExecutor(wrapped, cache, memory, lora_kernel))),
         decode=decode or (lambda ids: "".join(chr(0x4E00 + i) for i in ids)),
         eos_ids=eos_ids,
         max_model_len=num_blocks * block_size,

@@ -134,7 +134,7 @@ async def test_a_request_that_a_step_fails_for_is_told_and_the_others_go_on(rig:
     expected = await collect(ask(engine, "alone", max_tokens=40))
     forward = rig.engine.runner.forward
 
-    def failing(scheduled: Any) -> torch.Tensor:
+    def failing(scheduled: Any) -> Any:
         if any(item.seq.request_id == "bad" and item.seq.num_output_tokens > 3 for item in scheduled):
             raise RuntimeError("a token that nobody has seen")
         return forward(scheduled)
@@ -206,7 +206,7 @@ async def test_no_token_that_the_model_has_no_row_for_enters_a_step(engine: Asyn
 def dies_after(rig: Rig, steps: int) -> Any:
     forward = rig.engine.runner.forward
 
-    def dying(scheduled: Any) -> torch.Tensor:
+    def dying(scheduled: Any) -> Any:
         if rig.engine.num_steps >= steps:
             raise RuntimeError("the device fell off")
         return forward(scheduled)

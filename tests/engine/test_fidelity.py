@@ -4,6 +4,7 @@ import random
 from collections.abc import Collection
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -117,7 +118,7 @@ def recorded_logits(rig: Rig, watched: Collection[Sequence]) -> list[torch.Tenso
     seen: list[torch.Tensor] = []
     forward = rig.engine.runner.forward
 
-    def recording(scheduled: SequenceOf[Scheduled]) -> torch.Tensor:
+    def recording(scheduled: SequenceOf[Scheduled]) -> Any:
         logits = forward(scheduled)
         samplers = [item for item in scheduled if item.samples]
         seen.extend(logits[i].clone() for i, item in enumerate(samplers) if item.seq in watched)

@@ -207,7 +207,7 @@ def test_where_memory_is_short_a_step_is_made_smaller_and_everybody_is_answered(
     ask_all(rig, "faulty")
     forward = rig.engine.runner.forward
 
-    def small(scheduled: Any) -> torch.Tensor:
+    def small(scheduled: Any) -> Any:
         if sum(item.num_tokens for item in scheduled) > most:
             raise MemoryError
         return forward(scheduled)

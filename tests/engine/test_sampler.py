@@ -11,17 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor
 
+from manylora.engine import sampler
 from manylora.engine.interface import SamplingParams
-from manylora.engine.sampler import (
-    DRAWS_AHEAD,
-    NUM_CANDIDATES,
-    largest,
-    sample,
-    token_logprobs,
-    uniform_number,
-    uniform_numbers,
-)
+from manylora.engine.model_runner import DRAWS_AHEAD, sampling_input, uniform_number, uniform_numbers
+from manylora.engine.sampler import NUM_CANDIDATES, largest, token_logprobs
 from manylora.engine.sequence import Sequence
+from manylora.engine.step_input import Sampled
 
 VOCAB = 50
 HUGE = 1200
@@ -32,6 +27,11 @@ def seq(prompt: tuple[int, ...] = (1,), output: tuple[int, ...] = (), index: int
     for token_id in output:
         made.append(token_id)
     return made
+
+
+def sample(logits: torch.Tensor, seqs: list[Sequence]) -> Sampled:
+    """A token of each row, through the arrays that the host part makes."""
+    return sampler.sample(logits, sampling_input(seqs, [()] * len(seqs), range(len(seqs)), []))
 
 
 def random_logits(rows: int, vocab: int = VOCAB, spread: float = 2.0, seed: int = 0) -> torch.Tensor:
@@ -247,7 +247,7 @@ def test_the_generator_is_set_up_rarely_and_not_for_all_sequences_in_one_step(mo
         made.append(args)
         return uniform_numbers(*args)
 
-    monkeypatch.setattr("manylora.engine.sampler.uniform_numbers", counted)
+    monkeypatch.setattr("manylora.engine.model_runner.uniform_numbers", counted)
     watched = [seq(seed=1000 + 7 * i) for i in range(64)]
     per_step = []
     for _ in range(1 + 2 * DRAWS_AHEAD):

@@ -87,7 +87,7 @@ def answer_all(
     for path in adapters.values():
         adapter_format.read(path, builder.modules, max_rank=settings.max_rank, max_size=2**30)
     asked = [prompt[: builder.context_length - NUM_ANSWERED] for prompt in asked]
-    captured: dict[int, torch.Tensor] = {}
+    captured: dict[Sequence, torch.Tensor] = {}
     seqs: dict[tuple[str | None, int], Sequence] = {}
     params = SamplingParams(max_tokens=NUM_ANSWERED, temperature=0.0, ignore_eos=True)
     for name in (None, *adapters):
@@ -102,14 +102,12 @@ def answer_all(
                 if output.error is not None:
                     raise output.error
                 if output.captured is not None:
-                    captured[id(output.seq)] = output.captured
+                    captured[output.seq] = torch.from_numpy(output.captured)
             if not engine.made_progress:
                 threading.Event().wait(0.01)
     finally:
         tiers.close()
-    return {
-        key: Answer(asked[key[1]], captured[id(seq)], seq.tokens[seq.num_prompt_tokens :]) for key, seq in seqs.items()
-    }
+    return {key: Answer(asked[key[1]], captured[seq], seq.tokens[seq.num_prompt_tokens :]) for key, seq in seqs.items()}
 
 
 def make_adapters(folder: Path) -> dict[str, Path]:

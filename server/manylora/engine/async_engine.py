@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as SequenceOf
 from functools import partial
 
+import numpy as np
 import torch
 
 from manylora.engine.admission import Admission
@@ -45,6 +46,15 @@ from manylora.lora.memory.tiers import AdapterTiers
 
 PROBE_TEXT = "The quick brown fox jumps over the lazy dog. Question: what is the capital of France? Answer:"
 _IDLE_WAIT_S = 0.5
+
+
+def effect_of(without: np.ndarray, with_it: np.ndarray) -> Effect:
+    """What an adapter changes, from a prompt's logits [positions, vocab] without it and with it."""
+    a, b = torch.from_numpy(without), torch.from_numpy(with_it)
+    kl = torch.nn.functional.kl_div(
+        torch.log_softmax(b[-1], -1), torch.log_softmax(a[-1], -1), reduction="sum", log_target=True
+    )
+    return Effect(len(a), float((a - b).abs().max()), float(kl))
 
 
 class RunningGeneration:
@@ -267,7 +277,7 @@ class AsyncEngine:
         prompt = [i for i in self.codec.encode(PROBE_TEXT) if i < self.model.vocab_size]
         prompt = prompt[: self.model.context_length - 1]
         self._num_probes += 1
-        params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+        params = SamplingParams(max_tokens=0)
         self._tiers.offer(ref, adapter)
 
         def probe(name: str, tried: AdapterRef | None) -> RunningGeneration:
@@ -286,10 +296,7 @@ class AsyncEngine:
         a, b = without.captured, with_it.captured
         if a is None or b is None:
             raise AdapterLoadFailed("The adapter's effect could not be measured.")
-        kl = torch.nn.functional.kl_div(
-            torch.log_softmax(b[-1], -1), torch.log_softmax(a[-1], -1), reduction="sum", log_target=True
-        )
-        return Effect(len(prompt), float((a - b).abs().max()), float(kl))
+        return await asyncio.to_thread(effect_of, a, b)
 
     def tier_of(self, ref: AdapterRef) -> Tier:
         return self._tiers.tier_of(ref)

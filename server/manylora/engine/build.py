@@ -9,6 +9,7 @@ import torch
 from manylora.engine.async_engine import AsyncEngine
 from manylora.engine.block_manager import BlockManager
 from manylora.engine.engine import Engine
+from manylora.engine.executor import LocalExecutor
 from manylora.engine.interface import AdapterSource, ModelInfo
 from manylora.engine.model_runner import ModelRunner
 from manylora.engine.recovery import FaultEvents
@@ -149,7 +150,7 @@ class EngineBuilder:
         )
         engine = Engine(
             scheduler,
-            ModelRunner(self.wrapped, cache, memory, kernel),
+            ModelRunner(LocalExecutor(self.wrapped, cache, memory, kernel)),
             decode=self.base.codec.decode,
             eos_ids=frozenset(self.base.codec.eos_ids),
             max_model_len=self.context_length,

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 
-import torch
+import numpy as np
 
 from manylora.engine.detokenizer import Decode, Detokenizer
-from manylora.engine.interface import Delta, FinishReason
+from manylora.engine.interface import Delta, FinishReason, Task
 from manylora.engine.model_runner import ModelRunner, Outcome
 from manylora.engine.recovery import Fault, FaultEvents, Recovery, failure_of, log_ended, log_failure, not_finite
 from manylora.engine.scheduler import Scheduled, Scheduler
@@ -20,12 +20,12 @@ PhaseObserver = Callable[[str, float], None]  # phase, seconds
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One sequence's share of a step. `captured`: the prompt's logits [positions, vocab], where asked for."""
+    """One sequence's share of a step. `captured`: the prompt's logits, float32 [positions, vocab], where asked for."""
 
     seq: Sequence
     delta: Delta
     error: ManyloraError | None = None
-    captured: torch.Tensor | None = None
+    captured: np.ndarray | None = None
 
 
 class Engine:
@@ -154,11 +154,11 @@ class Engine:
             error = not_finite(seq)
             log_ended(seq, error)
             return self._end(seq, error, is_spoiled=True)
-        samples = item.samples
+        reaches_end = item.reaches_end
         try:
             self._take_prompt(item, outcome)
             self.scheduler.commit(item)
-            return self._advance(item, outcome) if samples else None
+            return self._finish_step(item, outcome) if reaches_end else None
         except Exception as error:  # noqa: BLE001 - whatever it is, it is of this sequence alone
             fault = Fault.of("deliver", error)
             self._faults.on_step_failure(fault.phase, "isolated")
@@ -174,13 +174,20 @@ class Engine:
         seq.prompt_logprobs += outcome.prompt_logprobs
         seq.captured += outcome.captured
 
-    def _advance(self, item: Scheduled, outcome: Outcome) -> Output:
-        """Give a sequence its new tokens, and end it where a stop condition holds."""
+    def _finish_step(self, item: Scheduled, outcome: Outcome) -> Output:
+        """All of the sequence's tokens have run: do what it is for."""
         seq = item.seq
         if seq.first_token_s is None:
             seq.first_token_s = time.monotonic()
-        if not seq.params.max_tokens:
-            return self._end_without_answer(seq)
+        match seq.task:
+            case Task.GENERATE:
+                return self._advance(item, outcome)
+            case Task.SCORE:
+                return self._end_scored(seq)
+
+    def _advance(self, item: Scheduled, outcome: Outcome) -> Output:
+        """Give a sequence its new tokens, and end it where a stop condition holds."""
+        seq = item.seq
         before = seq.num_tokens
         is_first = not seq.num_output_tokens
         text, reason = self._append(seq, outcome.token_ids)
@@ -199,7 +206,7 @@ class Engine:
             prompt_logprobs=tuple(seq.prompt_logprobs) if is_first else (),
             num_cached_tokens=seq.num_cached_tokens if is_first and seq.index == 0 else 0,
         )
-        return Output(seq, delta, captured=torch.cat(seq.captured) if seq.captured else None)
+        return Output(seq, delta, captured=_captured(seq))
 
     def _append(self, seq: Sequence, token_ids: SequenceOf[int]) -> tuple[str, FinishReason | None]:
         """Append tokens up to the first at which the sequence ends; their text, and why it ends if it does."""
@@ -216,7 +223,7 @@ class Engine:
                 return text, FinishReason.STOP if detokenizer.is_stopped else reason
         return text, None
 
-    def _end_without_answer(self, seq: Sequence) -> Output:
+    def _end_scored(self, seq: Sequence) -> Output:
         """The prompt alone was asked for, to be scored or brought into the cache."""
         self.scheduler.finish(seq, FinishReason.LENGTH)
         delta = Delta(
@@ -227,7 +234,7 @@ class Engine:
             prompt_logprobs=tuple(seq.prompt_logprobs),
             num_cached_tokens=seq.num_cached_tokens if seq.index == 0 else 0,
         )
-        return Output(seq, delta)
+        return Output(seq, delta, captured=_captured(seq))
 
     def _stop_reason(self, seq: Sequence, token_id: int) -> FinishReason | None:
         params = seq.params
@@ -236,6 +243,10 @@ class Engine:
         if seq.num_tokens >= seq.max_num_tokens:
             return FinishReason.LENGTH
         return None
+
+
+def _captured(seq: Sequence) -> np.ndarray | None:
+    return np.concatenate(seq.captured) if seq.captured else None
 
 
 def _failure(seq: Sequence, error: ManyloraError) -> Output:

@@ -27,6 +27,7 @@ __all__ = [
     "Progress",
     "RequestTiming",
     "SamplingParams",
+    "Task",
     "TextCodec",
     "Tier",
     "TokenLogprob",
@@ -40,6 +41,13 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     ABORTED = "aborted"
     ERROR = "error"
+
+
+class Task(StrEnum):
+    """What a sequence is for, and so what is done when all of its tokens have run."""
+
+    GENERATE = "generate"  # the next token is sampled
+    SCORE = "score"  # the prompt's own logits were wanted, or it was to be in the cache: the sequence ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +76,10 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     n: int = 1
+
+    @property
+    def task(self) -> Task:
+        return Task.GENERATE if self.max_tokens else Task.SCORE
 
 
 @dataclass(frozen=True, slots=True)

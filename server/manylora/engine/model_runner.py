@@ -1,21 +1,30 @@
-"""One step on the device: build the ragged batch, run the model once, sample."""
+"""The host part of a step: what sequences need becomes plain arrays, and what comes back becomes theirs. No torch.
 
+Random choice needs one uniform number per token, made from the request's seed, the choice's index and the
+token's place by a counter-based generator. So a seed gives the same tokens whatever else is in the batch,
+and after a preemption too. The generator is asked for many places of a sequence at once: setting it up takes
+far longer than its numbers do.
+"""
+
+from collections import Counter
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import torch
 
-from manylora.engine.interface import TokenLogprob
-from manylora.engine.sampler import Sampled, sample, token_logprobs
+from manylora.engine.executor import Executor
+from manylora.engine.interface import Task, TokenLogprob
 from manylora.engine.scheduler import Scheduled
-from manylora.engine.sequence import Sequence
-from manylora.kernels.batch import Batch
-from manylora.kernels.interface import LoraKernel, LoraPlan
-from manylora.kernels.rows import group_rows
-from manylora.lora.memory.device_memory import DeviceMemory
-from manylora.models.kv_cache import KVCache
-from manylora.models.wrapping import WrappedModel
+from manylora.engine.sequence import Draws, Sequence
+from manylora.engine.step_input import Adjustment, Draw, Sampled, SamplingInput, Scored, ScoredRows, StepInput
+
+DRAWS_AHEAD = 64  # places of a sequence whose random numbers are made together
+_WORDS = 4  # numbers of 64 bits that the generator makes of one counter, of which the first is used
+_NO_IDS = np.zeros(0, dtype=np.int64)
+_NO_NUMBERS = np.zeros(0, dtype=np.float32)
+
+Ahead = tuple[int, ...]  # tokens of a draft between a sequence's last one and a row's place
 
 
 @dataclass(slots=True)
@@ -31,7 +40,7 @@ class Outcome:
     num_accepted: int = 0
     logprobs: SequenceOf[TokenLogprob] = ()
     prompt_logprobs: SequenceOf[TokenLogprob] = ()
-    captured: SequenceOf[torch.Tensor] = ()
+    captured: SequenceOf[np.ndarray] = ()
     is_finite: bool = True
 
     def add(self, later: "Outcome") -> None:
@@ -49,80 +58,52 @@ class ModelRunner:
     no sequence changes.
     """
 
-    def __init__(self, wrapped: WrappedModel, cache: KVCache, memory: DeviceMemory, kernel: LoraKernel) -> None:
-        self._wrapped = wrapped
-        self._vocab_size = wrapped.vocab_size
-        self._cache = cache
-        self._memory = memory
-        self._kernel = kernel
-        self._device = memory.device
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self._block_size = executor.block_size
 
     @property
     def spare_block(self) -> int:
         """The block of the cache that no sequence has."""
-        return self._cache.spare_block
+        return self._executor.spare_block
 
-    @torch.inference_mode()
-    def forward(self, scheduled: SequenceOf[Scheduled]) -> torch.Tensor:
-        """Logits [L, vocab] of the rows that are wanted, in the order of the plan."""
-        batch = self._build(scheduled)
-        context = self._wrapped.context
-        context.batch = batch
-        try:
-            output = self._wrapped.model(
-                input_ids=batch.token_ids[None],
-                position_ids=batch.positions[None],
-                use_cache=False,
-                logits_to_keep=batch.logit_rows,
-            )
-        finally:
-            context.batch = None
-        logits: torch.Tensor = output.logits[0]
-        return logits[:, : self._vocab_size] if logits.shape[1] > self._vocab_size else logits
+    def forward(self, scheduled: SequenceOf[Scheduled]) -> Any:
+        """Logits [L, vocab] of the rows that are wanted, in the order of the plan; the executor's, as it keeps them."""
+        return self._executor.forward(self._build(scheduled))
 
-    @torch.inference_mode()
-    def sample(self, scheduled: SequenceOf[Scheduled], logits: torch.Tensor) -> list[Outcome]:
+    def sample(self, scheduled: SequenceOf[Scheduled], logits: Any) -> list[Outcome]:
         """What each item gets: a sample for who reached its end, and the prompt's log-probabilities on the way."""
-        outcomes = [Outcome() for _ in scheduled]
         rows: list[int] = []
         seqs: list[Sequence] = []
-        ahead: list[tuple[int, ...]] = []
+        ahead: list[Ahead] = []
+        scored: list[Scored] = []
         at = 0
-        for item, outcome in zip(scheduled, outcomes, strict=True):
+        for item in scheduled:
             count = len(_logit_rows(item, 0))
-            if item.seq.scores_prompt:
-                self._read_prompt(item, logits[at : at + count], outcome)
+            if item.is_scored:
+                scored.append(_scored(item, at, count))
             at += count
             if item.samples:
                 for place in range(len(item.draft) + 1):
                     rows.append(at - 1 - len(item.draft) + place)
                     seqs.append(item.seq)
                     ahead.append(item.draft[:place])
-        if seqs:
-            wanted = logits if len(rows) == logits.shape[0] else logits[rows]
-            sampled = sample(wanted, seqs, ahead)
-            at = 0
-            for item, outcome in zip(scheduled, outcomes, strict=True):
-                if item.samples:
-                    _take(sampled, at, item.draft, outcome)
-                    at += len(item.draft) + 1
+        outcomes = [Outcome() for _ in scheduled]
+        if not rows and not scored:
+            return outcomes
+        sampled = self._executor.sample(logits, sampling_input(seqs, ahead, rows, scored))
+        found = iter(sampled.scored)
+        at = 0
+        for item, outcome in zip(scheduled, outcomes, strict=True):
+            if item.is_scored:
+                _take_scored(item, next(found), outcome)
+            if item.samples:
+                _take(sampled, at, item.draft, outcome)
+                at += len(item.draft) + 1
         return outcomes
 
-    def _read_prompt(self, item: Scheduled, logits: torch.Tensor, outcome: Outcome) -> None:
-        seq = item.seq
-        if seq.capture_logits:
-            outcome.captured = [logits.float().clone()]
-            return
-        following = seq.tokens[item.start + 1 : item.start + item.num_tokens + 1]
-        entries = token_logprobs(
-            logits[: len(following)], following, [seq.params.prompt_logprobs or 0] * len(following)
-        )
-        if any(entry.logprob != entry.logprob for entry in entries):  # NaN
-            outcome.is_finite = False
-        outcome.prompt_logprobs = [TokenLogprob(seq.tokens[0], None), *entries] if not item.start else entries
-
-    def _build(self, scheduled: SequenceOf[Scheduled]) -> Batch:
-        size = self._cache.block_size
+    def _build(self, scheduled: SequenceOf[Scheduled]) -> StepInput:
+        size = self._block_size
         counts = np.array([s.num_rows for s in scheduled])
         starts = np.concatenate(([0], counts.cumsum()))
         tables = np.zeros((len(scheduled), max(len(s.seq.block_table) for s in scheduled)), dtype=np.int32)
@@ -136,40 +117,49 @@ class ModelRunner:
         first = np.array([s.start for s in scheduled])
         owner = np.repeat(np.arange(len(scheduled)), counts)
         positions = first[owner] + np.arange(starts[-1]) - starts[owner]
-        kv_slots = tables[owner, positions // size].astype(np.int64) * size + positions % size
-        slots = np.array([s.seq.slot for s in scheduled], dtype=np.int32)[owner]
-        lens = first + counts
-        return Batch(
-            token_ids=self._tensor(np.array(tokens)),
-            positions=self._tensor(positions),
-            kv_slots=self._tensor(kv_slots),
-            block_tables=self._tensor(tables),
-            query_starts=self._tensor(starts.astype(np.int32)),
-            context_lens=self._tensor(lens.astype(np.int32)),
-            num_decode=int((counts == 1).sum()),
-            starts=tuple(starts.tolist()),
-            lens=tuple(lens.tolist()),
-            logit_rows=self._tensor(np.array(logit_rows, dtype=np.int64)),
-            lora=self._plan(slots),
-            logit_lora=self._plan(slots[logit_rows]),
+        return StepInput(
+            token_ids=np.array(tokens),
+            positions=positions,
+            kv_slots=tables[owner, positions // size].astype(np.int64) * size + positions % size,
+            block_tables=tables,
+            query_starts=starts.astype(np.int32),
+            context_lens=(first + counts).astype(np.int32),
+            slots=np.array([s.seq.slot for s in scheduled], dtype=np.int32)[owner],
+            logit_rows=np.array(logit_rows, dtype=np.int64),
         )
-
-    def _plan(self, row_slots: np.ndarray) -> LoraPlan | None:
-        rows = group_rows(row_slots, self._memory.ranks, self._device)
-        return self._kernel.plan(rows, self._memory) if rows is not None else None
-
-    def _tensor(self, values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values).to(self._device)
 
 
 def _logit_rows(item: Scheduled, first_row: int) -> list[int]:
     """The rows of a sequence's chunk whose logits are wanted: all, the last and its draft's, or none."""
     if item.seq.scores_prompt:
         return list(range(first_row, first_row + item.num_tokens))
-    return list(range(first_row + item.num_tokens - 1, first_row + item.num_rows)) if item.samples else []
+    return list(range(first_row + item.num_tokens - 1, first_row + item.num_rows)) if item.reaches_end else []
 
 
-def _take(sampled: Sampled, first: int, draft: tuple[int, ...], outcome: Outcome) -> None:
+# the prompt's own tokens
+
+
+def _scored(item: Scheduled, first: int, num_rows: int) -> Scored:
+    """What is asked of the rows of a prompt that are among the logits from `first` on."""
+    seq = item.seq
+    following = seq.tokens[item.start + 1 : item.start + num_rows + 1] if seq.params.prompt_logprobs is not None else []
+    checks_last = item.reaches_end and seq.task is Task.SCORE
+    return Scored(first, num_rows, following, seq.params.prompt_logprobs or 0, seq.capture_logits, checks_last)
+
+
+def _take_scored(item: Scheduled, rows: ScoredRows, outcome: Outcome) -> None:
+    outcome.is_finite &= rows.is_finite
+    if rows.captured is not None:
+        outcome.captured = [rows.captured]
+    elif item.seq.params.prompt_logprobs is not None:
+        start = [TokenLogprob(item.seq.tokens[0], None)] if not item.start else []
+        outcome.prompt_logprobs = [*start, *rows.entries]
+
+
+# the next tokens
+
+
+def _take(sampled: Sampled, first: int, draft: Ahead, outcome: Outcome) -> None:
     """Of the rows from `first` on, one for the sequence's last token and one for each of its draft, those that count.
 
     A row behind a token that was not to come says nothing.
@@ -181,3 +171,72 @@ def _take(sampled: Sampled, first: int, draft: tuple[int, ...], outcome: Outcome
     outcome.token_ids, outcome.num_accepted = sampled.token_ids[taken], num_accepted
     outcome.logprobs = [entry for entry in sampled.logprobs[taken] if entry is not None]
     outcome.is_finite &= all(sampled.is_finite[taken])
+
+
+def sampling_input(
+    seqs: SequenceOf[Sequence], ahead: SequenceOf[Ahead], rows: SequenceOf[int], scored: list[Scored]
+) -> SamplingInput:
+    """How a token is to be chosen of each of `rows`: row i is of `seqs[i]`, behind the tokens `ahead[i]` of a draft."""
+    return SamplingInput(
+        rows=np.array(rows, dtype=np.int64),
+        top=[s.params.logprobs for s in seqs],
+        adjustments=[_adjustment(i, s, ahead[i]) for i, s in enumerate(seqs) if s.has_penalties or s.params.logit_bias],
+        draw=_draw(seqs, ahead),
+        scored=scored,
+    )
+
+
+def _adjustment(row: int, seq: Sequence, ahead: Ahead) -> Adjustment:
+    p = seq.params
+    seen = sorted({*seq.tokens, *ahead}) if p.repetition_penalty != 1.0 else ()
+    output = seq.output_counts + Counter(ahead) if ahead else seq.output_counts
+    counts_matter = output and (p.presence_penalty or p.frequency_penalty)
+    return Adjustment(
+        row=row,
+        seen=np.array(seen, dtype=np.int64),
+        repetition_penalty=p.repetition_penalty,
+        output=np.array(list(output), dtype=np.int64) if counts_matter else _NO_IDS,
+        counts=np.array(list(output.values()), dtype=np.float32) if counts_matter else _NO_NUMBERS,
+        presence_penalty=p.presence_penalty,
+        frequency_penalty=p.frequency_penalty,
+        biased=np.array([i for i, _ in p.logit_bias], dtype=np.int64),
+        bias=np.array([b for _, b in p.logit_bias], dtype=np.float32),
+    )
+
+
+def _draw(seqs: SequenceOf[Sequence], ahead: SequenceOf[Ahead]) -> Draw | None:
+    random_rows = [i for i, s in enumerate(seqs) if s.params.temperature > 0]
+    if not random_rows:
+        return None
+    params = [seqs[i].params for i in random_rows]
+    return Draw(
+        rows=np.array(random_rows, dtype=np.int64),
+        temperature=np.array([p.temperature for p in params], dtype=np.float32),
+        top_k=np.array([p.top_k for p in params], dtype=np.int64),
+        top_p=np.array([p.top_p for p in params], dtype=np.float32),
+        min_p=np.array([p.min_p for p in params], dtype=np.float32),
+        uniform=np.array([uniform_number(seqs[i], len(ahead[i])) for i in random_rows], dtype=np.float64),
+    )
+
+
+def uniform_number(seq: Sequence, num_ahead: int = 0) -> float:
+    """The number in [0, 1) for the sequence's token `num_ahead` places behind its next: of seed, index and place only.
+
+    The numbers are kept with the sequence and made `DRAWS_AHEAD` at a time, up to a place that depends on the seed,
+    so that sequences which begin together do not all need new ones in the same step.
+    """
+    first = seq.num_output_tokens
+    place = first + num_ahead
+    draws = seq.draws
+    if draws is None or not 0 <= place - draws.first < len(draws.numbers):
+        count = num_ahead + DRAWS_AHEAD - (place + seq.seed) % DRAWS_AHEAD
+        draws = seq.draws = Draws(first, uniform_numbers(seq.seed, seq.index, first, count))
+    return draws.numbers[place - draws.first]
+
+
+def uniform_numbers(seed: int, index: int, first: int, count: int) -> list[float]:
+    """The numbers in [0, 1) of `count` places from `first` on (Philox 4x64, Salmon et al., SC 2011)."""
+    key = np.array([seed % 2**64, index], dtype=np.uint64)
+    words = np.random.Philox(key=key, counter=first).random_raw(_WORDS * count)[::_WORDS]
+    numbers: list[float] = ((words >> np.uint64(11)) * 2.0**-53).tolist()
+    return numbers

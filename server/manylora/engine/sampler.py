@@ -1,65 +1,56 @@
-"""From logits to tokens, for the whole batch at once.
+"""From logits to tokens, for the whole batch at once: the device part, which knows no sequence."""
 
-Random choice needs one uniform number per token, made from the request's seed, the choice's index and the
-token's place by a counter-based generator. So a seed gives the same tokens whatever else is in the batch,
-and after a preemption too. The generator is asked for many places of a sequence at once: setting it up takes
-far longer than its numbers do.
-"""
-
-from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from manylora.engine.interface import TokenLogprob
-from manylora.engine.sequence import Draws, Sequence
+from manylora.engine.step_input import Adjustment, Draw, Sampled, SamplingInput, Scored, ScoredRows
 
 NUM_CANDIDATES = 256  # top-p is first tried among this many; the full sort is for flat distributions only
 MIN_TEMPERATURE = 1e-30  # lower ones, which float32 would round to 0, draw the likeliest token all the same
 MIN_PENALTY = 1e-30  # lower ones, which float32 would round to 0, make nothing larger than a float can be
-DRAWS_AHEAD = 64  # places of a sequence whose random numbers are made together
 _ROWS_AT_ONCE = 32  # log-probabilities are made of so many rows at a time: each is another [vocab] in float32
 _BLOCK = 256  # tokens
-_WORDS = 4  # numbers of 64 bits that the generator makes of one counter, of which the first is used
 
 
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """One token per row, and its log-probabilities where the sequence wants them.
+def sample(logits: torch.Tensor, wanted: SamplingInput) -> Sampled:
+    """Choose a token of each wanted row of `logits` [L, vocab] (any float dtype; not changed), and score the others.
 
-    `is_finite` is False for a row whose logits hold NaN or infinity, so that its token means nothing. A logit of
-    -inf is a token that the model rules out; only a row of nothing else is not finite.
-    """
-
-    token_ids: list[int]
-    logprobs: list[TokenLogprob | None]
-    is_finite: list[bool]
-
-
-Ahead = list[tuple[int, ...]]
-
-
-def sample(logits: torch.Tensor, seqs: list[Sequence], ahead: Ahead | None = None) -> Sampled:
-    """Choose the next token of each sequence from `logits` [len(seqs), vocab] (any float dtype; not changed).
-
-    A sequence may have several rows: `ahead` says for each which tokens of a draft come between the sequence's last
-    one and the row's place. None: no row has any.
     Order, as in vLLM: bias and penalties, temperature, top-k, top-p, min-p. Log-probabilities are those of
     the model itself, before any of it.
     """
-    ahead = ahead or [()] * len(seqs)
+    scored = [_score(logits[each.first : each.first + each.num_rows], each) for each in wanted.scored]
+    if not wanted.rows.size:
+        return Sampled([], [], [], scored)
+    if len(wanted.rows) != logits.shape[0]:
+        logits = logits[_on(wanted.rows, logits)]
     raw = logits
-    if any(s.has_penalties or s.params.logit_bias for s in seqs):
-        logits = _adjusted(logits.to(torch.float32, copy=True), seqs, ahead)
+    if wanted.adjustments:
+        logits = logits.to(torch.float32, copy=True)
+        for each in wanted.adjustments:
+            _adjust(logits[each.row], each)
     highest, chosen = largest(logits)
-    random_rows = [i for i, s in enumerate(seqs) if s.params.temperature > 0]
-    if random_rows:
-        rows = torch.tensor(random_rows, device=logits.device)
-        uniform = [uniform_number(seqs[i], len(ahead[i])) for i in random_rows]
-        chosen[rows] = _draw(logits[rows].float(), [seqs[i] for i in random_rows], uniform)
+    if wanted.draw is not None:
+        rows = _on(wanted.draw.rows, logits)
+        chosen[rows] = _draw(logits[rows].float(), wanted.draw)
     token_ids: list[int] = chosen.tolist()
-    return Sampled(token_ids, _logprobs(raw, token_ids, seqs), highest.isfinite().tolist())
+    return Sampled(token_ids, _logprobs(raw, token_ids, wanted.top), highest.isfinite().tolist(), scored)
+
+
+def _on(values: np.ndarray, logits: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(values).to(logits.device)
+
+
+def _score(logits: torch.Tensor, wanted: Scored) -> ScoredRows:
+    is_finite = not wanted.checks_last or bool(logits[-1].amax().isfinite())
+    if wanted.captures:
+        return ScoredRows([], logits.to(torch.float32, copy=True).cpu().numpy(), is_finite)
+    following = wanted.following
+    entries = token_logprobs(logits[: len(following)], following, [wanted.num_top] * len(following))
+    has_nan = any(entry.logprob != entry.logprob for entry in entries)
+    return ScoredRows(entries, None, is_finite and not has_nan)
 
 
 def largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,50 +69,43 @@ def largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values, columns.gather(1, places[:, None])[:, 0]
 
 
-def _adjusted(logits: torch.Tensor, seqs: list[Sequence], ahead: Ahead) -> torch.Tensor:
-    """Bias, repetition penalty (Keskar et al., CTRL, 2019), presence and frequency penalties, in place."""
-    for row, seq, drafted in zip(logits, seqs, ahead, strict=True):
-        p = seq.params
-        if p.repetition_penalty != 1.0:
-            seen = torch.tensor(sorted({*seq.tokens, *drafted}), device=row.device)
-            values, penalty = row[seen], max(p.repetition_penalty, MIN_PENALTY)
-            row[seen] = torch.where(values > 0, values / penalty, values * penalty)
-        output = seq.output_counts + Counter(drafted) if drafted else seq.output_counts
-        if output and (p.presence_penalty or p.frequency_penalty):
-            ids = torch.tensor(list(output), device=row.device)
-            counts = torch.tensor(list(output.values()), dtype=row.dtype, device=row.device)
-            row[ids] -= p.presence_penalty + p.frequency_penalty * counts
-        if p.logit_bias:
-            ids = torch.tensor([i for i, _ in p.logit_bias], device=row.device)
-            row[ids] += torch.tensor([b for _, b in p.logit_bias], dtype=row.dtype, device=row.device)
-    return logits
+def _adjust(row: torch.Tensor, by: Adjustment) -> None:
+    """Repetition penalty (Keskar et al., CTRL, 2019), the other two and bias, on `row` [vocab], in place."""
+    if by.seen.size:
+        seen, penalty = _on(by.seen, row), max(by.repetition_penalty, MIN_PENALTY)
+        values = row[seen]
+        row[seen] = torch.where(values > 0, values / penalty, values * penalty)
+    if by.output.size:
+        row[_on(by.output, row)] -= by.presence_penalty + by.frequency_penalty * _on(by.counts, row)
+    if by.biased.size:
+        row[_on(by.biased, row)] += _on(by.bias, row)
 
 
-def _draw(logits: torch.Tensor, seqs: list[Sequence], numbers: list[float]) -> torch.Tensor:
-    """One draw per row of `logits` [rows, vocab], by its number in [0, 1); returns token ids [rows].
+def _draw(logits: torch.Tensor, how: Draw) -> torch.Tensor:
+    """One draw per row of `logits` [rows, vocab]; returns token ids [rows].
 
     Which way a row goes depends on the row alone: tokens of equal probability would come in another order on
     another way, and the same seed would give other tokens beside other requests.
     """
     device, vocab = logits.device, logits.shape[1]
-    temperature = torch.tensor([s.params.temperature for s in seqs], device=device).clamp(min=MIN_TEMPERATURE)
+    temperature = _on(how.temperature, logits).clamp(min=MIN_TEMPERATURE)
     # The largest logit becomes 0, so that no temperature can push it past the largest float.
     probs = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature[:, None], dim=-1)
-    uniform = torch.tensor(numbers, dtype=torch.float64, device=device)
+    uniform = _on(how.uniform, logits)
     cuts = _Cuts(
-        torch.tensor([s.params.top_k or vocab for s in seqs], device=device).clamp(max=vocab),
-        torch.tensor([s.params.top_p for s in seqs], device=device),
-        torch.tensor([s.params.min_p for s in seqs], device=device),
+        _on(np.where(how.top_k == 0, vocab, how.top_k), logits).clamp(max=vocab),
+        _on(how.top_p, logits),
+        _on(how.min_p, logits),
     )
     is_whole = (cuts.top_k >= vocab) & (cuts.top_p >= 1) & (cuts.min_p <= 0)
     if bool(is_whole.all()):
         return _inverse_cdf(probs, uniform)
-    chosen = torch.empty(len(seqs), dtype=torch.int64, device=device)
+    chosen = torch.empty(len(uniform), dtype=torch.int64, device=device)
     whole = is_whole.nonzero()[:, 0]
     if whole.numel():
         chosen[whole] = _inverse_cdf(probs[whole], uniform[whole])
     rest = (~is_whole).nonzero()[:, 0]
-    some = probs if rest.numel() == len(seqs) else probs[rest]
+    some = probs if rest.numel() == len(uniform) else probs[rest]
     values, ids = some.topk(min(vocab, NUM_CANDIDATES), dim=-1)
     is_enough = cuts.rows(rest).are_among(values, vocab)
     near, far = rest[is_enough], rest[~is_enough]
@@ -172,36 +156,12 @@ def _inverse_cdf(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     return torch.minimum(index, (weights > 0).cumsum(-1).argmax(-1))
 
 
-def uniform_number(seq: Sequence, num_ahead: int = 0) -> float:
-    """The number in [0, 1) for the sequence's token `num_ahead` places behind its next: of seed, index and place only.
-
-    The numbers are kept with the sequence and made `DRAWS_AHEAD` at a time, up to a place that depends on the seed,
-    so that sequences which begin together do not all need new ones in the same step.
-    """
-    first = seq.num_output_tokens
-    place = first + num_ahead
-    draws = seq.draws
-    if draws is None or not 0 <= place - draws.first < len(draws.numbers):
-        count = num_ahead + DRAWS_AHEAD - (place + seq.seed) % DRAWS_AHEAD
-        draws = seq.draws = Draws(first, uniform_numbers(seq.seed, seq.index, first, count))
-    return draws.numbers[place - draws.first]
-
-
-def uniform_numbers(seed: int, index: int, first: int, count: int) -> list[float]:
-    """The numbers in [0, 1) of `count` places from `first` on (Philox 4x64, Salmon et al., SC 2011)."""
-    key = np.array([seed % 2**64, index], dtype=np.uint64)
-    words = np.random.Philox(key=key, counter=first).random_raw(_WORDS * count)[::_WORDS]
-    numbers: list[float] = ((words >> np.uint64(11)) * 2.0**-53).tolist()
-    return numbers
-
-
-def _logprobs(logits: torch.Tensor, token_ids: list[int], seqs: list[Sequence]) -> list[TokenLogprob | None]:
-    wanted = [i for i, s in enumerate(seqs) if s.params.logprobs is not None]
-    found: list[TokenLogprob | None] = [None] * len(seqs)
+def _logprobs(logits: torch.Tensor, token_ids: list[int], top: list[int | None]) -> list[TokenLogprob | None]:
+    wanted = {i: num_top for i, num_top in enumerate(top) if num_top is not None}
+    found: list[TokenLogprob | None] = [None] * len(top)
     if wanted:
-        rows = torch.tensor(wanted, device=logits.device)
-        counts = [seqs[i].params.logprobs or 0 for i in wanted]
-        entries = token_logprobs(logits[rows], [token_ids[i] for i in wanted], counts)
+        rows = torch.tensor(list(wanted), device=logits.device)
+        entries = token_logprobs(logits[rows], [token_ids[i] for i in wanted], list(wanted.values()))
         for i, entry in zip(wanted, entries, strict=True):
             found[i] = entry
     return found

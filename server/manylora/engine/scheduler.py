@@ -14,7 +14,7 @@ from typing import Final, Protocol
 from manylora.engine.block_manager import BlockManager
 from manylora.engine.drafting import Drafter
 from manylora.engine.fairness import FairQueue
-from manylora.engine.interface import AdapterRef, FinishReason
+from manylora.engine.interface import AdapterRef, FinishReason, Task
 from manylora.engine.sequence import Sequence, SequenceStatus
 from manylora.engine.turns import Places, Turns
 from manylora.errors import ManyloraError
@@ -51,9 +51,19 @@ class Scheduled:
         return self.num_tokens + len(self.draft)
 
     @property
-    def samples(self) -> bool:
-        """The step reaches the sequence's last token, so the next one can be sampled."""
+    def reaches_end(self) -> bool:
+        """The step runs the sequence's last token."""
         return self.start + self.num_tokens == self.seq.num_tokens
+
+    @property
+    def samples(self) -> bool:
+        """The sequence's next token is wanted, and can be sampled."""
+        return self.seq.task is Task.GENERATE and self.reaches_end
+
+    @property
+    def is_scored(self) -> bool:
+        """Logits of this step are wanted for what they say of the prompt."""
+        return self.seq.scores_prompt or (self.seq.task is Task.SCORE and self.reaches_end)
 
 
 @dataclass(slots=True)

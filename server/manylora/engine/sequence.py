@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 from manylora.engine.detokenizer import Detokenizer
-from manylora.engine.interface import AdapterRef, FinishReason, SamplingParams, TokenLogprob
+from manylora.engine.interface import AdapterRef, FinishReason, SamplingParams, Task, TokenLogprob
 
 
 class SequenceStatus(StrEnum):
@@ -56,6 +56,7 @@ class Sequence:
         self.tokens = prompt_ids
         self.num_prompt_tokens = len(prompt_ids)
         self.params = params
+        self.task: Task = params.task
         self.adapter = adapter
         self.tenant = tenant
         self.weight = weight

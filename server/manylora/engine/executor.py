@@ -1,0 +1,103 @@
+"""The device part of a step: the model runs once over what the host part laid out, and its logits become tokens."""
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from manylora.engine.sampler import sample
+from manylora.engine.step_input import Sampled, SamplingInput, StepInput
+from manylora.kernels.batch import Batch
+from manylora.kernels.interface import LoraKernel, LoraPlan
+from manylora.kernels.rows import group_rows
+from manylora.lora.memory.device_memory import DeviceMemory
+from manylora.models.kv_cache import KVCache
+from manylora.models.wrapping import WrappedModel
+
+
+class Executor(Protocol):
+    """Runs steps, on one device or several, in this process or another. Called on the engine's thread.
+
+    The same step may be run again, as a whole or in parts: keys and values go to the same places. `block_size` is the
+    cache's; `spare_block` is a block of it that no sequence has.
+    """
+
+    @property
+    def block_size(self) -> int: ...
+
+    @property
+    def spare_block(self) -> int: ...
+
+    def forward(self, step: StepInput) -> Any:
+        """Run the model once. Returns the logits [L, vocab] of the rows that are wanted, or what stands for them."""
+        ...
+
+    def sample(self, logits: Any, wanted: SamplingInput) -> Sampled:
+        """Tokens and log-probabilities of what `forward` has returned."""
+        ...
+
+
+class LocalExecutor:
+    """An `Executor` in this process, on one device."""
+
+    def __init__(self, wrapped: WrappedModel, cache: KVCache, memory: DeviceMemory, kernel: LoraKernel) -> None:
+        self._wrapped = wrapped
+        self._vocab_size = wrapped.vocab_size
+        self._cache = cache
+        self._memory = memory
+        self._kernel = kernel
+        self._device = memory.device
+
+    @property
+    def block_size(self) -> int:
+        return self._cache.block_size
+
+    @property
+    def spare_block(self) -> int:
+        return self._cache.spare_block
+
+    @torch.inference_mode()
+    def forward(self, step: StepInput) -> torch.Tensor:
+        """Logits [L, vocab] of the rows that are wanted."""
+        batch = self._batch(step)
+        context = self._wrapped.context
+        context.batch = batch
+        try:
+            output = self._wrapped.model(
+                input_ids=batch.token_ids[None],
+                position_ids=batch.positions[None],
+                use_cache=False,
+                logits_to_keep=batch.logit_rows,
+            )
+        finally:
+            context.batch = None
+        logits: torch.Tensor = output.logits[0]
+        return logits[:, : self._vocab_size] if logits.shape[1] > self._vocab_size else logits
+
+    @torch.inference_mode()
+    def sample(self, logits: torch.Tensor, wanted: SamplingInput) -> Sampled:
+        return sample(logits, wanted)
+
+    def _batch(self, step: StepInput) -> Batch:
+        starts = step.query_starts.tolist()
+        return Batch(
+            token_ids=self._tensor(step.token_ids),
+            positions=self._tensor(step.positions),
+            kv_slots=self._tensor(step.kv_slots),
+            block_tables=self._tensor(step.block_tables),
+            query_starts=self._tensor(step.query_starts),
+            context_lens=self._tensor(step.context_lens),
+            num_decode=int((np.diff(step.query_starts) == 1).sum()),
+            starts=tuple(starts),
+            lens=tuple(step.context_lens.tolist()),
+            logit_rows=self._tensor(step.logit_rows),
+            lora=self._plan(step.slots),
+            logit_lora=self._plan(step.slots[step.logit_rows]),
+        )
+
+    def _plan(self, row_slots: np.ndarray) -> LoraPlan | None:
+        rows = group_rows(row_slots, self._memory.ranks, self._device)
+        return self._kernel.plan(rows, self._memory) if rows is not None else None
+
+    def _tensor(self, values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values).to(self._device)

@@ -1,0 +1,118 @@
+"""What a step computes, in numbers alone: numpy arrays and plain values that could be sent to another process.
+
+`model_runner` makes them of sequences; an executor (`executor`) runs them and knows no sequence.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from manylora.engine.interface import TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """T tokens of S sequences, one sequence after the other, without padding; those with one token first.
+
+    `token_ids`, `positions`, `kv_slots` int64 [T]; `kv_slots` is block * block_size + offset, where each token's key
+    and value go. `block_tables` int32 [S, most blocks], zero behind a sequence's own. `query_starts` int32 [S + 1]:
+    each sequence's run of tokens. `context_lens` int32 [S]: keys to look at, this step's included. `slots` int32 [T]:
+    each token's adapter slot, -1 for none. `logit_rows` int64 [L]: the tokens whose logits are wanted.
+    """
+
+    token_ids: np.ndarray
+    positions: np.ndarray
+    kv_slots: np.ndarray
+    block_tables: np.ndarray
+    query_starts: np.ndarray
+    context_lens: np.ndarray
+    slots: np.ndarray
+    logit_rows: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Adjustment:
+    """What changes the logits of row `row` before a token is drawn of it.
+
+    `seen` int64: tokens of prompt and output, each once, for `repetition_penalty`. `output` int64 and `counts`
+    float32: tokens of the output and how often, for the other two penalties. `biased` int64 and `bias` float32.
+    """
+
+    row: int
+    seen: np.ndarray
+    repetition_penalty: float
+    output: np.ndarray
+    counts: np.ndarray
+    presence_penalty: float
+    frequency_penalty: float
+    biased: np.ndarray
+    bias: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """Rows that are drawn by chance: their numbers `rows` int64 [N] among those that are sampled, and for each its
+    `temperature`, `top_p`, `min_p` float32, `top_k` int64 (0: all) and `uniform` float64, a number in [0, 1).
+    """
+
+    rows: np.ndarray
+    temperature: np.ndarray
+    top_k: np.ndarray
+    top_p: np.ndarray
+    min_p: np.ndarray
+    uniform: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Rows of one prompt whose logits are wanted for themselves: `num_rows` from `first` on.
+
+    `following`: the tokens that the first of these rows are to be asked for, each with its `num_top` likeliest.
+    `captures`: the logits are wanted whole instead. `checks_last`: nothing is sampled of the last row, so whether it is
+    finite has to be asked.
+    """
+
+    first: int
+    num_rows: int
+    following: list[int]
+    num_top: int
+    captures: bool
+    checks_last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingInput:
+    """What is wanted of a step's logits [L, vocab]: a token of each of `rows` int64 [R], and `scored` rows.
+
+    Of the R rows, `top` [R] is how many likeliest tokens' log-probabilities are reported beside the chosen one's (0:
+    the chosen one's alone), None where none is.
+    """
+
+    rows: np.ndarray
+    top: list[int | None]
+    adjustments: list[Adjustment]
+    draw: Draw | None
+    scored: list[Scored]
+
+
+@dataclass(slots=True)
+class ScoredRows:
+    """What was asked of some rows of a prompt. `captured`: their logits, float32 [rows, vocab]."""
+
+    entries: list[TokenLogprob]
+    captured: np.ndarray | None
+    is_finite: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One token per row, and its log-probabilities where they are wanted; and what was `scored`, in that order.
+
+    `is_finite` is False for a row whose logits hold NaN or infinity, so that its token means nothing. A logit of
+    -inf is a token that the model rules out; only a row of nothing else is not finite.
+    """
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprob | None]
+    is_finite: list[bool]
+    scored: list[ScoredRows]
