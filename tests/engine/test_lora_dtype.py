@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from manylora.engine.build import EngineBuilder
 from manylora.engine.interface import AdapterRef
 from manylora.lora.format.reader import read_trusted
-from manylora.lora.memory.layout import NumberFormat
 from manylora.lora.memory.packing import KeepAs
+from manylora.lora.memory.terms import NumberFormat
 from manylora.metrics import Metrics
 from manylora.models.loading import load_base
 from manylora.models.wrapping import adaptable_modules

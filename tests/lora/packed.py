@@ -28,7 +28,7 @@ def random_packed(
     data = torch.zeros(layout.numel, dtype=dtype)
     pairs: dict[int, LowRank] = {}
     for site, rank in ranks.items():
-        extent = layout.extents[site]
+        extent = layout.low_rank[site]
         a = torch.randn(rank, extent.in_features, generator=generator)
         b = torch.randn(rank, extent.out_features, generator=generator)
         pair = LowRank((a / extent.in_features**0.5).to(dtype), (b / rank**0.5).to(dtype))

@@ -82,7 +82,8 @@ def check(folder: Path, specs: dict[str, ModuleSpec]) -> Adapter:
 def assert_same_deltas(adapter: Adapter, specs: dict[str, ModuleSpec], deltas: dict[str, Any]) -> None:
     assert set(adapter.matched) == set(deltas)
     for module in adapter.modules:
-        delta = module.scale * (module.b.to_float32() @ module.a.to_float32())
+        (term,) = module.terms
+        delta = term.scale * (term.b.to_float32() @ term.a.to_float32())
         # PEFT gives the delta in the layout of the base's weight, which only nn.Linear stores [out, in].
         theirs = deltas[module.path] if specs[module.path].kind == "linear" else deltas[module.path].T
         np.testing.assert_allclose(delta, theirs, rtol=1e-4, atol=1e-5)
@@ -197,7 +198,7 @@ def test_each_served_dtype_is_read_exactly(tmp_path: Path, dtype: torch.dtype) -
     for module in check(tmp_path, specs).modules:
         if module.kind == "linear":
             name = f"base_model.model.{module.path}.lora_A.weight"
-            np.testing.assert_array_equal(module.a.to_float32(), tensors[name].float().numpy())
+            np.testing.assert_array_equal(module.terms[0].a.to_float32(), tensors[name].float().numpy())
 
 
 def test_copy_of_the_embedding_that_peft_saves_is_left_aside_with_a_warning(tmp_path: Path) -> None:

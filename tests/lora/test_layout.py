@@ -2,7 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manylora.lora.memory.layout import ITEM_BYTES, RANK_STEP, Layout, NumberFormat, padded_rank
+from manylora.lora.memory.layout import Layout
+from manylora.lora.memory.terms import ITEM_BYTES, RANK_STEP, NumberFormat, padded_rank
 
 SHAPES = {site: (3 + 7 * site, 5 + 4 * site) for site in range(12)}
 
@@ -19,9 +20,9 @@ def test_ranks_are_padded_to_the_next_step(rank: int, padded: int) -> None:
 )
 def test_matrices_have_room_and_do_not_overlap(ranks: dict[int, int], dtype: NumberFormat, has_scales: bool) -> None:
     layout = Layout.of(ranks, SHAPES, dtype, has_scales=has_scales)
-    assert list(layout.extents) == sorted(ranks)
+    assert list(layout.low_rank) == sorted(ranks)
     end = 0
-    for site, extent in layout.extents.items():
+    for site, extent in layout.low_rank.items():
         assert (extent.in_features, extent.out_features) == SHAPES[site]
         assert ranks[site] <= extent.padded < ranks[site] + RANK_STEP
         assert end <= extent.a

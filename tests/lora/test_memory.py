@@ -95,7 +95,7 @@ def test_a_used_place_holds_nothing_of_the_adapter_before() -> None:
     new = device.bring(packed)
     assert (new.slab, new.row) == (old.slab, old.row)
     device.assert_holds(new.slot, pairs)
-    padding = device.memory.slabs[new.slab].stack_b(packed.layout.extents[0])[new.row, 5:]
+    padding = device.memory.slabs[new.slab].stack_b(packed.layout.low_rank[0])[new.row, 5:]
     assert not padding.any()
     device.evict(keeper.slot)
 
@@ -152,7 +152,7 @@ def test_tables_hold_the_addresses_of_the_scales_of_int8_adapters(places_per_sla
         packed, _ = random_packed({0: 3, 2: 8}, SHAPES, seed=seed, dtype=torch.int8)
         place = device.bring(packed)
         for site in (0, 2):
-            scales = device.memory.slabs[place.slab].stack_scales(packed.layout.extents[site])[place.row]
+            scales = device.memory.slabs[place.slab].stack_scales(packed.layout.low_rank[site])[place.row]
             assert scales.is_contiguous()
             entry = TableEntry(*device.memory.tables[site, place.slot].tolist())
             assert (entry.scales, entry.dtype) == (scales.data_ptr(), DTYPE_CODES[torch.int8])

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from manylora.kernels.reference import LowRank, add_lora
 from manylora.lora.format import reader as adapter_format
-from manylora.lora.memory.layout import padded_rank
 from manylora.lora.memory.packing import PackedAdapter, pack
+from manylora.lora.memory.terms import padded_rank
 from manylora.models.wrapping import adaptable_modules
 from tests.conftest import ModelMaker
 from tests.engine.harness import load
@@ -39,7 +39,7 @@ def packed(
 
 
 def low_rank(found: PackedAdapter, site: int, *, is_embedding: bool) -> LowRank:
-    extent, rank = found.layout.extents[site], found.ranks[site]
+    extent, rank = found.layout.low_rank[site], found.ranks[site]
     a = found.data[extent.a : extent.a + extent.padded * extent.in_features]
     b = found.data[extent.b : extent.b + extent.padded * extent.out_features].view(extent.padded, -1)
     wide = a.view(-1, extent.padded).T if is_embedding else a.view(extent.padded, -1)
@@ -50,7 +50,7 @@ def low_rank(found: PackedAdapter, site: int, *, is_embedding: bool) -> LowRank:
 
 def scales_of(found: PackedAdapter, site: int) -> torch.Tensor:
     count = found.ranks[site] * found.layout.scale_elements
-    return found.data[found.layout.extents[site].scales :][:count].view(torch.float32)
+    return found.data[found.layout.low_rank[site].scales :][:count].view(torch.float32)
 
 
 @pytest.mark.parametrize("architecture", EVERYTHING)

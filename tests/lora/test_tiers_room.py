@@ -56,7 +56,7 @@ def test_a_step_that_was_planned_before_an_adapter_moved_multiplies_the_same_num
     setup = Setup(slots=8, device_bytes=6 * SMALL, places_per_slab=PLACES)
     setup.use(1)
     slot = setup.get(0)
-    rows = group_rows(torch.tensor([slot] * 3, dtype=torch.int32).numpy(), setup.memory.ranks, torch.device("cpu"))
+    rows = group_rows(torch.tensor([slot] * 3, dtype=torch.int32).numpy(), setup.memory.touches, torch.device("cpu"))
     assert rows is not None
     planned = TorchKernel().plan(rows, setup.memory)
     before = setup.memory.locate(slot)
@@ -67,7 +67,7 @@ def test_a_step_that_was_planned_before_an_adapter_moved_multiplies_the_same_num
     assert [part.slab for part in planned._slabs] == [before[0]]
     assert [part.slab for part in again._slabs] == [setup.memory.locate(slot)[0]]
     after = setup.memory.locate(slot)
-    extent = before[0].layout.extents[0]
+    extent = before[0].layout.low_rank[0]
     assert torch.equal(before[0].stack_a(extent)[before[1]], after[0].stack_a(extent)[after[1]])
     assert setup.holds(0, slot)
     setup.tiers.close()

@@ -139,7 +139,7 @@ def test_a_step_moves_nothing_to_the_device_layer_by_layer() -> None:
         memory.fill(place, packed)
         memory.publish(place, packed)
     row_slots = torch.tensor(prompts(made, range(3), 12), dtype=torch.int32).numpy()
-    rows = group_rows(row_slots, made.memory.ranks, torch.device("cpu"))
+    rows = group_rows(row_slots, made.memory.touches, torch.device("cpu"))
     assert rows is not None
     plan = made.kernel.plan(rows, memory)
     operations = Operations()

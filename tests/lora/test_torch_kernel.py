@@ -63,7 +63,7 @@ class Fleet:
         return SiteGroup(first, offsets, torch.tensor(offsets, dtype=torch.int32))
 
     def plan(self, row_slots: list[int]) -> LoraPlan:
-        rows = group_rows(np.array(row_slots, dtype=np.int32), self.memory.ranks, CPU)
+        rows = group_rows(np.array(row_slots, dtype=np.int32), self.memory.touches, CPU)
         assert rows is not None
         return self.kernel.plan(rows, self.memory)
 

@@ -27,7 +27,7 @@ def ref(number: int) -> AdapterRef:
 
 def numbered(number: int) -> Adapter:
     """What the reader makes of adapter N. Only its digest is looked at, by `Disk.pack`."""
-    return Adapter(8, 8.0, [], None, (), f"digest-{number}", 0, [], [])
+    return Adapter(8, 8.0, [], None, (), f"digest-{number}", 0, [], [], "lora")
 
 
 def weights(number: int) -> tuple[PackedAdapter, dict[int, LowRank]]:

@@ -174,7 +174,7 @@ def new_version(folder: Path, adapter: Adapter, effect: Effect | None, *, blob: 
         id=new_id("version"),
         digest=adapter.digest,
         blob=blob or blob_of_folder(folder),
-        kind="lora",
+        kind=adapter.kind,
         rank=adapter.rank,
         alpha=adapter.alpha,
         target_modules=tuple(adapter.target_modules),

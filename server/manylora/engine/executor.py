@@ -96,7 +96,7 @@ class LocalExecutor:
         )
 
     def _plan(self, row_slots: np.ndarray) -> LoraPlan | None:
-        rows = group_rows(row_slots, self._memory.ranks, self._device)
+        rows = group_rows(row_slots, self._memory.touches, self._device)
         return self._kernel.plan(rows, self._memory) if rows is not None else None
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:

@@ -24,11 +24,11 @@ class LoraRows:
     starts: tuple[int, ...]
 
 
-def group_rows(row_slots: np.ndarray, ranks: np.ndarray, device: torch.device) -> LoraRows | None:
+def group_rows(row_slots: np.ndarray, touches: np.ndarray, device: torch.device) -> LoraRows | None:
     """Group rows by slot.
 
-    `row_slots` int32 [T], -1 for the bare base; `ranks` int32 [sites, slots], 0 where a slot's adapter does
-    not touch the site. None when no row has an adapter.
+    `row_slots` int32 [T], -1 for the bare base; `touches` bool [sites, slots], false where a slot's adapter has
+    nothing at the site. None when no row has an adapter.
     """
     rows = np.flatnonzero(row_slots >= 0).astype(np.int32)
     if not rows.size:
@@ -40,7 +40,7 @@ def group_rows(row_slots: np.ndarray, ranks: np.ndarray, device: torch.device) -
         order=torch.from_numpy(order).to(device),
         segment_slots=torch.from_numpy(slots.astype(np.int32)).to(device),
         segment_starts=torch.from_numpy(ends).to(device),
-        touched=np.any(ranks[:, slots] > 0, axis=1).tolist(),
+        touched=np.any(touches[:, slots], axis=1).tolist(),
         slots=tuple(slots.tolist()),
         starts=tuple(ends.tolist()),
     )

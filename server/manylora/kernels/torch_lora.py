@@ -14,7 +14,7 @@ from manylora.kernels.cpu import cpu_multiplies
 from manylora.kernels.interface import LoraPlan, SiteGroup, add_embedding_
 from manylora.kernels.rows import LoraRows
 from manylora.lora.memory.device_memory import DeviceMemory, Slab
-from manylora.lora.memory.layout import Extent
+from manylora.lora.memory.terms import LowRankExtent
 
 MAX_BATCHED_ROWS = 4  # segments with more rows are multiplied as matrices of their own, or in groups
 # A group of segments is one operation that the cores share, instead of one each, but every row is multiplied with all
@@ -123,7 +123,7 @@ class TorchPlan(LoraPlan):
     def add_(self, out: torch.Tensor, x: torch.Tensor, group: SiteGroup) -> None:
         wide = _wide(x)
         for part in self._slabs:
-            extents = part.slab.layout.extents
+            extents = part.slab.layout.low_rank
             members = [
                 (_columns(out, group, m), extents[site]) for m, site in enumerate(group.sites) if site in extents
             ]
@@ -146,7 +146,7 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
 
 
 def _weights(
-    slab: Slab, extent: Extent, places: slice | torch.Tensor, dtype: torch.dtype
+    slab: Slab, extent: LowRankExtent, places: slice | torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A and B of some places, for a matmul in `dtype`: as they are where they are held in it, else converted copies."""
     a, b = slab.stack_a(extent)[places], slab.stack_b(extent)[places]
@@ -155,7 +155,7 @@ def _weights(
     return a.to(dtype), b.to(dtype)
 
 
-def _add_small(wide: torch.Tensor, slab: Slab, part: _Small, members: list[tuple[torch.Tensor, Extent]]) -> None:
+def _add_small(wide: torch.Tensor, slab: Slab, part: _Small, members: list[tuple[torch.Tensor, LowRankExtent]]) -> None:
     """The deltas of segments of few rows, to each member's columns of the output."""
     gathered = wide.index_select(0, part.index).view(part.high - part.low, part.width, wide.shape[1])
     for out, extent in members:
@@ -184,7 +184,7 @@ def _found(batched: torch.Tensor, part: _Small) -> torch.Tensor:
     return flat if part.found is None else flat.index_select(0, part.found)
 
 
-def _add_large(wide: torch.Tensor, slab: Slab, part: _Large, members: list[tuple[torch.Tensor, Extent]]) -> None:
+def _add_large(wide: torch.Tensor, slab: Slab, part: _Large, members: list[tuple[torch.Tensor, LowRankExtent]]) -> None:
     """The same of segments of many rows.
 
     Each member has a rank of its own in a layout, so each is multiplied in groups or not.

@@ -115,7 +115,7 @@ class ProbeAdapter:
         layout = Layout.of(dict.fromkeys(shapes, _RANK), shapes, FORMATS[self._dtype])
         data = torch.zeros(layout.numel, dtype=self._dtype)
         for path, spec in self._modules.items():
-            extent = layout.extents[sites[path]]
+            extent = layout.low_rank[sites[path]]
             a, b = self.matrices(path)
             room_a = data[extent.a : extent.a + extent.padded * extent.in_features]
             room_b = data[extent.b : extent.b + extent.padded * extent.out_features]

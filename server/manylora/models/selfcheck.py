@@ -251,7 +251,7 @@ class SelfCheck:
         )
 
     def _plan(self, slots: np.ndarray) -> LoraPlan | None:
-        rows = group_rows(slots, self._memory.ranks, self._memory.device)
+        rows = group_rows(slots, self._memory.touches, self._memory.device)
         return self._kernel.plan(rows, self._memory) if rows is not None else None
 
 

@@ -75,8 +75,9 @@ def read_lora(folder: Path, modules: Mapping[str, ModuleSpec] | None = None) -> 
     config, tensors = read_adapter_files(folder)
     adapter = read(folder, modules or _own_modules(tensors), max_rank=_NO_LIMIT, max_size=_NO_LIMIT)
     pairs = {
-        m.path: Pair(m.kind, torch.from_numpy(m.a.to_float32()), torch.from_numpy(m.b.to_float32()) * m.scale)
+        m.path: Pair(m.kind, torch.from_numpy(t.a.to_float32()), torch.from_numpy(t.b.to_float32()) * t.scale)
         for m in adapter.modules
+        for t in m.terms
     }
     dtype = next(iter(tensors.values())).dtype
     return Lora(pairs, config, dtype, adapter.size_bytes)

@@ -137,26 +137,11 @@ def parse(raw: dict[str, Any], problems: Problems, warnings: list[str]) -> LoraS
 
     Unsupported features alone are problems, but do not make the result None.
     """
-    if not _is_lora(raw, problems):
-        return None
     _check_keys(raw, problems, warnings)
     _check_features(raw, problems)
     fields = _Fields(raw, problems)
     settings = fields.settings()
     return None if fields.is_bad else settings
-
-
-def _is_lora(raw: dict[str, Any], problems: Problems) -> bool:
-    where, kind = f"{CONFIG_FILE}: peft_type", raw.get("peft_type")
-    if kind == "LORA":
-        return True
-    if isinstance(kind, str) and kind:
-        problems.add(
-            "unsupported_feature", where, f"Adapters of type {shown(kind)} are not served; train a LoRA adapter."
-        )
-    else:
-        problems.add("bad_config", where, f'It must be "LORA", not {shown(kind)}. Is this a PEFT adapter config?')
-    return False
 
 
 def _check_keys(raw: dict[str, Any], problems: Problems, warnings: list[str]) -> None:

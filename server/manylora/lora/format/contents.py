@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from manylora.identity import TENSOR_FILE
 from manylora.lora.format.problems import Problems, listed, shown
-from manylora.lora.format.spec import LoraModule
+from manylora.lora.format.spec import AdaptedModule, Term
 from manylora.lora.format.tensors import TensorView
 
 # dtype -> (numpy's type of the raw bits, mask without the sign, smallest bit pattern that is not finite)
@@ -75,11 +75,10 @@ def check_values(tensors: Mapping[str, TensorView], problems: Problems) -> None:
             problems.add("not_finite", where, "It holds NaN or infinity: the training diverged; train it again.")
 
 
-def check_effect(modules: Iterable[LoraModule], problems: Problems, warnings: list[str]) -> None:
+def check_effect(modules: Sequence[AdaptedModule], problems: Problems, warnings: list[str]) -> None:
     """`no_effect` where every module's delta is zero; a warning where some are."""
-    pairs = list(modules)
-    idle = [pair.path for pair in pairs if pair.scale == 0 or _scan(pair.b).is_zero or _scan(pair.a).is_zero]
-    if pairs and len(idle) == len(pairs):
+    idle = [module.path for module in modules if all(map(_is_idle, module.terms))]
+    if modules and len(idle) == len(modules):
         problems.add(
             "no_effect",
             TENSOR_FILE,
@@ -87,7 +86,11 @@ def check_effect(modules: Iterable[LoraModule], problems: Problems, warnings: li
             "it was trained?",
         )
     elif idle:
-        warnings.append(f"{len(idle)} of {len(pairs)} modules are zero and change nothing: {listed(idle, 3)}.")
+        warnings.append(f"{len(idle)} of {len(modules)} modules are zero and change nothing: {listed(idle, 3)}.")
+
+
+def _is_idle(term: Term) -> bool:
+    return term.scale == 0 or _scan(term.b).is_zero or _scan(term.a).is_zero
 
 
 def num_different(copy: TensorView, base: TensorView | None) -> int:

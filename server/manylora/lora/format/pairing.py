@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from manylora.identity import CONFIG_FILE, TENSOR_FILE
 from manylora.lora.format import contents
 from manylora.lora.format.problems import Problems, listed, shown
-from manylora.lora.format.spec import BaseWeights, LoraModule, ModuleSpec
+from manylora.lora.format.spec import AdaptedModule, BaseWeights, LowRank, ModuleKind, ModuleSpec
 from manylora.lora.format.targets import Target
 from manylora.lora.format.tensors import TensorView
 
@@ -77,6 +77,18 @@ def refuse_experts(tensors: Mapping[str, TensorView], modules: Mapping[str, Modu
     return bool(paths)
 
 
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """A module's two tensors, whatever their shapes are, with what the config says of them."""
+
+    path: str
+    kind: ModuleKind
+    rank: int
+    scale: float
+    a: TensorView
+    b: TensorView
+
+
 @dataclass
 class Pairing:
     """One run of the comparison. Adds its findings to `problems` and `warnings`."""
@@ -88,18 +100,18 @@ class Pairing:
     warnings: list[str]
     base: BaseWeights | None = None
 
-    def run(self, tensors: Mapping[str, TensorView]) -> tuple[LoraModule, ...]:
-        """The low-rank pairs, in the base's order; complete only when no problem was added."""
+    def run(self, tensors: Mapping[str, TensorView]) -> tuple[AdaptedModule, ...]:
+        """The modules with their low-rank terms, in the base's order; complete only when no problem was added."""
         found = self._group(tensors)
         self._check_strangers(found)
         pairs = [
-            LoraModule(path, t.spec.kind, t.rank, t.scale, found[path].tensors["a"], found[path].tensors["b"])
+            _Pair(path, t.spec.kind, t.rank, t.scale, found[path].tensors["a"], found[path].tensors["b"])
             for path, t in self.targets.items()
             if self._is_complete(path, found)
         ]
         self._check_missing_layers(found)
         self._check_shapes(pairs, found)
-        return tuple(pairs)
+        return tuple(AdaptedModule(p.path, p.kind, (LowRank(p.rank, p.scale, p.a, p.b),)) for p in pairs)
 
     def _add(self, code: str, name: str, message: str) -> None:
         self.problems.add(code, f"{TENSOR_FILE}: {shown(name)}", message)
@@ -230,8 +242,8 @@ class Pairing:
     def _mismatch(self, message: str) -> None:
         self.problems.add("base_mismatch", f"{CONFIG_FILE}: base_model_name_or_path", message)
 
-    def _check_shapes(self, pairs: Iterable[LoraModule], found: dict[str, _Found]) -> None:
-        foreign: dict[str, list[LoraModule]] = defaultdict(list)
+    def _check_shapes(self, pairs: Iterable[_Pair], found: dict[str, _Found]) -> None:
+        foreign: dict[str, list[_Pair]] = defaultdict(list)
         fitting: set[str] = set()
         for pair in pairs:
             spec = self.modules[pair.path]
@@ -254,7 +266,7 @@ class Pairing:
             for pair in group:
                 self._wrong_shapes(pair, found[pair.path])
 
-    def _wrong_shapes(self, pair: LoraModule, found: _Found) -> None:
+    def _wrong_shapes(self, pair: _Pair, found: _Found) -> None:
         spec = self.modules[pair.path]
         for part, shape in (("a", (pair.rank, spec.in_features)), ("b", (spec.out_features, pair.rank))):
             view: TensorView = found.tensors[part]
@@ -266,7 +278,7 @@ class Pairing:
                     f"{spec.out_features} module takes {shown(list(shape))}.",
                 )
 
-    def _explain_shapes(self, foreign: dict[str, list[LoraModule]]) -> None:
+    def _explain_shapes(self, foreign: dict[str, list[_Pair]]) -> None:
         lines = []
         for leaf, group in sorted(foreign.items()):
             spec, (inside, outside) = self.modules[group[0].path], _widths(group[0])
@@ -278,11 +290,11 @@ class Pairing:
         )
 
 
-def _widths(pair: LoraModule) -> tuple[int, int]:
+def _widths(pair: _Pair) -> tuple[int, int]:
     return pair.a.shape[1], pair.b.shape[0]
 
 
-def _fits_another_base(pair: LoraModule) -> bool:
+def _fits_another_base(pair: _Pair) -> bool:
     """A sound pair of the configured rank, whose widths only are not this base's."""
     is_pair = len(pair.a.shape) == len(pair.b.shape) == 2
     return is_pair and pair.a.shape[0] == pair.b.shape[1] == pair.rank and min(_widths(pair)) > 0

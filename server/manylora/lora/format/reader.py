@@ -1,7 +1,7 @@
 """Reads and validates an adapter in PEFT's layout: the one reader of start-up import, hot upload and loader.
 
-    folder ── check_listing ──► adapter_config.json ── parse ──► LoraSettings ── resolve ──► targets ─┐
-                            └► adapter_model.safetensors ── parse ──► tensors ── check_values ───────┴─► pairs
+    folder ── check_listing ──► adapter_config.json ── kinds.reading_of ──► reading of its kind ─┐
+                            └► adapter_model.safetensors ── parse ──► tensors ── check_values ───┴─► modules, terms
 
 Safetensors only, no torch, and every problem at once. `docs/adapters.md` says what is served and what is not.
 """
@@ -15,19 +15,19 @@ from typing import Any, Final
 from manylora.errors import InvalidAdapter, Problem
 from manylora.identity import CONFIG_FILE, TENSOR_FILE
 from manylora.lora.format import config as peft_config
-from manylora.lora.format import contents, pairing, targets
+from manylora.lora.format import contents, kinds
 from manylora.lora.format import folder as listing
 from manylora.lora.format import tensors as safetensors_file
-from manylora.lora.format.config import LoraSettings
+from manylora.lora.format.kinds import Reading
 from manylora.lora.format.problems import Problems
-from manylora.lora.format.spec import Adapter, BaseWeights, LoraModule, ModuleKind, ModuleSpec
-from manylora.lora.format.targets import Target
+from manylora.lora.format.spec import AdaptedModule, Adapter, Base, BaseWeights, LowRank, ModuleKind, ModuleSpec
 from manylora.lora.format.tensors import TensorView
 
 __all__ = [
+    "AdaptedModule",
     "Adapter",
     "InvalidAdapter",
-    "LoraModule",
+    "LowRank",
     "ModuleKind",
     "ModuleSpec",
     "Problem",
@@ -64,35 +64,20 @@ def _open(folder: Path, problems: Problems) -> _Files:
     return _Files(config, tensors)
 
 
-def _pair(
-    settings: LoraSettings,
-    tensors: dict[str, TensorView],
-    modules: Mapping[str, ModuleSpec],
-    planned: Mapping[str, Target] | None,
-    problems: Problems,
-    warnings: list[str],
-    base: BaseWeights | None = None,
-) -> tuple[LoraModule, ...]:
-    if planned is None or not settings.has_plain_layout:
-        return ()
-    name = settings.base_model_name_or_path
-    return pairing.Pairing(planned, modules, name, problems, warnings, base).run(tensors)
-
-
 def _build(
-    settings: LoraSettings, modules: tuple[LoraModule, ...], digest: str, size_bytes: int, warnings: list[str]
+    reading: Reading, modules: tuple[AdaptedModule, ...], digest: str, size_bytes: int, warnings: list[str]
 ) -> Adapter:
-    names = settings.target_modules
     return Adapter(
-        rank=max(module.rank for module in modules),
-        alpha=float(settings.alpha),
-        target_modules=[names] if isinstance(names, str) else sorted(names),
-        base_model_name_or_path=settings.base_model_name_or_path,
+        rank=max(term.rank for module in modules for term in module.terms),
+        alpha=reading.alpha,
+        target_modules=reading.target_modules,
+        base_model_name_or_path=reading.base_model_name_or_path,
         modules=modules,
         digest=digest,
         size_bytes=size_bytes,
         matched=[module.path for module in modules],
         warnings=warnings,
+        kind=reading.kind,
     )
 
 
@@ -117,22 +102,21 @@ def read(
         warnings.append(said)
     listing.check_listing(folder, aside, problems)
     files = _open(folder, problems)
-    settings = peft_config.parse(files.config, problems, warnings) if files.config is not None else None
-    pairs: tuple[LoraModule, ...] = ()
+    reading = None if files.config is None else kinds.reading_of(files.config, problems, warnings)
+    found: tuple[AdaptedModule, ...] = ()
     if files.tensors is not None:
         contents.check_values(files.tensors, problems)
-        if settings is not None and not pairing.refuse_experts(files.tensors, modules, problems):
-            planned = targets.resolve(settings, modules, max_rank, problems, warnings)
-            pairs = _pair(settings, files.tensors, modules, planned, problems, warnings, base)
+        if reading is not None:
+            found = reading.modules(files.tensors, Base(modules, max_rank, base), problems, warnings)
         if not problems.has("wrong_dtype", "wrong_shape"):
-            contents.check_effect(pairs, problems, warnings)
+            contents.check_effect(found, problems, warnings)
     problems.raise_if_any()
     # What could not be read is a problem, so everything is there from here on.
-    assert settings is not None
+    assert reading is not None
     assert files.config is not None
     assert files.tensors is not None
     digest = contents.digest(peft_config.canonical(files.config), files.tensors)
-    return _build(settings, pairs, digest, size_bytes, warnings)
+    return _build(reading, found, digest, size_bytes, warnings)
 
 
 def read_trusted(folder: Path, modules: Mapping[str, ModuleSpec], *, digest: str = "") -> Adapter:
@@ -144,19 +128,18 @@ def read_trusted(folder: Path, modules: Mapping[str, ModuleSpec], *, digest: str
     """
     problems, warnings = Problems(), list[str]()
     files = _open(folder, problems)
-    settings = peft_config.parse(files.config, problems, warnings) if files.config is not None else None
-    pairs: tuple[LoraModule, ...] = ()
-    if settings is not None and files.tensors is not None:
-        planned = targets.as_accepted(settings, modules, pairing.ranks_of(files.tensors), problems)
-        pairs = _pair(settings, files.tensors, modules, planned, problems, warnings)
-    for pair in pairs:
-        if not {pair.a.dtype, pair.b.dtype} <= set(contents.SERVED_DTYPES):
-            problems.add("wrong_dtype", TENSOR_FILE, f"{pair.path} is not {', '.join(contents.SERVED_DTYPES)}.")
-    if not problems and (settings is None or not pairs):
+    reading = None if files.config is None else kinds.reading_of(files.config, problems, warnings)
+    found: tuple[AdaptedModule, ...] = ()
+    if reading is not None and files.tensors is not None:
+        found = reading.accepted(files.tensors, modules, problems, warnings)
+    for module in found:
+        if not {view.dtype for term in module.terms for view in term.views} <= set(contents.SERVED_DTYPES):
+            problems.add("wrong_dtype", TENSOR_FILE, f"{module.path} is not {', '.join(contents.SERVED_DTYPES)}.")
+    if not problems and (reading is None or not found):
         listing.check_listing(folder, listing.names_in(folder), problems)
     problems.raise_if_any()
-    assert settings is not None
-    return _build(settings, pairs, digest, listing.size_of(folder), warnings)
+    assert reading is not None
+    return _build(reading, found, digest, listing.size_of(folder), warnings)
 
 
 def digest_of(folder: Path) -> str:

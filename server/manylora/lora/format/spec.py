@@ -1,5 +1,6 @@
 """The plain values of the adapter format: what the base offers, what an adapter brings."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -36,37 +37,65 @@ class BaseWeights(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class LoraModule:
-    """The low-rank pair of one module: y += scale * B (A x), whatever the kind.
+class Base:
+    """What an adapter is held against.
 
-    linear and conv1d: a [rank, in_features], b [out_features, rank]. embedding: x is one-hot, so a is
-    [rank, vocabulary] and b is [hidden, rank]. `scale` is alpha/rank, or alpha/sqrt(rank) for rsLoRA.
+    `modules` by path, in the base's order. `weights` are the base's own numbers, None where they are not at hand.
     """
 
-    path: str
-    kind: ModuleKind
+    modules: Mapping[str, ModuleSpec]
+    max_rank: int
+    weights: BaseWeights | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """A term: y += scale * B (A x).
+
+    linear and conv1d: a [rank, in_features], b [out_features, rank]. embedding: x is one-hot, so a is
+    [rank, vocabulary] and b is [hidden, rank]. For LoRA `scale` is alpha/rank, or alpha/sqrt(rank) for rsLoRA.
+    """
+
     rank: int
     scale: float
     a: TensorView
     b: TensorView
+
+    @property
+    def views(self) -> tuple[TensorView, ...]:
+        """Every tensor of the term."""
+        return self.a, self.b
+
+
+Term = LowRank  # one class for each thing that an adapter may do to a module
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptedModule:
+    """What an adapter does to one module of the base: terms, each of another class."""
+
+    path: str
+    kind: ModuleKind
+    terms: tuple[Term, ...]
 
 
 @dataclass(frozen=True)
 class Adapter:
     """A validated adapter. `modules` are in the order of the base's modules.
 
-    `rank` is the largest of its modules, `alpha` the config's `lora_alpha`; `target_modules` is the config's
-    list (sorted), or its one pattern. `digest` is the sha256 of the canonical content: the config as sorted
-    JSON and the tensors by name, whatever the layout of the file; "" where a trusted read was not given it.
-    `size_bytes` is that of the two files. `matched` are the adapted modules' paths.
+    `kind` is what the registry calls its kind of adapter. `rank` is the largest of its modules, `alpha` the config's
+    `lora_alpha`; `target_modules` is the config's list (sorted), or its one pattern. `digest` is the sha256 of the
+    canonical content: the config as sorted JSON and the tensors by name, whatever the layout of the file; "" where a
+    trusted read was not given it. `size_bytes` is that of the two files. `matched` are the adapted modules' paths.
     """
 
     rank: int
     alpha: float
     target_modules: list[str]
     base_model_name_or_path: str | None
-    modules: tuple[LoraModule, ...]
+    modules: tuple[AdaptedModule, ...]
     digest: str
     size_bytes: int
     matched: list[str]
     warnings: list[str]
+    kind: str

@@ -6,20 +6,23 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from manylora.lora.memory.layout import Extent, Layout
+from manylora.lora.memory.layout import Layout
 from manylora.lora.memory.packing import TORCH_DTYPES, PackedAdapter
 from manylora.lora.memory.pages import zeros
 from manylora.lora.memory.slots import Place
+from manylora.lora.memory.terms import LowRankExtent
 
 # How kernels are told an adapter's number format; csrc/kernels.h has the same.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 
 
 class TableEntry(NamedTuple):
-    """What kernels are told of one slot at one site; `LoraEntry` of csrc/kernels.h has the same fields in this order.
+    """What kernels are told of one slot's low-rank term at one site.
 
-    `a`, `b`: addresses of A [rank, in_features] and B [rank, out_features]; `rank` 0: the site is not touched, and
-    nothing else is read. `scales`: address of float32 [rank] by which A x is multiplied, or 0. `dtype`: one of
+    `LoraEntry` of csrc/kernels.h has the same fields in this order.
+
+    `a`, `b`: addresses of A [rank, in_features] and B [rank, out_features]; `rank` 0: there is none, and nothing
+    else is read. `scales`: address of float32 [rank] by which A x is multiplied, or 0. `dtype`: one of
     `DTYPE_CODES`.
     """
 
@@ -51,15 +54,15 @@ class Slab:
     views: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
     finite: set[int] = field(default_factory=set)
 
-    def stack_a(self, extent: Extent) -> torch.Tensor:
+    def stack_a(self, extent: LowRankExtent) -> torch.Tensor:
         """A of every place: [places, padded rank, in_features], a view."""
         return self._stack(extent.a, extent.padded, extent.in_features)
 
-    def stack_b(self, extent: Extent) -> torch.Tensor:
+    def stack_b(self, extent: LowRankExtent) -> torch.Tensor:
         """B of every place: [places, padded rank, out_features], a view."""
         return self._stack(extent.b, extent.padded, extent.out_features)
 
-    def stack_scales(self, extent: Extent) -> torch.Tensor:
+    def stack_scales(self, extent: LowRankExtent) -> torch.Tensor:
         """The scales of every place, in a layout that has them: [places, padded rank] float32, a view."""
         return self._stack(extent.scales, extent.padded, self.layout.scale_elements).view(torch.float32)[..., 0]
 
@@ -98,8 +101,9 @@ class Slab:
 class DeviceMemory:
     """Slabs by number, and per site and slot where the weights are.
 
-    `tables` int64 [sites, slots, TABLE_FIELDS] on the device, a `TableEntry` each.
-    `ranks` int32 [sites, slots] on the host, the same ranks.
+    `touches` bool [sites, slots] on the host: whether the slot's adapter has any term at the site.
+    Of low-rank terms: `tables` int64 [sites, slots, TABLE_FIELDS] on the device, a `TableEntry` each, and `ranks` int32
+    [sites, slots] on the host, the same ranks.
     `allocate`, `fill` and `publish` may run beside a step, since no batch names the slot yet, and `withdraw`, since
     none does any more. `move` may too: where a slot's weights are is read as one value (`locate`), and who has read it
     keeps the old slab, in which they stay what they were.
@@ -109,6 +113,7 @@ class DeviceMemory:
         self.device = device
         self.tables = torch.zeros(num_sites, num_slots, TABLE_FIELDS, dtype=torch.int64, device=device)
         self.ranks = np.zeros((num_sites, num_slots), dtype=np.int32)
+        self.touches = np.zeros((num_sites, num_slots), dtype=np.bool_)
         self.slabs: dict[int, Slab] = {}
         self.places: dict[int, Place] = {}
         self._located: dict[int, tuple[Slab, int]] = {}
@@ -128,12 +133,13 @@ class DeviceMemory:
         ranks[list(packed.ranks)] = list(packed.ranks.values())
         self._point(place, ranks)
         self.ranks[:, place.slot] = ranks
+        self.touches[packed.layout.sites, place.slot] = True
 
     def _point(self, place: Place, ranks: np.ndarray) -> None:
         slab = self.slabs[place.slab]
         rows = np.zeros((self.tables.shape[0], TABLE_FIELDS), dtype=np.int64)
         code = DTYPE_CODES[slab.data.dtype]
-        for site, extent in slab.layout.extents.items():
+        for site, extent in slab.layout.low_rank.items():
             a, b = slab.stack_a(extent)[place.row], slab.stack_b(extent)[place.row]
             scales = slab.stack_scales(extent)[place.row].data_ptr() if slab.layout.has_scales else 0
             rows[site] = TableEntry(
@@ -161,6 +167,7 @@ class DeviceMemory:
         """Make a slot empty for the kernels."""
         self.tables[:, slot] = 0
         self.ranks[:, slot] = 0
+        self.touches[:, slot] = False
         self.places.pop(slot, None)
         self._located.pop(slot, None)
 
@@ -195,6 +202,6 @@ class DeviceMemory:
         """The slab and the place in it where a published adapter is."""
         return self._located[slot]
 
-    def _find(self, slot: int, site: int) -> tuple[Slab, int, Extent]:
+    def _find(self, slot: int, site: int) -> tuple[Slab, int, LowRankExtent]:
         slab, row = self._located[slot]
-        return slab, row, slab.layout.extents[site]
+        return slab, row, slab.layout.low_rank[site]

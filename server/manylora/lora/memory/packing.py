@@ -7,9 +7,11 @@ from typing import Final, Literal
 import numpy as np
 import torch
 
-from manylora.lora.format.reader import Adapter, LoraModule, TensorView
-from manylora.lora.memory.layout import Layout, NumberFormat
+from manylora.lora.format.spec import Adapter, LowRank, ModuleKind
+from manylora.lora.format.tensors import TensorView
+from manylora.lora.memory.layout import Layout
 from manylora.lora.memory.pages import zeros
+from manylora.lora.memory.terms import LowRankExtent, LowRankRoom, NumberFormat, padded_rank
 
 FILE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 TORCH_DTYPES: Final[Mapping[NumberFormat, torch.dtype]] = {
@@ -44,7 +46,7 @@ class KeepAs:
 
     def dtype_of(self, adapter: Adapter) -> torch.dtype:
         """The format for one adapter."""
-        found = {FILE_DTYPES[view.dtype] for module in adapter.modules for view in (module.a, module.b)}
+        found = {FILE_DTYPES[view.dtype] for module in adapter.modules for term in module.terms for view in term.views}
         own = found.pop() if len(found) == 1 else torch.float32
         return own if self.if_narrower and own.itemsize < self.dtype.itemsize else self.dtype
 
@@ -55,7 +57,7 @@ class KeepAs:
 
 @dataclass(frozen=True, slots=True)
 class PackedAdapter:
-    """`data`: one dimension, `layout.numel` elements; `ranks`: true rank of each touched site."""
+    """`data`: one dimension, `layout.numel` elements; `ranks`: true rank of each site's low-rank term."""
 
     layout: Layout
     ranks: dict[int, int]
@@ -84,31 +86,31 @@ def pack(adapter: Adapter, sites: Mapping[str, int], dtype: torch.dtype, *, has_
     steps of its own either way; a rank's scale is its steps' product times the scaling.
     """
     has_scales = has_scales or dtype == torch.int8
-    modules = {sites[m.path]: m for m in adapter.modules}
-    ranks = {site: m.rank for site, m in modules.items()}
-    shapes = {site: (m.a.shape[1], m.b.shape[0]) for site, m in modules.items()}
-    layout = Layout.of(ranks, shapes, FORMATS[dtype], has_scales=has_scales)
+    modules = sorted(adapter.modules, key=lambda module: sites[module.path])
+    terms = [(sites[module.path], module.kind, term) for module in modules for term in module.terms]
+    rooms = tuple((site, LowRankRoom(padded_rank(t.rank), t.a.shape[1], t.b.shape[0])) for site, _, t in terms)
+    layout = Layout(rooms, FORMATS[dtype], has_scales)
     data = zeros(layout.numel, dtype)
-    for site, module in modules.items():
-        _write(data, layout, site, module)
-    return PackedAdapter(layout, ranks, data)
+    for site, kind, term in terms:
+        _write(data, layout, layout.low_rank[site], kind, term)
+    return PackedAdapter(layout, {site: term.rank for site, _, term in terms}, data)
 
 
-def _write(data: torch.Tensor, layout: Layout, site: int, module: LoraModule) -> None:
-    extent, rank = layout.extents[site], module.rank
-    a, b = _tensor(module.a), _tensor(module.b).T
+def _write(data: torch.Tensor, layout: Layout, extent: LowRankExtent, kind: ModuleKind, term: LowRank) -> None:
+    rank = term.rank
+    a, b = _tensor(term.a), _tensor(term.b).T
     if layout.has_scales:
-        scales = torch.full((rank,), module.scale)
+        scales = torch.full((rank,), term.scale)
         if layout.dtype == "int8":
             (a, steps_a), (b, steps_b) = _rounded(a.float()), _rounded(b.float())
             scales *= steps_a * steps_b
         room = data[extent.scales : extent.scales + rank * layout.scale_elements]
         room.view(torch.float32).copy_(scales)
     else:
-        b = b.float() * module.scale
+        b = b.float() * term.scale
     room_a = data[extent.a : extent.a + extent.padded * extent.in_features]
     room_b = data[extent.b : extent.b + extent.padded * extent.out_features]
-    if module.kind == "embedding":
+    if kind == "embedding":
         room_a.view(extent.in_features, extent.padded)[:, :rank] = a.T
     else:
         room_a.view(extent.padded, extent.in_features)[:rank] = a
