@@ -19,7 +19,8 @@ pytestmark = pytest.mark.anyio
 def example() -> str:
     """The one Python block of the section."""
     section = DOCS.read_text(encoding="utf-8").split("## A kind of adapter")[1].split("\n## ")[0]
-    (block,) = re.findall(r"^```python\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    blocks: list[str] = re.findall(r"^```python\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    (block,) = blocks
     return block
 
 

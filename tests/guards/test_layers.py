@@ -16,8 +16,8 @@ FOUNDATION = {"manylora", *(f"manylora.{name}" for name in GROUND)}
 # For each part: prefixes of what else of ours it may import. `engine` here is its interface alone.
 ALLOWED: dict[str, set[str]] = {
     "api": {"api", "tenants", "catalog", "usage", "engine.interface"},
-    "tenants": {"tenants", "catalog", "database", "usage", "engine.interface"},
-    "catalog": {"catalog", "database", "usage", "tenants.interface", "engine.interface", "lora"},
+    "tenants": {"tenants", "database"},
+    "catalog": {"catalog", "database", "usage", "tenants.limits", "engine.interface", "lora"},
     "usage": {"usage", "database", "lora.memory.occupancy"},
     "database": {"database"},
     "engine": {"engine", "models", "kernels", "lora"},

@@ -16,7 +16,7 @@ from manylora.api.fields import wanted
 from manylora.api.json_body import parse_json
 from manylora.api.lanes import PYTHON, beside_loop
 from manylora.api.ownership import not_found, owner_of, target_tenant, version_number
-from manylora.catalog.records import AdapterRecord, Published, VersionRecord, Wish
+from manylora.catalog.records import MAX_DESCRIPTION, AdapterRecord, Published, VersionRecord, Wish
 from manylora.catalog.service import Catalog
 from manylora.errors import AdapterNotFound, InvalidRequest, PermissionDenied, TooLarge, quoted
 from manylora.identity import PUBLIC_TENANT
@@ -25,7 +25,6 @@ from manylora.tenants.interface import Principal, Role
 __all__ = ["build_router", "version_of"]
 
 MAX_JSON_BYTES: Final = 2**20
-MAX_DESCRIPTION: Final = 4096
 _INLINE_BYTES: Final = 16_384
 _CHUNK_BYTES: Final = 2**18
 _TenantQuery = Annotated[str | None, Query(description="Another tenant's adapter: for admin keys.")]

@@ -7,10 +7,11 @@ from sqlalchemy import Select, select, tuple_
 from sqlalchemy.orm import Session
 
 from manylora.catalog.directory import Entry, Listed, missing
-from manylora.catalog.records import AdapterRecord, adapter_record, limits_of
-from manylora.database.tables import AdapterRow, KeptRow, RevisionRow, TenantRow, VersionRow
+from manylora.catalog.records import AdapterRecord, adapter_record
+from manylora.database.tables import AdapterRow, KeptRow, RevisionRow, VersionRow
 from manylora.errors import InvalidRequest, QuotaExceeded
 from manylora.identity import AdapterRef
+from manylora.tenants.limits import exceeded, limits_in
 
 # A quota on what is kept frees up by somebody's decision, not by time: come back in a minute, not in a second.
 _KEPT_RETRY_S = 60.0
@@ -104,7 +105,7 @@ def check_kept(session: Session, tenant: str, row: AdapterRow | None, size_bytes
 
     Raises QuotaExceeded.
     """
-    limits = limits_of(session.get(TenantRow, tenant))
+    limits = limits_in(session, tenant)
     if limits.max_adapters is not None and (row is None or row.is_deleted):
         count = kept_by(session, tenant).adapters
         if count >= limits.max_adapters:
@@ -118,7 +119,7 @@ def check_kept(session: Session, tenant: str, row: AdapterRow | None, size_bytes
 
 def check_pins(session: Session, tenant: str) -> None:
     """Whether the tenant may pin one more adapter. Raises QuotaExceeded."""
-    limits = limits_of(session.get(TenantRow, tenant))
+    limits = limits_in(session, tenant)
     if limits.max_pinned is not None:
         count = kept_by(session, tenant).pinned
         if count >= limits.max_pinned:
@@ -159,5 +160,4 @@ def check_counts(session: Session, rows: Sequence[AdapterRow], versions: Mapping
 
 
 def _exceeded(tenant: str, what: str, remedy: str) -> QuotaExceeded:
-    message = f"The tenant '{tenant}' has used up its quota of {what}. {remedy}, or ask for a higher quota."
-    return QuotaExceeded(message, retry_after_s=_KEPT_RETRY_S)
+    return exceeded(tenant, what, f"{remedy}, or ask for a higher quota.", _KEPT_RETRY_S)

@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
-from manylora.database.tables import MICROSECONDS, AdapterRow, TenantRow, VersionRow
+from manylora.database.tables import MICROSECONDS, AdapterRow, VersionRow
 from manylora.identity import AdapterRef
+
+MAX_DESCRIPTION: Final = 4096  # characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,15 +103,6 @@ class Published:
     is_new: bool
 
 
-@dataclass(frozen=True, slots=True)
-class AdapterLimits:
-    """A tenant's quotas on what it keeps; None is "no limit"."""
-
-    max_adapters: int | None = None
-    max_adapter_bytes: int | None = None
-    max_pinned: int | None = None
-
-
 def adapter_record(row: AdapterRow, versions: list[VersionRow], base: str) -> AdapterRecord:
     """The record as a server with this base model sees it."""
     return AdapterRecord(
@@ -137,9 +130,3 @@ def _version_record(adapter: AdapterRow, row: VersionRow, base: str) -> VersionR
         report=row.report,
         created=row.created,
     )
-
-
-def limits_of(row: TenantRow | None) -> AdapterLimits:
-    if row is None:
-        return AdapterLimits()
-    return AdapterLimits(row.max_adapters, row.max_adapter_bytes, row.max_pinned)

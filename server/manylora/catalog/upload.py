@@ -18,7 +18,7 @@ from manylora.catalog.archive import unpack
 from manylora.catalog.base_names import BaseNames
 from manylora.catalog.files import blob_of_folder
 from manylora.catalog.receive import Received
-from manylora.catalog.records import NewVersion, Wish
+from manylora.catalog.records import MAX_DESCRIPTION, NewVersion, Wish
 from manylora.catalog.registry import new_id
 from manylora.engine.interface import AdapterRef, Effect, EngineClient
 from manylora.errors import InvalidAdapter, InvalidRequest, ManyloraError, Problem, quoted
@@ -30,7 +30,6 @@ from manylora.lora.format.reader import Adapter, ModuleSpec
 from manylora.lora.format.spec import BaseWeights
 
 _BOOLEANS: Final = {"true": True, "1": True, "false": False, "0": False}
-_MAX_DESCRIPTION: Final = 4096
 # Each validation holds an adapter's tensors; a few at once keep the processors busy.
 _MAX_VALIDATIONS: Final = 2
 _REMOVE_AGAIN_S: Final = 0.5
@@ -200,8 +199,8 @@ def wish_of(fields: Mapping[str, str], tenant: str) -> Wish:
     if "name" not in fields:
         raise InvalidRequest("The field 'name' is required.", param="name")
     description = fields.get("description")
-    if description is not None and len(description) > _MAX_DESCRIPTION:
-        raise InvalidRequest(f"'description' is longer than {_MAX_DESCRIPTION} characters.", param="description")
+    if description is not None and len(description) > MAX_DESCRIPTION:
+        raise InvalidRequest(f"'description' is longer than {MAX_DESCRIPTION} characters.", param="description")
     pinned, activate = (_boolean(fields, key) for key in ("pinned", "activate"))
     return Wish(tenant, fields["name"], description, pinned, True if activate is None else activate)
 

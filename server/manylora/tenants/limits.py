@@ -1,13 +1,14 @@
-"""A tenant's fair share and quotas, as the operator sets them."""
+"""A tenant's fair share and quotas, as the operator sets them, and what is said to one that has used one up."""
 
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Final
 
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from manylora.database.database import Database, revision_in
 from manylora.database.tables import TenantRow
-from manylora.errors import InvalidRequest
+from manylora.errors import InvalidRequest, QuotaExceeded
 from manylora.tenants.keys import check_tenant
 
 _MAX_WEIGHT: Final = 1000.0
@@ -28,6 +29,18 @@ class TenantLimits:
 
 
 LIMIT_NAMES: Final = tuple(f.name for f in fields(TenantLimits) if f.name != "weight")
+
+
+def limits_in(session: Session, tenant: str) -> TenantLimits:
+    """The tenant's as they are in this session: the defaults for one without a row."""
+    row = session.get(TenantRow, tenant)
+    return TenantLimits() if row is None else _limits(row)
+
+
+def exceeded(tenant: str, what: str, remedy: str, retry_after_s: float) -> QuotaExceeded:
+    """The refusal of a tenant that has used up its quota of `what`; `remedy` is a sentence."""
+    message = f"The tenant '{tenant}' has used up its quota of {what}. {remedy}"
+    return QuotaExceeded(message, retry_after_s=retry_after_s)
 
 
 class TenantStore:
@@ -52,8 +65,7 @@ class TenantStore:
         """Set the named fields of TenantLimits and leave the others. Raises InvalidRequest."""
         check_tenant(tenant)
         with self._database.write("tenants") as session:
-            row = session.get(TenantRow, tenant)
-            limits = replace(TenantLimits() if row is None else _limits(row), **values)  # type: ignore[arg-type]
+            limits = replace(limits_in(session, tenant), **values)  # type: ignore[arg-type]
             _check(limits)
             session.merge(TenantRow(name=tenant, revision=revision_in(session, "tenants"), **asdict(limits)))
         return limits

@@ -3,7 +3,7 @@
 A bucket holds at most one minute's worth and fills evenly, so a quota of 60 per minute is one per second with
 a burst of 60. Tokens are charged before a request is queued, with the most it can use, and corrected once it
 has ended. A request that could use more than a minute's worth waits for a full bucket and leaves it in debt.
-Used on the event loop's thread only.
+Requests are admitted and settled on the event loop's thread; limits are replaced from the thread that read them.
 """
 
 import math
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from manylora.errors import QuotaExceeded
-from manylora.tenants.limits import TenantLimits
+from manylora.tenants.limits import TenantLimits, exceeded
 
 _MINUTE_S: Final = 60.0
 # When nothing says how soon: a running request has to end first.
@@ -154,5 +154,4 @@ class Quotas:
 
 
 def _exceeded(tenant: str, what: str, wait_s: float) -> QuotaExceeded:
-    message = f"The tenant '{tenant}' has used up its quota of {what}. Try again in {math.ceil(wait_s)} s."
-    return QuotaExceeded(message, retry_after_s=wait_s)
+    return exceeded(tenant, what, f"Try again in {math.ceil(wait_s)} s.", wait_s)

@@ -5,9 +5,8 @@ open a server that was closed: so the data folder and the store remember, and on
 """
 
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
-from manylora.catalog.store import Store
 from manylora.errors import StartupError
 from manylora.faults import file_errors
 from manylora.files import sync_folder
@@ -18,10 +17,20 @@ _NAME: Final = "had_keys"
 _TEXT: Final = b"This server had API keys: without any it is not open again. `manylora keys reopen` lifts that.\n"
 
 
+class SmallFiles(Protocol):
+    """As much of the adapters' store as a mark takes."""
+
+    def read(self, name: str) -> bytes | None: ...
+
+    def write(self, name: str, data: bytes) -> None: ...
+
+    def erase(self, name: str) -> None: ...
+
+
 class Seal:
     """A mark in the data folder and, where it is given, in the store: either may be lost. Methods block."""
 
-    def __init__(self, data_dir: Path, store: Store | None = None) -> None:
+    def __init__(self, data_dir: Path, store: SmallFiles | None = None) -> None:
         self._file = data_dir / _NAME
         self._store = store
 
