@@ -1,5 +1,6 @@
 """Uploads that are taken: both forms, idempotence, what is stored and what is answered."""
 
+import asyncio
 import io
 import json
 import tarfile
@@ -139,6 +140,15 @@ async def test_what_was_validated_is_tried_and_left_to_the_version_that_it_becam
         assert ref.id != version["id"]
         assert rig.engine.forgotten == [ref.id]
         assert rig.engine.heirs == [rig.catalog.directory.resolve("public", "x")]
+
+
+async def test_of_two_uploads_of_one_content_at_a_time_the_one_that_was_stored_leaves_its_copy(
+    settings: Settings,
+) -> None:
+    async with running(settings) as rig:
+        answers = await asyncio.gather(rig.push("x"), rig.push("x"))
+        assert sorted(answer.status_code for answer in answers) == [200, 201]
+        assert [heir for heir in rig.engine.heirs if heir] == [rig.catalog.directory.resolve("public", "x")]
 
 
 async def test_what_was_tried_and_not_published_is_left_to_nobody(settings: Settings) -> None:

@@ -232,7 +232,8 @@ class Catalog:
             new = await asyncio.to_thread(new_version, folder, adapter, trial.effect)
             publish = partial(self._registry.publish, wish, new, folder=stamp)
             done = await asyncio.to_thread(self._blobs.keep, folder, new.blob, publish)
-            trial.published = done.version.ref
+            if done.is_new:  # else another upload's files are that version's, equal in content and perhaps not in bytes
+                trial.published = done.version.ref
         return done
 
     def _newest_with(self, wish: Wish, digest: str) -> Listed | None:
