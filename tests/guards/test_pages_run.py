@@ -1,0 +1,95 @@
+"""The pages that are followed from top to bottom: every command is typed in, in order, and says what the page says.
+
+A block in `bash` or `python` is run; one below a comment `<!-- not run: why -->` is not. A block in `text` holds lines
+each of which stands somewhere in what the block before it printed.
+"""
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ADDRESS = "http://127.0.0.1:8000"
+PAGES = ("clients.md", "from-other-servers.md", "troubleshooting.md", "tutorial.md")
+PATIENCE_S = 1800
+BLOCK = re.compile(
+    r"(?:<!-- not run: (?P<why>[^>]+) -->\n)?^```(?P<kind>\w+)\n(?P<text>.*?)^```", re.DOTALL | re.MULTILINE
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A block of a page, and why it is not run, if so."""
+
+    kind: str
+    text: str
+    why_not: str | None
+
+
+def blocks(page: str) -> list[Block]:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return [Block(found["kind"], found["text"], found["why"]) for found in BLOCK.finditer(text)]
+
+
+def type_in(block: Block, server: str, folder: Path) -> str:
+    """What the block prints. Errors of commands are the test's."""
+    text = block.text.replace(ADDRESS, server).replace(".venv/bin/", "")
+    program = ["bash", "-euo", "pipefail", "-c"] if block.kind == "bash" else [sys.executable, "-c"]
+    done = subprocess.run(
+        [*program, text],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=folder,
+        timeout=PATIENCE_S,
+        env={
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "MANYLORA_URL": server,
+            "REPOSITORY": str(ROOT),
+            "no_proxy": "127.0.0.1",
+        },
+    )
+    assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_blocks_are_commands_or_what_a_command_prints(page: str) -> None:
+    found = blocks(page)
+
+    assert sum(block.kind != "text" and block.why_not is None for block in found) > 1
+    assert {block.kind for block in found} <= {"bash", "python", "text"}
+    for before, block in itertools.pairwise(found):
+        assert block.kind != "text" or (before.kind != "text" and before.why_not is None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES)
+def test_the_commands_of_the_page_do_what_it_says(page: str, server: str, tmp_path: Path) -> None:
+    said = ""
+    for block in blocks(page):
+        if block.kind == "text":
+            for line in block.text.splitlines():
+                assert line in said, said
+        elif block.why_not is None:
+            said = type_in(block, server, tmp_path)
+
+
+def test_flags_named_beside_other_servers_exist() -> None:
+    """Of the table's right column, which is ours."""
+    from manylora.cli.serve import flag_of
+    from manylora.settings import Settings
+
+    text = (ROOT / "docs" / "from-other-servers.md").read_text(encoding="utf-8")
+    cells = [line.rstrip("|").rpartition(" | ")[2] for line in text.splitlines() if line.startswith("| ")]
+    named = {flag for cell in cells for flag in re.findall(r"`(--[a-z-]+)", cell)}
+
+    assert len(named) > 10
+    assert named <= {flag_of(name) for name in Settings.model_fields}
