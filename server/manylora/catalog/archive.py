@@ -1,7 +1,7 @@
 """Archives: an uploaded one is unpacked by rules, a version is packed for its download.
 
-Unpacked are the adapter's two files, at the root or in one folder. One broken rule and nothing is unpacked. Other
-members are named and not unpacked; the rules hold for them all the same. Sizes are counted while bytes flow, not
+The adapter's two files are unpacked, from the root or from one folder. An archive that breaks one rule is refused as a
+whole. Other members are named and not unpacked; the rules hold for them too. Sizes are counted while bytes flow, not
 believed from headers.
 """
 
@@ -222,7 +222,7 @@ def _unpack_tar(archive: Path, target: Path, max_bytes: int) -> list[str]:
 
 
 def _plain(name: str) -> str:
-    """A `./` in front, as `tar -C DIR .` and some packers write it, means nothing."""
+    """A member's name without the `./` that `tar -C DIR .` and some packers write in front."""
     return "" if name == "." else name.removeprefix("./")
 
 
@@ -271,8 +271,8 @@ def _zip_kind(info: zipfile.ZipInfo) -> str:
 def pack(folder: Path, version: VersionRecord, scratch: Path) -> IO[bytes]:
     """A version's files as a .tar.gz in PEFT layout, byte for byte as they came in.
 
-    An open file at its beginning, without a name: it is gone when closed. The same version always packs to the same
-    bytes. Weights hardly compress, so the fastest level is used. Raises StorageFull or StoreUnavailable.
+    The result is an open file at its beginning, without a name, which is gone when closed. One version always packs to
+    the same bytes. Weights hardly compress, so the fastest level is used. Raises StorageFull or StoreUnavailable.
     """
     with file_errors("The download cannot be packed"):
         return _pack(folder, version, scratch)

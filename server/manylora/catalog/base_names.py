@@ -46,7 +46,7 @@ class BaseNames:
         return named.split("/")[0].lower() not in _FOLDERS and _model_of(named) not in self._models
 
     def warning(self, named: str | None) -> str | None:
-        """What the report says of it."""
+        """What a report says of an adapter whose config names `named`; None where the names agree."""
         if named is None or not self.differ_from(named):
             return None
         return (

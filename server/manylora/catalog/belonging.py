@@ -1,7 +1,7 @@
 """Whose store it is: a store carries the id of its registry, and a server with another registry does not touch it.
 
-The two are backed up and restored apart from each other. A new `database_url`, a lost SQLite file or a backup of
-another server beside a full store would otherwise look like a registry from which everything was deleted.
+Registry and store are backed up and restored apart from each other. A new `database_url`, a lost SQLite file or a
+backup of another server beside a full store would otherwise look like a registry from which everything was deleted.
 """
 
 from typing import Final
@@ -38,7 +38,7 @@ def owner_of(store: Store) -> str | None:
 
 
 def claim(store: Store, database: Database) -> None:
-    """The store belongs to this registry from now on."""
+    """Write this registry's id into the store, which belongs to it from now on."""
     store.write(_MARK, f"{registry_id(database)}\n".encode())
 
 
@@ -59,7 +59,7 @@ def check_owner(store: Store, database: Database) -> None:
 
 
 def check_may_claim(store: Store, database: Database, *, take_over: bool) -> None:
-    """Whether `claim` is what is wanted: a store of another registry than one with adapters is only taken on a word.
+    """Refuse to claim another registry's store for a registry that has adapters, unless `take_over` is said.
 
     Raises StartupError.
     """
@@ -69,7 +69,7 @@ def check_may_claim(store: Store, database: Database, *, take_over: bool) -> Non
 
 
 def check_same(store: Store, database: Database) -> None:
-    """For who only looks: a store of another registry would seem to lack everything. Raises StartupError."""
+    """Refuse to read another registry's store, which would seem to lack every blob. Raises StartupError."""
     owner, own = owner_of(store), registry_id(database)
     if owner not in (None, own):
         raise _another(owner or "", own, len(store.blobs()) + len(store.orphans()), "")

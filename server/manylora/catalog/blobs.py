@@ -67,7 +67,7 @@ class Blobs:
             _log.warning("The label of %s was not written: %s", version.ref.label, error.message)
 
     def free(self, blob: str, version_id: str) -> None:
-        """A version was deleted: remove its files unless another, or a request that began with one, needs them."""
+        """Remove a deleted version's files unless another version, or a request that began with one, needs them."""
         with self._locked(blob):
             self._store.erase(labels.file_of(blob, version_id))
             self._remove_if_free(blob)
@@ -80,14 +80,14 @@ class Blobs:
         return self._registry.is_referenced(blob) or self._registry.directory.is_retired(blob)
 
     def local_folder(self, ref: AdapterRef) -> Path:
-        """Implements `engine.interface.AdapterSource`."""
+        """The folder of an adapter's two files. Implements `engine.interface.AdapterSource`."""
         blob = self._registry.directory.blob_of(ref.id)
         if blob is None:
             raise missing(ref.name, ref.version)
         return self._folder(blob, ref)
 
     def _folder(self, blob: str, ref: AdapterRef) -> Path:
-        """The blob's files, which have its hash. Where they have not, that is counted, logged and AdapterLoadFailed.
+        """The folder of the blob's files. Files without the blob's hash are counted, logged and AdapterLoadFailed.
 
         Raises AdapterNotFound where another server has deleted the version and this one has not heard of it.
         """
@@ -112,7 +112,7 @@ class Blobs:
             raise
 
     def mend(self, folder: Path, blob: str) -> None:
-        """The content of a blob was sent again: make sure that the stored files are sound, else take these."""
+        """Take the files in `folder`, whose content a blob has already, where the stored ones are damaged."""
         sent = blob_of_folder(folder)
         with self._locked(blob):
             if sent == blob:
@@ -198,7 +198,7 @@ class Blobs:
         return True
 
     def write_missing_labels(self, is_closing: Callable[[], bool]) -> None:
-        """Bring the labels in the store up to the registry. Beside the requests, since it can take a while."""
+        """Write the labels that the store lacks. Runs beside the requests, since many labels take a while."""
         try:
             for label in labels.missing_labels(self._database, self._store):
                 if is_closing():

@@ -15,7 +15,7 @@ from manylora.identity import PUBLIC_TENANT, AdapterRef
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """One version as the hot path needs it."""
+    """One version, with the few facts that a request needs of it."""
 
     ref: AdapterRef
     blob: str
@@ -83,7 +83,7 @@ class Directory:
     def visible_to(self, tenant: str, start: str = "") -> Iterator[PublishedAdapter]:
         """Own adapters and those public ones that no own adapter hides, by name, from `start` on; only active ones.
 
-        Made as they are asked for, so the first few of many cost what a few do.
+        Entries are made as they are asked for, so a short page of a long list is cheap.
         """
         owners = dict.fromkeys((tenant, PUBLIC_TENANT))
         last = None
@@ -121,7 +121,7 @@ class Directory:
         return blob in list(self._retired.values())
 
     def release(self, version_id: str) -> None:
-        """Nobody uses the removed version any more."""
+        """Forget a retired version: no request needs its files any more."""
         self._retired.pop(version_id, None)
 
     def entries(self) -> list[Entry]:

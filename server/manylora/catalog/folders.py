@@ -82,7 +82,7 @@ async def register(
 
 
 def _warn(folder: FoundFolder) -> None:
-    """In the report it is, too; at start nobody reads that."""
+    """Log a report's warnings, since nobody reads reports at start."""
     said = warning_of(left_aside(names_in(folder.path)))
     if said is not None:
         _log.warning("%s: %s", folder.path, said)

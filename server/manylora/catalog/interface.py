@@ -18,16 +18,16 @@ class PublishedAdapter:
 
 
 class AdapterDirectory(Protocol):
-    """Looks adapters up for a tenant. Its own adapters come first, those of `public` next, nobody else's ever."""
+    """Looks adapters up for a tenant: the tenant's own first, those of `public` next, nobody else's ever."""
 
     def resolve(self, tenant: str, name: str, version: int | None = None) -> AdapterRef:
         """The active version, or version `version`.
 
-        Answered from memory, so it may be called for every request. Raises AdapterNotFound, the same for
-        missing, not ready and foreign.
+        Answered from memory, so every request may ask. Raises one AdapterNotFound for adapters that are missing, not
+        ready or another tenant's.
         """
         ...
 
     def visible_to(self, tenant: str, start: str = "") -> Iterator[PublishedAdapter]:
-        """What it may name, by name, from `start` on."""
+        """The active versions that the tenant may name, in order of name, from `start` on."""
         ...

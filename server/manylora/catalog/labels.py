@@ -48,7 +48,7 @@ class Label(BaseModel):
         return file_of(self.blob, self.version_id)
 
     def write_to(self, store: Store) -> None:
-        """Raises StoreUnavailable or StorageFull."""
+        """Write the label beside the blob's files. Raises StoreUnavailable or StorageFull."""
         store.write(self.file, self.model_dump_json().encode())
 
 

@@ -18,13 +18,13 @@ _KEPT_RETRY_S = 60.0
 
 
 def find_adapter(session: Session, tenant: str, name: str) -> AdapterRow | None:
-    """The row, also that of a deleted adapter."""
+    """An adapter's row, or None; deleted adapters have theirs too."""
     query = select(AdapterRow).where(AdapterRow.tenant == tenant, AdapterRow.name == name)
     return session.execute(query).scalar_one_or_none()
 
 
 def get_adapter(session: Session, tenant: str, name: str) -> AdapterRow:
-    """Raises AdapterNotFound."""
+    """An adapter's row. Raises AdapterNotFound."""
     row = find_adapter(session, tenant, name)
     if row is None or row.is_deleted:
         raise missing(name)
@@ -49,7 +49,7 @@ def versions_by_adapter(session: Session, adapter_ids: Sequence[str] | None) -> 
 def all_entries(session: Session, base: str) -> list[Entry]:
     """Every adapter as the directory knows it.
 
-    Reads the few columns that takes, and not the reports: with ten thousand adapters they are most of the database.
+    Reads the columns that the directory needs, and not the reports, which are most of a database.
     """
     a, v = AdapterRow, VersionRow
     query = select(
@@ -127,7 +127,7 @@ def check_pins(session: Session, tenant: str) -> None:
 
 
 def kept_by(session: Session, tenant: str) -> KeptRow:
-    """The tenant's sums; those of nothing for one that never had an adapter."""
+    """The sums of what a tenant keeps; zeros for one that never had an adapter."""
     return session.get(KeptRow, tenant) or KeptRow(tenant=tenant, adapters=0, pinned=0, size_bytes=0)
 
 
@@ -144,7 +144,7 @@ def count_kept(session: Session, row: AdapterRow, size_bytes: int) -> None:
 
 
 def check_counts(session: Session, rows: Sequence[AdapterRow], versions: Mapping[str, Sequence[VersionRow]]) -> None:
-    """The sums are those of the rows. For tests: it looks at all of them."""
+    """Assert that the tenants' sums are those of all rows. Reads all rows: for tests."""
     sums: dict[str, list[int]] = {}
     for row in rows:
         size_bytes = sum(version.size_bytes for version in versions.get(row.id, ()))

@@ -64,7 +64,7 @@ class VersionRecord:
 
     @property
     def created_s(self) -> int:
-        """In whole Unix seconds."""
+        """`created` in whole Unix seconds."""
         return self.created // MICROSECONDS
 
 
@@ -83,7 +83,7 @@ class AdapterRecord:
 
     @property
     def created_s(self) -> int:
-        """In whole Unix seconds."""
+        """`created` in whole Unix seconds."""
         return self.created // MICROSECONDS
 
     @property

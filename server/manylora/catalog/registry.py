@@ -52,7 +52,7 @@ class _Transaction:
         self.changed: list[tuple[AdapterRecord, bool]] = []
 
     def mirror(self, row: AdapterRow) -> AdapterRecord:
-        """The adapter as it is at this point of the transaction, noted for the directory."""
+        """Note the adapter, as the transaction has it by now, for the directory."""
         self.session.flush()
         record = queries.load_record(self.session, row, self._base)
         size_bytes = sum(version.size_bytes for version in record.versions)
@@ -79,7 +79,7 @@ class Registry:
     # reading
 
     def get(self, tenant: str, name: str) -> AdapterRecord:
-        """Raises AdapterNotFound."""
+        """The tenant's adapter with its versions. Raises AdapterNotFound."""
         with self._database.read() as session:
             return queries.load_record(session, queries.get_adapter(session, tenant, name), self._base)
 
@@ -110,7 +110,7 @@ class Registry:
             return set(session.execute(select(VersionRow.blob).distinct()).scalars())
 
     def has_version(self, version_id: str) -> bool:
-        """As the database has it now, whatever this server has heard of."""
+        """Whether the database has the version now, which another server may have deleted."""
         with self._database.read() as session:
             return session.get(VersionRow, version_id) is not None
 
@@ -297,7 +297,7 @@ class Registry:
             return self.directory.replace(entries)
 
     def check_integrity(self) -> None:
-        """The directory is the database, and the rows make sense together."""
+        """Assert that the directory equals the database, and that the rows make sense together."""
         with self._lock, self._database.read() as session:
             self.directory.check_integrity()
             versions = queries.versions_by_adapter(session, None)

@@ -60,7 +60,7 @@ class RemoteStore:
         return state.digest()
 
     def _fetch(self, place: str, target: Path) -> None:
-        """The files that are there; one that is not is left out."""
+        """Download those of the objects that exist."""
         for name in ADAPTER_FILES:
             try:
                 with remote_errors("The adapter's files cannot be fetched from the store"):
@@ -95,7 +95,7 @@ class RemoteStore:
                 self._filesystem.rm_file(f"{place}/{name}")
 
     def _objects(self, folder: str) -> dict[str, dict[str, Any]]:
-        """What lies below a folder, by its path within the root."""
+        """The objects below a folder, by path within the root."""
         with remote_errors(_READING):
             start = f"{self._root}/{folder}".rstrip("/")
             found = self._filesystem.find(start, detail=True)

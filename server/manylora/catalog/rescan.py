@@ -75,7 +75,7 @@ def _version_ids(database: Database) -> set[str]:
 
 
 def _sound(store: Store, blobs: set[str], aside: set[str], found: Found) -> set[str]:
-    """Those whose files have the hash that they are stored under, all of them back in their place."""
+    """The blobs whose files have the hash that they are stored under; those in `orphans/` are brought back."""
     sound = set()
     for blob in sorted(blobs):
         fault = store.fault(blob, is_orphan=blob in aside)

@@ -23,7 +23,7 @@ class Pins:
     def sync(self, tenant: str, name: str) -> None:
         """Pin what this adapter's entry asks for now, then let go of what was pinned before.
 
-        Raises what `EngineClient.pin` raises; the old pin is given up then too.
+        Raises what `EngineClient.pin` raises, after the old pin was given up.
         """
         assert on_event_loop()
         wanted = _wanted(self._directory.own(tenant, name))
@@ -66,8 +66,8 @@ class Retirement:
     def begin(self, ref: AdapterRef, *, with_files: bool) -> None:
         """`ref` has just been unpublished. `with_files`: here, on somebody's word, so that its files go as well.
 
-        Where it is only seen to be gone from the database, its files are not ours to delete: another server was told
-        to, or the database was restored from a backup that does not know the version.
+        A version that is only seen to be gone from the database keeps its files: another server was told to delete
+        them, or the database was restored from a backup that does not know the version.
         """
         task = asyncio.create_task(self._retire(ref, with_files=with_files), name=f"retire {ref.id}")
         self._tasks.add(task)

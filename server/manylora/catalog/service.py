@@ -105,7 +105,7 @@ class Catalog:
 
     @property
     def store(self) -> Store:
-        """Where the adapters' files are, for what else has to outlive the database."""
+        """The store of the adapters' files, where other facts that have to outlive the database are kept too."""
         return self._store
 
     @property
@@ -186,8 +186,8 @@ class Catalog:
     async def register_folder(self, root: Path) -> list[Published]:
         """Register the PEFT folders at or below `root` for the tenant `public`, each under its own name.
 
-        An unchanged one costs a `stat`. A broken one is logged with all its problems and not served (a version
-        registered earlier stays); the others are registered all the same. Raises StartupError without `root`.
+        An unchanged folder costs a `stat`. A broken one is logged with all its problems and not served, while a version
+        registered earlier stays; the other folders are registered. Raises StartupError without `root`.
         """
         if self._blobs.missing:
             await asyncio.to_thread(self._blobs.mend_missing, root)
@@ -243,7 +243,7 @@ class Catalog:
         return newest if newest is not None and newest.ref.digest == digest and newest.is_ready else None
 
     async def _with_pin(self, done: Published) -> Published:
-        """Tell the engine. If it cannot pin, the upload stands, unpinned."""
+        """Pin in the engine what the upload asked to pin. An upload that cannot be pinned stands, unpinned."""
         tenant, name = done.adapter.tenant, done.adapter.name
         try:
             self._pins_attached.sync(tenant, name)
@@ -366,7 +366,7 @@ class Catalog:
         return self._retirement
 
     def check_integrity(self) -> None:
-        """Registry, directory and store agree. Not for the hot path."""
+        """Assert that registry, directory and store agree. Reads everything: for tests and tools."""
         self._registry.check_integrity()
         for blob in self._registry.blobs():
             assert self._store.has(blob), f"the files of blob {blob} are missing"

@@ -93,7 +93,7 @@ class Store(Protocol):
         ...
 
     def tidy(self) -> None:
-        """Clear away what was left half written. Only while nobody else writes."""
+        """Remove what an interrupted write left. Call it only while nobody else writes."""
         ...
 
     def close(self) -> None: ...
@@ -122,7 +122,7 @@ def open_store(url: str, cache: Path, *, is_exclusive: bool = True, is_shared: b
 
 
 def check_store_exists(url: str) -> None:
-    """For who brings nothing of his own to a store. Raises StartupError where a local folder is not there."""
+    """Refuse to work on a local store that does not exist, where nothing would be found. Raises StartupError."""
     if _is_folder(url) and not _folder_of(url).is_dir():
         raise StartupError(f"There is no store {quoted(url)}: name the server's own data folder or store.")
 
@@ -136,7 +136,7 @@ def _folder_of(url: str) -> Path:
 
 
 def _prove(store: Store, url: str) -> None:
-    """What cannot be written is found out now and not at the first upload. Raises StartupError."""
+    """Write and remove a file, so that a store that cannot be written fails at start. Raises StartupError."""
     name, sent = f"probes/{secrets.token_hex(8)}", secrets.token_bytes(16)
     try:
         store.write(name, sent)

@@ -110,7 +110,7 @@ class Quarantine:
         await asyncio.gather(*self._removing, return_exceptions=True)
 
     async def validate(self, brought: Brought) -> Adapter:
-        """Raises InvalidAdapter with every problem."""
+        """Read and check the files, a few uploads at a time. Raises InvalidAdapter with every problem."""
         async with self._validations:
             return await asyncio.to_thread(self._rules.read, brought.folder, brought.left_aside)
 
@@ -195,7 +195,7 @@ def report_of(adapter: Adapter, effect: Effect | None) -> dict[str, Any]:
 
 
 def wish_of(fields: Mapping[str, str], tenant: str) -> Wish:
-    """The form's text fields. Raises InvalidRequest."""
+    """What the form's text fields ask for. Raises InvalidRequest."""
     if "name" not in fields:
         raise InvalidRequest("The field 'name' is required.", param="name")
     description = fields.get("description")
