@@ -184,7 +184,7 @@ class Database:
             return is_trying
 
     def _note(self, error: DatabaseUnavailable | None, *, is_silent: bool) -> None:
-        """What the last transaction says of the database: in the log, once for each time that it is away."""
+        """Log that the database is away, once each time, and that it is back."""
         with self._changed:
             was_down, self._is_down = self._is_down, error is not None
             self._is_silent = is_silent
@@ -210,12 +210,12 @@ class Database:
 
 
 def revision_in(session: Session, topic: Topic) -> int:
-    """The topic's revision as a transaction sees it: one that writes, its own."""
+    """The topic's revision as a transaction sees it; a writing one sees the revision that it makes."""
     return session.execute(select(RevisionRow.value).where(RevisionRow.topic == topic)).scalar_one()
 
 
 def check_exists(url: str) -> None:
-    """For who looks or changes something: in an empty database that was made for it, all would seem to be in order.
+    """Refuse a SQLite file that does not exist, which opening would make, empty.
 
     Raises StartupError where a SQLite file is not there; what else is wrong with the URL, `open_database` says.
     """
@@ -254,7 +254,7 @@ def open_database(url: str, timeout_s: float = TIMEOUT_S) -> Database:
 
 
 def _engines(url: URL, timeout_s: float) -> tuple[Engine, Engine]:
-    """For transactions, and for locks: who holds one of these needs one of those, so they must not share a pool."""
+    """Two engines, for transactions and for locks: a holder of a lock needs a transaction, so they share no pool."""
     from manylora.database.postgresql import connect_in_time
 
     common: dict[str, Any] = {"pool_pre_ping": True}

@@ -49,11 +49,11 @@ class TenantGate:
 
     @property
     def is_open(self) -> bool:
-        """No key was ever made. Neither revoking the last one nor losing the database opens the server again."""
+        """Whether no key was ever made. Revoking the last key, or losing the database, does not open a server again."""
         return not self._keys and not self._was_closed
 
     def authenticate(self, authorization: str | None) -> Principal:
-        """From `Bearer <key>`. Raises AuthenticationFailed, the same for unknown, wrong and revoked."""
+        """The caller behind `Bearer <key>`. Raises one AuthenticationFailed for unknown, wrong and revoked keys."""
         if self.is_open:
             return Principal(PUBLIC_TENANT, Role.ADMIN, weight=self._quotas.limits_of(PUBLIC_TENANT).weight)
         if not authorization:
@@ -68,7 +68,7 @@ class TenantGate:
         return Principal(key.tenant, key.role, key.id, self._quotas.limits_of(key.tenant).weight)
 
     def admit(self, principal: Principal, prompt_tokens: int, max_completion_tokens: int) -> QuotaLease:
-        """Raises QuotaExceeded."""
+        """Charge a request to its tenant's quotas. Raises QuotaExceeded."""
         return self._quotas.admit(principal.tenant, prompt_tokens + max_completion_tokens)
 
     def start(self) -> None:
@@ -99,7 +99,7 @@ class TenantGate:
         self._keep_closed()
 
     def _load_changes(self, revision: int) -> bool:
-        """What was written since the last time. False where a change left no trace: by an older version, or by hand."""
+        """Take over what changed since the last look. False where an older version, or a hand, left no trace of it."""
         keys, last_key = self._key_store.changed(self._seen)
         limits, last_tenant = self._tenant_store.changed(self._seen)
         if max(last_key, last_tenant) < revision:
@@ -116,7 +116,7 @@ class TenantGate:
         self._keys = keys
 
     def _keep_closed(self) -> None:
-        """Once there are keys, say so outside the database."""
+        """Note outside the database that there are keys, once there are."""
         if self._seal is None or self._is_sealed or not self._keys:
             return
         try:

@@ -36,11 +36,11 @@ class Gate(Protocol):
 
     @property
     def is_open(self) -> bool:
-        """No key exists: everybody is admin of the tenant `public`."""
+        """Whether no key exists, so that everybody is admin of the tenant `public`."""
         ...
 
     def authenticate(self, authorization: str | None) -> Principal:
-        """From the `Authorization` header. Raises AuthenticationFailed."""
+        """The caller behind an `Authorization` header. Raises AuthenticationFailed."""
         ...
 
     def admit(self, principal: Principal, prompt_tokens: int, max_completion_tokens: int) -> Lease:

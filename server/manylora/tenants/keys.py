@@ -60,7 +60,7 @@ def is_secret_of(key: Key | None, secret: str) -> bool:
 
 
 def check_tenant(tenant: str) -> None:
-    """Raises InvalidRequest."""
+    """Refuse what cannot be a tenant's name. Raises InvalidRequest."""
     if not _TENANT.fullmatch(tenant):
         raise InvalidRequest(
             f"'{quoted(tenant)}' cannot be a tenant: use 1 to 64 of a-z, 0-9, '.', '_' and '-', "
@@ -106,7 +106,7 @@ class KeyStore:
             return [_key(row) for row in session.execute(select(KeyRow).order_by(KeyRow.created)).scalars()]
 
     def revoke(self, name: str) -> Key:
-        """By id, prefix, or the whole key. Revoking again changes nothing. Raises NotFound."""
+        """End a key, named by id, prefix or in full. Revoking again changes nothing. Raises NotFound."""
         parsed = parse_key(name)
         prefix = parsed[0] if parsed else name.removeprefix("ml_")
         with self._database.write("tenants") as session:
@@ -120,7 +120,7 @@ class KeyStore:
         return _key(row)
 
     def note_used(self, times: dict[str, int]) -> None:
-        """Last-used times (Unix microseconds) by key id. Not a change that others have to hear of.
+        """Store last-used times (Unix microseconds) by key id, without telling other servers of a change.
 
         The keys are in order, so that two servers which write the same ones never wait for each other, and a later
         time stays, whoever writes last.

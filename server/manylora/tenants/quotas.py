@@ -44,7 +44,7 @@ class Bucket:
         return short * _MINUTE_S / self.capacity if short > self.capacity * 1e-9 else 0.0
 
     def take(self, amount: float) -> None:
-        """May leave the bucket in debt. A negative amount gives back."""
+        """Take `amount`, into debt if need be. A negative amount gives back."""
         self.level = min(self.level - amount, float(self.capacity))
 
     def resize(self, capacity: int) -> None:
@@ -110,11 +110,11 @@ class Quotas:
         return self._limits.get(tenant) or TenantLimits()
 
     def update_limits(self, limits: Mapping[str, TenantLimits]) -> None:
-        """As `set_limits`, for these tenants alone."""
+        """Set the quotas of these tenants and leave the others'."""
         self._limits.update(limits)
 
     def set_limits(self, limits: Mapping[str, TenantLimits]) -> None:
-        """New quotas count from the next request on; what runs keeps running."""
+        """Set all tenants' quotas, from the next request on; what runs keeps running."""
         self._limits = dict(limits)
 
     def admit(self, tenant: str, tokens: int) -> QuotaLease:

@@ -35,11 +35,11 @@ class Seal:
         self._store = store
 
     def is_set(self) -> bool:
-        """Raises StoreUnavailable."""
+        """Whether the server is marked as one that had keys. Raises StoreUnavailable."""
         return self._file.exists() or (self._store is not None and self._store.read(_NAME) is not None)
 
     def set(self) -> None:
-        """Harmless where it is set. Raises StoreUnavailable or StorageFull."""
+        """Mark the server as one that had keys; marking again is harmless. Raises StoreUnavailable or StorageFull."""
         with file_errors("The data folder cannot be written"):
             if not self._file.exists():
                 self._file.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ class Seal:
             self._store.write(_NAME, _TEXT)
 
     def lift(self) -> None:
-        """Raises StoreUnavailable."""
+        """Remove the mark. Raises StoreUnavailable."""
         if self._store is not None:
             self._store.erase(_NAME)
         with file_errors("The data folder cannot be written"):

@@ -32,7 +32,7 @@ class Journal:
         self.last = 0  # number of the last batch in it; 0 while it is empty
 
     def append(self, batches: Iterable[Numbered]) -> None:
-        """Durable when it returns. After an error the file holds what it held before."""
+        """Write a batch, durable on return. After an error the file holds what it held before."""
         batches = list(batches)
         is_new = not self.path.exists()
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ class Journal:
         self.last = batches[-1][0]
 
     def replace(self, batches: Iterable[Numbered]) -> None:
-        """The same usage in fewer lines, in one step."""
+        """Put `batches`, which sum up the file's usage in fewer lines, in the file's place, in one step."""
         fresh = Journal(self.path.with_suffix(".new"))
         fresh.path.unlink(missing_ok=True)
         fresh.append(batches)
@@ -62,7 +62,7 @@ class Journal:
         self.size_bytes, self.last = fresh.size_bytes, fresh.last
 
     def clear(self) -> None:
-        """The database has everything in it."""
+        """Remove the file, all of which the database has."""
         self.path.unlink(missing_ok=True)
         self.size_bytes = self.last = 0
 
@@ -77,7 +77,7 @@ def journals_of_others(folder: Path, writer: str) -> list[Path]:
 
 
 def read_journal(path: Path) -> list[Numbered]:
-    """Its batches. A last line that was cut off had not been promised to anybody."""
+    """A journal's batches. A last line that was cut off is left out, since nobody was promised it."""
     found: list[Numbered] = []
     lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):

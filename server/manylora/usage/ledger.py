@@ -217,7 +217,7 @@ class UsageLedger:
         self._is_failing = True
 
     async def _keep_in_journal(self) -> bool:
-        """Everything counted so far that the database has not confirmed. Requests that come together share a write."""
+        """Write what the database has not confirmed to the journal. Requests that come together share a write."""
         async with self._journaling:
             fresh = self._cut()
             if fresh is not None:
@@ -252,7 +252,7 @@ class UsageLedger:
         self._has_gaps = False
 
     async def _clear_journal(self) -> None:
-        """After a write to the database, where that was all that the journal had."""
+        """Remove the journal once the database has all of it."""
         if not self._journal.last:
             return
         async with self._journaling:
@@ -287,7 +287,7 @@ class UsageLedger:
 
 
 def add_stays(batch: Batch, stays: list[Stay], offset_us: int) -> None:
-    """Stays into a batch, cut where quarters of an hour begin. `offset_us` turns their clock into Unix time."""
+    """Add stays to a batch, cut where quarters of an hour begin. `offset_us` turns the stays' clock into Unix time."""
     for stay in stays:
         start, end = stay.start_us + offset_us, stay.end_us + offset_us
         while start < end:

@@ -37,14 +37,14 @@ def quarter_of(unix_s: float) -> int:
 
 
 def as_rfc3339(unix_s: int | None) -> str | None:
-    """`2026-11-24T10:15:00Z`."""
+    """Unix seconds as text, such as `2026-11-24T10:15:00Z`."""
     if unix_s is None:
         return None
     return f"{(_EPOCH + timedelta(seconds=unix_s)).replace(tzinfo=None).isoformat()}Z"
 
 
 def parse_period(start: str | None, end: str | None) -> Period:
-    """From the query's `from` and `to`; absent and empty are open. Raises InvalidRequest."""
+    """The period of a query's `from` and `to`; absent and empty are open. Raises InvalidRequest."""
     period = Period(_parsed("from", start) if start else None, _parsed("to", end) if end else None)
     if period.start_s is not None and period.end_s is not None and period.start_s >= period.end_s:
         raise InvalidRequest(

@@ -41,7 +41,7 @@ class UsageLine:
     outcomes: dict[str, int] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """As the API shows it."""
+        """The line as `GET /v1/usage` shows it."""
         return {
             "requests": self.requests,
             "outcomes": self.outcomes,
@@ -76,7 +76,7 @@ class UsageReport:
 
 
 def parse_groups(text: str | None) -> tuple[Group, ...]:
-    """From `group_by`; absent and empty are the default. Raises InvalidRequest."""
+    """The columns named in `group_by`; absent and empty are the default. Raises InvalidRequest."""
     if not text:
         return DEFAULT_GROUPS
     wanted = [part.strip() for part in text.split(",")]
@@ -92,7 +92,7 @@ def parse_groups(text: str | None) -> tuple[Group, ...]:
 def make_report(
     database: Database, period: Period, groups: tuple[Group, ...], *, tenant: str | None, now_us: int
 ) -> UsageReport:
-    """Usage of `tenant`, or with None of all. Blocks."""
+    """Usage of `tenant` in a period, with None of all tenants. Blocks."""
     sums = _Sums(groups)
     with database.read(is_long=True) as session:
         _add_requests(session, sums, period, tenant)
@@ -205,7 +205,7 @@ class _Span:
 
 
 def _spans(changes: Iterable[StoredRow], end_us: int) -> Iterator[_Span]:
-    """From changes in order of adapter and time. A clock that was set back counts as one that stood still."""
+    """Spans between changes, given in order of adapter and time. A clock set back counts as one that stood still."""
     before: StoredRow | None = None
     at = 0
     for change in changes:

@@ -37,7 +37,7 @@ class Batch:
         return not self.usage and not self.slots
 
     def add(self, key: UsageKey, prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> None:
-        """One request."""
+        """Count one request."""
         counts = self.usage.setdefault(key, [0, 0, 0, 0])
         counts[0] += 1
         counts[1] += prompt_tokens
@@ -136,7 +136,7 @@ class UsageStore:
         return added
 
     def _numbering(self) -> Any:
-        """Returns a row where the batch is new."""
+        """The statement that notes a batch's number; its result has a row where the batch is new."""
         insert = self._insert(UsageWriterRow)
         numbered = insert.on_conflict_do_update(
             index_elements=["id"],

@@ -43,7 +43,7 @@ def upgrade() -> None:
 
 
 def _store_what_is_there(stored: sa.Table) -> None:
-    """The versions that exist, each from when it was made. What was deleted before is not known any more."""
+    """Note the stored bytes of each version that exists, from when it was made. Deleted versions are not known."""
     query = sa.text(
         "SELECT a.tenant, a.name, v.created, v.size_bytes FROM versions v JOIN adapters a ON a.id = v.adapter_id "
         "ORDER BY v.created, v.version"
