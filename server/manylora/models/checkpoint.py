@@ -203,7 +203,7 @@ def num_parameters(folder: Path) -> int:
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
-    """Raises ModelUnusable where there is none, or one that needs code from the folder."""
+    """The folder's tokenizer. Raises ModelUnusable where there is none, or one that needs code from the folder."""
     import transformers
 
     if not any((folder / name).is_file() for name in _TOKENIZERS):

@@ -117,7 +117,7 @@ def _some(names: list[str]) -> str:
 
 
 def _tokenizer(file: GgufFile) -> Any:
-    """As transformers builds it, with the text split as the file's `tokenizer.ggml.pre` says."""
+    """The tokenizer as transformers builds it, with text split as the file's `tokenizer.ggml.pre` says."""
     import transformers
     from tokenizers import pre_tokenizers
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS

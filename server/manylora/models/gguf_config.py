@@ -196,7 +196,7 @@ def _gemma(said: Mapping[str, Any], kind: str, known: set[str]) -> dict[str, Any
 
 
 def _layer_types(pattern: Any, num_layers: int) -> list[str]:
-    """From a flag for each layer, or the distance of layers without the window."""
+    """Each layer's type, from a flag for each, or from the distance between layers without the window."""
     if isinstance(pattern, list):
         windowed = [bool(flag) for flag in pattern]
     else:

@@ -45,7 +45,10 @@ class AdaptedLinear(nn.Module):
 
 
 class KeptLinear(AdaptedLinear):
-    """The same around a linear of the model that computes in a way of its own, or whose weight others read."""
+    """A linear of the model that stays in its place, with the low-rank delta added to its output.
+
+    For linears that compute in a way of their own, or whose weight other code reads.
+    """
 
     def __init__(
         self, base: nn.Module, group: SiteGroup, context: ForwardContext, *, in_features: int, on_logit_rows: bool
@@ -82,7 +85,7 @@ class FusedLinears:
         self._parts: list[torch.Tensor | None] = []
 
     def part(self, member: int, x: torch.Tensor) -> torch.Tensor:
-        """Member's output for `x`. Computed for all members when `x` is a tensor not seen before."""
+        """A member's output for `x`. All members are computed when `x` is a tensor not seen before."""
         if self._input is not x or self._parts[member] is None:
             self._input = x
             self._parts = list(self.linear(x).split(self.widths, dim=-1))

@@ -74,7 +74,7 @@ class ProbeAdapter:
         self._strength = strength
 
     def matrices(self, path: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same ones whenever asked: they are drawn anew, not kept."""
+        """A and B of the module, drawn anew from its seed at each call, so that none are kept."""
         spec = self._modules[path]
         random = torch.Generator().manual_seed(zlib.crc32(path.encode()))
         spread = 1.0 if spec.kind == "embedding" else spec.in_features**-0.5
@@ -84,7 +84,7 @@ class ProbeAdapter:
 
     @contextmanager
     def on_second_row(self, model: PreTrainedModel) -> Iterator[None]:
-        """Let it act on the second of two sequences that the untouched model is given."""
+        """Let the adapter act on the second of two sequences that the untouched model is given."""
         handles = [
             model.get_submodule(path).register_forward_hook(self._hook(path, model.get_submodule(path)))
             for path in self._modules
@@ -110,7 +110,7 @@ class ProbeAdapter:
         return add
 
     def packed(self, sites: Mapping[str, int]) -> PackedAdapter:
-        """As slots hold it."""
+        """The adapter in the layout in which slots hold adapters."""
         shapes = {sites[path]: (spec.in_features, spec.out_features) for path, spec in self._modules.items()}
         layout = Layout.of(dict.fromkeys(shapes, _RANK), shapes, FORMATS[self._dtype])
         data = torch.zeros(layout.numel, dtype=self._dtype)

@@ -32,7 +32,7 @@ class StoredWeights:
         return found
 
     def _named(self, name: str) -> TensorView | None:
-        """Under its name, or without the model's own prefix: `wte.weight` for `transformer.wte.weight`."""
+        """The tensor under its name, or without the model's own prefix: `wte.weight` for `transformer.wte.weight`."""
         with self._lock:
             if self._tensors is None:
                 self._tensors = self._mapped()

@@ -55,7 +55,10 @@ class Survey:
 
 
 def survey(model: PreTrainedModel, context_length: int) -> Survey:
-    """Raises ModelUnusable, naming the part, for what is no causal decoder that we can serve up to that length."""
+    """What the untouched model shows in a few passes.
+
+    Raises ModelUnusable, naming the part, for what is no causal decoder that can be served up to that length.
+    """
     with refusing(model, "it was looked at"):
         _refuse_recurrent(model)
         return _Surveyor(model, context_length).run()

@@ -35,7 +35,7 @@ class TextLength:
 
     @classmethod
     def of(cls, tokenizer: Any) -> "TextLength":
-        """Of a `tokenizers.Tokenizer`."""
+        """The bound that holds for a `tokenizers.Tokenizer`."""
         added = tokenizer.get_added_tokens_decoder().values()
         steps = [*_steps(tokenizer.normalizer, "normalizers"), *_steps(tokenizer.pre_tokenizer, "pretokenizers")]
         growths = [_characters_for_one(step) for step in steps]

@@ -102,7 +102,7 @@ def _complete_groups(groups: list[list[str]], specs: dict[str, ModuleSpec]) -> l
 
 
 def _require_close(matmul: Int8, weight: torch.Tensor, bias: torch.Tensor | None, group: list[str]) -> None:
-    """That a rounded linear differs from the whole one by its rounding only.
+    """Refuse a rounded linear that differs from the whole one by more than its rounding.
 
     Rounding moves the logits of a deep model so far that the check of the whole says little of a single linear.
     """
@@ -120,7 +120,7 @@ def _require_close(matmul: Int8, weight: torch.Tensor, bias: torch.Tensor | None
 
 
 def _keep_linear(wrapped: WrappedModel, path: str) -> None:
-    """Add deltas to what a linear computes by code of its own, or whose weight the model's code reads elsewhere."""
+    """Put a `KeptLinear` around a linear that computes by code of its own, or whose weight other code reads."""
     module, spec, site = wrapped.model.get_submodule(path), wrapped.modules[path], wrapped.sites[path]
     offsets = (0, spec.out_features)
     group = SiteGroup(site, offsets, torch.tensor(offsets, dtype=torch.int32, device=weight_of(module).device))

@@ -37,12 +37,12 @@ def train(recipe: Recipe, places: Places) -> str:
 
 
 def score(recipe: Recipe, places: Places) -> str:
-    """The bare base and the adapter, asked alike."""
+    """The command that scores the bare base and the adapter, asked alike."""
     return _line(*_evaluate(recipe, places), "--base", "--adapter", places.adapter, "--out", places.scores)
 
 
 def score_told(recipe: Recipe, places: Places) -> str:
-    """The bare base with the task spelt out before each question: what a prompt alone achieves."""
+    """The command that scores the bare base with the task spelt out before each question."""
     return _line(*_evaluate(recipe, places), "--base", "--instruction", recipe.instruction, "--out", places.told)
 
 
@@ -53,7 +53,7 @@ def ship(recipe: Recipe, places: Places) -> str:
 
 
 def all_commands(recipe: Recipe, places: Places | None = None) -> tuple[str, ...]:
-    """From nothing to the shipped folder."""
+    """Every command from nothing to the shipped folder, in order."""
     at = places or Places.of(recipe)
     return tuple(make(recipe, at) for make in (make_data, train, score, score_told, ship))
 

@@ -73,7 +73,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _check_settings(recipe: Recipe, trained: dict[str, Any], path: Path) -> None:
-    """A card prints the recipe's command, so nothing trained by another one gets it."""
+    """Refuse what other settings trained or scored than those that the card prints. Raises InvalidRequest."""
     for flag, wanted in zip(recipe.flags[::2], recipe.flags[1::2], strict=True):
         found = _FLAGS[flag](trained["settings"])
         if found != type(found)(wanted):
