@@ -1,7 +1,7 @@
 """The workloads that servers are compared on: adapters, concurrency, prompt length, ranks, popularity.
 
 Which adapter a request names and how long it is are drawn by `manylora_loadtest.popularity` and
-`manylora_loadtest.lengths`, the same as everywhere else; here are only the combinations.
+`manylora_loadtest.lengths`; here are only the combinations.
 """
 
 from collections.abc import Iterator
@@ -44,7 +44,7 @@ class Workload(BaseModel):
         return ", ".join([who, f"c={self.concurrency}", *extra])
 
     def scenario(self, base: str, *, scale: float, seed: int) -> Scenario:
-        """As a closed-loop scenario; `scale` multiplies the number of requests."""
+        """The workload as a closed-loop scenario; `scale` multiplies the number of requests."""
         least = 4 if self.concurrency == 1 else 2 * self.concurrency
         pattern = MIXED_PATTERN if self.ranks == "mixed" else EQUAL_PATTERN
         mix = AdapterMix(pattern=pattern, count=self.adapters) if self.adapters else AdapterMix()

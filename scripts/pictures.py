@@ -12,7 +12,7 @@ MOST_BYTES: Final = 150_000
 
 
 def save(shot: bytes, path: Path) -> None:
-    """As a PNG with a palette, with fewer colours until it is small enough. Raises ValueError if it never is."""
+    """Write a shot as a PNG with a palette, of fewer colours until it is small enough. Raises ValueError if none is."""
     image = Image.open(io.BytesIO(shot)).convert("RGB")
     for colours in (256, 128, 64, 32):
         palette = image.quantize(colours, method=Image.Quantize.MAXCOVERAGE, kmeans=3, dither=Image.Dither.NONE)

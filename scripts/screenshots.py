@@ -250,7 +250,7 @@ def side_by_side(*shots: bytes) -> bytes:
 
 
 def save(shot: bytes, path: Path) -> None:
-    """As a PNG with a palette, with fewer colours until it is small enough. Raises ValueError if it never is."""
+    """Write a shot as a PNG with a palette, of fewer colours until it is small enough. Raises ValueError if none is."""
     image = Image.open(io.BytesIO(shot)).convert("RGB")
     for colours in (256, 128, 64, 32):
         palette = image.quantize(colours, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)

@@ -139,7 +139,7 @@ async def _delete(change: LiveChange, client: Client, key: str | None, _turn: in
 
 
 async def _take(response: aiohttp.ClientResponse, result: ChangeResult) -> Any:
-    """The answer's JSON; its status and error go to `result`."""
+    """The JSON of an answer, whose status and error go to `result`."""
     result.status = response.status
     text = await response.text()
     if not result.is_ok:

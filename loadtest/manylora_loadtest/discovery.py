@@ -40,7 +40,7 @@ class Counters:
 
 
 async def discover(client: Client, key: str | None) -> Served:
-    """Raises ServerUnavailable."""
+    """What the server lists for a key. Raises ServerUnavailable."""
     url = client.url + "/v1/models"
     try:
         async with client.session.get(url, headers=authorization(key)) as response:
@@ -84,7 +84,7 @@ async def _adapters(
 
 
 async def read_counters(client: Client, key: str | None) -> Counters | None:
-    """None where the server has no `/metrics` with manylora's counters."""
+    """The server's totals; None where it has no `/metrics` with manylora's counters."""
     try:
         async with client.session.get(client.url + "/metrics", headers=authorization(key)) as response:
             if response.status != 200:

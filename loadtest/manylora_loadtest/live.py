@@ -51,7 +51,7 @@ class LiveView:
         )
 
     def table(self, progress: Progress) -> Group:
-        """Everything at a glance."""
+        """The table as it is now."""
         recent = _recent(progress)
         done = len(progress.results)
         failed = _num_failed(progress.results)

@@ -23,7 +23,7 @@ class ClientLoad:
 
     @property
     def cpu_share(self) -> float:
-        """Of one core."""
+        """Processor time over wall time: 1 is one core."""
         return self.cpu_s / self.wall_s if self.wall_s else 0.0
 
 

@@ -1,4 +1,4 @@
-"""The same scenarios for people who live in Locust.
+"""Scenarios of this load test as a locustfile, for people who use Locust.
 
     LOADTEST_SCENARIO=smoke locust -f loadtest/manylora_loadtest/locustfile.py --host http://127.0.0.1:8000 --users 8
 

@@ -204,5 +204,5 @@ def _colours(count: int) -> list[Any]:
 
 
 def _plain(text: str) -> str:
-    """Names come from strangers: `$` would start mathematics."""
+    """A name that matplotlib draws as it is: `$` would start mathematics."""
     return text.replace("$", r"\$")

@@ -21,7 +21,7 @@ __all__ = ["read_run", "write_run"]
 
 
 def write_run(path: Path, run: Run, summary: Summary) -> None:
-    """Keys are never written."""
+    """Write the run as JSON lines, without API keys."""
     with path.open("wb") as file:
         file.writelines(_line(record) for record in _records(run, summary))
 

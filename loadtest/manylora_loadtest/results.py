@@ -48,7 +48,7 @@ class RequestResult:
 
     @property
     def is_whole(self) -> bool:
-        """It was to be answered to the end; the others are in no figure but the totals."""
+        """Whether the request was to be answered to the end; others are in no figure but the totals."""
         return self.outcome not in (LEFT, REFUSED)
 
     @property
