@@ -259,7 +259,9 @@ class Metrics:
         )
         self.step_duration = self._histogram("step_duration_seconds", "One engine step, by phase.", ("phase",))
         self.requests = self._counter("requests", "Inference requests by outcome.", (*_BY_CALLER, "outcome"))
-        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of finished requests.", _BY_CALLER)
+        self.prompt_tokens = self._counter(
+            "prompt_tokens", "Prompt tokens of finished requests, and of uploads' effect probes.", _BY_CALLER
+        )
         self.completion_tokens = self._counter("completion_tokens", "Tokens generated.", _BY_CALLER)
         self.prefix_cache_hit_tokens = self._counter(
             "prefix_cache_hit_tokens", "Prompt tokens taken from the prefix cache.", _BY_CALLER
@@ -333,6 +335,10 @@ class Metrics:
 
     # recorded by the engine and the catalog
 
+    def count_probe(self, tenant: str, adapter: str, prompt_tokens: int) -> None:
+        """What was run for a tenant's upload, by no request of its own."""
+        self.prompt_tokens.labels(*self._callers.of(tenant, adapter)).inc(prompt_tokens)
+
     def observe_step(self, phase: str, seconds: float) -> None:
         """One phase (`schedule`, `forward`, `sample`, `deliver`) of one engine step."""
         self.step_duration.labels(phase).observe(seconds)
@@ -398,6 +404,8 @@ class NoMetrics(Metrics):
     def count_eviction(self, tenant: str, adapter: str, tier: str) -> None: ...
 
     def count_upload(self, tenant: str, result: str) -> None: ...
+
+    def count_probe(self, tenant: str, adapter: str, prompt_tokens: int) -> None: ...
 
     def count_damaged(self) -> None: ...
 

@@ -218,7 +218,9 @@ class FakeEngine:
         self.generations.append(generation)
         return generation
 
-    async def measure_effect(self, ref: AdapterRef, adapter: Adapter) -> Effect:
+    async def measure_effect(
+        self, ref: AdapterRef, adapter: Adapter, *, tenant: str = "public", weight: float = 1.0
+    ) -> Effect:
         return Effect(prompt_tokens=4, max_abs_logit_delta=1.0, kl=0.1)
 
     def tier_of(self, ref: AdapterRef) -> Tier:

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from manylora.lora.format.spec import Adapter
 from manylora.lora.memory.occupancy import Occupancy
 from manylora.metrics import Metrics
 from manylora.serving.app import create_app
+from manylora.serving.process import charge_probe
 from manylora.settings import Settings
 from manylora.tenants.gate import TenantGate
 from manylora.tenants.interface import Role
@@ -41,14 +43,18 @@ class CatalogEngine(FakeEngine):
 
     effect: Effect = field(default_factory=lambda: Effect(prompt_tokens=8, max_abs_logit_delta=1.5, kl=0.25))
     probed: list[tuple[AdapterRef, Adapter]] = field(default_factory=list)
+    payers: list[tuple[str, float]] = field(default_factory=list)
     pinned: dict[str, AdapterRef] = field(default_factory=dict)
     forgotten: list[str] = field(default_factory=list)
     heirs: list[AdapterRef | None] = field(default_factory=list)
     users: Callable[[AdapterRef], Any] | None = None
     max_pinned: int = 100
 
-    async def measure_effect(self, ref: AdapterRef, adapter: Adapter) -> Effect:
+    async def measure_effect(
+        self, ref: AdapterRef, adapter: Adapter, *, tenant: str = "public", weight: float = 1.0
+    ) -> Effect:
         self.probed.append((ref, adapter))
+        self.payers.append((tenant, weight))
         return self.effect
 
     def tier_of(self, ref: AdapterRef) -> Tier:
@@ -136,10 +142,15 @@ async def running(settings: Settings, *keys: str, engine: CatalogEngine | None =
         stack.push_async_callback(catalog.aclose)
         gate = TenantGate(catalog.database, Seal(settings.data_dir, catalog.store))
         stack.push_async_callback(gate.aclose)
-        await catalog.attach(engine, count_upload=metrics.count_upload, count_damaged=metrics.count_damaged)
         usage = UsageLedger(catalog.database, Occupancy(), settings.data_dir / "usage", wait_s=settings.usage_wait_s)
         usage.start()
         stack.push_async_callback(usage.aclose)
+        await catalog.attach(
+            engine,
+            count_upload=metrics.count_upload,
+            count_damaged=metrics.count_damaged,
+            charge_probe=partial(charge_probe, metrics, usage),
+        )
         routers = (build_router(catalog), usage_routes.build_router(usage))
         app = create_app(settings, engine, catalog.directory, gate, metrics, extra_routers=routers, usage=usage)
         transport = httpx2.ASGITransport(app=app, raise_app_exceptions=True)

@@ -106,17 +106,22 @@ class Bill:
     invalid: int = 0
     asked: int = 0  # since the last kill, not ended
     refusals: int = 0  # the same of requests that are to be refused
+    probes: int = 0  # of uploads that were acknowledged
+    probing: int = 0  # of uploads that were sent since the last kill and are not
 
-    def settle(self, found: Mapping[str, Any], prompt_tokens: int) -> None:
+    def settle(self, found: Mapping[str, Any], prompt_tokens: int, probe_tokens: int) -> None:
         """Hold a row of the usage against it, and take over what was counted and never heard of."""
         outcomes = found["outcomes"]
         ok, invalid = outcomes.get("ok", 0), outcomes.get("invalid", 0)
         assert self.ok <= ok <= self.ok + self.asked, (self, found)
         assert self.invalid <= invalid <= self.invalid + self.refusals, (self, found)
         assert not outcomes.keys() - {"ok", "invalid"}, found
-        assert found["prompt_tokens"] == ok * prompt_tokens, (self, found)
+        probes, rest = divmod(found["prompt_tokens"] - ok * prompt_tokens, probe_tokens)
+        assert not rest, (self, found)
+        assert self.probes <= probes <= self.probes + self.probing, (self, found)
         assert found["completion_tokens"] == ok * NUM_TOKENS, (self, found)
         self.ok, self.invalid, self.asked, self.refusals = ok, invalid, 0, 0
+        self.probes, self.probing = probes, 0
 
 
 @dataclass
@@ -156,7 +161,7 @@ class Story:
         self.bills = {tenant: Bill() for tenant in OWNERS}
         self.digests: list[str] = []  # of each variant
         self.texts: dict[str, str] = {}  # by digest of an adapter; "" for the base
-        self.prompt_tokens = 0
+        self.prompt_tokens = self.probe_tokens = 0
         self.is_killed = False
 
     def _make_keys(self) -> dict[str, str]:
@@ -199,6 +204,7 @@ class Story:
             for number in range(NUM_VARIANTS):
                 version = (await self._send_upload(ops, "rehearsal", number)).json()
                 self.digests.append(version["digest"])
+                self.probe_tokens = 2 * version["report"]["effect"]["prompt_tokens"]
                 self.texts[version["digest"]] = _text(await _answer(ops, "rehearsal"))
             _expect(await ops.delete("/v1/adapters/rehearsal"), 204)
         assert len(set(self.texts.values())) > NUM_ADAPTERS // 2, "most adapters answer alike: this would show little"
@@ -235,20 +241,20 @@ class Story:
 
     async def _change(self, client: httpx.AsyncClient, tenant: str, adapter: Adapter, kill: Kill) -> None:
         async def step() -> None:
-            await self._change_once(client, adapter)
+            await self._change_once(client, adapter, self.bills[tenant])
             kill.changes += 1
             if adapter.state.active is not None:
                 await self._ask(client, tenant, adapter.name, adapter.state.versions[adapter.state.active])
 
         await self._until_killed(step)
 
-    async def _change_once(self, client: httpx.AsyncClient, adapter: Adapter) -> None:
+    async def _change_once(self, client: httpx.AsyncClient, adapter: Adapter, bill: Bill) -> None:
         state, chance = adapter.state, self.chance
         others = [number for number in state.versions if number != state.active]
         kinds = ["upload", "upload", *(["promote", "describe", "delete"] if state.versions else [])]
         kind = chance.choice([*kinds, *(["promote", "promote", "delete version"] if others else [])])
         if kind == "upload":
-            await self._upload(client, adapter)
+            await self._upload(client, adapter, bill)
         elif kind == "promote":
             number = chance.choice(list(state.versions))
             wanted = State(state.versions, number, state.description)
@@ -263,7 +269,7 @@ class Story:
             number = chance.choice(others)
             await self._delete(client, adapter, f"/v1/adapters/{adapter.name}/versions/{number}", state.without(number))
 
-    async def _upload(self, client: httpx.AsyncClient, adapter: Adapter) -> None:
+    async def _upload(self, client: httpx.AsyncClient, adapter: Adapter, bill: Bill) -> None:
         state = adapter.state
         newest = state.versions[max(state.versions)] if state.versions else None
         variant = self.chance.choice([i for i, digest in enumerate(self.digests) if digest != newest])
@@ -276,7 +282,9 @@ class Story:
             return found == State({**state.versions, number: digest}, number, state.description)
 
         adapter.pending, adapter.is_applied = "upload", is_applied
+        bill.probing += 1
         answer = await self._send_upload(client, adapter.name, variant)
+        bill.probing, bill.probes = bill.probing - 1, bill.probes + 1
         version = answer.json()
         assert (version["digest"], version["version"] > adapter.highest) == (digest, True), version
         adapter.note(State({**state.versions, version["version"]: digest}, version["version"], state.description))
@@ -351,7 +359,7 @@ class Story:
             nothing = {"outcomes": {}, "prompt_tokens": 0, "completion_tokens": 0}
             for tenant, bill in self.bills.items():
                 heard, kill.answers_under_way = bill.ok, kill.answers_under_way + bill.asked
-                bill.settle(rows.get(tenant, nothing), self.prompt_tokens)
+                bill.settle(rows.get(tenant, nothing), self.prompt_tokens, self.probe_tokens)
                 kill.answers_counted_unheard += bill.ok - heard
             answer = await _answer(ops, self.chance.choice(self.fleet).name)
             assert _text(answer) == self.texts[_digest(answer)]

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -12,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from manylora.engine.async_engine import PROBE_TEXT, AsyncEngine, RunningGeneration
-from manylora.engine.interface import Delta, FinishReason, ModelInfo, SamplingParams
+from manylora.engine.async_engine import PROBE_TEXT, AsyncEngine, RunningGeneration, effect_of
+from manylora.engine.interface import Delta, Effect, FinishReason, ModelInfo, SamplingParams
+from manylora.engine.sequence import Sequence
 from manylora.errors import (
     ContextLengthExceeded,
     Draining,
@@ -337,6 +339,30 @@ async def test_an_effect_is_measured_beside_running_requests(
     assert effect.prompt_tokens == len(ids)
     assert effect.max_abs_logit_delta == pytest.approx(float((base - tuned).abs().max()), rel=1e-3)
     assert effect.kl > 0
+
+
+async def test_an_effect_is_measured_at_its_payers_expense_and_worked_out_beside_the_event_loop(
+    rig: Rig, engine: AsyncEngine, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    charged: Counter[tuple[str, float]] = Counter()
+    charge, threads = rig.scheduler.waiting.charge, []
+
+    def charging(seq: Sequence, num_prompt_tokens: int, num_output_tokens: int) -> None:
+        charged[seq.tenant, seq.weight] += num_prompt_tokens + num_output_tokens
+        charge(seq, num_prompt_tokens, num_output_tokens)
+
+    def working_out(*logits: Any) -> Effect:
+        threads.append(threading.current_thread())
+        return effect_of(*logits)
+
+    monkeypatch.setattr(rig.scheduler.waiting, "charge", charging)
+    monkeypatch.setattr("manylora.engine.async_engine.effect_of", working_out)
+    read = read_trusted(adapter, rig.wrapped.modules)
+    effect = await engine.measure_effect(rig.refs["tuned"], read, tenant="acme", weight=3.0)
+    assert charged == {("acme", 3.0): effect.num_tokens_run}
+    assert effect.num_tokens_run == 2 * len(engine.codec.encode(PROBE_TEXT))
+    assert len(threads) == 1
+    assert threads[0] not in (threading.current_thread(), engine._thread)
 
 
 async def test_an_effect_of_no_numbers_is_measured_as_such_so_that_the_upload_can_say_so(

@@ -401,7 +401,7 @@ async def test_a_writer_that_has_ended_leaves_no_trace_of_itself(database: Datab
 def test_writers_that_were_killed_are_forgotten_after_a_quarter_of_a_year(database: Database) -> None:
     killed, ended = (UsageStore(database, name) for name in ("killed", "ended"))
     batch = Batch()
-    batch.add((QUARTER, "acme", "", "", "ok"), 1, 1, 0)
+    batch.add((QUARTER, "acme", "", "", "ok"), (1, 1, 1, 0))
     season_us = 90 * 86_400 * 1_000_000
     killed.write(1, batch, now_us=0)
     ended.write(1, batch, now_us=season_us)

@@ -28,8 +28,8 @@ def filled(database: Database) -> Database:
         ("acme", "", "", DAY),
         ("rival", "rival", "sql", DAY + QUARTER_S),
     ]:
-        batch.add((quarter, tenant, owner, adapter, "ok"), 3, 2, 1)
-    batch.add((DAY, "acme", "acme", "sql", "cancelled"), 3, 0, 0)
+        batch.add((quarter, tenant, owner, adapter, "ok"), (1, 3, 2, 1))
+    batch.add((DAY, "acme", "acme", "sql", "cancelled"), (1, 3, 0, 0))
     batch.add_slot_time((DAY, "acme", "sql"), 1_500_000)
     batch.add_slot_time((DAY + DAY_S, "acme", "sql"), 1)
     batch.add_slot_time((DAY, "public", "sql"), 7)

@@ -16,7 +16,7 @@ from manylora.api.fields import wanted
 from manylora.api.json_body import parse_json
 from manylora.api.lanes import PYTHON, beside_loop
 from manylora.api.ownership import not_found, owner_of, target_tenant, version_number
-from manylora.catalog.records import MAX_DESCRIPTION, AdapterRecord, Published, VersionRecord, Wish
+from manylora.catalog.records import MAX_DESCRIPTION, AdapterRecord, Payer, Published, VersionRecord, Wish
 from manylora.catalog.service import Catalog
 from manylora.errors import AdapterNotFound, InvalidRequest, PermissionDenied, TooLarge, quoted
 from manylora.identity import PUBLIC_TENANT
@@ -120,13 +120,18 @@ def _add_uploads(router: APIRouter, catalog: Catalog) -> None:
             _require_admin(caller)
             body = await read_body(request, ImportBody)
             activate = True if body.activate is None else body.activate
-            wish = Wish(owner, body.name, body.description, body.pinned, activate)
+            wish = Wish(owner, body.name, body.description, body.pinned, activate, _payer(caller))
             done = await catalog.import_from(wish, body.source)
         else:
             length = request.headers.get("content-length", "")
             announced = int(length) if length.isascii() and length.isdigit() else None
-            done = await catalog.upload(owner, _stream(request), request.headers.get("content-type", ""), announced)
+            kind = request.headers.get("content-type", "")
+            done = await catalog.upload(owner, _stream(request), kind, announced, payer=_payer(caller))
         return _published(request, catalog, done)
+
+
+def _payer(caller: Principal) -> Payer:
+    return Payer(caller.tenant, caller.weight)
 
 
 def _require_admin(caller: Principal) -> None:
@@ -266,7 +271,8 @@ def _add_vllm(router: APIRouter, catalog: Catalog) -> None:
                 param="lora_name",
             )
         with _as_vllm_names_them():
-            done = await catalog.import_from(Wish(caller.tenant, body.lora_name), _source_of(body.lora_path))
+            wish = Wish(caller.tenant, body.lora_name, payer=_payer(caller))
+            done = await catalog.import_from(wish, _source_of(body.lora_path))
         return PlainTextResponse(f"Success: LoRA adapter '{done.version.ref.name}' added successfully.")
 
     @router.post("/v1/unload_lora_adapter")

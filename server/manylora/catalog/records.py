@@ -11,14 +11,26 @@ MAX_DESCRIPTION: Final = 4096  # characters
 
 
 @dataclass(frozen=True, slots=True)
+class Payer:
+    """Who an upload is tried for: its share of the engine, by `weight`, and its usage."""
+
+    tenant: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class Wish:
-    """Where an upload goes and what else it asks for; None leaves what is there."""
+    """Where an upload goes and what else it asks for; None leaves what is there.
+
+    `payer` None: the operator's own, which the owner's share of the engine runs and nobody is charged for.
+    """
 
     tenant: str
     name: str
     description: str | None = None
     pinned: bool | None = None
     activate: bool = True
+    payer: Payer | None = None
 
 
 @dataclass(frozen=True, slots=True)

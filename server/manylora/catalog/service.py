@@ -9,6 +9,7 @@ import hashlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Final
@@ -22,11 +23,11 @@ from manylora.catalog.blobs import Blobs
 from manylora.catalog.directory import Directory, Listed, missing
 from manylora.catalog.files import FolderLock
 from manylora.catalog.receive import receive_form
-from manylora.catalog.records import AdapterRecord, Folder, Published, VersionRecord, Wish
+from manylora.catalog.records import AdapterRecord, Folder, Payer, Published, VersionRecord, Wish
 from manylora.catalog.registry import Registry
 from manylora.catalog.residency import Pins, Retirement
 from manylora.catalog.store import Store, open_store
-from manylora.catalog.upload import Brought, Quarantine, Rules, new_version, tried, wish_of
+from manylora.catalog.upload import Brought, Charge, Quarantine, Rules, new_version, tried, wish_of
 from manylora.database.database import Database, open_database
 from manylora.engine.interface import AdapterRef, EngineClient, Tier
 from manylora.errors import InvalidSettings, ManyloraError, Unavailable
@@ -65,6 +66,7 @@ class Catalog:
         self._labelling: asyncio.Task[None] | None = None
         self._is_closing = False
         self._count_upload: Callable[[str, str], None] = _ignore
+        self._charge_probe: Charge = _charge_nobody
 
     @classmethod
     def open(
@@ -127,13 +129,16 @@ class Catalog:
         *,
         count_upload: Callable[[str, str], None] | None = None,
         count_damaged: Callable[[], None] | None = None,
+        charge_probe: Charge | None = None,
     ) -> None:
         """Work with this engine from now on: pin what is pinned, follow other processes' changes.
 
-        `count_upload` hears of every upload's tenant and result, `count_damaged` of stored files that are not sound.
+        `count_upload` hears of every upload's tenant and result, `count_damaged` of stored files that are not sound,
+        `charge_probe` of what was run to find an upload's effect; the upload goes on once it has returned.
         """
         self._engine = engine
         self._count_upload = count_upload or _ignore
+        self._charge_probe = charge_probe or _charge_nobody
         self._blobs.count_damaged = count_damaged or self._blobs.count_damaged
         self._pins = Pins(engine, self.directory)
         self._retirement = Retirement(engine, self.directory, self._blobs.free)
@@ -160,14 +165,20 @@ class Catalog:
     # adding
 
     async def upload(
-        self, tenant: str, body: AsyncIterator[bytes], content_type: str, content_length: int | None
+        self,
+        tenant: str,
+        body: AsyncIterator[bytes],
+        content_type: str,
+        content_length: int | None,
+        *,
+        payer: Payer | None = None,
     ) -> Published:
-        """A multipart upload. Raises InvalidAdapter, TooLarge, QuotaExceeded, InvalidRequest."""
+        """A multipart upload, for `tenant`. Raises InvalidAdapter, TooLarge, QuotaExceeded, InvalidRequest."""
 
         async def receive(folder: Path) -> tuple[Wish, Brought]:
             limit = self._rules.max_bytes
             received = await receive_form(body, content_type, folder, max_bytes=limit, content_length=content_length)
-            wish = self._checked(wish_of(received.fields, tenant))
+            wish = self._checked(replace(wish_of(received.fields, tenant), payer=payer))
             return wish, await self._quarantine.unpack(received)
 
         return await self._counted(tenant, self._add(receive))
@@ -228,7 +239,7 @@ class Catalog:
             return done
         size, pinned = adapter.size_bytes, bool(wish.pinned)
         await self.database.run(partial(self._registry.check_quota, wish.tenant, wish.name, size, pinned=pinned))
-        async with tried(self._attached, adapter, wish) as trial:
+        async with tried(self._attached, adapter, wish, self._charge_probe) as trial:
             new = await asyncio.to_thread(new_version, folder, adapter, trial.effect)
             publish = partial(self._registry.publish, wish, new, folder=stamp)
             done = await asyncio.to_thread(self._blobs.keep, folder, new.blob, publish)
@@ -380,3 +391,7 @@ def base_signature(modules: Mapping[str, ModuleSpec]) -> str:
 
 def _ignore(_tenant: str, _result: str) -> None:
     """Nobody counts."""
+
+
+async def _charge_nobody(_tenant: str, _ref: AdapterRef, _num_tokens: int) -> None:
+    """Nobody is charged."""

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import math
 import secrets
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from manylora.catalog.archive import unpack
 from manylora.catalog.base_names import BaseNames
 from manylora.catalog.files import blob_of_folder
 from manylora.catalog.receive import Received
-from manylora.catalog.records import MAX_DESCRIPTION, NewVersion, Wish
+from manylora.catalog.records import MAX_DESCRIPTION, NewVersion, Payer, Wish
 from manylora.catalog.registry import new_id
 from manylora.engine.interface import AdapterRef, Effect, EngineClient
 from manylora.errors import InvalidAdapter, InvalidRequest, ManyloraError, Problem, quoted
@@ -28,6 +28,9 @@ from manylora.identity import ADAPTER_FILES
 from manylora.lora.format import reader as lora_format
 from manylora.lora.format.reader import Adapter, ModuleSpec
 from manylora.lora.format.spec import BaseWeights
+
+# Hears what a tenant's upload has run, of which adapter and how many tokens; returns once that is kept for good.
+Charge = Callable[[str, AdapterRef, int], Awaitable[None]]
 
 _BOOLEANS: Final = {"true": True, "1": True, "false": False, "0": False}
 # Each validation holds an adapter's tensors; a few at once keep the processors busy.
@@ -133,15 +136,15 @@ class Trial:
 
 
 @asynccontextmanager
-async def tried(engine: EngineClient, adapter: Adapter, wish: Wish) -> AsyncIterator[Trial]:
-    """What the adapter does to the base, tried under a reference that nobody else knows.
+async def tried(engine: EngineClient, adapter: Adapter, wish: Wish, charge: Charge) -> AsyncIterator[Trial]:
+    """What the adapter does to the base, tried under a reference that nobody else knows, at the payer's expense.
 
     Raises InvalidAdapter (`no_effect`, `not_finite`).
     """
     ref = AdapterRef(new_id("probe"), wish.tenant, wish.name, 0, adapter.digest)
     published: AdapterRef | None = None
     try:
-        trial = Trial(await _measured(engine, ref, adapter))
+        trial = Trial(await _measured(engine, ref, adapter, wish.payer, charge))
         yield trial
         published = trial.published
     finally:
@@ -153,8 +156,13 @@ async def tried(engine: EngineClient, adapter: Adapter, wish: Wish) -> AsyncIter
             _log.warning("%s/%s is published, and what was tried stays in memory: %s", wish.tenant, wish.name, error)
 
 
-async def _measured(engine: EngineClient, ref: AdapterRef, adapter: Adapter) -> Effect:
-    effect = await engine.measure_effect(ref, adapter)
+async def _measured(
+    engine: EngineClient, ref: AdapterRef, adapter: Adapter, payer: Payer | None, charge: Charge
+) -> Effect:
+    tenant, weight = (ref.tenant, 1.0) if payer is None else (payer.tenant, payer.weight)
+    effect = await engine.measure_effect(ref, adapter, tenant=tenant, weight=weight)
+    if payer is not None:  # for what was run, whatever it says
+        await charge(payer.tenant, ref, effect.num_tokens_run)
     if not (math.isfinite(effect.max_abs_logit_delta) and math.isfinite(effect.kl)):
         message = "With this adapter the model's logits are not finite. Its weights are too large; train it again."
         raise InvalidAdapter([Problem("not_finite", "effect", message)])

@@ -271,7 +271,9 @@ class AsyncEngine:
 
     # adapters
 
-    async def measure_effect(self, ref: AdapterRef, adapter: Adapter) -> Effect:
+    async def measure_effect(
+        self, ref: AdapterRef, adapter: Adapter, *, tenant: str = PUBLIC_TENANT, weight: float = 1.0
+    ) -> Effect:
         """Logits of a fixed prompt with the adapter against those without; see `interface.EngineClient`."""
         self._check_open()
         prompt = [i for i in self.codec.encode(PROBE_TEXT) if i < self.model.vocab_size]
@@ -282,9 +284,8 @@ class AsyncEngine:
 
         def probe(name: str, tried: AdapterRef | None) -> RunningGeneration:
             """It runs at the expense of the tenant's fair share."""
-            return self._submit(
-                [Sequence(name, list(prompt), params, adapter=tried, tenant=ref.tenant, capture_logits=True)]
-            )
+            seq = Sequence(name, list(prompt), params, adapter=tried, tenant=tenant, weight=weight, capture_logits=True)
+            return self._submit([seq])
 
         base, tuned = probe(f"probe-{self._num_probes}-base", None), probe(f"probe-{self._num_probes}", ref)
         try:

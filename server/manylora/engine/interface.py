@@ -202,6 +202,11 @@ class Effect:
     max_abs_logit_delta: float
     kl: float
 
+    @property
+    def num_tokens_run(self) -> int:
+        """The prompt was run without the adapter and with it."""
+        return 2 * self.prompt_tokens
+
 
 class TextCodec(Protocol):
     """The base model's tokenizer, as much of it as the API needs. Thread-safe."""
@@ -286,7 +291,9 @@ class EngineClient(Protocol):
         """
         ...
 
-    async def measure_effect(self, ref: AdapterRef, adapter: Adapter) -> Effect:
+    async def measure_effect(
+        self, ref: AdapterRef, adapter: Adapter, *, tenant: str = PUBLIC_TENANT, weight: float = 1.0
+    ) -> Effect:
         """Run a fixed prompt with and without the adapter, beside the running requests.
 
         What was read of it is what runs: no file is opened. It stays in memory, as `ref`, until `forget`.

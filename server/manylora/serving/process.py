@@ -21,7 +21,7 @@ from manylora.api.tracing import open_tracing
 from manylora.catalog.service import Catalog
 from manylora.database.database import open_database
 from manylora.errors import StartupError
-from manylora.identity import PUBLIC_TENANT
+from manylora.identity import PUBLIC_TENANT, AdapterRef
 from manylora.log import configure_logging
 from manylora.lora.memory.occupancy import Occupancy
 from manylora.metrics import Metrics, NoMetrics
@@ -33,6 +33,7 @@ from manylora.settings import Settings
 from manylora.tenants.gate import TenantGate
 from manylora.tenants.keys import KeyStore
 from manylora.tenants.seal import Seal, reopened
+from manylora.usage.interface import UsageSink
 from manylora.usage.ledger import UsageLedger
 
 if TYPE_CHECKING:
@@ -132,7 +133,10 @@ class _Server:
             gate.start()
             stack.push_async_callback(gate.aclose)
             await catalog.attach(
-                engine, count_upload=self._metrics.count_upload, count_damaged=self._metrics.count_damaged
+                engine,
+                count_upload=self._metrics.count_upload,
+                count_damaged=self._metrics.count_damaged,
+                charge_probe=partial(charge_probe, self._metrics, usage),
             )
             self._metrics.show_orphans(catalog.num_orphans)
             if settings.adapters is not None:
@@ -196,6 +200,13 @@ class _Server:
             has_metrics=self._metrics.is_on,
             moved_from=self._settings.host if self._host != self._settings.host else None,
         )
+
+
+async def charge_probe(metrics: Metrics, usage: UsageSink, tenant: str, adapter: AdapterRef, num_tokens: int) -> None:
+    """What an upload has run is on the tenant's bill; returns once it is kept for good."""
+    metrics.count_probe(tenant, adapter.name, num_tokens)
+    usage.add_probe(tenant, adapter, num_tokens)
+    await usage.stored()
 
 
 def url_of(host: str, port: int) -> str:

@@ -32,6 +32,10 @@ class UsageSink(Protocol):
 
     def add(self, use: Use) -> None: ...
 
+    def add_probe(self, tenant: str, adapter: AdapterRef, prompt_tokens: int) -> None:
+        """Tokens that were run for a tenant's upload of `adapter`, by no request of its own."""
+        ...
+
     async def stored(self) -> None:
         """Wait until what was added is in the database."""
         ...

@@ -19,11 +19,12 @@ from typing import Final, TypeVar
 
 from manylora.database.database import Database
 from manylora.errors import ManyloraError
+from manylora.identity import AdapterRef
 from manylora.lora.memory.occupancy import Occupancy, Stay
 from manylora.usage.interface import Use
 from manylora.usage.journal import journal_of, journals_of_others, read_journal
 from manylora.usage.period import QUARTER_S, quarter_of
-from manylora.usage.store import Batch, UsageStore
+from manylora.usage.store import Batch, Counts, UsageStore
 
 __all__ = ["UsageLedger", "add_stays"]
 
@@ -102,9 +103,16 @@ class UsageLedger:
 
     def add(self, use: Use) -> None:
         """Count one request."""
-        owner, name = (use.adapter.tenant, use.adapter.name) if use.adapter else ("", "")
-        key = (quarter_of(self._clock()), use.tenant, owner, name, use.outcome)
-        self._next.batch.add(key, use.prompt_tokens, use.completion_tokens, use.cached_tokens)
+        counts = (1, use.prompt_tokens, use.completion_tokens, use.cached_tokens)
+        self._add(use.tenant, use.adapter, use.outcome, counts)
+
+    def add_probe(self, tenant: str, adapter: AdapterRef, prompt_tokens: int) -> None:
+        """Count what an upload has run, which is no request; see `interface.UsageSink`."""
+        self._add(tenant, adapter, "ok", (0, prompt_tokens, 0, 0))
+
+    def _add(self, tenant: str, adapter: AdapterRef | None, outcome: str, counts: Counts) -> None:
+        owner, name = (adapter.tenant, adapter.name) if adapter else ("", "")
+        self._next.batch.add((quarter_of(self._clock()), tenant, owner, name, outcome), counts)
         self._wake.set()
 
     async def stored(self) -> None:

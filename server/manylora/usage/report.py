@@ -158,7 +158,8 @@ def _add_requests(session: Session, sums: _Sums, period: Period, tenant: str | N
             line.prompt_tokens += prompt
             line.completion_tokens += completion
             line.cached_tokens += cached
-            line.outcomes[outcome] = line.outcomes.get(outcome, 0) + requests
+            if requests:  # an upload's probe is tokens and no request
+                line.outcomes[outcome] = line.outcomes.get(outcome, 0) + requests
 
 
 def _add_slot_time(session: Session, sums: _Sums, period: Period, tenant: str | None) -> None:

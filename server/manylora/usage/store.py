@@ -15,6 +15,7 @@ __all__ = ["Batch", "UsageKey", "UsageStore", "note_stored"]
 
 # quarter, tenant, owner, adapter, outcome
 UsageKey = tuple[int, str, str, str, str]
+Counts = Sequence[int]  # requests, prompt tokens, completion tokens, cached tokens
 SlotKey = tuple[int, str, str]  # quarter, tenant, adapter
 
 _USAGE_KEY: Final = ("quarter", "tenant", "owner", "adapter", "outcome")
@@ -36,13 +37,10 @@ class Batch:
     def is_empty(self) -> bool:
         return not self.usage and not self.slots
 
-    def add(self, key: UsageKey, prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> None:
-        """Count one request."""
-        counts = self.usage.setdefault(key, [0, 0, 0, 0])
-        counts[0] += 1
-        counts[1] += prompt_tokens
-        counts[2] += completion_tokens
-        counts[3] += cached_tokens
+    def add(self, key: UsageKey, counts: Counts) -> None:
+        """Add to a key's counts."""
+        mine = self.usage.setdefault(key, [0, 0, 0, 0])
+        self.usage[key] = [a + b for a, b in zip(mine, counts, strict=True)]
 
     def copy(self) -> "Batch":
         copied = Batch()
@@ -51,8 +49,7 @@ class Batch:
 
     def merge(self, other: "Batch") -> None:
         for key, counts in other.usage.items():
-            mine = self.usage.setdefault(key, [0, 0, 0, 0])
-            self.usage[key] = [a + b for a, b in zip(mine, counts, strict=True)]
+            self.add(key, counts)
         for slot, microseconds in other.slots.items():
             self.add_slot_time(slot, microseconds)
 
