@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, Self
 
 from manylora.errors import InvalidRequest
 
@@ -33,6 +33,28 @@ class AdapterRef:
     def label(self) -> str:
         """`name@version`, as people write it."""
         return f"{self.name}@{self.version}"
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """The adapters of one request, each with the weight by which what it adds is multiplied; none for the bare base."""
+
+    parts: tuple[tuple[AdapterRef, float], ...] = ()
+
+    @classmethod
+    def of(cls, adapter: AdapterRef | None) -> Self:
+        """One adapter as it is, or none."""
+        return cls(() if adapter is None else ((adapter, 1.0),))
+
+    @property
+    def key(self) -> str:
+        """Equal for the same adapters with the same weights, in whatever order, and for no others."""
+        return repr(sorted((ref.id, weight) for ref, weight in self.parts))
+
+    @property
+    def is_public(self) -> bool:
+        """Whether everybody may use all of it."""
+        return all(ref.tenant == PUBLIC_TENANT for ref, _ in self.parts)
 
 
 def check_name(name: str, *, reserved: str) -> None:

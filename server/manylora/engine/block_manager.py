@@ -1,6 +1,6 @@
 """Blocks of the key-value cache: who holds them, and which hold a prefix that can be used again.
 
-Full blocks are known by a hash of everything that determines their content (the adapter's identity, every token
+Full blocks are known by a hash of everything that determines their content (the mix of adapters, every token
 before, and their own) and of who may use them again. How much of a prompt was known, and so how soon it is answered,
 tells its sender that somebody has asked the same, so a block is found again by its own tenant only. A block nobody
 holds keeps its content, and its hash, until it is handed out again, least recently used first.
@@ -11,8 +11,8 @@ from collections import OrderedDict
 from hashlib import blake2b
 from secrets import token_bytes
 
-from manylora.engine.interface import PUBLIC_TENANT
 from manylora.engine.sequence import Sequence
+from manylora.identity import Mix
 
 
 class BlockManager:
@@ -125,17 +125,17 @@ class BlockManager:
         return seq.block_hashes[i]
 
     def _root(self, seq: Sequence) -> bytes:
-        adapter = seq.adapter.id if seq.adapter else ""
-        parts = (adapter, *self._sharers(seq))
+        mix = Mix.of(seq.adapter)
+        parts = (mix.key, *self._sharers(seq, mix))
         return self._secret + "".join(f"{len(part)}:{part}" for part in parts).encode("utf-8", "surrogatepass")
 
-    def _sharers(self, seq: Sequence) -> tuple[str, str]:
+    def _sharers(self, seq: Sequence, mix: Mix) -> tuple[str, str]:
         """Who may use the sequence's blocks again: a kind of group, and which one."""
         if not self._share_prefixes:
             return "request", seq.request_id
         if seq.cache_salt is not None:
             return "salt", seq.cache_salt
-        if self._share_public and (seq.adapter is None or seq.adapter.tenant == PUBLIC_TENANT):
+        if self._share_public and mix.is_public:
             return "everybody", ""
         return "tenant", seq.tenant
 
