@@ -44,7 +44,7 @@ def _forks(data_dir: Path, scratch: Path, life: str = "life") -> Iterator["subpr
 
 
 def _run_until_killed(forks: "subprocess.Popen[str]", seed: int) -> list[dict[str, Any]]:
-    """Start a child, kill it after a random while, and give what it said."""
+    """Start a child, kill it a random while after a random number of operations, and give what it said."""
     assert forks.stdin is not None
     assert forks.stdout is not None
     forks.stdin.write(f"{seed}\n")
@@ -52,7 +52,11 @@ def _run_until_killed(forks: "subprocess.Popen[str]", seed: int) -> list[dict[st
     said = [json.loads(forks.stdout.readline())]
     while not {"pid", "open"} <= {key for line in said for key in line}:
         said.append(json.loads(forks.stdout.readline()))
-    time.sleep(random.Random(seed).uniform(0.0, 0.6))
+    chance = random.Random(seed)
+    num_whole = chance.randint(0, 4)  # counted and not timed: on a busy machine they take as long as they take
+    while sum("end" in line for line in said) < num_whole and "dead" not in said[-1]:
+        said.append(_parsed(forks.stdout.readline()))
+    time.sleep(chance.uniform(0.0, 0.3))
     os.kill(next(line["pid"] for line in said if "pid" in line), signal.SIGKILL)
     while "dead" not in said[-1]:
         said.append(_parsed(forks.stdout.readline()))
