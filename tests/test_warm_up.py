@@ -11,7 +11,7 @@ from manylora.models.checkpoint import load_tokenizer
 from manylora.models.codec import HuggingFaceCodec
 from manylora.serving import warm_up as module
 from manylora.serving.warm_up import warm_up
-from tests.engine.harness import Rig, build_rig, load
+from tests.engine.harness import Rig, build_rig, grammars_of, load
 from tests.tiny_adapters import make_adapter
 from tests.tiny_models import VOCAB_SIZE
 
@@ -35,7 +35,7 @@ def rig(tiny_llama_dir: Path, tmp_path: Path) -> Rig:
 async def engine(rig: Rig, tiny_llama_dir: Path) -> AsyncIterator[AsyncEngine]:
     codec = HuggingFaceCodec(load_tokenizer(tiny_llama_dir), ())
     model = ModelInfo("tiny", context_length=60, vocab_size=VOCAB_SIZE, created=0)
-    engine = AsyncEngine(rig.engine, rig.tiers, model, codec, max_open=64)
+    engine = AsyncEngine(rig.engine, rig.tiers, model, codec, grammars_of(tiny_llama_dir), max_open=64)
     await engine.start()
     yield engine
     await engine.close()

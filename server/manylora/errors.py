@@ -3,6 +3,7 @@
     ManyloraError                       500 server_error
     ├── InvalidRequest                  400 invalid_request_error
     │   ├── UnsupportedField            400 invalid_request_error  unsupported_field
+    │   ├── InvalidGrammar              400 invalid_request_error  invalid_grammar
     │   ├── ContextLengthExceeded       400 invalid_request_error  context_length_exceeded
     │   ├── MethodNotAllowed            405 invalid_request_error  method_not_allowed
     │   ├── RequestTimeout              408 invalid_request_error  request_timeout
@@ -99,6 +100,16 @@ class UnsupportedField(InvalidRequest):
     """A field that this server does not know or does not support."""
 
     code = "unsupported_field"
+
+
+class InvalidGrammar(InvalidRequest):
+    """A schema, regular expression or grammar that no answer can be held to. `keys`: the schema's keys at fault."""
+
+    code = "invalid_grammar"
+
+    def __init__(self, message: str, *, param: str | None = None, keys: tuple[str, ...] = ()) -> None:
+        super().__init__(message, param=param)
+        self.keys = keys
 
 
 class ContextLengthExceeded(InvalidRequest):

@@ -284,6 +284,14 @@ class Metrics:
         for phase in FAULT_PHASES:
             for result in FAULT_RESULTS:
                 self.step_failures.labels(phase, result)
+        self.structured_requests = self._counter(
+            "structured_requests",
+            "Requests held to a grammar, by its kind and by whether it was ready (`hit`) or had to be made (`miss`).",
+            ("kind", "cache"),
+        )
+        self.grammar_compile = self._histogram(
+            "grammar_compile_seconds", "Making a grammar ready, or finding that it cannot be followed.", ("result",)
+        )
         self.uploads = self._counter("uploads", "Adapter uploads by result.", ("tenant", "result"))
         self.adapter_files_damaged = self._counter(
             "adapter_files_damaged", "Reads of an adapter's stored files that were not those that were stored.", ()
@@ -351,6 +359,14 @@ class Metrics:
         """A sequence of an adapter of `tenant` ended because its logits were not finite."""
         self.adapter_not_finite.labels(*self._owner(tenant, adapter)).inc()
 
+    def count_structured_request(self, kind: str, is_known: bool) -> None:
+        """A request asked to be held to a grammar of a kind (`grammars.grammar.GrammarKind`)."""
+        self.structured_requests.labels(kind, "hit" if is_known else "miss").inc()
+
+    def observe_grammar_compile(self, seconds: float, result: str) -> None:
+        """A grammar was made ready (`ok`) or refused (`refused`)."""
+        self.grammar_compile.labels(result).observe(seconds)
+
     def observe_adapter_load(self, tenant: str, adapter: str, tier: str, seconds: float) -> None:
         """An adapter of `tenant` went up from `tier`: `disk` (read into host memory) or `host` (to the device)."""
         self.adapter_load.labels(*self._owner(tenant, adapter), tier).observe(seconds)
@@ -396,6 +412,10 @@ class NoMetrics(Metrics):
     def count_step_failure(self, phase: str, result: str) -> None: ...
 
     def count_not_finite(self, tenant: str, adapter: str) -> None: ...
+
+    def count_structured_request(self, kind: str, is_known: bool) -> None: ...
+
+    def observe_grammar_compile(self, seconds: float, result: str) -> None: ...
 
     def observe_adapter_load(self, tenant: str, adapter: str, tier: str, seconds: float) -> None: ...
 

@@ -199,6 +199,9 @@ class Settings(BaseSettings):
     tenant_queue_share: float = Field(default=0.5, gt=0, le=1)
     """How much of the seats and of the queue that the others leave one tenant may hold, so that it cannot fill the
     queue for everybody; 1 lets it."""
+    grammar_memory: Size = 256 * 2**20
+    """Memory for the grammars of earlier requests (`response_format` and its like), kept for later ones: bytes, or a
+    share of what is free. Those of running requests are beside it."""
     kv_cache_memory: Size = 0.1
     """Memory for the KV cache: bytes, or a share of what is free once the model is loaded; a share is raised to what
     one sequence of `max_model_len` needs, if that is at most half of what is free."""

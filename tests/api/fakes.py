@@ -8,10 +8,12 @@ from typing import Any, ClassVar
 from manylora.catalog.interface import PublishedAdapter
 from manylora.engine.interface import (
     AdapterRef,
+    CompiledGrammar,
     Delta,
     Effect,
     EngineStats,
     FinishReason,
+    Grammar,
     ModelInfo,
     Progress,
     RequestTiming,
@@ -145,6 +147,13 @@ def scored(token_id: int, num_top: int) -> TokenLogprob:
     return TokenLogprob(token_id, -0.5, top)
 
 
+@dataclass(frozen=True)
+class FakeCompiled:
+    """Implements `CompiledGrammar`."""
+
+    grammar: Grammar
+
+
 @dataclass
 class FakeEngine:
     """Implements `EngineClient`. `text` is what it says; the attributes steer it."""
@@ -157,6 +166,8 @@ class FakeEngine:
     error: ManyloraError = field(default_factory=lambda: ManyloraError("the engine tripped"))
     last_reason: FinishReason | None = None
     refuse: ManyloraError | None = None
+    refuse_grammar: ManyloraError | None = None
+    compiled: list[tuple[str, Grammar]] = field(default_factory=list)
     max_open: int = 10_000
     max_choices: int = 10_000
     is_ready: bool = True
@@ -196,6 +207,12 @@ class FakeEngine:
     @property
     def open(self) -> list[FakeGeneration]:
         return [g for g in self.generations if not g.is_closed]
+
+    async def compile(self, grammar: Grammar, tenant: str) -> CompiledGrammar:
+        self.compiled.append((tenant, grammar))
+        if self.refuse_grammar is not None:
+            raise self.refuse_grammar
+        return FakeCompiled(grammar)
 
     def generate(
         self,

@@ -17,6 +17,8 @@ from manylora.engine.interface import AdapterRef, SamplingParams
 from manylora.engine.model_runner import ModelRunner
 from manylora.engine.scheduler import Scheduler
 from manylora.engine.sequence import Sequence
+from manylora.grammars.compiler import GrammarCompiler
+from manylora.grammars.vocabulary import Vocabulary
 from manylora.kernels import native
 from manylora.kernels.interface import LoraKernel
 from manylora.kernels.matmul import factory
@@ -28,6 +30,8 @@ from manylora.lora.memory.packing import KeepAs, PackedAdapter, pack
 from manylora.lora.memory.slots import SlotBook
 from manylora.lora.memory.tiers import AdapterTiers
 from manylora.models import fused
+from manylora.models.checkpoint import load_tokenizer
+from manylora.models.codec import HuggingFaceCodec
 from manylora.models.kv_cache import KVCache
 from manylora.models.loading import load_base
 from manylora.models.native_layers import NativeLayers
@@ -35,6 +39,7 @@ from manylora.models.selfcheck import SelfCheck
 from manylora.models.torch_layers import TorchLayers
 from manylora.models.wrapping import WrappedModel, wrap
 from manylora.settings import Settings
+from tests.tiny_models import END_OF_TURN, VOCAB_SIZE
 
 KERNELS: Mapping[str, Callable[[], LoraKernel]] = {"torch": TorchKernel, "native": NativeKernel, "fused": NativeKernel}
 # "native" keeps the model's own layers, "fused" runs those of the usual shape through the fused operators.
@@ -44,6 +49,13 @@ available_kernels = ["torch", "native", "fused"] if native.is_available() else [
 def load(folder: Path, dtype: Literal["float32", "bfloat16", "float16"] = "float32") -> PreTrainedModel:
     """The base as a server loads it: whatever the server would refuse, no test can serve."""
     return load_base(Settings(model=str(folder), device="cpu", dtype=dtype)).model
+
+
+def grammars_of(folder: Path, num_rows: int = VOCAB_SIZE) -> GrammarCompiler:
+    """A compiler for the model in `folder`, as a server has it."""
+    tokenizer = load_tokenizer(folder)
+    codec = HuggingFaceCodec(tokenizer, [END_OF_TURN])
+    return GrammarCompiler(lambda: Vocabulary(codec.compiled_json(), num_rows, (END_OF_TURN,)), 2**28)
 
 
 @dataclass
@@ -100,6 +112,7 @@ class Rig:
         return "".join(o.delta.text for o in self.outputs[f"{request_id}/{index}"])
 
     def close(self) -> None:
+        self.engine.close()
         self.tiers.close()
 
 

@@ -29,7 +29,7 @@ from manylora.lora.format.reader import Adapter, read_trusted
 from manylora.lora.memory.packing import PackedAdapter
 from manylora.models.checkpoint import load_tokenizer
 from manylora.models.codec import HuggingFaceCodec
-from tests.engine.harness import Rig, build_rig, load
+from tests.engine.harness import Rig, build_rig, grammars_of, load
 from tests.engine.oracle import check_greedy, with_adapter
 from tests.tiny_adapters import make_adapter, make_adapter_that_spoils
 from tests.tiny_models import VOCAB_SIZE
@@ -58,7 +58,7 @@ def rig(tiny_llama_dir: Path, adapter: Path) -> Rig:
 async def started(rig: Rig, folder: Path, *, max_open: int = 64, **how: Any) -> AsyncIterator[AsyncEngine]:
     codec = HuggingFaceCodec(load_tokenizer(folder), ())
     model = ModelInfo("tiny", context_length=400, vocab_size=VOCAB_SIZE, created=0)
-    engine = AsyncEngine(rig.engine, rig.tiers, model, codec, max_open=max_open, **how)
+    engine = AsyncEngine(rig.engine, rig.tiers, model, codec, grammars_of(folder), max_open=max_open, **how)
     await engine.start()
     try:
         yield engine

@@ -25,6 +25,7 @@ NO_BOUNDS = {
     "catalog.cache.MAX_BYTES": "a cache on disk",
     "engine.detokenizer.MAX_BYTES": "of one character in UTF-8",
     "engine.detokenizer.MAX_PENDING": "tokens that wait for the end of a character",
+    "grammars.compiler.MAX_REFUSED": "how many refusals are remembered",
     "kernels.torch_lora.MAX_BATCHED_ROWS": "a choice between kernels",
     "kernels.torch_lora.MAX_GROUP": "a choice between kernels",
     "kernels.torch_lora.MAX_GROUPED_BYTES": "a choice between kernels",

@@ -16,6 +16,7 @@ __all__ = [
     "PART_UNSUPPORTED",
     "STREAM_OPTION_UNSUPPORTED",
     "Unsupported",
+    "asks_for_nothing",
     "unsupported_field",
     "wanted",
 ]
@@ -29,15 +30,8 @@ _NOTHING: Final[tuple[Any, ...]] = (False, [], {}, "", {"type": "text"})
 _ON: Final = (True,)
 
 _BOTH: Final[Unsupported] = {
-    "response_format": _NOTHING,
-    "structured_outputs": _NOTHING,
     "structural_tag": _NOTHING,
-    "guided_choice": _NOTHING,
-    "guided_grammar": _NOTHING,
-    "guided_json": _NOTHING,
-    "guided_regex": _NOTHING,
     "guided_decoding_backend": _NOTHING,
-    "guided_whitespace_pattern": _NOTHING,
     "json_schema": _NOTHING,
     "regex": _NOTHING,
     "ebnf": _NOTHING,
@@ -133,7 +127,6 @@ _IN_WORDS: Final = {
     "functions": _NO_TOOLS,
     "tool_choice": _NO_TOOLS,
     "function_call": _NO_TOOLS,
-    "response_format": "This server answers in plain text and holds it to no schema.",
 }
 
 
@@ -161,6 +154,11 @@ def unsupported_field(path: str) -> UnsupportedField:
     why = f" {_IN_WORDS[name]}" if name in _IN_WORDS else ""
     advice = f"Send it to {_ROUTE_OF[path]}." if path in _ROUTE_OF else "Leave it out."
     return UnsupportedField(f"The field '{path}' is not supported by this route.{why} {advice}", param=path)
+
+
+def asks_for_nothing(value: Any) -> bool:
+    """A value that real clients send in a field that they have no use for."""
+    return _is_neutral("", value, _NOTHING, {})
 
 
 def _is_neutral(name: str, value: Any, neutral: tuple[Any, ...], raw: Mapping[str, Any]) -> bool:

@@ -66,7 +66,7 @@ async def _answered(
         run.log.update(body.annotations())
         aliases = services.settings.resolved_model_aliases
         run.adapter = adapter_of(body, services.directory, caller.tenant, services.engine.model.name, aliases)
-        prompts = await prompts_of(body, services.engine)
+        prompts = await prompts_of(body, services.engine, caller.tenant)
         await check_connected(request)
         run.ask(prompts, gone=missing(body), cache_salt=body.cache_salt)
         return await run.answer(kind(run, body), is_streamed=body.stream)

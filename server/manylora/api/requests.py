@@ -18,9 +18,10 @@ from manylora.api.compat import require_json
 from manylora.api.lanes import LONG_TEXT, PYTHON, SHORT_TEXT, beside_loop
 from manylora.api.record import ClientGone
 from manylora.api.schemas import ChatRequest, CompletionRequest, GenerationRequest, parse
+from manylora.api.structured import ANSWER_FIELDS, asked_for
 from manylora.catalog.interface import AdapterDirectory
-from manylora.engine.interface import EngineClient, ModelInfo, SamplingParams, TextCodec
-from manylora.errors import AdapterNotFound, ContextLengthExceeded, InvalidRequest, quoted
+from manylora.engine.interface import CompiledGrammar, EngineClient, ModelInfo, SamplingParams, TextCodec
+from manylora.errors import AdapterNotFound, ContextLengthExceeded, InvalidGrammar, InvalidRequest, quoted
 from manylora.identity import NAME_PATTERN, AdapterRef
 
 __all__ = [
@@ -179,10 +180,11 @@ class Prompt:
     text: str = ""
 
 
-async def prompts_of(body: GenerationRequest, engine: EngineClient) -> tuple[Prompt, ...]:
+async def prompts_of(body: GenerationRequest, engine: EngineClient, tenant: str) -> tuple[Prompt, ...]:
     """Every prompt of the body; all have the same number of choices. What is quick to check is checked first.
 
-    Raises InvalidRequest, also where the model's chat template refuses the messages, and ContextLengthExceeded.
+    Raises InvalidRequest, also where the model's chat template refuses the messages or no answer can be held to the
+    grammar, ContextLengthExceeded, and what `EngineClient.compile` does.
     """
     params = _sampling_params(body, engine.model)
     if isinstance(body, CompletionRequest):
@@ -193,7 +195,22 @@ async def prompts_of(body: GenerationRequest, engine: EngineClient) -> tuple[Pro
         assert isinstance(body, ChatRequest)
         _check_num_choices(1, params.n, engine.max_choices)
         encoded = [await _encode_chat(body, engine)]
+    grammar = await _grammar_of(body, engine, tenant)
+    if grammar is not None:
+        params = replace(params, grammar=grammar)
     return tuple(Prompt(ids, _fit_to_context(params, body, len(ids), engine.model), text) for ids, text in encoded)
+
+
+async def _grammar_of(body: GenerationRequest, engine: EngineClient, tenant: str) -> CompiledGrammar | None:
+    """What the answer must look like, ready for use, where the body says so."""
+    fields = {name: value for name in ANSWER_FIELDS if (value := getattr(body, name)) is not None}
+    asked = await beside_loop(PYTHON, asked_for, fields) if fields else None
+    if asked is None:
+        return None
+    try:
+        return await engine.compile(asked.grammar, tenant)
+    except InvalidGrammar as error:
+        raise asked.refusal(error) from None
 
 
 def _check_num_choices(num_prompts: int, n: int, most: int) -> None:

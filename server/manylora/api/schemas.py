@@ -25,10 +25,12 @@ from manylora.api.fields import (
     PART_UNSUPPORTED,
     STREAM_OPTION_UNSUPPORTED,
     Unsupported,
+    asks_for_nothing,
     unsupported_field,
     wanted,
 )
 from manylora.api.json_body import parse_json
+from manylora.api.structured import ANSWER_FIELDS, ResponseFormat, StructuredOutputs
 from manylora.errors import InvalidRequest, UnsupportedField, quoted
 
 __all__ = ["ChatRequest", "CompletionRequest", "GenerationRequest", "Message", "Prompt", "StreamOptions", "parse"]
@@ -101,6 +103,15 @@ class GenerationRequest(_Strict):
     repetition_penalty: float | None = Field(default=None, gt=0, le=100)
     logit_bias: dict[int, float] = {}
     n: Int = Field(default=1, ge=1, le=MAX_N)
+    response_format: ResponseFormat | None = Field(default=None, description="What the answer must look like.")
+    structured_outputs: StructuredOutputs | None = Field(default=None, description="vLLM's way to say the same.")
+    guided_json: dict[str, Any] | bool | str | None = Field(default=None, description="`structured_outputs.json`.")
+    guided_regex: str | None = Field(default=None, min_length=1, description="`structured_outputs.regex`.")
+    guided_choice: list[str] | None = Field(default=None, min_length=1, description="`structured_outputs.choice`.")
+    guided_grammar: str | None = Field(default=None, min_length=1, description="`structured_outputs.grammar`.")
+    guided_whitespace_pattern: str | None = Field(
+        default=None, min_length=1, description="`structured_outputs.whitespace_pattern`."
+    )
     cache_salt: str | None = Field(default=None, description="A secret: who sends the same one shares cached prompts.")
     user: str | None = Field(default=None, max_length=MAX_USER)
     metadata: Metadata | None = None
@@ -297,6 +308,9 @@ def _cleaned(raw: dict[str, Any], schema: type[GenerationRequest]) -> dict[str, 
     for name, taken in (("service_tier", ("auto", "default")), ("store", (False,))):
         if name in kept and kept[name] not in taken:
             raise unsupported_field(name)
+    for name in ANSWER_FIELDS:
+        if name in kept and asks_for_nothing(kept[name]) and not (name == "guided_json" and kept[name] == {}):
+            del kept[name]
     options, metadata, messages = kept.get("stream_options"), kept.get("metadata"), kept.get("messages")
     if isinstance(options, dict):
         kept["stream_options"] = wanted(

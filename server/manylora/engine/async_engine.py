@@ -20,9 +20,11 @@ from manylora.engine.engine import Engine, Output
 from manylora.engine.interface import (
     PUBLIC_TENANT,
     AdapterRef,
+    CompiledGrammar,
     Delta,
     Effect,
     EngineStats,
+    Grammar,
     ModelInfo,
     Progress,
     RequestTiming,
@@ -40,6 +42,7 @@ from manylora.errors import (
     InvalidRequest,
     ManyloraError,
 )
+from manylora.grammars.compiler import GrammarCompiler
 from manylora.log import get_logger
 from manylora.lora.format.spec import Adapter
 from manylora.lora.memory.tiers import AdapterTiers
@@ -139,6 +142,7 @@ class AsyncEngine:
         tiers: AdapterTiers,
         model: ModelInfo,
         codec: TextCodec,
+        grammars: GrammarCompiler,
         *,
         max_open: int,
         tenant_share: float = 0.5,
@@ -148,6 +152,7 @@ class AsyncEngine:
         self.codec = codec
         self._engine = engine
         self._tiers = tiers
+        self._grammars = grammars
         self._admission = Admission(max_open, engine.scheduler.max_num_seqs, tenant_share)
         self._before_step = before_step
         self._inbox: deque[tuple[list[Sequence], Callable[[], None]]] = deque()  # with whom each is about
@@ -188,6 +193,11 @@ class AsyncEngine:
     @property
     def max_choices(self) -> int:
         return self._admission.most
+
+    async def compile(self, grammar: Grammar, tenant: str) -> CompiledGrammar:
+        """Make a grammar ready; see `interface.EngineClient`."""
+        self._check_open()
+        return await asyncio.wrap_future(self._grammars.compile(grammar, tenant))
 
     def generate(
         self,
@@ -387,7 +397,9 @@ class AsyncEngine:
         self._wake.set()
         if self._thread.ident is not None:
             await asyncio.to_thread(self._thread.join)
+        self._engine.close()
         await asyncio.to_thread(self._tiers.close)
+        await asyncio.to_thread(self._grammars.close)
 
     # the engine's thread
 

@@ -15,6 +15,9 @@ from manylora.engine.model_runner import ModelRunner
 from manylora.engine.recovery import FaultEvents
 from manylora.engine.scheduler import Scheduler
 from manylora.errors import InvalidSettings, ModelUnusable, NotEnoughMemory
+from manylora.grammars.compiler import GrammarCompiler, GrammarEvents
+from manylora.grammars.masks import MaskMaker
+from manylora.grammars.vocabulary import Vocabulary
 from manylora.identity import AdapterRef, Tier
 from manylora.kernels import native
 from manylora.kernels.interface import LoraKernel
@@ -77,6 +80,17 @@ class _FaultMetrics(FaultEvents):
         self._metrics.count_not_finite(ref.tenant, ref.name)
 
 
+class _GrammarMetrics(GrammarEvents):
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def on_request(self, kind: str, is_known: bool) -> None:
+        self._metrics.count_structured_request(kind, is_known)
+
+    def on_compile(self, seconds: float, result: str) -> None:
+        self._metrics.observe_grammar_compile(seconds, result)
+
+
 class EngineBuilder:
     """Builds in two steps, since the catalog must know the base's modules before the engine can ask it for files."""
 
@@ -109,6 +123,7 @@ class EngineBuilder:
             tiers,
             model,
             self.base.codec,
+            self._grammars(metrics),
             max_open=max_open,
             tenant_share=self.settings.tenant_queue_share,
             before_step=ThreadPlacement(native).before_step if self._use_native else lambda: None,
@@ -156,8 +171,20 @@ class EngineBuilder:
             max_model_len=self.context_length,
             observe=metrics.observe_step,
             faults=_FaultMetrics(metrics),
+            masks=MaskMaker(self.base.codec.eos_ids),
         )
         return engine, tiers
+
+    def _grammars(self, metrics: Metrics) -> GrammarCompiler:
+        return GrammarCompiler(
+            self._vocabulary,
+            in_bytes(self.settings.grammar_memory, torch.device("cpu")),
+            _GrammarMetrics(metrics),
+        )
+
+    def _vocabulary(self) -> Vocabulary:
+        codec = self.base.codec
+        return Vocabulary(codec.compiled_json(), self.wrapped.vocab_size, tuple(sorted(codec.eos_ids)))
 
     def _prove(self, cache: KVCache, kernel: LoraKernel) -> None:
         """Check the model against itself: every fused layer before it takes a layer's place, then all together."""

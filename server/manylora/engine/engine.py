@@ -7,13 +7,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from manylora.engine.constraints import Constraints, is_late
 from manylora.engine.detokenizer import Decode, Detokenizer
-from manylora.engine.interface import Delta, FinishReason, Task
+from manylora.engine.interface import Delta, FinishReason, Task, TokenLogprob
 from manylora.engine.model_runner import ModelRunner, Outcome
 from manylora.engine.recovery import Fault, FaultEvents, Recovery, failure_of, log_ended, log_failure, not_finite
 from manylora.engine.scheduler import Scheduled, Scheduler
 from manylora.engine.sequence import Sequence
 from manylora.errors import ManyloraError
+from manylora.grammars.masks import MaskMaker
 
 PhaseObserver = Callable[[str, float], None]  # phase, seconds
 
@@ -41,6 +43,7 @@ class Engine:
         max_model_len: int,
         observe: PhaseObserver | None = None,
         faults: FaultEvents | None = None,
+        masks: MaskMaker | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.runner = runner
@@ -49,6 +52,7 @@ class Engine:
         self._max_model_len = max_model_len
         self._observe = observe or (lambda _phase, _seconds: None)
         self._faults = faults or FaultEvents()
+        self._constraints = Constraints(masks or MaskMaker(eos_ids))
         self._recovery = Recovery(scheduler, self._attempt, spare_block=runner.spare_block, events=self._faults)
         self._phase = "schedule"  # of the step, as the metrics call it
         self.num_steps = 0
@@ -62,6 +66,7 @@ class Engine:
         for each in (seq, *seq.followers):
             each.detokenizer = Detokenizer(self._decode, each.tokens[: each.num_prompt_tokens], each.params.stop)
             each.max_num_tokens = min(each.max_num_tokens, self._max_model_len)
+            self._constraints.add(each)
         self.scheduler.add(seq)
 
     def abort(self, seqs: list[Sequence]) -> None:
@@ -81,11 +86,12 @@ class Engine:
         A sequence that the step fails for ends alone. Raises Unrecoverable when the engine runs nothing any more.
         """
         began = time.perf_counter()
+        outputs = [self._go_on(seq) for seq in self._constraints.due()]
         plan = self._recovery.plan()
         if isinstance(plan, Fault):
             plan = self._recovery.plan_again(plan)
         self._lap("schedule", began)
-        outputs = [_failure(seq, error) for seq, error in self.scheduler.take_failed()]
+        outputs += [_failure(seq, error) for seq, error in self.scheduler.take_failed()]
         self.made_progress = bool(plan.scheduled)
         if not plan.scheduled:
             return outputs
@@ -126,9 +132,14 @@ class Engine:
         logits = self.runner.forward(scheduled)
         forwarded = self._lap(self._phase, began)
         self._phase = "sample"
+        self._constraints.wait(scheduled)
         outcomes = self.runner.sample(scheduled, logits)
         self._lap(self._phase, forwarded)
         return outcomes
+
+    def close(self) -> None:
+        """End what works beside it."""
+        self._constraints.close()
 
     def _lap(self, phase: str, since: float) -> float:
         now = time.perf_counter()
@@ -155,6 +166,8 @@ class Engine:
             log_ended(seq, error)
             return self._end(seq, error, is_spoiled=True)
         reaches_end = item.reaches_end
+        if is_late(item, outcome):
+            return None  # the same is run again
         try:
             self._take_prompt(item, outcome)
             self.scheduler.commit(item)
@@ -188,20 +201,53 @@ class Engine:
     def _advance(self, item: Scheduled, outcome: Outcome) -> Output:
         """Give a sequence its new tokens, and end it where a stop condition holds."""
         seq = item.seq
+        if seq.constraint is not None and not outcome.token_ids:
+            return self._go_on(seq)
         before = seq.num_tokens
-        is_first = not seq.num_output_tokens
         text, reason = self._append(seq, outcome.token_ids)
-        taken = seq.tokens[before:]
-        self.scheduler.charge_output(seq, len(taken))
+        num_taken = seq.num_tokens - before
         if item.draft:
-            self.scheduler.accept(item, min(outcome.num_accepted, len(taken) - 1))
+            self.scheduler.accept(item, min(outcome.num_accepted, num_taken - 1))
+        if reason is None and seq.constraint is not None:
+            seq.constraint.advance(seq.tokens[-1])
+        return self._taken(seq, num_taken, text, reason, outcome.logprobs)
+
+    def _go_on(self, seq: Sequence) -> Output:
+        """Give a sequence what its grammar says must come, or end it where that says that nothing may."""
+        constraint = seq.constraint
+        assert constraint is not None
+        try:
+            if constraint.error is not None:
+                return self._end(seq, constraint.error)
+            before = seq.num_tokens
+            text, reason = self._append(seq, constraint.take_forced())
+            if reason is None and constraint.is_complete:
+                assert seq.detokenizer is not None
+                text, reason = text + seq.detokenizer.flush(), FinishReason.STOP
+            return self._taken(seq, seq.num_tokens - before, text, reason)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is of this sequence alone
+            fault = Fault.of("deliver", error)
+            self._faults.on_step_failure(fault.phase, "isolated")
+            return self._end_alone(seq, fault)
+
+    def _taken(
+        self,
+        seq: Sequence,
+        num_taken: int,
+        text: str,
+        reason: FinishReason | None,
+        logprobs: SequenceOf[TokenLogprob] = (),
+    ) -> Output:
+        """The share of a sequence that took so many tokens, and ended for this reason if there is one."""
+        is_first = num_taken == seq.num_output_tokens
+        self.scheduler.charge_output(seq, num_taken)
         if reason is not None:
             self.scheduler.finish(seq, reason)
         delta = Delta(
             seq.index,
             text,
-            tuple(taken),
-            logprobs=tuple(outcome.logprobs[: len(taken)]),
+            tuple(seq.tokens[seq.num_tokens - num_taken :]),
+            logprobs=tuple(logprobs[:num_taken]),
             finish_reason=reason,
             prompt_logprobs=tuple(seq.prompt_logprobs) if is_first else (),
             num_cached_tokens=seq.num_cached_tokens if is_first and seq.index == 0 else 0,

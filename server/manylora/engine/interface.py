@@ -10,6 +10,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
+from manylora.grammars.grammar import CompiledGrammar, Grammar, Whitespace
 from manylora.identity import PUBLIC_TENANT, AdapterRef, Tier
 from manylora.lora.format.spec import Adapter
 
@@ -17,12 +18,14 @@ __all__ = [
     "PUBLIC_TENANT",
     "AdapterRef",
     "AdapterSource",
+    "CompiledGrammar",
     "Delta",
     "Effect",
     "EngineClient",
     "EngineStats",
     "FinishReason",
     "Generation",
+    "Grammar",
     "ModelInfo",
     "Progress",
     "RequestTiming",
@@ -31,6 +34,7 @@ __all__ = [
     "TextCodec",
     "Tier",
     "TokenLogprob",
+    "Whitespace",
 ]
 
 
@@ -58,6 +62,8 @@ class SamplingParams:
     number of alternatives reported beside the chosen token (0: the chosen one alone), None for no
     log-probabilities at all. `prompt_logprobs` is the same for the prompt's own tokens (used by `echo`). `n`
     choices share the prompt's blocks; choice i draws from its own stream of random numbers derived from `seed`.
+    With a `grammar`, only tokens that it allows are chosen; log-probabilities are those of the model all the same.
+    With `ignore_eos` as well, an answer goes on for as long as the grammar lets it.
     """
 
     max_tokens: int
@@ -76,6 +82,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     n: int = 1
+    grammar: CompiledGrammar | None = None
 
     @property
     def task(self) -> Task:
@@ -272,6 +279,13 @@ class EngineClient(Protocol):
     @property
     def max_choices(self) -> int:
         """Most choices that one tenant may have open, and so most that one request may ask for."""
+        ...
+
+    async def compile(self, grammar: Grammar, tenant: str) -> CompiledGrammar:
+        """Make a grammar ready, beside the running requests, or find it ready.
+
+        Raises InvalidGrammar for one that no answer can be held to, and QueueFull, Draining or EngineDead.
+        """
         ...
 
     def generate(

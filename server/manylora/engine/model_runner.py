@@ -17,7 +17,7 @@ from manylora.engine.executor import Executor
 from manylora.engine.interface import Task, TokenLogprob
 from manylora.engine.scheduler import Scheduled
 from manylora.engine.sequence import Draws, Sequence
-from manylora.engine.step_input import Adjustment, Draw, Sampled, SamplingInput, Scored, ScoredRows, StepInput
+from manylora.engine.step_input import Adjustment, Allowed, Draw, Sampled, SamplingInput, Scored, ScoredRows, StepInput
 
 DRAWS_AHEAD = 64  # places of a sequence whose random numbers are made together
 _WORDS = 4  # numbers of 64 bits that the generator makes of one counter, of which the first is used
@@ -76,14 +76,16 @@ class ModelRunner:
         rows: list[int] = []
         seqs: list[Sequence] = []
         ahead: list[Ahead] = []
+        asking: list[int] = []
         scored: list[Scored] = []
         at = 0
-        for item in scheduled:
+        for number, item in enumerate(scheduled):
             count = len(_logit_rows(item, 0))
             if item.is_scored:
                 scored.append(_scored(item, at, count))
             at += count
-            if item.samples:
+            if item.samples and _asks_model(item.seq):
+                asking.append(number)
                 for place in range(len(item.draft) + 1):
                     rows.append(at - 1 - len(item.draft) + place)
                     seqs.append(item.seq)
@@ -97,9 +99,10 @@ class ModelRunner:
         for item, outcome in zip(scheduled, outcomes, strict=True):
             if item.is_scored:
                 _take_scored(item, next(found), outcome)
-            if item.samples:
-                _take(sampled, at, item.draft, outcome)
-                at += len(item.draft) + 1
+        for number in asking:
+            draft = scheduled[number].draft
+            _take(sampled, at, draft, outcomes[number])
+            at += len(draft) + 1
         return outcomes
 
     def _build(self, scheduled: SequenceOf[Scheduled]) -> StepInput:
@@ -159,6 +162,11 @@ def _take_scored(item: Scheduled, rows: ScoredRows, outcome: Outcome) -> None:
 # the next tokens
 
 
+def _asks_model(seq: Sequence) -> bool:
+    """Not where its grammar says what comes, or has yet to say what may."""
+    return seq.constraint is None or (seq.constraint.is_ready and not seq.constraint.is_decided)
+
+
 def _take(sampled: Sampled, first: int, draft: Ahead, outcome: Outcome) -> None:
     """Of the rows from `first` on, one for the sequence's last token and one for each of its draft, those that count.
 
@@ -181,9 +189,18 @@ def sampling_input(
         rows=np.array(rows, dtype=np.int64),
         top=[s.params.logprobs for s in seqs],
         adjustments=[_adjustment(i, s, ahead[i]) for i, s in enumerate(seqs) if s.has_penalties or s.params.logit_bias],
+        allowed=_allowed(seqs),
         draw=_draw(seqs, ahead),
         scored=scored,
     )
+
+
+def _allowed(seqs: SequenceOf[Sequence]) -> Allowed | None:
+    held = [(i, s.constraint.allowed) for i, s in enumerate(seqs) if s.constraint is not None]
+    if not held:
+        return None
+    rows = np.array([row for row, _ in held], dtype=np.int64)
+    return Allowed(rows, np.stack([bits for _, bits in held if bits is not None]))
 
 
 def _adjustment(row: int, seq: Sequence, ahead: Ahead) -> Adjustment:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from manylora.engine.interface import TokenLogprob
-from manylora.engine.step_input import Adjustment, Draw, Sampled, SamplingInput, Scored, ScoredRows
+from manylora.engine.step_input import Adjustment, Allowed, Draw, Sampled, SamplingInput, Scored, ScoredRows
 
 NUM_CANDIDATES = 256  # top-p is first tried among this many; the full sort is for flat distributions only
 MIN_TEMPERATURE = 1e-30  # lower ones, which float32 would round to 0, draw the likeliest token all the same
@@ -18,8 +18,8 @@ _BLOCK = 256  # tokens
 def sample(logits: torch.Tensor, wanted: SamplingInput) -> Sampled:
     """Choose a token of each wanted row of `logits` [L, vocab] (any float dtype; not changed), and score the others.
 
-    Order, as in vLLM: bias and penalties, temperature, top-k, top-p, min-p. Log-probabilities are those of
-    the model itself, before any of it.
+    Order, as in vLLM: bias and penalties, what is allowed, temperature, top-k, top-p, min-p. Log-probabilities are
+    those of the model itself, before any of it.
     """
     scored = [_score(logits[each.first : each.first + each.num_rows], each) for each in wanted.scored]
     if not wanted.rows.size:
@@ -31,6 +31,8 @@ def sample(logits: torch.Tensor, wanted: SamplingInput) -> Sampled:
         logits = logits.to(torch.float32, copy=True)
         for each in wanted.adjustments:
             _adjust(logits[each.row], each)
+    if wanted.allowed is not None:
+        logits = _held(logits, wanted.allowed)
     highest, chosen = largest(logits)
     if wanted.draw is not None:
         rows = _on(wanted.draw.rows, logits)
@@ -79,6 +81,16 @@ def _adjust(row: torch.Tensor, by: Adjustment) -> None:
         row[_on(by.output, row)] -= by.presence_penalty + by.frequency_penalty * _on(by.counts, row)
     if by.biased.size:
         row[_on(by.biased, row)] += _on(by.bias, row)
+
+
+def _held(logits: torch.Tensor, to: Allowed) -> torch.Tensor:
+    """The logits with -inf for what their rows are not allowed."""
+    bits = np.unpackbits(to.bits.view(np.uint8), axis=1, count=logits.shape[1], bitorder="little")
+    forbidden = _on(bits == 0, logits)
+    if len(to.rows) == len(logits):
+        return logits.masked_fill(forbidden, float("-inf"))
+    rows = _on(to.rows, logits)
+    return logits.index_copy(0, rows, logits[rows].masked_fill(forbidden, float("-inf")))
 
 
 def _draw(logits: torch.Tensor, how: Draw) -> torch.Tensor:

@@ -213,6 +213,7 @@ class Scheduler:
         seq.finish_reason = reason
         seq.finished_s = monotonic()
         seq.detokenizer = None
+        seq.constraint = None
         if seq.is_counted:
             seq.is_counted = False
             self.waiting.leave(seq.tenant)
@@ -315,7 +316,7 @@ class Scheduler:
         most = min(seq.max_num_tokens - seq.num_tokens - 1, room.tokens, room.prompt_logits)
         if most <= 0 or not item.samples or seq.scores_prompt:
             return item
-        draft = tuple(drafter.propose(seq, most))[:most]
+        draft = tuple(drafter.propose(seq, most))[:most] if seq.constraint is None else ()
         if not draft or not self.blocks.allocate(seq, seq.num_tokens + len(draft)):
             return item
         room.tokens -= len(draft)

@@ -9,6 +9,7 @@ from typing import Any
 
 from manylora.engine.detokenizer import Detokenizer
 from manylora.engine.interface import AdapterRef, FinishReason, SamplingParams, Task, TokenLogprob
+from manylora.grammars.masks import Constraint
 
 
 class SequenceStatus(StrEnum):
@@ -81,6 +82,7 @@ class Sequence:
         self.output_counts: Counter[int] = Counter()
         self.draws: Draws | None = None
         self.detokenizer: Detokenizer | None = None  # from the time it is added until it has finished
+        self.constraint: Constraint | None = None  # the same, where it is held to a grammar
         self.prompt_logprobs: list[TokenLogprob] = []
         self.captured: list[Any] = []  # logits of the prompt's chunks so far, where they are asked for
         self.followers: list[Sequence] = []

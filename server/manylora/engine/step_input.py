@@ -50,6 +50,16 @@ class Adjustment:
 
 
 @dataclass(frozen=True, slots=True)
+class Allowed:
+    """Rows whose token is to be one of some: their numbers `rows` int64 [N] among those that are sampled, and for each
+    its `bits` uint32 [N, words], token i's the bit i % 32 of word i // 32. The words cover the vocabulary.
+    """
+
+    rows: np.ndarray
+    bits: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
 class Draw:
     """Rows that are drawn by chance: their numbers `rows` int64 [N] among those that are sampled, and for each its
     `temperature`, `top_p`, `min_p` float32, `top_k` int64 (0: all) and `uniform` float64, a number in [0, 1).
@@ -91,6 +101,7 @@ class SamplingInput:
     rows: np.ndarray
     top: list[int | None]
     adjustments: list[Adjustment]
+    allowed: Allowed | None
     draw: Draw | None
     scored: list[Scored]
 

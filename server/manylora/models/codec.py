@@ -55,6 +55,11 @@ class HuggingFaceCodec:
         """Ids below this have text; a model's own vocabulary can be padded beyond it."""
         return self._num_tokens
 
+    def compiled_json(self) -> str | None:
+        """All of a compiled tokenizer as JSON; None where the base's is written in Python."""
+        fast = getattr(self._tokenizer, "backend_tokenizer", None)
+        return None if fast is None else str(fast.to_str())
+
     def faults(self, vocab_size: int) -> list[str]:
         """What a server of a model with `vocab_size` rows in its embedding should say of its tokenizer at the start."""
         found = []
