@@ -4,7 +4,7 @@ import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-from manylora.threads import holds, on_event_loop, runs_on
+from manylora.threads import Home, holds, on_event_loop, runs_on
 
 
 def test_a_lock_is_held_by_the_thread_that_took_it_and_no_other() -> None:
@@ -53,3 +53,11 @@ async def _asked() -> tuple[bool, bool]:
 def test_an_event_loop_runs_on_its_own_thread_alone() -> None:
     assert asyncio.run(_asked()) == (True, False)
     assert not on_event_loop()
+
+
+def test_a_home_is_the_first_thread_that_it_was_used_on() -> None:
+    home = Home()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(home.is_here).result()
+        assert not home.is_here()
+        assert pool.submit(home.is_here).result()

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 
-__all__ = ["holds", "on_event_loop", "runs_on"]
+__all__ = ["Home", "holds", "on_event_loop", "runs_on"]
 
 
 def holds(condition: threading.Condition) -> bool:
@@ -27,3 +27,16 @@ def on_event_loop() -> bool:
     except RuntimeError:
         return False
     return True
+
+
+class Home:
+    """The one thread on which something is used: the first on which it was."""
+
+    def __init__(self) -> None:
+        self._thread_id = 0  # which no thread has
+
+    def is_here(self) -> bool:
+        """Whether the calling thread is that one. The first call makes it so."""
+        if not self._thread_id:
+            self._thread_id = threading.get_ident()
+        return self._thread_id == threading.get_ident()

@@ -365,6 +365,24 @@ async def test_an_effect_is_measured_at_its_payers_expense_and_worked_out_beside
     assert threads[0] not in (threading.current_thread(), engine._thread)
 
 
+async def test_what_is_the_event_loops_is_not_to_be_done_elsewhere(rig: Rig, engine: AsyncEngine) -> None:
+    running = ask(engine, max_tokens=LONG)
+    with pytest.raises(AssertionError):
+        await asyncio.to_thread(ask, engine)
+    with pytest.raises(AssertionError):
+        await asyncio.to_thread(engine.leave, running)
+    await running.aclose()
+    assert len(await collect(ask(engine))) == 8
+
+
+async def test_the_engine_steps_on_its_own_thread_alone(rig: Rig, engine: AsyncEngine) -> None:
+    await collect(ask(engine))
+    for step in (rig.engine.step, lambda: rig.engine.abort([]), lambda: rig.add("r", PROMPT)):
+        with pytest.raises(AssertionError):
+            step()
+    assert len(await collect(ask(engine))) == 8
+
+
 async def test_an_effect_of_no_numbers_is_measured_as_such_so_that_the_upload_can_say_so(
     rig: Rig, engine: AsyncEngine, tiny_llama_dir: Path, tmp_path: Path
 ) -> None:

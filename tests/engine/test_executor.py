@@ -90,6 +90,35 @@ def test_a_step_that_is_sent_to_another_place_answers_the_same(
     assert np.array_equal(a.captured, b.captured)
 
 
+@pytest.mark.parametrize("kernel", available_kernels)
+def test_no_slot_that_a_step_reads_is_written_to_or_taken_away(
+    kernel: str, tiny_llama_dir: Path, adapters: dict[str, Path]
+) -> None:
+    rig = rig_of(tiny_llama_dir, adapters, kernel, None)
+    for name in adapters:
+        rig.add(f"first-{name}", [3], name, max_tokens=1)
+        rig.run()
+    memory = rig.tiers.memory
+    slots = {row["name"]: row["slot"] for row in rig.tiers.residents()}
+    named: list[tuple[int, ...]] = []
+
+    def touch(*_: Any) -> None:
+        named.append(memory.named)
+        with pytest.raises(AssertionError):
+            memory.withdraw(slots["tuned"])
+        with pytest.raises(AssertionError):
+            memory.publish(memory.places[slots["tuned"]], None)  # type: ignore[arg-type]
+
+    hook = rig.wrapped.model.register_forward_pre_hook(touch)
+    rig.add("r", [5, 6, 7], "tuned", max_tokens=2)
+    rig.run()
+    hook.remove()
+    assert named == [(slots["tuned"],)] * 2
+    assert memory.named == ()
+    memory.withdraw(slots["other"])
+    rig.close()
+
+
 def test_a_request_for_no_tokens_is_scored_and_nothing_is_sampled_for_it(tiny_llama_dir: Path) -> None:
     rig = build_rig(load(tiny_llama_dir), kernel=available_kernels[-1])
     asked: list[SamplingInput] = []

@@ -46,6 +46,7 @@ from manylora.grammars.compiler import GrammarCompiler
 from manylora.log import get_logger
 from manylora.lora.format.spec import Adapter
 from manylora.lora.memory.tiers import AdapterTiers
+from manylora.threads import on_event_loop
 
 PROBE_TEXT = "The quick brown fox jumps over the lazy dog. Question: what is the capital of France? Answer:"
 _IDLE_WAIT_S = 0.5
@@ -72,6 +73,11 @@ class RunningGeneration:
 
     def put(self, item: Output | ManyloraError) -> None:
         self._queue.put_nowait(item)
+
+    @property
+    def is_unheard(self) -> bool:
+        """Whether nothing that becomes of its sequences is passed on any more."""
+        return all(seq.listener is None for seq in self.seqs)
 
     def __aiter__(self) -> AsyncIterator[Delta]:
         return self._deltas()
@@ -158,7 +164,7 @@ class AsyncEngine:
         self._inbox: deque[tuple[list[Sequence], Callable[[], None]]] = deque()  # with whom each is about
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._generations: dict[int, RunningGeneration] = {}  # by id() of each sequence; event loop only
+        self._open: set[RunningGeneration] = set()  # those with sequences that somebody listens to; event loop only
         self._loop: asyncio.AbstractEventLoop | None = None
         self._failure: str | None = None
         self._on_death: Callable[[], None] = lambda: None
@@ -244,30 +250,35 @@ class AsyncEngine:
         return self._submit(seqs)
 
     def _submit(self, seqs: list[Sequence]) -> RunningGeneration:
+        assert on_event_loop()
         adapter = seqs[0].adapter
         tier: Tier = "device"
         if adapter is not None:
             tier = self._tiers.tier_of(adapter)
             self._tiers.prefetch(adapter, seqs[0].tenant)
         generation = RunningGeneration(self, seqs, tier)
+        self._open.add(generation)
         for seq in seqs:
-            self._generations[id(seq)] = generation
+            seq.listener = generation
             self._admission.enter(seq.tenant)
         self._post(seqs, lambda: self._engine.add(seqs[0]))
         return generation
 
     def leave(self, generation: RunningGeneration) -> None:
         """Nobody listens to this request any more: take out what still runs of it."""
-        mine = [s for s in generation.seqs if self._closed(s) is not None]
+        mine = [seq for seq in generation.seqs if seq.listener is not None]
         if mine:
+            self._close(mine)
             self._post(mine, lambda: self._engine.abort(mine))
 
-    def _closed(self, seq: Sequence) -> RunningGeneration | None:
-        """The generation of a sequence that has ended; None where it was closed before."""
-        generation = self._generations.pop(id(seq), None)
-        if generation is not None:
+    def _close(self, seqs: list[Sequence]) -> None:
+        """Nobody listens to these sequences of one request any more: they have ended, or are about to."""
+        assert on_event_loop()
+        for seq in seqs:
+            generation, seq.listener = seq.listener, None
             self._admission.leave(seq.tenant)
-        return generation
+            if isinstance(generation, RunningGeneration) and generation.is_unheard:
+                self._open.discard(generation)
 
     def _check_open(self) -> None:
         if self.failure is not None:
@@ -320,16 +331,13 @@ class AsyncEngine:
 
     async def forget(self, ref: AdapterRef, *, heir: AdapterRef | None = None) -> None:
         """Wait for the last user, then free; see `interface.EngineClient`."""
-        while any(s.adapter is not None and s.adapter.id == ref.id for g in self._open() for s in g.seqs):
+        while any(s.adapter is not None and s.adapter.id == ref.id for g in self._open for s in g.seqs):
             await asyncio.sleep(0.02)
         while not await asyncio.to_thread(self._tiers.forget, ref, _IDLE_WAIT_S, heir=heir):
             if not self._thread.is_alive():  # nobody is left to release it
                 raise EngineDead("The engine has stopped, so the adapter stays in memory until the process ends.")
 
     # state
-
-    def _open(self) -> list[RunningGeneration]:
-        return list(self._generations.values())
 
     def stats(self, tenant: str | None = None) -> EngineStats:
         """Of everybody, or of one tenant; see `interface.EngineClient`."""
@@ -380,12 +388,12 @@ class AsyncEngine:
         """Refuse new requests, wait for the running ones, abort what is left; see `interface.EngineClient`."""
         self.is_draining = True
         deadline = time.monotonic() + timeout_s
-        while self._generations and self.is_ready and time.monotonic() < deadline:
+        while self._open and self.is_ready and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         self._end_all()
 
     def _end_all(self) -> None:
-        for generation in set(self._open()):
+        for generation in list(self._open):
             generation.put(Draining("The server shut down before this request was done."))
             self.leave(generation)
 
@@ -449,17 +457,16 @@ class AsyncEngine:
 
     def _deliver(self, outputs: list[Output]) -> None:
         for output in outputs:
-            generation = self._generations.get(id(output.seq))
-            if generation is None:
+            listener = output.seq.listener
+            if listener is None:
                 continue
             if output.delta.finish_reason is not None:
-                self._closed(output.seq)
-            generation.put(output)
+                self._close([output.seq])
+            listener.put(output)
 
     def _fail_all(self) -> None:
-        for generation in set(self._open()):
+        for generation in list(self._open):
             if (failure := self.failure) is not None:
                 generation.put(failure)
-            for seq in generation.seqs:
-                self._closed(seq)
+            self._close([seq for seq in generation.seqs if seq.listener is not None])
         self._on_death()

@@ -16,6 +16,7 @@ from manylora.engine.scheduler import Scheduled, Scheduler
 from manylora.engine.sequence import Sequence
 from manylora.errors import ManyloraError
 from manylora.grammars.masks import MaskMaker
+from manylora.threads import Home
 
 PhaseObserver = Callable[[str, float], None]  # phase, seconds
 
@@ -31,7 +32,7 @@ class Output:
 
 
 class Engine:
-    """Scheduler, runner and detokenizers, in the order of a step."""
+    """Scheduler, runner and detokenizers, in the order of a step. Used on one thread, whichever is the first."""
 
     def __init__(
         self,
@@ -54,6 +55,7 @@ class Engine:
         self._faults = faults or FaultEvents()
         self._constraints = Constraints(masks or MaskMaker(eos_ids))
         self._recovery = Recovery(scheduler, self._attempt, spare_block=runner.spare_block, events=self._faults)
+        self._home = Home()
         self._phase = "schedule"  # of the step, as the metrics call it
         self.num_steps = 0
         self.made_progress = False
@@ -63,6 +65,7 @@ class Engine:
         return self.scheduler.has_work
 
     def add(self, seq: Sequence) -> None:
+        assert self._home.is_here()
         for each in (seq, *seq.followers):
             each.detokenizer = Detokenizer(self._decode, each.tokens[: each.num_prompt_tokens], each.params.stop)
             each.max_num_tokens = min(each.max_num_tokens, self._max_model_len)
@@ -71,11 +74,13 @@ class Engine:
 
     def abort(self, seqs: list[Sequence]) -> None:
         """Take sequences out, wherever they are; their blocks are free at once."""
+        assert self._home.is_here()
         for seq in seqs:
             self.scheduler.finish(seq, FinishReason.ABORTED)
 
     def fail(self, seqs: list[Sequence], error: Exception) -> list[Output]:
         """End these sequences, wherever they are, because what was to be done with them raised `error`."""
+        assert self._home.is_here()
         fault = Fault.of("request", error)
         self._faults.on_step_failure(fault.phase, "isolated")
         return [self._end_alone(seq, fault) for seq in seqs if not seq.is_finished]
@@ -85,6 +90,7 @@ class Engine:
 
         A sequence that the step fails for ends alone. Raises Unrecoverable when the engine runs nothing any more.
         """
+        assert self._home.is_here()
         began = time.perf_counter()
         outputs = [self._go_on(seq) for seq in self._constraints.due()]
         plan = self._recovery.plan()

@@ -62,6 +62,7 @@ class LocalExecutor:
         batch = self._batch(step)
         context = self._wrapped.context
         context.batch = batch
+        self._memory.named = batch.lora.rows.slots if batch.lora is not None else ()
         try:
             output = self._wrapped.model(
                 input_ids=batch.token_ids[None],
@@ -71,6 +72,7 @@ class LocalExecutor:
             )
         finally:
             context.batch = None
+            self._memory.named = ()
         logits: torch.Tensor = output.logits[0]
         return logits[:, : self._vocab_size] if logits.shape[1] > self._vocab_size else logits
 

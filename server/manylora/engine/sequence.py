@@ -5,7 +5,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol
 
 from manylora.engine.detokenizer import Detokenizer
 from manylora.engine.interface import AdapterRef, FinishReason, SamplingParams, Task, TokenLogprob
@@ -28,6 +28,14 @@ class Draws:
 
     first: int
     numbers: list[float]
+
+
+class Listener(Protocol):
+    """Who is told what becomes of a sequence."""
+
+    def put(self, item: Any) -> None:
+        """Hear of an output or of an error that ended it. On the event loop's thread."""
+        ...
 
 
 class Sequence:
@@ -86,6 +94,7 @@ class Sequence:
         self.prompt_logprobs: list[TokenLogprob] = []
         self.captured: list[Any] = []  # logits of the prompt's chunks so far, where they are asked for
         self.followers: list[Sequence] = []
+        self.listener: Listener | None = None  # while somebody wants to hear of it; the event loop's
         self.arrived_s = time.monotonic()
         self.load_started_s: float | None = None
         self.load_ended_s: float | None = None

@@ -21,6 +21,7 @@ from manylora.database.database import Database
 from manylora.errors import ManyloraError
 from manylora.identity import AdapterRef
 from manylora.lora.memory.occupancy import Occupancy, Stay
+from manylora.threads import on_event_loop
 from manylora.usage.interface import Use
 from manylora.usage.journal import journal_of, journals_of_others, read_journal
 from manylora.usage.period import QUARTER_S, quarter_of
@@ -111,6 +112,7 @@ class UsageLedger:
         self._add(tenant, adapter, "ok", (0, prompt_tokens, 0, 0))
 
     def _add(self, tenant: str, adapter: AdapterRef | None, outcome: str, counts: Counts) -> None:
+        assert on_event_loop()
         owner, name = (adapter.tenant, adapter.name) if adapter else ("", "")
         self._next.batch.add((quarter_of(self._clock()), tenant, owner, name, outcome), counts)
         self._wake.set()

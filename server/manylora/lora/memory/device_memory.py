@@ -104,9 +104,10 @@ class DeviceMemory:
     `touches` bool [sites, slots] on the host: whether the slot's adapter has any term at the site.
     Of low-rank terms: `tables` int64 [sites, slots, TABLE_FIELDS] on the device, a `TableEntry` each, and `ranks` int32
     [sites, slots] on the host, the same ranks.
-    `allocate`, `fill` and `publish` may run beside a step, since no batch names the slot yet, and `withdraw`, since
-    none does any more. `move` may too: where a slot's weights are is read as one value (`locate`), and who has read it
-    keeps the old slab, in which they stay what they were.
+    `named`: slots that the step under way reads; whoever runs it says so. `allocate`, `fill` and `publish` may run
+    beside a step, since it does not name the slot yet, and `withdraw`, since it does not any more. `move` may too:
+    where a slot's weights are is read as one value (`locate`), and who has read it keeps the old slab, in which they
+    stay what they were.
     """
 
     def __init__(self, num_sites: int, num_slots: int, device: torch.device) -> None:
@@ -117,6 +118,7 @@ class DeviceMemory:
         self.slabs: dict[int, Slab] = {}
         self.places: dict[int, Place] = {}
         self._located: dict[int, tuple[Slab, int]] = {}
+        self.named: tuple[int, ...] = ()
 
     def allocate(self, place: Place, layout: Layout, num_places: int) -> None:
         """Make the slab that `place` is the first of. On a CPU untouched rows cost no memory."""
@@ -129,6 +131,7 @@ class DeviceMemory:
 
     def publish(self, place: Place, packed: PackedAdapter) -> None:
         """Let kernels find the adapter at its slot."""
+        assert place.slot not in self.named, "a step reads what is written"
         ranks = np.zeros(self.ranks.shape[0], dtype=np.int32)
         ranks[list(packed.ranks)] = list(packed.ranks.values())
         self._point(place, ranks)
@@ -165,6 +168,7 @@ class DeviceMemory:
 
     def withdraw(self, slot: int) -> None:
         """Make a slot empty for the kernels."""
+        assert slot not in self.named, "a step reads what is taken away"
         self.tables[:, slot] = 0
         self.ranks[:, slot] = 0
         self.touches[:, slot] = False
