@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +13,18 @@ import httpx2
 import numpy as np
 from fastapi import FastAPI
 
-from manylora.api import usage as usage_routes
-from manylora.api.adapters import build_router
 from manylora.catalog.service import Catalog
 from manylora.engine.interface import AdapterRef, Effect, Tier
-from manylora.errors import Conflict
+from manylora.errors import Conflict, EngineDead
 from manylora.identity import CONFIG_FILE, TENSOR_FILE
+from manylora.lifecycle.weights.served import Inspector
 from manylora.lora.format.spec import Adapter
-from manylora.lora.memory.occupancy import Occupancy
 from manylora.metrics import Metrics
-from manylora.serving.app import create_app
-from manylora.serving.process import charge_probe
+from manylora.serving.parts import Foundation, open_parts
 from manylora.settings import Settings
 from manylora.tenants.gate import TenantGate
 from manylora.tenants.interface import Role
 from manylora.tenants.keys import KeyStore
-from manylora.tenants.seal import Seal
-from manylora.usage.ledger import UsageLedger
 from tests.api.fakes import FakeEngine
 from tests.lora.malformed import Tensors, config, tensors, tiny_modules, write
 
@@ -49,6 +43,17 @@ class CatalogEngine(FakeEngine):
     heirs: list[AdapterRef | None] = field(default_factory=list)
     users: Callable[[AdapterRef], Any] | None = None
     max_pinned: int = 100
+    last_words: Callable[[], None] | None = None
+
+    async def start(self) -> None:
+        return
+
+    @property
+    def failure(self) -> EngineDead | None:
+        return None
+
+    def on_death(self, action: Callable[[], None]) -> None:
+        self.last_words = action
 
     async def measure_effect(
         self, ref: AdapterRef, adapter: Adapter, *, tenant: str = "public", weight: float = 1.0
@@ -136,26 +141,15 @@ class Rig:
 async def running(settings: Settings, *keys: str, engine: CatalogEngine | None = None) -> AsyncIterator[Rig]:
     """A server on these settings until the block ends; the data folder stays, so that it can be started again."""
     engine = engine or CatalogEngine()
-    metrics = Metrics()
+    foundation = Foundation(
+        modules=MODULES, inspect=Inspector(settings.data_dir, MODULES), build_engine=lambda *_: engine
+    )
     async with AsyncExitStack() as stack:
-        catalog = Catalog.open(settings, MODULES)
-        stack.push_async_callback(catalog.aclose)
-        gate = TenantGate(catalog.database, Seal(settings.data_dir, catalog.store))
-        stack.push_async_callback(gate.aclose)
-        usage = UsageLedger(catalog.database, Occupancy(), settings.data_dir / "usage", wait_s=settings.usage_wait_s)
-        usage.start()
-        stack.push_async_callback(usage.aclose)
-        await catalog.attach(
-            engine,
-            count_upload=metrics.count_upload,
-            count_damaged=metrics.count_damaged,
-            charge_probe=partial(charge_probe, metrics, usage),
-        )
-        routers = (build_router(catalog), usage_routes.build_router(usage))
-        app = create_app(settings, engine, catalog.directory, gate, metrics, extra_routers=routers, usage=usage)
+        parts = await stack.enter_async_context(open_parts(settings, lambda _: foundation))
+        app = parts.app()
         transport = httpx2.ASGITransport(app=app, raise_app_exceptions=True)
         client = await stack.enter_async_context(httpx2.AsyncClient(transport=transport, base_url="http://localhost"))
-        rig = Rig(settings, engine, catalog, gate, metrics, app, client)
+        rig = Rig(settings, engine, parts.catalog, parts.gate, parts.metrics, app, client)
         await rig.make_keys(*keys)
         yield rig
 

@@ -1,4 +1,4 @@
-"""The whole server from its settings: socket, base, catalog, engine, HTTP, in the order in which they can fail.
+"""The whole server from its settings: socket, parts, HTTP, in the order in which they can fail.
 
 What can be refused without loading anything is refused first: the port, then the data directory, then the model.
 """
@@ -8,36 +8,21 @@ import gc
 import ipaddress
 import socket
 from collections.abc import Callable
-from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
-from manylora.api import adapters, dashboard_routes, inspection
-from manylora.api import usage as usage_routes
-from manylora.api.inspection import Inspect
 from manylora.api.state import Departure
-from manylora.api.tracing import open_tracing
-from manylora.catalog.service import Catalog
 from manylora.database.database import open_database
 from manylora.errors import StartupError
-from manylora.identity import PUBLIC_TENANT, AdapterRef
+from manylora.identity import PUBLIC_TENANT
 from manylora.log import configure_logging
-from manylora.lora.memory.occupancy import Occupancy
-from manylora.metrics import Metrics, NoMetrics
-from manylora.serving.app import create_app
 from manylora.serving.connections import Connections, Limits
 from manylora.serving.http_server import DrainingServer, bind, is_loopback, make_config
+from manylora.serving.parts import Parts, ServingEngine, open_parts
 from manylora.serving.warm_up import warm_up
 from manylora.settings import Settings
-from manylora.tenants.gate import TenantGate
 from manylora.tenants.keys import KeyStore
 from manylora.tenants.seal import Seal, reopened
-from manylora.usage.interface import UsageSink
-from manylora.usage.ledger import UsageLedger
-
-if TYPE_CHECKING:
-    from manylora.engine.async_engine import AsyncEngine
 
 __all__ = ["Announcement", "safe_host", "serve", "url_of"]
 
@@ -91,7 +76,7 @@ def safe_host(settings: Settings) -> str:
 
 
 class _Server:
-    """The parts of one server process while it starts, runs and ends."""
+    """One server process while it starts, runs and ends."""
 
     def __init__(
         self, settings: Settings, host: str, sock: socket.socket, announce: Callable[[Announcement], None]
@@ -100,79 +85,24 @@ class _Server:
         self._host = host
         self._sock = sock
         self._announce = announce
-        self._metrics = Metrics() if settings.metrics else NoMetrics()
-        self._tracing = open_tracing(settings)
 
     async def run(self) -> None:
         """Start everything, answer until a signal, and end everything in the opposite order."""
-        from manylora.engine.build import EngineBuilder  # not before the port is ours: torch takes seconds to import
-        from manylora.lifecycle.weights.served import Inspector
-        from manylora.models.loading import load_base
-        from manylora.models.stored_weights import StoredWeights
-
-        settings = self._settings
-        base = load_base(settings)
-        builder = EngineBuilder(settings, base)
-        inspector = Inspector(base.folder, builder.modules)
-        async with AsyncExitStack() as stack:
-            if self._tracing is not None:
-                stack.push_async_callback(asyncio.to_thread, self._tracing.close)
-            catalog = Catalog.open(
-                settings, builder.modules, StoredWeights(base.folder, builder.modules), base_name=base.name
-            )
-            stack.push_async_callback(catalog.aclose)
-            gate = TenantGate(catalog.database, Seal(settings.data_dir, catalog.store))
-            occupancy = Occupancy()
-            journals = settings.data_dir / "usage"
-            usage = UsageLedger(catalog.database, occupancy, journals, wait_s=settings.usage_wait_s)
-            usage.start()
-            stack.push_async_callback(usage.aclose)
-            engine = builder.build(catalog, self._metrics, occupancy)
-            await engine.start()
-            stack.push_async_callback(engine.close)
-            gate.start()
-            stack.push_async_callback(gate.aclose)
-            await catalog.attach(
-                engine,
-                count_upload=self._metrics.count_upload,
-                count_damaged=self._metrics.count_damaged,
-                charge_probe=partial(charge_probe, self._metrics, usage),
-            )
-            self._metrics.show_orphans(catalog.num_orphans)
-            if settings.adapters is not None:
-                await catalog.register_folder(settings.adapters)
-            await warm_up(engine, [each.ref for each in catalog.directory.visible_to(PUBLIC_TENANT)])
+        async with open_parts(self._settings) as parts:
+            await warm_up(parts.engine, [each.ref for each in parts.directory.visible_to(PUBLIC_TENANT)])
             # The model, its libraries and what else lives as long as the process need no looking at ever again.
             gc.collect()
             gc.freeze()
-            await self._answer(catalog, engine, gate, usage, inspector)
+            await self._answer(parts)
 
-    async def _answer(
-        self, catalog: Catalog, engine: "AsyncEngine", gate: TenantGate, usage: UsageLedger, inspector: Inspect
-    ) -> None:
-        settings = self._settings
+    async def _answer(self, parts: Parts) -> None:
+        settings, engine = self._settings, parts.engine
         departure = Departure()
-        app = create_app(
-            settings,
-            engine,
-            catalog.directory,
-            gate,
-            self._metrics,
-            extra_routers=(
-                adapters.build_router(catalog),
-                inspection.build_router(catalog, inspector),
-                usage_routes.build_router(usage),
-                dashboard_routes.build_router(settings.root_path),
-            ),
-            usage=usage,
-            tracing=self._tracing,
-            may_run_open=settings.allow_open or is_loopback(self._host),
-            departure=departure,
-        )
+        app = parts.app(may_run_open=settings.allow_open or is_loopback(self._host), departure=departure)
         server = DrainingServer(
-            make_config(app, Connections(Limits.of(settings), self._metrics.count_connection_ended)),
+            make_config(app, Connections(Limits.of(settings), parts.metrics.count_connection_ended)),
             drain=partial(self._drain, engine, departure),
-            on_started=lambda: self._announce(self._announcement(catalog, engine, gate)),
+            on_started=lambda: self._announce(self._announcement(parts)),
         )
         if settings.exit_on_engine_failure:
             engine.on_death(server.begin_draining)
@@ -183,30 +113,24 @@ class _Server:
         if settings.exit_on_engine_failure and engine.failure is not None:
             raise engine.failure
 
-    async def _drain(self, engine: "AsyncEngine", departure: Departure) -> None:
+    async def _drain(self, engine: ServingEngine, departure: Departure) -> None:
         """First nobody is sent here any more, then nobody is taken any more."""
         departure.is_near = True
         if engine.failure is None:  # or there is nothing left to be answered meanwhile
             await asyncio.sleep(self._settings.drain_delay_s)
         await engine.drain(self._settings.drain_timeout_s)
 
-    def _announcement(self, catalog: Catalog, engine: "AsyncEngine", gate: TenantGate) -> Announcement:
+    def _announcement(self, parts: Parts) -> Announcement:
+        directory = parts.catalog.directory
         return Announcement(
             url=url_of(self._host, self._sock.getsockname()[1]),
-            model=engine.model.name,
-            num_adapters=catalog.directory.num_usable,
-            num_other_base=len(catalog.directory) - catalog.directory.num_usable,
-            is_open=gate.is_open,
-            has_metrics=self._metrics.is_on,
+            model=parts.engine.model.name,
+            num_adapters=directory.num_usable,
+            num_other_base=len(directory) - directory.num_usable,
+            is_open=parts.gate.is_open,
+            has_metrics=parts.metrics.is_on,
             moved_from=self._settings.host if self._host != self._settings.host else None,
         )
-
-
-async def charge_probe(metrics: Metrics, usage: UsageSink, tenant: str, adapter: AdapterRef, num_tokens: int) -> None:
-    """What an upload has run is on the tenant's bill; returns once it is kept for good."""
-    metrics.count_probe(tenant, adapter.name, num_tokens)
-    usage.add_probe(tenant, adapter, num_tokens)
-    await usage.stored()
 
 
 def url_of(host: str, port: int) -> str:

@@ -1,0 +1,168 @@
+"""A server without a socket: base, catalog, engine, keys and usage put together, for whoever answers requests.
+
+The HTTP server (`serving.process`), a program that generates in its own process, and tests open the same parts.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+from fastapi import FastAPI
+
+from manylora.api import adapters, dashboard_routes, inspection
+from manylora.api import usage as usage_routes
+from manylora.api.inspection import Inspect
+from manylora.api.state import Departure
+from manylora.api.tracing import Tracing, open_tracing
+from manylora.catalog.interface import AdapterDirectory
+from manylora.catalog.service import Catalog
+from manylora.engine.interface import AdapterSource, EngineClient
+from manylora.errors import EngineDead
+from manylora.identity import AdapterRef
+from manylora.lora.format.spec import BaseWeights, ModuleSpec
+from manylora.lora.memory.occupancy import Occupancy
+from manylora.metrics import Metrics, NoMetrics
+from manylora.serving.app import create_app
+from manylora.settings import Settings
+from manylora.tenants.gate import TenantGate
+from manylora.tenants.seal import Seal
+from manylora.usage.interface import UsageSink
+from manylora.usage.ledger import UsageLedger
+
+__all__ = ["Foundation", "Parts", "ServingEngine", "load_foundation", "open_parts"]
+
+
+class ServingEngine(EngineClient, Protocol):
+    """An engine with a beginning, and with an end that is heard of."""
+
+    async def start(self) -> None:
+        """On the event loop, before anything else."""
+        ...
+
+    @property
+    def failure(self) -> EngineDead | None:
+        """Why it has ended for good, or None."""
+        ...
+
+    def on_death(self, action: Callable[[], None]) -> None:
+        """Call `action` on the event loop once the engine has ended for good."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Foundation:
+    """A base in memory as the other parts see it, and how the engine over it is built.
+
+    `modules` are what an adapter may touch; `weights`, the base's own numbers for adapters that bring copies of them;
+    `name`, what the base is served as. `build_engine` raises StartupError.
+    """
+
+    modules: Mapping[str, ModuleSpec]
+    inspect: Inspect
+    build_engine: Callable[[AdapterSource, Metrics, Occupancy], ServingEngine]
+    weights: BaseWeights | None = None
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What answers requests, running. Used on the event loop on which it was opened."""
+
+    settings: Settings
+    catalog: Catalog
+    engine: ServingEngine
+    gate: TenantGate
+    usage: UsageLedger
+    metrics: Metrics
+    tracing: Tracing | None
+    inspect: Inspect
+
+    @property
+    def directory(self) -> AdapterDirectory:
+        """From an adapter's name to the identity that `engine.generate` takes."""
+        return self.catalog.directory
+
+    def app(self, *, may_run_open: bool = True, departure: Departure | None = None) -> FastAPI:
+        """The HTTP application over these parts, for any ASGI server; see `create_app`."""
+        return create_app(
+            self.settings,
+            self.engine,
+            self.directory,
+            self.gate,
+            self.metrics,
+            extra_routers=(
+                adapters.build_router(self.catalog),
+                inspection.build_router(self.catalog, self.inspect),
+                usage_routes.build_router(self.usage),
+                dashboard_routes.build_router(self.settings.root_path),
+            ),
+            usage=self.usage,
+            tracing=self.tracing,
+            may_run_open=may_run_open,
+            departure=departure,
+        )
+
+
+@asynccontextmanager
+async def open_parts(settings: Settings, load: Callable[[Settings], Foundation] | None = None) -> AsyncIterator[Parts]:
+    """Start every part and, at the end, end them in the opposite order.
+
+    `load` brings the base, `load_foundation` where nothing else is said. What can fail does so in the order in which it
+    is cheap: the model's folder, data folder and database, then memory. Raises StartupError.
+    """
+    metrics = Metrics() if settings.metrics else NoMetrics()
+    tracing = open_tracing(settings)
+    foundation = (load or load_foundation)(settings)
+    async with AsyncExitStack() as stack:
+        if tracing is not None:
+            stack.push_async_callback(asyncio.to_thread, tracing.close)
+        catalog = Catalog.open(settings, foundation.modules, foundation.weights, base_name=foundation.name)
+        stack.push_async_callback(catalog.aclose)
+        gate = TenantGate(catalog.database, Seal(settings.data_dir, catalog.store))
+        occupancy = Occupancy()
+        usage = UsageLedger(catalog.database, occupancy, settings.data_dir / "usage", wait_s=settings.usage_wait_s)
+        usage.start()
+        stack.push_async_callback(usage.aclose)
+        engine = foundation.build_engine(catalog, metrics, occupancy)
+        await engine.start()
+        stack.push_async_callback(engine.close)
+        gate.start()
+        stack.push_async_callback(gate.aclose)
+        await catalog.attach(
+            engine,
+            count_upload=metrics.count_upload,
+            count_damaged=metrics.count_damaged,
+            charge_probe=partial(_charge_probe, metrics, usage),
+        )
+        metrics.show_orphans(catalog.num_orphans)
+        if settings.adapters is not None:
+            await catalog.register_folder(settings.adapters)
+        yield Parts(settings, catalog, engine, gate, usage, metrics, tracing, foundation.inspect)
+
+
+async def _charge_probe(metrics: Metrics, usage: UsageSink, tenant: str, adapter: AdapterRef, num_tokens: int) -> None:
+    """What an upload has run is on the tenant's bill; returns once it is kept for good."""
+    metrics.count_probe(tenant, adapter.name, num_tokens)
+    usage.add_probe(tenant, adapter, num_tokens)
+    await usage.stored()
+
+
+def load_foundation(settings: Settings) -> Foundation:
+    """The base that the settings name, with the engine that the settings describe. Raises StartupError."""
+    from manylora.engine.build import EngineBuilder  # not before it is needed: torch takes seconds to import
+    from manylora.lifecycle.weights.served import Inspector
+    from manylora.models.loading import load_base
+    from manylora.models.stored_weights import StoredWeights
+
+    base = load_base(settings)
+    builder = EngineBuilder(settings, base)
+    return Foundation(
+        modules=builder.modules,
+        inspect=Inspector(base.folder, builder.modules),
+        build_engine=builder.build,
+        weights=StoredWeights(base.folder, builder.modules),
+        name=base.name,
+    )
