@@ -213,3 +213,15 @@ def test_counts_over_their_bound_are_refused(rig: Rig, body: dict[str, Any], par
     answer = rig.chat(**body)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"].startswith(param)
+
+
+def test_a_token_that_is_spelt_in_two_ways_is_named(rig: Rig) -> None:
+    error = rig.complete(logit_bias={"5": 1, "005": -1}).json()["error"]
+    assert error["param"] == "logit_bias"
+    assert "names the token 5 more than once, the last time as '005'" in error["message"]
+
+
+def test_a_query_with_the_character_that_not_every_database_takes_names_its_parameter(rig: Rig) -> None:
+    answer = rig.client.get("/v1/models?limit=2&after=a%00")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "after")
+    assert "U+0000" in answer.json()["error"]["message"]

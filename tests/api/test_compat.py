@@ -110,6 +110,8 @@ def test_identity_is_no_encoding(rig: Rig) -> None:
         ({"x-api-key": "good"}, 200),
         ({"x-api-key": "bad"}, 401),
         ({"x-api-key": ""}, 401),
+        ({"x-api-key": "good", "authorization": ""}, 200),
+        ({"x-api-key": "bad", "authorization": ""}, 401),
         ({"x-api-key": "bad", "authorization": "Bearer good"}, 200),
         ({"x-api-key": "good", "authorization": "Bearer bad"}, 401),
     ],

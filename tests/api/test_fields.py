@@ -136,6 +136,7 @@ def test_null_is_the_default_for_every_field(rig: Rig) -> None:
         ("logit_bias", {str(VOCAB_SIZE): 1}),
         ("logit_bias", {"-1": 1}),
         ("logit_bias", {"x": 1}),
+        ("logit_bias", {"5": 1, "005": 1}),
         ("logit_bias", {"²": 1}),
         ("logit_bias", {"1" * 5000: 1}),
         ("logit_bias", [1]),

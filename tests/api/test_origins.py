@@ -68,6 +68,14 @@ def test_with_keys_the_host_is_the_proxys_affair(rig: Rig) -> None:
         ("server:8000", False, True),
         ("evil.example", False, False),
         ("", False, False),
+        ("[::1]", True, True),
+        ("[::1]evil.com", False, False),
+        ("[::1]:80evil.com", False, False),
+        ("[::1", False, False),
+        ("[localhost]", False, True),
+        ("localhost:evil.com", False, False),
+        ("127.0.0.1:80:80", False, False),
+        ("::1", False, False),
     ],
 )
 def test_a_reachable_server_has_more_names(host: str, here: bool, reachable: bool) -> None:
@@ -181,6 +189,15 @@ def test_whole_answers_streams_and_errors_may_be_read(
     stream = rig.client.post("/v1/chat/completions", json={**CHAT, "stream": True}, headers=page)
     assert stream.headers["access-control-allow-origin"] in (APP, "*")
     assert events(stream.text)
+
+
+def test_a_preflight_for_a_method_that_nothing_has_names_the_method(shared: tuple[Rig, dict[str, str]]) -> None:
+    refused = preflight(shared[0].client, "/v1/models", "PUT", "authorization")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (405, "method_not_allowed")
+    assert "'PUT'" in refused.json()["error"]["message"]
+    assert refused.headers["access-control-allow-origin"] in (APP, "*")
+    assert "PUT" not in refused.headers["access-control-allow-methods"]
+    assert refused.headers["content-type"] == "application/json"
 
 
 @pytest.mark.parametrize("is_keyed", [False, True])

@@ -10,6 +10,7 @@ import pytest
 from sqlalchemy import delete
 
 from manylora.catalog import belonging, blobs, labels
+from manylora.catalog.belonging import owner_of, registry_id
 from manylora.catalog.files import blob_of_folder as blob_of
 from manylora.catalog.rescan import Unnamed, rescan
 from manylora.catalog.service import Catalog, base_signature
@@ -296,8 +297,10 @@ async def test_files_without_a_label_are_registered_for_whom_one_says(
     for name in store_of().names(labels.FOLDER):
         store_of().erase(f"{labels.FOLDER}/{name}")
     database, store = open_database(settings.resolved_database_url), store_of()
+    owner = owner_of(store)
     found = rescan(database, store)
-    assert (found.registered, len(found.nameless)) == ([], 2)
+    assert (found.registered, len(found.nameless), found.is_claimed) == ([], 2, False)
+    assert owner_of(store) == owner != registry_id(database)
     rules = Rules(MODULES, 64, 2**22)
     unnamed = Unnamed(
         "acme", base_signature(MODULES), lambda folder, blob: new_version(folder, rules.read(folder), None, blob=blob)

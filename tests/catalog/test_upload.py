@@ -189,3 +189,16 @@ async def test_everything_is_there_after_a_restart(settings: Settings) -> None:
         assert after == before
         assert [ref.label for ref in rig.engine.pinned.values()] == ["x@1"]
         rig.catalog.check_integrity()
+
+
+async def test_a_description_with_the_character_that_not_every_database_takes_is_refused(settings: Settings) -> None:
+    async with running(settings) as rig:
+        for answer in (
+            await rig.push("x", description="a\0b"),
+            await rig.call("POST", "/v1/adapters", json={"name": "x", "source": "hf://a/b", "description": "\0"}),
+        ):
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, "description")
+        await rig.push("x", description="before")
+        answer = await rig.call("PATCH", "/v1/adapters/x", json={"description": "a\0"})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "description")
+        assert (await rig.call("GET", "/v1/adapters/x")).json()["description"] == "before"

@@ -76,6 +76,12 @@ def test_only_the_bearer_scheme_is_taken(database: Database, scheme: str) -> Non
         TenantGate(database).authenticate(f"{scheme} {text}")
 
 
+@pytest.mark.parametrize("between", ["\t", "  ", " \t "])
+def test_any_white_space_parts_scheme_and_key(database: Database, between: str) -> None:
+    _, text = KeyStore(database).create("acme", Role.USER)
+    assert TenantGate(database).authenticate(f"Bearer{between}{text}").tenant == "acme"
+
+
 def test_a_missing_key_is_compared_as_a_wrong_one_is() -> None:
     assert not is_secret_of(None, "x" * 43)
     assert not is_secret_of(None, "")

@@ -40,10 +40,10 @@ async def current_principal(request: Request, services: ServicesDep) -> Principa
 
 
 def _authorization(request: Request) -> str | None:
-    """`Authorization`, or the key that other APIs' clients send in `x-api-key`."""
+    """`Authorization`, or where that is missing or empty the key that other APIs' clients send in `x-api-key`."""
     key = request.headers.get("x-api-key")
     given = request.headers.get("authorization")
-    return f"Bearer {key}" if given is None and key is not None else given
+    return f"Bearer {key}" if not given and key is not None else given
 
 
 Caller = Annotated[Principal, Depends(current_principal)]

@@ -7,6 +7,7 @@ rebinding"). `OpenGuard` refuses both.
 """
 
 import ipaddress
+import re
 import socket
 from collections.abc import Callable, Collection
 from typing import Final
@@ -17,7 +18,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from manylora.api.errors import error_response
-from manylora.errors import CrossSite, quoted
+from manylora.errors import CrossSite, MethodNotAllowed, quoted
 
 __all__ = ["Cors", "OpenGuard", "OwnHosts"]
 
@@ -26,6 +27,8 @@ _SAFE: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 _EXPOSED: Final = ("x-request-id", "x-manylora-adapter", "retry-after", "content-disposition", "www-authenticate")
 # They tell nothing, and balancers ask them by whatever name they have.
 _PROBES: Final = frozenset({"/health", "/ready"})
+# A `Host` header is a name, an IPv4 address or an IPv6 address in brackets, and perhaps a port: nothing behind those.
+_HOST: Final = re.compile(r"(\[[^\[\]]*\]|[^:\[\]]*)(?::\d*)?", re.ASCII)
 
 
 class Cors(CORSMiddleware):
@@ -45,9 +48,15 @@ class Cors(CORSMiddleware):
         response = super().preflight_response(request_headers)
         if response.status_code == 200:
             return response
-        origin = quoted(request_headers.get("origin", ""))
+        origin, method = request_headers.get("origin", ""), request_headers.get("access-control-request-method", "")
+        if self.is_allowed_origin(origin):
+            message = f"No route here is asked by '{quoted(method)}': there are {', '.join(_METHODS)}."
+            kept = {name: value for name, value in response.headers.items() if not name.startswith("content-")}
+            return error_response(MethodNotAllowed(message), headers=kept)
         return error_response(
-            CrossSite(f"Pages of '{origin}' may not ask this. The setting allowed_origins names those that may."),
+            CrossSite(
+                f"Pages of '{quoted(origin)}' may not ask this. The setting allowed_origins names those that may."
+            ),
             headers={"vary": "origin"},
         )
 
@@ -67,19 +76,21 @@ class OwnHosts:
     def __contains__(self, host: str) -> bool:
         """`host` as a `Host` header has it, with a port or without."""
         name = _without_port(host)
+        if name is None:
+            return False
         if name in self._names:
             return True
         try:
-            address = ipaddress.ip_address(name)
+            address = ipaddress.ip_address(name[1:-1] if name.startswith("[") else name)
         except ValueError:
             return self._is_reachable and bool(name) and "." not in name
         return self._is_reachable or address.is_loopback
 
 
-def _without_port(host: str) -> str:
-    if host.startswith("["):
-        return host[1:].partition("]")[0].lower()
-    return host.partition(":")[0].lower().rstrip(".")
+def _without_port(host: str) -> str | None:
+    """None where it is no host at all."""
+    match = _HOST.fullmatch(host)
+    return match[1].lower().rstrip(".") if match else None
 
 
 class OpenGuard:
@@ -105,8 +116,9 @@ class OpenGuard:
     def _fault(self, method: str, headers: Headers) -> CrossSite | None:
         host, origin = headers.get("host"), headers.get("origin")
         if host is not None and host not in self._hosts:
+            name = quoted(_without_port(host) or host)
             return CrossSite(
-                f"This server asks for no key, and '{quoted(_without_port(host))}' is not known to be a name of it. "
+                f"This server asks for no key, and '{name}' is not known to be a name of it. "
                 "Name it in the setting allowed_hosts, or make a key with `manylora keys create`."
             )
         if origin is not None:

@@ -15,7 +15,7 @@ _LONGEST_ECHO: Final = 80
 
 async def check_query(request: Request) -> None:
     """A dependency of all routes. Raises UnsupportedField for a name that the route does not declare, InvalidRequest
-    for one that is given twice.
+    for one that is given twice or holds the character U+0000, which a database may not take.
 
     Pages for people (`/dashboard`, `/docs`), which are not in the API's schema, take any link.
     """
@@ -24,12 +24,14 @@ async def check_query(request: Request) -> None:
         return
     known = _declared(route.dependant)
     seen: set[str] = set()
-    for name, _ in request.query_params.multi_items():
+    for name, value in request.query_params.multi_items():
         if name not in known:
             shown = _shown(name)
             raise UnsupportedField(f"This route has no query parameter '{shown}'.{_advice(known)}", param=shown)
         if name in seen:
             raise InvalidRequest(f"'{name}' is given twice.", param=name)
+        if "\0" in value:
+            raise InvalidRequest(f"'{name}' holds the character U+0000, which nothing here has.", param=name)
         seen.add(name)
 
 

@@ -155,6 +155,8 @@ class GenerationRequest(_Strict):
                 continue
             if type(bias) not in (int, float) or not -100 <= bias <= 100:
                 raise ValueError(f"must have numbers from -100 to 100, also for token {key}")
+            if int(key) in by_id:
+                raise ValueError(f"names the token {int(key)} more than once, the last time as '{key}'")
             by_id[int(key)] = float(bias)
         return by_id
 

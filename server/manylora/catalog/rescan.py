@@ -34,7 +34,10 @@ class Unnamed:
 
 @dataclass(slots=True)
 class Found:
-    """What a rescan did. `damaged` and `refused` say why, by blob; `taken` are numbers that another version has."""
+    """What a rescan did. `damaged` and `refused` say why, by blob; `taken` are numbers that another version has.
+
+    `is_claimed` says whether the store is this registry's now: not where all that it holds is left without a name.
+    """
 
     registered: list[Label] = field(default_factory=list)
     num_known: int = 0
@@ -42,12 +45,14 @@ class Found:
     nameless: list[str] = field(default_factory=list)
     damaged: dict[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    is_claimed: bool = False
 
 
 def rescan(database: Database, store: Store, unnamed: Unnamed | None = None, *, take_over: bool = False) -> Found:
     """Register every blob that the database does not know. Needs the store for itself.
 
-    Blobs without a label get names of their own if `unnamed` says whose they are, and are only counted otherwise.
+    Blobs without a label get names of their own if `unnamed` says whose they are, and are only counted otherwise; a
+    store of which nothing else can be said is left as it was.
     Raises StartupError where the store is another registry's, this one has adapters, and `take_over` is not said.
     """
     check_may_claim(store, database, take_over=take_over)
@@ -65,7 +70,9 @@ def rescan(database: Database, store: Store, unnamed: Unnamed | None = None, *, 
     found.nameless = sorted((stored | aside) - known_blobs - labelled)
     if unnamed is not None:
         _register_nameless(database, store, registry, unnamed, aside - stored, found)
-    claim(store, database)
+    found.is_claimed = bool(known_blobs & (stored | aside) or found.registered) or not found.nameless
+    if found.is_claimed:
+        claim(store, database)
     return found
 
 

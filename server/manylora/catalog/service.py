@@ -27,7 +27,7 @@ from manylora.catalog.records import AdapterRecord, Folder, Payer, Published, Ve
 from manylora.catalog.registry import Registry
 from manylora.catalog.residency import Pins, Retirement
 from manylora.catalog.store import Store, open_store
-from manylora.catalog.upload import Brought, Charge, Quarantine, Rules, new_version, tried, wish_of
+from manylora.catalog.upload import Brought, Charge, Quarantine, Rules, check_description, new_version, tried, wish_of
 from manylora.database.database import Database, open_database
 from manylora.engine.interface import AdapterRef, EngineClient, Tier
 from manylora.errors import InvalidSettings, ManyloraError, Unavailable
@@ -266,6 +266,7 @@ class Catalog:
 
     def _checked(self, wish: Wish) -> Wish:
         check_name(wish.name, reserved=self._attached.model.name)
+        check_description(wish.description)
         return wish
 
     async def _counted(self, tenant: str, adding: Awaitable[Published]) -> Published:
@@ -319,7 +320,11 @@ class Catalog:
         pinned: bool | None = None,
         description: str | None = None,
     ) -> AdapterRecord:
-        """Promote, pin and describe in one step. Requests that run keep the version they began with."""
+        """Promote, pin and describe in one step. Requests that run keep the version they began with.
+
+        Raises AdapterNotFound, Conflict, QuotaExceeded, or InvalidRequest for a description that cannot be stored.
+        """
+        check_description(description)
         change = partial(self._registry.update, tenant, name)
         changed = partial(change, active_version=active_version, pinned=pinned, description=description)
         record = await self.database.run(changed)

@@ -206,11 +206,18 @@ def wish_of(fields: Mapping[str, str], tenant: str) -> Wish:
     """What the form's text fields ask for. Raises InvalidRequest."""
     if "name" not in fields:
         raise InvalidRequest("The field 'name' is required.", param="name")
-    description = fields.get("description")
-    if description is not None and len(description) > MAX_DESCRIPTION:
-        raise InvalidRequest(f"'description' is longer than {MAX_DESCRIPTION} characters.", param="description")
     pinned, activate = (_boolean(fields, key) for key in ("pinned", "activate"))
-    return Wish(tenant, fields["name"], description, pinned, True if activate is None else activate)
+    return Wish(tenant, fields["name"], fields.get("description"), pinned, True if activate is None else activate)
+
+
+def check_description(text: str | None) -> None:
+    """Raises InvalidRequest for one that is too long, or that not every database can store."""
+    if text is not None and len(text) > MAX_DESCRIPTION:
+        raise InvalidRequest(f"'description' is longer than {MAX_DESCRIPTION} characters.", param="description")
+    if text is not None and "\0" in text:
+        raise InvalidRequest(
+            "'description' holds the character U+0000, which cannot be stored. Leave it out.", param="description"
+        )
 
 
 def _boolean(fields: Mapping[str, str], key: str) -> bool | None:

@@ -131,11 +131,12 @@ def rescan(
                 "unnamed": found.nameless,
                 "damaged": found.damaged,
                 "refused": found.refused,
+                "claimed": found.is_claimed,
             }
         )
     else:
         _show(found)
-    if found.damaged or found.refused:
+    if found.damaged or found.refused or not found.is_claimed:
         raise typer.Exit(FAILED)
 
 
@@ -163,6 +164,11 @@ def _show(found: "Found") -> None:
     for blob in found.nameless:
         console.print(f"without a label: {blob}; --tenant TENANT registers it under a name of its own", markup=False)
     console.print(f"{len(found.registered)} registered, {found.num_known} were known", markup=False)
+    if not found.is_claimed:
+        console.print(
+            "Nothing was changed: no file of this store has a label that says which adapter it is. Say with --tenant "
+            "whose they are to be (`public` is everybody), or copy labels/ from a backup of the store and rescan again."
+        )
 
 
 def orphans(

@@ -56,10 +56,10 @@ class TenantGate:
         """The caller behind `Bearer <key>`. Raises one AuthenticationFailed for unknown, wrong and revoked keys."""
         if self.is_open:
             return Principal(PUBLIC_TENANT, Role.ADMIN, weight=self._quotas.limits_of(PUBLIC_TENANT).weight)
-        if not authorization:
+        if not authorization or authorization.isspace():
             raise AuthenticationFailed("This server needs an API key: send 'Authorization: Bearer <key>'.")
-        scheme, _, text = authorization.partition(" ")
-        parsed = parse_key(text.strip()) if scheme.lower() == "bearer" else None
+        scheme, *rest = authorization.split(maxsplit=1)
+        parsed = parse_key(rest[0].strip()) if rest and scheme.lower() == "bearer" else None
         key = None if parsed is None else self._keys.get(parsed[0])
         is_valid = is_secret_of(key, "" if parsed is None else parsed[1])
         if key is None or not is_valid:
