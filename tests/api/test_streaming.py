@@ -1,7 +1,7 @@
 """Streams: events, usage, the last event, errors after the first byte, clients that leave."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 from fastapi import FastAPI
 from starlette.types import Message
 
+from manylora.api.sse import EventStream
 from manylora.errors import ManyloraError, QueueFull
 from manylora.settings import Settings
 from manylora_loadtest.results import RequestResult
@@ -321,6 +322,33 @@ async def test_an_error_after_it_is_the_last_event(silent: Rig) -> None:
     assert set(comments) == {": keep-alive"}
     assert orjson.loads(last.removeprefix("data: "))["error"]["message"] == "the engine tripped"
     assert rest == ""
+
+
+@pytest.mark.anyio
+async def test_no_comment_comes_after_an_error_whenever_that_is() -> None:
+    async def events_after(num_turns: int) -> AsyncGenerator[bytes, None]:
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        yield b"data: first\n\n"
+        raise ManyloraError("the engine tripped")
+
+    async def stay() -> Message:
+        await asyncio.sleep(3600)
+        return {"type": "http.disconnect"}
+
+    num_comments = 0
+    for num_turns in range(12):
+        sent: list[bytes] = []
+
+        async def keep(message: Message, sent: list[bytes] = sent) -> None:
+            await asyncio.sleep(0)  # a comment that is due meanwhile begins to be sent
+            sent.append(message.get("body", b""))
+
+        await EventStream(events_after(num_turns), headers={}, keep_alive_s=0)({}, stay, keep)
+        num_comments += sent.count(COMMENT)
+        assert sent[-1] == b""
+        assert sent[-2].startswith(b'data: {"error"'), num_turns
+    assert num_comments
 
 
 @pytest.mark.anyio

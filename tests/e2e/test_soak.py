@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks.soak import lines_of, soak
 from tests.e2e import kills
+from tests.e2e.kill_records import sums_of
 from tests.tiny_models import make_tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.soak]
@@ -31,7 +32,7 @@ def test_nothing_grows_in_ten_minutes_of_everything(tmp_path: Path) -> None:
 def test_what_a_killed_server_has_acknowledged_holds(tmp_path: Path) -> None:
     model = make_tiny_model("llama", tmp_path / "tiny-llama")
     done = kills.run(tmp_path, model, NUM_KILLS, say=lambda _: None)
-    sums = kills.sums_of(done)
+    sums = sums_of(done)
     assert sums["kills"] == NUM_KILLS
     assert min(sums["changes"], sums["answers"], sums["refusals"], sums["versions_checked"]) > 0
     assert sums["answers_under_way"] > 0, "no kill hit an answer; the test shows nothing"

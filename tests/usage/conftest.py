@@ -9,6 +9,8 @@ import pytest
 from manylora.database.database import Database, open_database
 from tests.catalog import postgres
 
+from .ledgers import Broken
+
 
 @pytest.fixture(scope="session")
 def shared_postgres_url() -> Iterator[str]:
@@ -41,6 +43,18 @@ def database(database_url: str) -> Iterator[Database]:
     database = open_database(database_url)
     yield database
     database.close()
+
+
+@pytest.fixture
+def broken(database: Database) -> Broken:
+    return Broken(database._engine)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the ledgers of a test have their journals."""
+    monkeypatch.chdir(tmp_path)
+    return Path("journals")
 
 
 @pytest.fixture

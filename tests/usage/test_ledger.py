@@ -2,9 +2,7 @@
 
 import asyncio
 import logging
-import os
 import random
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,100 +10,19 @@ from typing import Any
 
 import psycopg
 import pytest
-from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from manylora.api.record import RequestRecord
 from manylora.database.database import Database, Topic, open_database
-from manylora.database.tables import SlotTimeRow, UsageRow, UsageWriterRow
-from manylora.errors import DatabaseUnavailable
+from manylora.database.tables import SlotTimeRow, UsageWriterRow
 from manylora.identity import AdapterRef
 from manylora.lora.memory.occupancy import Occupancy, Stay
-from manylora.usage.interface import Use
-from manylora.usage.journal import journal_of, read_journal
 from manylora.usage.ledger import UsageLedger, add_stays
 from manylora.usage.period import QUARTER_S
 from manylora.usage.store import Batch, UsageStore
 
-pytestmark = pytest.mark.anyio
-QUARTER = 1_795_521_600
-REF = AdapterRef("v1", "public", "sql", 3, "d")
+from .ledgers import QUARTER, REF, Broken, Clock, killed, ledger_of, rows, use
 
-
-def use(tenant: str = "acme", adapter: AdapterRef | None = REF, outcome: str = "ok", tokens: int = 5) -> Use:
-    return RequestRecord(
-        request_id="r",
-        tenant=tenant,
-        adapter=adapter,
-        outcome=outcome,
-        finished_at=0.0,
-        duration_s=0.0,
-        prompt_tokens=10,
-        completion_tokens=tokens,
-        cached_tokens=1,
-    )
-
-
-class Clock:
-    """Unix seconds that stand still."""
-
-    def __init__(self) -> None:
-        self.now = QUARTER + 1.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def us(self) -> int:
-        return int(self.now * 1_000_000)
-
-
-class Broken(Database):
-    """A database that refuses to write while it `is_down`, or confirms nothing while it `is_mute`."""
-
-    is_down = False
-    is_mute = False
-
-    @contextmanager
-    def write(self, topic: Topic | None) -> Iterator[Session]:
-        if self.is_down:
-            raise DatabaseUnavailable("The database cannot be used: its disk does not answer.")
-        with super().write(topic) as session:
-            yield session
-        if self.is_mute:
-            raise DatabaseUnavailable("The database cannot be used: the connection was lost.")
-
-
-@pytest.fixture
-def broken(database: Database) -> Broken:
-    return Broken(database._engine)
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the ledgers of a test have their journals."""
-    monkeypatch.chdir(tmp_path)
-    return Path("journals")
-
-
-def ledger_of(
-    database: Database, clock: Clock, occupancy: Occupancy | None = None, wait_s: float = 60.0
-) -> UsageLedger:
-    occupancy = occupancy or Occupancy(clock.us)
-    ledger = UsageLedger(database, occupancy, Path("journals"), wait_s=wait_s, clock=clock, retry_s=0.01)
-    ledger.start()
-    return ledger
-
-
-def killed(ledger: UsageLedger) -> None:
-    """As kill -9 leaves it: what its threads had begun may end, or not."""
-    for task in ledger._tasks:
-        task.cancel()
-
-
-def rows(database: Database, table: Any = UsageRow) -> list[tuple[Any, ...]]:
-    columns = table.__table__.c
-    with database.read() as session:
-        return [tuple(row) for row in session.execute(select(*columns).order_by(*columns))]
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("folder")]
 
 
 async def test_a_count_is_in_the_database_when_it_is_said_to_be_stored(database: Database) -> None:
@@ -247,146 +164,6 @@ async def test_what_neither_database_nor_journal_took_is_said_to_be_lost(
     with caplog.at_level(logging.ERROR):
         await ledger.aclose()
     assert "The usage of 1 requests is lost" in caplog.text
-
-
-async def test_what_the_database_did_not_take_is_in_the_journal_when_it_is_said_to_be_stored(
-    broken: Broken, folder: Path
-) -> None:
-    ledger = ledger_of(broken, Clock())
-    broken.is_down = True
-    for tokens in range(5):
-        ledger.add(use(tokens=tokens))
-        await ledger.stored()
-    killed(ledger)
-    assert rows(broken) == []
-    broken.is_down = False
-    await taken_over(ledger_of(broken, Clock()), folder)
-    assert [(row[5], row[7]) for row in rows(broken)] == [(5, 10)]
-
-
-async def test_a_server_that_ends_while_the_database_is_down_leaves_its_journal_to_the_next(
-    broken: Broken, folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    ledger = ledger_of(broken, Clock())
-    broken.is_down = True
-    ledger.add(use())
-    await ledger.aclose()
-    assert "lost" not in caplog.text
-    broken.is_down = False
-    await taken_over(ledger_of(broken, Clock()), folder)
-    assert rows(broken)[0][5] == 1
-
-
-async def test_what_had_been_written_after_all_is_not_written_again_from_the_journal(
-    broken: Broken, folder: Path
-) -> None:
-    ledger = ledger_of(broken, Clock())
-    broken.is_mute = True
-    for _ in range(3):
-        ledger.add(use())
-        await ledger.stored()
-    killed(ledger)
-    broken.is_mute = False
-    await taken_over(ledger_of(broken, Clock()), folder)
-    assert rows(broken)[0][5] == 3
-
-
-async def test_nobody_waits_longer_than_wait_s_and_nobody_twice(database: Database, folder: Path) -> None:
-    gate = threading.Event()
-
-    class Hanging(Database):
-        @contextmanager
-        def write(self, topic: Topic | None) -> Iterator[Session]:
-            assert gate.wait(60)
-            with super().write(topic) as session:
-                yield session
-
-    ledger = ledger_of(Hanging(database._engine), Clock(), wait_s=0.05)
-    async with asyncio.timeout(20):
-        for _ in range(1000):  # 50 s if each waited
-            ledger.add(use())
-            await ledger.stored()
-    assert rows(database) == []
-    held = [batch for path in folder.iterdir() for _, batch in read_journal(path)]
-    assert sum(batch.num_requests for batch in held) == 1000
-    gate.set()
-    await ledger.aclose()
-    assert rows(database)[0][5] == 1000
-    assert list(folder.iterdir()) == []
-
-
-async def test_a_journal_that_grows_is_written_anew_with_the_same_sums(
-    broken: Broken, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("manylora.usage.ledger._COMPACT_BYTES", 2000)
-    ledger = ledger_of(broken, Clock())
-    broken.is_down = True
-    for _ in range(100):
-        ledger.add(use())
-        await ledger.stored()
-    (path,) = folder.iterdir()
-    assert path.stat().st_size < 4000
-    killed(ledger)
-    broken.is_down = False
-    await taken_over(ledger_of(broken, Clock()), folder)
-    assert rows(broken)[0][5] == 100
-
-
-async def test_a_journal_that_could_not_be_written_for_a_while_has_everything_once_it_can(
-    broken: Broken, folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder.write_text("in the way")
-    ledger = ledger_of(broken, Clock())
-    broken.is_down = True
-    for _ in range(3):
-        ledger.add(use())
-        await ledger.stored()
-    assert caplog.text.count("The usage journal fails too") == 1
-    folder.unlink()
-    ledger.add(use())
-    await ledger.stored()
-    killed(ledger)
-    broken.is_down = False
-    await taken_over(ledger_of(broken, Clock()), folder)
-    assert rows(broken)[0][5] == 4
-
-
-def test_a_line_that_was_cut_off_is_left_out_and_a_spoiled_one_is_said(
-    folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    journal = journal_of(folder, "w")
-    for number in (1, 2, 3):
-        journal.append([(number, Batch(usage={(QUARTER, "acme", "", "", "ok"): [number, 0, 0, 0]}))])
-    whole = journal.path.read_bytes()
-    assert [number for number, _ in read_journal(journal.path)] == [1, 2, 3]
-    journal.path.write_bytes(whole[:-5])
-    assert [number for number, _ in read_journal(journal.path)] == [1, 2]
-    assert caplog.text == ""
-    journal.path.write_bytes(whole.replace(b'{"batch": 2', b'{"botch": 2'))
-    assert [number for number, _ in read_journal(journal.path)] == [1, 3]
-    assert "Line 2" in caplog.text
-
-
-def test_an_append_that_fails_leaves_the_journal_as_it_was(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    journal = journal_of(folder, "w")
-    batch = Batch(usage={(QUARTER, "acme", "", "", "ok"): [1, 0, 0, 0]})
-    journal.append([(1, batch)])
-    before = journal.path.read_bytes()
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("no space")))
-        with pytest.raises(OSError, match="no space"):
-            journal.append([(2, batch)])
-    assert journal.path.read_bytes() == before
-    journal.append([(2, batch)])
-    assert [number for number, _ in read_journal(journal.path)] == [1, 2]
-
-
-async def taken_over(ledger: UsageLedger, folder: Path) -> None:
-    """Wait until the journals of earlier processes are in the database."""
-    async with asyncio.timeout(20):
-        await ledger._tasks[1]
-    assert list(folder.iterdir()) == []
-    await ledger.aclose()
 
 
 async def test_a_writer_that_has_ended_leaves_no_trace_of_itself(database: Database) -> None:

@@ -66,6 +66,7 @@ class EventStream(Response):
         self.background = None
         self._events = events
         self._is_started = False
+        self._is_over = False  # the last event is sent or about to be: no comment comes after it
         self._keep_alive_s = keep_alive_s
         self._sending = asyncio.Lock()  # the status line is sent before anything else
         self._sent_at = 0.0
@@ -93,7 +94,7 @@ class EventStream(Response):
         while True:
             silent_s = clock() - self._sent_at
             if silent_s >= every_s:
-                await asyncio.shield(self._send(send, _COMMENT))  # cut off midway, it could lack the status line
+                await asyncio.shield(self._send_comment(send))  # cut off midway, it could lack the status line
                 self._sent_at, silent_s = clock(), 0.0
             await asyncio.sleep(every_s - silent_s)
 
@@ -106,16 +107,25 @@ class EventStream(Response):
         except ManyloraError as error:
             if not self._is_started:
                 raise
-            await self._send(send, _framed([error_json(error)]))
+            await self._send_last(send, _framed([error_json(error)]))
         except ClientGone:
             raise
         except Exception:
             if not self._is_started:
                 raise
             _log.exception("stream_failed")
-            await self._send(send, _framed([error_json(INTERNAL_ERROR)]))
+            await self._send_last(send, _framed([error_json(INTERNAL_ERROR)]))
         finally:
+            self._is_over = True
             await self._events.aclose()
+
+    async def _send_last(self, send: Send, event: bytes) -> None:
+        self._is_over = True
+        await self._send(send, event)
+
+    async def _send_comment(self, send: Send) -> None:
+        if not self._is_over:  # begun beside the last event, it runs after it
+            await self._send(send, _COMMENT)
 
     async def _send(self, send: Send, payload: bytes, *, more: bool = True) -> None:
         try:
