@@ -11,7 +11,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from manylora.client.adapters import connect, promote, publish, served_base
+from manylora.client.adapters import promote, publish, served_base
+from manylora.client.server import connect
 from manylora.errors import InvalidRequest, ManyloraError
 from manylora.lifecycle.data.data import read_dataset
 from manylora.lifecycle.evaluate.command import EvaluateRequest, run_evaluation
@@ -100,7 +101,7 @@ def test_only_a_significantly_better_version_is_promoted(tmp_path: Path, tiny_ll
         _, promoted = run_evaluation(request)
         _, refused = run_evaluation(replace(request, adapters=(first,)))
 
-        versions = client.get("/v1/adapters/words").json()["versions"]
+        versions = client.call("GET", "/v1/adapters/words")["versions"]
     assert promoted.startswith("words@2 was promoted: perplexity gain")
     assert refused.startswith("words@1 was not promoted: perplexity gain -")
     assert "over words@2" in refused
@@ -160,8 +161,8 @@ def test_only_versions_can_be_promoted(url: str) -> None:
 
 
 def test_server_that_is_not_there_is_said() -> None:
-    with pytest.raises(ManyloraError, match=r"No server answers at http://127.0.0.1:9"):
-        connect("http://127.0.0.1:9", "").__enter__()
+    with pytest.raises(ManyloraError, match=r"The server at http://127.0.0.1:9 cannot be reached"):
+        connect("http://127.0.0.1:9", is_patient=True).__enter__()
 
 
 def test_command_line_trains_publishes_and_reports_errors(tmp_path: Path, tiny_llama_dir: Path, url: str) -> None:

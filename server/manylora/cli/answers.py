@@ -8,16 +8,18 @@ is busy, come back later · 8 the server cannot be reached.
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from typing import Any, Final, NoReturn
 
-import httpx
 import orjson
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from manylora.client.server import Refused, Server, Unreachable, connect
+from manylora.errors import InvalidRequest
 
 FAILED, USAGE, REFUSED, NOT_FOUND, DENIED, CONFLICT, LATER, UNREACHABLE = range(1, 9)
 _DEFAULT_URL: Final = "http://127.0.0.1:8000"
@@ -29,56 +31,44 @@ console = Console(highlight=False, width=None if sys.stdout.isatty() else 240)
 complaints = Console(stderr=True, highlight=False)
 
 
-class Server:
+class Remote:
     """Requests to one server; everything but a success ends the program."""
 
-    def __init__(self, client: httpx.Client, *, as_json: bool) -> None:
-        self._client = client
+    def __init__(self, server: Server, *, as_json: bool) -> None:
+        self._server = server
         self._as_json = as_json
 
-    def call(self, method: str, path: str, **kwargs: Any) -> Any:
+    def call(self, method: str, path: str, **request: Any) -> Any:
         """The answer's JSON, None for an empty one."""
         try:
-            response = self._client.request(method, path, **kwargs)
-        except httpx.HTTPError as error:
-            where = self._client.base_url
-            fail(f"The server at {where} cannot be reached: {error}. Is MANYLORA_URL right?", UNREACHABLE)
-        if not response.is_success:
-            self._refuse(response)
-        return orjson.loads(response.content) if response.content else None
+            return self._server.call(method, path, **request)
+        except Unreachable as error:
+            fail(f"{error.message} Is MANYLORA_URL right?", UNREACHABLE)
+        except Refused as refused:
+            self._end(refused)
 
-    def _refuse(self, response: httpx.Response) -> NoReturn:
-        code = _EXIT_CODES.get(response.status_code, FAILED)
-        try:
-            error = response.json()["error"]
-            message = str(error["message"])
-        except (ValueError, KeyError, TypeError):
-            fail(f"The server answered {response.status_code} without an explanation. Is MANYLORA_URL right?", code)
+    def _end(self, refused: Refused) -> NoReturn:
+        code = _EXIT_CODES.get(refused.answered, FAILED)
+        if refused.error is None:
+            fail(f"The server answered {refused.answered} without an explanation. Is MANYLORA_URL right?", code)
         if self._as_json:
-            print_json({"error": error})
+            print_json({"error": refused.error})
             raise typer.Exit(code)
-        if "problems" in error:
-            show_problems(error["problems"])
-        if "retry-after" in response.headers:
-            message += f" (Retry-After: {response.headers['retry-after']} s)"
-        fail(message, code)
+        show_problems(refused.error.get("problems", []))
+        later = "" if refused.retry_after is None else f" (Retry-After: {refused.retry_after} s)"
+        fail(f"{refused.error['message']}{later}", code)
 
 
 @contextmanager
-def server(*, as_json: bool) -> Iterator[Server]:
+def server(*, as_json: bool) -> Iterator[Remote]:
     """The server at MANYLORA_URL, with the key in MANYLORA_KEY."""
-    key = os.environ.get("MANYLORA_KEY")
-    headers = {"authorization": f"Bearer {key}"} if key else {}
-    url = os.environ.get("MANYLORA_URL") or _DEFAULT_URL
-    if not url.startswith(("http://", "https://")):
-        fail(f"MANYLORA_URL must begin with http:// or https://; it is '{url}'.", USAGE)
-    timeout = httpx.Timeout(10.0, read=600.0, write=600.0)  # an upload is answered once it was validated
-    try:
-        client = httpx.Client(base_url=url, headers=headers, timeout=timeout)
-    except (httpx.InvalidURL, ValueError) as error:
-        fail(f"MANYLORA_URL is not a URL: {error}", USAGE)
-    with client:
-        yield Server(client, as_json=as_json)
+    with ExitStack() as stack:
+        try:
+            address = os.environ.get("MANYLORA_URL") or _DEFAULT_URL
+            found = stack.enter_context(connect(address, os.environ.get("MANYLORA_KEY", "")))
+        except InvalidRequest as error:
+            fail(error.message.replace("`server`", "MANYLORA_URL"), USAGE)
+        yield Remote(found, as_json=as_json)
 
 
 def fail(message: str, code: int) -> NoReturn:

@@ -171,11 +171,14 @@ def train(
 
 
 def _run_training(config: "TrainConfig", name: str, server: str, key: str, *, resume: bool, overwrite: bool) -> None:
-    from manylora.client.adapters import check_name, connect, publish
+    from manylora.client.adapters import check_name, publish
+    from manylora.client.server import connect
     from manylora.lifecycle.train.train import train as run
 
     if name:
-        with connect(server, key) as client:  # what would refuse the result is said before the work, not after it
+        with connect(
+            server, key, is_patient=True
+        ) as client:  # what would refuse the result is said before the work, not after it
             check_name(client, name)
     with stop_on_interrupt() as stopped, progress() as listen:
         result = run(config, resume=resume, overwrite=overwrite, listen=listen, should_stop=stopped)
@@ -186,7 +189,7 @@ def _run_training(config: "TrainConfig", name: str, server: str, key: str, *, re
     if not name:
         return
     try:
-        with connect(server, key) as client:
+        with connect(server, key, is_patient=True) as client:
             print(f"published as {publish(client, config.out, name, description=config.title)}")
     except ManyloraError:
         again = shlex.join(["manylora", "adapters", "push", str(config.out), "--name", name])

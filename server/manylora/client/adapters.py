@@ -1,69 +1,68 @@
-"""The lifecycle's side of the HTTP contract: upload an adapter, find versions, promote."""
+"""A server's adapters for a program: upload one, find versions, promote."""
 
 import re
 from pathlib import Path
 from typing import Any
 
-import httpx
-
-from manylora.client.server import call, connect
+from manylora.client.server import Server
 from manylora.errors import InvalidRequest, ManyloraError
 from manylora.identity import ADAPTER_FILES
 
-__all__ = ["active_version", "check_may_manage", "check_name", "connect", "pinned", "promote", "publish", "served_base"]
+__all__ = ["active_version", "check_may_manage", "check_name", "pinned", "promote", "publish", "served_base"]
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
-def check_name(client: httpx.Client, name: str) -> None:
+def check_name(server: Server, name: str) -> None:
     """Raises before any work for what would make `publish` fail after it: a bad name, a wrong key."""
     if not _NAME.fullmatch(name):
         raise InvalidRequest(
-            f"--publish {name!r} is no adapter's name: up to 64 of a-z, 0-9, dot, dash and underscore, starting with a "
-            "letter or digit."
+            f"`publish`: {name!r} is no adapter's name: up to 64 of a-z, 0-9, dot, dash and underscore, starting "
+            "with a letter or digit.",
+            param="publish",
         )
-    check_may_manage(client)
+    check_may_manage(server)
 
 
-def check_may_manage(client: httpx.Client) -> None:
+def check_may_manage(server: Server) -> None:
     """Raises InvalidRequest when the key may not upload or promote, ManyloraError when it is unknown."""
-    role = call(client, "GET", "/v1/stats").get("you", {}).get("role")
+    role = server.call("GET", "/v1/stats").get("you", {}).get("role")
     if role == "user":
         raise InvalidRequest("This key has the role 'user': publishing and promoting need 'manager' or 'admin'.")
 
 
-def publish(client: httpx.Client, folder: Path, name: str, *, description: str = "", activate: bool = True) -> str:
+def publish(server: Server, folder: Path, name: str, *, description: str = "", activate: bool = True) -> str:
     """Upload a PEFT folder; `name@version` of the result. Raises ManyloraError with the server's reasons."""
     files = [("files", (part, (folder / part).read_bytes())) for part in ADAPTER_FILES]
     form = {"name": name, "description": description, "activate": "true" if activate else "false"}
-    version = call(client, "POST", "/v1/adapters", data=form, files=files)
+    version = server.call("POST", "/v1/adapters", data=form, files=files)
     return f"{version['name']}@{version['version']}"
 
 
-def active_version(client: httpx.Client, name: str) -> str | None:
+def active_version(server: Server, name: str) -> str | None:
     """`name@version` that serves `name` now; None when there is none. Raises ManyloraError for an unknown name."""
-    versions: list[dict[str, Any]] = call(client, "GET", f"/v1/adapters/{name}")["versions"]
+    versions: list[dict[str, Any]] = server.call("GET", f"/v1/adapters/{name}")["versions"]
     return next((f"{name}@{v['version']}" for v in versions if v["active"]), None)
 
 
-def pinned(client: httpx.Client, adapter: str) -> str:
+def pinned(server: Server, adapter: str) -> str:
     """A bare name as the version that it means now, so that a promotion meanwhile changes nothing."""
     if "@" in adapter:
         return adapter
-    return active_version(client, adapter) or adapter
+    return active_version(server, adapter) or adapter
 
 
-def promote(client: httpx.Client, adapter: str) -> None:
+def promote(server: Server, adapter: str) -> None:
     """Make `name@version` its name's active version."""
     name, _, version = adapter.partition("@")
     if not version.isdigit():
         raise InvalidRequest(f"Only a version can be promoted: {adapter!r} should be NAME@VERSION.")
-    call(client, "PATCH", f"/v1/adapters/{name}", json={"active_version": int(version)})
+    server.call("PATCH", f"/v1/adapters/{name}", json={"active_version": int(version)})
 
 
-def served_base(client: httpx.Client) -> str:
+def served_base(server: Server) -> str:
     """The name under which the server serves its bare base: the model that has no parent."""
-    models: list[dict[str, Any]] = call(client, "GET", "/v1/models")["data"]
+    models: list[dict[str, Any]] = server.call("GET", "/v1/models")["data"]
     for model in models:
         if not model.get("parent"):
             return str(model["id"])

@@ -1,52 +1,97 @@
-"""The way to a running server: an answering client, and requests whose failures are ManyloraErrors."""
+"""The one way to a running server: a connection with the key, requests, and failures that are ManyloraErrors.
+
+Who works for hours without a person (a training that publishes, an evaluation of many requests) asks a busy server
+again; a command with a person in front of it tells the person.
+"""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 import httpx
 
-from manylora.errors import ManyloraError
+from manylora.errors import InvalidRequest, ManyloraError, quoted
 
-_TIMEOUT = httpx.Timeout(600.0, connect=10.0)
-_ATTEMPTS = 20
-_LONGEST_WAIT_S = 30.0  # a longer Retry-After is a quota, not a busy moment
+__all__ = ["Refused", "Server", "Unreachable", "connect"]
+
+_TIMEOUT: Final = httpx.Timeout(10.0, read=600.0, write=600.0)  # an upload is answered once it was validated
+_ATTEMPTS: Final = 20
+_LONGEST_WAIT_S: Final = 30.0  # a longer Retry-After is a quota, not a busy moment
+
+
+class Unreachable(ManyloraError):
+    """No server answers there, or it does not any more."""
+
+
+class Refused(ManyloraError):
+    """The server's answer was no success.
+
+    `answered` is its HTTP status, `error` the object that it sent under that name (None where something else answers
+    there), `retry_after` its header of that name.
+    """
+
+    def __init__(self, response: httpx.Response) -> None:
+        self.answered = response.status_code
+        self.retry_after: str | None = response.headers.get("retry-after")
+        self.error = _error_of(response)
+        said = response.text[:200] if self.error is None else self.error["message"]
+        problems = [] if self.error is None else self.error.get("problems", [])
+        lines = "".join(f"\n  {problem.get('where')}: {problem.get('message')}" for problem in problems)
+        super().__init__(f"{response.request.url.path}: {self.answered} {said}{lines}")
+
+
+def _error_of(response: httpx.Response) -> dict[str, Any] | None:
+    try:
+        error = response.json()["error"]
+        return error if isinstance(error["message"], str) else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+class Server:
+    """Requests to one server. Threads may share it."""
+
+    def __init__(self, client: httpx.Client, *, is_patient: bool = False) -> None:
+        """`is_patient`: a busy server (429, 503) is asked again after the time that it names."""
+        self._client = client
+        self._attempts = _ATTEMPTS if is_patient else 1
+
+    def call(self, method: str, path: str, **request: Any) -> Any:
+        """The JSON of a good answer, None for an empty one. Raises Unreachable or Refused."""
+        for attempt in range(1, self._attempts + 1):
+            try:
+                response = self._client.request(method, path, **request)
+            except (httpx.HTTPError, httpx.InvalidURL) as error:
+                raise Unreachable(f"The server at {self._client.base_url} cannot be reached: {error}.") from error
+            if response.is_success:
+                return _json_of(response)
+            wait_s = _wait_s(response)
+            if wait_s is None or attempt == self._attempts:
+                raise Refused(response)
+            time.sleep(wait_s)
+        raise AssertionError
 
 
 @contextmanager
-def connect(server: str, key: str) -> Iterator[httpx.Client]:
-    """An answering server's client, closed at the end. Raises ManyloraError when none answers."""
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    try:
-        client = httpx.Client(base_url=server.rstrip("/"), headers=headers, timeout=_TIMEOUT)
-    except (httpx.InvalidURL, ValueError) as error:
-        raise ManyloraError(f"--server {server} is no URL: {error}.") from error
-    with client:
-        try:
-            ready = client.get("/ready").is_success
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise ManyloraError(f"No server answers at {server}: {error}") from error
-        if not ready:
-            raise ManyloraError(f"The server at {server} is not ready.")
-        yield client
+def connect(address: str, key: str = "", *, is_patient: bool = False) -> Iterator[Server]:
+    """The server at a URL, closed at the end; a patient one has to be ready.
 
-
-def call(client: httpx.Client, method: str, path: str, **request: Any) -> dict[str, Any]:
-    """The JSON of a good answer. A busy server (429, 503) is asked again after the time that it names.
-
-    Raises ManyloraError with the server's own words otherwise, or when the connection breaks.
+    Raises InvalidRequest for what is no URL, and for a patient one Unreachable or Refused.
     """
-    for attempt in range(1, _ATTEMPTS + 1):
-        try:
-            response = client.request(method, path, **request)
-        except httpx.HTTPError as error:
-            raise ManyloraError(f"The server at {client.base_url} does not answer any more: {error}") from error
-        wait = _wait_s(response)
-        if wait is None or attempt == _ATTEMPTS:
-            return _checked(response)
-        time.sleep(wait)
-    raise AssertionError
+    if not address.startswith(("http://", "https://")):
+        raise InvalidRequest(
+            f"`server` must begin with http:// or https://; it is '{quoted(address)}'.", param="server"
+        )
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    try:
+        client = httpx.Client(base_url=address.rstrip("/"), headers=headers, timeout=_TIMEOUT)
+    except (httpx.InvalidURL, ValueError) as error:
+        raise InvalidRequest(f"`server` is no URL: {error}.", param="server") from error
+    with client:
+        if is_patient:
+            Server(client).call("GET", "/ready")
+        yield Server(client, is_patient=is_patient)
 
 
 def _wait_s(response: httpx.Response) -> float | None:
@@ -59,14 +104,8 @@ def _wait_s(response: httpx.Response) -> float | None:
     return seconds if seconds <= _LONGEST_WAIT_S else None
 
 
-def _checked(response: httpx.Response) -> dict[str, Any]:
-    if response.is_success:
-        content: dict[str, Any] = response.json() if response.content else {}
-        return content
+def _json_of(response: httpx.Response) -> Any:
     try:
-        error = response.json()["error"]
-        message = str(error["message"])
-        problems = "".join(f"\n  {p['where']}: {p['message']}" for p in error.get("problems", ()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        message, problems = response.text[:200], ""
-    raise ManyloraError(f"{response.request.url.path}: {response.status_code} {message}{problems}")
+        return response.json() if response.content else None
+    except ValueError:
+        raise Refused(response) from None

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
-
-from manylora.client.adapters import active_version, check_may_manage, connect, pinned, promote, served_base
+from manylora.client.adapters import active_version, check_may_manage, pinned, promote, served_base
+from manylora.client.server import Server, connect
 from manylora.errors import InvalidRequest
 from manylora.identity import TENSOR_FILE
 from manylora.lifecycle.adapter_files import read_adapter_files
@@ -104,46 +103,46 @@ class _Run:
 
 def _on_server(run: _Run) -> tuple[dict[str, Any], str]:
     request = run.request
-    with connect(request.server, request.key) as client:
+    with connect(request.server, request.key, is_patient=True) as server:
         if request.promote_if_better:
-            return _promote_if_better(run, client)
-        names = tuple(pinned(client, adapter) for adapter in request.adapters)
-        return run.score(_server_contenders(run, client, names)), ""
+            return _promote_if_better(run, server)
+        names = tuple(pinned(server, adapter) for adapter in request.adapters)
+        return run.score(_server_contenders(run, server, names)), ""
 
 
-def _promote_if_better(run: _Run, client: httpx.Client) -> tuple[dict[str, Any], str]:
+def _promote_if_better(run: _Run, server: Server) -> tuple[dict[str, Any], str]:
     """Score the candidate, the last adapter, against what its name serves now; promote it if it is better."""
     request, metric = run.request, run.request.promote_if_better
-    check_may_manage(client)
+    check_may_manage(server)
     candidate = request.adapters[-1]
     name = candidate.partition("@")[0]
-    active = active_version(client, name)
+    active = active_version(server, name)
     if active == candidate:
         raise InvalidRequest(f"{candidate} is the active version of {name} already: there is nothing to promote.")
-    others = [pinned(client, adapter) for adapter in request.adapters[:-1]]
+    others = [pinned(server, adapter) for adapter in request.adapters[:-1]]
     names = dict.fromkeys([*([active] if active else []), *others, candidate])
     if len(names) + request.with_base < 2:
         raise InvalidRequest(f"{name} has no active version to compare with: give --base or another --adapter first.")
-    contenders = _server_contenders(run, client, tuple(names), reference=active)
+    contenders = _server_contenders(run, server, tuple(names), reference=active)
     report = run.score(contenders)
     test = comparison(report, candidate, metric)
     facts = f"{metric} gain {test.gain:+.4g} over {report['reference']} (p = {test.p:.2g})"
     if not deserves_promotion(test, request.min_gain):
         return report, f"{candidate} was not promoted: {facts}, needed at least {request.min_gain:g} with p < 0.05."
-    if active_version(client, name) != active:
+    if active_version(server, name) != active:
         return report, f"{candidate} was not promoted: another version of {name} became active meanwhile. Run it again."
-    promote(client, candidate)
+    promote(server, candidate)
     return report, f"{candidate} was promoted: {facts}."
 
 
 def _server_contenders(
-    run: _Run, client: httpx.Client, names: tuple[str, ...], *, reference: str | None = None
+    run: _Run, server: Server, names: tuple[str, ...], *, reference: str | None = None
 ) -> ServerContenders:
     """`reference` comes first, then the base where it is wanted, then the others."""
     first = (reference,) if reference else ()
     base = (BASE,) if run.request.with_base else ()
     rest = tuple(name for name in names if name != reference)
-    contenders = ServerContenders(client, served_base(client), (*first, *base, *rest), run.encoder)
+    contenders = ServerContenders(server, served_base(server), (*first, *base, *rest), run.encoder)
     contenders.check_tokenizer()
     return contenders
 

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import httpx
 import torch
 
-from manylora.client.server import call
+from manylora.client.server import Server
 from manylora.errors import InvalidRequest
 from manylora.lifecycle.base import Base, accepts_logits_to_keep, quiet_peft
 from manylora.lifecycle.data.batches import answer_nll, collate, sorted_batches
@@ -125,7 +124,7 @@ def _until_end(ids: list[int], end: int) -> list[int]:
 class ServerContenders:
     """Names on a running server: `base`, `adapter` or `adapter@version`. Many requests at once, one per example."""
 
-    client: httpx.Client
+    server: Server
     base_name: str
     names: tuple[str, ...]
     encoder: Encoder
@@ -187,4 +186,5 @@ class ServerContenders:
         return self.base_name if name == BASE else name
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        return call(self.client, "POST", path, json=body)
+        answer: dict[str, Any] = self.server.call("POST", path, json=body)
+        return answer
