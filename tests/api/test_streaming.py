@@ -326,10 +326,10 @@ async def test_an_error_after_it_is_the_last_event(silent: Rig) -> None:
 
 @pytest.mark.anyio
 async def test_no_comment_comes_after_an_error_whenever_that_is() -> None:
-    async def events_after(num_turns: int) -> AsyncGenerator[bytes, None]:
+    async def events_after(num_turns: int) -> AsyncGenerator[list[bytes], None]:
         for _ in range(num_turns):
             await asyncio.sleep(0)
-        yield b"data: first\n\n"
+        yield [b"first"]
         raise ManyloraError("the engine tripped")
 
     async def stay() -> Message:

@@ -5,7 +5,8 @@ from typing import Any
 
 import httpx
 
-from manylora.lifecycle.weights.inspection import InspectConfig, inspect_adapter
+from manylora.lifecycle.weights.config import InspectConfig
+from manylora.lifecycle.weights.inspection import inspect_adapter
 from tests.e2e.conftest import ADAPTERS, Server
 
 

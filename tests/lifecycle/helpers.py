@@ -1,13 +1,15 @@
 """Small data and settings that the lifecycle's tests share."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from manylora.lifecycle.train.config import LoraShape, TrainConfig
-from manylora.lifecycle.train.training import Schedule
+from transformers import AutoTokenizer
+
+from manylora.lifecycle.train.config import LoraShape, Schedule, TrainConfig
 
 WORDS = {"fruit": ("apple", "pear", "plum", "fig"), "tool": ("saw", "axe", "drill", "file")}
 
@@ -34,3 +36,12 @@ def tiny_config(data: Path, out: Path, base: Path, **schedule: Any) -> TrainConf
         data=data, out=out, base=str(base), lora=LoraShape(rank=4), schedule=chosen, device="cpu", dtype="float32",
         max_length=128,
     )  # fmt: skip
+
+
+def with_a_token_more(base: Path, folder: Path) -> Path:
+    """A copy of a base whose tokenizer knows `<extra>`, for which the model has no embedding."""
+    shutil.copytree(base, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(folder)
+    return folder

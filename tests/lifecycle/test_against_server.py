@@ -15,7 +15,8 @@ from manylora.client.adapters import promote, publish, served_base
 from manylora.client.server import connect
 from manylora.errors import InvalidRequest, ManyloraError
 from manylora.lifecycle.data.data import read_dataset
-from manylora.lifecycle.evaluate.command import EvaluateRequest, run_evaluation
+from manylora.lifecycle.evaluate.command import run_evaluation
+from manylora.lifecycle.evaluate.config import EvaluateRequest
 from manylora.lifecycle.recipes import city
 from manylora.lifecycle.train.config import LoraShape
 from manylora.lifecycle.train.train import train
@@ -132,7 +133,7 @@ def test_model_whose_prompts_are_not_the_servers_is_refused(tmp_path: Path, tiny
     (other / "chat_template.jinja").write_text("Be brief. " + template, encoding="utf-8")
     data = write_rows(tmp_path / "data.jsonl", label_rows()[:4])
 
-    with pytest.raises(InvalidRequest, match=r"they are different. Give the server's model with --model"):
+    with pytest.raises(InvalidRequest, match=r"they are different. Give the server's model with `model`"):
         run_evaluation(_request(data, url, other))
 
 

@@ -8,8 +8,8 @@ import pytest
 from manylora.errors import InvalidRequest
 from manylora.lifecycle.data.data import read_dataset
 from manylora.lifecycle.data.encoding import Encoder
-from manylora.lifecycle.train.choose_rank import Candidate, ChooseConfig, choose_rank, one_standard_error, split_folds
-from manylora.lifecycle.train.config import LoraShape
+from manylora.lifecycle.train.choose_rank import Candidate, choose_rank, one_standard_error, split_folds
+from manylora.lifecycle.train.config import ChooseConfig, LoraShape
 from tests.conftest import ModelMaker
 from tests.lifecycle.helpers import label_rows, tiny_config, write_rows
 from tests.tiny_models import make_tokenizer
@@ -120,17 +120,17 @@ def test_search_on_another_base_is_not_gone_on_with(config: ChooseConfig, tiny_m
 def test_bad_training_settings_are_refused_before_the_model_is_looked_for(config: ChooseConfig) -> None:
     training = replace(config.training, base="/no/such/model", schedule=replace(config.training.schedule, epochs=0))
 
-    with pytest.raises(InvalidRequest, match="--epochs must be positive"):
+    with pytest.raises(InvalidRequest, match="`epochs` must be positive"):
         choose_rank(replace(config, training=training))
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"ranks": ()}, "--ranks must be"),
-        ({"ranks": (0, 1)}, "--ranks must be"),
-        ({"ranks": (2, 2)}, "--ranks must be"),
-        ({"folds": 1}, "--folds must be at least 2"),
+        ({"ranks": ()}, "`ranks` must be"),
+        ({"ranks": (0, 1)}, "`ranks` must be"),
+        ({"ranks": (2, 2)}, "`ranks` must be"),
+        ({"folds": 1}, "`folds` must be at least 2"),
         ({"folds": 17}, "needs that many examples"),
     ],
 )

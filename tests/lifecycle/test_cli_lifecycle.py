@@ -145,7 +145,7 @@ def test_server_that_is_not_there_is_said_before_the_training(tmp_path: Path, ti
     done = train(data, tmp_path / "out", tiny_llama_dir, "--publish", "a", "--server", "http://127.0.0.1:9")
 
     assert done.exit_code == 1
-    assert "No server answers at http://127.0.0.1:9" in done.stderr
+    assert "The server at http://127.0.0.1:9 cannot be reached" in done.stderr
     assert not (tmp_path / "out").exists()
 
 

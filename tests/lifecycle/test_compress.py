@@ -6,7 +6,8 @@ import torch
 
 from manylora.errors import InvalidRequest
 from manylora.lifecycle.progress import Progress
-from manylora.lifecycle.weights.compress import CompressConfig, compress
+from manylora.lifecycle.weights.compress import compress
+from manylora.lifecycle.weights.config import CompressConfig
 from manylora.lifecycle.weights.low_rank import read_lora
 from tests.tiny_adapters import make_adapter
 
@@ -93,11 +94,11 @@ def test_adapter_of_some_layers_stays_one_of_these_layers(tmp_path: Path, tiny_l
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({}, "either --rank or --energy"),
-        ({"rank": 2, "energy": 0.5}, "either --rank or --energy"),
-        ({"rank": 0}, "--rank must be at least 1"),
-        ({"energy": 1.5}, "--energy is a share"),
-        ({"rank": 1, "dtype": "int8"}, "--dtype must be one of"),
+        ({}, "either `rank` or `energy`"),
+        ({"rank": 2, "energy": 0.5}, "either `rank` or `energy`"),
+        ({"rank": 0}, "`rank` must be at least 1"),
+        ({"energy": 1.5}, "`energy` is a share"),
+        ({"rank": 1, "dtype": "int8"}, "`dtype` must be one of"),
     ],
 )
 def test_bad_arguments_are_refused(

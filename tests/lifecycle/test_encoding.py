@@ -5,8 +5,7 @@ import pytest
 
 from manylora.errors import InvalidRequest
 from manylora.lifecycle.data.data import read_dataset
-from manylora.lifecycle.data.encoding import Encoder
-from manylora.lifecycle.data.lengths import length_statistics
+from manylora.lifecycle.data.encoding import Encoder, length_statistics
 from tests.lifecycle.helpers import write_rows
 from tests.tiny_models import make_tokenizer
 

@@ -10,11 +10,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from manylora.errors import InvalidRequest, ManyloraError
-from manylora.lifecycle.evaluate.command import EvaluateRequest, run_evaluation
+from manylora.lifecycle.evaluate.command import run_evaluation
+from manylora.lifecycle.evaluate.config import EvaluateRequest
 from manylora.lifecycle.evaluate.evaluate import deserves_promotion
 from manylora.lifecycle.evaluate.scores import Comparison
 from manylora.lifecycle.progress import Progress
-from tests.lifecycle.helpers import label_rows, write_rows
+from tests.lifecycle.helpers import label_rows, with_a_token_more, write_rows
 from tests.tiny_adapters import make_adapter
 
 
@@ -106,11 +107,11 @@ def test_right_answers_longer_than_may_be_given_are_warned_of(request_: Evaluate
     run_evaluation(replace(request_, max_tokens=2, out=None), events.append)
 
     warned = [e.message for e in events if e.stage == "warning"]
-    assert warned == ["11 right answers are longer than --max-tokens 2: they cannot be given."]
+    assert warned == ["11 right answers are longer than `max_tokens` 2: they cannot be given."]
 
 
 def test_prompt_that_leaves_no_room_for_an_answer_is_refused(request_: EvaluateRequest) -> None:
-    with pytest.raises(InvalidRequest, match=r"The prompt of row \d+ has \d+ tokens; with --max-tokens 500"):
+    with pytest.raises(InvalidRequest, match=r"The prompt of row \d+ has \d+ tokens; with `max_tokens` 500"):
         run_evaluation(replace(request_, max_tokens=500))
 
 
@@ -142,15 +143,15 @@ def test_two_folders_of_one_name_are_told_apart(
         ({"adapters": (), "with_base": False}, "Nothing to evaluate"),
         ({"metrics": ("bleu",)}, "'bleu' is not one of"),
         ({"metrics": ("valid_json",)}, "valid_json"),
-        ({"max_tokens": 0}, "--max-tokens must be positive"),
-        ({"promote_if_better": "accuracy"}, "give --server"),
+        ({"max_tokens": 0}, "`max_tokens` must be positive"),
+        ({"promote_if_better": "accuracy"}, "give `server`"),
         ({"promote_if_better": "accuracy", "server": "http://x", "adapters": ("a",)}, "must name its version"),
         ({"promote_if_better": "valid_json", "server": "http://x"}, "must be one of the metrics computed"),
-        ({"promote_if_better": "accuracy", "server": "http://x", "min_gain": -1.0}, "--min-gain must not be negative"),
+        ({"promote_if_better": "accuracy", "server": "http://x", "min_gain": -1.0}, "`min_gain` must not be negative"),
         ({"promote_if_better": "accuracy", "server": "http://x", "adapters": ()}, "needs a candidate"),
-        ({"seed": -1}, "--seed must be"),
-        ({"max_length": 0}, "--max-length must be positive"),
-        ({"resume": True, "out": None}, "give --out"),
+        ({"seed": -1}, "`seed` must be"),
+        ({"max_length": 0}, "`max_length` must be positive"),
+        ({"resume": True, "out": None}, "give `out`"),
         ({"adapters": ("/no/such/folder",)}, "is not an adapter in PEFT layout"),
     ],
 )
@@ -174,3 +175,13 @@ def test_label_metrics_need_labels(request_: EvaluateRequest, tmp_path: Path) ->
 def test_promotion_needs_the_gain_and_the_evidence(gain: float, p: float, deserved: bool) -> None:
     assert deserves_promotion(Comparison("accuracy", gain, p), min_gain=0.05) is deserved
     assert not deserves_promotion(Comparison("accuracy", 0.0, 0.001), min_gain=0.0)
+
+
+def test_a_token_that_the_model_has_no_embedding_for_is_refused_with_its_row(
+    request_: EvaluateRequest, tmp_path: Path, tiny_llama_dir: Path
+) -> None:
+    base = with_a_token_more(tiny_llama_dir, tmp_path / "base")
+    data = write_rows(tmp_path / "bad.jsonl", [*label_rows()[:2], {"text": "<extra>", "label": "fruit"}])
+
+    with pytest.raises(InvalidRequest, match="row 3 has the token"):
+        run_evaluation(replace(request_, data=data, model=str(base)))

@@ -8,9 +8,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from manylora.errors import InvalidRequest
-from manylora.lifecycle.weights.extract import ExtractConfig, extract
+from manylora.lifecycle.weights.config import ExtractConfig, MergeConfig
+from manylora.lifecycle.weights.extract import extract
 from manylora.lifecycle.weights.low_rank import read_lora
-from manylora.lifecycle.weights.merge import MergeConfig, merge
+from manylora.lifecycle.weights.merge import merge
 from tests.conftest import ModelMaker
 from tests.tiny_adapters import make_adapter
 from tests.tiny_models import make_tiny_model, make_tokenizer

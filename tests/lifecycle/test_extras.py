@@ -12,13 +12,14 @@ import pytest
 from manylora.errors import InvalidRequest
 from manylora.lifecycle import extras
 from manylora.lifecycle.evaluate import evaluate as evaluating
-from manylora.lifecycle.evaluate.command import EvaluateRequest, run_evaluation
+from manylora.lifecycle.evaluate.command import run_evaluation
+from manylora.lifecycle.evaluate.config import EvaluateRequest
 from manylora.lifecycle.output import report_folder
 from manylora.lifecycle.progress import Progress
 from manylora.lifecycle.train import choose_rank as choosing
 from manylora.lifecycle.train import train as training
-from manylora.lifecycle.train.choose_rank import ChooseConfig, choose_rank, ranks_folder
-from manylora.lifecycle.train.config import TrainConfig
+from manylora.lifecycle.train.choose_rank import choose_rank, ranks_folder
+from manylora.lifecycle.train.config import ChooseConfig, TrainConfig
 from manylora.lifecycle.train.train import train
 from manylora.lifecycle.weights import inspection
 from tests.lifecycle.helpers import label_rows, tiny_config, write_rows

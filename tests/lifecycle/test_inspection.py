@@ -5,7 +5,8 @@ import torch
 
 from manylora.errors import InvalidRequest
 from manylora.lifecycle.adapter_files import write_adapter
-from manylora.lifecycle.weights.inspection import InspectConfig, draw, effective_rank, inspect_adapter
+from manylora.lifecycle.weights.config import InspectConfig
+from manylora.lifecycle.weights.inspection import draw, effective_rank, inspect_adapter
 from manylora.lifecycle.weights.low_rank import Pair, lora_files, read_lora
 from tests.tiny_adapters import make_adapter
 from tests.tiny_models import make_tiny_model

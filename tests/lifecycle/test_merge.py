@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from manylora.errors import InvalidRequest, ManyloraError
 from manylora.lifecycle.progress import Progress
-from manylora.lifecycle.weights.combine import combined
-from manylora.lifecycle.weights.deltas import delta_of
+from manylora.lifecycle.weights.config import MergeConfig, parse_adapter
+from manylora.lifecycle.weights.deltas import combined, delta_of
 from manylora.lifecycle.weights.low_rank import read_lora
-from manylora.lifecycle.weights.merge import MergeConfig, merge, parse_adapter
+from manylora.lifecycle.weights.merge import merge
 from tests.conftest import ModelMaker
 from tests.tiny_adapters import make_adapter
 from tests.tiny_models import make_tiny_model
@@ -132,7 +132,7 @@ def test_merged_adapter_of_too_small_a_rank_is_warned_of(tiny_llama_dir: Path, t
     config = MergeConfig(((a, 1.0), (b, 1.0)), tmp_path / "m", into_base=False, method="svd", rank=1)
     report = merge(config, listen=events.append)
 
-    assert "much of their effect is lost. Choose a larger --rank" in report["warnings"][0]
+    assert "much of their effect is lost. Choose a larger `rank`" in report["warnings"][0]
     assert report["warnings"][0] in [e.message for e in events if e.stage == "warning"]
 
 
@@ -149,7 +149,7 @@ def test_base_that_is_not_here_is_said_and_another_can_be_named(tiny_llama_dir: 
     named = merge(MergeConfig(tuple(parts), tmp_path / "n", into_base=False, verify_on=str(tiny_llama_dir)))
 
     assert "difference" not in report
-    assert "base (far/away) is not here. Give --verify-on" in next(e.message for e in events if e.stage == "warning")
+    assert "base (far/away) is not here. Give `verify_on`" in next(e.message for e in events if e.stage == "warning")
     assert named["difference"]["max_abs_logit"] < 1e-3
 
 
@@ -167,7 +167,7 @@ def test_effect_that_rounding_swallows_is_warned_of(tiny_llama_dir: Path, tmp_pa
 
     report = merge(MergeConfig(((folder, 1.0),), tmp_path / "m", base=str(tiny_llama_dir), dtype="bfloat16"))
 
-    assert "much of their effect is lost. Choose --dtype float32" in report["warnings"][0]
+    assert "much of their effect is lost. Choose `dtype` float32" in report["warnings"][0]
 
 
 def test_dare_drops_other_entries_in_each_module_and_the_same_for_a_seed(tiny_llama_dir: Path, tmp_path: Path) -> None:
@@ -224,11 +224,11 @@ def test_adapters_of_different_bases_are_refused(tiny_llama_dir: Path, tmp_path:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"method": "average"}, "--method must be one of"),
-        ({"adapters": ()}, "give --adapter"),
-        ({"into_base": False}, "at least two --adapter"),
-        ({"rank": 4}, "not together with --base"),
-        ({"density": 0.0}, "--density"),
+        ({"method": "average"}, "`method` must be one of"),
+        ({"adapters": ()}, "give `adapters`"),
+        ({"into_base": False}, "at least two `adapters`"),
+        ({"rank": 4}, "not together with `base`"),
+        ({"density": 0.0}, "`density`"),
     ],
 )
 def test_bad_arguments_are_refused(tiny_llama_dir: Path, tmp_path: Path, change: dict[str, Any], words: str) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from manylora.lifecycle.weights.merge import MergeConfig, merge
+from manylora.lifecycle.weights.config import MergeConfig
+from manylora.lifecycle.weights.merge import merge
 from tests.conftest import ModelMaker
 from tests.engine.harness import available_kernels, build_rig, load
 from tests.tiny_adapters import make_adapter

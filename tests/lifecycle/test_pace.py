@@ -1,6 +1,6 @@
 import pytest
 
-from manylora.lifecycle.train.pace import Pace, in_words
+from manylora.lifecycle.train.training import Pace, in_words
 
 
 def test_nothing_is_said_before_three_steps() -> None:

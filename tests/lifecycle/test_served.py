@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from manylora.lifecycle.weights.inspection import InspectConfig, inspect_adapter
+from manylora.lifecycle.weights.config import InspectConfig
+from manylora.lifecycle.weights.inspection import inspect_adapter
 from manylora.lifecycle.weights.served import Inspector, stored_norms
 from manylora.models.wrapping import adaptable_modules
 from tests.conftest import ModelMaker

@@ -25,7 +25,7 @@ from manylora.lifecycle.train.training import Trainer
 from manylora.lora.format.reader import read
 from manylora.models.wrapping import adaptable_modules
 from tests.conftest import ModelMaker
-from tests.lifecycle.helpers import label_rows, tiny_config, write_rows
+from tests.lifecycle.helpers import label_rows, tiny_config, with_a_token_more, write_rows
 from tests.tiny_models import make_tiny_model
 
 
@@ -125,7 +125,7 @@ def test_resuming_with_other_data_or_settings_is_refused(config: TrainConfig) ->
 
     with pytest.raises(InvalidRequest, match="used other data or settings"):
         train(replace(config, schedule=replace(config.schedule, lr=0.5)), resume=True)
-    with pytest.raises(InvalidRequest, match=r"interrupted training of this --out exists"):
+    with pytest.raises(InvalidRequest, match=r"interrupted training of this `out` exists"):
         train(config)
 
 
@@ -226,11 +226,11 @@ def test_existing_folder_is_not_replaced_unless_told(config: TrainConfig) -> Non
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"lora": LoraShape(rank=0)}, "--rank must be positive"),
-        ({"lora": LoraShape(dropout=1.0)}, "--dropout"),
-        ({"lora": LoraShape(targets=("nothing_like_it",))}, "--targets nothing_like_it"),
-        ({"lr": 30.0}, "--lr must be at most 1"),
-        ({"eval_data": None, "early": 2}, "--early-stop watches the evaluation loss"),
+        ({"lora": LoraShape(rank=0)}, "`rank` must be positive"),
+        ({"lora": LoraShape(dropout=1.0)}, "`dropout`"),
+        ({"lora": LoraShape(targets=("nothing_like_it",))}, "`targets` nothing_like_it"),
+        ({"lr": 30.0}, "`lr` must be at most 1"),
+        ({"eval_data": None, "early": 2}, "`early_stop` watches the evaluation loss"),
     ],
 )
 def test_bad_settings_are_refused(config: TrainConfig, change: dict[str, Any], words: str) -> None:
@@ -252,7 +252,7 @@ def test_bad_data_is_refused_before_the_model_is_looked_for(config: TrainConfig,
 def test_evaluation_labels_must_be_known(config: TrainConfig, tmp_path: Path) -> None:
     odd = write_rows(tmp_path / "odd.jsonl", [{"text": "a", "label": "animal"}])
 
-    with pytest.raises(InvalidRequest, match="labels that --data lacks: animal"):
+    with pytest.raises(InvalidRequest, match="labels that `data` lacks: animal"):
         train(replace(config, eval_data=odd))
 
 
@@ -262,8 +262,8 @@ def test_lengths_come_first_and_an_estimate_after_three_steps(config: TrainConfi
     train(config, listen=events.append)
 
     told = [e.message for e in events if e.stage == "data"]
-    assert told[0].startswith("--data: 32 examples")
-    assert told[1].startswith("--eval: 7 examples")
+    assert told[0].startswith("`data`: 32 examples")
+    assert told[1].startswith("`eval_data`: 7 examples")
     stages = list(dict.fromkeys(e.stage for e in events))
     assert stages.index("data") < stages.index("train") < stages.index("estimate")
     steps = [e for e in events if e.stage == "train"]
@@ -291,7 +291,7 @@ def test_cut_prompts_are_warned_of_by_their_rows(config: TrainConfig, tmp_path: 
     train(replace(config, data=long, eval_data=None), listen=events.append)
 
     [warning] = [e.message for e in events if e.stage == "warning"]
-    assert warning.startswith("--data: 1 prompts lose up to")
+    assert warning.startswith("`data`: 1 prompts lose up to")
     assert "(rows 33)" in warning
 
 
@@ -301,7 +301,7 @@ def test_held_out_rows_that_are_learnt_too_are_warned_of(config: TrainConfig) ->
     train(config, listen=events.append)
 
     assert events[0].stage == "warning"
-    assert events[0].message.startswith("7 of 7 rows of --eval are in --data too (the first is row 1)")
+    assert events[0].message.startswith("7 of 7 rows of `eval_data` are in `data` too (the first is row 1)")
 
 
 def test_report_keeps_the_first_estimate_beside_what_it_took(config: TrainConfig) -> None:
@@ -355,7 +355,7 @@ def test_broken_checkpoint_is_said(config: TrainConfig) -> None:
     train(config, should_stop=lambda: True)
     checkpoint_path(config.out).write_bytes(b"x")
 
-    with pytest.raises(InvalidRequest, match=r"cannot be read.*--overwrite"):
+    with pytest.raises(InvalidRequest, match=r"cannot be read.*`overwrite`"):
         train(config, resume=True)
 
 
@@ -397,3 +397,19 @@ def test_no_machine_path_gets_into_the_result(config: TrainConfig) -> None:
         for path in folder.iterdir():
             if path.suffix in (".json", ".md"):
                 assert str(config.out.parent) not in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("where", ["data", "eval_data"])
+def test_a_token_that_the_model_has_no_embedding_for_is_refused_with_its_row(
+    config: TrainConfig, tmp_path: Path, tiny_llama_dir: Path, where: str
+) -> None:
+    base = with_a_token_more(tiny_llama_dir, tmp_path / "base")
+    rows = [*label_rows()[:4], {"text": "an <extra> apple", "label": "fruit"}, {"text": "my saw", "label": "tool"}]
+    changed: dict[str, Any] = {where: write_rows(tmp_path / "bad.jsonl", rows)}
+    bad = replace(config, base=str(base), **changed)
+
+    with pytest.raises(
+        InvalidRequest, match=r"row 5 has the token \d+, and the model has embeddings for 0 to \d+ only"
+    ):
+        train(bad)
+    assert _listing(config.out.parent) == []

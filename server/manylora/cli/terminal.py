@@ -7,40 +7,21 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import typer
 from rich.console import Console
 
-from manylora.errors import InvalidAdapter, InvalidRequest, ManyloraError
+from manylora.errors import InvalidAdapter, ManyloraError
 
 if TYPE_CHECKING:
     from manylora.lifecycle.progress import Progress
 
-_T = TypeVar("_T", bound=str)
 console = Console(stderr=True)
+# How a message calls parameters; see `flags.Flags.rendered`.
+Rendered: TypeAlias = "Callable[[str], str]"
 INTERRUPTED = 130
 _EVERY_S = 10.0
-
-
-def one_of(flag: str, value: str, allowed: tuple[_T, ...]) -> _T:
-    for known in allowed:
-        if value == known:
-            return known
-    raise InvalidRequest(f"{flag} must be one of {', '.join(allowed)}, not {value!r}.")
-
-
-def names_of(text: str) -> tuple[str, ...]:
-    """`a, b` as ("a", "b")."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def numbers_of(flag: str, text: str) -> tuple[int, ...]:
-    """`1,2` as (1, 2). Raises InvalidRequest."""
-    try:
-        return tuple(int(part) for part in names_of(text))
-    except ValueError as error:
-        raise InvalidRequest(f"{flag} must be whole numbers with commas between, not {text!r}.") from error
 
 
 def command() -> str:
@@ -60,7 +41,7 @@ def _without_key(words: list[str]) -> Iterator[str]:
 
 
 @contextmanager
-def errors() -> Iterator[None]:
+def errors(rendered: Rendered = str) -> Iterator[None]:
     """A refusal or a failure is one line on stderr and exit code 1; so is an interruption, with code 130."""
     try:
         yield
@@ -68,7 +49,7 @@ def errors() -> Iterator[None]:
         console.print("interrupted", style="red")
         raise typer.Exit(INTERRUPTED) from error
     except ManyloraError as error:
-        console.print("error:", error.message, style="red", markup=False, highlight=False, soft_wrap=True)
+        console.print("error:", rendered(error.message), style="red", markup=False, highlight=False, soft_wrap=True)
         if isinstance(error, InvalidAdapter):
             for problem in error.problems:
                 console.print(f"  {problem.where}: {problem.message}", markup=False, highlight=False, soft_wrap=True)
@@ -94,27 +75,27 @@ def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
 
 
 @contextmanager
-def progress() -> Iterator[Callable[["Progress"], None]]:
+def progress(rendered: Rendered = str) -> Iterator[Callable[["Progress"], None]]:
     """Messages and warnings as lines; a bar with the newest figures on a terminal, a line now and then elsewhere."""
     if not console.is_terminal:
-        yield _Lines()
+        yield _Lines(rendered)
         return
-    bars = _Bars()
+    bars = _Bars(rendered)
     try:
         yield bars
     finally:
         bars.stop()
 
 
-def _say(event: "Progress") -> None:
+def _say(event: "Progress", rendered: Rendered) -> None:
     style = "yellow" if event.stage == "warning" else None
-    console.print(event.message, style=style, markup=False, highlight=False, soft_wrap=True)
+    console.print(rendered(event.message), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 class _Bars:
     """One bar for each stage, from the stage's first event on."""
 
-    def __init__(self) -> None:
+    def __init__(self, rendered: Rendered) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as Bar
 
@@ -123,10 +104,11 @@ class _Bars:
             TextColumn("{task.fields[figures]}"), console=console,
         )  # fmt: skip
         self._tasks: dict[str, Any] = {}
+        self._rendered = rendered
 
     def __call__(self, event: "Progress") -> None:
         if event.message:
-            _say(event)
+            _say(event, self._rendered)
         if not event.total:
             return
         if event.stage not in self._tasks:
@@ -144,12 +126,13 @@ class _Bars:
 class _Lines:
     """For logs: a line when a stage ends, and at least every few seconds in between."""
 
-    def __init__(self) -> None:
+    def __init__(self, rendered: Rendered) -> None:
         self._stage, self._last = "", time.monotonic()
+        self._rendered = rendered
 
     def __call__(self, event: "Progress") -> None:
         if event.message:
-            _say(event)
+            _say(event, self._rendered)
         now = time.monotonic()
         if event.stage != self._stage:
             self._stage, self._last = event.stage, now
@@ -160,7 +143,7 @@ class _Lines:
 
 
 def _figures(values: dict[str, float]) -> str:
-    from manylora.lifecycle.train.pace import in_words
+    from manylora.lifecycle.train.training import in_words
 
     parts = [f"{name} {value:.4f}" for name, value in values.items() if name != "remaining_s"]
     if values.get("remaining_s"):

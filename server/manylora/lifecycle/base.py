@@ -45,9 +45,14 @@ class Base:
         return place
 
     @property
+    def num_embeddings(self) -> int:
+        """Token ids are below it. A tokenizer can have more of them than the model."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @property
     def pad_id(self) -> int:
         pad = self.tokenizer.pad_token_id
-        return int(self.tokenizer.eos_token_id if pad is None else pad)
+        return int(self.tokenizer.eos_token_id if pad is None or pad >= self.num_embeddings else pad)
 
 
 def load_base(

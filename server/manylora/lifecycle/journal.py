@@ -6,6 +6,7 @@ from typing import Any
 
 from manylora.errors import InvalidRequest
 from manylora.lifecycle.output import write_json
+from manylora.lifecycle.parameters import InvalidParameter
 
 
 class Journal:
@@ -22,8 +23,8 @@ class Journal:
         if path is None:
             return
         if path.exists() and not resume and not overwrite:
-            raise InvalidRequest(
-                f"An interrupted {what} for this --out exists: give --resume, or --overwrite to drop it."
+            raise InvalidParameter(
+                f"An interrupted {what} for this `out` exists: give `resume`, or `overwrite` to drop it."
             )
         if resume:
             self.results = self._read(path, what)
@@ -40,12 +41,12 @@ class Journal:
 
     def _read(self, path: Path, what: str) -> dict[str, Any]:
         if not path.exists():
-            raise InvalidRequest("There is nothing to resume for this --out. Run without --resume.")
+            raise InvalidParameter("There is nothing to resume for this `out`. Run without `resume`.")
         try:
             state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             fingerprint, results = state["fingerprint"], dict(state["results"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InvalidRequest(f"{path} cannot be read: {error}. Start again with --overwrite.") from error
+            raise InvalidParameter(f"{path} cannot be read: {error}. Start again with `overwrite`.") from error
         if fingerprint != self._fingerprint:
             raise InvalidRequest(f"The interrupted {what} used other data or settings. Resume it with those.")
         return results

@@ -14,22 +14,23 @@ import psutil
 from safetensors import SafetensorError
 
 from manylora.errors import InvalidRequest, ManyloraError
+from manylora.lifecycle.parameters import InvalidParameter
 
-# What the commands write. `--overwrite` replaces a folder of these and no other: `--out ~` would lose a home.
+# What is written here. `overwrite` replaces a folder of these and no other: a home as `out` would be lost.
 _OURS = frozenset({".json", ".jsonl", ".safetensors", ".md", ".png", ".jinja", ".model", ".txt"})
 
 
 def refuse_existing(out: Path, *, overwrite: bool, ours: frozenset[str] = _OURS) -> None:
-    """Raises InvalidRequest when `out` exists and may not be replaced, or its parent cannot be written.
+    """Raises InvalidParameter when `out` exists and may not be replaced, or its parent cannot be written.
 
     A folder with files of other kinds than `ours` is never replaced. Also clears up what a killed command left.
     """
     if out.name in ("", ".."):
-        raise InvalidRequest(f"--out {out} is no name for a new folder. Give one, as in --out adapters/mine.")
+        raise InvalidParameter(f"`out` {out} is no name for a new folder. Give one, as in adapters/mine.")
     recover(out)
     recover(report_folder(out))
     if out.exists() and not overwrite:
-        raise InvalidRequest(f"{out} exists. Choose another --out, or give --overwrite to replace it.")
+        raise InvalidParameter(f"{out} exists. Choose another `out`, or give `overwrite` to replace it.")
     for folder in (out, report_folder(out)):
         if folder.exists():
             _refuse_foreign(folder, ours)
@@ -43,12 +44,12 @@ def refuse_existing(out: Path, *, overwrite: bool, ours: frozenset[str] = _OURS)
 
 def _refuse_foreign(out: Path, ours: frozenset[str]) -> None:
     if not out.is_dir():
-        raise InvalidRequest(f"{out} is a file, and only folders are replaced. Choose another --out.")
+        raise InvalidParameter(f"{out} is a file, and only folders are replaced. Choose another `out`.")
     foreign = sorted(p.name for p in out.iterdir() if p.is_dir() or p.suffix not in ours)
     if foreign:
-        raise InvalidRequest(
+        raise InvalidParameter(
             f"{out} holds {', '.join(foreign[:3])}, which no command of manylora wrote: it is not replaced. "
-            "Choose another --out."
+            "Choose another `out`."
         )
 
 

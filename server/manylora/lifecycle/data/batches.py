@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from manylora.errors import InvalidRequest
 from manylora.lifecycle.data.encoding import Encoded
 
 _BUCKET = 32  # batches that are sorted by length together: enough to pad little, few enough to stay shuffled
@@ -78,6 +79,17 @@ def collate(examples: Sequence[Encoded], *, pad_id: int, device: torch.device) -
         targets[row, kept - tail :] = torch.where(learnt, tokens, -100)[len(example) - tail :]
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     return Batch(ids.to(device), mask.to(device), positions.to(device), targets.to(device))
+
+
+def check_known(examples: Sequence[Encoded], num_embeddings: int) -> None:
+    """Raises InvalidRequest for a token that the model has no embedding for, with its row."""
+    for example in examples:
+        highest = max(example.ids)
+        if highest >= num_embeddings:
+            raise InvalidRequest(
+                f"row {example.example.row} has the token {highest}, and the model has embeddings for 0 to "
+                f"{num_embeddings - 1} only, fewer than its tokenizer has tokens. Leave out what becomes such a token."
+            )
 
 
 def answer_nll(model: Any, batch: Batch, *, keeps_logits: bool) -> torch.Tensor:

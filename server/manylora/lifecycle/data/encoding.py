@@ -6,13 +6,14 @@ prompt, or the plain text), so nothing is learnt that a request does not reprodu
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from manylora.errors import InvalidRequest
+import numpy as np
+
 from manylora.lifecycle.data.data import Dataset, Example, Message
+from manylora.lifecycle.parameters import InvalidParameter, Render
+from manylora.lifecycle.progress import Listener, Progress
 from manylora.models.chat_template import ChatTemplate
-
-Render = Literal["auto", "chat", "plain"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ class Encoder:
     def __init__(self, tokenizer: Any, *, render: Render = "auto", instruction: str = "", max_length: int) -> None:
         has_template = bool(getattr(tokenizer, "chat_template", None))
         if render == "chat" and not has_template:
-            raise InvalidRequest("This base model has no chat template: use --render plain.")
+            raise InvalidParameter("This base model has no chat template: use `render` plain.")
         self.is_chat = has_template if render == "auto" else render == "chat"
         self.max_length = max_length
         self._tokenizer = tokenizer
@@ -76,9 +77,9 @@ class Encoder:
                 encoded.append(self._cut(one))
         if too_long:
             more = f" and {len(too_long) - 5} more rows" if len(too_long) > 5 else ""
-            raise InvalidRequest(
+            raise InvalidParameter(
                 f"{dataset.path.name}: longer than the model can hold ({context_length} tokens, "
-                f"--max-length {self.max_length}): {', '.join(too_long[:5])}{more}. Shorten or drop them."
+                f"`max_length` {self.max_length}): {', '.join(too_long[:5])}{more}. Shorten or drop them."
             )
         return encoded
 
@@ -119,9 +120,9 @@ class Encoder:
             before = self._chat(messages[:index], for_answer=True)
             after = self._chat(messages[: index + 1], for_answer=False)
             if not before.startswith(done) or not after.startswith(before):
-                raise InvalidRequest(
+                raise InvalidParameter(
                     f"row {example.row}: the chat template rewrites earlier turns, so this chat cannot be "
-                    "learnt turn by turn. Use --render plain, or one question and one answer per row."
+                    "learnt turn by turn. Use `render` plain, or one question and one answer per row."
                 )
             yield before[len(done) :], False
             yield after[len(before) :], True
@@ -159,3 +160,56 @@ class Encoder:
         if excess <= 0:
             return one
         return Encoded(one.example, one.ids[excess:], one.is_answer[excess:], excess)
+
+
+@dataclass(frozen=True, slots=True)
+class LengthStatistics:
+    """Lengths in tokens, of whole examples and of answers."""
+
+    num_examples: int
+    num_tokens: int
+    median: int
+    p95: int
+    longest: int
+    longest_row: int
+    answer_median: int
+    answer_longest: int
+    num_truncated: int
+
+
+def length_statistics(encoded: Sequence[Encoded]) -> LengthStatistics:
+    lengths = np.array([len(e) for e in encoded])
+    answers = np.array([e.num_answer_tokens for e in encoded])
+    return LengthStatistics(
+        num_examples=len(encoded),
+        num_tokens=int(lengths.sum()),
+        median=int(np.median(lengths)),
+        p95=int(np.percentile(lengths, 95)),
+        longest=int(lengths.max()),
+        longest_row=encoded[int(lengths.argmax())].example.row,
+        answer_median=int(np.median(answers)),
+        answer_longest=int(answers.max()),
+        num_truncated=sum(e.num_cut > 0 for e in encoded),
+    )
+
+
+def tell_lengths(flag: str, encoded: Sequence[Encoded], listen: Listener, more: str = "") -> None:
+    """Say how long the examples of one file are, and warn of those that were cut."""
+    found = length_statistics(encoded)
+    message = (
+        f"{flag}: {found.num_examples} examples, {found.num_tokens} tokens; lengths: median {found.median}, "
+        f"95% {found.p95}, longest {found.longest} (row {found.longest_row}); answers: median {found.answer_median}, "
+        f"longest {found.answer_longest}{more}"
+    )
+    listen(Progress("data", message=message))
+    cut = [e for e in encoded if e.num_cut]
+    if cut:
+        rows = ", ".join(str(e.example.row) for e in cut[:5])
+        worst = max(e.num_cut for e in cut)
+        listen(
+            Progress(
+                "warning",
+                message=f"{flag}: {len(cut)} prompts lose up to {worst} tokens on the left to fit `max_length` "
+                f"(rows {rows}{', …' if len(cut) > 5 else ''}).",
+            )
+        )

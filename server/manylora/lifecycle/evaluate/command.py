@@ -13,10 +13,11 @@ from manylora.client.server import Server, connect
 from manylora.errors import InvalidRequest
 from manylora.identity import TENSOR_FILE
 from manylora.lifecycle.adapter_files import read_adapter_files
-from manylora.lifecycle.base import DeviceName, DtypeName, load_base, load_tokenizer, memory_faults
+from manylora.lifecycle.base import load_base, load_tokenizer, memory_faults
+from manylora.lifecycle.data.batches import check_known
 from manylora.lifecycle.data.data import Dataset
-from manylora.lifecycle.data.encoding import Encoded, Encoder, Render
-from manylora.lifecycle.data.lengths import tell_lengths
+from manylora.lifecycle.data.encoding import Encoded, Encoder, tell_lengths
+from manylora.lifecycle.evaluate.config import EvaluateRequest
 from manylora.lifecycle.evaluate.contenders import BASE, Contenders, LocalContenders, ServerContenders
 from manylora.lifecycle.evaluate.evaluate import (
     EvaluateConfig,
@@ -28,32 +29,8 @@ from manylora.lifecycle.evaluate.evaluate import (
 from manylora.lifecycle.extras import need
 from manylora.lifecycle.journal import Journal
 from manylora.lifecycle.output import refuse_existing
+from manylora.lifecycle.parameters import InvalidParameter
 from manylora.lifecycle.progress import Listener, Progress, ignore
-
-
-@dataclass(frozen=True, slots=True)
-class EvaluateRequest:
-    """`manylora evaluate`'s arguments. With `server`, `adapters` are names there; otherwise folders."""
-
-    data: Path
-    adapters: tuple[str, ...] = ()
-    with_base: bool = False
-    server: str = ""
-    key: str = ""
-    metrics: tuple[str, ...] = ()
-    max_tokens: int = 64
-    out: Path | None = None
-    promote_if_better: str = ""
-    min_gain: float = 0.0
-    model: str | None = None
-    max_length: int = 1024
-    render: Render = "auto"
-    instruction: str = ""
-    seed: int = 0
-    device: DeviceName = "auto"
-    dtype: DtypeName = "auto"
-    resume: bool = False
-    overwrite: bool = False
 
 
 def run_evaluation(request: EvaluateRequest, listen: Listener = ignore) -> tuple[dict[str, Any], str]:
@@ -66,13 +43,14 @@ def run_evaluation(request: EvaluateRequest, listen: Listener = ignore) -> tuple
     encoder = Encoder(tokenizer, render=request.render, instruction=request.instruction, max_length=request.max_length)
     room = context_length - 1 if request.server else context_length  # a server is asked for one token more
     encoded = encoder.encode(dataset, context_length=room)
-    tell_lengths("--data", encoded, listen)
+    tell_lengths("`data`", encoded, listen)
     _check_room(request, encoded, metrics, context_length, listen)
     run = _Run(request, dataset, metrics, encoder, encoded, listen)
     if request.server:
         return _on_server(run)
     base = load_base(request.model, device=request.device, dtype=request.dtype, max_length=request.max_length)
-    with memory_faults("Evaluate fewer adapters at once, or shorten --max-length."):
+    check_known(encoded, base.num_embeddings)
+    with memory_faults("Evaluate fewer adapters at once, or shorten `max_length`."):
         local = LocalContenders(base, encoder, _names_of(request.adapters), with_base=request.with_base)
         return run.score(local), ""
 
@@ -122,7 +100,7 @@ def _promote_if_better(run: _Run, server: Server) -> tuple[dict[str, Any], str]:
     others = [pinned(server, adapter) for adapter in request.adapters[:-1]]
     names = dict.fromkeys([*([active] if active else []), *others, candidate])
     if len(names) + request.with_base < 2:
-        raise InvalidRequest(f"{name} has no active version to compare with: give --base or another --adapter first.")
+        raise InvalidParameter(f"{name} has no active version to compare with: give `with_base` or more `adapters`.")
     contenders = _server_contenders(run, server, tuple(names), reference=active)
     report = run.score(contenders)
     test = comparison(report, candidate, metric)
@@ -149,15 +127,15 @@ def _server_contenders(
 
 def _check(request: EvaluateRequest) -> tuple[Dataset, tuple[str, ...]]:
     if not request.adapters and not request.with_base:
-        raise InvalidRequest("Nothing to evaluate: give --adapter or --base.")
+        raise InvalidParameter("Nothing to evaluate: give `adapters` or `with_base`.")
     if request.max_tokens <= 0:
-        raise InvalidRequest(f"--max-tokens must be positive, not {request.max_tokens}.")
+        raise InvalidParameter(f"`max_tokens` must be positive, not {request.max_tokens}.")
     if request.max_length <= 0:
-        raise InvalidRequest(f"--max-length must be positive, not {request.max_length}.")
+        raise InvalidParameter(f"`max_length` must be positive, not {request.max_length}.")
     if not 0 <= request.seed < 2**32:
-        raise InvalidRequest(f"--seed must be from 0 to 2**32 - 1, not {request.seed}.")
+        raise InvalidParameter(f"`seed` must be from 0 to 2**32 - 1, not {request.seed}.")
     if request.resume and request.out is None:
-        raise InvalidRequest("--resume goes on where an evaluation with the same --out stopped: give --out.")
+        raise InvalidParameter("`resume` goes on where an evaluation with the same `out` stopped: give `out`.")
     if request.out is not None:
         refuse_existing(request.out, overwrite=request.overwrite)
     dataset, metrics = evaluation_data(request.data, request.metrics)
@@ -180,13 +158,13 @@ def _check_extras(request: EvaluateRequest, dataset: Dataset) -> None:
 
 def _check_promotion(request: EvaluateRequest, metrics: Sequence[str]) -> None:
     if not request.server:
-        raise InvalidRequest("--promote-if-better promotes on a server: give --server.")
+        raise InvalidParameter("`promote_if_better` promotes on a server: give `server`.")
     if request.promote_if_better not in metrics:
-        raise InvalidRequest(f"--promote-if-better must be one of the metrics computed: {', '.join(metrics)}.")
+        raise InvalidParameter(f"`promote_if_better` must be one of the metrics computed: {', '.join(metrics)}.")
     if not (math.isfinite(request.min_gain) and request.min_gain >= 0):
-        raise InvalidRequest(f"--min-gain must not be negative, and it is {request.min_gain}.")
+        raise InvalidParameter(f"`min_gain` must not be negative, and it is {request.min_gain}.")
     if not request.adapters:
-        raise InvalidRequest("--promote-if-better needs a candidate: give --adapter NAME@VERSION.")
+        raise InvalidParameter("`promote_if_better` needs a candidate: give `adapters` with NAME@VERSION.")
     if not request.adapters[-1].partition("@")[2].isdigit():
         raise InvalidRequest(f"The candidate {request.adapters[-1]!r} must name its version, as in NAME@2.")
 
@@ -194,18 +172,18 @@ def _check_promotion(request: EvaluateRequest, metrics: Sequence[str]) -> None:
 def _check_room(
     request: EvaluateRequest, encoded: Sequence[Encoded], metrics: Sequence[str], context_length: int, listen: Listener
 ) -> None:
-    """Raises InvalidRequest when a prompt and an answer of --max-tokens do not fit the model together."""
+    """Raises InvalidRequest when a prompt and an answer of `max_tokens` do not fit the model together."""
     if set(metrics) == {"perplexity"}:
         return
     longest = max(encoded, key=lambda e: len(e.prompt_ids))
     if len(longest.prompt_ids) + request.max_tokens > context_length:
-        raise InvalidRequest(
-            f"The prompt of row {longest.example.row} has {len(longest.prompt_ids)} tokens; with --max-tokens "
+        raise InvalidParameter(
+            f"The prompt of row {longest.example.row} has {len(longest.prompt_ids)} tokens; with `max_tokens` "
             f"{request.max_tokens} that is more than the {context_length} that the model can hold."
         )
     cut = sum(e.num_answer_tokens > request.max_tokens for e in encoded)
     if cut:
-        message = f"{cut} right answers are longer than --max-tokens {request.max_tokens}: they cannot be given."
+        message = f"{cut} right answers are longer than `max_tokens` {request.max_tokens}: they cannot be given."
         listen(Progress("warning", message=message))
 
 

@@ -15,6 +15,7 @@ from manylora.lifecycle.base import Base, accepts_logits_to_keep, quiet_peft
 from manylora.lifecycle.data.batches import answer_nll, collate, sorted_batches
 from manylora.lifecycle.data.data import Message
 from manylora.lifecycle.data.encoding import Encoded, Encoder
+from manylora.lifecycle.parameters import InvalidParameter
 from manylora.lifecycle.weights.probes import PROMPTS
 
 _T = TypeVar("_T")
@@ -137,9 +138,9 @@ class ServerContenders:
             here = self.encoder.num_prompt_tokens(prompt)
             there = self._ask(self.base_name, prompt, 1)["usage"]["prompt_tokens"]
             if here != there:
-                raise InvalidRequest(
+                raise InvalidParameter(
                     f"The server's base {self.base_name} makes {there} tokens of {text!r}, and the model here {here}: "
-                    "they are different. Give the server's model with --model."
+                    "they are different. Give the server's model with `model`."
                 )
 
     def answers(self, name: str, examples: Sequence[Encoded], max_tokens: int, tick: Tick) -> list[str]:

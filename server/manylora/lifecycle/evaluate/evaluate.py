@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from manylora.errors import InvalidRequest, ManyloraError
+from manylora.errors import ManyloraError
 from manylora.lifecycle.data.data import Dataset, read_dataset
 from manylora.lifecycle.data.encoding import Encoded
 from manylora.lifecycle.evaluate.contenders import Contenders, Tick
@@ -24,6 +24,7 @@ from manylora.lifecycle.evaluate.scores import (
 from manylora.lifecycle.extras import decoration
 from manylora.lifecycle.journal import Journal
 from manylora.lifecycle.output import atomic_file, atomic_folder, write_json
+from manylora.lifecycle.parameters import InvalidParameter
 from manylora.lifecycle.plots import confusion_matrix
 from manylora.lifecycle.progress import Listener, Progress, ignore
 
@@ -50,10 +51,10 @@ def evaluation_data(path: Path, metrics: Sequence[str]) -> tuple[Dataset, tuple[
         fitting = [*_OF_LABELS, "mentioned", "exact_match", "perplexity"]
     for metric in metrics:
         if metric not in HIGHER_IS_BETTER:
-            raise InvalidRequest(f"--metrics: {metric!r} is not one of {', '.join(HIGHER_IS_BETTER)}.")
+            raise InvalidParameter(f"`metrics`: {metric!r} is not one of {', '.join(HIGHER_IS_BETTER)}.")
         if metric not in fitting:
             needed = "rows of text and label" if metric != "valid_json" else "rows whose answers are JSON, not labels"
-            raise InvalidRequest(f"--metrics: {metric} needs {needed}, {path.name} has none.")
+            raise InvalidParameter(f"`metrics`: {metric} needs {needed}, {path.name} has none.")
     default = [*_OF_LABELS, "perplexity"] if dataset.shape == "label" else ["exact_match", "perplexity"]
     return dataset, tuple(metrics or default)
 

@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from manylora.errors import InvalidRequest
 from manylora.lifecycle.output import atomic_file, safetensors_as_os_errors
+from manylora.lifecycle.parameters import InvalidParameter
 from manylora.lifecycle.train.training import History, Trainer
 
 _RANDOM, _RANDOM_CUDA = "random", "random.cuda"
@@ -54,7 +54,7 @@ def load_checkpoint(path: Path, trainer: Trainer, fingerprint: str) -> None:
             _check(state, fingerprint)
             tensors: dict[str, torch.Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise InvalidRequest(f"{path} cannot be read: {error}. Start again with --overwrite.") from error
+        raise InvalidParameter(f"{path} cannot be read: {error}. Start again with `overwrite`.") from error
     torch.set_rng_state(tensors[_RANDOM])
     if _RANDOM_CUDA in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors[_RANDOM_CUDA])
@@ -76,9 +76,9 @@ def discard_checkpoint(path: Path) -> None:
 
 def _check(state: dict[str, str], fingerprint: str) -> None:
     if state["fingerprint"] != fingerprint:
-        raise InvalidRequest(
+        raise InvalidParameter(
             "The interrupted training used other data or settings. Resume it with those, or start again with "
-            "--overwrite."
+            "`overwrite`."
         )
 
 

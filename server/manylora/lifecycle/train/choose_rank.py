@@ -12,39 +12,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from manylora.errors import InvalidRequest
 from manylora.lifecycle.base import Base, load_base, load_tokenizer, memory_faults
+from manylora.lifecycle.data.batches import check_known
 from manylora.lifecycle.data.data import Dataset, read_dataset
-from manylora.lifecycle.data.encoding import Encoded, Encoder
-from manylora.lifecycle.data.lengths import tell_lengths
+from manylora.lifecycle.data.encoding import Encoded, Encoder, tell_lengths
 from manylora.lifecycle.extras import decoration, need
 from manylora.lifecycle.journal import Journal
 from manylora.lifecycle.output import atomic_file, atomic_folder, refuse_existing, write_json
+from manylora.lifecycle.parameters import InvalidParameter
 from manylora.lifecycle.plots import rank_curve
 from manylora.lifecycle.progress import Listener, Progress, ignore
 from manylora.lifecycle.train.checkpoint import checkpoint_path
-from manylora.lifecycle.train.config import LoraShape, TrainConfig, check_settings
+from manylora.lifecycle.train.config import ChooseConfig, LoraShape, check_settings
 from manylora.lifecycle.train.train import MEMORY_ADVICE, TrainResult, add_lora, train
 from manylora.lifecycle.train.training import Trainer
-
-
-@dataclass(frozen=True, slots=True)
-class ChooseConfig:
-    """`training` holds the data and everything but the rank; its `out` is where the final adapter goes.
-
-    `targets` are the sets of linears to compare; empty: the training's own.
-    """
-
-    training: TrainConfig
-    ranks: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    folds: int = 5
-    targets: tuple[tuple[str, ...], ...] = ()
-    train_final: bool = False
-
-    @property
-    def shapes(self) -> list[LoraShape]:
-        sets = self.targets or (self.training.lora.targets,)
-        return [replace(self.training.lora, rank=rank, targets=names) for names in sets for rank in sorted(self.ranks)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,13 +96,14 @@ def _candidates(
         tokenizer, render=training.render, instruction=training.instruction, max_length=training.max_length
     )
     encoded = encoder.encode(dataset, context_length=context_length)
-    tell_lengths("--data", encoded, listen)
+    tell_lengths("`data`", encoded, listen)
     if training.threads:
         torch.set_num_threads(training.threads)
     base = load_base(
         training.base, name=training.base_name, device=training.device, dtype=training.dtype,
         max_length=training.max_length,
     )  # fmt: skip
+    check_known(encoded, base.num_embeddings)
     with memory_faults(MEMORY_ADVICE):
         return _cross_validate(config, base, encoded, journal, listen, should_stop)
 
@@ -201,9 +183,9 @@ def _one_fold(
 
 def _check(config: ChooseConfig, *, resume: bool, overwrite: bool) -> Dataset:
     if not config.ranks or min(config.ranks) < 1 or len(set(config.ranks)) != len(config.ranks):
-        raise InvalidRequest("--ranks must be different numbers from 1 up, as in 1,2,4,8.")
+        raise InvalidParameter("`ranks` must be different numbers from 1 up, as in 1,2,4,8.")
     if config.folds < 2:
-        raise InvalidRequest(f"--folds must be at least 2, not {config.folds}.")
+        raise InvalidParameter(f"`folds` must be at least 2, not {config.folds}.")
     training = config.training
     check_settings(training.lora, training.schedule, training.max_length, training.threads)
     # an interrupted final training comes after the table was written
@@ -213,7 +195,9 @@ def _check(config: ChooseConfig, *, resume: bool, overwrite: bool) -> Dataset:
     dataset = read_dataset(training.data, min_labels=2)
     smallest = min((sum(e.label == label for e in dataset.examples) for label in dataset.labels), default=len(dataset))
     if smallest < config.folds:
-        raise InvalidRequest(f"--folds {config.folds} needs that many examples (of every label); there are {smallest}.")
+        raise InvalidParameter(
+            f"`folds` {config.folds} needs that many examples (of every label); there are {smallest}."
+        )
     return dataset
 
 

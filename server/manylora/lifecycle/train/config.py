@@ -1,77 +1,110 @@
-"""What `manylora train` is told, and its checks: everything that can be refused before a model is looked for."""
+"""What training is told, and its checks: everything that can be refused before a model is looked for."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated
 
-from manylora.errors import InvalidRequest
-from manylora.lifecycle.base import DeviceName, DtypeName
 from manylora.lifecycle.data.data import Dataset, read_dataset
-from manylora.lifecycle.data.encoding import Render
 from manylora.lifecycle.output import refuse_existing
+from manylora.lifecycle.parameters import DeviceName, DtypeName, InvalidParameter, Render
 from manylora.lifecycle.progress import Listener, Progress
-from manylora.lifecycle.train.checkpoint import discard_checkpoint
-from manylora.lifecycle.train.training import Schedule
 
 
 @dataclass(frozen=True, slots=True)
 class LoraShape:
     """Which low-rank matrices there are. `alpha=None` means 2 × rank; no targets means every linear but the head."""
 
-    rank: int = 8
-    alpha: float | None = None
-    targets: tuple[str, ...] = ()
-    dropout: float = 0.0
-    rslora: bool = False
+    rank: Annotated[int, "Rank of the low-rank matrices"] = 8
+    alpha: Annotated[float | None, "Scale numerator; twice the rank when left out"] = None
+    targets: Annotated[tuple[str, ...], "Linears by name, comma-separated; all but the head when left out"] = ()
+    dropout: Annotated[float, "Dropout before A"] = 0.0
+    rslora: Annotated[bool, "Scale by alpha/sqrt(rank) instead of alpha/rank"] = False
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How to optimise. `accumulate` batches make one step; `early_stop` evaluations without gain end it (0: never)."""
+
+    epochs: Annotated[int, "Times that each row is seen"] = 3
+    batch_size: Annotated[int, "Rows in one forward pass"] = 8
+    accumulate: Annotated[int, "Batches per optimizer step"] = 1
+    lr: Annotated[float, "Highest learning rate, after the warm-up; then a cosine to zero"] = 5e-4
+    warmup: Annotated[float, "Share of the steps with rising learning rate"] = 0.06
+    weight_decay: Annotated[float, "AdamW's weight decay"] = 0.01
+    max_grad_norm: Annotated[float, "Longest gradient; a longer one is clipped"] = 1.0
+    early_stop: Annotated[int, "Stop after so many evaluations without gain; 0: never"] = 0
+    eval_every: Annotated[int, "Steps between evaluations; 0: once an epoch"] = 0
+    checkpoint_every: Annotated[int, "Steps between checkpoints"] = 50
+    seed: Annotated[int, "Decides the order of the rows, the first weights and the dropout"] = 0
 
 
 @dataclass(frozen=True, slots=True)
 class TrainConfig:
     """Everything that decides the result; its JSON is kept in the report."""
 
-    data: Path
-    out: Path
-    eval_data: Path | None = None
-    base: str | None = None
-    base_name: str | None = None
+    data: Annotated[Path, "Training rows: .jsonl, .csv or .parquet"]
+    out: Annotated[Path, "Folder for the adapter"]
+    eval_data: Annotated[Path | None, "Held-out rows, to keep the best step"] = None
+    base: Annotated[str | None, "The base; the default model when left out"] = None
+    base_name: Annotated[str | None, "The base's name in the adapter's config"] = None
     lora: LoraShape = field(default_factory=LoraShape)
     schedule: Schedule = field(default_factory=Schedule)
-    render: Render = "auto"
-    instruction: str = ""
-    max_length: int = 1024
-    device: DeviceName = "auto"
-    dtype: DtypeName = "auto"
-    threads: int | None = None
-    title: str = ""
+    render: Annotated[Render, "How a row becomes text: chat (the base's template), plain, or auto"] = "auto"
+    instruction: Annotated[str, "Text before every prompt, on a line of its own"] = ""
+    max_length: Annotated[int, "Tokens of an example; longer prompts are cut on the left"] = 1024
+    device: Annotated[DeviceName, "auto, cpu or cuda"] = "auto"
+    dtype: Annotated[DtypeName, "The base's: auto, bfloat16, float16 or float32"] = "auto"
+    threads: Annotated[int | None, "CPU threads"] = None
+    title: Annotated[str, "Title of the card"] = ""
     command: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class ChooseConfig:
+    """`training` holds the data and everything but the rank; its `out` is where the final adapter goes.
+
+    `targets` are the sets of linears to compare; empty: the training's own.
+    """
+
+    training: TrainConfig
+    ranks: Annotated[tuple[int, ...], "Ranks to compare, comma-separated"] = (1, 2, 4, 8, 16, 32)
+    folds: Annotated[int, "Parts of the data; each is held out once"] = 5
+    targets: Annotated[tuple[tuple[str, ...], ...], "A set of linears, comma-separated"] = ()
+    train_final: Annotated[bool, "Train the chosen shape on all rows"] = False
+
+    @property
+    def shapes(self) -> list[LoraShape]:
+        sets = self.targets or (self.training.lora.targets,)
+        return [replace(self.training.lora, rank=rank, targets=names) for names in sets for rank in sorted(self.ranks)]
+
+
 def check_settings(lora: LoraShape, schedule: Schedule, max_length: int, threads: int | None) -> None:
-    """Raises InvalidRequest for the first number that is out of range, by its flag."""
+    """Raises InvalidParameter for the first number that is out of range, by its name."""
     positive = {
-        "--rank": lora.rank, "--epochs": schedule.epochs, "--batch-size": schedule.batch_size,
-        "--accumulate": schedule.accumulate, "--lr": schedule.lr, "--max-length": max_length,
-        "--checkpoint-every": schedule.checkpoint_every, "--max-grad-norm": schedule.max_grad_norm,
-        "--alpha": 1.0 if lora.alpha is None else lora.alpha, "--threads": 1 if threads is None else threads,
+        "rank": lora.rank, "epochs": schedule.epochs, "batch_size": schedule.batch_size,
+        "accumulate": schedule.accumulate, "lr": schedule.lr, "max_length": max_length,
+        "checkpoint_every": schedule.checkpoint_every, "max_grad_norm": schedule.max_grad_norm,
+        "alpha": 1.0 if lora.alpha is None else lora.alpha, "threads": 1 if threads is None else threads,
     }  # fmt: skip
-    for flag, value in positive.items():
+    for name, value in positive.items():
         if not (math.isfinite(value) and value > 0):
-            raise InvalidRequest(f"{flag} must be positive, not {value}.")
+            raise InvalidParameter(f"`{name}` must be positive, not {value}.")
     at_least_zero = {
-        "--weight-decay": schedule.weight_decay, "--early-stop": schedule.early_stop,
-        "--eval-every": schedule.eval_every, "--seed": schedule.seed,
+        "weight_decay": schedule.weight_decay, "early_stop": schedule.early_stop,
+        "eval_every": schedule.eval_every, "seed": schedule.seed,
     }  # fmt: skip
-    for flag, value in at_least_zero.items():
+    for name, value in at_least_zero.items():
         if not (math.isfinite(value) and value >= 0):
-            raise InvalidRequest(f"{flag} must not be negative, and it is {value}.")
+            raise InvalidParameter(f"`{name}` must not be negative, and it is {value}.")
     if schedule.lr > 1:
-        raise InvalidRequest(f"--lr must be at most 1, not {schedule.lr:g}: training would only diverge.")
+        raise InvalidParameter(f"`lr` must be at most 1, not {schedule.lr:g}: training would only diverge.")
     if schedule.seed >= 2**32:
-        raise InvalidRequest(f"--seed must be below 2**32, not {schedule.seed}.")
+        raise InvalidParameter(f"`seed` must be below 2**32, not {schedule.seed}.")
     if not 0 <= schedule.warmup <= 1:
-        raise InvalidRequest(f"--warmup is a share of the steps, from 0 to 1, not {schedule.warmup}.")
+        raise InvalidParameter(f"`warmup` is a share of the steps, from 0 to 1, not {schedule.warmup}.")
     if not 0 <= lora.dropout < 1:
-        raise InvalidRequest(f"--dropout must be at least 0 and below 1, not {lora.dropout}.")
+        raise InvalidParameter(f"`dropout` must be at least 0 and below 1, not {lora.dropout}.")
 
 
 def check(config: TrainConfig, *, overwrite: bool, listen: Listener) -> tuple[Dataset, Dataset | None]:
@@ -79,21 +112,21 @@ def check(config: TrainConfig, *, overwrite: bool, listen: Listener) -> tuple[Da
     refuse_existing(config.out, overwrite=overwrite)
     check_settings(config.lora, config.schedule, config.max_length, config.threads)
     if config.schedule.early_stop and config.eval_data is None:
-        raise InvalidRequest("--early-stop watches the evaluation loss: give --eval too.")
+        raise InvalidParameter("`early_stop` watches the evaluation loss: give `eval_data` too.")
     train_set = read_dataset(config.data, min_labels=2)
     held_out = read_dataset(config.eval_data) if config.eval_data else None
     if held_out is None:
         return train_set, None
     if held_out.shape != train_set.shape:
-        raise InvalidRequest(f"--eval has {held_out.shape} rows, --data has {train_set.shape} rows.")
+        raise InvalidParameter(f"`eval_data` has {held_out.shape} rows, `data` has {train_set.shape} rows.")
     unseen = set(held_out.labels) - set(train_set.labels)
     if unseen:
-        raise InvalidRequest(f"--eval has labels that --data lacks: {', '.join(sorted(unseen))}.")
+        raise InvalidParameter(f"`eval_data` has labels that `data` lacks: {', '.join(sorted(unseen))}.")
     known = {example.messages for example in train_set.examples}
     shared = [example.row for example in held_out.examples if example.messages in known]
     if shared:
         message = (
-            f"{len(shared)} of {len(held_out)} rows of --eval are in --data too (the first is row {shared[0]}): "
+            f"{len(shared)} of {len(held_out)} rows of `eval_data` are in `data` too (the first is row {shared[0]}): "
             "they say nothing about new data."
         )
         listen(Progress("warning", message=message))
@@ -103,8 +136,10 @@ def check(config: TrainConfig, *, overwrite: bool, listen: Listener) -> tuple[Da
 def check_checkpoint(checkpoint: Path, *, resume: bool, overwrite: bool) -> None:
     """Raises InvalidRequest when there is a checkpoint and no word about it, or none to resume."""
     if overwrite and not resume:
-        discard_checkpoint(checkpoint)
+        checkpoint.unlink(missing_ok=True)
     if checkpoint.exists() and not resume:
-        raise InvalidRequest("An interrupted training of this --out exists. Give --resume, or --overwrite to drop it.")
+        raise InvalidParameter(
+            "An interrupted training of this `out` exists. Give `resume`, or `overwrite` to drop it."
+        )
     if resume and not checkpoint.exists():
-        raise InvalidRequest("There is nothing to resume for this --out. Run without --resume.")
+        raise InvalidParameter("There is nothing to resume for this `out`. Run without `resume`.")

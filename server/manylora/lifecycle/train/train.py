@@ -10,16 +10,15 @@ from typing import Any
 
 import torch
 
-from manylora.errors import InvalidRequest
 from manylora.lifecycle.adapter_files import plain_config, write_adapter
 from manylora.lifecycle.base import Base, load_base, load_tokenizer, memory_faults, quiet_peft
 from manylora.lifecycle.card import Card, write_card
-from manylora.lifecycle.data.batches import epoch_order, padding_share
+from manylora.lifecycle.data.batches import check_known, epoch_order, padding_share
 from manylora.lifecycle.data.data import Dataset
-from manylora.lifecycle.data.encoding import Encoded, Encoder
-from manylora.lifecycle.data.lengths import length_statistics, tell_lengths
+from manylora.lifecycle.data.encoding import Encoded, Encoder, length_statistics, tell_lengths
 from manylora.lifecycle.extras import decoration, need
 from manylora.lifecycle.output import atomic_file, report_folder, result_and_report, write_json
+from manylora.lifecycle.parameters import InvalidParameter
 from manylora.lifecycle.plots import loss_curve
 from manylora.lifecycle.progress import Listener, ignore
 from manylora.lifecycle.train.checkpoint import checkpoint_path, discard_checkpoint, load_checkpoint, save_checkpoint
@@ -30,7 +29,7 @@ __all__ = ["LoraShape", "TrainConfig", "TrainResult", "add_lora", "encode", "pre
 
 REPORT = "train.json"
 CURVE = "loss.png"
-MEMORY_ADVICE = "Lower --batch-size (and raise --accumulate as much, for the same result), or --max-length."
+MEMORY_ADVICE = "Lower `batch_size` (and raise `accumulate` as much, for the same result), or `max_length`."
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +64,7 @@ def train(
     base = load_base(
         config.base, name=config.base_name, device=config.device, dtype=config.dtype, max_length=config.max_length
     )
+    check_known([*data.train, *data.held_out], base.num_embeddings)
     trainer = prepare(config, base, data)
     fingerprint = _fingerprint(config)
     if resume:
@@ -107,9 +107,9 @@ def encode(config: TrainConfig, train_set: Dataset, held_out: Dataset | None, li
     lengths = [len(e) for e in train]
     batches = epoch_order(lengths, config.schedule.batch_size, seed=config.schedule.seed, epoch=0)
     padding = padding_share(lengths, batches)
-    tell_lengths("--data", train, listen, f"; {padding:.1%} padding in batches of like length")
+    tell_lengths("`data`", train, listen, f"; {padding:.1%} padding in batches of like length")
     if evaluation:
-        tell_lengths("--eval", evaluation, listen)
+        tell_lengths("`eval_data`", evaluation, listen)
     told = {"train": asdict(length_statistics(train)), "eval": None}
     if evaluation:
         told["eval"] = asdict(length_statistics(evaluation))
@@ -143,7 +143,7 @@ def add_lora(base: Base, shape: LoraShape) -> Any:
         with quiet_peft():
             return get_peft_model(base.model, config)
     except ValueError as error:
-        raise InvalidRequest(f"--targets {','.join(shape.targets)}: {error}") from error
+        raise InvalidParameter(f"`targets` {','.join(shape.targets)}: {error}") from error
 
 
 def _fingerprint(config: TrainConfig) -> str:

@@ -13,24 +13,10 @@ from manylora.lifecycle.base import Base, accepts_logits_to_keep
 from manylora.lifecycle.data.batches import answer_nll, collate, epoch_order, sorted_batches
 from manylora.lifecycle.data.encoding import Encoded
 from manylora.lifecycle.progress import Listener, Progress
-from manylora.lifecycle.train.pace import Pace, in_words
+from manylora.lifecycle.train.config import Schedule
 
-
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """How to optimise. `accumulate` batches make one step; `early_stop` evaluations without gain end it (0: never)."""
-
-    epochs: int = 3
-    batch_size: int = 8
-    accumulate: int = 1
-    lr: float = 5e-4
-    warmup: float = 0.06
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    early_stop: int = 0
-    eval_every: int = 0  # steps between evaluations; 0: once an epoch
-    checkpoint_every: int = 50
-    seed: int = 0
+_ENOUGH_STEPS = 3
+_FORWARD_SHARE = 0.5  # of a training step's time, before an evaluation was measured: it has no backward pass
 
 
 @dataclass(slots=True)
@@ -45,6 +31,30 @@ class History:
     best_step: int = 0
     best_loss: float = math.inf
     stale: int = 0  # evaluations since the best one
+
+
+@dataclass(slots=True)
+class Pace:
+    """Seconds and tokens of this process's steps and evaluations."""
+
+    step_s: list[float] = field(default_factory=list)
+    step_tokens: list[int] = field(default_factory=list)
+    evaluation_s: list[float] = field(default_factory=list)
+
+    def remaining_s(self, tokens_left: int, evaluations_left: int, evaluation_tokens: int) -> float | None:
+        """Seconds to the end; None before there were enough steps to tell.
+
+        The first step also allocates and warms caches, so it is not counted. Steps are of unequal length, so what
+        counts is the time for a token.
+        """
+        if len(self.step_s) < _ENOUGH_STEPS:
+            return None
+        per_token = sum(self.step_s[1:]) / max(1, sum(self.step_tokens[1:]))
+        if self.evaluation_s:
+            per_evaluation = sum(self.evaluation_s) / len(self.evaluation_s)
+        else:
+            per_evaluation = per_token * _FORWARD_SHARE * evaluation_tokens
+        return per_token * tokens_left + per_evaluation * evaluations_left
 
 
 class Diverged(ManyloraError):
@@ -175,7 +185,7 @@ class Trainer:
         what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm}"
         raise Diverged(
             f"Training diverged at step {self.history.step + 1} ({what}) on rows {shown}. "
-            "Lower --lr, or look at these rows. No adapter was written."
+            "Lower `lr`, or look at these rows. No adapter was written."
         )
 
     def _evaluate(self, listen: Listener) -> None:
@@ -187,8 +197,8 @@ class Trainer:
         self._pace.evaluation_s.append(seconds)
         if not math.isfinite(loss):
             raise Diverged(
-                f"The evaluation loss after step {self.history.step} is {loss}. Lower --lr, or look at the rows of "
-                "--eval. No adapter was written."
+                f"The evaluation loss after step {self.history.step} is {loss}. Lower `lr`, or look at the rows of "
+                "`eval_data`. No adapter was written."
             )
         self.history.eval_loss.append((self.history.step, loss))
         if loss < self.history.best_loss:
@@ -228,3 +238,10 @@ class Trainer:
         every = self._evaluation_interval
         at_the_end = self.num_steps % every != 0
         return self.num_steps // every - self.history.step // every + at_the_end
+
+
+def in_words(seconds: float) -> str:
+    """`90` as "1.5 min"."""
+    if seconds < 60:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

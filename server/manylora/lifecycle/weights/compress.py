@@ -1,16 +1,14 @@
 """`manylora compress`: fewer ranks for the same adapter, the best possible for each module, without the full matrix."""
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from manylora.errors import InvalidRequest
 from manylora.lifecycle.adapter_files import write_adapter
 from manylora.lifecycle.card import Card, write_card
 from manylora.lifecycle.output import refuse_existing, result_and_report, write_json
 from manylora.lifecycle.progress import Listener, Progress, ignore
+from manylora.lifecycle.weights.config import CompressConfig, check_dtype, check_rank_or_energy
 from manylora.lifecycle.weights.low_rank import (
     Lora,
     Pair,
@@ -23,38 +21,12 @@ from manylora.lifecycle.weights.low_rank import (
     truncate,
 )
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True, slots=True)
-class CompressConfig:
-    """Exactly one of `rank` and `energy` (the share of ‖ΔW‖² to keep in each module). dtype None: the source's."""
-
-    adapter: Path
-    out: Path
-    rank: int | None = None
-    energy: float | None = None
-    dtype: str | None = None
-    command: str = ""
-
-
-def check_rank_or_energy(rank: int | None, energy: float | None) -> None:
-    """Raises InvalidRequest unless one of the two is given, and in range."""
-    if (rank is None) == (energy is None):
-        raise InvalidRequest("Give either --rank or --energy.")
-    if rank is not None and rank < 1:
-        raise InvalidRequest(f"--rank must be at least 1, not {rank}.")
-    if energy is not None and not 0 < energy <= 1:
-        raise InvalidRequest(f"--energy is a share between 0 and 1, not {energy:g}.")
-
 
 def chosen_dtype(name: str | None, default: torch.dtype) -> torch.dtype:
-    """Raises InvalidRequest for a dtype that an adapter cannot have."""
-    if name is None:
-        return default
-    if name not in DTYPES:
-        raise InvalidRequest(f"--dtype must be one of {', '.join(DTYPES)}, not {name!r}.")
-    return DTYPES[name]
+    """Raises InvalidParameter for a dtype that an adapter cannot have."""
+    check_dtype(name)
+    chosen: torch.dtype = default if name is None else getattr(torch, name)
+    return chosen
 
 
 def compress(config: CompressConfig, *, overwrite: bool = False, listen: Listener = ignore) -> dict[str, Any]:

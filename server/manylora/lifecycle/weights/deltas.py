@@ -1,80 +1,28 @@
-"""What is merged, as it is told and as it is computed: shared by both kinds of `manylora merge`."""
+"""Several adapters' deltas as one: what `merge` computes, for a base and for an adapter.
 
-import math
+linear and cat are the exact weighted sum; svd is that sum at a smaller rank. ties (Yadav et al., 2023) keeps
+the largest entries of each delta, elects a sign for each entry, and takes the weighted mean of what agrees;
+dare_ties (Yu et al., 2024) drops entries at random and scales up the rest before the election. PEFT calls
+them svd, ties_svd and dare_ties_svd.
+"""
+
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from manylora.errors import InvalidRequest, ManyloraError
-from manylora.lifecycle.output import refuse_existing
 from manylora.lifecycle.progress import Listener, Progress
-from manylora.lifecycle.weights.combine import METHODS, Method, check_density, combined
-from manylora.lifecycle.weights.compress import chosen_dtype
+from manylora.lifecycle.weights.config import MergeConfig, Method
 from manylora.lifecycle.weights.low_rank import Lora, Pair
 from manylora.lifecycle.weights.probes import difference
 from manylora.lora.format.spec import ModuleKind
 
 REPORT = "merge.json"
-AUTO, DEFAULT, NONE = "auto", "default", "none"
 SUMS = ("linear", "cat", "svd")
 _SWALLOWED = 0.25  # a rounding error above this share of the adapters' own effect is worth a warning
-
-
-@dataclass(frozen=True, slots=True)
-class MergeConfig:
-    """`adapters` are folders with their weights. `into_base` False makes one adapter of several.
-
-    `rank` is the merged adapter's (None: the sum of the ranks, which loses nothing); `density` is for ties and
-    dare_ties. A merged adapter is verified on the base that its parts name where that is on this machine, or on
-    `verify_on` (a model, `default`, or `none`).
-    """
-
-    adapters: tuple[tuple[Path, float], ...]
-    out: Path
-    into_base: bool = True
-    base: str | None = None
-    method: Method = "linear"
-    rank: int | None = None
-    density: float = 0.5
-    dtype: str | None = None
-    seed: int = 0
-    verify_on: str = AUTO
-    command: str = ""
-
-
-def parse_adapter(text: str) -> tuple[Path, float]:
-    """`folder` or `folder:weight`. Raises InvalidRequest for a weight that is no number."""
-    head, colon, tail = text.rpartition(":")
-    if not colon or Path(text).exists():
-        return Path(text), 1.0
-    try:
-        weight = float(tail)
-    except ValueError as error:
-        raise InvalidRequest(f"--adapter {text}: {tail!r} is not a weight; write FOLDER:0.5.") from error
-    if not math.isfinite(weight):
-        raise InvalidRequest(f"--adapter {text}: a weight must be a finite number.")
-    return Path(head), weight
-
-
-def check(config: MergeConfig, *, overwrite: bool) -> None:
-    """Raises InvalidRequest for arguments that do not go together or are out of range."""
-    if config.method not in METHODS:
-        raise InvalidRequest(f"--method must be one of {', '.join(METHODS)}, not {config.method!r}.")
-    if not config.adapters:
-        raise InvalidRequest("Nothing to merge: give --adapter.")
-    if not config.into_base and len(config.adapters) < 2:
-        raise InvalidRequest("Merging adapters into one needs at least two --adapter; for the base give --base.")
-    if config.rank is not None and (config.rank < 1 or config.into_base):
-        raise InvalidRequest("--rank is the merged adapter's rank: at least 1, and not together with --base.")
-    if config.method == "svd" and config.rank is None and not config.into_base:
-        raise InvalidRequest("--method svd needs the --rank to keep.")
-    check_density(config.density)
-    chosen_dtype(config.dtype, torch.float32)
-    refuse_existing(config.out, overwrite=overwrite)
 
 
 def check_one_base(loras: Sequence[Lora], config: MergeConfig) -> None:
@@ -130,16 +78,50 @@ def verify(
     """
     if not all(bool(logits.isfinite().all()) for logits in found):
         raise ManyloraError(
-            f"The result answers with NaN or infinity: {report['dtype']} cannot hold it. Choose --dtype bfloat16 or "
+            f"The result answers with NaN or infinity: {report['dtype']} cannot hold it. Choose `dtype` bfloat16 or "
             "float32. Nothing was written."
         )
     effect, off = difference(before, wanted), difference(wanted, found)
     report |= {"effect": asdict(effect), "difference": asdict(off)}
     if off.max_abs_logit > _SWALLOWED * effect.max_abs_logit:
-        rank = "a larger --rank or " if "modules" in report else ""
+        rank = "a larger `rank` or " if "modules" in report else ""
         message = (
             f"The result is off by up to {off.max_abs_logit:.3g} in the logits, and the adapters themselves move them "
-            f"by {effect.max_abs_logit:.3g}: much of their effect is lost. Choose {rank}--dtype float32."
+            f"by {effect.max_abs_logit:.3g}: much of their effect is lost. Choose {rank}`dtype` float32."
         )
         report["warnings"] = [message]
         listen(Progress("warning", message=message))
+
+
+def combined(
+    deltas: Sequence[torch.Tensor], weights: Sequence[float], method: Method, *, density: float, seed: int
+) -> torch.Tensor:
+    """One ΔW [out, in] out of several of the same shape. `seed` decides what dare_ties drops."""
+    stacked, factors = torch.stack(list(deltas)), torch.tensor(weights)[:, None, None]
+    if method in ("linear", "cat", "svd"):
+        return (stacked * factors).sum(0)
+    if method == "ties":
+        thinned = torch.stack([_largest(delta, density) for delta in deltas])
+    else:
+        random = torch.Generator().manual_seed(seed)
+        thinned = torch.where(torch.rand(stacked.shape, generator=random) < density, stacked / density, 0.0)
+    return _elected_mean(thinned, factors)
+
+
+def _largest(delta: torch.Tensor, density: float) -> torch.Tensor:
+    """The `density` share of the entries that is largest in size; the rest zero."""
+    keep = int(density * delta.numel())
+    kept = torch.zeros_like(delta).flatten()
+    places = delta.flatten().abs().topk(keep).indices
+    kept[places] = delta.flatten()[places]
+    return kept.view_as(delta)
+
+
+def _elected_mean(deltas: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """[n, out, in] to [out, in]: the weighted mean over those whose sign is the sum's sign.
+
+    The mean is over those who agree and not over all, so a change that only one adapter makes keeps its size.
+    """
+    sign = torch.where(deltas.sum(0) >= 0, 1.0, -1.0)
+    agrees = deltas.sign() == sign
+    return (deltas * factors * agrees).sum(0) / agrees.sum(0).clamp(min=1)

@@ -1,7 +1,7 @@
 """`manylora extract`: an adapter out of a full fine-tune, by the truncated SVD of each linear's change."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from manylora.lifecycle.base import Base, load_base
 from manylora.lifecycle.card import Card, write_card
 from manylora.lifecycle.output import refuse_existing, result_and_report, write_json
 from manylora.lifecycle.progress import Listener, Progress, ignore
-from manylora.lifecycle.weights.compress import check_rank_or_energy, chosen_dtype
+from manylora.lifecycle.weights.compress import chosen_dtype
+from manylora.lifecycle.weights.config import ExtractConfig, check_rank_or_energy
 from manylora.lifecycle.weights.low_rank import (
     Pair,
     applied,
@@ -25,20 +26,6 @@ from manylora.lifecycle.weights.low_rank import (
 )
 from manylora.lifecycle.weights.probes import difference, logits_of
 from manylora.lora.format.spec import ModuleSpec
-
-
-@dataclass(frozen=True, slots=True)
-class ExtractConfig:
-    """`base` None is the default model. Exactly one of `rank` and `energy`."""
-
-    tuned: str
-    out: Path
-    base: str | None = None
-    rank: int | None = None
-    energy: float | None = None
-    dtype: str = "float32"
-    base_name: str | None = None
-    command: str = ""
 
 
 def extract(config: ExtractConfig, *, overwrite: bool = False, listen: Listener = ignore) -> dict[str, Any]:

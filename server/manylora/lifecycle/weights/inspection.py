@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +13,13 @@ from manylora.lifecycle.extras import decoration
 from manylora.lifecycle.output import atomic_folder, refuse_existing, write_json
 from manylora.lifecycle.plots import heat_map, spectra
 from manylora.lifecycle.progress import Listener, Progress, ignore
-from manylora.lifecycle.weights.deltas import AUTO, DEFAULT, NONE
+from manylora.lifecycle.weights.config import AUTO, DEFAULT, NONE, InspectConfig
 from manylora.lifecycle.weights.low_rank import Lora, Pair, read_lora, thin_svd
 from manylora.lora.format.spec import ModuleSpec
 
 _UNUSED = 1e-3  # a singular value below this share of the module's largest carries nothing
 _DOMINANT = 0.5  # share of the whole ‖ΔW‖² in one module
 _FAINT = 1e-5  # ‖ΔW‖ relative to ‖W‖
-
-
-@dataclass(frozen=True, slots=True)
-class InspectConfig:
-    """`base` adds norms relative to W: a model, `default`, `none`, or `auto`: the one that the adapter names, where it
-    is on this machine. `against`, another adapter's folder, adds similarities.
-    """
-
-    adapter: Path
-    against: Path | None = None
-    base: str = AUTO
 
 
 def inspect_adapter(config: InspectConfig, listen: Listener = ignore) -> dict[str, Any]:

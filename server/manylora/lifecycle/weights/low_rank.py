@@ -17,6 +17,7 @@ from torch import nn
 
 from manylora.errors import InvalidRequest
 from manylora.lifecycle.adapter_files import read_adapter_files
+from manylora.lifecycle.parameters import InvalidParameter
 from manylora.lora.format.pairing import PREFIX, parse_name
 from manylora.lora.format.reader import read
 from manylora.lora.format.spec import ModuleKind, ModuleSpec
@@ -186,7 +187,7 @@ def lora_files(
         for name, tensor in zip(names, (pair.a, pair.b), strict=True):
             tensors[f"{PREFIX}{path}.{name}"] = tensor.to(dtype)
     if not all(bool(t.isfinite().all()) for t in tensors.values()):
-        raise InvalidRequest(f"The result does not fit {dtype}: choose --dtype bfloat16 or float32.")
+        raise InvalidParameter(f"The result does not fit {dtype}: choose `dtype` bfloat16 or float32.")
     return config, tensors
 
 

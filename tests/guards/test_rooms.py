@@ -1,0 +1,68 @@
+"""Small modules have a reason to be modules, and a library speaks of parameters, never of flags."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .test_layers import MODULES, PACKAGE, imports
+
+SMALL_LINES = 60
+# Modules below so many lines with one importer, and why they are not a part of it.
+REASONS = {
+    "api.docs": "a router: all routers are put together in one place",
+    "api.query": "a dependency of all routes, put in front of them in one place",
+    "api.usage": "a router: all routers are put together in one place",
+    "catalog.orphans": "a command's work without its printing; the command imports it when it runs",
+    "catalog.verify": "a command's work without its printing; the command imports it when it runs",
+    "engine.drafting": "the interface that a drafter implements, and the one that drafts nothing",
+    "lora.memory.eviction": "arithmetic without locks and tiers, tested by itself",
+    "models.native_layers": "one of two implementations of the same layers, chosen where the engine is built",
+    "serving.warm_up": "talks to an engine by its interface alone, tested by itself",
+}
+
+
+def importers() -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for name, path in MODULES.items():
+        for imported in imports(name, path):
+            found.setdefault(imported, set()).add(name)
+    return found
+
+
+def test_a_small_module_with_one_importer_has_a_reason() -> None:
+    users = importers()
+    small = {
+        name.removeprefix("manylora.")
+        for name, path in MODULES.items()
+        if path.name != "__init__.py"
+        and len(path.read_text(encoding="utf-8").splitlines()) < SMALL_LINES
+        and len(users.get(name, ())) == 1
+    }
+
+    assert small - REASONS.keys() == set(), "a new home, or a reason in this table"
+    assert REASONS.keys() - small == set(), "not small, or with more importers by now: out of the table"
+
+
+def texts(path: Path) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.lineno, node.value
+
+
+# Recipes are made of command lines, for people and for the cards of the shipped adapters.
+LIBRARY = [
+    path
+    for part in ("lifecycle", "client")
+    for path in sorted((PACKAGE / part).rglob("*.py"))
+    if "recipes" not in path.parts
+]
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_the_library_names_parameters_and_no_flags(path: Path) -> None:
+    flags = [f"{path.name}:{line}: {text}" for line, text in texts(path) if re.search(r"(?<![\w-])--[a-z]", text)]
+
+    assert flags == []
