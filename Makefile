@@ -30,8 +30,9 @@ help:
 serve: $(VENV)/.runtime
 	$(BIN)/manylora serve --adapters adapters $(ARGS)
 
+# All of them together must run as much of the server as pyproject.toml says; a choice of them by ARGS need not.
 test: check
-	$(PYTEST) -m "not soak and not alone" $(ARGS)
+	$(PYTEST) -m "not soak and not alone" $(if $(ARGS),$(ARGS),--cov --cov-report=term)
 	$(BIN)/python -m pytest -m alone tests
 
 # Another build of the extension, in which AVX2 stands in for AVX512 and VNNI; see csrc/emulate.h.
@@ -88,7 +89,7 @@ $(VENV)/.dev: $(VENV)/.torch $(BUILD_INPUTS)
 	@touch $(VENV)/.runtime $@
 
 clean:
-	rm -rf build dist *.egg-info server/*.egg-info server/manylora/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf build dist *.egg-info server/*.egg-info server/manylora/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*
 	find server tests loadtest benchmarks scripts -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 	rm -f $(VENV)/.runtime $(VENV)/.dev
 

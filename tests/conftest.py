@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
+import hypothesis
 import pytest
 import structlog
 
@@ -23,7 +24,19 @@ structlog.configure(
     ]
 )
 
+# Random tests are slow beside others, and no test claims a time.
+hypothesis.settings.register_profile("suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("suite")
+
 ModelMaker: TypeAlias = Callable[[str], Path]
+# Tracing lines slows Python by two fifths, so only the fast tests of these folders, and of the top one, are traced.
+TRACED = frozenset({"api", "catalog", "engine", "lifecycle", "lora", "models", "tenants", "tests", "usage"})
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent.name not in TRACED or item.get_closest_marker("slow"):
+            item.add_marker("no_cover")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

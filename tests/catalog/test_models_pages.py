@@ -62,12 +62,13 @@ def test_a_page_of_many_costs_what_a_page_costs() -> None:
         lines += event == "line"
         return on_line
 
+    before = sys.gettrace()
     sys.settrace(on_line)
     try:
         page = directory.visible_to("acme", "n10000")
         first = [next(page).ref.name for _ in range(10)]
     finally:
-        sys.settrace(None)
+        sys.settrace(before)
     assert first == [f"n{number:05}" for number in range(10_000, 10_010)]
     assert lines < 1000
 

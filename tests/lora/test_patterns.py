@@ -182,11 +182,12 @@ def steps_of(work: Callable[[], object]) -> int:
         count += event == "line"
         return on_line
 
+    before = sys.gettrace()
     sys.settrace(on_line)
     try:
         work()
     finally:
-        sys.settrace(None)
+        sys.settrace(before)
     return count
 
 
