@@ -19,6 +19,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
+from manylora.database.sqlite_journal import check_journal
 from manylora.database.tables import RevisionRow
 from manylora.errors import DatabaseUnavailable, StartupError, Unavailable, quoted
 from manylora.faults import NoAnswer, cause_of, database_error, database_errors, file_error
@@ -279,6 +280,7 @@ def _sqlite_engines(url: URL) -> tuple[Engine, None]:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StartupError(file_error(error, "The database's folder cannot be made").message) from error
+        check_journal(Path(url.database))
     engine = create_engine(url)
     event.listen(engine, "connect", _configure_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
