@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # On a machine without a GPU: make serve TORCH_INDEX=https://download.pytorch.org/whl/cpu (a tenth of the download).
 TORCH_INDEX ?=
-BUILD_INPUTS := pyproject.toml setup.py $(wildcard server/manylora/csrc/*)
+SOURCES := $(wildcard server/manylora/csrc/*.* server/manylora/csrc/*/*.*)
+BUILD_INPUTS := pyproject.toml setup.py $(SOURCES)
 # Tests run in so many processes; with 0, in pytest's own, which a debugger wants.
 JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count() or 1))')
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
@@ -35,7 +36,7 @@ test: check
 	$(PYTEST) -m "not soak and not alone" $(if $(ARGS),$(ARGS),--cov --cov-report=term)
 	$(BIN)/python -m pytest -m alone tests
 
-# Another build of the extension, in which AVX2 stands in for AVX512 and VNNI; see csrc/emulate.h.
+# Another build of the extension, in which AVX2 stands in for AVX512 and VNNI; see csrc/paths/emulate.h.
 emulated: $(VENV)/.dev
 	MANYLORA_EMULATE=1 $(BIN)/python setup.py -q build --build-lib build/emulated/lib --build-temp build/emulated/temp
 	PYTHONPATH=build/emulated/lib $(PYTEST) tests/kernels $(ARGS)
@@ -59,6 +60,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
 	$(BIN)/typos
 	$(BIN)/oxlint --deny-warnings server/manylora/api/dashboard
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
@@ -66,6 +68,7 @@ check: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
 
 docs: $(VENV)/.dev
 	$(BIN)/python scripts/document_settings.py

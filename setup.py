@@ -8,7 +8,7 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
 
-SOURCES = sorted(str(path) for path in Path("server/manylora/csrc").glob("*.cpp"))
+SOURCES = sorted(str(path) for path in Path("server/manylora/csrc").rglob("*.cpp"))
 
 # For tests (make sanitize): what the kernels read and write is watched, and undefined arithmetic ends the process.
 IS_SANITIZED = bool(os.environ.get("MANYLORA_SANITIZE"))
@@ -33,7 +33,7 @@ kernels = CppExtension(
         "-Wall",
         "-Wno-psabi",
         "-Wno-maybe-uninitialized",  # GCC 12 warns of its own intrinsics
-        # For tests: the CPU paths that this machine lacks, by emulation (csrc/emulate.h).
+        # For tests: the CPU paths that this machine lacks, by emulation (csrc/paths/emulate.h).
         f"-DML_EMULATE={int(bool(os.environ.get('MANYLORA_EMULATE')))}",
     ],
     extra_link_args=SANITIZERS if IS_SANITIZED else [],

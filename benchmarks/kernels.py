@@ -19,8 +19,7 @@ import torch
 from torch.nn import functional
 
 from manylora.kernels import native
-from manylora.kernels.int8 import pack_int8
-from manylora.kernels.weights import pack_panels
+from manylora.kernels.weights import pack_int8, pack_panels
 from manylora.lora.memory.device_memory import DTYPE_CODES
 
 SHAPES = ((576, 960), (576, 3072), (1536, 576))  # in, out: a small model's q/k/v, gate/up and down

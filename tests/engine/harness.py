@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,30 +20,45 @@ from manylora.engine.sequence import Sequence
 from manylora.grammars.compiler import GrammarCompiler
 from manylora.grammars.vocabulary import Vocabulary
 from manylora.kernels import native
-from manylora.kernels.interface import LoraKernel
-from manylora.kernels.matmul import factory
-from manylora.kernels.native_lora import NativeKernel
-from manylora.kernels.torch_lora import TorchKernel
+from manylora.kernels.batch import Batch
 from manylora.lora.format.reader import Adapter, read_trusted
 from manylora.lora.memory.device_memory import DeviceMemory
 from manylora.lora.memory.packing import KeepAs, PackedAdapter, pack
 from manylora.lora.memory.slots import SlotBook
 from manylora.lora.memory.tiers import AdapterTiers
 from manylora.models import fused
+from manylora.models.backends import Backend, choose
 from manylora.models.checkpoint import load_tokenizer
 from manylora.models.codec import HuggingFaceCodec
 from manylora.models.kv_cache import KVCache
+from manylora.models.layers import LayerParts
 from manylora.models.loading import load_base
-from manylora.models.native_layers import NativeLayers
 from manylora.models.selfcheck import SelfCheck
-from manylora.models.torch_layers import TorchLayers
 from manylora.models.wrapping import WrappedModel, wrap
 from manylora.settings import Settings
 from tests.tiny_models import END_OF_TURN, VOCAB_SIZE
 
-KERNELS: Mapping[str, Callable[[], LoraKernel]] = {"torch": TorchKernel, "native": NativeKernel, "fused": NativeKernel}
-# "native" keeps the model's own layers, "fused" runs those of the usual shape through the fused operators.
-available_kernels = ["torch", "native", "fused"] if native.is_available() else ["torch"]
+
+class OwnLayers:
+    """`LayerKernel` that takes the place of none: the model's own layers stay."""
+
+    def begin(self, cos: torch.Tensor, sin: torch.Tensor, batch: Batch) -> None: ...
+
+    def layer(self, parts: LayerParts, keys: torch.Tensor, values: torch.Tensor) -> None: ...
+
+
+def backends_here() -> dict[str, Backend]:
+    """`torch` and `fused`: as a server has them, without and with the C++ kernels; `native`: the model's own layers."""
+    found = {"torch": choose(Settings(device="cpu", kernels="torch"))}
+    if native.is_available():
+        cpp = choose(Settings(device="cpu"))
+        found |= {"native": replace(cpp, layers=OwnLayers()), "fused": cpp}
+    return found
+
+
+BACKENDS = backends_here()
+TORCH = BACKENDS["torch"]
+available_kernels = list(BACKENDS)
 
 
 def load(folder: Path, dtype: Literal["float32", "bfloat16", "float16"] = "float32") -> PreTrainedModel:
@@ -128,7 +143,7 @@ def build_rig(
     model: PreTrainedModel,
     adapters: Mapping[str, Path] | None = None,
     *,
-    kernel: str = "torch",
+    kernel: str | Backend = "torch",
     num_blocks: int = 64,
     block_size: int = 4,
     max_num_seqs: int = 64,
@@ -144,21 +159,18 @@ def build_rig(
     executor: Callable[[Executor], Executor] = lambda local: local,
 ) -> Rig:
     """An engine whose cache starts out full of NaN, so that reading a position nobody wrote shows at once."""
-    wrapped = wrap(model, factory(use_native=kernel != "torch"))
+    backend = kernel if isinstance(kernel, Backend) else BACKENDS[kernel]
+    wrapped = wrap(model, backend)
     cache = KVCache(wrapped.survey.kv_shapes, num_blocks, block_size, model.dtype, torch.device("cpu"))
     if poison:
         for room in (*cache.keys, *cache.values):
             room.fill_(float("nan"))
-    wrapped.attach_cache(cache, use_native=kernel != "torch")
-    lora_kernel = KERNELS[kernel]()
-    check = SelfCheck(wrapped, cache, lora_kernel)
-    if kernel == "torch":  # "native" runs the model's own layers; the other two are as a server has them
-        fused.exchange(wrapped, check.proven(fused.candidates(wrapped, cache, TorchLayers())))
-    elif kernel == "fused":
-        fused.exchange(wrapped, check.proven(fused.candidates(wrapped, cache, NativeLayers())))
+    wrapped.attach_cache(cache)
+    check = SelfCheck(wrapped, cache)
+    fused.exchange(wrapped, check.proven(fused.candidates(wrapped, cache)))
     check.check()
     keep = keep_as or KeepAs(model.dtype, model.dtype)
-    book = SlotBook(num_slots, slot_bytes, lora_kernel.places_per_slab)
+    book = SlotBook(num_slots, slot_bytes, backend.lora.places_per_slab)
     memory = DeviceMemory(len(wrapped.modules), num_slots, torch.device("cpu"))
     folders = {f"id-{name}": folder for name, folder in (adapters or {}).items()}
 
@@ -180,10 +192,10 @@ def build_rig(
     )
     engine = Engine(
         scheduler,
-        ModelRunner(executor(LocalExecutor(wrapped, cache, memory, lora_kernel))),
+        ModelRunner(executor(LocalExecutor(wrapped, cache, memory, backend.lora))),
         decode=decode or (lambda ids: "".join(chr(0x4E00 + i) for i in ids)),
         eos_ids=eos_ids,
         max_model_len=num_blocks * block_size,
     )
     refs = {name: AdapterRef(f"id-{name}", "public", name, 1, name) for name in adapters or {}}
-    return Rig(engine, scheduler, tiers, wrapped, refs, loaded=loaded, is_exact=kernel != "torch")
+    return Rig(engine, scheduler, tiers, wrapped, refs, loaded=loaded, is_exact=backend is not TORCH)

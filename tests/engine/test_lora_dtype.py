@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from manylora.engine.build import EngineBuilder
 from manylora.engine.interface import AdapterRef
+from manylora.kernels.weights import FORMATS
 from manylora.lora.format.reader import read_trusted
 from manylora.lora.memory.packing import KeepAs
 from manylora.lora.memory.terms import NumberFormat
@@ -116,29 +117,29 @@ F32, BF16, F16, I8 = torch.float32, torch.bfloat16, torch.float16, torch.int8
 
 
 @pytest.mark.parametrize(
-    ("asked", "model", "is_int8_base", "mixes", "kept"),
+    ("asked", "model", "base", "mixes", "kept"),
     [
         # files in                                       F32   BF16  F16
-        ("auto", F32, False, True, {F32: F32, BF16: BF16, F16: F16}),
-        ("auto", F32, False, False, {F32: F32, BF16: F32, F16: F32}),
-        ("auto", F32, True, True, {F32: BF16, BF16: BF16, F16: BF16}),
-        ("auto", BF16, False, True, {F32: BF16, BF16: BF16, F16: BF16}),
-        ("auto", F16, True, True, {F32: F16, BF16: F16, F16: F16}),
-        ("int8", F32, False, True, {F32: I8, BF16: I8, F16: I8}),
-        ("float32", BF16, False, True, {F32: F32, BF16: F32, F16: F32}),
-        ("bfloat16", F32, False, False, {F32: BF16, BF16: BF16, F16: BF16}),
+        ("auto", F32, "none", True, {F32: F32, BF16: BF16, F16: F16}),
+        ("auto", F32, "none", False, {F32: F32, BF16: F32, F16: F32}),
+        ("auto", F32, "int8", True, {F32: BF16, BF16: BF16, F16: BF16}),
+        ("auto", BF16, "none", True, {F32: BF16, BF16: BF16, F16: BF16}),
+        ("auto", F16, "int8", True, {F32: F16, BF16: F16, F16: F16}),
+        ("int8", F32, "none", True, {F32: I8, BF16: I8, F16: I8}),
+        ("float32", BF16, "none", True, {F32: F32, BF16: F32, F16: F32}),
+        ("bfloat16", F32, "none", False, {F32: BF16, BF16: BF16, F16: BF16}),
     ],
 )
 def test_what_the_setting_means(
     asked: NumberFormat,
     model: torch.dtype,
-    is_int8_base: bool,
+    base: str,
     mixes: bool,
     kept: dict[torch.dtype, torch.dtype],
     llama: Path,
     tmp_path: Path,
 ) -> None:
-    keep = KeepAs.choose(asked, model, is_int8_base=is_int8_base, mixes_dtypes=mixes)
+    keep = KeepAs.choose(asked, model, beside=FORMATS[base].beside(model), mixes_dtypes=mixes)
     modules = adaptable_modules(load(llama))
     for files, expected in kept.items():
         folder = tmp_path / str(files)

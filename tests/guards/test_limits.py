@@ -32,7 +32,7 @@ NO_BOUNDS = {
     "kernels.torch_lora.MAX_GROUP_ROWS": "a choice between kernels",
     "models.positions.MAX_STARTS": "how many places of a sequence the start-up check tries",
     "models.refusals.MAX_QUOTED": "of an error of the model's own code, at the start",
-    "kernels.int8.MAX_GROUP_SIZE": "the layout of a matmul's scales",
+    "kernels.weights.MAX_GROUP_SIZE": "the layout of a matmul's scales",
     "tenants.quotas.MAX_IDLE_ACCOUNTS": "a cache of rows of the database",
 }
 # The command line's own tools work on their user's machine, for nobody else.

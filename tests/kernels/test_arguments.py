@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from manylora.kernels import native
-from manylora.kernels.int8 import pack_int8
-from manylora.kernels.weights import pack_panels
+from manylora.kernels.weights import pack_int8, pack_panels
 from tests.kernels.lora_case import make_case
 
 Arguments = dict[str, torch.Tensor | int | float | None]

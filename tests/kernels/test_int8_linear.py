@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from manylora.kernels import native
-from manylora.kernels.int8 import Int8Weight, choose_group_size, pack_int8
+from manylora.kernels.reference import int8_linear, linear
+from manylora.kernels.weights import Int8Weight, choose_group_size, pack_int8
 from tests.kernels.tolerance import assert_close, assert_same_bits
 
 
@@ -15,11 +16,6 @@ def on_the_grid(rows: int, weight: Int8Weight, dtype: torch.dtype) -> torch.Tens
     return scaled.flatten(1)[:, : weight.in_features].to(dtype)
 
 
-def exact(x: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    product = x.double() @ weight.dequantised().double().T
-    return product if bias is None else product + bias.double()
-
-
 @pytest.mark.parametrize(
     ("in_features", "out_features"), [(1, 1), (3, 5), (64, 64), (97, 203), (576, 192), (1536, 65), (131, 640)]
 )
@@ -29,7 +25,7 @@ def test_inputs_that_fit_into_8_bits_are_multiplied_exactly(
 ) -> None:
     weight = pack_int8(torch.randn(out_features, in_features) / in_features**0.5)
     x = on_the_grid(rows, weight, dtype)
-    assert_close(native.int8_linear(x, weight), exact(x, weight))
+    assert_close(native.int8_linear(x, weight), linear(x, weight.dequantised()))
 
 
 def test_other_inputs_are_off_by_half_a_step_at_most(cpu_path: str, dtype: torch.dtype) -> None:
@@ -37,7 +33,7 @@ def test_other_inputs_are_off_by_half_a_step_at_most(cpu_path: str, dtype: torch
     x = torch.randn(40, 576).to(dtype)
     steps = x.view(40, 3, 192).double().abs().amax(dim=2) / 127
     weights = weight.dequantised().double().view(100, 3, 192).abs().sum(dim=2)
-    wanted = exact(x, weight)
+    wanted = linear(x, weight.dequantised())
     rounding = wanted.abs() * torch.finfo(dtype).eps + 1e-3
     assert ((native.int8_linear(x, weight).double() - wanted).abs() <= steps @ weights.T / 2 + rounding).all()
 
@@ -45,19 +41,19 @@ def test_other_inputs_are_off_by_half_a_step_at_most(cpu_path: str, dtype: torch
 def test_extremes_of_both_sides_do_not_saturate(cpu_path: str, dtype: torch.dtype) -> None:
     weight = pack_int8(torch.cat([torch.full((64, 384), -1 / 384), torch.full((64, 384), 1 / 384)]))
     x = torch.cat([torch.ones(5, 384), -torch.ones(5, 384)]).to(dtype)
-    assert_close(native.int8_linear(x, weight), exact(x, weight))
+    assert_close(native.int8_linear(x, weight), int8_linear(x, weight))
 
 
 def test_bias_is_added(cpu_path: str, dtype: torch.dtype) -> None:
     weight, bias = pack_int8(torch.randn(70, 128) / 12), torch.randn(70)
     x = on_the_grid(9, weight, dtype)
-    assert_close(native.int8_linear(x, weight, bias), exact(x, weight, bias))
+    assert_close(native.int8_linear(x, weight, bias), int8_linear(x, weight, bias))
 
 
 def test_rows_may_lie_apart(cpu_path: str, dtype: torch.dtype) -> None:
     weight = pack_int8(torch.randn(64, 100) / 10)
     x = on_the_grid(9, weight, dtype).repeat(1, 3)[:, 100:200]
-    assert_close(native.int8_linear(x, weight), exact(x, weight))
+    assert_close(native.int8_linear(x, weight), int8_linear(x, weight))
 
 
 def test_zeros_give_the_bias(cpu_path: str, dtype: torch.dtype) -> None:

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from manylora.kernels import native
+from manylora.kernels.batch import AttentionOptions
+from manylora.kernels.reference import attention
 from tests.kernels.tolerance import assert_close, assert_same_bits
 
 
@@ -57,23 +59,10 @@ class AttentionCase:
         return out
 
     def expected(self) -> torch.Tensor:
-        """The definition, one sequence after the other, in float64."""
-        outs = []
-        start = 0
-        for s, (n, length) in enumerate(self.sequences):
-            q = self.q[start : start + n].double()
-            start += n
-            group = self.heads // self.kv_heads
-            k = self.keys[s].double().repeat_interleave(group, dim=1)
-            v = self.values[s].double().repeat_interleave(group, dim=1)
-            scores = torch.einsum("ihd,jhd->hij", q, k) * self.scale
-            if self.softcap:
-                scores = self.softcap * torch.tanh(scores / self.softcap)
-            i, j = torch.arange(length - n, length)[:, None], torch.arange(length)
-            hidden = (j > i) if not self.window else (j > i) | (i - j >= self.window)
-            weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
-            outs.append(torch.einsum("hij,jhd->ihd", weights, v))
-        return torch.cat(outs)
+        """The specification, one sequence after the other."""
+        queries = torch.split(self.q, [n for n, _ in self.sequences])
+        options = AttentionOptions(self.scale, self.window, self.softcap)
+        return torch.cat([attention(*each, options) for each in zip(queries, self.keys, self.values, strict=True)])
 
 
 @pytest.mark.parametrize("head_dim", [1, 7, 33, 64, 80, 96, 128, 256])

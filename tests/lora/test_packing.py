@@ -71,7 +71,7 @@ def test_deltas_are_those_of_peft(architecture: str, case: str, tiny_model_dir: 
         delta = add_lora(torch.zeros(len(identity), pair.b.shape[1]), identity, [pair], [0] * len(identity))
         # PEFT gives a linear's as [out, in]; an embedding's and a Conv1D's as [in, out].
         is_turned = is_embedding or getattr(layer, "fan_in_fan_out", False)
-        torch.testing.assert_close(delta, expected if is_turned else expected.T, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(delta.float(), expected if is_turned else expected.T, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from manylora.kernels.cpu import cpu_multiplies
 from manylora.kernels.interface import SiteGroup
 from manylora.kernels.rows import group_rows
 from manylora.kernels.torch_lora import TorchKernel
@@ -99,7 +100,7 @@ def test_a_term_that_kernels_do_not_know_changes_nothing_for_those_they_do(place
     rows = group_rows(np.array(slots, dtype=np.int32), memory.touches, torch.device("cpu"))
     assert rows is not None
     assert rows.touched == [True, True, True]
-    plan = TorchKernel().plan(rows, memory)
+    plan = TorchKernel(cpu_multiplies, sums_in_bags=True).plan(rows, memory)
     for site, (_, width) in SHAPES.items():
         out = torch.zeros(2, width)
         plan.add_(out, x[:1].expand(2, -1).contiguous(), SiteGroup(site, (0, width), torch.tensor([0, width])))

@@ -1,6 +1,7 @@
 """Which prompts the torch kernels multiply at once, by the operations that they run."""
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from manylora.kernels.cpu import cpu_multiplies
 from manylora.kernels.rows import group_rows
-from manylora.kernels.torch_lora import MAX_GROUP, MAX_GROUP_ROWS, TorchKernel
+from manylora.kernels.torch_lora import MAX_GROUP, MAX_GROUP_ROWS
 from manylora.lora.memory.device_memory import DeviceMemory
 from manylora.lora.memory.packing import PackedAdapter
+from tests.engine.harness import TORCH
 from tests.kernels.tolerance import assert_same_bits
 from tests.lora.test_torch_kernel import Fleet
 
@@ -45,7 +47,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def make(ranks: Sequence[int], dtype: torch.dtype = torch.float32) -> Fleet:
-    return Fleet(TorchKernel(), (OUT,), [{0: rank} for rank in ranks], in_features=IN, dtype=dtype)
+    return Fleet(TORCH.lora, (OUT,), [{0: rank} for rank in ranks], in_features=IN, dtype=dtype)
 
 
 def prompts(fleet: Fleet, order: Sequence[int], rows: int) -> list[int]:
@@ -86,7 +88,7 @@ def test_twice_the_rank_is_small_in_half_the_bits(rank: int, dtype: torch.dtype)
 
 
 def test_every_module_of_a_layout_goes_by_its_own_rank() -> None:
-    made = Fleet(TorchKernel(), (OUT, OUT), [{0: 8, 1: 64}] * 3, in_features=IN)
+    made = Fleet(TORCH.lora, (OUT, OUT), [{0: 8, 1: 64}] * 3, in_features=IN)
     row_slots = prompts(made, (2, 0, 1), 12)
     assert run(made, row_slots).multiplications == len(row_slots) * (3 * 8 + 64) * (IN + OUT)
 
@@ -109,7 +111,7 @@ def test_rows_between_prompts_of_a_group_are_right() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("places_per_slab", [1, 32])
 def test_adapters_that_are_not_finite_stay_out_of_every_group(value: float, places_per_slab: int) -> None:
-    kernel = TorchKernel()
+    kernel = copy(TORCH.lora)
     kernel.places_per_slab = places_per_slab
     made = Fleet(kernel, (OUT,), [{0: 8}] * 16, in_features=IN)
     row_slots = [*prompts(made, SHUFFLED, 9), -1]
@@ -130,7 +132,7 @@ def test_adapters_that_are_not_finite_stay_out_of_every_group(value: float, plac
 def test_a_step_moves_nothing_to_the_device_layer_by_layer() -> None:
     made = make([8] * 3)
     device = torch.device("meta")
-    memory = DeviceMemory(1, 6, device)
+    memory = DeviceMemory(1, 6, device, lambda numel, dtype: torch.empty(numel, dtype=dtype, device=device))
     for place in made.memory.places.values():
         slab = made.memory.slabs[place.slab]
         if place.slab not in memory.slabs:

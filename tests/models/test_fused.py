@@ -12,71 +12,73 @@ from transformers import GraniteConfig, GraniteForCausalLM, PreTrainedModel
 
 from manylora.errors import ModelUnusable
 from manylora.kernels import native
-from manylora.kernels.batch import ForwardContext
+from manylora.kernels.batch import AttentionOptions, ForwardContext
 from manylora.kernels.interface import SiteGroup
-from manylora.kernels.matmul import MatmulFactory, factory, int8, packed, paneled
-from manylora.kernels.native_lora import NativeKernel
+from manylora.kernels.matmul import MatmulFactory, int8, packed, paneled
 from manylora.kernels.rows import group_rows
-from manylora.kernels.torch_lora import TorchKernel
 from manylora.lora.memory.device_memory import DTYPE_CODES, DeviceMemory, TableEntry
 from manylora.models import fused
-from manylora.models.attention import AttentionOptions
+from manylora.models.backends import Backend
 from manylora.models.kv_cache import KVCache, KVShape
 from manylora.models.layers import LayerKernel, LayerParts, Norm
-from manylora.models.linear import AdaptedLinear
+from manylora.models.linear import AdaptedLinear, KeptLinear
 from manylora.models.native_layers import NativeLayers
 from manylora.models.selfcheck import SelfCheck, single_sequence
-from manylora.models.torch_layers import TorchLayers
 from manylora.models.wrapping import WrappedModel, wrap
-from tests.engine.harness import load
+from tests.engine.harness import BACKENDS, load
 from tests.tiny_models import make_tiny_model
 
 S = TypeVar("S")
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(params=["native", "torch"])
-def kind(request: pytest.FixtureRequest) -> str:
-    if request.param == "native" and not native.is_available():
+@pytest.fixture(params=["fused", "torch"])
+def backend(request: pytest.FixtureRequest) -> Backend:
+    if request.param not in BACKENDS:
         pytest.skip("the C++ kernels are not installed")
-    return str(request.param)
+    return BACKENDS[request.param]
 
 
-def wrapped(model: PreTrainedModel, kind: str) -> tuple[WrappedModel, KVCache]:
-    ours = wrap(model, factory(use_native=kind == "native"))
-    cache = KVCache(ours.survey.kv_shapes, 8, 4, model.dtype, torch.device("cpu"))
-    ours.attach_cache(cache, use_native=kind == "native")
+def wrapped(model: PreTrainedModel, backend: Backend) -> tuple[WrappedModel, KVCache]:
+    ours = wrap(model, backend)
+    cache = KVCache(ours.survey.kv_shapes, 8, 4, model.dtype, CPU)
+    ours.attach_cache(cache)
     return ours, cache
-
-
-def candidates(ours: WrappedModel, cache: KVCache, kind: str) -> dict[str, nn.Module]:
-    if kind == "native":
-        return fused.candidates(ours, cache, NativeLayers())
-    return fused.candidates(ours, cache, TorchLayers())
-
-
-def self_check(ours: WrappedModel, cache: KVCache, kind: str) -> SelfCheck:
-    return SelfCheck(ours, cache, NativeKernel() if kind == "native" else TorchKernel())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2"])
 def test_usual_layers_are_fused_and_compute_the_same(
-    architecture: str, dtype: torch.dtype, kind: str, tmp_path: Path
+    architecture: str, dtype: torch.dtype, backend: Backend, tmp_path: Path
 ) -> None:
-    ours, cache = wrapped(load(make_tiny_model(architecture, tmp_path)).to(dtype), kind)
-    check = self_check(ours, cache, kind)
-    proven = check.proven(candidates(ours, cache, kind))
+    ours, cache = wrapped(load(make_tiny_model(architecture, tmp_path)).to(dtype), backend)
+    check = SelfCheck(ours, cache)
+    proven = check.proven(fused.candidates(ours, cache))
     assert len(proven) == len(cache.keys)
     fused.exchange(ours, proven)
     check.check()
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "gemma3", "qwen3", "phi3", "gpt2", "gpt_neox"])
-def test_other_layers_are_left_alone(architecture: str, kind: str, tmp_path: Path) -> None:
-    ours, cache = wrapped(load(make_tiny_model(architecture, tmp_path)), kind)
-    assert candidates(ours, cache, kind) == {}
-    self_check(ours, cache, kind).check()
+def test_other_layers_are_left_alone(architecture: str, backend: Backend, tmp_path: Path) -> None:
+    ours, cache = wrapped(load(make_tiny_model(architecture, tmp_path)), backend)
+    assert fused.candidates(ours, cache) == {}
+    SelfCheck(ours, cache).check()
+
+
+def test_a_layer_with_a_linear_that_computes_in_its_own_way_is_left_alone_by_the_cpp_kernels(
+    backend: Backend, tmp_path: Path
+) -> None:
+    ours, cache = wrapped(load(make_tiny_model("llama", tmp_path)), backend)
+    path = "model.layers.0.mlp.down_proj"
+    ours_down = ours.model.get_submodule(path)
+    assert isinstance(ours_down, AdaptedLinear)
+    own = nn.Linear(ours_down.in_features, ours_down.out_features, bias=False)
+    kept = KeptLinear(own, ours_down.group, ours.context, in_features=own.in_features, on_logit_rows=False)
+    ours.model.set_submodule(path, kept)
+    runs_it = not isinstance(backend.layers, NativeLayers)
+    assert ("model.layers.0" in fused.candidates(ours, cache)) is runs_it
+    assert "model.layers.1" in fused.candidates(ours, cache)
 
 
 @pytest.mark.parametrize("matmul", [paneled, packed, int8])
@@ -87,11 +89,11 @@ def test_layer_in_cpp_is_its_operators_one_after_the_other(matmul: MatmulFactory
     outputs = []
     for is_fused in (False, True):
         torch.manual_seed(0)
-        ours = wrap(load(make_tiny_model("qwen2", tmp_path)), matmul)
-        cache = KVCache(ours.survey.kv_shapes, 8, 4, torch.float32, torch.device("cpu"))
-        ours.attach_cache(cache, use_native=True)
+        ours, cache = wrapped(load(make_tiny_model("qwen2", tmp_path)), replace(BACKENDS["fused"], matmul=matmul))
         if is_fused:
-            fused.exchange(ours, fused.candidates(ours, cache, NativeLayers()))
+            found = fused.candidates(ours, cache)
+            assert len(found) == len(cache.keys)
+            fused.exchange(ours, found)
         outputs.append(run_with_adapter(ours, cache))
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-4)
 
@@ -115,7 +117,7 @@ def run_with_adapter(ours: WrappedModel, cache: KVCache) -> torch.Tensor:
     rows = group_rows(np.array([-1] * 4 + [1] * 5 + [-1] * 3, dtype=np.int32), memory.ranks, torch.device("cpu"))
     assert rows is not None
     batch = single_sequence(torch.arange(12), 0, cache)
-    ours.context.batch = replace(batch, lora=NativeKernel().plan(rows, memory))
+    ours.context.batch = replace(batch, lora=ours.backend.lora.plan(rows, memory))
     with torch.inference_mode():
         logits: torch.Tensor = ours.model(
             input_ids=batch.token_ids[None], position_ids=batch.positions[None], use_cache=False
@@ -155,14 +157,16 @@ def test_partial_rotary_embedding_agrees(start: int) -> None:
     def run(kernel: LayerKernel[S]) -> list[torch.Tensor]:
         keys, values = (cache.clone() for cache in past)
         residual = given.clone()
-        kernel.layer(parts, keys, values)(residual, kernel.begin(cos, sin, batch))
+        layer = kernel.layer(parts, keys, values)
+        assert layer is not None
+        layer(residual, kernel.begin(cos, sin, batch))
         return [residual, keys, values]
 
-    for theirs, ours in zip(run(NativeLayers()), run(TorchLayers()), strict=True):
+    for theirs, ours in zip(run(BACKENDS["fused"].layers), run(BACKENDS["torch"].layers), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_layer_that_only_looks_usual_goes_back_to_its_own(kind: str) -> None:
+def test_layer_that_only_looks_usual_goes_back_to_its_own(backend: Backend) -> None:
     config = GraniteConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, residual_multiplier=0.3, embedding_multiplier=12.0, pad_token_id=0,
@@ -173,8 +177,8 @@ def test_layer_that_only_looks_usual_goes_back_to_its_own(kind: str) -> None:
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(torch.randn_like(weight) * 0.2)
-    ours, cache = wrapped(model, kind)
-    found, check = candidates(ours, cache, kind), self_check(ours, cache, kind)
+    ours, cache = wrapped(model, backend)
+    found, check = fused.candidates(ours, cache), SelfCheck(ours, cache)
     assert len(found) == 2
     assert check.proven(found) == {}
     check.check()

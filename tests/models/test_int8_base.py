@@ -1,5 +1,6 @@
 """The base with its linears rounded to 8 bits: the same model but for the rounding, and adapters beside it exact."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,32 +8,37 @@ import torch
 
 from manylora.errors import ModelUnusable
 from manylora.kernels import native
-from manylora.kernels.matmul import BaseMatmul, factory, int8
-from manylora.kernels.native_lora import NativeKernel
+from manylora.kernels.matmul import BaseMatmul, int8
+from manylora.kernels.weights import FORMATS
 from manylora.models import fused
+from manylora.models.backends import choose
 from manylora.models.kv_cache import KVCache
-from manylora.models.native_layers import NativeLayers
 from manylora.models.selfcheck import SelfCheck
 from manylora.models.wrapping import wrap
+from manylora.settings import Settings
 from tests.engine.harness import load
 from tests.kernels.lora_case import make_case
 from tests.tiny_models import make_tiny_model
 
-pytestmark = pytest.mark.skipif(not native.is_available(), reason="the C++ kernels are not installed")
+if not native.is_available():
+    pytest.skip("the C++ kernels are not installed", allow_module_level=True)
+
+INT8 = choose(Settings(device="cpu", quantization="int8"))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "phi3", "gpt2", "gemma2"])
 def test_rounded_model_differs_from_the_whole_one_by_its_rounding_only(architecture: str, tmp_path: Path) -> None:
-    ours = wrap(load(make_tiny_model(architecture, tmp_path)), factory("int8", use_native=True))
+    ours = wrap(load(make_tiny_model(architecture, tmp_path)), INT8)
     cache = KVCache(ours.survey.kv_shapes, 8, 4, torch.float32, torch.device("cpu"))
-    ours.attach_cache(cache, use_native=True)
-    rounded = SelfCheck(ours, cache, NativeKernel(), is_int8=True)
-    fused.exchange(ours, rounded.proven(fused.candidates(ours, cache, NativeLayers())))
+    ours.attach_cache(cache)
+    rounded = SelfCheck(ours, cache)
+    fused.exchange(ours, rounded.proven(fused.candidates(ours, cache)))
 
     rounded.check()
 
+    ours.backend = replace(INT8, format=FORMATS["none"])
     with pytest.raises(ModelUnusable, match="logits differ"):
-        SelfCheck(ours, cache, NativeKernel()).check()
+        SelfCheck(ours, cache).check()
 
 
 def test_a_rounded_linear_that_computes_something_else_is_named(tmp_path: Path) -> None:
@@ -40,13 +46,13 @@ def test_a_rounded_linear_that_computes_something_else_is_named(tmp_path: Path) 
         return int8(weight.roll(1, 0) if weight.shape == (64, 96) else weight, bias)
 
     with pytest.raises(ModelUnusable, match=r"layers\.0\.mlp\.down_proj cannot be kept in int8"):
-        wrap(load(make_tiny_model("llama", tmp_path)), mistaken)
+        wrap(load(make_tiny_model("llama", tmp_path)), replace(INT8, matmul=mistaken))
 
 
 def test_an_adapters_delta_is_made_from_the_input_as_it_was() -> None:
     case = make_case(torch.float32, [16], in_features=96, widths=(64,), rows=5, popularity="identical")
     weight = torch.randn(64, 96) / 10
-    base = factory("int8", use_native=True)(weight, None)(case.x)
+    base = INT8.matmul(weight, None)(case.x)
     out = base.clone()
     native.add_lora_(out, case.x, *case.arguments())
 

@@ -23,14 +23,12 @@ from transformers import (
 )
 
 from manylora.errors import InvalidSettings, ModelUnusable, NotEnoughMemory
+from manylora.models.backends import has_bfloat16, select_device, select_dtype
 from manylora.models.loading import (
     GenerationDefaults,
     base_name,
-    has_bfloat16,
     load_base,
     resolve_model,
-    select_device,
-    select_dtype,
 )
 from manylora.settings import Settings
 from tests.conftest import ModelMaker

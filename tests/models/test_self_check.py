@@ -11,16 +11,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from manylora.engine.build import EngineBuilder
 from manylora.errors import InvalidSettings, ModelUnusable
 from manylora.kernels import native
-from manylora.kernels.matmul import factory
-from manylora.kernels.torch_lora import TorchKernel
+from manylora.kernels.torch_attention import hidden_from
 from manylora.models import fused
 from manylora.models.kv_cache import KVCache
 from manylora.models.loading import load_base
-from manylora.models.masks import hidden_from, window_of
+from manylora.models.masks import window_of
 from manylora.models.positions import batch_limit, position_limit, probe_starts
 from manylora.models.selfcheck import SelfCheck
-from manylora.models.torch_layers import TorchLayers
 from manylora.models.wrapping import WrappedModel, wrap
+from tests.engine.harness import TORCH
 from tests.models.front_door import make_adapters, settings_for, start, try_model, try_type
 from tests.models.zoo import CHUNK, ORIGINAL, WINDOW, make_zoo_model, tiny_config
 
@@ -34,10 +33,10 @@ def load(folder: Path) -> PreTrainedModel:
 
 
 def checked(model: PreTrainedModel) -> tuple[WrappedModel, KVCache, SelfCheck]:
-    wrapped = wrap(model, factory(), context_length=128)
+    wrapped = wrap(model, TORCH, context_length=128)
     cache = KVCache(wrapped.survey.kv_shapes, 64, 4, torch.float32, CPU)
-    wrapped.attach_cache(cache, use_native=False)
-    return wrapped, cache, SelfCheck(wrapped, cache, TorchKernel())
+    wrapped.attach_cache(cache)
+    return wrapped, cache, SelfCheck(wrapped, cache)
 
 
 def scaled_ministral(folder: Path) -> Path:
@@ -48,7 +47,7 @@ def scaled_ministral(folder: Path) -> Path:
 
 def test_queries_that_grow_with_the_position_keep_their_layers(tmp_path: Path) -> None:
     wrapped, cache, check = checked(load(scaled_ministral(tmp_path / "base")))
-    candidates = fused.candidates(wrapped, cache, TorchLayers())
+    candidates = fused.candidates(wrapped, cache)
 
     assert {probe.start for probe in wrapped.survey.probes} == {0, ORIGINAL - 6, 128 - 12}
     assert len(candidates) == 2
@@ -64,7 +63,7 @@ def test_queries_that_grow_with_the_position_are_served(kernels: str, tmp_path: 
 
 def test_layers_without_rotary_embedding_keep_theirs_and_the_others_are_fused(tmp_path: Path) -> None:
     wrapped, cache, check = checked(load(make_zoo_model("smollm3", tmp_path / "base")))
-    candidates = fused.candidates(wrapped, cache, TorchLayers())
+    candidates = fused.candidates(wrapped, cache)
 
     assert list(candidates) == ["model.layers.0", "model.layers.1"]
     assert list(check.proven(candidates)) == ["model.layers.0"]
@@ -76,11 +75,11 @@ def test_a_fused_layer_with_another_activation_epsilon_or_scale_is_not_taken(
 ) -> None:
     """On untouched random weights, where the whole model's logits hardly move."""
     model = AutoModelForCausalLM.from_config(tiny_config("llama"), dtype=dtype).eval()
-    wrapped = wrap(model, factory(), context_length=128)
+    wrapped = wrap(model, TORCH, context_length=128)
     cache = KVCache(wrapped.survey.kv_shapes, 64, 4, dtype, CPU)
-    wrapped.attach_cache(cache, use_native=False)
-    check = SelfCheck(wrapped, cache, TorchKernel())
-    good = fused.candidates(wrapped, cache, TorchLayers())
+    wrapped.attach_cache(cache)
+    check = SelfCheck(wrapped, cache)
+    good = fused.candidates(wrapped, cache)
     for layer in model.model.layers:
         layer.self_attn.register_forward_hook(lambda _m, _a, out: (out[0] * 0.8, *out[1:]))
 
@@ -90,7 +89,7 @@ def test_a_fused_layer_with_another_activation_epsilon_or_scale_is_not_taken(
 def test_a_window_that_only_the_mask_has_is_attended_by(tmp_path: Path) -> None:
     folder = make_zoo_model("qwen2_moe", tmp_path / "base")
 
-    options = wrap(load(folder), factory()).survey.options
+    options = wrap(load(folder), TORCH).survey.options
 
     assert [each.window for each in options] == [WINDOW, 0]
     assert try_model(folder, make_adapters(folder)).kind == "served"
@@ -109,7 +108,7 @@ def test_attention_in_chunks_is_served_up_to_the_first_chunks_end(tmp_path: Path
     assert position_limit(load(folder).config) == CHUNK
     assert try_model(folder, make_adapters(folder)).kind == "served"
     with pytest.raises(ModelUnusable, match="in a way of its own"):
-        wrap(load(folder), factory(), context_length=4 * CHUNK)
+        wrap(load(folder), TORCH, context_length=4 * CHUNK)
 
 
 def test_queries_that_grow_with_the_cache_are_served_as_long_as_they_do_not(tmp_path: Path) -> None:
@@ -144,7 +143,7 @@ def test_a_model_that_cannot_be_served_is_refused_by_the_parts_name(
     assert outcome.kind == "refused"
     assert "\n" not in outcome.detail
     with pytest.raises(ModelUnusable, match=reason):
-        wrap(load(tmp_path / "base"), factory())
+        wrap(load(tmp_path / "base"), TORCH)
 
 
 @pytest.mark.parametrize("kernels", ["auto", "torch"])
@@ -178,7 +177,7 @@ def test_good_models_pass_in_every_number_format(how: dict[str, str], model_type
 
 
 def test_linears_on_the_wanted_rows_only_are_told_from_the_others(tmp_path: Path) -> None:
-    found = wrap(load(make_zoo_model("modernbert-decoder", tmp_path / "base")), factory()).survey
+    found = wrap(load(make_zoo_model("modernbert-decoder", tmp_path / "base")), TORCH).survey
 
     assert found.on_logit_rows == {"lm_head.dense", "decoder"}
 
@@ -195,7 +194,7 @@ def test_whatever_a_models_code_raises_is_a_refusal_in_one_line_that_names_the_p
     model.model.layers[1].mlp = _Odd()
 
     with pytest.raises(ModelUnusable) as caught:
-        wrap(model, factory())
+        wrap(model, TORCH)
 
     assert str(caught.value) == (
         "LlamaForCausalLM cannot be served: while it was looked at, in model.layers.1.mlp (_Odd), its code raised "

@@ -1,4 +1,4 @@
-// The operators' schemas. Semantics: server/manylora/kernels/native.py.
+// The operators' schemas. See server/manylora/kernels/native.py.
 
 #include "kernels.h"
 #include "operators.h"
@@ -25,6 +25,12 @@ at::Tensor int8_linear_alone(const at::Tensor& x, const at::Tensor& packed, cons
   return int8_linear(x, packed, scales, group_sums, bias, group_size, Soon{});
 }
 
+std::vector<std::string> lora_entry_fields() {
+  std::vector<std::string> names;
+  for (const LoraEntryField& field : kLoraEntryFields) names.push_back(field.name);
+  return names;
+}
+
 std::string cpu_path() { return kernels().name; }
 bool has_cpu_path(c10::string_view name) { return is_path_available(std::string(name).c_str()); }
 
@@ -34,6 +40,7 @@ TORCH_LIBRARY(manylora, m) {
   m.def("set_cpu_path(str name) -> ()", set_cpu_path);
   m.def("cpu_path() -> str", cpu_path);
   m.def("has_cpu_path(str name) -> bool", has_cpu_path);
+  m.def("lora_entry_fields() -> str[]", lora_entry_fields);
   m.def("place_threads(int[] cpus, bool apart) -> ()", place_threads);
   m.def("thread_times(int[] cpus) -> (int, int)", thread_times);
   m.def(

@@ -9,11 +9,14 @@ namespace manylora {
 namespace {
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
 bool has_avx2_vnni() { return has_avx2() && __builtin_cpu_supports("avxvnni"); }
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni");
 }
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #else
@@ -25,7 +28,7 @@ bool has_avx512_bf16() { return false; }
 bool always() { return true; }
 
 #if ML_EMULATE
-constexpr bool kEmulates = true;  // a path that the CPU lacks runs on AVX2, for tests: see emulate.h
+constexpr bool kEmulates = true;  // a path that the CPU lacks runs on AVX2, for tests: see paths/emulate.h
 #else
 constexpr bool kEmulates = false;
 #endif
@@ -34,9 +37,13 @@ struct Path {
   const Kernels* (*table)();
   bool (*is_supported)();
 };
-constexpr Path kPaths[] = {  // best first
-    {avx512_bf16_kernels, has_avx512_bf16}, {avx512_kernels, has_avx512}, {avx2_vnni_kernels, has_avx2_vnni},
-    {avx2_kernels, has_avx2},               {portable_kernels, always},
+constexpr Path kPaths[] = {
+    // best first
+    {avx512_bf16_kernels, has_avx512_bf16},
+    {avx512_kernels, has_avx512},
+    {avx2_vnni_kernels, has_avx2_vnni},
+    {avx2_kernels, has_avx2},
+    {portable_kernels, always},
 };
 
 const Kernels* find(const char* name) {

@@ -17,19 +17,43 @@ struct Rows {
   int64_t stride;
 };
 
-// What a slot holds for one module: an entry of the low-rank tables, int64 fields in the order of `TableEntry` in
-// lora/memory/device_memory.py. Where the rank is 0, nothing else is read.
-struct LoraEntry {
-  int64_t a, b;    // addresses of A [rank, in_features] and B [rank, width]
-  int64_t rank;
-  int64_t scales;  // address of float32 [rank], by which A x is multiplied, or 0
-  int64_t dtype;   // DType of A and B
-  int64_t in_features, width;
-};
-constexpr int64_t kLoraEntryFields = 7;
-static_assert(sizeof(LoraEntry) == kLoraEntryFields * sizeof(int64_t));
+// What a slot holds for one module: an entry of the low-rank tables, whose int64 fields are these in this order.
+// `TableEntry` of lora/memory/device_memory.py has the same. Where the rank is 0, nothing else is read.
+#define ML_LORA_ENTRY(FIELD)                                                      \
+  FIELD(a) /* address of A [rank, in_features] */                                 \
+  FIELD(b) /* address of B [rank, out_features] */                                \
+  FIELD(rank)                                                                     \
+  FIELD(scales) /* address of float32 [rank], by which A x is multiplied, or 0 */ \
+  FIELD(dtype)  /* DType of A and B */                                            \
+  FIELD(in_features)                                                              \
+  FIELD(out_features)
 
-// See `add_lora_` in kernels/native.py for the semantics of the fields.
+struct LoraEntry {
+#define ML_FIELD(name) int64_t name;
+  ML_LORA_ENTRY(ML_FIELD)
+#undef ML_FIELD
+};
+
+struct LoraEntryField {
+  const char* name;
+  size_t offset;
+};
+constexpr LoraEntryField kLoraEntryFields[] = {
+#define ML_FIELD(name) {#name, offsetof(LoraEntry, name)},
+    ML_LORA_ENTRY(ML_FIELD)
+#undef ML_FIELD
+};
+constexpr int64_t kNumLoraEntryFields = sizeof kLoraEntryFields / sizeof kLoraEntryFields[0];
+
+constexpr bool lie_side_by_side(const LoraEntryField* fields, int64_t count) {
+  for (int64_t i = 0; i < count; ++i)
+    if (fields[i].offset != i * sizeof(int64_t)) return false;
+  return true;
+}
+static_assert(sizeof(LoraEntry) == kNumLoraEntryFields * sizeof(int64_t));
+static_assert(lie_side_by_side(kLoraEntryFields, kNumLoraEntryFields));
+
+// See `add_lora_` in kernels/native.py for what the fields are.
 struct LoraArgs {
   DType dtype;
   Rows<void*> out;
@@ -109,7 +133,7 @@ constexpr int64_t kPanelWidth = 64;
 constexpr int64_t kBf16Depth = 2;  // float32 and float16: 1
 constexpr int64_t kInt8Depth = 4;
 
-// What is read soon after an operator, to be asked for meanwhile: see soon.h.
+// What is read soon after an operator, to be asked for meanwhile: see paths/soon.h.
 struct MemoryRange {
   const char* end;   // on a line's border
   int64_t end_line;  // lines of 64 bytes up to there, those of the ranges before included
@@ -135,11 +159,11 @@ struct Int8LinearArgs {
   Rows<void*> out;
   Rows<const void*> x;
   const int8_t* packed;
-  const float* scales;       // [N]
-  const int32_t* group_sums; // [num_groups, N rounded up to 64]: sum of the group's weights per channel
-  const float* bias;         // [N] or null
-  void* quantised;           // scratch [num_rows, K rounded up to 4] of 2 bytes: x in steps of its group's scale
-  float* row_scales;         // scratch [num_rows, num_groups]
+  const float* scales;        // [N]
+  const int32_t* group_sums;  // [num_groups, N rounded up to 64]: sum of the group's weights per channel
+  const float* bias;          // [N] or null
+  void* quantised;            // scratch [num_rows, K rounded up to 4] of 2 bytes: x in steps of its group's scale
+  float* row_scales;          // scratch [num_rows, num_groups]
   int64_t num_rows, in_features, out_features, group_size;
   Soon soon;
 };
@@ -169,8 +193,8 @@ void select_path(const char* name);
 bool is_path_available(const char* name);
 
 // Runs task(context, i, next) for every i in [0, count), on at most `threads` threads of torch's pool, each taking one
-// when it is free: a worker that wakes late or shares its core costs no more than its own share. `next` is what the same
-// thread will do after i, count or more if nothing.
+// when it is free: a worker that wakes late or shares its core costs no more than its own share. `next` is what the
+// same thread will do after i, count or more if nothing.
 using Task = void (*)(void* context, int64_t index, int64_t next);
 void run_tasks(int64_t count, int64_t threads, Task task, void* context);
 int64_t num_threads();

@@ -1,9 +1,9 @@
 // A decoder layer of the usual shape as one call: its operators follow each other without going back to Python, which
-// for a few rows costs as much as they do. Semantics: server/manylora/models/native_layers.py.
+// for a few rows costs as much as they do. See server/manylora/models/native_layers.py.
 
 #include "operators.h"
+#include "weights.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/record_function.h>
 #include <torch/custom_class.h>
@@ -17,15 +17,11 @@ namespace manylora {
 namespace {
 
 using at::Tensor;
-using MaybeTensor = std::optional<Tensor>;
 
 // With fewer rows a matmul waits for its own weights and has no time to ask for others.
 constexpr int64_t kMinRowsToAsk = 8;
 // About what the second caches hold beside what is at work.
 constexpr int64_t kLinesToAskPerThread = 768 * 1024 / 64;
-
-// Named like the operator called alone, so that a profile reads the same either way.
-#define ML_PROFILED(name) RECORD_FUNCTION("manylora::" name, c10::ArrayRef<const c10::IValue>{})
 
 // What the layers of one step share.
 struct Step : torch::CustomClassHolder {
@@ -37,8 +33,9 @@ struct Step : torch::CustomClassHolder {
     TORCH_CHECK_VALUE(touched.scalar_type() == at::kBool && touched.is_contiguous() && touched.dim() == 1 &&
                           tables.dim() == 3 && touched.numel() == tables.size(0),
                       "touched must be a bool for each site of tables");
-    TORCH_CHECK_VALUE(tables.scalar_type() == at::kLong && tables.is_contiguous() && tables.size(2) == kLoraEntryFields,
-                      "tables must be contiguous int64 [sites, slots, ", kLoraEntryFields, "]");
+    TORCH_CHECK_VALUE(
+        tables.scalar_type() == at::kLong && tables.is_contiguous() && tables.size(2) == kNumLoraEntryFields,
+        "tables must be contiguous int64 [sites, slots, ", kNumLoraEntryFields, "]");
     check_segments(order, segment_slots, segment_starts, tables.size(1));
     lora_tables = std::move(tables);
     lora_order = std::move(order);
@@ -65,7 +62,7 @@ struct Step : torch::CustomClassHolder {
     std::vector<MemoryRange> ranges;
     for (int64_t unit = 0; unit < lora_segment_slots.numel() * count && num_lines < most; ++unit) {
       const LoraEntry& entry = table[unit % count * num_slots + slots[unit / count]];
-      const int64_t addresses[] = {entry.a, entry.b}, columns[] = {entry.in_features, entry.width};
+      const int64_t addresses[] = {entry.a, entry.b}, columns[] = {entry.in_features, entry.out_features};
       for (int64_t matrix = 0; matrix < 2 && entry.rank; ++matrix) {
         int64_t begin = addresses[matrix] / 64;
         int64_t end = addresses[matrix] + entry.rank * columns[matrix] * kElementSizes[entry.dtype];
@@ -81,15 +78,11 @@ struct Step : torch::CustomClassHolder {
 };
 
 // A base matmul and the sites of the low-rank deltas that belong to it.
-struct Linear : torch::CustomClassHolder {
-  // `weight`: panels of `linear`, of `int8_linear` where there are scales, or in oneDNN's own order.
-  Linear(Tensor weight, int64_t out_features, MaybeTensor bias, MaybeTensor scales, MaybeTensor group_sums,
-         int64_t group_size, int64_t first_site, Tensor out_offsets)
-      : weight_(std::move(weight)), out_features_(out_features), bias_(std::move(bias)), scales_(std::move(scales)),
-        group_sums_(std::move(group_sums)), group_size_(group_size), first_site_(first_site),
-        out_offsets_(std::move(out_offsets)) {
-    TORCH_CHECK_VALUE(scales_.has_value() == group_sums_.has_value(), "scales and group_sums come together");
-    TORCH_CHECK_VALUE(out_offsets_.dim() == 1 && out_offsets_.numel(), "out_offsets must have one dimension and an entry");
+struct AdaptedLinear : torch::CustomClassHolder {
+  AdaptedLinear(WeightPtr weight, int64_t first_site, Tensor out_offsets)
+      : weight_(std::move(weight)), first_site_(first_site), out_offsets_(std::move(out_offsets)) {
+    TORCH_CHECK_VALUE(out_offsets_.dim() == 1 && out_offsets_.numel(),
+                      "out_offsets must have one dimension and an entry");
   }
 
   Tensor forward(const Tensor& x, const Step& step) const {
@@ -98,7 +91,8 @@ struct Linear : torch::CustomClassHolder {
     std::vector<MemoryRange> reads;
     if (is_touched && x.size(0) >= kMinRowsToAsk)
       reads = step.lora_reads(first_site_, members, kLinesToAskPerThread * num_threads());
-    Tensor out = multiply(x, reads.empty() ? Soon{} : Soon{reads.data(), int64_t(reads.size()), reads.back().end_line});
+    Tensor out =
+        weight_->multiply(x, reads.empty() ? Soon{} : Soon{reads.data(), int64_t(reads.size()), reads.back().end_line});
     if (is_touched) {
       ML_PROFILED("add_lora_");
       add_lora_(out, x, step.lora_tables.narrow(0, first_site_, members), out_offsets_, step.lora_order,
@@ -108,37 +102,17 @@ struct Linear : torch::CustomClassHolder {
   }
 
  private:
-  Tensor multiply(const Tensor& x, const Soon& soon) const {
-    if (weight_.is_mkldnn()) return multiply_by_onednn(x);
-    if (scales_) {
-      ML_PROFILED("int8_linear");
-      return int8_linear(x, weight_, *scales_, *group_sums_, bias_, group_size_, soon);
-    }
-    ML_PROFILED("linear");
-    return linear(x, weight_, out_features_, bias_, soon);
-  }
-
-  Tensor multiply_by_onednn(const Tensor& x) const {
-    using Schema = Tensor(const Tensor&, const Tensor&, const MaybeTensor&, std::string_view,
-                          c10::List<std::optional<at::Scalar>>, std::optional<std::string_view>);
-    static const auto pointwise =
-        c10::Dispatcher::singleton().findSchemaOrThrow("mkldnn::_linear_pointwise", "").typed<Schema>();
-    return pointwise.call(x, weight_, bias_, "none", c10::List<std::optional<at::Scalar>>(), "");
-  }
-
-  Tensor weight_;
-  int64_t out_features_;
-  MaybeTensor bias_, scales_, group_sums_;
-  int64_t group_size_, first_site_;
+  WeightPtr weight_;
+  int64_t first_site_;
   Tensor out_offsets_;
 };
 
-using LinearPtr = c10::intrusive_ptr<Linear>;
+using LinearPtr = c10::intrusive_ptr<AdaptedLinear>;
 
-struct DecoderLayer : torch::CustomClassHolder {
-  DecoderLayer(Tensor input_norm, double input_eps, LinearPtr qkv, LinearPtr o, Tensor mlp_norm, double mlp_eps,
-               LinearPtr gate_up, LinearPtr down, Tensor keys, Tensor values, double scale, int64_t window,
-               double softcap)
+struct FusedDecoderLayer : torch::CustomClassHolder {
+  FusedDecoderLayer(Tensor input_norm, double input_eps, LinearPtr qkv, LinearPtr o, Tensor mlp_norm, double mlp_eps,
+                    LinearPtr gate_up, LinearPtr down, Tensor keys, Tensor values, double scale, int64_t window,
+                    double softcap)
       : input_norm_(std::move(input_norm)), mlp_norm_(std::move(mlp_norm)), input_eps_(input_eps), mlp_eps_(mlp_eps),
         qkv_(std::move(qkv)), o_(std::move(o)), gate_up_(std::move(gate_up)), down_(std::move(down)),
         keys_(std::move(keys)), values_(std::move(values)), scale_(scale), window_(window), softcap_(softcap) {
@@ -183,7 +157,8 @@ struct DecoderLayer : torch::CustomClassHolder {
   Tensor turn_and_write(const Tensor& heads, int64_t num_heads, int64_t num_kv, const Step& step) const {
     ML_PROFILED("rope_write_kv");
     return rope_write_kv(heads.narrow(1, 0, num_heads), heads.narrow(1, num_heads, num_kv),
-                         heads.narrow(1, num_heads + num_kv, num_kv), step.cos, step.sin, keys_, values_, step.kv_slots);
+                         heads.narrow(1, num_heads + num_kv, num_kv), step.cos, step.sin, keys_, values_,
+                         step.kv_slots);
   }
 
   Tensor input_norm_, mlp_norm_;
@@ -201,12 +176,12 @@ TORCH_LIBRARY_FRAGMENT(manylora, m) {
   m.class_<Step>("Step")
       .def(torch::init<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>())
       .def("set_lora", &Step::set_lora);
-  m.class_<Linear>("Linear").def(
-      torch::init<Tensor, int64_t, MaybeTensor, MaybeTensor, MaybeTensor, int64_t, int64_t, Tensor>());
-  m.class_<DecoderLayer>("DecoderLayer")
+  register_weights(m);
+  m.class_<AdaptedLinear>("AdaptedLinear").def(torch::init<WeightPtr, int64_t, Tensor>());
+  m.class_<FusedDecoderLayer>("FusedDecoderLayer")
       .def(torch::init<Tensor, double, LinearPtr, LinearPtr, Tensor, double, LinearPtr, LinearPtr, Tensor, Tensor,
                        double, int64_t, double>())
-      .def("forward_", &DecoderLayer::forward_);
+      .def("forward_", &FusedDecoderLayer::forward_);
 }
 
 }  // namespace manylora

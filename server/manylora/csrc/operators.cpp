@@ -28,8 +28,8 @@ void check(const Tensor& tensor, const char* name, int64_t dim, at::ScalarType t
   TORCH_CHECK_VALUE(tensor.device().is_cpu(), name, " must be on the CPU, is on ", tensor.device());
   TORCH_CHECK_VALUE(tensor.dim() == dim, name, " must have ", dim, " dimensions, has ", tensor.dim());
   TORCH_CHECK_TYPE(tensor.scalar_type() == type, name, " must be ", type, ", is ", tensor.scalar_type());
-  TORCH_CHECK_VALUE(tensor.numel() == 0 || tensor.size(-1) == 1 || tensor.stride(-1) == 1,
-                    name, " must be contiguous in its last dimension");
+  TORCH_CHECK_VALUE(tensor.numel() == 0 || tensor.size(-1) == 1 || tensor.stride(-1) == 1, name,
+                    " must be contiguous in its last dimension");
 }
 
 template <class T>
@@ -56,9 +56,12 @@ bool are_runs(const int32_t* starts, int64_t count, int64_t end) {
   return !is_falling && starts[count] <= end;
 }
 
-CacheView cache_view(const Tensor& cache) { return {cache.data_ptr(), cache.stride(0), cache.stride(1), cache.stride(2)}; }
+CacheView cache_view(const Tensor& cache) {
+  return {cache.data_ptr(), cache.stride(0), cache.stride(1), cache.stride(2)};
+}
 
-WriteKvArgs write_kv_args(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache, const Tensor& slots) {
+WriteKvArgs write_kv_args(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
+                          const Tensor& slots) {
   check(k, "k", 3, k.scalar_type());
   check(v, "v", 3, k.scalar_type());
   check(k_cache, "k_cache", 4, k.scalar_type());
@@ -117,9 +120,10 @@ void check_entries(const LoraArgs& args) {
     int64_t width = args.out_offsets[member + 1] - args.out_offsets[member];
     for (int64_t segment = 0; segment < args.num_segments; ++segment) {
       const LoraEntry& entry = args.tables[member * args.num_slots + args.segment_slots[segment]];
-      TORCH_CHECK_VALUE(!entry.rank || (entry.rank > 0 && entry.in_features == args.in_features && entry.width == width),
-                        "the adapter in slot ", args.segment_slots[segment], " is for [", entry.in_features, "] -> [",
-                        entry.width, "], and this is [", args.in_features, "] -> [", width, "]");
+      TORCH_CHECK_VALUE(
+          !entry.rank || (entry.rank > 0 && entry.in_features == args.in_features && entry.out_features == width),
+          "the adapter in slot ", args.segment_slots[segment], " is for [", entry.in_features, "] -> [",
+          entry.out_features, "], and this is [", args.in_features, "] -> [", width, "]");
       TORCH_CHECK_VALUE(!entry.rank || are_below(&entry.dtype, 1, kNumDTypes), "an adapter's number format is unknown");
     }
   }
@@ -162,7 +166,8 @@ void check_segments(const Tensor& order, const Tensor& segment_slots, const Tens
   const int32_t* starts = indices<int32_t>(segment_starts, "segment_starts", 1);
   TORCH_CHECK_VALUE(segment_starts.numel() == segment_slots.numel() + 1,
                     "segment_starts must have one entry more than segment_slots");
-  TORCH_CHECK_INDEX(are_below(slots, segment_slots.numel(), num_slots), "segment_slots must be in [0, ", num_slots, ")");
+  TORCH_CHECK_INDEX(are_below(slots, segment_slots.numel(), num_slots), "segment_slots must be in [0, ", num_slots,
+                    ")");
   TORCH_CHECK_INDEX(are_runs(starts, segment_slots.numel(), order.numel()), "segment_starts must rise within order's ",
                     order.numel(), " entries");
 }
@@ -173,7 +178,8 @@ void add_lora_(Tensor out, const Tensor& x, const Tensor& tables, const Tensor& 
   check(out, "out", 2, x.scalar_type());
   TORCH_CHECK_VALUE(out.size(0) == x.size(0), "out and x must have the same rows");
   indices<int64_t>(tables, "tables", 3);
-  TORCH_CHECK_VALUE(tables.size(2) == kLoraEntryFields, "tables must be [members, slots, ", kLoraEntryFields, "]");
+  TORCH_CHECK_VALUE(tables.size(2) == kNumLoraEntryFields, "tables must be [members, slots, ", kNumLoraEntryFields,
+                    "]");
   TORCH_CHECK_VALUE(out_offsets.numel() == tables.size(0) + 1, "out_offsets must have one entry more than members");
   check_segments(order, segment_slots, segment_starts, tables.size(1));
   LoraArgs args{};
@@ -191,7 +197,8 @@ void add_lora_(Tensor out, const Tensor& x, const Tensor& tables, const Tensor& 
   args.num_segments = segment_slots.numel();
   TORCH_CHECK_INDEX(are_runs(args.out_offsets, args.num_members, out.size(1)),
                     "out_offsets must rise within the columns of out");
-  TORCH_CHECK_INDEX(are_below(args.order, order.numel(), x.size(0)), "order must be rows of x, in [0, ", x.size(0), ")");
+  TORCH_CHECK_INDEX(are_below(args.order, order.numel(), x.size(0)), "order must be rows of x, in [0, ", x.size(0),
+                    ")");
   check_entries(args);
   kernels().add_lora(args);
 }
@@ -251,8 +258,8 @@ Tensor add_rms_norm_(Tensor residual, const Tensor& x, const Tensor& weight, dou
 Tensor silu_and_mul(const Tensor& gate_up) { return gated(gate_up, Activation::silu); }
 Tensor gelu_tanh_and_mul(const Tensor& gate_up) { return gated(gate_up, Activation::gelu_tanh); }
 
-Tensor rope_write_kv(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos, const Tensor& sin, Tensor k_cache,
-                     Tensor v_cache, const Tensor& slots) {
+Tensor rope_write_kv(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos, const Tensor& sin,
+                     Tensor k_cache, Tensor v_cache, const Tensor& slots) {
   check(q, "q", 3, k.scalar_type());
   check(cos, "cos", 2, at::kFloat);
   check(sin, "sin", 2, at::kFloat);

@@ -1,4 +1,4 @@
-// The operators as C++ functions of tensors, their arguments checked. Semantics: server/manylora/kernels/native.py.
+// The operators as C++ functions of tensors, their arguments checked. See server/manylora/kernels/native.py.
 #pragma once
 
 #include "kernels.h"

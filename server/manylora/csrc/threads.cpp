@@ -1,4 +1,4 @@
-// On which CPUs the threads of torch's parallel regions run. Semantics: server/manylora/kernels/native.py.
+// On which CPUs the threads of torch's parallel regions run. See server/manylora/kernels/native.py.
 
 #include "operators.h"
 

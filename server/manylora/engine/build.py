@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable
 
-import psutil
 import torch
 
 from manylora.engine.async_engine import AsyncEngine
@@ -19,12 +18,6 @@ from manylora.grammars.compiler import GrammarCompiler, GrammarEvents
 from manylora.grammars.masks import MaskMaker
 from manylora.grammars.vocabulary import Vocabulary
 from manylora.identity import AdapterRef, Tier
-from manylora.kernels import native
-from manylora.kernels.interface import LoraKernel
-from manylora.kernels.matmul import factory
-from manylora.kernels.native_lora import NativeKernel
-from manylora.kernels.placement import ThreadPlacement
-from manylora.kernels.torch_lora import TorchKernel
 from manylora.log import get_logger
 from manylora.lora.format.reader import Adapter, ModuleSpec, read_trusted
 from manylora.lora.memory.device_memory import DeviceMemory
@@ -34,12 +27,11 @@ from manylora.lora.memory.slots import SlotBook
 from manylora.lora.memory.tiers import AdapterTiers, TierEvents
 from manylora.metrics import Metrics
 from manylora.models import fused
+from manylora.models.backends import free_bytes
 from manylora.models.kv_cache import KVCache, bytes_per_block
 from manylora.models.loading import LoadedBase
-from manylora.models.native_layers import NativeLayers
 from manylora.models.positions import UNSTATED_LIMIT, batch_limit, position_limit
 from manylora.models.selfcheck import SelfCheck
-from manylora.models.torch_layers import TorchLayers
 from manylora.models.wrapping import WrappedModel, wrap
 from manylora.settings import Settings
 
@@ -99,12 +91,11 @@ class EngineBuilder:
         self.base = base
         if settings.num_threads:
             torch.set_num_threads(settings.num_threads)
-        self.device = next(base.model.parameters()).device
+        self.backend = base.backend
+        self.device = base.backend.device
         self.dtype: torch.dtype = base.model.dtype
-        self._use_native = settings.kernels == "auto" and self.device.type == "cpu" and native.is_available()
         self.context_length = self._context_length()
-        matmuls = factory(settings.quantization, use_native=self._use_native)
-        self.wrapped: WrappedModel = wrap(base.model, matmuls, context_length=self.context_length)
+        self.wrapped: WrappedModel = wrap(base.model, base.backend, context_length=self.context_length)
 
     @property
     def modules(self) -> dict[str, ModuleSpec]:
@@ -126,7 +117,7 @@ class EngineBuilder:
             self._grammars(metrics),
             max_open=max_open,
             tenant_share=self.settings.tenant_queue_share,
-            before_step=ThreadPlacement(native).before_step if self._use_native else lambda: None,
+            before_step=self.backend.before_step,
         )
 
     def build_core(
@@ -135,19 +126,18 @@ class EngineBuilder:
         """Lay out memory, check the model against itself, and put the parts together. Raises StartupError."""
         settings = self.settings
         cache = self._cache()
-        use_native = self._use_native
-        self.wrapped.attach_cache(cache, use_native=use_native)
-        kernel: LoraKernel = NativeKernel() if use_native else TorchKernel()
-        self._prove(cache, kernel)
+        self.wrapped.attach_cache(cache)
+        self._prove(cache)
+        kernel = self.backend.lora
         budget = in_bytes(settings.adapter_memory, self.device)
         book = SlotBook(settings.max_slots, budget, kernel.places_per_slab)
-        memory = DeviceMemory(len(self.modules), settings.max_slots, self.device)
+        memory = DeviceMemory(len(self.modules), settings.max_slots, self.device, self.backend.allocate)
         tiers = AdapterTiers(
             book,
             memory,
             host_bytes=in_bytes(settings.host_tier_memory, torch.device("cpu")),
             read=self._reader(source),
-            pack=self._packer(kernel),
+            pack=self._packer(),
             events=_TierMetrics(metrics, occupancy or Occupancy()),
             num_threads=NUM_LOADERS,
         )
@@ -186,14 +176,10 @@ class EngineBuilder:
         codec = self.base.codec
         return Vocabulary(codec.compiled_json(), self.wrapped.vocab_size, tuple(sorted(codec.eos_ids)))
 
-    def _prove(self, cache: KVCache, kernel: LoraKernel) -> None:
+    def _prove(self, cache: KVCache) -> None:
         """Check the model against itself: every fused layer before it takes a layer's place, then all together."""
-        check = SelfCheck(self.wrapped, cache, kernel, is_int8=self.settings.quantization == "int8")
-        candidates = (
-            fused.candidates(self.wrapped, cache, NativeLayers())
-            if self._use_native
-            else fused.candidates(self.wrapped, cache, TorchLayers())
-        )
+        check = SelfCheck(self.wrapped, cache)
+        candidates = fused.candidates(self.wrapped, cache)
         originals = fused.exchange(self.wrapped, check.proven(candidates))
         try:
             check.check()
@@ -207,10 +193,14 @@ class EngineBuilder:
         modules = self.modules
         return lambda ref: read_trusted(source.local_folder(ref), modules)
 
-    def _packer(self, kernel: LoraKernel) -> Callable[[Adapter], PackedAdapter]:
-        sites, settings = self.wrapped.sites, self.settings
-        is_int8 = settings.quantization == "int8"
-        keep = KeepAs.choose(settings.lora_dtype, self.dtype, is_int8_base=is_int8, mixes_dtypes=kernel.mixes_dtypes)
+    def _packer(self) -> Callable[[Adapter], PackedAdapter]:
+        sites, backend = self.wrapped.sites, self.backend
+        keep = KeepAs.choose(
+            self.settings.lora_dtype,
+            self.dtype,
+            beside=backend.format.beside(self.dtype),
+            mixes_dtypes=backend.lora.mixes_dtypes,
+        )
 
         def packer(adapter: Adapter) -> PackedAdapter:
             dtype = keep.dtype_of(adapter)
@@ -267,6 +257,4 @@ def in_bytes(size: int | float, device: torch.device) -> int:
     """A size setting in bytes: a float is a share of the memory that is free on `device` now."""
     if isinstance(size, int):
         return size
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * size)
-    return int(psutil.virtual_memory().available * size)
+    return int(free_bytes(device) * size)

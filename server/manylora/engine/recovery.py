@@ -117,8 +117,7 @@ class Recovery:
         found = Parts([Outcome() for _ in scheduled])
         if fault.is_memory:
             gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()  # does nothing where CUDA is not in use
         whole = [(i, replace(item, draft=())) for i, item in enumerate(scheduled)]
         open_parts = _smaller(whole, fault) or [whole]
         is_proven = False

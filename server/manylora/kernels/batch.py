@@ -33,6 +33,15 @@ class Batch:
     logit_lora: LoraPlan | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionOptions:
+    """What may differ per layer: softmax scale, window in positions (0: none), logit soft cap (0: none)."""
+
+    scale: float
+    window: int
+    softcap: float
+
+
 @dataclass(slots=True)
 class ForwardContext:
     """Where the layers find the current batch. One per wrapped model."""

@@ -1,12 +1,15 @@
-"""Low-rank kernels: one specification, several implementations behind one small protocol."""
+"""What a kernel has to offer: low-rank deltas and attention, each one specification behind one small protocol."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from manylora.kernels.rows import LoraRows
 from manylora.lora.memory.device_memory import DeviceMemory
+
+if TYPE_CHECKING:
+    from manylora.kernels.batch import AttentionOptions, Batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +43,36 @@ class LoraPlan(Protocol):
 
 
 class LoraKernel(Protocol):
-    """An implementation.
+    """An implementation of the low-rank deltas.
 
     `places_per_slab` is how many adapters of one layout it wants side by side; `mixes_dtypes` whether it multiplies
     weights of another type than the model's as they are, instead of converting them in every step.
     """
 
-    name: str
     places_per_slab: int
     mixes_dtypes: bool
 
     def plan(self, rows: LoraRows, memory: DeviceMemory) -> LoraPlan: ...
+
+
+class Attention(Protocol):
+    """An implementation of paged attention, with what it keeps between the layers of a step: one per wrapped model."""
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        batch: "Batch",
+        options: "AttentionOptions",
+    ) -> torch.Tensor:
+        """Store the step's k, v [T, kv_heads, head_dim] in a layer's cache and attend to it, q -> [T, heads, head_dim].
+
+        `keys`, `values` [blocks, kv_heads, block_size, head_dim]; see `reference.write_kv` and `reference.attention`.
+        """
+        ...
 
 
 def add_embedding_(out: torch.Tensor, token_ids: torch.Tensor, site: int, rows: LoraRows, memory: DeviceMemory) -> None:

@@ -1,4 +1,6 @@
-"""The C++ kernels: the one place that loads them, says whether they are there, and gives their semantics.
+"""The C++ kernels: the one place that loads them, says whether they are there, and what they take.
+
+What each computes is the function of its name in `kernels/reference.py`.
 
 `manylora._C` is compiled when the package is installed (`setup.py`); where there was no compiler it is missing, which
 is logged once, and callers use their torch versions. Every operator takes float32, bfloat16 or float16 on the CPU, any
@@ -13,8 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
-from manylora.kernels.int8 import Int8Weight
-from manylora.kernels.weights import PanelWeight
+from manylora.kernels.weights import Int8Weight, PanelWeight
 
 CPU_PATHS = ("avx512_bf16", "avx512", "avx2_vnni", "avx2", "portable")
 
@@ -55,6 +56,11 @@ def set_cpu_path(path: str) -> None:
     torch.ops.manylora.set_cpu_path(path)
 
 
+def lora_entry_fields() -> tuple[str, ...]:
+    """What an entry of the low-rank tables consists of, as the kernels read it."""
+    return tuple(torch.ops.manylora.lora_entry_fields())
+
+
 def place_threads(cpus: Sequence[int], *, apart: bool) -> None:
     """Let each thread of the calling thread's parallel regions run on its own of `cpus`, or again on all of them.
 
@@ -82,11 +88,10 @@ def add_lora_(
     segment_slots: torch.Tensor,
     segment_starts: torch.Tensor,
 ) -> None:
-    """Add each row's own low-rank delta, for one linear or for several that share their input.
+    """`reference.add_lora` in place, for one linear or for several that share their input.
 
-        out[t, offsets[m]:offsets[m + 1]] += (x[t] @ A[m, s].T) @ B[m, s]
-
-    for every segment i, every t in order[starts[i]:starts[i + 1]] with s = segment_slots[i], and every member m.
+    Member m of these writes to the columns offsets[m]:offsets[m + 1]; segment i's rows, order[starts[i]:starts[i + 1]],
+    have the adapter in segment_slots[i].
 
     out [T, columns] and x [T, in_features] of one dtype. tables int64 [members, slots, TABLE_FIELDS]: for each member
     and slot a `device_memory.TableEntry`: addresses of A [r, in_features], of B [r, offsets[m + 1] - offsets[m]], both
@@ -113,16 +118,13 @@ def paged_attention(
     sliding_window: int = 0,
     softcap: float = 0.0,
 ) -> None:
-    """Causal attention of a ragged batch to its own past in the paged cache.
-
-        out[t, h] = sum_j softmax_j(cap(scale * q[t, h] . k[j, h // group])) v[j, h // group]
-        cap(z) = softcap * tanh(z / softcap), or z where softcap is 0
+    """`reference.attention` of a ragged batch to its own past in the paged cache.
 
     out, q [T, heads, head_dim]; k_cache, v_cache [blocks, kv_heads, block_size, head_dim] with heads a multiple of
-    kv_heads (group = heads / kv_heads). Sequence s owns the rows query_starts[s]:query_starts[s + 1] (int32 [S + 1]),
-    the last of which is its position context_lens[s] - 1 (int32 [S]; this step's keys are written before). A row at
-    position p sees the keys j <= p, with a sliding window (0: none) only p - j < sliding_window. Key j lies in block
-    block_tables[s, j // block_size] (int32 [S, max_blocks]); what lies behind context_lens is not read.
+    kv_heads. Sequence s owns the rows query_starts[s]:query_starts[s + 1] (int32 [S + 1]), the last of which is its
+    position context_lens[s] - 1 (int32 [S]; this step's keys are written before). Key j lies in block
+    block_tables[s, j // block_size] (int32 [S, max_blocks]); what lies behind context_lens is not read. A window or a
+    soft cap of 0 is none.
     """
     torch.ops.manylora.paged_attention(
         out, q, k_cache, v_cache, block_tables, query_starts, context_lens, scale, sliding_window, softcap
@@ -132,7 +134,7 @@ def paged_attention(
 def write_kv(
     k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor
 ) -> None:
-    """Store keys and values: cache[slots[t] // block_size, :, slots[t] % block_size] = k[t].
+    """`reference.write_kv`.
 
     k, v [T, kv_heads, head_dim]; the caches [blocks, kv_heads, block_size, head_dim] of the same dtype; slots int64
     [T], negative to leave a row out.
@@ -141,10 +143,9 @@ def write_kv(
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float = 0.0) -> torch.Tensor:
-    """x [T, hidden] over its root mean square, times weight [hidden] -> [T, hidden], rounded as Hugging Face does.
+    """`reference.rms_norm`, x [T, hidden] and weight [hidden] -> [T, hidden], rounded as Hugging Face does.
 
-    With weight_offset 0 (Llama): weight * round(x / sqrt(mean(x^2) + eps)). With another (1 for Gemma):
-    round((weight_offset + weight) * x / sqrt(mean(x^2) + eps)), without a rounding in between.
+    With weight_offset 0 (Llama) what weight is multiplied by is rounded, with another (1 for Gemma) it is not.
     """
     out: torch.Tensor = torch.ops.manylora.rms_norm(x, weight, eps, weight_offset)
     return out
@@ -159,13 +160,13 @@ def add_rms_norm_(
 
 
 def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """gate_up [T, 2 * width] -> [T, width]: silu(gate) * up, gate being the first half; rounded once."""
+    """`reference.silu_and_mul`, gate_up [T, 2 * width] -> [T, width], rounded once."""
     out: torch.Tensor = torch.ops.manylora.silu_and_mul(gate_up)
     return out
 
 
 def gelu_tanh_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """gate_up [T, 2 * width] -> [T, width]: gelu(gate) * up with gelu's tanh form; rounded once."""
+    """`reference.gelu_tanh_and_mul`, gate_up [T, 2 * width] -> [T, width], rounded once."""
     out: torch.Tensor = torch.ops.manylora.gelu_tanh_and_mul(gate_up)
     return out
 
@@ -180,11 +181,7 @@ def rope_write_kv(
     v_cache: torch.Tensor,
     slots: torch.Tensor,
 ) -> torch.Tensor:
-    """Turn q and k by their positions, store k and v in the cache, return the turned q.
-
-    With h = rotary_dim / 2, for d < h (Hugging Face's half-split convention):
-        y[d] = x[d] cos[d] - x[d + h] sin[d]          y[d + h] = x[d + h] cos[d + h] + x[d] sin[d + h]
-    and y[d] = x[d] from rotary_dim on. Computed in float32, rounded once.
+    """Turn q and k (`reference.rope`, rounded once), store k and v in the cache, return the turned q.
 
     q [T, heads, head_dim]; k, v [T, kv_heads, head_dim], as slices of one fused row if you like; cos, sin float32
     [T, rotary_dim], rotary_dim even and at most head_dim; caches and slots as for `write_kv`. Returns a new, contiguous
@@ -195,7 +192,7 @@ def rope_write_kv(
 
 
 def linear(x: torch.Tensor, weight: PanelWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [T, in_features] W^T + bias (float32 [out_features]) -> [T, out_features]; x and W of one dtype.
+    """`reference.linear`, x [T, in_features], bias float32 [out_features] -> [T, out_features]; x and W of one dtype.
 
     Accumulated in float32, rounded once. A row's result does not depend on the rows beside it.
     """
@@ -204,12 +201,9 @@ def linear(x: torch.Tensor, weight: PanelWeight, bias: torch.Tensor | None = Non
 
 
 def int8_linear(x: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [T, in_features] times a packed weight, plus bias (float32 [out_features]) -> [T, out_features] of x's dtype.
+    """`reference.int8_linear`, x [T, in_features], bias float32 [out_features] -> [T, out_features] of x's dtype.
 
-        out[t, n] = scales[n] * sum over groups g of s[t, g] * sum over k in g of q[t, k] * integers[n, k]
-        s[t, g] = max over k in g of |x[t, k]| / 127          q[t, k] = x[t, k] / s[t, g], rounded to an integer
-
-    The inner sum is exact, the outer one is made in float32. A row with a NaN or an infinity comes out as NaN.
+    Sums within a group of inputs are exact, those of groups are made in float32.
     """
     out: torch.Tensor = torch.ops.manylora.int8_linear(
         x, weight.packed, weight.scales, weight.group_sums, bias, weight.group_size

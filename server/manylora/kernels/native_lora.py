@@ -36,7 +36,6 @@ class NativePlan(LoraPlan):
 class NativeKernel:
     """`LoraKernel` of the C++ extension. Follows pointers, so every adapter has memory of its own size."""
 
-    name = "native"
     places_per_slab = 1
     mixes_dtypes = True
 

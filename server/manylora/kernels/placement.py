@@ -1,7 +1,7 @@
 """Keeps the threads of a step on CPUs of their own, as long as nobody else needs those.
 
-A virtual machine's CPU that has just gone to sleep counts as taken (`available_idle_cpu` in Linux's scheduler asks
-whether the host has it), so a thread that is woken for a few microseconds of work is put on the CPU of the thread
+A virtual machine's CPU that has just gone to sleep counts as taken (`available_idle_cpu` in Linux asks whether
+the host has it), so a thread that is woken for a few microseconds of work is put on the CPU of the thread
 that wakes it. After a pause both threads of a step then share one of two CPUs for tens of milliseconds. Bound to a CPU
 each, they do not; but beside another busy program, bound threads cannot move out of its way, and a step lasts as
 long as its slowest thread. So they are bound, their waiting is watched, and where they wait they are let go.
@@ -18,7 +18,7 @@ import torch
 from manylora.log import get_logger
 
 CHECK_EVERY_S = 0.1
-MOST_WAITING = 0.2  # of the time that the threads run: alone with the HTTP side it is about a tenth
+MOST_WAITING = 0.2  # of the time that the threads run: beside a process that mostly waits it is about a tenth
 LEAST_RUN_NS = 50_000_000  # below, a share says nothing
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 60.0
@@ -36,7 +36,7 @@ class Placer(Protocol):
 def own_cpus() -> list[int]:
     """The CPUs this process may use, where each of torch's threads can have its own and all are used; else none.
 
-    With fewer threads than CPUs the system's choice is left alone: other servers, and threads of one core, are not
+    With fewer threads than CPUs the system's choice is left alone: other programs, and threads of one core, are not
     known here.
     """
     if sys.platform != "linux":

@@ -1,6 +1,6 @@
-"""The specification of the low-rank kernels, as an obvious loop in float32.
+"""The specification of the kernels, once: obvious arithmetic in float64, which every implementation is tested against.
 
-Every other kernel (torch, C++, Triton) is tested against this one.
+Every function takes tensors of any float type and returns float64, what an implementation rounds once at its end.
 """
 
 from collections.abc import Sequence
@@ -8,34 +8,148 @@ from dataclasses import dataclass
 
 import torch
 
+from manylora.kernels.batch import AttentionOptions
+from manylora.kernels.weights import Int8Weight
+
+__all__ = [
+    "LowRank",
+    "add_lora",
+    "attention",
+    "gelu_tanh_and_mul",
+    "int8_linear",
+    "linear",
+    "rms_norm",
+    "rope",
+    "silu_and_mul",
+    "write_kv",
+]
+
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """One adapter's weights for one module: `a` [r, in_features], `b` [r, out_features], scaling folded into `b`."""
+    """One adapter's weights for one module: `a` [r, in_features], `b` [r, out_features].
+
+    Its scaling is folded into `b`, or lies in `scales` [r], by which the low dimension is multiplied.
+    """
 
     a: torch.Tensor
     b: torch.Tensor
+    scales: torch.Tensor | None = None
 
 
 def add_lora(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    weights: Sequence[LowRank | None],
-    slots: Sequence[int],
+    out: torch.Tensor, x: torch.Tensor, weights: Sequence[LowRank | None], slots: Sequence[int]
 ) -> torch.Tensor:
     """The base's output plus each row's own low-rank delta.
 
-        result[t] = out[t] + (x[t] @ a[s].T) @ b[s]      s = slots[t], nothing added where s = -1
-                                                         or weights[s] is None
+        result[t] = out[t] + (scales[s] * (A[s] x[t])) B[s]    s = slots[t]; nothing is added where it is negative
+                                                               or weights[s] is None
 
-    `out` [T, out_features] and `x` [T, in_features] of any float dtype; the sum is made in float32 and
-    rounded once to `out`'s dtype. Returns a new tensor. A row depends on its own adapter only, whatever the
-    other rows' weights hold.
+    `out` [T, out_features], `x` [T, in_features]. A row depends on its own adapter only, whatever the other rows'
+    weights hold. An embedding's delta is that of one-hot rows.
     """
-    result = out.clone()
+    result = out.double().clone()
     for t, slot in enumerate(slots):
         pair = weights[slot] if slot >= 0 else None
         if pair is not None:
-            hidden = pair.a.float() @ x[t].float()
-            result[t] = (out[t].float() + hidden @ pair.b.float()).to(out.dtype)
+            low = pair.a.double() @ x[t].double()
+            if pair.scales is not None:
+                low = low * pair.scales.double()
+            result[t] = result[t] + low @ pair.b.double()
     return result
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: AttentionOptions) -> torch.Tensor:
+    """One sequence's causal attention to its own past.
+
+        result[i, h] = sum_j softmax_j(cap(scale * q[i, h] . k[j, h // group])) v[j, h // group]
+        cap(z) = softcap * tanh(z / softcap), or z where softcap is 0
+
+    q [n, heads, head_dim] are the last n of the positions of k, v [length, kv_heads, head_dim], and group is heads /
+    kv_heads. The row at position p sees the keys j <= p, with a window only those with p - j < window.
+    """
+    length, group = len(k), q.shape[1] // k.shape[1]
+    keys, values = (each.double().repeat_interleave(group, dim=1) for each in (k, v))
+    rows = []
+    for p, query in enumerate(q.double(), length - len(q)):
+        seen = slice(max(0, p + 1 - options.window) if options.window else 0, p + 1)
+        scores = options.scale * (query * keys[seen]).sum(dim=2)
+        if options.softcap:
+            scores = options.softcap * torch.tanh(scores / options.softcap)
+        rows.append((scores.softmax(dim=0)[:, :, None] * values[seen]).sum(dim=0))
+    return torch.stack(rows)
+
+
+def write_kv(
+    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: Sequence[int]
+) -> None:
+    """Store k, v [T, kv_heads, head_dim] in the caches [blocks, kv_heads, block_size, head_dim], bit for bit.
+
+    cache[slots[t] // block_size, :, slots[t] % block_size] = k[t]        nothing where slots[t] is negative
+    """
+    block_size = k_cache.shape[2]
+    for t, slot in enumerate(slots):
+        if slot >= 0:
+            k_cache[slot // block_size, :, slot % block_size] = k[t]
+            v_cache[slot // block_size, :, slot % block_size] = v[t]
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float = 0.0) -> torch.Tensor:
+    """(weight_offset + weight) * x / sqrt(mean(x^2) + eps), for x [T, hidden] and weight [hidden]."""
+    wide = x.double()
+    return (weight_offset + weight.double()) * wide / (wide.square().mean(dim=1, keepdim=True) + eps).sqrt()
+
+
+def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, silu(z) = z / (1 + e^-z), for gate_up [T, 2 * width], whose first half is gate."""
+    gate, up = gate_up.double().chunk(2, dim=1)
+    return gate / (1 + (-gate).exp()) * up
+
+
+def gelu_tanh_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """gelu(gate) * up, gelu(z) = z / 2 * (1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3))), halves as for `silu_and_mul`."""
+    gate, up = gate_up.double().chunk(2, dim=1)
+    return gate / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3))) * up
+
+
+def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x [T, heads, head_dim] turned by its positions, in Hugging Face's half-split convention.
+
+    For cos, sin [T, rotary_dim], h = rotary_dim / 2 and d < h:
+        y[d] = x[d] cos[d] - x[d + h] sin[d]          y[d + h] = x[d + h] cos[d + h] + x[d] sin[d + h]
+    and y[d] = x[d] from rotary_dim on.
+    """
+    half = cos.shape[1] // 2
+    result, wide = x.double().clone(), x.double()
+    for d in range(half):
+        for at, other, sign in ((d, d + half, -1), (d + half, d, 1)):
+            result[..., at] = wide[..., at] * cos[:, None, at] + sign * wide[..., other] * sin[:, None, at]
+    return result
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [T, in_features] W^T + bias, for weight [out_features, in_features] and bias [out_features]."""
+    product = x.double() @ weight.double().T
+    return product if bias is None else product + bias.double()
+
+
+def int8_linear(x: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [T, in_features], rounded to 8 bits by row and group of inputs, times a weight in 8 bits, plus bias.
+
+        result[t, n] = scales[n] * sum over groups g of s[t, g] * sum over k in g of q[t, k] * integers[n, k]
+        s[t, g] = max over k in g of |x[t, k]| / 127          q[t, k] = x[t, k] / s[t, g], rounded to an integer
+
+    A row with a NaN or an infinity is NaN throughout.
+    """
+    result = torch.zeros(len(x), weight.out_features, dtype=torch.float64)
+    for columns, integers in zip(
+        torch.split(x.double(), weight.group_size, dim=1),
+        torch.split(weight.integers().double(), weight.group_size, dim=1),
+        strict=True,
+    ):
+        steps = columns.abs().amax(dim=1, keepdim=True) / 127
+        rounded = torch.where(steps > 0, (columns / steps).round(), 0.0)
+        result += steps * (rounded @ integers.T)
+    result *= weight.scales.double()
+    result[~x.isfinite().all(dim=1)] = float("nan")
+    return result if bias is None else result + bias.double()

@@ -5,12 +5,12 @@ matmul multiplies each with its own rows, without copying a weight. Segments wit
 multiplied a few at once where their ranks are small, and else one by one.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from manylora.kernels.cpu import cpu_multiplies
 from manylora.kernels.interface import LoraPlan, SiteGroup, add_embedding_
 from manylora.kernels.rows import LoraRows
 from manylora.lora.memory.device_memory import DeviceMemory, Slab
@@ -107,8 +107,9 @@ class _SlabRows:
 class TorchPlan(LoraPlan):
     """One step, grouped by slab."""
 
-    def __init__(self, rows: LoraRows, memory: DeviceMemory) -> None:
+    def __init__(self, kernel: "TorchKernel", rows: LoraRows, memory: DeviceMemory) -> None:
         self.rows = rows
+        self._kernel = kernel
         self._memory = memory
         slabs: dict[int, Slab] = {}
         by_slab: dict[int, list[tuple[int, np.ndarray]]] = {}
@@ -121,28 +122,22 @@ class TorchPlan(LoraPlan):
         self._slabs = [_slab_rows(slabs[key], segments) for key, segments in by_slab.items()]
 
     def add_(self, out: torch.Tensor, x: torch.Tensor, group: SiteGroup) -> None:
-        wide = _wide(x)
+        # A matmul of single rows in a type without instructions takes several times as long as widening the weights, a
+        # few of which are in the cache by then, and multiplying them.
+        wide = x if self._kernel.multiplies(x.dtype) else x.float()
         for part in self._slabs:
             extents = part.slab.layout.low_rank
             members = [
                 (_columns(out, group, m), extents[site]) for m, site in enumerate(group.sites) if site in extents
             ]
             if part.small is not None and members:
-                _add_small(wide, part.slab, part.small, members)
+                in_bags = self._kernel.sums_in_bags and wide.element_size() == 2
+                _add_small(wide, part.slab, part.small, members, in_bags=in_bags)
             if part.large is not None and members:
                 _add_large(wide, part.slab, part.large, members)
 
     def add_embedding_(self, out: torch.Tensor, token_ids: torch.Tensor, site: int) -> None:
         add_embedding_(out, token_ids, site, self.rows, self._memory)
-
-
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    """The inputs in the dtype that the deltas are made in.
-
-    That is float32 on a CPU without instructions for the inputs' own: a matmul of single rows in bfloat16 takes
-    several times as long there as widening the weights, a few of which are in the cache by then, and multiplying them.
-    """
-    return x if x.device.type != "cpu" or cpu_multiplies(x.dtype) else x.float()
 
 
 def _weights(
@@ -155,13 +150,15 @@ def _weights(
     return a.to(dtype), b.to(dtype)
 
 
-def _add_small(wide: torch.Tensor, slab: Slab, part: _Small, members: list[tuple[torch.Tensor, LowRankExtent]]) -> None:
+def _add_small(
+    wide: torch.Tensor, slab: Slab, part: _Small, members: list[tuple[torch.Tensor, LowRankExtent]], *, in_bags: bool
+) -> None:
     """The deltas of segments of few rows, to each member's columns of the output."""
     gathered = wide.index_select(0, part.index).view(part.high - part.low, part.width, wide.shape[1])
     for out, extent in members:
         a, b = _weights(slab, extent, slice(part.low, part.high), wide.dtype)
         low = torch.bmm(gathered, a.transpose(1, 2))
-        if wide.device.type == "cpu" and wide.dtype is torch.bfloat16:  # in float32 the matmul is as fast
+        if in_bags:
             _add_rows(out, part.targets, _weighted_sums(b, _found(low, part), part))
         else:
             _add_rows(out, part.targets, _found(torch.bmm(low, b), part))
@@ -171,7 +168,7 @@ def _weighted_sums(b: torch.Tensor, low: torch.Tensor, part: _Small) -> torch.Te
     """Each row of `low` [R, padded] by its own adapter's B [padded, out], of the stack `b`.
 
     A product of one row is a weighted sum of B's rows, and an embedding bag reads these at twice the rate of a batched
-    matmul.
+    matmul on a CPU, in 16 bits; in float32 the matmul is as fast.
     """
     rows, starts = part.bag(b.shape[1])
     sums: torch.Tensor = torch.embedding_bag(b.flatten(0, 1), rows, starts, False, 0, False, low.flatten())[0]
@@ -305,11 +302,18 @@ def _run(rows: np.ndarray) -> slice | None:
 
 
 class TorchKernel:
-    """`LoraKernel` of torch operations."""
+    """`LoraKernel` of torch operations.
 
-    name = "torch"
+    `multiplies`: whether torch multiplies matrices of a type here by instructions of its own; rows of other types are
+    widened to float32. `sums_in_bags`: whether weighted sums of rows are faster here than batched matmuls of one row.
+    """
+
     places_per_slab = 32
     mixes_dtypes = False
 
+    def __init__(self, multiplies: Callable[[torch.dtype], bool], *, sums_in_bags: bool) -> None:
+        self.multiplies = multiplies
+        self.sums_in_bags = sums_in_bags
+
     def plan(self, rows: LoraRows, memory: DeviceMemory) -> TorchPlan:
-        return TorchPlan(rows, memory)
+        return TorchPlan(self, rows, memory)

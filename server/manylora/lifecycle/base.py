@@ -12,7 +12,8 @@ import torch
 
 from manylora.errors import InvalidRequest, NotEnoughMemory
 from manylora.models import checkpoint, default_model
-from manylora.models.loading import DeviceName, DtypeName, resolve_model, select_device, select_dtype
+from manylora.models.backends import DeviceName, DtypeName, select_device, select_dtype
+from manylora.models.loading import resolve_model
 
 __all__ = [
     "Base",

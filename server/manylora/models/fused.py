@@ -60,8 +60,9 @@ class FusedDecoderLayer(nn.Module, Generic[S]):
         return hidden_states
 
 
-def candidates(wrapped: WrappedModel, cache: KVCache, kernel: LayerKernel[S]) -> dict[str, nn.Module]:
-    """A fused layer for every layer of the usual shape, by its path. None is in the model yet."""
+def candidates(wrapped: WrappedModel, cache: KVCache) -> dict[str, nn.Module]:
+    """A fused layer for each of the usual shape that the backend can run, by its path. None is in the model yet."""
+    kernel = wrapped.backend.layers
     steps = _Steps(kernel, wrapped.context)
     found: dict[str, nn.Module] = {}
     for path, module in wrapped.model.named_modules():
@@ -70,7 +71,8 @@ def candidates(wrapped: WrappedModel, cache: KVCache, kernel: LayerKernel[S]) ->
             if parts is not None:
                 index = layer_index(module.get_submodule("self_attn"))
                 layer = kernel.layer(parts, cache.keys[index], cache.values[index])
-                found[path] = FusedDecoderLayer(layer, steps)
+                if layer is not None:
+                    found[path] = FusedDecoderLayer(layer, steps)
     return found
 
 

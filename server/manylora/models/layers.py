@@ -6,8 +6,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from manylora.kernels.batch import Batch
-from manylora.models.attention import AttentionOptions
+from manylora.kernels.batch import AttentionOptions, Batch
 from manylora.models.linear import AdaptedLinear
 
 S = TypeVar("S")
@@ -47,6 +46,6 @@ class LayerKernel(Protocol[S]):
         """What a step's layers share. cos and sin [T, rotary_dim], of the model's dtype."""
         ...
 
-    def layer(self, parts: LayerParts, keys: torch.Tensor, values: torch.Tensor) -> Layer[S]:
-        """One layer with its own cache [blocks, kv_heads, block_size, head_dim]."""
+    def layer(self, parts: LayerParts, keys: torch.Tensor, values: torch.Tensor) -> Layer[S] | None:
+        """One layer with its own cache [blocks, kv_heads, block_size, head_dim]; None for parts that it cannot run."""
         ...

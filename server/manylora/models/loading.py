@@ -1,17 +1,15 @@
 """From what the user calls a model to a frozen one in memory, with its tokenizer."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 
-from manylora.errors import InvalidSettings, ModelUnusable, NotEnoughMemory
-from manylora.kernels import native
-from manylora.models import checkpoint, default_model, gguf
+from manylora.errors import ModelUnusable, NotEnoughMemory
+from manylora.models import backends, checkpoint, default_model, gguf
 from manylora.models.model_cache import default_cache
 
 if TYPE_CHECKING:
@@ -20,10 +18,7 @@ if TYPE_CHECKING:
     from manylora.models.codec import HuggingFaceCodec
     from manylora.settings import Settings
 
-__all__ = ["GenerationDefaults", "LoadedBase", "load_base", "resolve_model", "select_device", "select_dtype"]
-
-DeviceName = Literal["auto", "cpu", "cuda"]
-DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
+__all__ = ["GenerationDefaults", "LoadedBase", "load_base", "resolve_model"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
@@ -41,7 +36,10 @@ class GenerationDefaults:
 
 @dataclass(frozen=True, slots=True)
 class LoadedBase:
-    """A frozen causal language model in eval mode on its device, and what belongs to it. `name` is the served one."""
+    """A frozen causal language model in eval mode on its device, and what belongs to it.
+
+    `name` is the served one, `backend` what it is to be computed by.
+    """
 
     model: "PreTrainedModel"
     codec: "HuggingFaceCodec"
@@ -49,6 +47,7 @@ class LoadedBase:
     generation: GenerationDefaults
     name: str
     folder: Path
+    backend: backends.Backend
 
 
 def resolve_model(model: str | None) -> Path:
@@ -94,42 +93,15 @@ def _from_hub(model: str) -> Path:
         ) from error
 
 
-def select_device(device: DeviceName) -> torch.device:
-    """`auto` is CUDA where there is some. Raises InvalidSettings when CUDA is asked for and missing."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InvalidSettings(
-            "device: there is no usable CUDA device. Use --device cpu, or install a CUDA build of torch."
-        )
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
-
-
-def select_dtype(dtype: DtypeName, device: torch.device, own: torch.dtype | None = None) -> torch.dtype:
-    """`auto` on a CPU is bfloat16 where it has instructions for it, else float32; on CUDA it is the model's `own`."""
-    if dtype != "auto":
-        chosen: torch.dtype = getattr(torch, dtype)
-        return chosen
-    if device.type == "cpu":
-        return torch.bfloat16 if has_bfloat16(torch.cpu.get_capabilities()) else torch.float32
-    return own if own in (torch.bfloat16, torch.float16, torch.float32) else torch.bfloat16
-
-
-def has_bfloat16(capabilities: Mapping[str, Any]) -> bool:
-    """Whether a CPU multiplies bfloat16 by itself, from `torch.cpu.get_capabilities()`."""
-    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
-
-
 def load_base(settings: "Settings") -> LoadedBase:
     """Find, check and load the base model. Raises ModelUnusable, NotEnoughMemory or InvalidSettings."""
-    device = select_device(settings.device)
-    _check_quantization(settings, device)
+    backend = backends.choose(settings)
     folder = resolve_model(settings.model)
     config = checkpoint.read_config(folder)
-    dtype = select_dtype(settings.dtype, device, getattr(config, "dtype", None))
-    _check_memory(folder, dtype, device)
+    dtype = backends.select_dtype(settings.dtype, backend.device, getattr(config, "dtype", None))
+    _check_memory(folder, dtype, backend.device)
     tokenizer = checkpoint.load_tokenizer(folder)
-    model = checkpoint.load_model(folder, config, dtype).to(device)
+    model = checkpoint.load_model(folder, config, dtype).to(backend.device)
     model.requires_grad_(False)
     model.eval()
     from manylora.models.codec import HuggingFaceCodec
@@ -141,6 +113,7 @@ def load_base(settings: "Settings") -> LoadedBase:
         generation=_generation_defaults(model.generation_config),
         name=settings.served_name or base_name(settings.model),
         folder=folder,
+        backend=backend,
     )
 
 
@@ -154,23 +127,9 @@ def base_name(model: str | None) -> str:
     return path.stem if path.suffix == ".gguf" else path.name.partition("@")[0]
 
 
-def _check_quantization(settings: "Settings", device: torch.device) -> None:
-    if settings.quantization == "none":
-        return
-    if device.type != "cpu":
-        raise InvalidSettings(
-            f"quantization: {settings.quantization} is for CPUs. Leave it out, or choose --device cpu."
-        )
-    if settings.kernels == "torch" or not native.is_available():
-        raise InvalidSettings(
-            f"quantization: {settings.quantization} needs the C++ kernels. Leave out --kernels torch; if they were not "
-            "built, install a C++ compiler and install manylora again."
-        )
-
-
 def _check_memory(folder: Path, dtype: torch.dtype, device: torch.device) -> None:
     needed = checkpoint.num_parameters(folder) * dtype.itemsize
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    free = backends.free_bytes(device)
     if needed > free:
         raise NotEnoughMemory(
             f"The weights in {folder.name} take {needed / 2**30:.1f} GiB as {str(dtype).removeprefix('torch.')} and "

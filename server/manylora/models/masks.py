@@ -2,17 +2,7 @@
 
 import torch
 
-__all__ = ["hidden_from", "window_of"]
-
-
-def hidden_from(n: int, length: int, window: int, device: torch.device) -> torch.Tensor:
-    """Which of `length` positions each of the last `n` may not look at: bool [n, length]. Window 0: the whole past."""
-    at = torch.arange(length - n, length, device=device)[:, None]
-    position = torch.arange(length, device=device)
-    hidden = position > at
-    if window:
-        hidden |= position <= at - window
-    return hidden
+from manylora.kernels.torch_attention import hidden_from
 
 
 def window_of(mask: torch.Tensor) -> int:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from manylora.kernels.batch import Batch
-from manylora.kernels.matmul import Int8, Packed, Paneled
+from manylora.kernels.matmul import NativeMatmul
 from manylora.kernels.native_lora import NativePlan
 from manylora.models.layers import Layer, LayerParts
 from manylora.models.linear import AdaptedLinear
@@ -28,27 +28,24 @@ class NativeLayers:
             step.set_lora(batch.lora.tables, rows.order, rows.segment_slots, rows.segment_starts, touched)
         return step
 
-    def layer(self, parts: LayerParts, keys: torch.Tensor, values: torch.Tensor) -> Layer[Handle]:
+    def layer(self, parts: LayerParts, keys: torch.Tensor, values: torch.Tensor) -> Layer[Handle] | None:
+        linears = [_linear(each) for each in (parts.qkv, parts.o, parts.gate_up, parts.down)]
+        if any(each is None for each in linears):
+            return None
+        qkv, o, gate_up, down = linears
         options = parts.options
-        layer = torch.classes.manylora.DecoderLayer(
-            parts.input_norm.weight, parts.input_norm.eps, _linear(parts.qkv), _linear(parts.o),
-            parts.mlp_norm.weight, parts.mlp_norm.eps, _linear(parts.gate_up), _linear(parts.down),
+        layer = torch.classes.manylora.FusedDecoderLayer(
+            parts.input_norm.weight, parts.input_norm.eps, qkv, o,
+            parts.mlp_norm.weight, parts.mlp_norm.eps, gate_up, down,
             keys, values, options.scale, options.window, options.softcap,
         )  # fmt: skip
         forward_: Layer[Handle] = layer.forward_
         return forward_
 
 
-def _linear(linear: AdaptedLinear) -> Handle:
-    sites = linear.group.first, linear.group.offsets_i32
-    match linear.matmul:
-        case Int8(weight, bias):
-            return torch.classes.manylora.Linear(
-                weight.packed, weight.out_features, bias, weight.scales, weight.group_sums, weight.group_size, *sites
-            )
-        case Paneled(weight, bias):
-            return torch.classes.manylora.Linear(weight.packed, weight.out_features, bias, None, None, 0, *sites)
-        case Packed(ordered, bias):
-            return torch.classes.manylora.Linear(ordered, linear.out_features, bias, None, None, 0, *sites)
-        case other:
-            raise TypeError(f"the C++ kernels cannot run {type(other).__name__}")
+def _linear(linear: AdaptedLinear) -> Handle | None:
+    """None for a linear that computes in a way of its own."""
+    matmul = linear.matmul
+    if not isinstance(matmul, NativeMatmul):
+        return None
+    return torch.classes.manylora.AdaptedLinear(matmul.handle(), linear.group.first, linear.group.offsets_i32)

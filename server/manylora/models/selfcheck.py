@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import nn
 
 from manylora.errors import ModelUnusable
 from manylora.kernels.batch import Batch
-from manylora.kernels.interface import LoraKernel, LoraPlan
+from manylora.kernels.interface import LoraPlan
 from manylora.kernels.rows import group_rows
 from manylora.lora.memory.device_memory import DeviceMemory
 from manylora.lora.memory.slots import Place
@@ -25,19 +25,10 @@ from manylora.models.probes import PROBE_STRENGTH, Probe, ProbeAdapter
 from manylora.models.refusals import refusing
 from manylora.models.wrapping import WrappedModel
 
-__all__ = ["INT8_TOLERANCE", "TOLERANCE", "SelfCheck", "single_sequence"]
+__all__ = ["SelfCheck", "single_sequence"]
 
 _CHUNK = 7  # tokens of a probe in the first step
 
-# Root mean square of the difference, as a share of the logits' own spread. In bfloat16 two correct orders of
-# summation differ by some hundredths after thirty layers; a wrong layer differs by tenths.
-TOLERANCE: Final = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1.5e-1}
-# Against the unrounded base: the probe's tokens are random, and random text is what rounding hurts most.
-INT8_TOLERANCE: Final = 5e-1
-# Of one layer, between two ways to compute it in one number format: as a share of its change to the residual stream,
-# beside a step of the stream's own format.
-LAYER_TOLERANCE: Final = {torch.float32: 3e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
-INT8_LAYER_TOLERANCE: Final = 3e-2
 _STRONG = 1.0  # the adapter's strength there
 
 
@@ -66,19 +57,17 @@ class _Recorded:
 class SelfCheck:
     """Runs the survey's probes through the wrapped model, all in one batch, so that neighbours are proven apart too."""
 
-    def __init__(self, wrapped: WrappedModel, cache: KVCache, kernel: LoraKernel, *, is_int8: bool = False) -> None:
+    def __init__(self, wrapped: WrappedModel, cache: KVCache) -> None:
         self._wrapped = wrapped
         self._cache = cache
-        self._kernel = kernel
-        dtype = wrapped.model.dtype
-        self._tolerance = INT8_TOLERANCE if is_int8 else TOLERANCE[dtype]
-        self._layer_tolerance = max(LAYER_TOLERANCE[dtype], INT8_LAYER_TOLERANCE if is_int8 else 0.0)
+        self._backend = wrapped.backend
+        self._tolerance = wrapped.backend.format.tolerance(wrapped.model.dtype)
         self._memory = self._load_adapter(PROBE_STRENGTH)
 
     def _load_adapter(self, strength: float) -> DeviceMemory:
         wrapped = self._wrapped
         packed = ProbeAdapter(wrapped.modules, wrapped.model.dtype, strength).packed(wrapped.sites)
-        memory = DeviceMemory(len(wrapped.modules), 1, wrapped.survey.probes[0].token_ids.device)
+        memory = DeviceMemory(len(wrapped.modules), 1, self._backend.device, self._backend.allocate)
         place = Place(0, 0, 0, is_new_slab=True)
         memory.allocate(place, packed.layout, 1)
         memory.fill(place, packed)
@@ -109,12 +98,12 @@ class SelfCheck:
 
     def _compare(self, run: _Run, found: torch.Tensor, wanted: torch.Tensor) -> None:
         difference = float((found - wanted).square().mean().sqrt() / wanted.std().clamp(min=1e-6))
-        if not difference <= self._tolerance:
+        if not difference <= self._tolerance.model:
             where = f" from position {run.probe.start} on" if run.probe.start else ""
             whose = " with an adapter on every module" if run.is_adapted else ""
             raise ModelUnusable(
                 f"{type(self._wrapped.model).__name__} computes something that this server does not reproduce{where}"
-                f"{whose} (logits differ by {difference:.3g} of their spread, {self._tolerance:.3g} is allowed)."
+                f"{whose} (logits differ by {difference:.3g} of their spread, {self._tolerance.model:.3g} is allowed)."
             )
 
     def proven(self, candidates: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -150,7 +139,7 @@ class SelfCheck:
             # A step of the stream's own format is each number's due; a few channels of it are often huge.
             due = torch.finfo(wanted.dtype).eps * wanted.float().abs()
             excess = ((found.float() - wanted.float()).abs() - due).clamp(min=0)
-            if not _rms(excess) <= self._layer_tolerance * _rms(wanted.float() - before.float()):
+            if not _rms(excess) <= self._tolerance.layer * _rms(wanted.float() - before.float()):
                 return False
         return True
 
@@ -252,7 +241,7 @@ class SelfCheck:
 
     def _plan(self, slots: np.ndarray) -> LoraPlan | None:
         rows = group_rows(slots, self._memory.touches, self._memory.device)
-        return self._kernel.plan(rows, self._memory) if rows is not None else None
+        return self._backend.lora.plan(rows, self._memory) if rows is not None else None
 
 
 def _rms(values: torch.Tensor) -> float:

@@ -18,6 +18,8 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from manylora.errors import ModelUnusable
+from manylora.kernels.batch import AttentionOptions
+from manylora.kernels.torch_attention import prefill
 from manylora.lora.format.reader import ModuleSpec
 from manylora.models import attention
 from manylora.models.kv_cache import KVShape
@@ -45,7 +47,7 @@ class Survey:
     """
 
     kv_shapes: list[KVShape] = field(default_factory=list)
-    options: list[attention.AttentionOptions] = field(default_factory=list)
+    options: list[AttentionOptions] = field(default_factory=list)
     groups: list[list[str]] = field(default_factory=list)
     modules: dict[str, ModuleSpec] = field(default_factory=dict)
     kept: set[str] = field(default_factory=set)
@@ -182,7 +184,7 @@ class _Recorder:
     def __init__(self, name: str) -> None:
         self._name = name
         self.kv_shapes: list[KVShape] = []
-        self._options: list[attention.AttentionOptions] = []
+        self._options: list[AttentionOptions] = []
         self._windows: list[list[tuple[int, int]]] = []  # per layer: (length, window) of each pass
         self._masks: dict[int, tuple[torch.Tensor, int]] = {}
         self._next = 0
@@ -193,7 +195,7 @@ class _Recorder:
         self._masks = {}
         return self._attend
 
-    def settled(self) -> list[attention.AttentionOptions]:
+    def settled(self) -> list[AttentionOptions]:
         """Each layer's options, the window being the one that its masks have. Lets go of the masks."""
         self._masks = {}
         return [
@@ -226,7 +228,7 @@ class _Recorder:
         options = replace(self._options[layer], window=window)
         rows = []
         for q, k, v in zip(query, key, value, strict=True):
-            rows.append(attention.prefill(q.transpose(0, 1), k, v, options))
+            rows.append(prefill(q.transpose(0, 1), k, v, options))
         return torch.stack(rows), None
 
     def _enter(

@@ -6,7 +6,6 @@ replaced by ours.
 
 import itertools
 from dataclasses import dataclass
-from typing import Final
 
 import torch
 from torch.nn import functional
@@ -15,9 +14,11 @@ from transformers import PreTrainedModel
 from manylora.errors import ModelUnusable
 from manylora.kernels.batch import ForwardContext
 from manylora.kernels.interface import SiteGroup
-from manylora.kernels.matmul import Int8, MatmulFactory, factory
+from manylora.kernels.matmul import BaseMatmul
+from manylora.kernels.weights import WeightFormat
 from manylora.lora.format.reader import ModuleSpec
 from manylora.models import attention
+from manylora.models.backends import Backend
 from manylora.models.kv_cache import KVCache
 from manylora.models.linear import AdaptedEmbedding, AdaptedLinear, FusedLinears, FusedMember, KeptLinear
 from manylora.models.modules import adaptable_modules, embedding_scale, weight_of
@@ -27,8 +28,6 @@ from manylora.models.survey import Survey, survey
 
 __all__ = ["WrappedModel", "adaptable_modules", "weight_of", "wrap"]
 
-# Of a rounded linear's outputs, root mean square; good ones differ by a hundredth.
-_INT8_DIFFERENCE: Final = 0.1
 _numbers = itertools.count()
 
 
@@ -37,6 +36,7 @@ class WrappedModel:
     """A model whose linears, embedding and attention are ours. `modules` are in the order of their sites."""
 
     model: PreTrainedModel
+    backend: Backend
     context: ForwardContext
     survey: Survey
     modules: dict[str, ModuleSpec]
@@ -48,32 +48,31 @@ class WrappedModel:
         rows = int(self.model.get_input_embeddings().weight.shape[0])
         return min(rows, int(self.survey.probes[0].base.shape[-1]))
 
-    def attach_cache(self, cache: KVCache, *, use_native: bool) -> None:
-        """Attend over this cache from now on, by the C++ kernels or in torch operations."""
+    def attach_cache(self, cache: KVCache) -> None:
+        """Attend over this cache from now on."""
         name = f"manylora-{next(_numbers)}"
-        function = attention.paged_attention_function(cache, self.context, self.survey.options, use_native=use_native)
+        function = attention.paged_attention_function(cache, self.context, self.survey.options, self.backend.attention)
         attention.register(name, function)
         self.model.set_attn_implementation(name)
 
 
-def wrap(
-    model: PreTrainedModel, make_matmul: MatmulFactory | None = None, *, context_length: int | None = None
-) -> WrappedModel:
+def wrap(model: PreTrainedModel, backend: Backend, *, context_length: int | None = None) -> WrappedModel:
     """Replace linears, embedding and attention by ours, in place. Raises ModelUnusable.
 
     `context_length`: how far sequences will reach; unless told, as far as the model's config allows.
     """
     found = survey(model, context_length or position_limit(model.config) or UNSTATED_LIMIT)
     with refusing(model, "its parts were replaced"), torch.inference_mode():
-        return _wrap(model, found, make_matmul or factory())
+        return _wrap(model, backend, found)
 
 
-def _wrap(model: PreTrainedModel, found: Survey, make: MatmulFactory) -> WrappedModel:
+def _wrap(model: PreTrainedModel, backend: Backend, found: Survey) -> WrappedModel:
     specs = found.modules
     groups = _complete_groups(found.groups, specs)
     ordered = [path for group in groups for path in group]
     wrapped = WrappedModel(
         model,
+        backend,
         ForwardContext(),
         found,
         modules={path: specs[path] for path in ordered},
@@ -87,7 +86,7 @@ def _wrap(model: PreTrainedModel, found: Survey, make: MatmulFactory) -> Wrapped
         elif group[0] in found.kept:
             _keep_linear(wrapped, group[0])
         else:
-            _replace_linears(wrapped, group, make)
+            _replace_linears(wrapped, group)
     return wrapped
 
 
@@ -101,21 +100,26 @@ def _complete_groups(groups: list[list[str]], specs: dict[str, ModuleSpec]) -> l
     return [leaders.get(path, [path]) for path in specs if path in leaders or path not in taken]
 
 
-def _require_close(matmul: Int8, weight: torch.Tensor, bias: torch.Tensor | None, group: list[str]) -> None:
-    """Refuse a rounded linear that differs from the whole one by more than its rounding.
+def _require_close(
+    matmul: BaseMatmul, weight: torch.Tensor, bias: torch.Tensor | None, path: str, kept: WeightFormat
+) -> None:
+    """Refuse a linear whose weight is rounded where it differs from the whole one by more than that.
 
     Rounding moves the logits of a deep model so far that the check of the whole says little of a single linear.
     """
+    most = kept.tolerance(weight.dtype).linear
+    if most is None:
+        return
     random = torch.Generator().manual_seed(0)
     x = torch.randn(2, weight.shape[1], generator=random).to(weight.dtype)
     wanted = functional.linear(x, weight, bias).float()
     difference = float(
         (matmul(x).float() - wanted).square().mean().sqrt() / wanted.square().mean().sqrt().clamp(min=1e-6)
     )
-    if not difference <= _INT8_DIFFERENCE:
+    if not difference <= most:
         raise ModelUnusable(
-            f"{group[0]} cannot be kept in int8: its outputs differ by {difference:.2g} of their size, "
-            f"{_INT8_DIFFERENCE} is allowed. Leave out --quantization int8."
+            f"{path} cannot be kept in {kept.name}: its outputs differ by {difference:.2g} of their size, "
+            f"{most} is allowed. Leave out --quantization {kept.name}."
         )
 
 
@@ -131,7 +135,7 @@ def _keep_linear(wrapped: WrappedModel, path: str) -> None:
     )
 
 
-def _replace_linears(wrapped: WrappedModel, group: list[str], make: MatmulFactory) -> None:
+def _replace_linears(wrapped: WrappedModel, group: list[str]) -> None:
     modules = [wrapped.model.get_submodule(path) for path in group]
     weights = [weight_of(m) for m in modules]
     widths = tuple(w.shape[0] for w in weights)
@@ -145,9 +149,8 @@ def _replace_linears(wrapped: WrappedModel, group: list[str], make: MatmulFactor
     site_group = SiteGroup(
         wrapped.sites[group[0]], offsets, torch.tensor(offsets, dtype=torch.int32, device=weight.device)
     )
-    matmul = make(weight, bias)
-    if isinstance(matmul, Int8):
-        _require_close(matmul, weight, bias, group)
+    matmul = wrapped.backend.matmul(weight, bias)
+    _require_close(matmul, weight, bias, group[0], wrapped.backend.format)
     linear = AdaptedLinear(
         matmul,
         site_group,

@@ -1,5 +1,6 @@
 """The device tier's memory: slabs of flat buffers, and the tables by which kernels find an adapter's weights."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from manylora.lora.memory.pages import zeros
 from manylora.lora.memory.slots import Place
 from manylora.lora.memory.terms import LowRankExtent
 
-# How kernels are told an adapter's number format; csrc/kernels.h has the same.
+# How kernels are told an adapter's number format; `DType` of csrc/kernels.h has the same.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 
 
@@ -36,6 +37,8 @@ class TableEntry(NamedTuple):
 
 
 TABLE_FIELDS = len(TableEntry._fields)
+# Memory for so many elements of a type, on the device.
+Allocate = Callable[[int, torch.dtype], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +113,9 @@ class DeviceMemory:
     stay what they were.
     """
 
-    def __init__(self, num_sites: int, num_slots: int, device: torch.device) -> None:
+    def __init__(self, num_sites: int, num_slots: int, device: torch.device, allocate: Allocate = zeros) -> None:
         self.device = device
+        self._allocate = allocate
         self.tables = torch.zeros(num_sites, num_slots, TABLE_FIELDS, dtype=torch.int64, device=device)
         self.ranks = np.zeros((num_sites, num_slots), dtype=np.int32)
         self.touches = np.zeros((num_sites, num_slots), dtype=np.bool_)
@@ -122,8 +126,7 @@ class DeviceMemory:
 
     def allocate(self, place: Place, layout: Layout, num_places: int) -> None:
         """Make the slab that `place` is the first of. On a CPU untouched rows cost no memory."""
-        numel, dtype = num_places * layout.numel, TORCH_DTYPES[layout.dtype]
-        data = zeros(numel, dtype) if self.device.type == "cpu" else torch.empty(numel, dtype=dtype, device=self.device)
+        data = self._allocate(num_places * layout.numel, TORCH_DTYPES[layout.dtype])
         self.slabs[place.slab] = Slab(layout, num_places, data)
 
     def fill(self, place: Place, packed: PackedAdapter) -> None:

@@ -36,13 +36,16 @@ class KeepAs:
 
     @classmethod
     def choose(
-        cls, asked: NumberFormat | Literal["auto"], model: torch.dtype, *, is_int8_base: bool, mixes_dtypes: bool
+        cls, asked: NumberFormat | Literal["auto"], model: torch.dtype, *, beside: torch.dtype, mixes_dtypes: bool
     ) -> "KeepAs":
-        """What the setting `lora_dtype` means. `mixes_dtypes`: the kernel multiplies other types than the model's."""
+        """What the setting `lora_dtype` means.
+
+        `beside`: what goes with the format that the base is kept in. `mixes_dtypes`: the kernel multiplies other types
+        than the model's.
+        """
         if asked != "auto":
             return cls(model, TORCH_DTYPES[asked])
-        is_16_bit = is_int8_base and model == torch.float32
-        return cls(model, torch.bfloat16 if is_16_bit else model, if_narrower=mixes_dtypes)
+        return cls(model, beside, if_narrower=mixes_dtypes)
 
     def dtype_of(self, adapter: Adapter) -> torch.dtype:
         """The format for one adapter."""
@@ -85,7 +88,7 @@ def pack(adapter: Adapter, sites: Mapping[str, int], dtype: torch.dtype, *, has_
     In int8, which always has scales, every row of A and of B as stored (so one of each per rank) is rounded to 127
     steps of its own either way; a rank's scale is its steps' product times the scaling.
     """
-    has_scales = has_scales or dtype == torch.int8
+    has_scales = has_scales or not dtype.is_floating_point
     modules = sorted(adapter.modules, key=lambda module: sites[module.path])
     terms = [(sites[module.path], module.kind, term) for module in modules for term in module.terms]
     rooms = tuple((site, LowRankRoom(padded_rank(t.rank), t.a.shape[1], t.b.shape[0])) for site, _, t in terms)
@@ -101,7 +104,7 @@ def _write(data: torch.Tensor, layout: Layout, extent: LowRankExtent, kind: Modu
     a, b = _tensor(term.a), _tensor(term.b).T
     if layout.has_scales:
         scales = torch.full((rank,), term.scale)
-        if layout.dtype == "int8":
+        if not data.dtype.is_floating_point:
             (a, steps_a), (b, steps_b) = _rounded(a.float()), _rounded(b.float())
             scales *= steps_a * steps_b
         room = data[extent.scales : extent.scales + rank * layout.scale_elements]

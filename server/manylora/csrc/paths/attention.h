@@ -3,6 +3,15 @@
 // A task is (sequence, key/value head, some queries, a range of keys); its rows are those queries' heads of the group,
 // so that a key is read once for all of them. Keys are laid side by side ("packed": one vector holds the same element
 // of W keys) once per block and task, after which scores need no sums across lanes.
+#pragma once
+
+#include "cache.h"
+#include "target.h"
+#include "vec.h"
+#include "work.h"
+
+namespace manylora {
+namespace {
 
 constexpr int64_t kKeysPerBlock = 64;
 constexpr int64_t kRowsPerTask = 64;
@@ -24,12 +33,12 @@ struct KeyBlock {
 };
 
 struct AttentionBuffers {
-  vu* packed_keys;  // [lanes of a head, kKeysPerBlock] as single lanes
+  vu* packed_keys;    // [lanes of a head, kKeysPerBlock] as single lanes
   uint32_t* queries;  // [rows, lanes of a head]
-  float* weights;   // [rows, kKeysPerBlock]: scores, then their exponentials
-  float* sums;      // [rows, padded_dim]: weighted values, not yet normalised
-  float* maxima;    // [rows]
-  float* totals;    // [rows]
+  float* weights;     // [rows, kKeysPerBlock]: scores, then their exponentials
+  float* sums;        // [rows, padded_dim]: weighted values, not yet normalised
+  float* maxima;      // [rows]
+  float* totals;      // [rows]
 };
 
 template <class T>
@@ -51,14 +60,19 @@ struct Attention {
 
   AttentionBuffers buffers(int64_t rows) const {
     auto padded = [](int64_t count) { return (count + 15) / 16 * 16; };
-    int64_t sizes[] = {padded_lanes * kKeysPerBlock, padded(rows * padded_lanes), rows * kKeysPerBlock,
-                       padded(rows * padded_dim), padded(rows), padded(rows)};
+    int64_t sizes[] = {padded_lanes * kKeysPerBlock,
+                       padded(rows * padded_lanes),
+                       rows * kKeysPerBlock,
+                       padded(rows * padded_dim),
+                       padded(rows),
+                       padded(rows)};
     int64_t total = 0;
     for (int64_t size : sizes) total += size;
     float* memory = static_cast<float*>(scratch(total * sizeof(float)));
     float* parts[6];
     for (int i = 0; i < 6; memory += sizes[i++]) parts[i] = memory;
-    return {reinterpret_cast<vu*>(parts[0]), reinterpret_cast<uint32_t*>(parts[1]), parts[2], parts[3], parts[4], parts[5]};
+    return {
+        reinterpret_cast<vu*>(parts[0]), reinterpret_cast<uint32_t*>(parts[1]), parts[2], parts[3], parts[4], parts[5]};
   }
 
   // Where the task's keys and values from `begin` on lie.
@@ -75,8 +89,8 @@ struct Attention {
       }
     }
   }
-  // Asks the memory for entries [begin, end), as the CPU cannot foresee the block table. A few at a time, between what is
-  // computed: the CPU waits when it is asked for more than it can have under way.
+  // Asks the memory for entries [begin, end), as the CPU cannot foresee the block table. A few at a time, between what
+  // is computed: the CPU waits when it is asked for more than it can have under way.
   ML_INLINE void ask_for(const T* const* entries, int64_t begin, int64_t end) const {
     for (int64_t i = begin; i < end; ++i)
       for (int64_t at = 0; at < args.head_dim; at += kLineBytes / int64_t(sizeof(T)))
@@ -107,8 +121,9 @@ struct Attention {
         vu square[W];
         for (int i = 0; i < W; ++i) {
           bool present = first + i < count;
-          square[i] = !present ? vu{} : width == W * L::per_lane ? L::load_lanes(keys[first + i] + offset)
-                                                                  : L::load_lanes(keys[first + i] + offset, width);
+          square[i] = !present                   ? vu{}
+                      : width == W * L::per_lane ? L::load_lanes(keys[first + i] + offset)
+                                                 : L::load_lanes(keys[first + i] + offset, width);
         }
         transpose(square);
         for (int i = 0; i < W; ++i) packed[((lane + i) * kKeysPerBlock + first) / W] = square[i];
@@ -164,13 +179,14 @@ struct Attention {
     at.totals[row] = at.totals[row] * correction + sum_lanes(total);
     at.maxima[row] = maximum;
     if (correction != 1)
-      for (int64_t d = 0; d < padded_dim; d += W) store(at.sums + row * padded_dim + d, load(at.sums + row * padded_dim + d) * correction);
+      for (int64_t d = 0; d < padded_dim; d += W)
+        store(at.sums + row * padded_dim + d, load(at.sums + row * padded_dim + d) * correction);
   }
 
   // sums += weights * values for R rows and NV vectors of the head, the last one with `width` elements.
   template <int R, int NV>
-  ML_INLINE void value_tile(const AttentionBuffers& at, const T* const* values, int64_t row, int64_t begin,
-                            int64_t end, int64_t d, int64_t width, const KeyBlock<T>* next) const {
+  ML_INLINE void value_tile(const AttentionBuffers& at, const T* const* values, int64_t row, int64_t begin, int64_t end,
+                            int64_t d, int64_t width, const KeyBlock<T>* next) const {
     const float* weights = at.weights + row * kKeysPerBlock;
     vf sums[R][NV];
     for (int r = 0; r < R; ++r)
@@ -203,7 +219,8 @@ struct Attention {
       value_tile<R, 1>(at, values, row, begin, end, d, std::min<int64_t>(W, args.head_dim - d), next);
   }
 
-  // Rows [row, row + R) against the block, whose first key is `first`; asks for the values of `next`, if it is not null.
+  // Rows [row, row + R) against the block, whose first key is `first`; asks for the values of `next`, if it is not
+  // null.
   template <int R>
   void attend_tile(const AttentionTask& task, const AttentionBuffers& at, int64_t row, int64_t first,
                    const KeyBlock<T>& block, const KeyBlock<T>* next) const {
@@ -334,8 +351,8 @@ void attend(const AttentionArgs& args) {
   for (int64_t i = 0; i < count;) {
     const AttentionTask& task = tasks[i];
     int64_t splits = 1;
-    while (i + splits < count && tasks[i + splits].sequence == task.sequence && tasks[i + splits].kv_head == task.kv_head &&
-           tasks[i + splits].first_query == task.first_query)
+    while (i + splits < count && tasks[i + splits].sequence == task.sequence &&
+           tasks[i + splits].kv_head == task.kv_head && tasks[i + splits].first_query == task.first_query)
       ++splits;
     if (task.partial >= 0) attention.merge(task, splits, partials.get());
     i += splits;
@@ -345,3 +362,6 @@ void attend(const AttentionArgs& args) {
 void paged_attention(const AttentionArgs& args) {
   with_dtype(args.dtype, [&](auto type) { attend<decltype(type)>(args); });
 }
+
+}  // namespace
+}  // namespace manylora

@@ -2,6 +2,15 @@
 //
 // A task is (panel, some rows). Its inputs are taken in blocks that keep a strip of the panel in the first cache while
 // all rows pass over it. The order of additions for one row does not depend on the rows beside it.
+#pragma once
+
+#include "soon.h"
+#include "target.h"
+#include "vec.h"
+#include "work.h"
+
+namespace manylora {
+namespace {
 
 constexpr int kMaxTileRows = 6;
 // A strip's steps lie 256 bytes apart, so they share a part of the first cache's sets: this many stay in it.
@@ -23,7 +32,8 @@ ML_INLINE vf high_halves(const bf16* pairs) { return bitcast<vf>(load_bits<vu>(p
 
 // sums += one step of R rows times NV vectors of outputs.
 template <class T, int R, int NV>
-ML_INLINE void linear_step(vf (&sums)[R][NV], const typename LinearType<T>::Input* x, int64_t stride, const T* weights) {
+ML_INLINE void linear_step(vf (&sums)[R][NV], const typename LinearType<T>::Input* x, int64_t stride,
+                           const T* weights) {
   constexpr int64_t vector = W * LinearType<T>::depth;
   auto multiply = [&](auto&& load_weights, auto&& load_input) ML_INLINE_LAMBDA {
     decltype(load_weights(0)) values[NV];
@@ -69,7 +79,8 @@ struct Linear {
 
   // Rows as inputs: as they are where that is what they are, else converted into the scratch memory.
   void prepare() {
-    bool is_direct = std::is_same_v<T, float> || (Type::has_pairs && args.in_features % 2 == 0 && args.x.stride % 2 == 0);
+    bool is_direct =
+        std::is_same_v<T, float> || (Type::has_pairs && args.in_features % 2 == 0 && args.x.stride % 2 == 0);
     if (is_direct) {
       inputs = static_cast<const Input*>(args.x.data);
       input_stride = args.x.stride / (Type::has_pairs ? 2 : 1);
@@ -113,7 +124,8 @@ struct Linear {
       int64_t until = std::min(count, step + kStepsPerPrefetch);
       ahead.prefetch(NV * W);
       fetcher.step();
-      for (; step < until; ++step, x += Type::per_step, weights += stride) linear_step<T, R, NV>(tile, x, input_stride, weights);
+      for (; step < until; ++step, x += Type::per_step, weights += stride)
+        linear_step<T, R, NV>(tile, x, input_stride, weights);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
@@ -210,3 +222,6 @@ void linear(const LinearArgs& args) {
     Linear<T>{args}.run();
   });
 }
+
+}  // namespace
+}  // namespace manylora

@@ -1,5 +1,16 @@
 // Int8 tiles where the CPU has no instructions for bytes: x is kept as 16-bit integers, weights are widened to them on
 // the way, and pairs are multiplied and added. Four weights of an output fill two lanes, whose sums meet at the end.
+#pragma once
+
+#include "int8_tile.h"
+#include "target.h"
+#include "vec.h"
+#include "work.h"
+
+#if !ML_HAS_VNNI
+
+namespace manylora {
+namespace {
 
 typedef int16_t vs __attribute__((vector_size(W * 4)));
 
@@ -73,3 +84,8 @@ ML_INLINE void int8_tile(const Int8Tile& tile) {
     }
   }
 }
+
+}  // namespace
+}  // namespace manylora
+
+#endif

@@ -1,5 +1,13 @@
 // Memory that the next operator reads, asked for by the tasks of this one while they multiply: many rows leave the
 // memory idle, many adapters leave the arithmetic idle. What a task does not ask for is read later as if nothing were.
+#pragma once
+
+#include "target.h"
+#include "vec.h"
+#include "work.h"
+
+namespace manylora {
+namespace {
 
 class Fetcher {
   static constexpr bool kIsUsed = W == 16;  // where a gain was measured
@@ -28,3 +36,6 @@ class Fetcher {
   const MemoryRange* range_ = nullptr;
   int64_t line_ = 0, end_ = 0, lines_per_step_ = 0;
 };
+
+}  // namespace
+}  // namespace manylora

@@ -1,6 +1,11 @@
 // Vectors of 32-bit lanes in GCC's vector extension: the same arithmetic for every CPU path; only what the extension
-// cannot say is written per instruction set. Included inside the namespace of one path, after its target pragma; the
-// ML_HAS_* macros come from the path's file, as the compiler's own ones do not follow the pragma.
+// cannot say is written per instruction set.
+#pragma once
+
+#include "target.h"
+
+namespace manylora {
+namespace {
 
 #if ML_HAS_AVX512
 constexpr int W = 16;
@@ -47,7 +52,8 @@ ML_INLINE Vector load_bits(const void* p, size_t size_bytes) {
 ML_INLINE vf splat(float value) { return value - vf{}; }
 ML_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }  // b where either is NaN
 
-// a * b + c, rounded once where the CPU can: said outright, as the compiler fuses the two in some places and not in others.
+// a * b + c, rounded once where the CPU can: said outright, as the compiler fuses the two in some places and not in
+// others.
 #if ML_HAS_AVX512
 ML_INLINE vf fused_multiply_add(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 #elif ML_HAS_AVX2
@@ -113,7 +119,9 @@ ML_INLINE vh narrow(vf v, bf16) {
 #if ML_HAS_AVX512
 ML_INLINE vf widen(vq bytes) { return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)bytes)); }
 #elif ML_HAS_AVX2
-ML_INLINE vf widen(vq bytes) { return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(bitcast<int64_t>(bytes)))); }
+ML_INLINE vf widen(vq bytes) {
+  return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(bitcast<int64_t>(bytes))));
+}
 #else
 ML_INLINE vf widen(vq bytes) { return __builtin_convertvector(bytes, vf); }
 #endif
@@ -206,7 +214,8 @@ ML_INLINE vf sum_each(vf (&v)[W]) {
     constexpr int S = W / Count;
 #pragma GCC unroll 16
     for (int i = 0; i < Count / 2; ++i)
-      v[i] = low_blocks<S>(v[2 * i], v[2 * i + 1], LaneIndices{}) + high_blocks<S>(v[2 * i], v[2 * i + 1], LaneIndices{});
+      v[i] =
+          low_blocks<S>(v[2 * i], v[2 * i + 1], LaneIndices{}) + high_blocks<S>(v[2 * i], v[2 * i + 1], LaneIndices{});
     return sum_each<Count / 2>(v);
   } else {
     return v[0];
@@ -252,3 +261,30 @@ ML_INLINE vf vexp(vf x) {
   return x < -87.33f ? splat(0.f) : value * power;
 }
 ML_INLINE vf vtanh(vf x) { return 1.f - 2.f / (vexp(x + x) + 1.f); }
+
+// --- element types ---
+
+// Calls f with a value of the element type.
+template <class F>
+ML_INLINE void with_dtype(DType dtype, F&& f) {
+  if (dtype == DType::f32) {
+    f(float{});
+  } else if (dtype == DType::bf16) {
+    f(bf16{});
+  } else {
+    f(f16{});
+  }
+}
+
+// The same for weights, which may also be int8.
+template <class F>
+ML_INLINE void with_weight_dtype(DType dtype, F&& f) {
+  if (dtype == DType::i8) {
+    f(int8_t{});
+  } else {
+    with_dtype(dtype, f);
+  }
+}
+
+}  // namespace
+}  // namespace manylora

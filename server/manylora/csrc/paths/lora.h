@@ -3,6 +3,14 @@
 // A unit is (segment, up to kRowsPerUnit of its rows, member). One thread does both products of a unit, so that its
 // weights come from memory once; only where there are fewer units than threads are the products split further. The
 // order of additions for one row does not depend on the rows beside it, nor on the split.
+#pragma once
+
+#include "target.h"
+#include "vec.h"
+#include "work.h"
+
+namespace manylora {
+namespace {
 
 constexpr int64_t kRowsPerUnit = 32;
 constexpr int64_t kBytesPerThread = 256 * 1024;  // what is read in the time that waking another thread takes
@@ -16,8 +24,7 @@ struct Ahead {
 
   // To be done by the time that `num_steps` steps are.
   Ahead(const void* data, int64_t size_bytes, int64_t num_steps)
-      : at(static_cast<const char*>(data)),
-        end(at + size_bytes),
+      : at(static_cast<const char*>(data)), end(at + size_bytes),
         lines_per_step((size_bytes / kLineBytes + num_steps) / std::max<int64_t>(1, num_steps)) {}
   Ahead() = default;
 
@@ -30,8 +37,8 @@ struct Ahead {
 struct LoraUnit {
   const int32_t* rows;
   int64_t num_rows;
-  const void* a;  // [rank, in_features]
-  const void* b;  // [rank, width]
+  const void* a;        // [rank, in_features]
+  const void* b;        // [rank, width]
   const float* scales;  // [rank], by which the low dimension is multiplied; or null
   DType dtype;          // of a and b
   int64_t rank, first_column, width;
@@ -39,7 +46,9 @@ struct LoraUnit {
   int64_t low_stride;
 };
 
-ML_INLINE int64_t element_size(const LoraUnit& unit) { return unit.dtype == DType::f32 ? 4 : unit.dtype == DType::i8 ? 1 : 2; }
+ML_INLINE int64_t element_size(const LoraUnit& unit) {
+  return unit.dtype == DType::f32 ? 4 : unit.dtype == DType::i8 ? 1 : 2;
+}
 
 // Weights and rows of one type are multiplied as Lanes<T> says, of two types as floats.
 template <class T, class Weight>
@@ -113,7 +122,8 @@ void shrink(const LoraUnit& unit, const Rows<const void*>& x, int64_t in, int64_
     for (int64_t first = begin; first < end; first += 4)
       for (int64_t row = 0; row < tiled_rows; row += NX) shrink_tile<4, NX, T, Weight>(unit, x, in, row, first, ahead);
   for (int64_t first = begin; first < end; first += W)
-    for (int64_t row = tiled_rows; row < unit.num_rows; ++row) shrink_tile<W, 1, T, Weight>(unit, x, in, row, first, ahead);
+    for (int64_t row = tiled_rows; row < unit.num_rows; ++row)
+      shrink_tile<W, 1, T, Weight>(unit, x, in, row, first, ahead);
   if (unit.scales)
     for (int64_t row = 0; row < unit.num_rows; ++row)
       for (int64_t rank = begin; rank < end; ++rank) unit.low[row * unit.low_stride + rank] *= unit.scales[rank];
@@ -149,8 +159,8 @@ ML_INLINE void expand_tile(const LoraUnit& unit, const Rows<void*>& out, int64_t
 
 // sums[0, count) += N rows of B, `width` apart, each times its factor; the sums begin at zero if `is_first`.
 template <int N, class Weight>
-ML_INLINE void add_ranks(float* sums, const Weight* b, int64_t width, const float* factors, int64_t count, bool is_first,
-                         Ahead& ahead) {
+ML_INLINE void add_ranks(float* sums, const Weight* b, int64_t width, const float* factors, int64_t count,
+                         bool is_first, Ahead& ahead) {
   constexpr int NV = kLineBytes / sizeof(Weight) / W;
   vf factor[N];
   for (int i = 0; i < N; ++i) factor[i] = splat(factors[i]);
@@ -259,8 +269,10 @@ void add_lora_split(const LoraArgs& args, std::vector<LoraUnit>& units, int64_t 
   });
   parallel(count * pieces, threads, [&](int64_t i, int64_t) {
     const LoraUnit& unit = units[i / pieces];
-    int64_t begin = split(i % pieces, unit.width, kSplitColumns), end = split(i % pieces + 1, unit.width, kSplitColumns);
-    with_weight_dtype(unit.dtype, [&](auto weight) { expand<T, decltype(weight)>(unit, args.out, begin, end, Ahead{}); });
+    int64_t begin = split(i % pieces, unit.width, kSplitColumns),
+            end = split(i % pieces + 1, unit.width, kSplitColumns);
+    with_weight_dtype(unit.dtype,
+                      [&](auto weight) { expand<T, decltype(weight)>(unit, args.out, begin, end, Ahead{}); });
   });
 }
 
@@ -297,3 +309,6 @@ void add_lora(const LoraArgs& args) {
     });
   });
 }
+
+}  // namespace
+}  // namespace manylora

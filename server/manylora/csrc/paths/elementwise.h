@@ -1,25 +1,13 @@
 // Norm, activation and rotary embedding: one pass over the rows, on several threads only where there is much to do.
+#pragma once
 
-constexpr int64_t kElementsPerTask = 1 << 15;
+#include "cache.h"
+#include "target.h"
+#include "vec.h"
+#include "work.h"
 
-// f(row) for every row; a task has enough rows to be worth a thread.
-template <class F>
-void for_rows(int64_t num_rows, int64_t elements_per_row, F&& f) {
-  int64_t rows_per_task = std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, elements_per_row));
-  int64_t count = (num_rows + rows_per_task - 1) / rows_per_task;
-  parallel(count, count / 2, [&](int64_t task, int64_t) {
-    int64_t end = std::min(num_rows, (task + 1) * rows_per_task);
-    for (int64_t row = task * rows_per_task; row < end; ++row) f(row);
-  });
-}
-
-// f(first, count) for each vector of `length` elements; `count` is a constant W but for the last one.
-template <class F>
-ML_INLINE void for_vectors(int64_t length, F&& f) {
-  int64_t i = 0;
-  for (; i + W <= length; i += W) f(i, std::integral_constant<int64_t, W>{});
-  if (i < length) f(i, length - i);
-}
+namespace manylora {
+namespace {
 
 template <class T>
 void norm_row(const NormArgs& args, int64_t row) {
@@ -74,7 +62,8 @@ void gated_activation(const GatedArgs& args) {
 
 // The first `rotary_dim` elements of a head are turned, in pairs (d, d + rotary_dim / 2); the others are copied.
 template <class T>
-ML_INLINE void rotate_head(T* to, const T* from, const float* cos, const float* sin, int64_t rotary_dim, int64_t head_dim) {
+ML_INLINE void rotate_head(T* to, const T* from, const float* cos, const float* sin, int64_t rotary_dim,
+                           int64_t head_dim) {
   int64_t half = rotary_dim / 2;
   for_vectors(half, [&](int64_t d, auto count) {
     vf a = load(from + d, count), b = load(from + half + d, count);
@@ -101,7 +90,8 @@ void rope_token(const RopeArgs& args, int64_t token) {
   for (int64_t head = 0; head < kv.num_kv_heads; ++head) {
     T* key = cache_entry<T>(kv.k_cache, block, head, position);
     rotate_head(key, k + head * kv.k_head_stride, cos, sin, args.rotary_dim, kv.head_dim);
-    std::memcpy(cache_entry<T>(kv.v_cache, block, head, position), v + head * kv.v_head_stride, kv.head_dim * sizeof(T));
+    std::memcpy(cache_entry<T>(kv.v_cache, block, head, position), v + head * kv.v_head_stride,
+                kv.head_dim * sizeof(T));
   }
 }
 
@@ -111,3 +101,6 @@ void rope_write_kv(const RopeArgs& args) {
     for_rows(args.kv.num_tokens, elements, [&](int64_t token) { rope_token<decltype(type)>(args, token); });
   });
 }
+
+}  // namespace
+}  // namespace manylora

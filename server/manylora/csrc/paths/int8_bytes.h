@@ -1,5 +1,16 @@
 // Int8 tiles where the CPU multiplies bytes, four to a lane. One side has to be unsigned, so x is kept with 128 added;
 // the group's sum of weights, times 128, is taken off again.
+#pragma once
+
+#include "int8_tile.h"
+#include "target.h"
+#include "vec.h"
+#include "work.h"
+
+#if ML_HAS_VNNI
+
+namespace manylora {
+namespace {
 
 constexpr int kInt8TileRows = W == 16 ? 6 : 4;
 
@@ -55,3 +66,8 @@ ML_INLINE void int8_tile(const Int8Tile& tile) {
     }
   }
 }
+
+}  // namespace
+}  // namespace manylora
+
+#endif

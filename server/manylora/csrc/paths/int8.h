@@ -1,40 +1,18 @@
-// int8_linear: x is quantised to 8 bits, one scale per row and group of inputs, and multiplied with weights of one scale
-// per output; a group's products are summed as integers and then scaled. How a tile of rows and outputs is multiplied is
-// in int8_bytes.h and int8_pairs.h, one of which a path includes:
-//   kInt8TileRows                      the most rows of a tile
-//   with_int8_strip_width(rows, f)     calls f with the outputs of a tile, `rows` being those of the tallest one
-//   int8_tile<R, Width>(tile)          adds the tile's products, scaled, to its sums
+// int8_linear: x is quantised to 8 bits, one scale per row and group of inputs, and multiplied with weights of one
+// scale per output; a group's products are summed as integers and then scaled. How a tile of rows and outputs is
+// multiplied is in int8_bytes.h or in int8_pairs.h.
+#pragma once
 
-// What an input is kept as, and what stands for 0.
-#if ML_HAS_VNNI
-using Quantised = uint8_t;
-constexpr int32_t kQuantisedZero = 128;
-#else
-using Quantised = int16_t;
-constexpr int32_t kQuantisedZero = 0;
-#endif
-
-constexpr int64_t kStepsPerFetch = 8;
-
-// R rows times a strip of the panel, for one group of inputs.
-struct Int8Tile {
-  const Quantised* x;         // the group's first input of the first row
-  int64_t x_stride;           // elements from row to row
-  const int8_t* weights;      // of the strip; a step of 4 inputs lies kPanelWidth * 4 bytes behind the one before
-  int64_t num_steps;
-  const int32_t* group_sums;  // of the strip
-  const float* row_scales;
-  int64_t scale_stride;
-  float* sums;                // [R, kPanelWidth], at the strip
-  const int8_t* ahead;        // what is read after this group, to be asked for on the way; null for all but one tile
-  Fetcher* fetcher;           // takes a step with every kStepsPerFetch of the tile
-};
-
-#if ML_HAS_VNNI
 #include "int8_bytes.h"
-#else
 #include "int8_pairs.h"
-#endif
+#include "int8_tile.h"
+#include "soon.h"
+#include "target.h"
+#include "vec.h"
+#include "work.h"
+
+namespace manylora {
+namespace {
 
 struct Int8Shape {
   int64_t num_groups, padded_in, padded_out;
@@ -158,3 +136,6 @@ void int8_linear(const Int8LinearArgs& args) {
     });
   });
 }
+
+}  // namespace
+}  // namespace manylora

@@ -1,4 +1,11 @@
 // The paged cache: where a position lies, and writing to it.
+#pragma once
+
+#include "target.h"
+#include "vec.h"
+
+namespace manylora {
+namespace {
 
 template <class T>
 ML_INLINE T* cache_entry(const CacheView& cache, int64_t block, int64_t head, int64_t position) {
@@ -25,3 +32,6 @@ void write_kv(const WriteKvArgs& args) {
     for (int64_t token = 0; token < args.num_tokens; ++token) write_kv_token<decltype(type)>(args, token);
   });
 }
+
+}  // namespace
+}  // namespace manylora

@@ -3,7 +3,10 @@
 // so that all else in the paths is the code that such a CPU runs. Never chosen by "auto".
 #pragma once
 
-#define ML_EMULATES 1
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
 
 namespace manylora::emulated {
 
@@ -76,13 +79,27 @@ inline uint16_t to_bf16(float value) {
   return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-inline __m128i epi8(__m512i v) { return each<__m128i, __m512i, int32_t, 16>(v, [](int32_t i) { return int8_t(i); }); }
-inline __m256i epi16(__m512i v) { return each<__m256i, __m512i, int32_t, 16>(v, [](int32_t i) { return int16_t(i); }); }
-inline __m512i from_epu16(__m256i v) { return each<__m512i, __m256i, uint16_t, 16>(v, [](uint16_t i) { return int32_t(i); }); }
-inline __m512i from_epi8(__m128i v) { return each<__m512i, __m128i, int8_t, 16>(v, [](int8_t i) { return int32_t(i); }); }
-inline __m512 to_ps(__m512i v) { return each<__m512, __m512i, int32_t, 16>(v, [](int32_t i) { return float(i); }); }
-inline __m512 from_ph(__m256i v) { return each<__m512, __m256i, _Float16, 16>(v, [](_Float16 i) { return float(i); }); }
-inline __m256i to_ph(__m512 v, int) { return each<__m256i, __m512, float, 16>(v, [](float i) { return _Float16(i); }); }
+inline __m128i epi8(__m512i v) {
+  return each<__m128i, __m512i, int32_t, 16>(v, [](int32_t i) { return int8_t(i); });
+}
+inline __m256i epi16(__m512i v) {
+  return each<__m256i, __m512i, int32_t, 16>(v, [](int32_t i) { return int16_t(i); });
+}
+inline __m512i from_epu16(__m256i v) {
+  return each<__m512i, __m256i, uint16_t, 16>(v, [](uint16_t i) { return int32_t(i); });
+}
+inline __m512i from_epi8(__m128i v) {
+  return each<__m512i, __m128i, int8_t, 16>(v, [](int8_t i) { return int32_t(i); });
+}
+inline __m512 to_ps(__m512i v) {
+  return each<__m512, __m512i, int32_t, 16>(v, [](int32_t i) { return float(i); });
+}
+inline __m512 from_ph(__m256i v) {
+  return each<__m512, __m256i, _Float16, 16>(v, [](_Float16 i) { return float(i); });
+}
+inline __m256i to_ph(__m512 v, int) {
+  return each<__m256i, __m512, float, 16>(v, [](float i) { return _Float16(i); });
+}
 inline __m256bh from_ps(__m512 v) { return each<__m256bh, __m512, float, 16>(v, to_bf16); }
 
 }  // namespace manylora::emulated

@@ -1,0 +1,184 @@
+"""What computes a model: chosen once, here, from the settings and the device. Nothing else asks what a device is.
+
+A backend is one object. Another device, or another way to keep a base, is another creator below and no branch anywhere:
+who needs a part of it (the engine's builder, tests, benchmarks) takes it from there. What one of them alone needs is
+imported by its creator, so that a machine without it never pays.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import psutil
+import torch
+
+from manylora.errors import InvalidSettings
+from manylora.kernels import matmul, native
+from manylora.kernels.cpu import cpu_multiplies
+from manylora.kernels.interface import Attention, LoraKernel
+from manylora.kernels.matmul import BaseMatmul, MatmulFactory
+from manylora.kernels.weights import FORMATS, WeightFormat
+from manylora.lora.memory.device_memory import Allocate
+from manylora.lora.memory.pages import zeros
+from manylora.models.layers import LayerKernel
+
+if TYPE_CHECKING:
+    from manylora.settings import Settings
+
+__all__ = ["Backend", "choose", "free_bytes", "has_bfloat16", "select_device", "select_dtype"]
+
+DeviceName = Literal["auto", "cpu", "cuda"]
+DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """The parts that compute a model on `device`.
+
+    `matmul` makes every linear of the base, whose weights it keeps in `format`; `attention` serves the model's own
+    layers, `layers` takes the place of those of the usual shape, `lora` adds the adapters' deltas; `allocate` gives the
+    memory that adapters lie in. `before_step` is called on the thread that steps, before each step.
+    """
+
+    device: torch.device
+    format: WeightFormat
+    matmul: MatmulFactory
+    attention: Attention
+    layers: LayerKernel[Any]
+    lora: LoraKernel
+    allocate: Allocate
+    before_step: Callable[[], None]
+
+
+def choose(settings: "Settings") -> Backend:
+    """The backend that the settings ask for, on the device that they name.
+
+    Raises InvalidSettings where there is no such device, or where it cannot keep the base's weights as they say.
+    """
+    device = select_device(settings.device)
+    wanted = FORMATS[settings.quantization]
+    if device.type != "cpu":
+        return _torch_on_gpu(device, wanted)
+    if settings.kernels == "torch" or not native.is_available():
+        return _torch_on_cpu(device, wanted)
+    return _cpp(device, wanted)
+
+
+def _cpp(device: torch.device, wanted: WeightFormat) -> Backend:
+    """The C++ kernels."""
+    from manylora.kernels.native_attention import NativeAttention
+    from manylora.kernels.native_lora import NativeKernel
+    from manylora.kernels.placement import ThreadPlacement
+    from manylora.models.native_layers import NativeLayers
+
+    held: Mapping[str, MatmulFactory] = {"none": _panels, "int8": matmul.int8}
+    return Backend(
+        device=device,
+        format=wanted,
+        matmul=held[wanted.name],
+        attention=NativeAttention(),
+        layers=NativeLayers(),
+        lora=NativeKernel(),
+        allocate=zeros,
+        before_step=ThreadPlacement(native).before_step,
+    )
+
+
+def _torch_on_cpu(device: torch.device, wanted: WeightFormat) -> Backend:
+    """Torch operations on a CPU."""
+    if wanted.name != "none":
+        raise InvalidSettings(
+            f"quantization: {wanted.name} needs the C++ kernels. Leave out --kernels torch; if they were not built, "
+            "install a C++ compiler and install manylora again."
+        )
+    return _torch(device, wanted, _by_onednn, zeros, multiplies=cpu_multiplies, sums_in_bags=True)
+
+
+def _torch_on_gpu(device: torch.device, wanted: WeightFormat) -> Backend:
+    """Torch operations on a device that has instructions for every type and memory of its own."""
+    if wanted.name != "none":
+        raise InvalidSettings(f"quantization: {wanted.name} is for CPUs. Leave it out, or choose --device cpu.")
+
+    def allocate(numel: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(numel, dtype=dtype, device=device)
+
+    return _torch(device, wanted, matmul.dense, allocate, multiplies=lambda dtype: True, sums_in_bags=False)
+
+
+def _torch(
+    device: torch.device,
+    wanted: WeightFormat,
+    make_matmul: MatmulFactory,
+    allocate: Allocate,
+    *,
+    multiplies: Callable[[torch.dtype], bool],
+    sums_in_bags: bool,
+) -> Backend:
+    from manylora.kernels.torch_attention import TorchAttention
+    from manylora.kernels.torch_lora import TorchKernel
+    from manylora.models.torch_layers import TorchLayers
+
+    attention = TorchAttention(multiplies)
+    return Backend(
+        device=device,
+        format=wanted,
+        matmul=make_matmul,
+        attention=attention,
+        layers=TorchLayers(attention),
+        lora=TorchKernel(multiplies, sums_in_bags=sums_in_bags),
+        allocate=allocate,
+        before_step=lambda: None,
+    )
+
+
+def _panels(weight: torch.Tensor, bias: torch.Tensor | None) -> BaseMatmul:
+    """Our own panels.
+
+    Torch's matmul brings a weight into another order in every call, which costs more than the product while the rows
+    are few, and oneDNN's, which need not, reads bfloat16 at half the memory's rate. But where the CPU has a unit for
+    bfloat16 matrices (AMX), oneDNN uses it and we do not.
+    """
+    has_matrix_unit = bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    if weight.dtype is torch.bfloat16 and has_matrix_unit and matmul.can_pack(weight.dtype):
+        return matmul.packed(weight, bias)
+    return matmul.paneled(weight, bias)
+
+
+def _by_onednn(weight: torch.Tensor, bias: torch.Tensor | None) -> BaseMatmul:
+    """OneDNN's order; of 16-bit weights for which it has no kernels here, as float32."""
+    if matmul.can_pack(weight.dtype):
+        return matmul.packed(weight, bias)
+    return matmul.widened(weight, bias) if matmul.can_pack(torch.float32) else matmul.dense(weight, bias)
+
+
+def select_device(device: DeviceName) -> torch.device:
+    """`auto` is CUDA where there is some. Raises InvalidSettings when CUDA is asked for and missing."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InvalidSettings(
+            "device: there is no usable CUDA device. Use --device cpu, or install a CUDA build of torch."
+        )
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+def select_dtype(dtype: DtypeName, device: torch.device, own: torch.dtype | None = None) -> torch.dtype:
+    """`auto` on a CPU is bfloat16 where it has instructions for it, else float32; on CUDA it is the model's `own`."""
+    if dtype != "auto":
+        chosen: torch.dtype = getattr(torch, dtype)
+        return chosen
+    if device.type == "cpu":
+        return torch.bfloat16 if has_bfloat16(torch.cpu.get_capabilities()) else torch.float32
+    return own if own in (torch.bfloat16, torch.float16, torch.float32) else torch.bfloat16
+
+
+def has_bfloat16(capabilities: Mapping[str, Any]) -> bool:
+    """Whether a CPU multiplies bfloat16 by itself, from `torch.cpu.get_capabilities()`."""
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+
+
+def free_bytes(device: torch.device) -> int:
+    """The memory that is free on `device` now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)
