@@ -29,7 +29,8 @@ def wait_for(receiver: Receiver, names: set[str]) -> None:
 @contextmanager
 def busy_with(url: str, adapter: str) -> Iterator[None]:
     """The adapter's request is being answered, so that with a single slot another adapter has to wait for its load."""
-    body = {"model": adapter, "prompt": "Once", "max_tokens": 200, "ignore_eos": True, "stream": True}
+    long = {"max_tokens": 200, "ignore_eos": True, "n": 16, "logprobs": 5}  # much more work than asking for another
+    body = {"model": adapter, "prompt": "Once", "stream": True, **long}
     with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=120) as answer:
         next(answer.iter_lines())
         yield
@@ -41,10 +42,13 @@ def test_a_request_is_one_server_span_with_its_stations_in_order(
     with receiving() as receiver:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.url)
         monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
-        with own_server(tracing=True, log_json=True, max_slots=1) as server, busy_with(server.url, "middle"):
+        # Without room in host memory, where its registration would have left it, the adapter comes from disk.
+        settings = {"tracing": True, "log_json": True, "max_slots": 1, "host_tier_memory": 1}
+        # The client is made beforehand, since that takes longer than the other request may last.
+        with httpx.Client(timeout=120) as client, own_server(**settings) as server, busy_with(server.url, "middle"):
             body = {"model": "small", "prompt": "The quick", "max_tokens": 8, "ignore_eos": True, "stream": True}
             headers = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
-            answer = httpx.post(f"{server.url}/v1/completions", json=body, headers=headers, timeout=120)
+            answer = client.post(f"{server.url}/v1/completions", json=body, headers=headers)
             assert answer.text.rstrip().endswith("[DONE]")
             wait_for(receiver, {"POST /v1/completions", "queue", "adapter load", "prefill", "decode"})
             log = [json.loads(line) for line in server.stderr.read_text().splitlines() if line.startswith("{")]
@@ -56,7 +60,7 @@ def test_a_request_is_one_server_span_with_its_stations_in_order(
     assert times == sorted(times)
     assert [span.end_ns for span in rest[:-1]] == [span.start_ns for span in rest[1:]]
     assert first.attributes["gen_ai.usage.output_tokens"] == 8
-    assert first.attributes["manylora.load_tier"] == "host"  # where its registration left it
+    assert first.attributes["manylora.load_tier"] == "disk"
     assert first.service["service.name"] == "manylora"
     (line,) = [line for line in log if line["event"] == "request" and line.get("trace_id") == TRACE]
     assert (line["path"], line["span_id"]) == ("/v1/completions", first.span_id)
