@@ -135,3 +135,18 @@ def test_no_test_claims_a_time() -> None:
                 found += [where(path, node.lineno)] if called & clocks else []
 
     assert found == []
+
+
+def test_docstrings_stand_alone() -> None:
+    """None begins with what only its neighbour explains (STYLE.md, rule 6)."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    leaning = [
+        f"{where(path, getattr(node, 'lineno', 1))} {text.splitlines()[0]}"
+        for path in [*sources(), *sorted((ROOT / "scripts").rglob("*.py"))]
+        for node in ast.walk(parse(path))
+        if isinstance(node, documented)
+        and (text := ast.get_docstring(node)) is not None
+        and text.startswith(("The same ", "As above", "As in ", "As there", "See above", "Ditto"))
+    ]
+
+    assert leaning == []

@@ -182,7 +182,7 @@ def _found(batched: torch.Tensor, part: _Small) -> torch.Tensor:
 
 
 def _add_large(wide: torch.Tensor, slab: Slab, part: _Large, members: list[tuple[torch.Tensor, LowRankExtent]]) -> None:
-    """The same of segments of many rows.
+    """Add to each member's output the deltas of the segments that have many rows.
 
     Each member has a rank of its own in a layout, so each is multiplied in groups or not.
     """

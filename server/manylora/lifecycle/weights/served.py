@@ -74,7 +74,7 @@ def stored_norms(checkpoint: Path, paths: Iterable[str]) -> dict[str, float]:
 
 
 def _rounded(value: Any) -> Any:
-    """The same with every float at five significant digits, which is more than a picture shows."""
+    """`value` with every float at five significant digits, which is more than a picture shows."""
     match value:
         case float():
             return float(f"{value:.{_DIGITS}g}")

@@ -63,7 +63,7 @@ class LoraReading:
     def modules(
         self, tensors: Tensors, base: Base, problems: Problems, warnings: list[str]
     ) -> tuple[AdaptedModule, ...]:
-        """As in `Reading`."""
+        """The adapted modules of an upload; every problem goes to `problems`."""
         if refuse_experts(tensors, base.modules, problems):
             return ()
         planned = targets.resolve(self._settings, base.modules, base.max_rank, problems, warnings)
@@ -72,7 +72,7 @@ class LoraReading:
     def accepted(
         self, tensors: Tensors, modules: Mapping[str, ModuleSpec], problems: Problems, warnings: list[str]
     ) -> tuple[AdaptedModule, ...]:
-        """As in `Reading`."""
+        """The adapted modules of an adapter that was accepted before."""
         planned = targets.as_accepted(self._settings, modules, ranks_of(tensors), problems)
         return self._paired(tensors, modules, planned, problems, warnings)
 

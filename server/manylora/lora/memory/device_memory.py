@@ -184,7 +184,7 @@ class DeviceMemory:
     def matrices(self, slot: int, site: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """A and B of one slot, true rank only: [r, in] (an embedding's: [vocab, r]) and [r, out]; None if untouched.
 
-        As they are stored, but for scales, which are multiplied into A.
+        Numbers are as they are stored, but for scales, which are multiplied into A.
         """
         rank = int(self.ranks[site, slot])
         if not rank:
@@ -196,7 +196,7 @@ class DeviceMemory:
     def embedding_matrices(
         self, slot: int, site: int, token_ids: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The same for an embedding and some tokens [T]: their rows of A, [T, r], and B [r, hidden]."""
+        """An embedding's rows of A for tokens [T], as [T, r], and its B [r, hidden]; None if untouched."""
         rank = int(self.ranks[site, slot])
         if not rank:
             return None
