@@ -8,12 +8,10 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from manylora.api.adapter_views import adapter_view, version_view
 from manylora.api.auth import Admin, Caller, Manager, has_role
-from manylora.api.compat import is_json, require_json
 from manylora.api.errors import invalid_from
 from manylora.api.fields import wanted
-from manylora.api.json_body import parse_json
+from manylora.api.json_body import is_json, parse_json, require_json
 from manylora.api.lanes import PYTHON, beside_loop
 from manylora.api.ownership import not_found, owner_of, target_tenant, version_number
 from manylora.catalog.records import MAX_DESCRIPTION, AdapterRecord, Payer, Published, VersionRecord, Wish
@@ -27,6 +25,8 @@ __all__ = ["build_router", "version_of"]
 MAX_JSON_BYTES: Final = 2**20
 _INLINE_BYTES: Final = 16_384
 _CHUNK_BYTES: Final = 2**18
+# The status of a version made for a base of other shapes than the one that runs; it comes back with that base.
+_OTHER_BASE: Final = "other_base"
 _TenantQuery = Annotated[str | None, Query(description="Another tenant's adapter: for admin keys.")]
 
 
@@ -161,7 +161,7 @@ def _add_reads(router: APIRouter, catalog: Catalog) -> None:
     ) -> Response:
         """The adapters that the caller may use, newest first; an admin sees all tenants'."""
         records, has_more = await catalog.page(_listed_tenants(caller, tenant), limit, after)
-        data = [adapter_view(record, catalog.tier_of, catalog.has_other_name) for record in records]
+        data = [_adapter_view(catalog, record) for record in records]
         ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
         return JSONResponse({"object": "list", "data": data, **ends, "has_more": has_more})
 
@@ -170,7 +170,7 @@ def _add_reads(router: APIRouter, catalog: Catalog) -> None:
         """One adapter with all its versions."""
         record = await _record(catalog, caller, name, tenant)
         versions = [_version_view(catalog, record, v) for v in record.versions]
-        return JSONResponse({**adapter_view(record, catalog.tier_of, catalog.has_other_name), "versions": versions})
+        return JSONResponse({**_adapter_view(catalog, record), "versions": versions})
 
     @router.get("/v1/adapters/{name}/versions/{n}")
     async def get_version(name: str, n: str, caller: Caller, tenant: _TenantQuery = None) -> Response:
@@ -189,11 +189,6 @@ def _add_reads(router: APIRouter, catalog: Catalog) -> None:
         }
         file.seek(0)
         return StreamingResponse(_chunks(file), media_type="application/gzip", headers=headers)
-
-
-def _version_view(catalog: Catalog, record: AdapterRecord, version: VersionRecord) -> dict[str, Any]:
-    differs = catalog.has_other_name(version)
-    return version_view(record, version, catalog.tier_of(version.ref), has_other_name=differs)
 
 
 def _chunks(file: IO[bytes]) -> Iterator[bytes]:
@@ -241,7 +236,7 @@ def _add_changes(router: APIRouter, catalog: Catalog) -> None:
         record = await catalog.update(
             owner, name, active_version=body.active_version, pinned=body.pinned, description=body.description
         )
-        return JSONResponse(adapter_view(record, catalog.tier_of, catalog.has_other_name))
+        return JSONResponse(_adapter_view(catalog, record))
 
     @router.delete("/v1/adapters/{name}", status_code=204)
     async def delete_adapter(name: str, caller: Manager, tenant: _TenantQuery = None) -> Response:
@@ -309,3 +304,55 @@ def _as_vllm_names_them() -> Iterator[None]:
         for own, sent in names.items():
             message = message.replace(f"'{own}'", f"'{sent}'")
         raise type(error)(message, param=names[error.param]) from None
+
+
+def _version_view(catalog: Catalog, adapter: AdapterRecord, version: VersionRecord) -> dict[str, Any]:
+    """`adapter.version`, as the API documents it."""
+    is_active = version.ref.version == adapter.active_version
+    return {
+        "id": version.ref.id,
+        "object": "adapter.version",
+        "name": version.ref.name,
+        "version": version.ref.version,
+        "digest": version.ref.digest,
+        "status": _status(version),
+        "active": is_active,
+        "pinned": adapter.pinned and is_active,
+        "tenant": version.ref.tenant,
+        "kind": version.kind,
+        "rank": version.rank,
+        "alpha": version.alpha,
+        "target_modules": list(version.target_modules),
+        "size_bytes": version.size_bytes,
+        "created": version.created_s,
+        "tier": catalog.tier_of(version.ref),
+        "report": {"base_model": None, **version.report, "base_model_differs": catalog.has_other_name(version)},
+    }
+
+
+def _status(version: VersionRecord) -> str:
+    return "ready" if version.is_ready else _OTHER_BASE
+
+
+def _adapter_view(catalog: Catalog, adapter: AdapterRecord) -> dict[str, Any]:
+    """`adapter`: a name with what its active version is; the facts of it are null where none is active."""
+    active = adapter.active
+    return {
+        "id": adapter.id,
+        "object": "adapter",
+        "name": adapter.name,
+        "tenant": adapter.tenant,
+        "description": adapter.description,
+        "active_version": adapter.active_version,
+        "status": _status(active) if active else None,
+        "base_model": active.report.get("base_model") if active else None,
+        "base_model_differs": active is not None and catalog.has_other_name(active),
+        "newest_version": adapter.versions[-1].ref.version,
+        "num_versions": len(adapter.versions),
+        "pinned": adapter.pinned,
+        "created": adapter.created_s,
+        "digest": active.ref.digest if active else None,
+        "rank": active.rank if active else None,
+        "size_bytes": sum(v.size_bytes for v in adapter.versions),
+        "tier": catalog.tier_of(active.ref) if active else None,
+    }

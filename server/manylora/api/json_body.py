@@ -8,10 +8,11 @@ from typing import Any, Final
 
 import numpy as np
 import orjson
+from starlette.requests import Request
 
 from manylora.errors import InvalidRequest
 
-__all__ = ["parse_json"]
+__all__ = ["is_json", "parse_json", "require_json"]
 
 MAX_DEPTH: Final = 64
 MAX_CONTAINERS: Final = 16_384
@@ -24,6 +25,16 @@ _CHUNK_BYTES: Final = 2**18
 _QUOTE, _COMMA, _BACKSLASH = b'",\\'
 # `[` and `{`, and `]` and `}`, differ in one bit.
 _CASE, _OPENING, _CLOSING = 0x20, ord("{"), ord("}")
+
+
+def is_json(request: Request) -> bool:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json"
+
+
+def require_json(request: Request) -> None:
+    """A form of another site cannot declare its body so. Raises InvalidRequest."""
+    if not is_json(request):
+        raise InvalidRequest("Send the body as JSON, with the header 'content-type: application/json'.")
 
 
 def parse_json(body: bytes) -> Any:

@@ -1,4 +1,7 @@
-"""Layers around the routes, in plain ASGI: the request's id and log line, the last resort, the body's limit."""
+"""Layers around the routes, in plain ASGI, from the outermost to the innermost: all that is done for every request.
+
+Small differences between clients that make no difference to an answer are made even here.
+"""
 
 import asyncio
 import re
@@ -13,38 +16,52 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bound_contextvars
 
 from manylora.api.errors import INTERNAL_ERROR, error_response
+from manylora.api.origins import OpenRules
 from manylora.api.presence import Presence, Visit
 from manylora.api.record import ClientGone
-from manylora.errors import TooLarge, quoted
+from manylora.errors import TooLarge, UnsupportedEncoding, quoted
 from manylora.log import get_logger
 
-__all__ = ["POLLED_PATHS", "REQUEST_ID_HEADER", "BodyLimit", "LastResort", "RequestContext"]
+__all__ = [
+    "POLLED_PATHS",
+    "REQUEST_ID_HEADER",
+    "AnyMethodAndEncoding",
+    "BodyLimit",
+    "CanonicalPath",
+    "LastResort",
+    "OpenGuard",
+    "RequestContext",
+]
 
 REQUEST_ID_HEADER: Final = "x-request-id"
 _SANE_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # Asked for every few seconds by machines; their lines are for debugging only, and they are not traced.
 POLLED_PATHS: Final = frozenset({"/health", "/ready", "/metrics", "/v1/stats"})
+# Pages whose links are relative to them: a slash more would break those, so they redirect.
+_PAGES: Final = frozenset({"/", "/dashboard/", "/docs/"})
 _DISCARD_BYTES: Final = 256 * 2**20
 _DISCARD_S: Final = 10.0
 
 _log = get_logger("manylora.request")
 
 
-class LastResort:
-    """Answers what nobody foresaw with a 500 that tells nothing of its inside, and logs it. Inside RequestContext."""
+class CanonicalPath:
+    """Takes a proxy's path prefix and a trailing slash off the path, for everything inside."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, root_path: str) -> None:
         self.app = app
+        self._prefix = root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await self.app(scope, receive, send)
-        except (ClientGone, ClientDisconnect):
-            raise
-        except Exception:  # noqa: BLE001 - the outermost handler
-            _log.exception("unexpected_error", request_id=scope["manylora.request_id"], path=quoted(scope["path"]))
-            if not scope["manylora.status"]:
-                await error_response(INTERNAL_ERROR)(scope, receive, send)
+        if scope["type"] == "http":
+            path = scope["path"]
+            if self._prefix and (path == self._prefix or path.startswith(f"{self._prefix}/")):
+                path = path[len(self._prefix) :] or "/"
+            if path.endswith("/") and path not in _PAGES:
+                path = path[:-1]
+            if path != scope["path"]:
+                scope = {**scope, "path": path, "raw_path": path.encode()}
+        await self.app(scope, receive, send)
 
 
 class RequestContext:
@@ -95,6 +112,70 @@ class RequestContext:
             duration_ms=round(seconds * 1000, 1),
             **fields,
         )
+
+
+class LastResort:
+    """Answers what nobody foresaw with a 500 that tells nothing of its inside, and logs it. Inside RequestContext."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self.app(scope, receive, send)
+        except (ClientGone, ClientDisconnect):
+            raise
+        except Exception:  # noqa: BLE001 - the outermost handler
+            _log.exception("unexpected_error", request_id=scope["manylora.request_id"], path=quoted(scope["path"]))
+            if not scope["manylora.status"]:
+                await error_response(INTERNAL_ERROR)(scope, receive, send)
+
+
+class OpenGuard:
+    """While `is_open()`, refuses what a page of another site may have made a browser send."""
+
+    def __init__(self, app: ASGIApp, *, is_open: Callable[[], bool], rules: OpenRules) -> None:
+        self.app = app
+        self._is_open = is_open
+        self._rules = rules
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        fault = self._rules.fault(scope) if scope["type"] == "http" and self._is_open() else None
+        if fault is None:
+            await self.app(scope, receive, send)
+        else:
+            scope["manylora.log"]["code"] = fault.code
+            await error_response(fault)(scope, receive, send)
+
+
+class AnyMethodAndEncoding:
+    """Answers HEAD wherever GET is answered, and refuses bodies that are encoded."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        encoding = Headers(scope=scope).get("content-encoding", "identity").strip().lower()
+        if encoding not in ("", "identity"):
+            error = UnsupportedEncoding(f"Send the body as it is, not with content-encoding '{quoted(encoding)}'.")
+            scope["manylora.log"]["code"] = error.code
+            await error_response(error)(scope, receive, send)
+        elif scope["method"] == "HEAD":
+            await self.app({**scope, "method": "GET"}, receive, _without_bodies(send))
+        else:
+            await self.app(scope, receive, send)
+
+
+def _without_bodies(send: Send) -> Send:
+    async def send_head(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            message = {**message, "body": b""}
+        await send(message)
+
+    return send_head
 
 
 class BodyLimit:

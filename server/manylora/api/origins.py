@@ -3,24 +3,24 @@
 A server with keys needs no protection from other sites: a page cannot send a key that it does not have. It only has to
 say which sites may read its answers (`Cors`). A server without keys would do what any page tells it, from the visitor's
 own machine: by a form that is sent here, or by a host name of the page's own that was made to lead here ("DNS
-rebinding"). `OpenGuard` refuses both.
+rebinding"). `OpenRules` refuse both.
 """
 
 import ipaddress
 import re
 import socket
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Final
 
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Scope
 
 from manylora.api.errors import error_response
 from manylora.errors import CrossSite, MethodNotAllowed, quoted
 
-__all__ = ["Cors", "OpenGuard", "OwnHosts"]
+__all__ = ["Cors", "OpenRules", "OwnHosts"]
 
 _METHODS: Final = ("GET", "HEAD", "POST", "PATCH", "DELETE")
 _SAFE: Final = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -93,27 +93,18 @@ def _without_port(host: str) -> str | None:
     return match[1].lower().rstrip(".") if match else None
 
 
-class OpenGuard:
-    """While `is_open()`, refuses what a page of another site may have made a browser send."""
+class OpenRules:
+    """What a server without keys does not do for a browser: what a page of another site may have made it send."""
 
-    def __init__(
-        self, app: ASGIApp, *, is_open: Callable[[], bool], hosts: OwnHosts, allowed_origins: Collection[str]
-    ) -> None:
-        self.app = app
-        self._is_open = is_open
+    def __init__(self, hosts: OwnHosts, allowed_origins: Collection[str]) -> None:
         self._hosts = hosts
         self._origins = allowed_origins
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in _PROBES and self._is_open():
-            fault = self._fault(scope["method"], Headers(scope=scope))
-            if fault is not None:
-                scope["manylora.log"]["code"] = fault.code
-                await error_response(fault)(scope, receive, send)
-                return
-        await self.app(scope, receive, send)
-
-    def _fault(self, method: str, headers: Headers) -> CrossSite | None:
+    def fault(self, scope: Scope) -> CrossSite | None:
+        """Why the request is not answered, or None."""
+        if scope["path"] in _PROBES:
+            return None
+        method, headers = scope["method"], Headers(scope=scope)
         host, origin = headers.get("host"), headers.get("origin")
         if host is not None and host not in self._hosts:
             name = quoted(_without_port(host) or host)

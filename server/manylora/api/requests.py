@@ -14,7 +14,7 @@ from typing import Any, Final, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
-from manylora.api.compat import require_json
+from manylora.api.json_body import require_json
 from manylora.api.lanes import LONG_TEXT, PYTHON, SHORT_TEXT, beside_loop
 from manylora.api.record import ClientGone
 from manylora.api.schemas import ChatRequest, CompletionRequest, GenerationRequest, parse

@@ -160,6 +160,7 @@ class AsyncEngine:
         self._tiers = tiers
         self._grammars = grammars
         self._admission = Admission(max_open, engine.scheduler.max_num_seqs, tenant_share)
+        self.max_choices = self._admission.most
         self._before_step = before_step
         self._inbox: deque[tuple[list[Sequence], Callable[[], None]]] = deque()  # with whom each is about
         self._wake = threading.Event()
@@ -171,7 +172,7 @@ class AsyncEngine:
         self._is_stopping = False
         self.is_draining = False
         self._num_probes = 0
-        tiers.on_change = self.wake
+        tiers.on_change = self._wake.set  # it may let the engine go on
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -190,15 +191,7 @@ class AsyncEngine:
         """Call `action` on the event loop when the engine has failed for good and everybody was told."""
         self._on_death = action
 
-    def wake(self) -> None:
-        """Something changed that may let the engine go on. Any thread."""
-        self._wake.set()
-
     # requests
-
-    @property
-    def max_choices(self) -> int:
-        return self._admission.most
 
     async def compile(self, grammar: Grammar, tenant: str) -> CompiledGrammar:
         """Make a grammar ready; see `interface.EngineClient`."""

@@ -93,9 +93,10 @@ class Engine:
         assert self._home.is_here()
         began = time.perf_counter()
         outputs = [self._go_on(seq) for seq in self._constraints.due()]
-        plan = self._recovery.plan()
-        if isinstance(plan, Fault):
-            plan = self._recovery.plan_again(plan)
+        try:
+            plan = self.scheduler.plan()
+        except Exception as error:  # noqa: BLE001 - whatever it is, its sequence is looked for
+            plan = self._recovery.plan_again(Fault.of("schedule", error))
         self._lap("schedule", began)
         outputs += [_failure(seq, error) for seq, error in self.scheduler.take_failed()]
         self.made_progress = bool(plan.scheduled)

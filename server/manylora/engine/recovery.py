@@ -161,7 +161,7 @@ class Recovery:
         """Plan again after planning raised `fault`: as before, then without whom it fails for. Raises Unrecoverable."""
         failed: list[Sequence] = []
         num_rounds = 0
-        while isinstance(plan := self.plan(), Fault):
+        while isinstance(plan := self._plan(), Fault):
             guilty, is_sure = self._whose_plan_fails(plan)
             num_rounds += 1
             if not is_sure and num_rounds < _PROOFS:
@@ -172,7 +172,7 @@ class Recovery:
         self._tell(fault, failed)
         return plan
 
-    def plan(self, only: list[Sequence] | None = None) -> Plan | Fault:
+    def _plan(self, only: list[Sequence] | None = None) -> Plan | Fault:
         """The scheduler's plan, or what it raised."""
         try:
             return self._scheduler.plan() if only is None else self._scheduler.plan(set(only))
@@ -181,14 +181,14 @@ class Recovery:
 
     def _whose_plan_fails(self, fault: Fault) -> tuple[Sequence, bool]:
         """Whom planning fails for, and whether it does for this sequence alone. Raises Unrecoverable."""
-        if all(isinstance(self.plan([]), Fault) for _ in range(_PROOFS)):
+        if all(isinstance(self._plan([]), Fault) for _ in range(_PROOFS)):
             self._events.on_step_failure(fault.phase, "fatal")
             raise Unrecoverable from fault.error
         suspects = list(self._scheduler.sequences())
         while len(suspects) > 1:
             half = suspects[: len(suspects) // 2]
-            suspects = half if isinstance(self.plan(half), Fault) else suspects[len(half) :]
-        return suspects[0], isinstance(self.plan(suspects), Fault)
+            suspects = half if isinstance(self._plan(half), Fault) else suspects[len(half) :]
+        return suspects[0], isinstance(self._plan(suspects), Fault)
 
     def _tell(self, fault: Fault, failed: list[Sequence]) -> None:
         self._events.on_step_failure(fault.phase, "isolated" if failed else "retried")

@@ -7,11 +7,17 @@ from starlette.types import Scope
 
 from manylora import __version__
 from manylora.api import openai, ops
-from manylora.api.compat import AnyMethodAndEncoding, CanonicalPath
 from manylora.api.docs import install_docs
 from manylora.api.errors import install_error_handlers
-from manylora.api.middleware import BodyLimit, LastResort, RequestContext
-from manylora.api.origins import Cors, OpenGuard, OwnHosts
+from manylora.api.middleware import (
+    AnyMethodAndEncoding,
+    BodyLimit,
+    CanonicalPath,
+    LastResort,
+    OpenGuard,
+    RequestContext,
+)
+from manylora.api.origins import Cors, OpenRules, OwnHosts
 from manylora.api.presence import Presence
 from manylora.api.query import check_query
 from manylora.api.record import Recorder
@@ -101,12 +107,8 @@ def _add_layers(
     is_reachable = settings.allow_open and not is_loopback(settings.host)
     app.add_middleware(BodyLimit, limit_of=limit_of, is_streamed=is_upload, presence=presence)
     app.add_middleware(AnyMethodAndEncoding)
-    app.add_middleware(
-        OpenGuard,
-        is_open=is_open,
-        hosts=OwnHosts((settings.host, *settings.allowed_hosts), is_reachable=is_reachable),
-        allowed_origins=settings.allowed_origins,
-    )
+    hosts = OwnHosts((settings.host, *settings.allowed_hosts), is_reachable=is_reachable)
+    app.add_middleware(OpenGuard, is_open=is_open, rules=OpenRules(hosts, settings.allowed_origins))
     app.add_middleware(LastResort)
     if settings.allowed_origins:
         app.add_middleware(Cors, allow_origins=settings.allowed_origins)
