@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from manylora.engine.interface import FinishReason
-from manylora.engine.scheduler import Scheduled
-from manylora.engine.sequence import Sequence
+from manylora.engine.sequence import Scheduled, Sequence
 from manylora.errors import SequenceFailed
 from tests.engine.drafts import Oracle
 from tests.engine.faults import Faults

@@ -10,8 +10,7 @@ import pytest
 
 from manylora.engine.executor import Executor
 from manylora.engine.interface import FinishReason, SamplingParams, Task
-from manylora.engine.scheduler import Scheduled
-from manylora.engine.sequence import Sequence
+from manylora.engine.sequence import Scheduled, Sequence
 from manylora.engine.step_input import Sampled, SamplingInput, StepInput
 from tests.engine.harness import available_kernels, build_rig, load
 from tests.engine.test_drafting import EXACT, REQUESTS, answers, ask_all, rig_of

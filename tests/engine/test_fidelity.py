@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from manylora.engine.scheduler import Scheduled
-from manylora.engine.sequence import Sequence
+from manylora.engine.sequence import Scheduled, Sequence
 from manylora.lora.format.reader import read_trusted
 from manylora.lora.memory.packing import KeepAs
 from tests.engine.harness import Rig, available_kernels, build_rig, load, packer_of

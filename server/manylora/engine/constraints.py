@@ -10,8 +10,7 @@ from typing import Final
 
 from manylora.engine.interface import Task
 from manylora.engine.model_runner import Outcome
-from manylora.engine.scheduler import Scheduled
-from manylora.engine.sequence import Sequence
+from manylora.engine.sequence import Scheduled, Sequence
 from manylora.grammars.compiler import Compiled
 from manylora.grammars.masks import Constraint, MaskMaker
 

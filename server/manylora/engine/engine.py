@@ -12,8 +12,8 @@ from manylora.engine.detokenizer import Decode, Detokenizer
 from manylora.engine.interface import Delta, FinishReason, Task, TokenLogprob
 from manylora.engine.model_runner import ModelRunner, Outcome
 from manylora.engine.recovery import Fault, FaultEvents, Recovery, failure_of, log_ended, log_failure, not_finite
-from manylora.engine.scheduler import Scheduled, Scheduler
-from manylora.engine.sequence import Sequence
+from manylora.engine.scheduler import Scheduler
+from manylora.engine.sequence import Scheduled, Sequence
 from manylora.errors import ManyloraError
 from manylora.grammars.masks import MaskMaker
 from manylora.threads import Home

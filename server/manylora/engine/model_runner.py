@@ -15,8 +15,7 @@ import numpy as np
 
 from manylora.engine.executor import Executor
 from manylora.engine.interface import Task, TokenLogprob
-from manylora.engine.scheduler import Scheduled
-from manylora.engine.sequence import Draws, Sequence
+from manylora.engine.sequence import Draws, Scheduled, Sequence
 from manylora.engine.step_input import Adjustment, Allowed, Draw, Sampled, SamplingInput, Scored, ScoredRows, StepInput
 
 DRAWS_AHEAD = 64  # places of a sequence whose random numbers are made together

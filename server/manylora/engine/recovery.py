@@ -18,8 +18,8 @@ import torch
 
 from manylora.engine.interface import AdapterRef, SamplingParams
 from manylora.engine.model_runner import Outcome
-from manylora.engine.scheduler import Plan, Scheduled, Scheduler
-from manylora.engine.sequence import Sequence
+from manylora.engine.scheduler import Plan, Scheduler
+from manylora.engine.sequence import Scheduled, Sequence
 from manylora.errors import AdapterNotFinite, ModelNotFinite, SequenceFailed
 from manylora.log import get_logger
 

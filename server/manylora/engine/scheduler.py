@@ -14,8 +14,8 @@ from typing import Final, Protocol
 from manylora.engine.block_manager import BlockManager
 from manylora.engine.drafting import Drafter
 from manylora.engine.fairness import FairQueue
-from manylora.engine.interface import AdapterRef, FinishReason, Task
-from manylora.engine.sequence import Sequence, SequenceStatus
+from manylora.engine.interface import AdapterRef, FinishReason
+from manylora.engine.sequence import Scheduled, Sequence, SequenceStatus
 from manylora.engine.turns import Places, Turns
 from manylora.errors import ManyloraError
 
@@ -30,40 +30,6 @@ class SlotProvider(Places, Protocol):
     def release(self, ref: AdapterRef) -> None: ...
 
     def give_up(self, ref: AdapterRef) -> None: ...
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Scheduled:
-    """`num_tokens` tokens of a sequence from position `start` on, in this step, and behind its last one a `draft`.
-
-    The draft's tokens are not the sequence's yet: they are run as if they were, and those that come out as it says are
-    taken with the one behind them.
-    """
-
-    seq: Sequence
-    start: int
-    num_tokens: int
-    draft: tuple[int, ...] = ()
-
-    @property
-    def num_rows(self) -> int:
-        """Tokens to run, the draft's included."""
-        return self.num_tokens + len(self.draft)
-
-    @property
-    def reaches_end(self) -> bool:
-        """The step runs the sequence's last token."""
-        return self.start + self.num_tokens == self.seq.num_tokens
-
-    @property
-    def samples(self) -> bool:
-        """The sequence's next token is wanted, and can be sampled."""
-        return self.seq.task is Task.GENERATE and self.reaches_end
-
-    @property
-    def is_scored(self) -> bool:
-        """Logits of this step are wanted for what they say of the prompt."""
-        return self.seq.scores_prompt or (self.seq.task is Task.SCORE and self.reaches_end)
 
 
 @dataclass(slots=True)

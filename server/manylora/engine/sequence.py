@@ -138,3 +138,37 @@ class Sequence:
         self.tokens.append(token_id)
         if self.has_penalties:
             self.output_counts[token_id] += 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scheduled:
+    """`num_tokens` tokens of a sequence from position `start` on, in this step, and behind its last one a `draft`.
+
+    The draft's tokens are not the sequence's yet: they are run as if they were, and those that come out as it says are
+    taken with the one behind them.
+    """
+
+    seq: Sequence
+    start: int
+    num_tokens: int
+    draft: tuple[int, ...] = ()
+
+    @property
+    def num_rows(self) -> int:
+        """Tokens to run, the draft's included."""
+        return self.num_tokens + len(self.draft)
+
+    @property
+    def reaches_end(self) -> bool:
+        """The step runs the sequence's last token."""
+        return self.start + self.num_tokens == self.seq.num_tokens
+
+    @property
+    def samples(self) -> bool:
+        """The sequence's next token is wanted, and can be sampled."""
+        return self.seq.task is Task.GENERATE and self.reaches_end
+
+    @property
+    def is_scored(self) -> bool:
+        """Logits of this step are wanted for what they say of the prompt."""
+        return self.seq.scores_prompt or (self.seq.task is Task.SCORE and self.reaches_end)
