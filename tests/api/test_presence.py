@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manylora.api.presence import Presence, Visit
 from manylora.errors import RateLimited, Unavailable
 from manylora.settings import Settings
 from manylora.tenants.interface import Principal, Role
+from manylora.tenants.presence import Presence, Visit
 
 from .conftest import Rig
 from .test_streaming import BODY, Connection

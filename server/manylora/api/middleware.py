@@ -17,10 +17,10 @@ from structlog.contextvars import bound_contextvars
 
 from manylora.api.errors import INTERNAL_ERROR, error_response
 from manylora.api.origins import OpenRules
-from manylora.api.presence import Presence, Visit
 from manylora.api.record import ClientGone
 from manylora.errors import TooLarge, UnsupportedEncoding, quoted
 from manylora.log import get_logger
+from manylora.tenants.presence import Presence, Visit
 
 __all__ = [
     "POLLED_PATHS",

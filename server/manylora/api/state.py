@@ -5,7 +5,6 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from manylora.api.presence import Presence
 from manylora.api.record import Recorder
 from manylora.api.traffic import Traffic
 from manylora.catalog.interface import AdapterDirectory
@@ -13,6 +12,7 @@ from manylora.engine.interface import EngineClient
 from manylora.metrics import Metrics
 from manylora.settings import Settings
 from manylora.tenants.interface import Gate
+from manylora.tenants.presence import Presence
 from manylora.usage.interface import UsageSink
 
 __all__ = ["Departure", "Services", "ServicesDep", "services_of"]

@@ -18,7 +18,6 @@ from manylora.api.middleware import (
     RequestContext,
 )
 from manylora.api.origins import Cors, OpenRules, OwnHosts
-from manylora.api.presence import Presence
 from manylora.api.query import check_query
 from manylora.api.record import Recorder
 from manylora.api.state import Departure, Services
@@ -31,6 +30,7 @@ from manylora.metrics import Metrics
 from manylora.serving.http_server import is_loopback
 from manylora.settings import Settings
 from manylora.tenants.interface import Gate
+from manylora.tenants.presence import Presence
 from manylora.usage.interface import UsageSink
 
 __all__ = ["create_app"]
