@@ -25,7 +25,7 @@ class Constraints:
 
     def __init__(self, masks: MaskMaker) -> None:
         self._masks = masks
-        self._seqs: dict[int, Sequence] = {}  # by id(); those that have ended leave with the next `due`
+        self._seqs: list[Sequence] = []  # those that have ended leave with the next `due`
 
     def add(self, seq: Sequence) -> None:
         """It has no tokens yet. One that is to have none is held to nothing."""
@@ -36,18 +36,14 @@ class Constraints:
         seq.constraint = Constraint(
             self._masks, compiled, one_by_one=params.logprobs is not None, ends_only_when_complete=params.ignore_eos
         )
-        self._seqs[id(seq)] = seq
+        self._seqs.append(seq)
 
     def due(self) -> list[Sequence]:
         """Those that go on, or end, without the model. The first token comes from a step in any case."""
         if not self._seqs:
             return []
-        begun: list[tuple[Sequence, Constraint]] = []
-        for key, seq in list(self._seqs.items()):
-            if seq.constraint is None:
-                del self._seqs[key]
-            elif seq.num_output_tokens:
-                begun.append((seq, seq.constraint))
+        self._seqs = [seq for seq in self._seqs if seq.constraint is not None]
+        begun = [(seq, seq.constraint) for seq in self._seqs if seq.constraint is not None and seq.num_output_tokens]
         self._masks.wait_settled((constraint for _, constraint in begun), _BEFORE_PLAN_S)
         return [seq for seq, constraint in begun if constraint.is_decided]
 
@@ -64,4 +60,4 @@ class Constraints:
 def is_late(item: Scheduled, outcome: Outcome) -> bool:
     """What may come was not known in time, so the step has found no token for the sequence."""
     constraint = item.seq.constraint
-    return item.samples and constraint is not None and not outcome.token_ids and not constraint.is_decided
+    return constraint is not None and item.samples and not outcome.token_ids and not constraint.is_decided

@@ -172,13 +172,12 @@ class Engine:
             error = not_finite(seq)
             log_ended(seq, error)
             return self._end(seq, error, is_spoiled=True)
-        reaches_end = item.reaches_end
         if is_late(item, outcome):
             return None  # the same is run again
         try:
             self._take_prompt(item, outcome)
             self.scheduler.commit(item)
-            return self._finish_step(item, outcome) if reaches_end else None
+            return self._finish_step(item, outcome) if item.reaches_end else None
         except Exception as error:  # noqa: BLE001 - whatever it is, it is of this sequence alone
             fault = Fault.of("deliver", error)
             self._faults.on_step_failure(fault.phase, "isolated")

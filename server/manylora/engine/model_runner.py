@@ -79,10 +79,9 @@ class ModelRunner:
         scored: list[Scored] = []
         at = 0
         for number, item in enumerate(scheduled):
-            count = len(_logit_rows(item, 0))
             if item.is_scored:
-                scored.append(_scored(item, at, count))
-            at += count
+                scored.append(_scored(item, at))
+            at += item.num_logits
             if item.samples and _asks_model(item.seq):
                 asking.append(number)
                 for place in range(len(item.draft) + 1):
@@ -95,9 +94,10 @@ class ModelRunner:
         sampled = self._executor.sample(logits, sampling_input(seqs, ahead, rows, scored))
         found = iter(sampled.scored)
         at = 0
-        for item, outcome in zip(scheduled, outcomes, strict=True):
-            if item.is_scored:
-                _take_scored(item, next(found), outcome)
+        if scored:
+            for item, outcome in zip(scheduled, outcomes, strict=True):
+                if item.is_scored:
+                    _take_scored(item, next(found), outcome)
         for number in asking:
             draft = scheduled[number].draft
             _take(sampled, at, draft, outcomes[number])
@@ -111,11 +111,13 @@ class ModelRunner:
         tables = np.zeros((len(scheduled), max(len(s.seq.block_table) for s in scheduled)), dtype=np.int32)
         tokens: list[int] = []
         logit_rows: list[int] = []
+        end = 0
         for i, item in enumerate(scheduled):
             tables[i, : len(item.seq.block_table)] = item.seq.block_table
             tokens += item.seq.tokens[item.start : item.start + item.num_tokens]
             tokens += item.draft
-            logit_rows += _logit_rows(item, int(starts[i]))
+            end += item.num_rows
+            logit_rows += range(end - item.num_logits, end)
         first = np.array([s.start for s in scheduled])
         owner = np.repeat(np.arange(len(scheduled)), counts)
         positions = first[owner] + np.arange(starts[-1]) - starts[owner]
@@ -131,19 +133,12 @@ class ModelRunner:
         )
 
 
-def _logit_rows(item: Scheduled, first_row: int) -> list[int]:
-    """The rows of a sequence's chunk whose logits are wanted: all, the last and its draft's, or none."""
-    if item.seq.scores_prompt:
-        return list(range(first_row, first_row + item.num_tokens))
-    return list(range(first_row + item.num_tokens - 1, first_row + item.num_rows)) if item.reaches_end else []
-
-
 # the prompt's own tokens
 
 
-def _scored(item: Scheduled, first: int, num_rows: int) -> Scored:
+def _scored(item: Scheduled, first: int) -> Scored:
     """What is asked of the rows of a prompt that are among the logits from `first` on."""
-    seq = item.seq
+    seq, num_rows = item.seq, item.num_logits
     following = seq.tokens[item.start + 1 : item.start + num_rows + 1] if seq.params.prompt_logprobs is not None else []
     checks_last = item.reaches_end and seq.task is Task.SCORE
     return Scored(first, num_rows, following, seq.params.prompt_logprobs or 0, seq.capture_logits, checks_last)
@@ -171,6 +166,13 @@ def _take(sampled: Sampled, first: int, draft: Ahead, outcome: Outcome) -> None:
 
     A row behind a token that was not to come says nothing.
     """
+    if not draft:  # as nearly always
+        outcome.token_ids = (sampled.token_ids[first],)
+        entry = sampled.logprobs[first]
+        if entry is not None:
+            outcome.logprobs = (entry,)
+        outcome.is_finite &= sampled.is_finite[first]
+        return
     num_accepted = 0
     while num_accepted < len(draft) and sampled.token_ids[first + num_accepted] == draft[num_accepted]:
         num_accepted += 1

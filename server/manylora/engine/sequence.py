@@ -3,7 +3,7 @@
 import secrets
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
@@ -140,35 +140,33 @@ class Sequence:
             self.output_counts[token_id] += 1
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Scheduled:
     """`num_tokens` tokens of a sequence from position `start` on, in this step, and behind its last one a `draft`.
 
     The draft's tokens are not the sequence's yet: they are run as if they were, and those that come out as it says are
-    taken with the one behind them.
+    taken with the one behind them. Besides, as the sequence is when it is planned: `num_rows` tokens are run, the
+    draft's included, and the logits of the last `num_logits` are wanted; whether the step runs the sequence's own last
+    token, whether its next one is then sampled, and whether logits are wanted for what they say of the prompt.
     """
 
     seq: Sequence
     start: int
     num_tokens: int
     draft: tuple[int, ...] = ()
+    num_rows: int = field(init=False)
+    num_logits: int = field(init=False)
+    reaches_end: bool = field(init=False)
+    samples: bool = field(init=False)
+    is_scored: bool = field(init=False)
 
-    @property
-    def num_rows(self) -> int:
-        """Tokens to run, the draft's included."""
-        return self.num_tokens + len(self.draft)
-
-    @property
-    def reaches_end(self) -> bool:
-        """The step runs the sequence's last token."""
-        return self.start + self.num_tokens == self.seq.num_tokens
-
-    @property
-    def samples(self) -> bool:
-        """The sequence's next token is wanted, and can be sampled."""
-        return self.seq.task is Task.GENERATE and self.reaches_end
-
-    @property
-    def is_scored(self) -> bool:
-        """Logits of this step are wanted for what they say of the prompt."""
-        return self.seq.scores_prompt or (self.seq.task is Task.SCORE and self.reaches_end)
+    def __post_init__(self) -> None:
+        seq, num_drafted = self.seq, len(self.draft)
+        self.num_rows = self.num_tokens + num_drafted
+        self.reaches_end = self.start + self.num_tokens == seq.num_tokens
+        self.samples = self.reaches_end and seq.task is Task.GENERATE
+        self.is_scored = seq.scores_prompt or (self.reaches_end and not self.samples)
+        if seq.scores_prompt:
+            self.num_logits = self.num_tokens
+        else:
+            self.num_logits = 1 + num_drafted if self.reaches_end else 0
