@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from manylora.engine.interface import SamplingParams
 from manylora.engine.model_runner import DRAWS_AHEAD, sampling_input, uniform_number, uniform_numbers
 from manylora.engine.sampler import NUM_CANDIDATES, largest, token_logprobs
 from manylora.engine.sequence import Sequence
-from manylora.engine.step_input import Sampled
+from manylora.engine.step_input import Allowed, Sampled
 
 VOCAB = 50
 HUGE = 1200
@@ -326,6 +327,39 @@ def test_one_rows_penalties_leave_the_others_and_the_input_alone() -> None:
 
 
 # log-probabilities
+
+
+@pytest.mark.parametrize("held_rows", [(0, 1, 2, 3), (1, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "params", [{"temperature": 0.0}, {}, {"top_k": 3}, {"top_p": 0.4}, {"logit_bias": ((5, 50.0),)}]
+)
+def test_a_row_that_is_held_takes_what_is_allowed_and_moves_no_other_row(
+    params: dict[str, Any], dtype: torch.dtype, held_rows: tuple[int, ...]
+) -> None:
+    logits = random_logits(4).to(dtype)
+    kept = logits.clone()
+    seqs = [seq(seed=i, logprobs=2, **params) for i in range(4)]
+    free = sample(logits, seqs)
+    some = {row: sorted({3, 40 + row, 49}) for row in held_rows}
+    bits = np.zeros((len(held_rows), 2), dtype=np.uint32)
+    for i, row in enumerate(held_rows):
+        for token_id in some[row]:
+            bits[i, token_id // 32] |= np.uint32(1 << token_id % 32)
+    wanted = sampling_input(seqs, [()] * 4, range(4), [])
+    held = sampler.sample(logits, replace(wanted, allowed=Allowed(np.array(held_rows), bits)))
+    for row in range(4):
+        if row not in held_rows:
+            assert held.token_ids[row] == free.token_ids[row]
+            continue
+        assert held.token_ids[row] in some[row]
+        if params.get("temperature") == 0.0:
+            assert held.token_ids[row] == max(some[row], key=lambda i: float(kept[row, i]))
+        own, before = held.logprobs[row], torch.log_softmax(kept[row].float(), -1)
+        assert own is not None
+        assert own.logprob == pytest.approx(float(before[held.token_ids[row]]))  # the model's, not of what is allowed
+        assert own.top[0][0] == int(kept[row].argmax())
+    assert torch.equal(logits, kept)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -1,0 +1,210 @@
+"""Which tokens may come next: never those without a meaning, ends only where there may be one, and what must come."""
+
+import json
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from manylora.errors import InvalidGrammar, ManyloraError
+from manylora.grammars.compiler import Compiled, GrammarCompiler
+from manylora.grammars.grammar import Grammar, Whitespace
+from manylora.grammars.masks import Constraint, MaskMaker
+from manylora.grammars.vocabulary import Vocabulary
+from tests.tiny_models import END_OF_TURN, SPECIAL_TOKENS, VOCAB_SIZE, make_tokenizer
+
+PADDED = VOCAB_SIZE + 70  # rows of the model; the last ones have no token
+PATIENCE_S = 120
+TOKENIZER = make_tokenizer()
+SPECIAL = set(range(len(SPECIAL_TOKENS)))
+EOS = (END_OF_TURN, 0)
+
+
+@pytest.fixture(scope="module")
+def compiler() -> Iterator[GrammarCompiler]:
+    compiler = GrammarCompiler(lambda: Vocabulary(TOKENIZER.backend_tokenizer.to_str(), PADDED, EOS), 2**28)
+    yield compiler
+    compiler.close()
+
+
+@pytest.fixture(scope="module")
+def masks() -> Iterator[MaskMaker]:
+    masks = MaskMaker(EOS)
+    yield masks
+    masks.close()
+
+
+def made(compiler: GrammarCompiler, grammar: Grammar) -> Compiled:
+    return compiler.compile(grammar, "acme").result(PATIENCE_S)
+
+
+def ready(masks: MaskMaker, constraint: Constraint) -> Constraint:
+    deadline = time.monotonic() + PATIENCE_S
+    while not constraint.is_ready and time.monotonic() < deadline:
+        masks.wait_ready([constraint], 1.0)
+    assert constraint.is_ready
+    return constraint
+
+
+def allowed(constraint: Constraint) -> set[int]:
+    assert constraint.allowed is not None
+    bits = np.unpackbits(constraint.allowed.view(np.uint8), bitorder="little")
+    return {int(i) for i in np.flatnonzero(bits)}
+
+
+def follow(masks: MaskMaker, constraint: Constraint, text: str) -> None:
+    """Take the tokens of `text`, those that must come included."""
+    ids = TOKENIZER.encode(text, add_special_tokens=False)
+    while ids:
+        ready(masks, constraint)
+        if constraint.forced:
+            forced = constraint.take_forced()
+            assert list(forced) == ids[: len(forced)]
+            ids = ids[len(forced) :]
+            if not constraint.is_complete:
+                continue
+            assert not ids
+            return
+        assert ids[0] in allowed(constraint)
+        constraint.advance(ids.pop(0))
+    ready(masks, constraint)
+
+
+EVERYTHING = [Grammar.regex(r"(?s:.)*"), Grammar.json_schema(True), Grammar.grammar(r"start: /(.|\n)*/")]
+
+
+@pytest.mark.parametrize("grammar", EVERYTHING, ids=lambda value: value.kind)
+def test_rows_without_a_token_and_special_tokens_are_never_allowed(
+    grammar: Grammar, compiler: GrammarCompiler, masks: MaskMaker
+) -> None:
+    constraint = ready(masks, Constraint(masks, made(compiler, grammar)))
+    found = allowed(constraint)
+    assert found
+    assert max(found) < len(TOKENIZER)
+    assert found & SPECIAL <= set(EOS)
+
+
+def test_every_token_of_text_may_come_where_any_text_may(compiler: GrammarCompiler, masks: MaskMaker) -> None:
+    """Byte tokens included: characters of several tokens can be written."""
+    constraint = Constraint(masks, made(compiler, Grammar.regex(r"(?s:.)*")))
+    follow(masks, constraint, "naïve 天🙂")
+    first_bytes_only = {i for i in range(len(TOKENIZER)) if i not in SPECIAL} - allowed(constraint)
+    for token in first_bytes_only:  # only what could not begin a character
+        assert TOKENIZER.decode([token]).startswith("\ufffd")
+    assert set(EOS) <= allowed(constraint)
+
+
+def test_an_end_is_allowed_where_the_grammar_has_one_and_nowhere_else(
+    compiler: GrammarCompiler, masks: MaskMaker
+) -> None:
+    constraint = Constraint(masks, made(compiler, Grammar.regex("[ab]{2,4}")))
+    for text, may_end in (("", False), ("a", False), ("b", True), ("b", True)):
+        if text:
+            follow(masks, constraint, text)
+        assert bool(set(EOS) & allowed(ready(masks, constraint))) is may_end
+    follow(masks, constraint, "a")
+    assert constraint.is_complete
+
+
+def test_where_an_end_is_not_wanted_it_is_allowed_nowhere(compiler: GrammarCompiler, masks: MaskMaker) -> None:
+    constraint = Constraint(masks, made(compiler, Grammar.regex("[ab]{0,4}")), ends_only_when_complete=True)
+    for letter in "abab":
+        assert not set(EOS) & allowed(ready(masks, constraint))
+        follow(masks, constraint, letter)
+    assert constraint.is_complete
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"first": {"const": "always this"}, "second": {"type": "boolean"}},
+    "required": ["first", "second"],
+    "additionalProperties": False,
+}
+
+
+def test_what_must_come_is_told_at_once_and_one_by_one_it_is_the_only_thing_allowed(
+    compiler: GrammarCompiler, masks: MaskMaker
+) -> None:
+    compiled = made(compiler, Grammar.json_schema(SCHEMA, Whitespace(is_none=True)))
+    at_once, one_by_one = Constraint(masks, compiled), Constraint(masks, compiled, one_by_one=True)
+    forced = list(ready(masks, at_once).take_forced())
+    assert TOKENIZER.decode(forced).startswith('{"first":"always this","sec')
+    for token_id in forced:
+        assert allowed(ready(masks, one_by_one)) == {token_id}
+        assert not one_by_one.forced
+        one_by_one.advance(token_id)
+    assert allowed(ready(masks, one_by_one)) == allowed(ready(masks, at_once))
+
+
+def test_matchers_of_one_grammar_go_their_own_ways(compiler: GrammarCompiler, masks: MaskMaker) -> None:
+    compiled = made(compiler, Grammar.choice(["ab", "cd"]))
+    one, other = Constraint(masks, compiled), Constraint(masks, compiled)
+    follow(masks, one, "a")
+    follow(masks, other, "c")
+    # the rest must come
+    assert TOKENIZER.decode(one.forced or one.taken[1:]) == "b"
+    assert TOKENIZER.decode(other.forced or other.taken[1:]) == "d"
+
+
+def test_a_token_that_is_not_allowed_is_an_error_of_its_sequence(compiler: GrammarCompiler, masks: MaskMaker) -> None:
+    constraint = Constraint(masks, made(compiler, Grammar.regex("[ab]{5}")))
+    ready(masks, constraint)
+    constraint.advance(TOKENIZER.encode("z", add_special_tokens=False)[0])
+    assert isinstance(ready(masks, constraint).error, ManyloraError)
+
+
+@pytest.mark.parametrize("whitespace", [Whitespace(), Whitespace(is_none=True), Whitespace(pattern=r"\t\t")])
+def test_what_may_stand_between_the_parts_of_json(
+    whitespace: Whitespace, compiler: GrammarCompiler, masks: MaskMaker
+) -> None:
+    schema = {"type": "array", "items": {"type": "boolean"}}
+    ways = {
+        " ": "[ true, false ]",
+        "": "[true,false]",
+        "\n": "[\n\ttrue,\n\tfalse\n]",
+        "\t\t": "[\t\ttrue,\t\tfalse\t\t]",
+    }
+    taken = []
+    for name, text in ways.items():
+        assert json.loads(text) == [True, False]
+        constraint = Constraint(masks, made(compiler, Grammar.json_schema(schema, whitespace)))
+        try:
+            follow(masks, constraint, text)
+        except AssertionError:
+            continue
+        taken.append(name)
+    usual = [" ", "", "\n"]
+    assert taken == ([""] if whitespace.is_none else ["", "\t\t"] if whitespace.pattern else usual)
+
+
+def test_a_model_cannot_write_spaces_for_ever(compiler: GrammarCompiler, masks: MaskMaker) -> None:
+    constraint = Constraint(masks, made(compiler, Grammar.json_schema({"type": "object"})))
+    space = TOKENIZER.encode(" ", add_special_tokens=False)[0]
+    follow(masks, constraint, "{\n")
+    for _ in range(64):
+        assert space in allowed(ready(masks, constraint))
+        constraint.advance(space)
+    assert space not in allowed(ready(masks, constraint))
+
+
+def test_what_is_slow_counts_against_the_memory_of_grammars(
+    compiler: GrammarCompiler, masks: MaskMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from manylora.grammars import masks as module
+
+    compiled = made(compiler, Grammar.regex("[abc]{9}"))
+    before = compiled.num_bytes
+    ready(masks, Constraint(masks, compiled))
+    assert compiled.num_bytes == before
+    monkeypatch.setattr(module, "_SLOW_S", -1.0)
+    ready(masks, Constraint(masks, compiled))
+    assert compiled.num_bytes > before
+
+
+def test_an_answer_that_nothing_can_follow_is_an_error_and_no_endless_wait(
+    compiler: GrammarCompiler, masks: MaskMaker
+) -> None:
+    """Special tokens in a grammar: this one is beyond what the tokenizer has."""
+    with pytest.raises(InvalidGrammar):
+        made(compiler, Grammar.grammar(f'start: "a" <[{PADDED + 100}]>'))
