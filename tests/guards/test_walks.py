@@ -6,7 +6,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from types import FrameType
@@ -15,18 +15,8 @@ from typing import Any
 import httpx2
 import pytest
 
-from manylora.api.adapters import build_router
-from manylora.catalog.service import Catalog
-from manylora.engine.build import EngineBuilder
-from manylora.lora.memory.occupancy import Occupancy
-from manylora.metrics import Metrics
-from manylora.models.loading import load_base
-from manylora.models.stored_weights import StoredWeights
-from manylora.serving.app import create_app
+from manylora.serving.parts import open_parts
 from manylora.settings import Settings
-from manylora.tenants.gate import TenantGate
-from manylora.tenants.seal import Seal
-from manylora.usage.ledger import UsageLedger
 from tests.tiny_adapters import make_adapter
 
 PAGE = Path(__file__).parents[2] / "docs" / "architecture.md"
@@ -109,7 +99,7 @@ class Tracer:
 
 @asynccontextmanager
 async def serving(model: Path, data_dir: Path) -> AsyncIterator[httpx2.AsyncClient]:
-    """The application with everything under it, without a socket."""
+    """The application with all of its parts, without a socket."""
     settings = Settings(
         model=str(model),
         served_name="tiny",
@@ -120,26 +110,10 @@ async def serving(model: Path, data_dir: Path) -> AsyncIterator[httpx2.AsyncClie
         num_threads=1,
         data_dir=data_dir,
     )
-    async with AsyncExitStack() as stack:
-        base = load_base(settings)
-        builder = EngineBuilder(settings, base)
-        weights = StoredWeights(base.folder, builder.modules)
-        catalog = Catalog.open(settings, builder.modules, weights, base_name=base.name)
-        stack.push_async_callback(catalog.aclose)
-        gate = TenantGate(catalog.database, Seal(data_dir, catalog.store))
-        occupancy, metrics = Occupancy(), Metrics()
-        usage = UsageLedger(catalog.database, occupancy, data_dir / "usage", wait_s=settings.usage_wait_s)
-        usage.start()
-        stack.push_async_callback(usage.aclose)
-        engine = builder.build(catalog, metrics, occupancy)
-        await engine.start()
-        stack.push_async_callback(engine.close)
-        await catalog.attach(engine)
-        app = create_app(
-            settings, engine, catalog.directory, gate, metrics, extra_routers=[build_router(catalog)], usage=usage
-        )
-        transport = httpx2.ASGITransport(app=app)
-        yield await stack.enter_async_context(httpx2.AsyncClient(transport=transport, base_url="http://localhost"))
+    async with open_parts(settings) as parts:
+        transport = httpx2.ASGITransport(app=parts.app())
+        async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            yield client
 
 
 @pytest.fixture(scope="module")
