@@ -286,6 +286,29 @@ def test_planning_that_is_interrupted_anywhere_goes_on_from_there(
         assert all(rig.tokens(f"r{i}") == expected.tokens(f"r{i}") for i in range(len(NAMES)) if i not in failed)
 
 
+@pytest.mark.parametrize("calls", [(1,), (1, 2)])
+def test_planning_that_fails_for_nobody_ends_nothing(calls: tuple[int, ...], rig: Rig, faults: Faults) -> None:
+    faults.after("schedule", *calls)
+    assert rig.step() == []
+    assert faults.counted == [("schedule", "retried")]
+    rig.add("later", PROMPTS[0], max_tokens=3)
+    rig.run()
+    assert len(rig.tokens("later")) == 3
+
+
+def test_planning_that_fails_once_more_when_the_last_sequence_has_failed_ends_nothing(rig: Rig, faults: Faults) -> None:
+    rig.add("only", PROMPTS[0])
+    faults.of("schedule", "only")
+    faults.after("schedule", 5)  # two plans, one of nobody, one of it alone, and then the one without it
+    rig.run()
+    assert isinstance(rig.outputs["only/0"][-1].error, SequenceFailed)
+    assert faults.calls["schedule"] >= 5
+    faults.clear()
+    rig.add("later", PROMPTS[0], max_tokens=3)
+    rig.run()
+    assert len(rig.tokens("later")) == 3
+
+
 def test_an_adapter_that_cannot_be_asked_for_fails_its_own_sequences(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     acquire = rig.tiers.acquire
 

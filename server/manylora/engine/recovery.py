@@ -163,6 +163,9 @@ class Recovery:
         num_rounds = 0
         while isinstance(plan := self._plan(), Fault):
             guilty, is_sure = self._whose_plan_fails(plan)
+            if guilty is None:
+                plan = Plan()  # it has passed, and left nobody to plan for
+                break
             num_rounds += 1
             if not is_sure and num_rounds < _PROOFS:
                 continue
@@ -179,12 +182,17 @@ class Recovery:
         except Exception as error:  # noqa: BLE001 - whatever it is, its sequence is looked for
             return Fault.of("schedule", error)
 
-    def _whose_plan_fails(self, fault: Fault) -> tuple[Sequence, bool]:
-        """Whom planning fails for, and whether it does for this sequence alone. Raises Unrecoverable."""
+    def _whose_plan_fails(self, fault: Fault) -> tuple[Sequence | None, bool]:
+        """Whom planning fails for, None where there is nobody; and whether it does for this sequence alone.
+
+        Raises Unrecoverable.
+        """
         if all(isinstance(self._plan([]), Fault) for _ in range(_PROOFS)):
             self._events.on_step_failure(fault.phase, "fatal")
             raise Unrecoverable from fault.error
         suspects = list(self._scheduler.sequences())
+        if not suspects:
+            return None, False
         while len(suspects) > 1:
             half = suspects[: len(suspects) // 2]
             suspects = half if isinstance(self._plan(half), Fault) else suspects[len(half) :]
