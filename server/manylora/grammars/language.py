@@ -5,6 +5,7 @@ well there is done again in the server's own.
 """
 
 import json
+import time
 from typing import Any, Final
 
 import llguidance
@@ -26,6 +27,7 @@ LIMITS: Final = llguidance.LLParserLimits(
     max_grammar_size=500_000,
     verbose_errors=False,
 )
+MAX_LOOK_S: Final = 0.1  # of a CPU; other answers that are held to a grammar wait for it
 _TRIED_TOKENS: Final = 8
 
 
@@ -83,12 +85,16 @@ def try_out(tokenizer: llguidance.LLTokenizer, text: str) -> str:
     matcher = new_matcher(tokenizer, text)
     words = np.zeros(mask_words(tokenizer), np.uint32)
     for step in range(_TRIED_TOKENS):
-        if matcher.is_error():
-            return str(matcher.get_error())
-        if matcher.is_stopped():
-            return ""
+        if matcher.is_error() or matcher.is_stopped():
+            break
+        began = time.thread_time()
+        forced = matcher.compute_ff_tokens()
         matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        if time.thread_time() - began > MAX_LOOK_S:
+            return f"too complex: what may come next takes more than {MAX_LOOK_S:g} s to find out"
         allowed = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))
-        if not matcher.is_error() and allowed.size:
+        if forced:
+            matcher.consume_tokens(forced)
+        elif not matcher.is_error() and allowed.size:
             matcher.consume_token(int(allowed[step * 7919 % allowed.size]))
     return str(matcher.get_error())

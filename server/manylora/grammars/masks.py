@@ -24,7 +24,7 @@ from manylora.log import get_logger
 
 __all__ = ["Constraint", "MaskMaker"]
 
-MAX_MASK_S: Final = 2.0
+MAX_MASK_S: Final = 2.0  # of a CPU
 _SLOW_S: Final = 1e-3  # beyond it a mask has found out about states of the lexer that were not known
 _BYTES_PER_SLOW_S: Final = 150e6  # what such states take, measured
 _FIRST: Final = -1.0  # comes before any mask
@@ -110,7 +110,7 @@ class MaskMaker:
         self._work: list[tuple[float, int, Constraint, int | None]] = []
         self._order = count()
         self._thread: threading.Thread | None = None
-        self._at: tuple[Constraint, float] | None = None  # what the thread is at, and since when
+        self._at: tuple[Constraint, float] | None = None  # what the thread is at, and its CPU time when it began
         self._is_closed = False
 
     def start(
@@ -140,13 +140,19 @@ class MaskMaker:
         with self._lock:
             if self._is_known.wait_for(lambda: all(each.is_ready for each in waiting), patience_s):
                 return
-            if self._at is not None and time.monotonic() - self._at[1] > MAX_MASK_S:
+            if self._at is not None and self._used_s() - self._at[1] > MAX_MASK_S:
                 self._give_up(self._at[0])
 
     def close(self) -> None:
         with self._lock:
             self._is_closed = True
             self._has_work.notify_all()
+
+    def _used_s(self) -> float:
+        """CPU time of the thread so far: time in which it is not let run is not the grammar's."""
+        assert self._thread is not None
+        assert self._thread.ident is not None
+        return time.clock_gettime(time.pthread_getcpuclockid(self._thread.ident))
 
     def _push(self, cost_s: float, constraint: Constraint, token_id: int | None) -> None:
         heapq.heappush(self._work, (cost_s, next(self._order), constraint, token_id))
@@ -186,7 +192,7 @@ class MaskMaker:
             if self._is_closed or self._thread is not threading.current_thread():
                 return None
             cost_s, _, constraint, token_id = heapq.heappop(self._work)
-            self._at = (constraint, time.monotonic())
+            self._at = (constraint, time.thread_time())
             return cost_s == _FIRST, constraint, token_id
 
     def _publish(self, constraint: Constraint, found: "_Found", is_follow: bool) -> None:

@@ -12,7 +12,6 @@ import select
 import signal
 import struct
 import sys
-import time
 from typing import Any, BinaryIO, Final
 
 import llguidance
@@ -26,7 +25,7 @@ __all__ = ["MAX_COMPILE_BYTES", "MAX_COMPILE_S", "main", "read_frame", "write_fr
 
 MAX_COMPILE_S: Final = 0.5  # of a CPU
 MAX_COMPILE_BYTES: Final = 268_435_456
-MAX_WAIT_S: Final = 20.0  # while other processes have the CPUs
+MAX_WAIT_S: Final = 60  # while other processes have the CPUs
 _STACK_BYTES: Final = 2**20  # far less than the threads have that do the same again
 _NICENESS: Final = 10  # the engine's threads go first
 
@@ -89,7 +88,7 @@ def _in_child(tokenizer: llguidance.LLTokenizer, kind: GrammarKind, source: str)
             file.write(json.dumps(_tried(tokenizer, kind, source)).encode())
         os._exit(0)
     os.close(writing)
-    answer = _read_all(reading, time.monotonic() + MAX_WAIT_S)
+    answer = _read_all(reading)
     if answer is None:
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
@@ -99,11 +98,15 @@ def _in_child(tokenizer: llguidance.LLTokenizer, kind: GrammarKind, source: str)
     return json.dumps({"ended": "time" if is_late else "memory"}).encode()
 
 
-def _read_all(pipe: int, deadline_s: float) -> bytes | None:
-    """What comes until the pipe is closed; None where that takes too long."""
+def _read_all(pipe: int) -> bytes | None:
+    """What comes until the pipe is closed; None where that takes too long, time in which all is stopped not counted."""
     parts: list[bytes] = []
+    seconds = 0
     with os.fdopen(pipe, "rb", buffering=0) as file:
-        while select.select([file], [], [], max(0.0, deadline_s - time.monotonic()))[0]:
+        while seconds < MAX_WAIT_S:
+            if not select.select([file], [], [], 1.0)[0]:
+                seconds += 1
+                continue
             part = file.read(2**16)
             if not part:
                 return b"".join(parts)
