@@ -127,6 +127,7 @@ class _Trial:
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is None:
+            # It is as nice as the thread that starts it.
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "manylora.grammars.trial"],
                 stdin=subprocess.PIPE,

@@ -27,7 +27,6 @@ MAX_COMPILE_S: Final = 0.5  # of a CPU
 MAX_COMPILE_BYTES: Final = 268_435_456
 MAX_WAIT_S: Final = 60  # while other processes have the CPUs
 _STACK_BYTES: Final = 2**20  # far less than the threads have that do the same again
-_NICENESS: Final = 10  # the engine's threads go first
 
 
 def read_frame(stream: BinaryIO) -> bytes | None:
@@ -46,7 +45,6 @@ def write_frame(stream: BinaryIO, body: bytes) -> None:
 
 
 def _bound_myself() -> None:
-    os.nice(_NICENESS)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_STACK, (_STACK_BYTES, resource.getrlimit(resource.RLIMIT_STACK)[1]))
     most = psutil.Process().memory_info().vms + MAX_COMPILE_BYTES
