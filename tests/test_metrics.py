@@ -30,7 +30,9 @@ CONTRACT = {
 }
 # What alerts and dashboards want beyond it.
 MORE = {
-    "counter": "adapter_load_failures adapter_not_finite engine_step_failures adapter_files_damaged connections_ended",
+    "histogram": "grammar_compile_seconds",
+    "counter": "adapter_load_failures adapter_not_finite engine_step_failures adapter_files_damaged connections_ended "
+    "structured_requests",
     "gauge": "engine_ready device_tier_bytes adapter_orphans",
 }
 
