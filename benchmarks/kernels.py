@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from manylora.kernels import native
 from manylora.kernels.weights import pack_int8, pack_panels
-from manylora.lora.memory.device_memory import DTYPE_CODES
+from manylora.lora.memory.device_memory import DTYPE_CODES, TableEntry
 
 SHAPES = ((576, 960), (576, 3072), (1536, 576))  # in, out: a small model's q/k/v, gate/up and down
 CACHE_BYTES = 96 * 2**20
@@ -86,17 +86,13 @@ def low_rank(rows: int, dtype: torch.dtype, kept_as: torch.dtype, rank: int, num
     scales = torch.full((rank,), 1e-4)
     address = 0 if kept_as == dtype else scales.data_ptr()
     ours_a, ours_b = ((50 * each).to(kept_as) if kept_as == torch.int8 else each.to(kept_as) for each in (a, b))
-    tables = [
-        torch.tensor(
-            [
-                [
-                    (ours_a[i, s].data_ptr(), ours_b[i, s].data_ptr(), rank, address, DTYPE_CODES[kept_as])
-                    for s in range(num_used)
-                ]
-            ]
-        )
-        for i in range(layers)
-    ]
+    code = DTYPE_CODES[kept_as]
+
+    def entry(layer: int, slot: int) -> TableEntry:
+        addresses = ours_a[layer, slot].data_ptr(), ours_b[layer, slot].data_ptr()
+        return TableEntry(*addresses, rank, address, code, size, width)
+
+    tables = [torch.tensor([[entry(layer, slot) for slot in range(num_used)]]) for layer in range(layers)]
     ours, theirs = cycle(tables), cycle(range(layers))
 
     def gathered() -> torch.Tensor:
