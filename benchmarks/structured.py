@@ -21,7 +21,7 @@ from manylora.engine.build import EngineBuilder
 from manylora.engine.engine import Engine
 from manylora.engine.interface import AdapterRef, SamplingParams
 from manylora.grammars.compiler import Compiled, GrammarCompiler
-from manylora.grammars.grammar import Grammar
+from manylora.grammars.grammar import Grammar, Whitespace
 from manylora.grammars.vocabulary import Vocabulary
 from manylora.models.loading import LoadedBase, load_base
 from manylora.settings import load_settings
@@ -48,7 +48,10 @@ def compile_all(base: LoadedBase, rows: int) -> list[Compiled]:
     compiler = GrammarCompiler(
         lambda: Vocabulary(codec.compiled_json(), base.config.vocab_size, tuple(codec.eos_ids)), 2**30
     )
-    made = [compiler.compile(Grammar.json_schema(schema(row)), f"tenant {row}").result() for row in range(rows)]
+    whitespace = Whitespace(separators=(", ", ": "))
+    made = [
+        compiler.compile(Grammar.json_schema(schema(row), whitespace), f"tenant {row}").result() for row in range(rows)
+    ]
     compiler.close()
     return made
 

@@ -49,6 +49,10 @@ ASKED = [
         {"structured_outputs": {"json": SCHEMA, "whitespace_pattern": r"\t"}},
         Grammar.json_schema(SCHEMA, Whitespace(pattern=r"\t")),
     ),
+    (
+        {"structured_outputs": {"json": SCHEMA, "separators": [", ", ": "]}},
+        Grammar.json_schema(SCHEMA, Whitespace(separators=(", ", ": "))),
+    ),
     ({"structured_outputs": {"regex": "a+"}}, Grammar.regex("a+")),
     ({"structured_outputs": {"choice": ["yes", "no"]}}, Grammar.choice(["yes", "no"])),
     ({"structured_outputs": {"grammar": 'start: "a"'}}, Grammar.grammar('start: "a"')),
@@ -141,6 +145,18 @@ FAULTS = [
     (
         {"structured_outputs": {"structural_tag": {"type": "structural_tag", "format": {}}}},
         "structured_outputs.structural_tag.format",
+    ),
+    ({"structured_outputs": {"json": {}, "separators": [","]}}, "structured_outputs.separators"),
+    ({"structured_outputs": {"json": {}, "separators": [", ", ": |x"]}}, "structured_outputs.separators"),
+    ({"structured_outputs": {"json": {}, "separators": [":", ","]}}, "structured_outputs.separators"),
+    ({"structured_outputs": {"json": {}, "separators": ["," + " " * 70, ":"]}}, "structured_outputs.separators"),
+    (
+        {"structured_outputs": {"json": {}, "separators": [",", ":"], "disable_any_whitespace": True}},
+        "structured_outputs.separators",
+    ),
+    (
+        {"structured_outputs": {"json": {}, "whitespace_pattern": " ", "disable_any_whitespace": True}},
+        "structured_outputs.whitespace_pattern",
     ),
     ({"guided_regex": 5}, "guided_regex"),
     ({"guided_whitespace_pattern": " "}, "guided_whitespace_pattern"),

@@ -178,6 +178,16 @@ def test_what_may_stand_between_the_parts_of_json(
     assert taken == ([""] if whitespace.is_none else ["", "\t\t"] if whitespace.pattern else usual)
 
 
+def test_with_separators_given_all_of_a_key_must_come(compiler: GrammarCompiler, masks: MaskMaker) -> None:
+    whitespace = Whitespace(separators=(", ", ": "))
+    constraint = Constraint(masks, made(compiler, Grammar.json_schema(SCHEMA, whitespace)))
+    forced = TOKENIZER.decode(ready(masks, constraint).take_forced())
+    assert '{"first": "always this", "second": '.startswith(forced)
+    assert len(forced) > 30
+    follow(masks, constraint, '{"first": "always this", "second": true}'[len(forced) :])
+    assert constraint.is_complete
+
+
 def test_a_model_cannot_write_spaces_for_ever(compiler: GrammarCompiler, masks: MaskMaker) -> None:
     constraint = Constraint(masks, made(compiler, Grammar.json_schema({"type": "object"})))
     space = TOKENIZER.encode(" ", add_special_tokens=False)[0]

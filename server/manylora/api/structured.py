@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from manylora.engine.interface import Grammar, Whitespace
 from manylora.errors import InvalidGrammar, InvalidRequest, quoted
@@ -82,6 +82,34 @@ class StructuredOutputs(_Strict):
     structural_tag: str | dict[str, Any] | None = None
     disable_any_whitespace: bool = False
     whitespace_pattern: Text | None = None
+    separators: list[str] | None = Field(
+        default=None, description='What stands between two items, and between a key and its value: `[", ", ": "]`.'
+    )
+
+    @field_validator("separators")
+    @classmethod
+    def _check_separators(cls, value: list[str] | None) -> list[str] | None:
+        if value is not None and not (
+            len(value) == 2 and [each.strip(" \t\r\n") for each in value] == [",", ":"] and len("".join(value)) <= 64
+        ):
+            raise ValueError('must be a comma and a colon, with spaces around them as wanted, such as [", ", ": "]')
+        return value
+
+    def whitespace(self) -> Whitespace:
+        """Raises InvalidRequest where more than one field is about it."""
+        ways = {
+            "disable_any_whitespace": self.disable_any_whitespace,
+            "whitespace_pattern": self.whitespace_pattern,
+            "separators": self.separators,
+        }
+        asked = [name for name, value in ways.items() if value]
+        if len(asked) > 1:
+            raise InvalidRequest(
+                f"'{asked[0]}' and '{asked[1]}' both say what stands between the parts of JSON. Send one.",
+                param=f"structured_outputs.{asked[1]}",
+            )
+        pair = (self.separators[0], self.separators[1]) if self.separators else None
+        return Whitespace(self.disable_any_whitespace, self.whitespace_pattern, pair)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +177,7 @@ def _of_format(value: ResponseFormat) -> Asked | None:
 
 def _of_outputs(value: StructuredOutputs) -> Iterator[Asked | None]:
     where = "structured_outputs"
-    whitespace = Whitespace(value.disable_any_whitespace, value.whitespace_pattern)
+    whitespace = value.whitespace()
     found = [
         _of_json(value.json_, f"{where}.json", whitespace),
         _of_text(Grammar.regex, value.regex, f"{where}.regex"),

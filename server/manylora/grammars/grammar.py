@@ -19,13 +19,21 @@ _SOME_WHITESPACE: Final = r" |\r?\n[ \t]{0,64}"
 
 @dataclass(frozen=True, slots=True)
 class Whitespace:
-    """What may stand between the parts of a JSON text: nothing, or what a regular expression says, or some."""
+    """What may stand between the parts of a JSON text: nothing, or what a regular expression says, or some.
+
+    With `separators`, what stands between two items and between a key and its value is given to the letter, as Python's
+    `json.dumps` takes it, and nothing stands elsewhere.
+    """
 
     is_none: bool = False
     pattern: str | None = None
+    separators: tuple[str, str] | None = None
 
     def options(self) -> dict[str, Any]:
         """As the library's options for a schema."""
+        if self.separators is not None:
+            item, key = self.separators
+            return {"whitespace_flexible": False, "item_separator": item, "key_separator": key}
         if self.is_none:
             return {"whitespace_flexible": False}
         return {"whitespace_pattern": _SOME_WHITESPACE if self.pattern is None else self.pattern}
