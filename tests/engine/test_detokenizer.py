@@ -16,6 +16,8 @@ from tests.tiny_models import END_OF_TURN, SPECIAL_TOKENS, make_tokenizer
 FAMILY = "👩‍👩‍👧‍👦"  # four people and three zero-width joiners: 25 bytes
 TEXTS = ("The quick brown fox", "我爱北京天安门", FAMILY, "naïve 🙂 café", "🇩🇪🏳️‍🌈", "a\u0301 é", "한국어", "\n\t  x")
 PROMPT = (5, 6, 7)
+# A special token's name, which hypothesis may try as it stands in the sources, is left out of what is decoded.
+ORDINARY = st.text(max_size=40).filter(lambda text: not any(token in text for token in SPECIAL_TOKENS))
 
 
 @cache
@@ -70,7 +72,7 @@ def test_a_character_comes_with_its_last_token_and_not_later(text: str) -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.text(max_size=40), st.data())
+@given(ORDINARY, st.data())
 def test_joined_deltas_are_the_text_however_tokens_are_grouped(text: str, data: st.DataObject) -> None:
     ids = encode(text)
     cuts = sorted(data.draw(st.sets(st.integers(0, len(ids)), max_size=8)) | {0, len(ids)})
