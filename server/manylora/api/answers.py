@@ -12,9 +12,11 @@ from typing import Any, ClassVar, Final
 
 import orjson
 
+from manylora.api.errors import error_json
 from manylora.api.run import Deltas, Run
 from manylora.api.schemas import ChatRequest, CompletionRequest
 from manylora.engine.interface import Delta, TextCodec, TokenLogprob
+from manylora.errors import ManyloraError
 
 __all__ = ["Answer", "ChatAnswer", "CompletionAnswer"]
 
@@ -284,6 +286,9 @@ class Answer:
         if not self._has_last_usage:
             return (_DONE,)
         return self._head + b"[]," + self._ending(with_usage=True), _DONE
+
+    def failed(self, error: ManyloraError) -> Sequence[bytes]:
+        return (error_json(error),)
 
     def _ending(self, *, with_usage: bool) -> bytes:
         ending: dict[str, Any] = {"usage": _usage(self._run)} if with_usage else {}

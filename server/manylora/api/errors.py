@@ -1,7 +1,12 @@
-"""The one place where an exception becomes an HTTP answer: `{"error": {message, type, param, code}}`."""
+"""The one place where an exception becomes an HTTP answer: `{"error": {message, type, param, code}}`.
+
+Routes of another API than OpenAI's answer in that API's words (`ERROR_BODIES`), whoever finds the fault: the layers
+around the routes, the check of the key, the route itself.
+"""
 
 import math
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Final, TypeAlias
 
 import orjson
 from fastapi import FastAPI, Request
@@ -9,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.types import Scope
 
 from manylora.api.fields import unsupported_field
 from manylora.errors import (
@@ -26,7 +32,7 @@ from manylora.errors import (
 )
 from manylora.log import get_logger
 
-__all__ = ["INTERNAL_ERROR", "error_response", "install_error_handlers", "invalid_from"]
+__all__ = ["ERROR_BODIES", "INTERNAL_ERROR", "error_json", "error_response", "install_error_handlers", "invalid_from"]
 
 _log = get_logger("manylora.api")
 
@@ -34,16 +40,54 @@ _log = get_logger("manylora.api")
 INTERNAL_ERROR = ManyloraError("The server failed to answer this request. The log has the details.")
 
 
-def error_response(error: ManyloraError, *, headers: dict[str, str] | None = None) -> Response:
-    """The answer for `error`, with `Retry-After` in whole seconds where the error says when to come back."""
+def error_response(
+    error: ManyloraError, scope: Scope | None = None, *, headers: dict[str, str] | None = None
+) -> Response:
+    """The answer for `error`, with `Retry-After` in whole seconds where the error says when to come back.
+
+    `scope` is the request's, where there is one: its path says in which API's words it is to be told.
+    """
     sent = dict(headers or {})
     if isinstance(error, RateLimited | Unavailable):
         sent["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
-    return Response(error_json(error), error.status, headers=sent, media_type="application/json")
+    return Response(error_json(error, scope), error.status, headers=sent, media_type="application/json")
 
 
-def error_json(error: ManyloraError) -> bytes:
-    return orjson.dumps({"error": error.body()})
+def error_json(error: ManyloraError, scope: Scope | None = None) -> bytes:
+    """The body that tells of `error` on the route of this scope."""
+    path = "" if scope is None else scope.get("path", "")
+    body_of = next((each for prefix, each in ERROR_BODIES.items() if _is_below(path, prefix)), _openai)
+    request_id = "" if scope is None else scope.get("manylora.request_id", "")
+    return orjson.dumps(body_of(error, request_id))
+
+
+def _is_below(path: str, prefix: str) -> bool:
+    return path == prefix or path.startswith(f"{prefix}/")
+
+
+def _openai(error: ManyloraError, _: str) -> dict[str, Any]:
+    return {"error": error.body()}
+
+
+def _anthropic(error: ManyloraError, request_id: str) -> dict[str, Any]:
+    kind = _ANTHROPIC_TYPES.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
+    return {"type": "error", "error": {"type": kind, "message": error.message}, "request_id": request_id}
+
+
+_ANTHROPIC_TYPES: Final = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+ErrorBody: TypeAlias = Callable[[ManyloraError, str], dict[str, Any]]
+"""From an error and the request's id to the JSON that tells of it."""
+
+ERROR_BODIES: Final[Mapping[str, ErrorBody]] = {"/v1/messages": _anthropic}
+"""Of the routes that do not speak as OpenAI does, by the beginning of their path."""
 
 
 def invalid_from(errors: list[ErrorDetails]) -> InvalidRequest:
@@ -75,7 +119,7 @@ async def _on_manylora_error(request: Request, error: Exception) -> Response:
         _log.error("request_failed", error=error.message, code=error.code)
     request.scope.setdefault("manylora.log", {})["code"] = error.code
     headers = {"www-authenticate": "Bearer"} if error.status == 401 else None
-    return error_response(error, headers=headers)
+    return error_response(error, request.scope, headers=headers)
 
 
 async def _on_fastapi_validation(request: Request, error: Exception) -> Response:
@@ -102,7 +146,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     else:
         known = INTERNAL_ERROR
     request.scope.setdefault("manylora.log", {})["code"] = known.code
-    return error_response(known, headers=dict(error.headers or {}))
+    return error_response(known, request.scope, headers=dict(error.headers or {}))
 
 
 def install_error_handlers(app: FastAPI) -> None:

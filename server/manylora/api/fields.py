@@ -7,7 +7,7 @@ count as absent, as `null` does for any field whatever; any other value is refus
 from collections.abc import Container, Mapping
 from typing import Any, Final, TypeAlias
 
-from manylora.errors import UnsupportedField, quoted
+from manylora.errors import InvalidRequest, UnsupportedField, quoted
 
 __all__ = [
     "CHAT_UNSUPPORTED",
@@ -17,6 +17,7 @@ __all__ = [
     "STREAM_OPTION_UNSUPPORTED",
     "Unsupported",
     "asks_for_nothing",
+    "renamed",
     "unsupported_field",
     "wanted",
 ]
@@ -154,6 +155,17 @@ def unsupported_field(path: str) -> UnsupportedField:
     why = f" {_IN_WORDS[name]}" if name in _IN_WORDS else ""
     advice = f"Send it to {_ROUTE_OF[path]}." if path in _ROUTE_OF else "Leave it out."
     return UnsupportedField(f"The field '{path}' is not supported by this route.{why} {advice}", param=path)
+
+
+def renamed(error: InvalidRequest, names: Mapping[str, str]) -> InvalidRequest:
+    """The error in the words of who calls fields otherwise: `names` has their name for each of ours."""
+    path = error.param or ""
+    ours = next((name for name in names if path == name or path.startswith((f"{name}.", f"{name}["))), None)
+    if ours is None:
+        return error
+    error.param = names[ours] + path[len(ours) :]
+    error.message = error.message.replace(f"'{ours}", f"'{names[ours]}")
+    return error
 
 
 def asks_for_nothing(value: Any) -> bool:

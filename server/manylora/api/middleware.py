@@ -128,7 +128,7 @@ class LastResort:
         except Exception:  # noqa: BLE001 - the outermost handler
             _log.exception("unexpected_error", request_id=scope["manylora.request_id"], path=quoted(scope["path"]))
             if not scope["manylora.status"]:
-                await error_response(INTERNAL_ERROR)(scope, receive, send)
+                await error_response(INTERNAL_ERROR, scope)(scope, receive, send)
 
 
 class OpenGuard:
@@ -145,7 +145,7 @@ class OpenGuard:
             await self.app(scope, receive, send)
         else:
             scope["manylora.log"]["code"] = fault.code
-            await error_response(fault)(scope, receive, send)
+            await error_response(fault, scope)(scope, receive, send)
 
 
 class AnyMethodAndEncoding:
@@ -162,7 +162,7 @@ class AnyMethodAndEncoding:
         if encoding not in ("", "identity"):
             error = UnsupportedEncoding(f"Send the body as it is, not with content-encoding '{quoted(encoding)}'.")
             scope["manylora.log"]["code"] = error.code
-            await error_response(error)(scope, receive, send)
+            await error_response(error, scope)(scope, receive, send)
         elif scope["method"] == "HEAD":
             await self.app({**scope, "method": "GET"}, receive, _without_bodies(send))
         else:
@@ -223,7 +223,7 @@ class BodyLimit:
             self._presence.leave(visit)
 
     async def _refuse(self, limit: int, scope: Scope, receive: Receive, send: Send) -> None:
-        response = error_response(_too_large(limit), headers={"connection": "close"})
+        response = error_response(_too_large(limit), scope, headers={"connection": "close"})
         await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
         await send({"type": "http.response.body", "body": response.body, "more_body": True})
         try:

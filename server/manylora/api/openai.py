@@ -1,9 +1,9 @@
 """`/v1/completions`, `/v1/chat/completions` and `/v1/models`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Any, Final
 
 import orjson
 from fastapi import APIRouter, Query, Request
@@ -12,29 +12,18 @@ from starlette.responses import Response
 from manylora.api.answers import ChatAnswer, CompletionAnswer
 from manylora.api.auth import Caller
 from manylora.api.lanes import PYTHON, beside_loop
-from manylora.api.requests import (
-    adapter_of,
-    check_connected,
-    missing,
-    parse_model,
-    prompts_of,
-    read_body,
-    resolve,
-    without_alias,
-)
-from manylora.api.run import Renderer, Run
-from manylora.api.schemas import ChatRequest, CompletionRequest, GenerationRequest
+from manylora.api.requests import parse_model, resolve, without_alias
+from manylora.api.run import Asked, answered
+from manylora.api.schemas import ChatRequest, CompletionRequest, parse
 from manylora.api.state import Services, ServicesDep
 from manylora.catalog.interface import PublishedAdapter
 from manylora.engine.interface import AdapterRef
 from manylora.errors import AdapterNotFound
-from manylora.tenants.interface import Principal
 
 __all__ = ["router"]
 
 # OpenAI's clients take a list of models for whole: few have more than this, and who pages can have all.
 MAX_MODELS: Final = 10_000
-T = TypeVar("T", bound=GenerationRequest)
 router = APIRouter(tags=["inference"])
 
 
@@ -47,29 +36,23 @@ def _body_of(schema: str) -> dict[str, Any]:
 @router.post("/v1/completions", openapi_extra=_body_of("CompletionRequest"))
 async def create_completion(request: Request, caller: Caller, services: ServicesDep) -> Response:
     """Continue a prompt: OpenAI's completions."""
-    return await _answered(request, caller, services, CompletionRequest, CompletionAnswer)
+    return await answered(request, caller, services, _completion)
 
 
 @router.post("/v1/chat/completions", openapi_extra=_body_of("ChatRequest"))
 async def create_chat_completion(request: Request, caller: Caller, services: ServicesDep) -> Response:
     """Answer a chat: OpenAI's chat completions."""
-    return await _answered(request, caller, services, ChatRequest, ChatAnswer)
+    return await answered(request, caller, services, _chat)
 
 
-async def _answered(
-    request: Request, caller: Principal, services: Services, schema: type[T], kind: Callable[[Run, T], Renderer]
-) -> Response:
-    """From the body to the response, for both kinds."""
-    run = Run(request, caller, services)
-    async with run.ends_on_error():
-        body = await read_body(request, schema)
-        run.log.update(body.annotations())
-        aliases = services.settings.resolved_model_aliases
-        run.adapter = adapter_of(body, services.directory, caller.tenant, services.engine.model.name, aliases)
-        prompts = await prompts_of(body, services.engine, caller.tenant)
-        await check_connected(request)
-        run.ask(prompts, gone=missing(body), cache_salt=body.cache_salt)
-        return await run.answer(kind(run, body), is_streamed=body.stream)
+def _completion(data: bytes) -> Asked:
+    body = parse(CompletionRequest, data)
+    return Asked(body, lambda run: CompletionAnswer(run, body))
+
+
+def _chat(data: bytes) -> Asked:
+    body = parse(ChatRequest, data)
+    return Asked(body, lambda run: ChatAnswer(run, body))
 
 
 @router.get("/v1/models")

@@ -8,7 +8,7 @@ An adapter is named in five forms: `<base>` · `<adapter>` · `<adapter>@<n>` ·
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 
@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from manylora.api.json_body import require_json
 from manylora.api.lanes import LONG_TEXT, PYTHON, SHORT_TEXT, beside_loop
 from manylora.api.record import ClientGone
-from manylora.api.schemas import ChatRequest, CompletionRequest, GenerationRequest, parse
+from manylora.api.schemas import ChatRequest, CompletionRequest, GenerationRequest
 from manylora.api.structured import ANSWER_FIELDS, asked_for
 from manylora.catalog.interface import AdapterDirectory
 from manylora.engine.interface import CompiledGrammar, EngineClient, ModelInfo, SamplingParams, TextCodec
@@ -51,21 +51,21 @@ _SHORT_CHARACTERS: Final = 2**18
 _BATCH_CHARACTERS: Final = 2**20
 _NAMED: Final = re.compile(rf"({NAME_PATTERN})(?:@([1-9][0-9]{{0,8}}))?")
 
-T = TypeVar("T", bound=GenerationRequest)
+T = TypeVar("T")
 _Encoded = tuple[tuple[int, ...], str]  # a prompt's ids, and its text as `echo` repeats it
 
 
 # the body
 
 
-async def read_body(request: Request, schema: type[T]) -> T:
-    """The checked body. A large one is parsed and checked beside the event loop. Raises InvalidRequest, ClientGone."""
+async def read_body(request: Request, read: Callable[[bytes], T]) -> T:
+    """What `read` makes of the body, beside the event loop where that is large. Raises InvalidRequest, ClientGone."""
     require_json(request)
     try:
         data = await request.body()
     except ClientDisconnect:
         raise ClientGone from None
-    return await beside_loop(PYTHON, parse, schema, data) if len(data) > _INLINE_BYTES else parse(schema, data)
+    return await beside_loop(PYTHON, read, data) if len(data) > _INLINE_BYTES else read(data)
 
 
 async def check_connected(request: Request) -> None:

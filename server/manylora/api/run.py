@@ -3,16 +3,19 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, TypeAlias
 
 from starlette.requests import Request
 from starlette.responses import Response
 
+from manylora.api.fields import renamed
 from manylora.api.record import Counts, RequestRecord
-from manylora.api.requests import Prompt
-from manylora.api.sse import EventStream, while_connected
+from manylora.api.requests import Prompt, adapter_of, check_connected, missing, prompts_of, read_body
+from manylora.api.schemas import GenerationRequest
+from manylora.api.sse import Event, EventStream, while_connected
 from manylora.api.state import Services
 from manylora.api.traffic import TrafficKey
 from manylora.engine.interface import (
@@ -23,10 +26,10 @@ from manylora.engine.interface import (
     Progress,
     TokenLogprob,
 )
-from manylora.errors import AdapterNotFound, Draining, ManyloraError
+from manylora.errors import AdapterNotFound, Draining, InvalidRequest, ManyloraError
 from manylora.tenants.interface import Lease, Principal
 
-__all__ = ["ADAPTER_HEADER", "Deltas", "Renderer", "Run"]
+__all__ = ["ADAPTER_HEADER", "Asked", "Deltas", "Renderer", "Run", "answered"]
 
 ADAPTER_HEADER: Final = "x-manylora-adapter"
 
@@ -53,13 +56,52 @@ class Renderer(Protocol):
         """The body, once every choice has finished."""
         ...
 
-    def events(self, choice: int, delta: Delta) -> Sequence[bytes]:
-        """The data of the events that a stream sends for a delta, often one, perhaps none."""
+    def events(self, choice: int, delta: Delta) -> Sequence[Event]:
+        """The events that a stream sends for a delta, often one, perhaps none."""
         ...
 
-    def last_events(self) -> Sequence[bytes]:
-        """The data of those that it ends with."""
+    def last_events(self) -> Sequence[Event]:
+        """Those that it ends with."""
         ...
+
+    def failed(self, error: ManyloraError) -> Sequence[Event]:
+        """Those that it ends with, in place of all that were to come, where an error comes after the first."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a body of any API asks for: in the terms of this server's own requests, and in which words to answer.
+
+    `names` says what fields of `body` are called in the API that the body came by, for errors about them.
+    """
+
+    body: GenerationRequest
+    renderer: "Callable[[Run], Renderer]"
+    names: Mapping[str, str] = field(default_factory=dict)
+
+
+async def answered(
+    request: Request, principal: Principal, services: Services, read: Callable[[bytes], Asked]
+) -> Response:
+    """From the body to the response, for every route that answers with text.
+
+    `read` makes of the bytes what is asked for, beside the event loop where they are many, and raises InvalidRequest.
+    """
+    run = Run(request, principal, services)
+    async with run.ends_on_error():
+        asked = await read_body(request, read)
+        body = asked.body
+        run.log.update(body.annotations())
+        aliases = services.settings.resolved_model_aliases
+        run.adapter = adapter_of(body, services.directory, principal.tenant, services.engine.model.name, aliases)
+        try:
+            prompts = await prompts_of(body, services.engine, principal.tenant)
+        except InvalidRequest as error:
+            raise renamed(error, asked.names) from None
+        await check_connected(request)
+        run.ask(prompts, gone=missing(body), cache_salt=body.cache_salt)
+        return await run.answer(asked.renderer(run), is_streamed=body.stream)
 
 
 class Run:
@@ -134,7 +176,9 @@ class Run:
         headers = {ADAPTER_HEADER: self.adapter.label if self.adapter else "base"}
         if is_streamed:
             keep_alive_s = self.services.settings.stream_keep_alive_s
-            return EventStream(self._events(renderer), headers=headers, keep_alive_s=keep_alive_s)
+            return EventStream(
+                self._events(renderer), headers=headers, keep_alive_s=keep_alive_s, failed=renderer.failed
+            )
         content = await while_connected(self._request.receive, self._whole(renderer))
         return Response(content, headers=headers, media_type="application/json")
 
@@ -150,7 +194,7 @@ class Run:
                 await self._end(None)
                 return renderer.whole()
 
-    async def _events(self, renderer: Renderer) -> AsyncGenerator[Sequence[bytes], None]:
+    async def _events(self, renderer: Renderer) -> AsyncGenerator[Sequence[Event], None]:
         """What is sent together, time after time."""
         with self._missing_once_gone():
             async with self.ends_on_error():

@@ -33,7 +33,16 @@ from manylora.api.json_body import parse_json
 from manylora.api.structured import ANSWER_FIELDS, ResponseFormat, StructuredOutputs
 from manylora.errors import InvalidRequest, UnsupportedField, quoted
 
-__all__ = ["ChatRequest", "CompletionRequest", "GenerationRequest", "Message", "Prompt", "StreamOptions", "parse"]
+__all__ = [
+    "ChatRequest",
+    "CompletionRequest",
+    "GenerationRequest",
+    "Message",
+    "Prompt",
+    "StreamOptions",
+    "checked",
+    "parse",
+]
 
 MAX_N: Final = 128
 MAX_PROMPTS: Final = 256
@@ -293,7 +302,11 @@ class ChatRequest(GenerationRequest):
 
 def parse(schema: type[T], body: bytes) -> T:
     """The checked request. Raises InvalidRequest, whose `param` names the first field at fault."""
-    raw = parse_json(body)
+    return checked(schema, parse_json(body))
+
+
+def checked(schema: type[T], raw: Any) -> T:
+    """The request that parsed JSON is, also where another API's body was put into these terms. Raises as `parse`."""
     if not isinstance(raw, dict):
         raise InvalidRequest("The body must be a JSON object.")
     if raw.get("model") is None and "adapter_id" not in raw:

@@ -5,8 +5,8 @@ Newer ASGI servers show a disconnect as an OSError from `send`, others only as `
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine, Sequence
-from typing import Any, Final, TypeVar
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from typing import Any, Final, TypeAlias, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -16,11 +16,14 @@ from manylora.api.record import ClientGone
 from manylora.errors import ManyloraError
 from manylora.log import get_logger
 
-__all__ = ["EventStream", "while_connected"]
+__all__ = ["Event", "EventStream", "while_connected"]
 
 _log = get_logger("manylora.api")
 _COMMENT: Final = b": keep-alive\n\n"
 T = TypeVar("T")
+
+Event: TypeAlias = bytes | tuple[str, bytes]
+"""What one event carries, without a line break; some APIs give their events names."""
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -44,27 +47,29 @@ async def _disconnect(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Sends `events`: the data of those that are sent together, time after time, each without a line break.
+    """Sends `events`: those that are sent together, time after time.
 
     The status line waits for the first of them, so an error before it has its own status.
 
     It waits no longer than `keep_alive_s`, though: after so many seconds of silence, at the beginning or between two
     events, a comment is sent, which every reader of events skips and which tells a proxy that there is life. An error
-    after the status line becomes one last event, `data: {"error": …}`.
+    after the status line becomes the last events, `failed(error)`, or `data: {"error": …}` where that is not given.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
         self,
-        events: AsyncGenerator[Sequence[bytes], None],
+        events: AsyncGenerator[Sequence[Event], None],
         *,
         headers: dict[str, str],
         keep_alive_s: float | None = None,
+        failed: Callable[[ManyloraError], Sequence[Event]] | None = None,
     ) -> None:
         self.status_code = 200
         self.background = None
         self._events = events
+        self._failed = failed or _failed
         self._is_started = False
         self._is_over = False  # the last event is sent or about to be: no comment comes after it
         self._keep_alive_s = keep_alive_s
@@ -107,14 +112,14 @@ class EventStream(Response):
         except ManyloraError as error:
             if not self._is_started:
                 raise
-            await self._send_last(send, _framed([error_json(error)]))
+            await self._send_last(send, _framed(self._failed(error)))
         except ClientGone:
             raise
         except Exception:
             if not self._is_started:
                 raise
             _log.exception("stream_failed")
-            await self._send_last(send, _framed([error_json(INTERNAL_ERROR)]))
+            await self._send_last(send, _framed(self._failed(INTERNAL_ERROR)))
         finally:
             self._is_over = True
             await self._events.aclose()
@@ -138,5 +143,16 @@ class EventStream(Response):
             raise ClientGone from error
 
 
-def _framed(together: Sequence[bytes]) -> bytes:
-    return b"data: " + b"\n\ndata: ".join(together) + b"\n\n"
+def _failed(error: ManyloraError) -> Sequence[Event]:
+    return (error_json(error),)
+
+
+def _framed(together: Sequence[Event]) -> bytes:
+    return b"".join(map(_framed_one, together))
+
+
+def _framed_one(event: Event) -> bytes:
+    if isinstance(event, bytes):
+        return b"data: %b\n\n" % event
+    name, data = event
+    return b"event: %b\ndata: %b\n\n" % (name.encode(), data)

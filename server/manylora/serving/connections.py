@@ -467,4 +467,4 @@ def _as_bytes(error: ManyloraError) -> bytes:
 async def _busy(scope: Scope, receive: Receive, send: Send) -> None:
     """Answers in the application's place on a connection too many."""
     error = Unavailable("The server has as many connections as it may have.", retry_after_s=_BUSY_RETRY_S)
-    await error_response(error, headers={"connection": "close"})(scope, receive, send)
+    await error_response(error, scope, headers={"connection": "close"})(scope, receive, send)
