@@ -208,11 +208,9 @@ class Watch:
         return self.pauses
 
 
-async def send(url: str, case: Case, folder: Path) -> tuple[str, float]:
-    """Status and seconds, from a process of its own, which leaves after a while."""
-    file = folder / "body"
-    file.write_bytes(case.body())
-    command = ["curl", "-s", "-o", str(folder / "answer"), "-w", "%{http_code}", "--max-time", str(LEAVE_AFTER_S)]
+async def send(url: str, case: Case, file: Path) -> tuple[str, float]:
+    """Status and seconds of one request with the body in `file`, from a process of its own, which leaves after a while."""
+    command = ["curl", "-s", "-o", os.devnull, "-w", "%{http_code}", "--max-time", str(LEAVE_AFTER_S)]
     command += ["-H", f"content-type: {case.content_type}", "-H", "expect:", "--data-binary", f"@{file}"]
     began = time.perf_counter()
     process = await asyncio.create_subprocess_exec(*command, url + case.path, stdout=subprocess.PIPE)
@@ -239,10 +237,12 @@ async def measure(url: str, only: str) -> tuple[Pauses, list[Row]]:
 async def beside(watch: Watch, url: str, case: Case, without: Pauses, keep: Pauses | None = None) -> Row:
     """The row of one case; its pauses go into `keep` too."""
     with tempfile.TemporaryDirectory() as folder:
-        await asyncio.to_thread(case.body)  # so that making it again is the only work between here and the sending
+        file = Path(folder) / "body"
+        # Before the watch begins: making it holds the loop that watches.
+        await asyncio.to_thread(lambda: file.write_bytes(case.body()))
         await watch.alone()
         watch.pauses = Pauses()
-        status, took_s = await send(url, case, Path(folder))
+        status, took_s = await send(url, case, file)
         await asyncio.sleep(AFTER_S)
         seen = watch.pauses
     if keep is not None:

@@ -209,6 +209,25 @@ def test_promoting_and_rolling_back_change_what_the_try_it_box_answers(
     assert answer() == first
 
 
+def test_older_versions_are_fetched_when_they_are_asked_for(
+    open_page: OpenPage, server: Server, folders: dict[str, Path]
+) -> None:
+    for number in range(5):
+        upload(server.url, folders["spare" if number % 2 else "other"], "old", activate="false" if number else "true")
+    page = open_page().page
+    page.route("**/v1/adapters/old?*", lambda route: route.continue_(url=route.request.url.replace("=50", "=2")))
+    drawer = open_adapter(page, "old")
+    names = drawer.locator(".version-line strong")
+    expect(drawer.locator("h3")).to_have_text("5 versions")
+    expect(names).to_have_text(["Version 5", "Version 4", "Version 1"])
+    older = drawer.get_by_role("button", name="Older versions")
+    older.click()
+    expect(names).to_have_text([f"Version {number}" for number in (5, 4, 3, 2, 1)])
+    older.click()
+    expect(older).to_have_count(0)
+    expect(names).to_have_count(5)
+
+
 def test_the_base_answers_beside_the_adapter(open_page: OpenPage, server: Server) -> None:
     page = open_page().page
     page.locator("#try-adapter").fill("sql")

@@ -135,7 +135,8 @@ async def test_two_servers_on_one_database_see_each_others_changes(settings: Set
             assert (await rig.call("GET", "/v1/adapters/x", "acme:manager")).status_code == 404
             rig.catalog.check_integrity()
         assert a.engine.pinned == b.engine.pinned == {}
-        assert [v.ref.version for v in (await a.catalog.get("acme", "y")).versions] == list(range(1, 7))
+        _, page = await a.catalog.versions("acme", "y", 10, None)
+        assert [v.ref.version for v in page.versions] == list(range(1, 7))
 
 
 async def test_what_was_deleted_on_one_server_and_is_cold_on_the_other_is_not_found(

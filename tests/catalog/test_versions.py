@@ -1,9 +1,13 @@
 """Versions: promote, roll back, pin, delete, and what running requests see of it."""
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
+from sqlalchemy import event
 
+from manylora.database.tables import VersionRow
 from manylora.engine.interface import AdapterRef
 from manylora.errors import AdapterNotFound
 from manylora.settings import Settings
@@ -25,6 +29,60 @@ async def test_promote_and_roll_back_change_what_the_name_means(settings: Settin
             assert (answer.status_code, answer.json()["active_version"]) == (200, number)
             assert rig.catalog.directory.resolve("public", "x").id == ids[number - 1]
         assert [rig.catalog.directory.resolve("public", "x", n).id for n in (1, 2, 3)] == ids
+
+
+async def _page(rig: Rig, **params: int) -> tuple[list[int], int | None]:
+    answer = (await rig.call("GET", "/v1/adapters/x", params=params)).json()
+    assert (answer["num_versions"], answer["newest_version"]) == (5, 5)
+    assert [version["version"] for version in answer["versions"] if version["active"]] in ([], [1])
+    return [version["version"] for version in answer["versions"]], answer["next_before"]
+
+
+async def test_a_page_of_versions_has_the_newest_and_the_active_one_and_goes_backwards(settings: Settings) -> None:
+    async with running(settings) as rig:
+        await _push_versions(rig, "x", 5)
+        await rig.call("PATCH", "/v1/adapters/x", json={"active_version": 1})
+        assert await _page(rig) == ([1, 2, 3, 4, 5], None)
+        assert await _page(rig, limit=2) == ([1, 4, 5], 4)
+        assert await _page(rig, limit=2, before=4) == ([2, 3], 2)
+        assert await _page(rig, limit=2, before=2) == ([1], None)
+        assert await _page(rig, limit=2, before=1) == ([], None)
+        assert await _page(rig, limit=4) == ([1, 2, 3, 4, 5], 2)
+        assert await _page(rig, limit=5) == ([1, 2, 3, 4, 5], None)
+        sizes = [(await rig.call("GET", f"/v1/adapters/x/versions/{n}")).json()["size_bytes"] for n in range(1, 6)]
+        shown = (await rig.call("GET", "/v1/adapters/x", params={"limit": 1})).json()
+        listed = (await rig.call("GET", "/v1/adapters")).json()["data"]
+        assert listed == [{key: value for key, value in shown.items() if key not in ("versions", "next_before")}]
+        assert shown["size_bytes"] == sum(sizes)
+        for limit in (0, 1001):
+            assert (await rig.call("GET", "/v1/adapters/x", params={"limit": limit})).status_code == 400
+
+
+async def test_an_adapter_is_shown_without_reading_all_its_versions(settings: Settings) -> None:
+    async with running(settings) as rig:
+        await _push_versions(rig, "x", 5)
+        with count_rows(VersionRow) as seen:
+            await rig.call("GET", "/v1/adapters/x", params={"limit": 1})
+            assert len(seen) <= 3, "the page, one to see whether there are more, and the active one"
+            seen.clear()
+            await rig.call("GET", "/v1/adapters/x/versions/2")
+            await rig.call("GET", "/v1/adapters")
+            assert len(seen) <= 3, "the version that was asked for, and the active one twice"
+
+
+@contextmanager
+def count_rows(kind: type[VersionRow]) -> Iterator[list[str]]:
+    """Ids of the rows that are loaded whole from the database during the block, each time they are."""
+    seen: list[str] = []
+
+    def note(row: VersionRow, _context: object) -> None:
+        seen.append(row.id)
+
+    event.listen(kind, "load", note)
+    try:
+        yield seen
+    finally:
+        event.remove(kind, "load", note)
 
 
 async def test_promoting_a_version_that_is_not_there_changes_nothing(settings: Settings) -> None:

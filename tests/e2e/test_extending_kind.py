@@ -60,4 +60,4 @@ async def test_the_kind_of_the_docs_is_served_as_the_lora_it_is(
         assert answer == await complete(client, "lora") != await complete(client, "tiny")
     async with serving(tiny_llama_dir, tmp_path / "data") as (client, catalog):  # as it was accepted, from the store
         assert await complete(client, "other") == answer
-        assert (await catalog.get("public", "other")).versions[0].kind == "down-up"
+        assert (await catalog.get_version("public", "other", 1))[1].kind == "down-up"

@@ -79,8 +79,7 @@ def test_key_that_may_not_publish_is_said_before_the_work() -> None:
 
 
 def test_bare_name_is_pinned_to_its_active_version() -> None:
-    versions = [{"version": 1, "active": False}, {"version": 2, "active": True}]
-    server = _server(lambda _: httpx.Response(200, json={"versions": versions}))
+    server = _server(lambda _: httpx.Response(200, json={"active_version": 2}))
 
     assert (pinned(server, "a"), pinned(server, "a@1")) == ("a@2", "a@1")
-    assert active_version(_server(lambda _: httpx.Response(200, json={"versions": versions[:1]})), "a") is None
+    assert active_version(_server(lambda _: httpx.Response(200, json={"active_version": None})), "a") is None

@@ -108,6 +108,26 @@ def _without_time(answer: dict[str, Any]) -> Any:
     return [{name: value for name, value in row.items() if name not in changing} for row in rows]
 
 
+async def test_pages_are_the_whole_in_its_order_and_have_its_total(rig: Rig) -> None:
+    await mixed(rig)
+    params = {"group_by": "tenant,adapter,day"}
+    whole = await usage(rig, **params)
+    assert (len(whole["data"]) > 3, whole["has_more"]) == (True, False)
+    rows: list[dict[str, Any]] = []
+    after: dict[str, str] = {}
+    while True:
+        page = await usage(rig, limit="2", **params, **after)
+        assert page["total"]["requests"] == whole["total"]["requests"]
+        rows += page["data"]
+        after = {"after": page["last_id"]}
+        if not page["has_more"]:
+            break
+        assert len(page["data"]) == 2
+    assert _without_time({"data": rows, "total": {}}) == _without_time({"data": whole["data"], "total": {}})
+    last = await usage(rig, **params, **after)
+    assert (last["data"], last["last_id"], last["has_more"]) == ([], None, False)
+
+
 async def test_every_row_of_the_finest_grouping_has_its_names(rig: Rig) -> None:
     await rig.push("sql", who="acme:manager")
     await ask(rig, "acme:user", model="sql")
@@ -124,7 +144,8 @@ async def test_every_row_of_the_finest_grouping_has_its_names(rig: Rig) -> None:
     [
         ("from=yesterday", "from"), ("to=2026-11-24T12:07:00Z", "to"), ("from=2026-11-24&to=2026-11-23", "to"),
         ("group_by=month", "group_by"), ("format=csv", "format"), ("from=2026-11-24&from=2026-11-25", "from"),
-        ("tenant=rival", "tenant"),
+        ("tenant=rival", "tenant"), ("limit=0", "limit"), ("limit=10001", "limit"), ("after=x", "after"),
+        ("after=WzEsMiwzLDRd", "after"), ("after=é", "after"), ("after=bnVsbA==", "after"),
     ],
 )  # fmt: skip
 async def test_bad_values_are_400_in_openais_form(rig: Rig, query: str, param: str) -> None:

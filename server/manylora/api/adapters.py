@@ -23,6 +23,7 @@ from manylora.tenants.interface import Principal, Role
 __all__ = ["build_router", "version_of"]
 
 MAX_JSON_BYTES: Final = 2**20
+MAX_VERSIONS: Final = 1000
 _INLINE_BYTES: Final = 16_384
 _CHUNK_BYTES: Final = 2**18
 # The status of a version made for a base of other shapes than the one that runs; it comes back with that base.
@@ -166,11 +167,20 @@ def _add_reads(router: APIRouter, catalog: Catalog) -> None:
         return JSONResponse({"object": "list", "data": data, **ends, "has_more": has_more})
 
     @router.get("/v1/adapters/{name}")
-    async def get_adapter(name: str, caller: Caller, tenant: _TenantQuery = None) -> Response:
-        """One adapter with all its versions."""
-        record = await _record(catalog, caller, name, tenant)
-        versions = [_version_view(catalog, record, v) for v in record.versions]
-        return JSONResponse({**_adapter_view(catalog, record), "versions": versions})
+    async def get_adapter(
+        name: str,
+        caller: Caller,
+        limit: Annotated[int, Query(ge=1, le=MAX_VERSIONS)] = MAX_VERSIONS,
+        before: Annotated[int | None, Query(ge=1, lt=2**31)] = None,
+        tenant: _TenantQuery = None,
+    ) -> Response:
+        """One adapter with its newest versions and the active one, or with those older than `before`; oldest first."""
+        with _as_asked(name):
+            owner = owner_of(catalog.directory, caller, name, tenant)
+            record, page = await catalog.versions(owner, name, limit, before)
+        versions = [_version_view(catalog, record, version) for version in page.versions]
+        shown = {"versions": versions, "next_before": page.next_before}
+        return JSONResponse({**_adapter_view(catalog, record), **shown})
 
     @router.get("/v1/adapters/{name}/versions/{n}")
     async def get_version(name: str, n: str, caller: Caller, tenant: _TenantQuery = None) -> Response:
@@ -204,12 +214,13 @@ def _listed_tenants(caller: Principal, tenant: str | None) -> list[str] | None:
     return visible if tenant is None else [t for t in visible if t == tenant]
 
 
-async def _record(catalog: Catalog, caller: Principal, name: str, tenant: str | None) -> AdapterRecord:
-    owner = owner_of(catalog.directory, caller, name, tenant)
+@contextmanager
+def _as_asked(label: str) -> Iterator[None]:
+    """What is missing is called as the caller wrote it."""
     try:
-        return await catalog.get(owner, name)
+        yield
     except AdapterNotFound:
-        raise not_found(name) from None
+        raise not_found(label) from None
 
 
 async def version_of(
@@ -217,14 +228,8 @@ async def version_of(
 ) -> tuple[AdapterRecord, VersionRecord]:
     """The version that a path names, if the caller may see it. Raises AdapterNotFound."""
     number = version_number(name, n)
-    try:
-        record = await _record(catalog, caller, name, tenant)
-    except AdapterNotFound:
-        raise not_found(f"{name}@{n}") from None
-    version = record.version(number)
-    if version is None:
-        raise not_found(f"{name}@{n}")
-    return record, version
+    with _as_asked(f"{name}@{n}"):
+        return await catalog.get_version(owner_of(catalog.directory, caller, name, tenant), name, number)
 
 
 def _add_changes(router: APIRouter, catalog: Catalog) -> None:
@@ -347,12 +352,12 @@ def _adapter_view(catalog: Catalog, adapter: AdapterRecord) -> dict[str, Any]:
         "status": _status(active) if active else None,
         "base_model": active.report.get("base_model") if active else None,
         "base_model_differs": active is not None and catalog.has_other_name(active),
-        "newest_version": adapter.versions[-1].ref.version,
-        "num_versions": len(adapter.versions),
+        "newest_version": adapter.sums.newest,
+        "num_versions": adapter.sums.count,
         "pinned": adapter.pinned,
         "created": adapter.created_s,
         "digest": active.ref.digest if active else None,
         "rank": active.rank if active else None,
-        "size_bytes": sum(v.size_bytes for v in adapter.versions),
+        "size_bytes": adapter.sums.size_bytes,
         "tier": catalog.tier_of(active.ref) if active else None,
     }

@@ -4,10 +4,8 @@ import heapq
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from manylora.catalog.interface import PublishedAdapter
-from manylora.catalog.records import AdapterRecord
 from manylora.database.tables import MICROSECONDS
 from manylora.errors import AdapterNotFound
 from manylora.identity import PUBLIC_TENANT, AdapterRef
@@ -44,11 +42,6 @@ def missing(name: str, version: int | None = None) -> AdapterNotFound:
     """The one answer for an adapter that is missing, not ready or another tenant's."""
     label = name if version is None else f"{name}@{version}"
     return AdapterNotFound(f"There is no adapter '{label}'. GET /v1/models lists what you may use.", param="model")
-
-
-def entry_of(record: AdapterRecord) -> Entry:
-    versions = {v.ref.version: Listed(v.ref, v.blob, v.created, v.is_ready) for v in record.versions}
-    return Entry(record.tenant, record.name, record.pinned, record.active_version, MappingProxyType(versions))
 
 
 class Directory:

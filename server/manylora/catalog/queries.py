@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from sqlalchemy import Select, select, tuple_
+from sqlalchemy import Select, func, select, tuple_
 from sqlalchemy.orm import Session
 
 from manylora.catalog.directory import Entry, Listed, missing
-from manylora.catalog.records import AdapterRecord, adapter_record
+from manylora.catalog.records import AdapterRecord, VersionSums, adapter_record
 from manylora.database.tables import AdapterRow, KeptRow, RevisionRow, VersionRow
 from manylora.errors import InvalidRequest, QuotaExceeded
 from manylora.identity import AdapterRef
@@ -31,23 +31,54 @@ def get_adapter(session: Session, tenant: str, name: str) -> AdapterRow:
     return row
 
 
-def load_record(session: Session, row: AdapterRow, base: str) -> AdapterRecord:
-    return adapter_record(row, versions_by_adapter(session, [row.id]).get(row.id, []), base)
+def load_records(session: Session, rows: Sequence[AdapterRow], base: str) -> list[AdapterRecord]:
+    """Records in the order of `rows`. Of their versions only the active ones are read."""
+    v, ids = VersionRow, [row.id for row in rows]
+    sums = select(v.adapter_id, func.count(), func.max(v.version), func.sum(v.size_bytes)).where(v.adapter_id.in_(ids))
+    summed = {
+        adapter_id: VersionSums(count, newest, int(size_bytes))
+        for adapter_id, count, newest, size_bytes in session.execute(sums.group_by(v.adapter_id))
+    }
+    query = select(v).join(AdapterRow, (AdapterRow.id == v.adapter_id) & (AdapterRow.active_version == v.version))
+    active = {found.adapter_id: found for found in session.execute(query.where(v.adapter_id.in_(ids))).scalars()}
+    return [adapter_record(row, active.get(row.id), summed.get(row.id, VersionSums()), base) for row in rows]
 
 
-def versions_by_adapter(session: Session, adapter_ids: Sequence[str] | None) -> dict[str, list[VersionRow]]:
-    """Versions, oldest first, of these adapters or (None) of all."""
-    query = select(VersionRow).order_by(VersionRow.adapter_id, VersionRow.version)
-    if adapter_ids is not None:
-        query = query.where(VersionRow.adapter_id.in_(adapter_ids))
+def find_version(session: Session, row: AdapterRow, number: int | None) -> VersionRow | None:
+    """The adapter's version of that number, or None."""
+    if number is None:
+        return None
+    query = select(VersionRow).where(VersionRow.adapter_id == row.id, VersionRow.version == number)
+    return session.execute(query).scalar_one_or_none()
+
+
+def get_version(session: Session, row: AdapterRow, number: int) -> VersionRow:
+    """The adapter's version of that number. Raises AdapterNotFound."""
+    found = find_version(session, row, number)
+    if found is None:
+        raise missing(row.name, number)
+    return found
+
+
+def versions_before(session: Session, row: AdapterRow, before: int | None, limit: int) -> list[VersionRow]:
+    """At most `limit` versions with numbers below `before` (None: all numbers), newest first: one index range."""
+    query = select(VersionRow).where(VersionRow.adapter_id == row.id)
+    if before is not None:
+        query = query.where(VersionRow.version < before)
+    return list(session.execute(query.order_by(VersionRow.version.desc()).limit(limit)).scalars())
+
+
+def all_versions(session: Session) -> dict[str, list[VersionRow]]:
+    """Versions of all adapters by the adapter's id, oldest first. Reads all rows: for tests."""
     found: dict[str, list[VersionRow]] = {}
+    query = select(VersionRow).order_by(VersionRow.adapter_id, VersionRow.version)
     for version in session.execute(query).scalars():
         found.setdefault(version.adapter_id, []).append(version)
     return found
 
 
-def all_entries(session: Session, base: str) -> list[Entry]:
-    """Every adapter as the directory knows it.
+def entries(session: Session, base: str, adapter_id: str | None = None) -> list[Entry]:
+    """Adapters that have versions, as the directory knows them: one of them, or all.
 
     Reads the columns that the directory needs, and not the reports, which are most of a database.
     """
@@ -55,6 +86,8 @@ def all_entries(session: Session, base: str) -> list[Entry]:
     query = select(
         a.tenant, a.name, a.pinned, a.active_version, v.id, v.version, v.digest, v.blob, v.created, v.base
     ).join(v, v.adapter_id == a.id)
+    if adapter_id is not None:
+        query = query.where(a.id == adapter_id)
     facts: dict[tuple[str, str], tuple[bool, int | None]] = {}
     versions: dict[tuple[str, str], dict[int, Listed]] = {}
     for row in session.execute(query.order_by(a.created, a.id, v.version)):

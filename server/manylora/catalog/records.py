@@ -81,8 +81,17 @@ class VersionRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class VersionSums:
+    """What an adapter's versions come to: how many, the newest one's number (0 where there is none), their bytes."""
+
+    count: int = 0
+    newest: int = 0
+    size_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterRecord:
-    """One adapter with its versions, oldest first. `created` is in Unix microseconds."""
+    """One adapter, its active version, and what all its versions come to. `created` is in Unix microseconds."""
 
     id: str
     tenant: str
@@ -91,19 +100,21 @@ class AdapterRecord:
     active_version: int | None
     pinned: bool
     created: int
-    versions: tuple[VersionRecord, ...]
+    active: VersionRecord | None
+    sums: VersionSums
 
     @property
     def created_s(self) -> int:
         """`created` in whole Unix seconds."""
         return self.created // MICROSECONDS
 
-    @property
-    def active(self) -> VersionRecord | None:
-        return next((v for v in self.versions if v.ref.version == self.active_version), None)
 
-    def version(self, number: int) -> VersionRecord | None:
-        return next((v for v in self.versions if v.ref.version == number), None)
+@dataclass(frozen=True, slots=True)
+class VersionPage:
+    """Some of an adapter's versions, oldest first; the next page is of those before `next_before`, if there is one."""
+
+    versions: tuple[VersionRecord, ...]
+    next_before: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +126,7 @@ class Published:
     is_new: bool
 
 
-def adapter_record(row: AdapterRow, versions: list[VersionRow], base: str) -> AdapterRecord:
+def adapter_record(row: AdapterRow, active: VersionRow | None, sums: VersionSums, base: str) -> AdapterRecord:
     """The record as a server with this base model sees it."""
     return AdapterRecord(
         id=row.id,
@@ -125,11 +136,13 @@ def adapter_record(row: AdapterRow, versions: list[VersionRow], base: str) -> Ad
         active_version=row.active_version,
         pinned=row.pinned,
         created=row.created,
-        versions=tuple(_version_record(row, v, base) for v in versions),
+        active=None if active is None else version_record(row, active, base),
+        sums=sums,
     )
 
 
-def _version_record(adapter: AdapterRow, row: VersionRow, base: str) -> VersionRecord:
+def version_record(adapter: AdapterRow, row: VersionRow, base: str) -> VersionRecord:
+    """One version of the adapter as a server with this base model sees it."""
     return VersionRecord(
         ref=AdapterRef(row.id, adapter.tenant, adapter.name, row.version, row.digest),
         blob=row.blob,

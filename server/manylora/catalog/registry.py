@@ -12,20 +12,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
-from sqlalchemy import select
+from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from manylora.catalog import queries
-from manylora.catalog.directory import Directory, entry_of, missing
+from manylora.catalog.directory import Directory, Entry, missing
 from manylora.catalog.labels import Label
 from manylora.catalog.records import (
     AdapterRecord,
     Folder,
     NewVersion,
     Published,
+    VersionPage,
     VersionRecord,
     Wish,
-    adapter_record,
+    version_record,
 )
 from manylora.database.database import Database
 from manylora.database.tables import AdapterRow, FolderContentRow, FolderRow, VersionRow
@@ -49,16 +50,16 @@ class _Transaction:
     def __init__(self, session: Session, base: str) -> None:
         self.session = session
         self._base = base
-        self.changed: list[tuple[AdapterRecord, bool]] = []
+        self.changed: list[tuple[str, str, Entry | None]] = []
 
     def mirror(self, row: AdapterRow) -> AdapterRecord:
         """Note the adapter, as the transaction has it by now, for the directory."""
         self.session.flush()
-        record = queries.load_record(self.session, row, self._base)
-        size_bytes = sum(version.size_bytes for version in record.versions)
-        note_stored(self.session, record.tenant, record.name, size_bytes, now_us())
-        queries.count_kept(self.session, row, size_bytes)
-        self.changed.append((record, row.is_deleted))
+        (record,) = queries.load_records(self.session, [row], self._base)
+        note_stored(self.session, record.tenant, record.name, record.sums.size_bytes, now_us())
+        queries.count_kept(self.session, row, record.sums.size_bytes)
+        entry = next(iter(queries.entries(self.session, self._base, row.id)), None)
+        self.changed.append((record.tenant, record.name, entry))
         return record
 
 
@@ -78,10 +79,28 @@ class Registry:
 
     # reading
 
-    def get(self, tenant: str, name: str) -> AdapterRecord:
-        """The tenant's adapter with its versions. Raises AdapterNotFound."""
+    def get_version(self, tenant: str, name: str, number: int) -> tuple[AdapterRecord, VersionRecord]:
+        """The tenant's adapter and one version of it. Raises AdapterNotFound."""
         with self._database.read() as session:
-            return queries.load_record(session, queries.get_adapter(session, tenant, name), self._base)
+            row = queries.get_adapter(session, tenant, name)
+            version = version_record(row, queries.get_version(session, row, number), self._base)
+            return queries.load_records(session, [row], self._base)[0], version
+
+    def versions(self, tenant: str, name: str, limit: int, before: int | None) -> tuple[AdapterRecord, VersionPage]:
+        """The tenant's adapter with the newest `limit` of its versions older than `before`, None: with its newest ones.
+
+        The active version is among the newest ones, whatever its number, as one more. Raises AdapterNotFound.
+        """
+        with self._database.read() as session:
+            row = queries.get_adapter(session, tenant, name)
+            found = queries.versions_before(session, row, before, limit + 1)
+            page = found[limit - 1 :: -1]
+            next_before = page[0].version if len(found) > limit else None
+            active = queries.find_version(session, row, row.active_version) if before is None else None
+            if active is not None and active not in page:
+                page.insert(0, active)
+            versions = tuple(version_record(row, version, self._base) for version in page)
+            return queries.load_records(session, [row], self._base)[0], VersionPage(versions, next_before)
 
     def page(self, tenants: Sequence[str] | None, limit: int, after: str | None) -> tuple[list[AdapterRecord], bool]:
         """Adapters newest first, after the adapter with id `after`; and whether there are more.
@@ -94,8 +113,7 @@ class Registry:
             ranges = [queries.page_query(t, start, limit + 1) for t in ([None] if tenants is None else tenants)]
             found = [session.execute(query).scalars().all() for query in ranges]
             rows = list(heapq.merge(*found, key=lambda row: (row.created, row.id), reverse=True))[: limit + 1]
-            versions = queries.versions_by_adapter(session, [row.id for row in rows[:limit]])
-            return [adapter_record(row, versions[row.id], self._base) for row in rows[:limit]], len(rows) > limit
+            return queries.load_records(session, rows[:limit], self._base), len(rows) > limit
 
     def folders(self) -> dict[str, tuple[Folder, bool]]:
         """What `--adapters` registered, by path, and whether that version still exists."""
@@ -194,9 +212,7 @@ class Registry:
             transaction.session.merge(found)
             transaction.session.merge(FolderContentRow(name=row.name, digest=newest.digest, base=newest.base))
         record = transaction.mirror(row)
-        version = record.version(newest.version)
-        assert version is not None
-        return Published(record, version, is_new)
+        return Published(record, version_record(row, newest, self._base), is_new)
 
     def update(
         self,
@@ -211,10 +227,8 @@ class Registry:
         with self._write() as transaction:
             row = queries.get_adapter(transaction.session, tenant, name)
             if active_version is not None:
-                version = queries.load_record(transaction.session, row, self._base).version(active_version)
-                if version is None:
-                    raise missing(name, active_version)
-                if not version.is_ready:
+                version = queries.get_version(transaction.session, row, active_version)
+                if version.base != self._base:
                     raise Conflict(
                         f"'{name}@{active_version}' was made for a base of other shapes than the one that is served "
                         "here, so it cannot become active. Promote a version whose status is 'ready'."
@@ -235,10 +249,8 @@ class Registry:
             known = set(session.execute(select(VersionRow.id)).scalars())
             for label in sorted(labels, key=lambda label: (label.tenant, label.name, label.version)):
                 row = queries.find_adapter(session, label.tenant, label.name)
-                numbers = (
-                    {v.version for v in queries.versions_by_adapter(session, [row.id]).get(row.id, [])} if row else {}
-                )
-                if label.version_id in known or label.version in numbers:
+                is_taken = row is not None and queries.find_version(session, row, label.version) is not None
+                if label.version_id in known or is_taken:
                     continue
                 row = _revived_adapter(session, row, label.tenant, label.name)
                 session.flush()  # the adapter's row first: there is no relationship that would order the two
@@ -261,22 +273,26 @@ class Registry:
             for adapter_id in sorted({version.adapter_id for version in found}):
                 transaction.mirror(session.get_one(AdapterRow, adapter_id))
 
-    def delete(self, tenant: str, name: str, version: int | None = None) -> list[VersionRecord]:
-        """Unpublish one version, or all. Raises AdapterNotFound, or Conflict for the active one of several."""
+    def delete(self, tenant: str, name: str, version: int | None = None) -> list[AdapterRef]:
+        """Unpublish one version, or all, and give those that are gone.
+
+        Raises AdapterNotFound, or Conflict for the active one of several.
+        """
         with self._write() as transaction:
-            row = queries.get_adapter(transaction.session, tenant, name)
-            before = queries.load_record(transaction.session, row, self._base)
-            gone = [v for v in before.versions if version is None or v.ref.version == version]
+            session = transaction.session
+            row = queries.get_adapter(session, tenant, name)
+            (entry,) = queries.entries(session, self._base, row.id)
+            gone = [listed.ref for number, listed in entry.versions.items() if version in {None, number}]
             if not gone:
                 raise missing(name, version)
-            is_last = len(gone) == len(before.versions)
+            is_last = len(gone) == len(entry.versions)
             if not is_last and version == row.active_version:
                 raise Conflict(
                     f"'{name}@{version}' is active and other versions exist: promote another one first, "
                     "or delete the whole adapter."
                 )
-            for found in gone:
-                transaction.session.delete(transaction.session.get_one(VersionRow, found.ref.id))
+            those = VersionRow.adapter_id == row.id
+            session.execute(delete(VersionRow).where(those if is_last else those & (VersionRow.version == version)))
             if is_last:
                 row.is_deleted, row.active_version, row.pinned, row.description = True, None, False, ""
             transaction.mirror(row)
@@ -292,7 +308,7 @@ class Registry:
                 return None
             with self._database.read(is_long=True) as session:
                 seen = session.execute(queries.revision_query()).scalar_one()
-                entries = queries.all_entries(session, self._base)
+                entries = queries.entries(session, self._base)
             self._seen = seen
             return self.directory.replace(entries)
 
@@ -300,19 +316,16 @@ class Registry:
         """Assert that the directory equals the database, and that the rows make sense together."""
         with self._lock, self._database.read() as session:
             self.directory.check_integrity()
-            versions = queries.versions_by_adapter(session, None)
+            versions = queries.all_versions(session)
             rows = session.execute(select(AdapterRow)).scalars().all()
             queries.check_counts(session, rows, versions)
-            expected = []
             for row in rows:
                 numbers = [v.version for v in versions.get(row.id, [])]
                 assert bool(numbers) != row.is_deleted
                 assert all(0 < number < row.next_version for number in numbers)
                 assert row.active_version is None or row.active_version in numbers
-                if numbers:
-                    expected.append(entry_of(adapter_record(row, versions[row.id], self._base)))
             listed = sorted(self.directory.entries(), key=lambda e: (e.tenant, e.name))
-            assert listed == sorted(expected, key=lambda e: (e.tenant, e.name))
+            assert listed == sorted(queries.entries(session, self._base), key=lambda e: (e.tenant, e.name))
 
     @contextmanager
     def _write(self) -> Iterator[_Transaction]:
@@ -323,11 +336,11 @@ class Registry:
                 revision = session.execute(queries.revision_query()).scalar_one()
             if revision == self._seen + 1:  # else another process wrote in between, and `refresh` will look
                 self._seen = revision
-            for record, is_deleted in transaction.changed:
-                if is_deleted:
-                    self.directory.remove(record.tenant, record.name)
+            for tenant, name, entry in transaction.changed:
+                if entry is None:
+                    self.directory.remove(tenant, name)
                 else:
-                    self.directory.put(entry_of(record))
+                    self.directory.put(entry)
 
 
 def _revived_adapter(session: Session, row: AdapterRow | None, tenant: str, name: str) -> AdapterRow:

@@ -23,7 +23,7 @@ from manylora.catalog.blobs import Blobs
 from manylora.catalog.directory import Directory, Listed, missing
 from manylora.catalog.files import FolderLock
 from manylora.catalog.receive import receive_form
-from manylora.catalog.records import AdapterRecord, Folder, Payer, Published, VersionRecord, Wish
+from manylora.catalog.records import AdapterRecord, Folder, Payer, Published, VersionPage, VersionRecord, Wish
 from manylora.catalog.registry import Registry
 from manylora.catalog.residency import Pins, Retirement
 from manylora.catalog.store import Store, open_store
@@ -286,9 +286,15 @@ class Catalog:
 
     # reading
 
-    async def get(self, tenant: str, name: str) -> AdapterRecord:
-        """The tenant's own adapter of that name, exactly. Raises AdapterNotFound."""
-        return await self.database.run(partial(self._registry.get, tenant, name))
+    async def get_version(self, tenant: str, name: str, number: int) -> tuple[AdapterRecord, VersionRecord]:
+        """The tenant's own adapter and one version of it. Raises AdapterNotFound."""
+        return await self.database.run(partial(self._registry.get_version, tenant, name, number))
+
+    async def versions(
+        self, tenant: str, name: str, limit: int, before: int | None
+    ) -> tuple[AdapterRecord, VersionPage]:
+        """The tenant's own adapter with its newest versions, or those older than `before`. Raises AdapterNotFound."""
+        return await self.database.run(partial(self._registry.versions, tenant, name, limit, before))
 
     async def page(
         self, tenants: Sequence[str] | None, limit: int, after: str | None
@@ -342,8 +348,8 @@ class Catalog:
         """
         gone = await self.database.run(partial(self._registry.delete, tenant, name, version))
         self._pins_attached.sync(tenant, name)
-        for record in gone:
-            self._retirements.begin(record.ref, with_files=True)
+        for ref in gone:
+            self._retirements.begin(ref, with_files=True)
 
     # beside the requests
 

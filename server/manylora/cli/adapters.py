@@ -16,6 +16,7 @@ from manylora.cli import store as cli_store
 from manylora.cli.answers import (
     REFUSED,
     USAGE,
+    Remote,
     as_time,
     console,
     fail,
@@ -187,15 +188,30 @@ def _split(label: str, *, needs_version: bool = False) -> tuple[str, str | None]
 def show(label: Label, tenant: OfTenant = None, as_json: AsJson = False) -> None:
     """An adapter with its versions, or one version with its report."""
     name, number = _split(label)
-    path = f"/v1/adapters/{name}" + (f"/versions/{number}" if number else "")
+    path = f"/v1/adapters/{name}"
     with server(as_json=as_json) as remote:
-        found = remote.call("GET", path, params=_tenant(tenant))
+        if number:
+            found = remote.call("GET", f"{path}/versions/{number}", params=_tenant(tenant))
+        else:
+            found = _with_all_versions(remote, path, _tenant(tenant))
     if as_json:
         print_json(found)
     elif number:
         _show_version(found)
     else:
         _show_adapter(found)
+
+
+def _with_all_versions(remote: Remote, path: str, params: dict[str, str]) -> dict[str, Any]:
+    """The adapter with the versions of every page, oldest first."""
+    found: dict[str, Any] = remote.call("GET", path, params=params)
+    versions = {version["version"]: version for version in found["versions"]}
+    before = found.pop("next_before", None)
+    while before is not None:
+        page = remote.call("GET", path, params={**params, "before": str(before)})
+        versions |= {version["version"]: version for version in page["versions"]}
+        before = page["next_before"]
+    return {**found, "versions": [versions[number] for number in sorted(versions)]}
 
 
 def _show_adapter(found: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from manylora.cli.answers import USAGE, console, fail, in_bytes, print_json, server, table
+from manylora.cli.answers import USAGE, Remote, console, fail, in_bytes, print_json, server, table
 
 _GROUPS: Final = ("day", "tenant", "adapter", "adapter_tenant")
 _OUTCOMES: Final = ("ok", "cancelled", "invalid", "rejected", "error")
@@ -39,13 +39,23 @@ def usage(
         fail("Ask for --csv or for --json.", USAGE)
     asked = {"from": start, "to": end, "group_by": group_by}
     with server(as_json=as_json) as connection:
-        answer = connection.call("GET", "/v1/usage", params={k: v for k, v in asked.items() if v is not None})
+        answer = _all_pages(connection, {k: v for k, v in asked.items() if v is not None})
     if as_json:
         print_json(answer)
     elif as_csv:
         _write_csv(answer)
     else:
         _show(answer)
+
+
+def _all_pages(connection: Remote, asked: dict[str, str]) -> dict[str, Any]:
+    """The answer with the rows of every page; the total is the last page's."""
+    rows: list[dict[str, Any]] = []
+    answer = connection.call("GET", "/v1/usage", params=asked)
+    while answer.get("has_more"):
+        rows += answer["data"]
+        answer = connection.call("GET", "/v1/usage", params={**asked, "after": answer["last_id"]})
+    return {**answer, "data": [*rows, *answer["data"]]}
 
 
 def _groups(answer: dict[str, Any]) -> list[str]:

@@ -41,8 +41,8 @@ def publish(server: Server, folder: Path, name: str, *, description: str = "", a
 
 def active_version(server: Server, name: str) -> str | None:
     """`name@version` that serves `name` now; None when there is none. Raises ManyloraError for an unknown name."""
-    versions: list[dict[str, Any]] = server.call("GET", f"/v1/adapters/{name}")["versions"]
-    return next((f"{name}@{v['version']}" for v in versions if v["active"]), None)
+    version: int | None = server.call("GET", f"/v1/adapters/{name}", params={"limit": 1})["active_version"]
+    return None if version is None else f"{name}@{version}"
 
 
 def pinned(server: Server, adapter: str) -> str:

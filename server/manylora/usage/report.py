@@ -1,9 +1,11 @@
 """Usage summed up: one row for each tenant, adapter and day, or for fewer of the three."""
 
+import base64
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, get_args
 
+import orjson
 from sqlalchemy import BigInteger, Select, func, literal_column, select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
@@ -25,6 +27,8 @@ _LONGEST_ECHO: Final = 40
 
 # What tells rows apart: tenant, owner, adapter, number of the day. Those that are not grouped by are None.
 _Key = tuple[str | None, str | None, str | None, int | None]
+# Where a row stands: day, tenant, adapter, owner.
+_Place = tuple[int, str, str, str]
 
 
 @dataclass(slots=True)
@@ -56,12 +60,17 @@ class UsageLine:
 
 @dataclass(frozen=True, slots=True)
 class UsageReport:
-    """Rows in order of day, tenant and adapter, and the sum of all."""
+    """Rows of one page in order of day, tenant and adapter, and the sum of all rows of all pages.
+
+    `last_id` is what asks for the page after this one; None where there are no rows.
+    """
 
     period: Period
     groups: tuple[Group, ...]
     lines: list[tuple[dict[str, Any], UsageLine]]
     total: UsageLine
+    last_id: str | None = None
+    has_more: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """The answer of `GET /v1/usage`."""
@@ -72,6 +81,8 @@ class UsageReport:
             "group_by": self.groups,
             "data": [{**names, **line.as_dict()} for names, line in self.lines],
             "total": self.total.as_dict(),
+            "last_id": self.last_id,
+            "has_more": self.has_more,
         }
 
 
@@ -90,16 +101,30 @@ def parse_groups(text: str | None) -> tuple[Group, ...]:
 
 
 def make_report(
-    database: Database, period: Period, groups: tuple[Group, ...], *, tenant: str | None, now_us: int
+    database: Database,
+    period: Period,
+    groups: tuple[Group, ...],
+    *,
+    tenant: str | None,
+    now_us: int,
+    limit: int | None = None,
+    after: str | None = None,
 ) -> UsageReport:
-    """Usage of `tenant` in a period, with None of all tenants. Blocks."""
+    """Usage of `tenant` in a period, with None of all tenants: at most `limit` rows after `after`, or all. Blocks.
+
+    Raises InvalidRequest for an `after` that no page has given.
+    """
+    start = None if after is None else _read_id(after)
     sums = _Sums(groups)
     with database.read(is_long=True) as session:
         _add_requests(session, sums, period, tenant)
         _add_slot_time(session, sums, period, tenant)
         _add_stored(session, sums, period, tenant, now_us)
-    lines = [(_names(groups, key), line) for key, line in sorted(sums.lines.items(), key=_order)]
-    return UsageReport(period, groups, lines, sums.total)
+    rest = sorted((item for item in sums.lines.items() if start is None or _order(item) > start), key=_order)
+    page = rest[:limit]
+    lines = [(_names(groups, key), line) for key, line in page]
+    last_id = _write_id(_order(page[-1])) if page else None
+    return UsageReport(period, groups, lines, sums.total, last_id, len(rest) > len(page))
 
 
 class _Sums:
@@ -121,9 +146,25 @@ class _Sums:
         return self.lines.setdefault(key, UsageLine()), self.total
 
 
-def _order(item: tuple[_Key, UsageLine]) -> tuple[int, str, str, str]:
+def _order(item: tuple[_Key, UsageLine]) -> _Place:
     (tenant, owner, adapter, day), _ = item
     return day or 0, tenant or "", adapter or "", owner or ""
+
+
+def _write_id(place: _Place) -> str:
+    return base64.urlsafe_b64encode(orjson.dumps(place)).decode()
+
+
+def _read_id(text: str) -> _Place:
+    """The place that `_write_id` wrote. Raises InvalidRequest."""
+    try:
+        day, tenant, adapter, owner = orjson.loads(base64.urlsafe_b64decode(text.encode()))
+    except (ValueError, TypeError):
+        day = None
+    if not isinstance(day, int) or not all(isinstance(name, str) for name in (tenant, adapter, owner)):
+        message = "'after' must be the 'last_id' of the page before. Leave it out for the first page."
+        raise InvalidRequest(message, param="after")
+    return day, tenant, adapter, owner
 
 
 def _names(groups: tuple[Group, ...], key: _Key) -> dict[str, Any]:

@@ -7,6 +7,8 @@ import { bytes, day } from "./format.js";
 import { Inspection } from "./inspect.js";
 import { reportView } from "./report.js";
 
+const PAGE = 50; // versions
+
 export class Detail {
   constructor(session, { onchange, ontry }) {
     this.session = session;
@@ -14,21 +16,34 @@ export class Detail {
     this.ontry = ontry;
     this.dialog = byId("detail");
     this.adapter = null;
+    this.versions = new Map(); // by number: those that were fetched so far
     this.unfolded = null; // what is shown below a version: {button, place, shown}
     this.dialog.addEventListener("click", (event) => {
       if (event.target === this.dialog) this.dialog.close();
     });
   }
 
-  path(adapter, rest = "") {
-    return `v1/adapters/${encodeURIComponent(adapter.name)}${rest}?tenant=${encodeURIComponent(adapter.tenant)}`;
+  path(adapter, rest = "", more = "") {
+    return `v1/adapters/${encodeURIComponent(adapter.name)}${rest}?tenant=${encodeURIComponent(adapter.tenant)}${more}`;
   }
 
   async open({ name, tenant }) {
     await this.guarded(async () => {
-      this.adapter = await getJson(this.path({ name, tenant }));
+      this.adapter = await getJson(this.path({ name, tenant }, "", `&limit=${PAGE}`));
+      this.versions = new Map(this.adapter.versions.map((version) => [version.version, version]));
       this.draw();
       if (!this.dialog.open) this.dialog.showModal();
+    });
+  }
+
+  /** Show the versions before those that are shown, too. */
+  async older() {
+    await this.guarded(async () => {
+      const { adapter } = this;
+      const page = await getJson(this.path(adapter, "", `&limit=${PAGE}&before=${adapter.next_before}`));
+      adapter.next_before = page.next_before;
+      for (const version of page.versions) this.versions.set(version.version, version);
+      this.draw();
     });
   }
 
@@ -56,15 +71,17 @@ export class Detail {
     this.foldAway();
     const { adapter } = this;
     const may = this.session.mayManage(adapter.tenant);
-    const versions = adapter.versions.toSorted((a, b) => b.version - a.version);
+    const versions = [...this.versions.values()].toSorted((a, b) => b.version - a.version);
+    const older = adapter.next_before === null ? null : h("button", { type: "button", class: "quiet", onclick: () => this.older() }, "Older versions");
     this.dialog.replaceChildren(
       h("div", { class: "drawer-head" },
         h("div", {}, h("h2", { id: "detail-title" }, adapter.name), h("p", { class: "hint" }, `tenant ${adapter.tenant}`)),
         h("button", { type: "button", class: "quiet", "aria-label": "Close", onclick: () => this.dialog.close() }, "Close")),
       h("p", { class: "about" }, adapter.description || "No description."),
       this.actions(may),
-      h("h3", {}, versions.length === 1 ? "1 version" : `${versions.length} versions`),
+      h("h3", {}, adapter.num_versions === 1 ? "1 version" : `${adapter.num_versions} versions`),
       h("ol", { class: "versions" }, versions.map((version) => this.version(version, may))),
+      h("div", { class: "actions" }, older),
     );
   }
 
@@ -151,7 +168,7 @@ export class Detail {
 
   async remove() {
     const { adapter } = this;
-    const what = adapter.versions.length === 1 ? "its one version" : `its ${adapter.versions.length} versions`;
+    const what = adapter.num_versions === 1 ? "its one version" : `its ${adapter.num_versions} versions`;
     const sure = await confirmed(`Delete ${adapter.name}?`, `New requests cannot name it from now on. Running ones finish, then ${what} and the files go. This cannot be undone.`, "Delete adapter");
     if (!sure) return;
     await this.guarded(async () => {
