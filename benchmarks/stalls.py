@@ -209,7 +209,7 @@ class Watch:
 
 
 async def send(url: str, case: Case, file: Path) -> tuple[str, float]:
-    """Status and seconds of one request with the body in `file`, from a process of its own, which leaves after a while."""
+    """Status and seconds of one request, its body in `file`, from a process of its own, which leaves after a while."""
     command = ["curl", "-s", "-o", os.devnull, "-w", "%{http_code}", "--max-time", str(LEAVE_AFTER_S)]
     command += ["-H", f"content-type: {case.content_type}", "-H", "expect:", "--data-binary", f"@{file}"]
     began = time.perf_counter()
