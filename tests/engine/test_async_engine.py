@@ -32,7 +32,7 @@ from manylora.models.codec import HuggingFaceCodec
 from tests.engine.harness import Rig, build_rig, grammars_of, load
 from tests.engine.oracle import check_greedy, with_adapter
 from tests.tiny_adapters import make_adapter, make_adapter_that_spoils
-from tests.tiny_models import VOCAB_SIZE
+from tests.tiny_models import END_OF_TURN, VOCAB_SIZE
 
 pytestmark = pytest.mark.anyio
 PROMPT = [5, 9, 200, 31, 77]
@@ -51,7 +51,8 @@ def adapter(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture
 def rig(tiny_llama_dir: Path, adapter: Path) -> Rig:
-    return build_rig(load(tiny_llama_dir), {"tuned": adapter}, num_blocks=120, max_num_seqs=2)
+    ends = frozenset({END_OF_TURN})
+    return build_rig(load(tiny_llama_dir), {"tuned": adapter}, num_blocks=120, max_num_seqs=2, eos_ids=ends)
 
 
 @asynccontextmanager
@@ -101,6 +102,23 @@ async def test_a_request_for_no_tokens_runs_its_prompt_only(engine: AsyncEngine)
     assert [(d.token_ids, d.text, d.finish_reason) for d in deltas] == [((), "", FinishReason.LENGTH)] * 2
     assert [entry.token_id for entry in deltas[0].prompt_logprobs] == PROMPT
     assert engine.stats().kv_blocks_used == 0
+
+
+async def test_the_last_delta_says_what_of_the_request_ended_it(engine: AsyncEngine) -> None:
+    deltas = await collect(ask(engine))
+    ids, text = [t for d in deltas for t in d.token_ids], "".join(d.text for d in deltas)
+    assert [d.stop_reason for d in deltas] == [None] * 8
+    by_token = await collect(ask(engine, stop_token_ids=(ids[3],)))
+    by_text = await collect(ask(engine, stop=("never said", text[1])))
+    ending: dict[str, Any] = {"temperature": 0.0, "logit_bias": ((END_OF_TURN, 100.0),)}
+    also: list[tuple[str, dict[str, Any]]] = [("a", {}), ("b", {"stop_token_ids": (END_OF_TURN,)})]
+    by_model = [
+        await collect(engine.generate(name, PROMPT, SamplingParams(max_tokens=8, **ending, **more)))
+        for name, more in also
+    ]
+    for found, reason in ((by_token, ids[3]), (by_text, text[1]), (by_model[0], None), (by_model[1], None)):
+        assert (found[-1].finish_reason, found[-1].stop_reason) == (FinishReason.STOP, reason)
+        assert all(d.stop_reason is None for d in found[:-1])
 
 
 async def test_a_dying_engine_fails_every_request_and_is_not_ready(

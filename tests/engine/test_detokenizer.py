@@ -198,6 +198,8 @@ def test_stop_strings_are_found_however_the_text_is_cut(text: str, stop: tuple[s
     found += detokenizer.flush()
     assert found == stopped_at(text, stop)
     assert detokenizer.is_stopped == (found != text)
+    assert (detokenizer.stopped_by in stop) == detokenizer.is_stopped
+    assert text.startswith(found + (detokenizer.stopped_by or ""))
 
 
 def test_what_may_become_a_stop_string_is_held_back_and_given_at_the_end() -> None:

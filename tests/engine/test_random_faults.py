@@ -36,6 +36,7 @@ samplings = st.fixed_dictionaries(
         "top_p": st.sampled_from([0.5, 0.99]),
         "top_k": st.integers(0, 40),
         "min_p": st.sampled_from([0.0, 0.1]),
+        "typical_p": st.sampled_from([0.3, 1.0]),
         "presence_penalty": st.floats(-2, 2),
         "frequency_penalty": st.floats(-2, 2),
         "repetition_penalty": st.sampled_from([1e-9, 0.5, 1.3, 100.0]),

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import RepetitionPenaltyLogitsProcessor
 
 from manylora.engine import sampler
 from manylora.engine.interface import SamplingParams
@@ -40,7 +40,7 @@ def random_logits(rows: int, vocab: int = VOCAB, spread: float = 2.0, seed: int 
 
 
 def distribution(logits: torch.Tensor, params: SamplingParams) -> np.ndarray:
-    """What one row may become, in float64: temperature, then top-k, top-p, min-p, each of what is left."""
+    """What one row may become, in float64: temperature, then top-k, top-p, min-p, typical-p, each of what is left."""
     z = logits.double().numpy() / params.temperature
     p = np.exp(z - z.max())
     p /= p.sum()
@@ -51,6 +51,13 @@ def distribution(logits: torch.Tensor, params: SamplingParams) -> np.ndarray:
     before = np.cumsum(p[order]) - p[order]
     p[order[1:]] = np.where(before[1:] >= params.top_p, 0, p[order[1:]])
     p[p < params.min_p * p.max()] = 0
+    p /= p.sum()
+    if params.typical_p < 1:
+        surprise = -np.log(p, where=p > 0, out=np.full_like(p, -np.inf))
+        distance = np.where(p > 0, np.abs(surprise - (p[p > 0] * surprise[p > 0]).sum()), np.inf)
+        order = np.argsort(distance, kind="stable")
+        reached = min((np.cumsum(p[order]) < params.typical_p).sum(), len(p) - 1)
+        p[distance > distance[order[reached]]] = 0
     return np.asarray(p / p.sum())
 
 
@@ -84,7 +91,11 @@ SETTINGS: list[dict[str, Any]] = [
     {"top_p": 1e-9},
     {"min_p": 0.2},
     {"min_p": 1.0},
+    {"typical_p": 0.2},
+    {"typical_p": 0.95},
     {"top_k": 10, "top_p": 0.8},
+    {"top_k": 10, "typical_p": 0.5},
+    {"temperature": 1.5, "top_p": 0.9, "typical_p": 0.6},
     {"top_p": 0.9, "min_p": 0.1},
     {"temperature": 1.5, "top_k": 20, "top_p": 0.9, "min_p": 0.05},
 ]
@@ -127,6 +138,33 @@ def test_every_allowed_token_is_reached_and_no_other(params: dict[str, Any]) -> 
     row = torch.linspace(0.0, 3.0, 8)[torch.tensor([3, 1, 7, 0, 5, 2, 6, 4])][None]
     expected = distribution(row[0], seq(**params).params)
     assert set(draw_many(row, 3000, **params)) == set(np.flatnonzero(expected).tolist())
+
+
+PROCESSORS = {
+    "temperature": transformers.TemperatureLogitsWarper,
+    "top_k": transformers.TopKLogitsWarper,
+    "top_p": transformers.TopPLogitsWarper,
+    "min_p": transformers.MinPLogitsWarper,
+    "typical_p": transformers.TypicalLogitsWarper,
+}
+
+
+@pytest.mark.parametrize("mass", [0.05, 0.2, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize(
+    "others", [{}, {"temperature": 1.7}, {"top_k": 12}, {"top_p": 0.8}, {"top_k": 30, "min_p": 0.1}]
+)
+@pytest.mark.parametrize("spread", [0.3, 4.0])
+def test_typical_p_leaves_what_that_of_transformers_leaves(mass: float, others: dict[str, Any], spread: float) -> None:
+    params = {**others, "typical_p": mass}
+    rows = random_logits(3, HUGE, spread=spread, seed=6)
+    warp = transformers.LogitsProcessorList(PROCESSORS[name](value) for name, value in params.items())
+    expected = torch.softmax(warp(None, rows.double()), dim=-1).numpy()
+
+    for row, left in zip(rows, expected, strict=True):
+        np.testing.assert_allclose(distribution(row, seq(**params).params), left, atol=1e-12)
+        # In float32 the last token's place can come out one further.
+        most = distribution(row, seq(**{**params, "typical_p": mass + 1e-4}).params)
+        assert set(draw_many(row[None], 50, **params)) <= set(np.flatnonzero(most).tolist())
 
 
 @pytest.mark.parametrize(
@@ -278,7 +316,9 @@ def test_requests_without_a_seed_differ() -> None:
 )
 def test_repetition_penalty_is_hugging_faces(prompt: tuple[int, ...], output: tuple[int, ...], penalty: float) -> None:
     logits = random_logits(1, seed=len(prompt))
-    expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([[*prompt, *output]]), logits.clone())
+    expected = transformers.RepetitionPenaltyLogitsProcessor(penalty)(
+        torch.tensor([[*prompt, *output]]), logits.clone()
+    )
     watched = seq(prompt, output, temperature=0.0, repetition_penalty=penalty)
     assert sample(logits, [watched]).token_ids == expected.argmax(-1).tolist()
 

@@ -66,7 +66,6 @@ _BOTH: Final[Unsupported] = {
     "spaces_between_special_tokens": _ON,
     "thinking_token_budget": _NOTHING,
     "truncate_prompt_tokens": _NOTHING,
-    "typical_p": (1, *_NOTHING),
     "use_beam_search": _NOTHING,
     "vllm_xargs": _NOTHING,
 }

@@ -335,6 +335,7 @@ def _sampling_params(request: GenerationRequest, model: ModelInfo) -> SamplingPa
         top_p=_or(request.top_p, model.default_top_p),
         top_k=0 if top_k < 0 or top_k >= model.vocab_size else top_k,
         min_p=_or(request.min_p, 0.0),
+        typical_p=_or(request.typical_p, 1.0),
         seed=request.seed,
         stop=request.stops,
         stop_token_ids=_check_token_ids(request.stop_token_ids, model, "stop_token_ids"),

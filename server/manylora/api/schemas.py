@@ -103,6 +103,7 @@ class GenerationRequest(_Strict):
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: Int | None = Field(default=None, ge=-1, description="-1 and 0 keep every token.")
     min_p: float | None = Field(default=None, ge=0, le=1)
+    typical_p: float | None = Field(default=None, gt=0, le=1, description="Locally typical sampling; 1 keeps all.")
     seed: Int | None = Field(default=None, ge=-_INT64, lt=_INT64)
     stop: str | list[str] | None = None
     stop_token_ids: list[Int] = Field(default=[], max_length=MAX_STOP_TOKENS, fail_fast=True)

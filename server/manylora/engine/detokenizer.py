@@ -26,7 +26,11 @@ class Detokenizer:
         self._stop = tuple(stop)
         self._begun = [_Begun(s) for s in self._stop]
         self._held = ""
-        self.is_stopped = False
+        self.stopped_by: str | None = None
+
+    @property
+    def is_stopped(self) -> bool:
+        return self.stopped_by is not None
 
     def add(self, token_ids: Sequence[int]) -> str:
         """Text that is certain after these tokens. Nothing comes any more once `is_stopped`."""
@@ -82,9 +86,10 @@ class Detokenizer:
         pending = self._held + text
         found = [(i + len(s), i) for i, s in ((pending.find(s), s) for s in self._stop) if i >= 0]
         if found:  # the one that is complete first, so that it does not matter how the text was cut
-            self.is_stopped = True
+            end, start = min(found)
+            self.stopped_by = pending[start:end]
             self._held = ""
-            return pending[: min(found)[1]]
+            return pending[:start]
         keep = max(begun.after(text) for begun in self._begun)
         self._held = pending[len(pending) - keep :]
         return pending[: len(pending) - keep]

@@ -247,6 +247,7 @@ class Engine:
         """The share of a sequence that took so many tokens, and ended for this reason if there is one."""
         is_first = num_taken == seq.num_output_tokens
         self.scheduler.charge_output(seq, num_taken)
+        stop_reason = self._stopped_by(seq) if reason is FinishReason.STOP else None
         if reason is not None:
             self.scheduler.finish(seq, reason)
         delta = Delta(
@@ -257,6 +258,7 @@ class Engine:
             finish_reason=reason,
             prompt_logprobs=tuple(seq.prompt_logprobs) if is_first else (),
             num_cached_tokens=seq.num_cached_tokens if is_first and seq.index == 0 else 0,
+            stop_reason=stop_reason,
         )
         return Output(seq, delta, captured=_captured(seq))
 
@@ -287,6 +289,14 @@ class Engine:
             num_cached_tokens=seq.num_cached_tokens if seq.index == 0 else 0,
         )
         return Output(seq, delta, captured=_captured(seq))
+
+    def _stopped_by(self, seq: Sequence) -> str | int | None:
+        """What of the request has ended a sequence: a stop string, or a token that is not the model's own end."""
+        if seq.detokenizer is not None and seq.detokenizer.stopped_by is not None:
+            return seq.detokenizer.stopped_by
+        last = seq.tokens[-1]
+        is_named = last in seq.params.stop_token_ids and (last not in self._eos_ids or seq.params.ignore_eos)
+        return last if is_named else None
 
     def _stop_reason(self, seq: Sequence, token_id: int) -> FinishReason | None:
         params = seq.params

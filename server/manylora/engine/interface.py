@@ -58,9 +58,9 @@ class Task(StrEnum):
 class SamplingParams:
     """How to choose tokens. Ranges are checked at the edge, by `api/schemas.py`.
 
-    `max_tokens` 0 runs the prompt alone. `temperature` 0 is greedy. `top_k` 0 keeps all. `logprobs` is the
-    number of alternatives reported beside the chosen token (0: the chosen one alone), None for no
-    log-probabilities at all. `prompt_logprobs` is the same for the prompt's own tokens (used by `echo`). `n`
+    `max_tokens` 0 runs the prompt alone. `temperature` 0 is greedy. `top_k` 0 keeps all, and so does `typical_p` 1.
+    `logprobs` is the number of alternatives reported beside the chosen token (0: the chosen one alone), None for
+    no log-probabilities at all. `prompt_logprobs` is the same for the prompt's own tokens (used by `echo`). `n`
     choices share the prompt's blocks; choice i draws from its own stream of random numbers derived from `seed`.
     With a `grammar`, only tokens that it allows are chosen; log-probabilities are those of the model all the same.
     With `ignore_eos` as well, an answer goes on for as long as the grammar lets it.
@@ -71,6 +71,7 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    typical_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
@@ -130,7 +131,9 @@ class Delta:
 
     `text` is complete characters only; it can be empty while a character or a possible stop string is still
     incomplete, so the texts of all deltas joined are the answer. `num_cached_tokens` (prompt tokens taken
-    from the prefix cache) and `prompt_logprobs` come with the first delta of choice 0.
+    from the prefix cache) and `prompt_logprobs` come with the first delta of choice 0. `stop_reason` comes with a
+    choice's last one: what of the request ended it, a stop string or one of `stop_token_ids`; None where
+    the model or the length did.
     """
 
     index: int
@@ -140,6 +143,7 @@ class Delta:
     finish_reason: FinishReason | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     num_cached_tokens: int = 0
+    stop_reason: str | int | None = None
 
 
 class Generation(Protocol):

@@ -233,6 +233,7 @@ def _draw(seqs: SequenceOf[Sequence], ahead: SequenceOf[Ahead]) -> Draw | None:
         top_k=np.array([p.top_k for p in params], dtype=np.int64),
         top_p=np.array([p.top_p for p in params], dtype=np.float32),
         min_p=np.array([p.min_p for p in params], dtype=np.float32),
+        typical_p=np.array([p.typical_p for p in params], dtype=np.float32),
         uniform=np.array([uniform_number(seqs[i], len(ahead[i])) for i in random_rows], dtype=np.float64),
     )
 

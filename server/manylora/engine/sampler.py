@@ -20,8 +20,8 @@ _FORBIDDING = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], ax
 def sample(logits: torch.Tensor, wanted: SamplingInput) -> Sampled:
     """Choose a token of each wanted row of `logits` [L, vocab] (any float dtype; not changed), and score the others.
 
-    Order, as in vLLM: bias and penalties, what is allowed, temperature, top-k, top-p, min-p. Log-probabilities are
-    those of the model itself, before any of it.
+    Order, as in vLLM: bias and penalties, what is allowed, temperature, top-k, top-p, min-p; then typical-p.
+    Log-probabilities are those of the model itself, before any of it.
     """
     scored = [_score(logits[each.first : each.first + each.num_rows], each) for each in wanted.scored]
     if not wanted.rows.size:
@@ -113,8 +113,9 @@ def _draw(logits: torch.Tensor, how: Draw) -> torch.Tensor:
         _on(np.where(how.top_k == 0, vocab, how.top_k), logits).clamp(max=vocab),
         _on(how.top_p, logits),
         _on(how.min_p, logits),
+        _on(how.typical_p, logits),
     )
-    is_whole = (cuts.top_k >= vocab) & (cuts.top_p >= 1) & (cuts.min_p <= 0)
+    is_whole = (cuts.top_k >= vocab) & (cuts.top_p >= 1) & (cuts.min_p <= 0) & (cuts.typical_p >= 1)
     if bool(is_whole.all()):
         return _inverse_cdf(probs, uniform)
     chosen = torch.empty(len(uniform), dtype=torch.int64, device=device)
@@ -140,9 +141,10 @@ class _Cuts:
     top_k: torch.Tensor
     top_p: torch.Tensor
     min_p: torch.Tensor
+    typical_p: torch.Tensor
 
     def rows(self, index: torch.Tensor) -> "_Cuts":
-        return _Cuts(self.top_k[index], self.top_p[index], self.min_p[index])
+        return _Cuts(self.top_k[index], self.top_p[index], self.min_p[index], self.typical_p[index])
 
     def are_among(self, values: torch.Tensor, vocab: int) -> torch.Tensor:
         """Per row, whether the likeliest `values` [rows, width], sorted, hold every token that may be taken."""
@@ -163,7 +165,26 @@ def _draw_sorted(
     # The first token is always kept: a row must never become empty by rounding.
     drop = (before >= (cuts.top_p * kept_mass)[:, None]) | (values < (cuts.min_p * values[:, 0])[:, None])
     kept = kept.masked_fill(drop & (rank > 0), 0)
+    typical = (cuts.typical_p < 1).nonzero()[:, 0]
+    if typical.numel():
+        kept[typical] = _typical(kept[typical], cuts.typical_p[typical])
     return ids.gather(1, _inverse_cdf(kept, uniform)[:, None])[:, 0]
+
+
+def _typical(kept: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
+    """Locally typical sampling (Meister et al., TACL 2023), of what the other cuts have left.
+
+    Of each row of `kept` [rows, width] (not normalised; 0 for what is out already) only those tokens stay whose
+    surprise is nearest to the expected one, as many as it takes to `mass` [rows], and those as near as the last.
+    """
+    probs = kept / kept.sum(-1, keepdim=True)
+    surprise = -probs.log()
+    entropy = torch.where(probs > 0, probs * surprise, 0).sum(-1, keepdim=True)
+    distance = (surprise - entropy).abs()
+    nearest, order = distance.sort(dim=-1, stable=True)
+    reached = (probs.gather(1, order).cumsum(-1) < mass[:, None]).sum(-1, keepdim=True)
+    farthest = nearest.gather(1, reached.clamp(max=kept.shape[1] - 1))
+    return kept.masked_fill(distance > farthest, 0)
 
 
 def _inverse_cdf(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:

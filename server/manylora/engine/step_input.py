@@ -62,7 +62,7 @@ class Allowed:
 @dataclass(frozen=True, slots=True)
 class Draw:
     """Rows that are drawn by chance: their numbers `rows` int64 [N] among those that are sampled, and for each its
-    `temperature`, `top_p`, `min_p` float32, `top_k` int64 (0: all) and `uniform` float64, a number in [0, 1).
+    `temperature`, `top_p`, `min_p`, `typical_p` float32, `top_k` int64 (0: all) and `uniform` float64, in [0, 1).
     """
 
     rows: np.ndarray
@@ -70,6 +70,7 @@ class Draw:
     top_k: np.ndarray
     top_p: np.ndarray
     min_p: np.ndarray
+    typical_p: np.ndarray
     uniform: np.ndarray
 
 
