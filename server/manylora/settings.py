@@ -189,7 +189,8 @@ class Settings(BaseSettings):
     max_num_seqs: int = Field(default=64, ge=1)
     """Most sequences in one batch."""
     max_num_batched_tokens: int = Field(default=512, ge=16)
-    """Most tokens in one forward pass; longer prompts are prefilled in pieces."""
+    """Most tokens in one forward pass; longer prompts are prefilled in pieces. Beside streams prompts take half of it,
+    and fewer tokens deep in a long prompt, so that the pass takes no longer."""
     prompt_logits_memory: Size = 256 * 2**20
     """Memory for the logits of prompts (`echo` with `logprobs`) in one forward pass: bytes, or a share of what is free;
     prompts with more are scored in pieces."""

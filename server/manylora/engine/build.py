@@ -12,6 +12,7 @@ from manylora.engine.executor import LocalExecutor
 from manylora.engine.interface import AdapterSource, ModelInfo
 from manylora.engine.model_runner import ModelRunner
 from manylora.engine.recovery import FaultEvents
+from manylora.engine.room import PromptCost
 from manylora.engine.scheduler import Scheduler
 from manylora.errors import InvalidSettings, ModelUnusable, NotEnoughMemory
 from manylora.grammars.compiler import GrammarCompiler, GrammarEvents
@@ -37,6 +38,9 @@ from manylora.settings import Settings
 
 NUM_LOADERS = 8  # adapters read at a time, of one tenant half as many: files that come slowly hold up nobody else
 _log = get_logger("manylora.engine")
+_ATTENTION_RATE = (
+    0.55  # multiplications per second of a prompt's attention, over those of matmuls; measured in bfloat16
+)
 _MOST_OF_FREE = 0.5  # memory that one sequence may take where the cache's share of it would be less
 
 
@@ -152,6 +156,7 @@ class EngineBuilder:
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.max_num_batched_tokens,
             max_prompt_logits=self._max_prompt_logits(),
+            prompt_cost=self._prompt_cost(),
         )
         engine = Engine(
             scheduler,
@@ -212,6 +217,19 @@ class EngineBuilder:
         """Of how many tokens of prompts a step may make the logits; of one at least."""
         per_token = self.wrapped.vocab_size * torch.float32.itemsize  # in which some models make them whatever they are
         return max(1, in_bytes(self.settings.prompt_logits_memory, self.device) // per_token)
+
+    def _prompt_cost(self) -> PromptCost:
+        """By the base's arithmetic: what attention multiplies for each position, beside what linears do for a token."""
+        survey = self.wrapped.survey
+        stated = getattr(self.base.model.config.get_text_config(), "num_attention_heads", None)
+        linears = sum(
+            spec.in_features * spec.out_features
+            for spec in self.modules.values()
+            if spec.kind != "embedding" and spec.path not in survey.on_logit_rows
+        )
+        heads = stated if isinstance(stated, int) else 0
+        attention = sum(2 * max(heads, shape.num_heads) * shape.head_dim for shape in survey.kv_shapes)
+        return PromptCost(_ATTENTION_RATE * linears / attention, tuple(options.window for options in survey.options))
 
     def _context_length(self) -> int:
         own = position_limit(self.base.model.config)

@@ -1,11 +1,14 @@
 """What runs in the next step: fair admission, chunked prefill beside decode, preemption when blocks run out.
 
+Of the prompts, the one that came first has half of what a step has for them as long as others wait, and the shortest of
+these have the rest: a long prompt keeps nobody from a first token, and short ones do not keep it from its end.
+
 Bookkeeping only; it touches no tensor and never waits. A sequence whose adapter is not on the device yet is
 passed over until it is, and holds nobody up.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from time import monotonic
@@ -15,6 +18,7 @@ from manylora.engine.block_manager import BlockManager
 from manylora.engine.drafting import Drafter
 from manylora.engine.fairness import FairQueue
 from manylora.engine.interface import AdapterRef, FinishReason
+from manylora.engine.room import PromptCost, Room
 from manylora.engine.sequence import Scheduled, Sequence, SequenceStatus
 from manylora.engine.turns import Places, Turns
 from manylora.errors import ManyloraError
@@ -40,24 +44,6 @@ class Plan:
     num_tokens: int = 0
 
 
-@dataclass(slots=True)
-class _Room:
-    """What a step may still take: tokens, and among them prompt tokens whose logits are wanted."""
-
-    tokens: int
-    prompt_logits: int
-
-    def fits(self, seq: Sequence) -> int:
-        """How many of the sequence's tokens."""
-        count = min(seq.num_uncomputed, self.tokens)
-        return min(count, self.prompt_logits) if seq.wants_prompt_logits and seq.scores_prompt else count
-
-    def take(self, seq: Sequence, count: int) -> None:
-        self.tokens -= count
-        if seq.wants_prompt_logits and seq.scores_prompt:
-            self.prompt_logits -= count
-
-
 class Scheduler:
     """Owns the waiting and the running sequences.
 
@@ -72,6 +58,7 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_prompt_logits: int | None = None,
+        prompt_cost: PromptCost | None = None,
         drafter: Drafter | None = None,
     ) -> None:
         self.blocks = blocks
@@ -83,6 +70,7 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_prompt_logits = max_prompt_logits or max_num_batched_tokens
+        self._prompt_cost = prompt_cost or PromptCost()
         self._drafter = drafter
         self._turns = Turns(self.running, self.waiting, slots, max_num_seqs)
         self._only: Collection[Sequence] | None = None  # the sequences that the plan may name, None for all
@@ -107,16 +95,34 @@ class Scheduler:
         self._only = only
         work: list[Scheduled] = []
         self._turns.begin_plan()
-        room = _Room(self._max_num_batched_tokens, self._max_prompt_logits)
-        may_admit = True
-        for seq in sorted(self.running, key=lambda s: s.num_uncomputed > 1):
-            if seq.status is not SequenceStatus.RUNNING or not self._is_meant(seq):
-                continue
+        room = Room(self._max_num_batched_tokens, self._max_prompt_logits, self._prompt_cost)
+        meant = [seq for seq in self.running if self._is_meant(seq)]
+        may_admit = self._take(work, room, [seq for seq in meant if seq.num_uncomputed <= 1])
+        prompts = [seq for seq in meant if seq.num_uncomputed > 1]
+        first, others = prompts[:1], sorted(prompts[1:], key=lambda s: s.num_uncomputed)
+        room.begin_prompts(len(work), first, others_wait=bool(others or self.waiting))
+        may_admit &= self._take(work, room, others)
+        if may_admit:
+            self._admit(work, room)
+        room.open_kept()
+        self._take(work, room, first)
+        self._take_turns(work)
+        if self._drafter is not None:
+            work = [self._with_draft(item, room, self._drafter) for item in work]
+        work.sort(key=lambda s: s.num_rows > 1)
+        return Plan(work, sum(s.num_rows for s in work))
+
+    def _take(self, work: list[Scheduled], room: Room, seqs: Iterable[Sequence]) -> bool:
+        """Plan what fits of running sequences, and preempt for their blocks; whether there were blocks for all."""
+        had_blocks = True
+        for seq in seqs:
+            if seq.status is not SequenceStatus.RUNNING:
+                continue  # preempted for another one of this plan
             count = room.fits(seq)
             if count <= 0:
                 continue
             while not self.blocks.allocate(seq, seq.num_computed + count):
-                may_admit = False
+                had_blocks = False
                 victim = self._most_over_share()
                 room.take(victim, -self._preempt(victim, work))
                 if victim is seq:
@@ -124,13 +130,7 @@ class Scheduler:
             else:
                 work.append(Scheduled(seq, seq.num_computed, count))
                 room.take(seq, count)
-        if may_admit:
-            self._admit(work, room)
-        self._take_turns(work)
-        if self._drafter is not None:
-            work = [self._with_draft(item, room, self._drafter) for item in work]
-        work.sort(key=lambda s: s.num_rows > 1)
-        return Plan(work, sum(s.num_rows for s in work))
+        return had_blocks
 
     def take_failed(self) -> list[tuple[Sequence, ManyloraError]]:
         """The sequences that failed before they ran (their adapter did not load), since this was last asked."""
@@ -189,9 +189,9 @@ class Scheduler:
 
     # admission
 
-    def _admit(self, work: list[Scheduled], room: _Room) -> None:
+    def _admit(self, work: list[Scheduled], room: Room) -> None:
         not_ready: set[str] = set()
-        while room.tokens > 0:
+        while room.has_any:
             seq = self._next_ready(not_ready)
             if seq is None:
                 return
@@ -276,7 +276,7 @@ class Scheduler:
 
     # drafts
 
-    def _with_draft(self, item: Scheduled, room: _Room, drafter: Drafter) -> Scheduled:
+    def _with_draft(self, item: Scheduled, room: Room, drafter: Drafter) -> Scheduled:
         """The item with what the drafter proposes for it, as far as that takes nothing from anybody."""
         seq = item.seq
         most = min(seq.max_num_tokens - seq.num_tokens - 1, room.tokens, room.prompt_logits)

@@ -1,0 +1,80 @@
+"""How much one step takes on: so many tokens, and of prompts no more than keeps the step short.
+
+Everybody in the batch waits for the step, so the gap between two tokens of a stream is what a step takes. A token deep
+in a long prompt costs several times what one at its beginning does, since its attention reads all that came before.
+"""
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from typing import Final
+
+from manylora.engine.sequence import Sequence
+
+_SHARE_BESIDE_STREAMS: Final = 0.5  # of the tokens of a step, for prompts while others take a token in each step
+_SHARE_OF_FIRST: Final = 0.5  # of what prompts may take, for the one that came first, while others wait
+
+
+@dataclass(frozen=True, slots=True)
+class PromptCost:
+    """What a token of a prompt costs at its position, where one without any before it costs 1.
+
+    `positions`: so many to look back at in every layer cost as much as all the rest. `windows`: how far each layer
+    looks back at most, 0 for all.
+    """
+
+    positions: float = float("inf")
+    windows: tuple[int, ...] = (0,)
+
+    def at(self, position: int) -> float:
+        seen = sum(min(position, window) if window else position for window in self.windows)
+        return 1.0 + seen / len(self.windows) / self.positions
+
+
+@dataclass(slots=True)
+class Room:
+    """What a step may still take: tokens, and among them prompt tokens whose logits are wanted.
+
+    `effort` is what prompts may take, in tokens at the beginning of one; `kept` is the part of it that is the first's.
+    """
+
+    tokens: int
+    prompt_logits: int
+    cost: PromptCost
+    effort: float = field(init=False)
+    kept: float = field(init=False, default=0.0)
+
+    def __post_init__(self) -> None:
+        self.effort = float(self.tokens)
+
+    def begin_prompts(self, num_streams: int, first: SequenceOf[Sequence], *, others_wait: bool) -> None:
+        """All that goes on by a token has taken its share. `first` has the prompt that came first, if there is one."""
+        if num_streams:
+            self.effort = min(self.tokens, max(1.0, (self.tokens + num_streams) * _SHARE_BESIDE_STREAMS))
+        for seq in first if others_wait else ():
+            self.kept = min(self.effort * _SHARE_OF_FIRST, seq.num_uncomputed * self.cost.at(seq.num_tokens))
+
+    def open_kept(self) -> None:
+        """Now it is the first's turn."""
+        self.kept = 0.0
+
+    @property
+    def has_any(self) -> bool:
+        """Another prompt can have a token."""
+        return self.tokens > 0 and self.effort - self.kept > 0
+
+    def fits(self, seq: Sequence) -> int:
+        """How many of the sequence's tokens; of one that wants more than there is, one at least while there is any."""
+        count = min(seq.num_uncomputed, self.tokens)
+        if count > 1:
+            effort = self.effort - self.kept
+            middle = seq.num_computed + int(min(count, effort)) // 2
+            count = min(count, int(effort / self.cost.at(middle)) or int(effort > 0))
+        return min(count, self.prompt_logits) if seq.wants_prompt_logits and seq.scores_prompt else count
+
+    def take(self, seq: Sequence, count: int) -> None:
+        """So many tokens of the sequence, or with less than 0, so many given back."""
+        self.tokens -= count
+        if seq.num_uncomputed > 1:
+            self.effort -= count * self.cost.at(seq.num_computed + abs(count) // 2)
+        if seq.wants_prompt_logits and seq.scores_prompt:
+            self.prompt_logits -= count
