@@ -182,12 +182,14 @@ def test_prompts_of_any_lengths_all_get_their_tokens(requests: list[tuple[int, i
 
 def test_deep_in_a_long_prompt_a_step_takes_fewer_tokens() -> None:
     cost = PromptCost(positions=100, windows=(0,))
-    s = Scheduler(BlockManager(400, 4), FakeSlots(8), max_num_seqs=8, max_num_batched_tokens=50, prompt_cost=cost)
+    s = Scheduler(BlockManager(400, 4), FakeSlots(8), max_num_seqs=8, max_num_batched_tokens=100, prompt_cost=cost)
+    s.add(request(2, 500))
+    step(s)
     s.add(long := request(1000, 1))
     counts, efforts = [], []
     while not long.num_output_tokens:
         at = long.num_computed
-        counts.append(step(s).num_tokens)
+        counts.append(step(s).num_tokens - 1)
         efforts.append(sum(cost.at(position) for position in range(at, at + counts[-1])))
     assert counts[0] > 3 * counts[-2] > 0
     assert max(efforts) <= 60

@@ -11,6 +11,7 @@ from typing import Final
 from manylora.engine.sequence import Sequence
 
 _SHARE_BESIDE_STREAMS: Final = 0.5  # of the tokens of a step, for prompts while others take a token in each step
+_SHARE_ALONE: Final = 2.0  # the same for a prompt beside which there is nothing, so that it runs in few steps
 _SHARE_OF_FIRST: Final = 0.5  # of what prompts may take, for the one that came first, while others wait
 
 
@@ -50,6 +51,8 @@ class Room:
         """All that goes on by a token has taken its share. `first` has the prompt that came first, if there is one."""
         if num_streams:
             self.effort = min(self.tokens, max(1.0, (self.tokens + num_streams) * _SHARE_BESIDE_STREAMS))
+        elif first and not others_wait:
+            self.effort *= _SHARE_ALONE
         for seq in first if others_wait else ():
             self.kept = min(self.effort * _SHARE_OF_FIRST, seq.num_uncomputed * self.cost.at(seq.num_tokens))
 
