@@ -4,6 +4,7 @@
     ├── InvalidRequest                  400 invalid_request_error
     │   ├── UnsupportedField            400 invalid_request_error  unsupported_field
     │   ├── InvalidGrammar              400 invalid_request_error  invalid_grammar
+    │   ├── NothingAllowed              400 invalid_request_error  nothing_allowed
     │   ├── ContextLengthExceeded       400 invalid_request_error  context_length_exceeded
     │   ├── MethodNotAllowed            405 invalid_request_error  method_not_allowed
     │   ├── RequestTimeout              408 invalid_request_error  request_timeout
@@ -110,6 +111,12 @@ class InvalidGrammar(InvalidRequest):
     def __init__(self, message: str, *, param: str | None = None, keys: tuple[str, ...] = ()) -> None:
         super().__init__(message, param=param)
         self.keys = keys
+
+
+class NothingAllowed(InvalidRequest):
+    """What the request rules out leaves no token to go on with."""
+
+    code = "nothing_allowed"
 
 
 class ContextLengthExceeded(InvalidRequest):

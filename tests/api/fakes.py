@@ -66,6 +66,13 @@ class FakeCodec:
             return list(b"<s>")
         return self.SPLIT.get(token_id) or list(chr(token_id).encode())
 
+    def token_name(self, token_id: int) -> str:
+        return f"<{self.token_text(token_id)}>"
+
+    @property
+    def info(self) -> dict[str, Any]:
+        return {"tokenizer_class": "FakeCodec", "eos_token": "</s>", "chat_template": "{{ messages }}"}
+
     def chat(self, messages: list[dict[str, Any]], *, continue_final: bool = False) -> list[int]:
         return self.encode(self.render_chat(messages, continue_final=continue_final))
 
@@ -87,6 +94,7 @@ class FakeGeneration:
     adapter: AdapterRef | None
     tenant: str
     cache_salt: str | None = None
+    priority: int = 0
     is_closed: bool = False
     num_output_tokens: int = 0
 
@@ -144,7 +152,7 @@ class FakeGeneration:
 
 def scored(token_id: int, num_top: int) -> TokenLogprob:
     top = tuple(((token_id + k) % VOCAB_SIZE, -0.5 - k) for k in range(num_top))
-    return TokenLogprob(token_id, -0.5, top)
+    return TokenLogprob(token_id, -0.5, top, 1)
 
 
 @dataclass(frozen=True)
@@ -224,6 +232,7 @@ class FakeEngine:
         tenant: str = "public",
         weight: float = 1.0,
         cache_salt: str | None = None,
+        priority: int = 0,
     ) -> FakeGeneration:
         if self.is_draining:
             raise Draining("The server is shutting down.")
@@ -231,7 +240,7 @@ class FakeEngine:
             raise self.refuse
         if len(self.open) >= self.max_open:
             raise QueueFull("The server's queue is full. Try again shortly.", retry_after_s=1.5)
-        generation = FakeGeneration(self, request_id, tuple(prompt_ids), params, adapter, tenant, cache_salt)
+        generation = FakeGeneration(self, request_id, tuple(prompt_ids), params, adapter, tenant, cache_salt, priority)
         self.generations.append(generation)
         return generation
 

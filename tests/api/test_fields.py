@@ -45,6 +45,13 @@ REACH: list[tuple[str, Any, str, Any]] = [
     ("logit_bias", {"5": -100, "999": 1.5}, "logit_bias", ((5, -100.0), (999, 1.5))),
     ("n", 3, "n", 3),
     ("n", 2.0, "n", 2),
+    ("allowed_token_ids", [3, 999], "allowed_token_ids", (3, 999)),
+    ("bad_words", ["no"], "bad_words", ((110, 111),)),
+    ("min_tokens", 3, "min_tokens", 3),
+    ("skip_special_tokens", False, "skip_special_tokens", False),
+    ("include_stop_str_in_output", True, "include_stop", True),
+    ("prompt_logprobs", 2, "prompt_logprobs", 2),
+    ("prompt_logprobs", 0, "prompt_ranks", True),
 ]
 
 
@@ -59,7 +66,7 @@ def test_every_sampling_field_reaches_the_engine(
 
 
 def test_every_sampling_param_is_covered_here() -> None:
-    elsewhere = {"logprobs", "prompt_logprobs", "grammar"}  # their own tests
+    elsewhere = {"logprobs", "grammar"}  # their own tests
     assert {field.name for field in dataclasses.fields(SamplingParams)} == {r[2] for r in REACH} | elsewhere
 
 
@@ -146,6 +153,27 @@ def test_null_is_the_default_for_every_field(rig: Rig) -> None:
         ("n", 0),
         ("n", 129),
         ("n", 10**30),
+        ("allowed_token_ids", [VOCAB_SIZE]),
+        ("allowed_token_ids", [-1]),
+        ("allowed_token_ids", [0] * (schemas.MAX_ALLOWED_TOKENS + 1)),
+        ("bad_words", [" "]),
+        ("bad_words", "no"),
+        ("bad_words", ["a"] * (schemas.MAX_BAD_WORDS + 1)),
+        ("bad_words", ["a" * (schemas.MAX_BAD_WORD_LENGTH + 1)]),
+        ("min_tokens", -1),
+        ("min_tokens", True),
+        ("min_tokens", 1.5),
+        ("skip_special_tokens", "no"),
+        ("include_stop_str_in_output", 1),
+        ("truncate_prompt_tokens", 0),
+        ("truncate_prompt_tokens", -2),
+        ("add_special_tokens", "no"),
+        ("prompt_logprobs", -1),
+        ("prompt_logprobs", 21),
+        ("return_token_ids", 1),
+        ("return_tokens_as_token_ids", "yes"),
+        ("priority", 0.5),
+        ("priority", 2**63),
         ("stream", "yes"),
         ("stream_options", {"include_usage": True}),
         ("model", 5),
@@ -237,6 +265,12 @@ def test_a_neutral_value_counts_as_absent(rig: Rig, route: str, name: str, neutr
         ("complete", "min_tokens", 0),
         ("complete", "skip_special_tokens", True),
         ("complete", "priority", 0),
+        ("complete", "min_tokens", False),
+        ("complete", "allowed_token_ids", {}),
+        ("complete", "bad_words", []),
+        ("complete", "prompt_logprobs", False),
+        ("complete", "truncate_prompt_tokens", ""),
+        ("chat", "priority", []),
         ("complete", "length_penalty", 1.0),
         ("chat", "response_format", {"type": "text", "json_schema": None}),
         ("chat", "stream_options", {"include_usage": False}),
@@ -253,12 +287,8 @@ def test_a_field_spelled_out_at_its_default_counts_as_absent(rig: Rig, route: st
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("min_tokens", 1),
-        ("min_tokens", True),
         ("length_penalty", True),
-        ("skip_special_tokens", False),
         ("spaces_between_special_tokens", False),
-        ("priority", 1),
         ("service_tier", "flex"),
         ("modalities", ["text", "audio"]),
         ("parallel_tool_calls", "yes"),

@@ -78,7 +78,12 @@ _numbers = iter(range(10**9))
 
 
 def request(
-    prompt: int = 4, output: int = 4, tenant: str = "t", adapter: str | None = None, weight: float = 1.0
+    prompt: int = 4,
+    output: int = 4,
+    tenant: str = "t",
+    adapter: str | None = None,
+    weight: float = 1.0,
+    priority: int = 0,
 ) -> Sequence:
     return Sequence(
         f"r{next(_numbers)}",
@@ -87,6 +92,7 @@ def request(
         tenant=tenant,
         weight=weight,
         adapter=ref(adapter) if adapter else None,
+        priority=priority,
     )
 
 

@@ -210,6 +210,32 @@ def test_what_may_become_a_stop_string_is_held_back_and_given_at_the_end() -> No
     assert not detokenizer.is_stopped
 
 
+@settings(max_examples=300, deadline=None)
+@given(
+    st.text("ab我", max_size=12),
+    st.lists(st.text("ab我", min_size=1, max_size=4), max_size=3).map(tuple),
+    st.integers(0, 20),
+    st.booleans(),
+)
+def test_a_stop_string_counts_once_enough_tokens_have_come(
+    text: str, stop: tuple[str, ...], min_tokens: int, include_stop: bool
+) -> None:
+    """A plain reading: of all places where a stop string ends with a later token, the first."""
+    ids = byte_tokens(text)
+    detokenizer = Detokenizer(decode, PROMPT, stop, min_tokens=min_tokens, include_stop=include_stop)
+    found = ""
+    for token_id in ids:
+        found += detokenizer.add([token_id])
+        if detokenizer.is_stopped:
+            break
+    found += detokenizer.flush()
+    early = len(decode(ids[:min_tokens]).rstrip("\ufffd"))
+    ends = [(i + len(s), i) for s in stop for i in range(len(text)) if text.startswith(s, i) and i + len(s) > early]
+    expected = text[: min(ends)[not include_stop]] if ends else text
+    assert found == expected
+    assert detokenizer.is_stopped == bool(ends)
+
+
 def test_nothing_comes_after_a_stop() -> None:
     detokenizer = Detokenizer(decode, PROMPT, ("b",))
     assert detokenizer.add(encode("ab")) == "a"

@@ -29,6 +29,9 @@ REQUESTS: list[tuple[str | None, dict[str, Any]]] = [
     (None, {"max_tokens": 0, "prompt_logprobs": 1}),
     ("tuned", {"max_tokens": 100, "temperature": 1.0, "seed": 70, "ignore_eos": False, "logprobs": 2}),
     (None, {"max_tokens": 20, "temperature": 1.0, "seed": 71, "logit_bias": ((9, 4.0),)}),
+    ("tuned", {"max_tokens": 20, "temperature": 1.0, "seed": 72, "allowed_token_ids": tuple(range(40, 90))}),
+    (None, {"max_tokens": 12, "min_tokens": 9, "ignore_eos": False, "logit_bias": ((41, 50.0),), "prompt_logprobs": 0}),
+    (None, {"max_tokens": 20, "bad_words": tuple((i, j) for i in range(100) for j in range(0, 100, 3))}),
 ]
 PROMPTS = [[3 + 5 * i, *range(30 + i, 31 + 4 * i)] for i in range(len(REQUESTS))]
 

@@ -47,6 +47,10 @@ class Remote:
     def spare_block(self) -> int:
         return self.inner.spare_block
 
+    @property
+    def vocab_size(self) -> int:
+        return self.inner.vocab_size
+
     def forward(self, step: StepInput) -> int:
         self.num_steps += 1
         self.kept = {self.num_steps: self.inner.forward(self.sent(step))}

@@ -27,6 +27,36 @@ def test_within_a_tenant_first_come_is_first_served() -> None:
     assert order == requests
 
 
+def test_within_a_tenant_the_lowest_priority_is_served_first_and_others_are_not_touched() -> None:
+    s = scheduler(seats=1)
+    mine = [request(output=1, tenant="a", priority=priority) for priority in (0, 5, -2, 0, -2, 5)]
+    theirs = [request(output=1, tenant="b") for _ in range(3)]
+    for r in (*mine, *theirs):
+        s.add(r)
+    order = []
+    while s.has_work:
+        order += [i.seq for i in step(s).scheduled if i.start == 0]
+    assert [r for r in order if r.tenant == "a"] == [mine[i] for i in (2, 4, 0, 3, 1, 5)]
+    assert [r for r in order if r.tenant == "b"] == theirs
+    assert [r.tenant for r in order[:6]].count("b") == 3, "every second turn, whatever the other's priorities say"
+
+
+def test_of_one_tenants_sequences_those_with_the_last_priority_make_room_and_come_back_last() -> None:
+    s = scheduler(num_blocks=12, seats=4)
+    requests = [request(8, 20, priority=priority) for priority in (3, 0, 3, -1)]
+    for r in requests:
+        s.add(r)
+    ended, preempted = [], []
+    while s.has_work:
+        before = list(s.running)
+        step(s)
+        ended += [r for r in requests if r.is_finished and r not in ended]
+        preempted += [r for r in before if r.status is SequenceStatus.PREEMPTED]
+    assert preempted[:2] == [requests[2], requests[0]]
+    assert requests[3] not in preempted
+    assert [requests.index(r) for r in ended] == [3, 1, 0, 2]
+
+
 def test_preempted_sequences_lose_nothing_and_come_back_in_order() -> None:
     s = scheduler(num_blocks=8, seats=4)
     requests = [request(8, 20) for _ in range(4)]
@@ -310,6 +340,7 @@ def test_random_traffic_keeps_the_books_and_finishes(data: st.DataObject) -> Non
             adapter = data.draw(st.sampled_from([None, "a", "b", "c", "d", "e"]))
             tenant = data.draw(st.sampled_from(["x", "y", "z"]))
             seq = request(data.draw(st.integers(1, 24)), data.draw(st.integers(1, 20)), tenant, adapter)
+            seq.priority = data.draw(st.integers(-1, 1))
             if data.draw(st.booleans()):
                 seq.followers = [request(1, 3, tenant, adapter)]
                 seq.followers[0].tokens = list(seq.tokens)

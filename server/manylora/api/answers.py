@@ -6,7 +6,7 @@ of them is put together in no time at its end.
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Final
 
@@ -15,6 +15,7 @@ import orjson
 from manylora.api.errors import error_json
 from manylora.api.run import Deltas, Run
 from manylora.api.schemas import ChatRequest, CompletionRequest
+from manylora.api.token_details import LOWEST, TokenDetails, finite
 from manylora.engine.interface import Delta, TextCodec, TokenLogprob
 from manylora.errors import ManyloraError
 
@@ -23,27 +24,31 @@ __all__ = ["Answer", "ChatAnswer", "CompletionAnswer"]
 _DONE: Final = b"[DONE]"
 # A prompt's log-probabilities come all at once. So many are put into JSON at a time, a millisecond's work.
 _LOGPROBS_AT_ONCE: Final = 64
-_LOWEST: Final = -9999.0  # JSON has no -inf
 
 
 # log-probabilities
 
 
-def _finite(logprob: float) -> float:
-    return max(_LOWEST, logprob)  # of NaN too, which compares false
-
-
 class LogprobsJson:
     """One choice's log-probabilities: `add` them as they come, `take` the JSON of all since the last time."""
 
-    def __init__(self, codec: TextCodec) -> None:
+    def __init__(self, codec: TextCodec, *, are_ids: bool = False, hidden: int | None = None) -> None:
+        """With `are_ids` a token is written as `token_id:<id>`. Of the first `hidden` tokens, None for all, the text
+        does not show those that are special.
+        """
         self._codec = codec
+        self._hidden = hidden
+        self._text: Callable[[int], str] = _as_id if are_ids else codec.token_text
 
     def add(self, logprobs: Sequence[TokenLogprob]) -> None:
         raise NotImplementedError
 
     def take(self) -> orjson.Fragment:
         raise NotImplementedError
+
+
+def _as_id(token_id: int) -> str:
+    return f"token_id:{token_id}"
 
 
 class _List:
@@ -66,15 +71,15 @@ class _List:
 class ChatLogprobs(LogprobsJson):
     """`{"content": [{token, logprob, bytes, top_logprobs}], "refusal": null}`."""
 
-    def __init__(self, codec: TextCodec) -> None:
-        super().__init__(codec)
+    def __init__(self, codec: TextCodec, *, are_ids: bool = False, hidden: int | None = None) -> None:
+        super().__init__(codec, are_ids=are_ids, hidden=hidden)
         self._content = _List()
 
     def add(self, logprobs: Sequence[TokenLogprob]) -> None:
         self._content.extend(
             {
-                **_chat_token(self._codec, entry.token_id, entry.logprob or 0.0),
-                "top_logprobs": [_chat_token(self._codec, token_id, logprob) for token_id, logprob in entry.top],
+                **self._token(entry.token_id, entry.logprob or 0.0),
+                "top_logprobs": [self._token(token_id, logprob) for token_id, logprob in entry.top],
             }
             for entry in logprobs
         )
@@ -82,9 +87,8 @@ class ChatLogprobs(LogprobsJson):
     def take(self) -> orjson.Fragment:
         return orjson.Fragment(b'{"content":' + self._content.take() + b',"refusal":null}')
 
-
-def _chat_token(codec: TextCodec, token_id: int, logprob: float) -> dict[str, Any]:
-    return {"token": codec.token_text(token_id), "logprob": _finite(logprob), "bytes": codec.token_bytes(token_id)}
+    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
+        return {"token": self._text(token_id), "logprob": finite(logprob), "bytes": self._codec.token_bytes(token_id)}
 
 
 class CompletionLogprobs(LogprobsJson):
@@ -94,15 +98,16 @@ class CompletionLogprobs(LogprobsJson):
     a character points at that character; a special token, which the text does not show, has no width.
     """
 
-    def __init__(self, codec: TextCodec) -> None:
-        super().__init__(codec)
+    def __init__(self, codec: TextCodec, *, are_ids: bool = False, hidden: int | None = None) -> None:
+        super().__init__(codec, are_ids=are_ids, hidden=hidden)
         self._num_characters = 0
+        self._num_tokens = 0
         self._lists = {name: _List() for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")}
 
     def add(self, logprobs: Sequence[TokenLogprob]) -> None:
-        text, lists = self._codec.token_text, self._lists
+        text, lists = self._text, self._lists
         lists["tokens"].extend(text(entry.token_id) for entry in logprobs)
-        lists["token_logprobs"].extend(None if e.logprob is None else _finite(e.logprob) for e in logprobs)
+        lists["token_logprobs"].extend(None if e.logprob is None else finite(e.logprob) for e in logprobs)
         lists["top_logprobs"].extend(map(self._top, logprobs))
         lists["text_offset"].extend(self._offset(entry.token_id) for entry in logprobs)
 
@@ -116,13 +121,15 @@ class CompletionLogprobs(LogprobsJson):
             return None
         top: dict[str, float] = {}
         for token_id, logprob in (*entry.top, (entry.token_id, entry.logprob)):
-            token = self._codec.token_text(token_id)
-            top[token] = max(top.get(token, _LOWEST), _finite(logprob))
+            token = self._text(token_id)
+            top[token] = max(top.get(token, LOWEST), finite(logprob))
         return top
 
     def _offset(self, token_id: int) -> int:
         codes = self._codec.token_bytes(token_id)
-        if codes and not self._codec.decode([token_id], skip_special_tokens=True):
+        is_hidden = self._hidden is None or self._num_tokens < self._hidden
+        self._num_tokens += 1
+        if is_hidden and codes and not self._codec.decode([token_id], skip_special_tokens=True):
             return self._num_characters
         begins_within = bool(codes) and _continues(codes[0]) and self._num_characters > 0
         offset = self._num_characters - begins_within
@@ -219,15 +226,13 @@ class Answer:
     chunk_object: ClassVar[str]
     choice_kind: ClassVar[type[Choice]]
     logprobs_kind: ClassVar[type[LogprobsJson]]
+    has_prompt_in_choice: ClassVar[bool]  # what is told of a prompt's tokens is told in each choice
 
     def __init__(self, run: Run, body: CompletionRequest | ChatRequest) -> None:
         engine, options = run.services.engine, body.usage_in_stream
         self._run = run
-        has_logprobs = run.prompts[0].params.logprobs is not None
-        self._choices = [
-            self.choice_kind(index, self.logprobs_kind(engine.codec) if has_logprobs else None)
-            for index in range(run.num_choices)
-        ]
+        self._choices = [self.choice_kind(index, self._logprobs_of(index, body)) for index in range(run.num_choices)]
+        self._details = TokenDetails(run, body, is_per_choice=self.has_prompt_in_choice)
         label = body.model or body.adapter_id or engine.model.name
         self._named = {"id": f"{self.id_prefix}{run.id}", "created": int(time.time()), "model": label}
         self._head = orjson.dumps({**self._named, "object": self.chunk_object})[:-1] + b',"choices":'
@@ -237,8 +242,18 @@ class Answer:
         self._tail = b',"usage":null}' if options.include_usage else b"}"
         self._opening = [opening for choice in self._choices if (opening := choice.opening()) is not None]
 
+    def _logprobs_of(self, index: int, body: CompletionRequest | ChatRequest) -> LogprobsJson | None:
+        prompt = self._run.prompts[index // self._run.n]
+        if prompt.params.logprobs is None:
+            return None
+        hidden = None
+        if not prompt.params.skip_special_tokens:  # of a prompt that is repeated, its text alone is shown
+            hidden = len(prompt.ids) if isinstance(body, CompletionRequest) and body.echo else 0
+        codec = self._run.services.engine.codec
+        return self.logprobs_kind(codec, are_ids=body.return_tokens_as_token_ids, hidden=hidden)
+
     def arranged(self, deltas: Deltas) -> Deltas:
-        return deltas
+        return self._details.kept(deltas)
 
     async def keep(self, choice: int, logprobs: Sequence[TokenLogprob]) -> None:
         """Put them into JSON; of many, with pauses as long as the work, so that nobody else waits for all of it."""
@@ -253,13 +268,15 @@ class Answer:
 
     def add(self, choice: int, delta: Delta) -> None:
         self._choices[choice].add(delta)
+        self._details.add(choice, delta)
 
     def whole(self) -> bytes:
         return orjson.dumps(
             {
                 **self._named,
                 "object": self.whole_object,
-                "choices": [choice.whole() for choice in self._choices],
+                "choices": [{**choice.whole(), **self._details.of_choice(choice.index)} for choice in self._choices],
+                **self._details.of_answer(),
                 "usage": _usage(self._run),
                 "manylora": _extension(self._run),
             }
@@ -269,10 +286,12 @@ class Answer:
         """One event, none where nothing can be shown yet; before the first, what each choice opens with."""
         if delta.finish_reason is not None:
             self._num_left -= 1
-        elif not delta.text and not delta.logprobs and not self._opening:
+        elif not (delta.text or delta.logprobs or self._opening or self._details.shows(delta)):
             return ()
         tail = b',"usage":' + orjson.dumps(_usage(self._run)) + b"}" if self._has_running_usage else self._tail
-        event = self._head + orjson.dumps([self._choices[choice].chunk(delta)])
+        event = self._head + orjson.dumps(
+            [{**self._choices[choice].chunk(delta), **self._details.of_chunk(choice, delta)}]
+        )
         if self._num_left or self._has_last_usage:
             event += tail
         else:
@@ -280,7 +299,8 @@ class Answer:
         if not self._opening:
             return (event,)
         opening, self._opening = self._opening, []
-        return *(self._head + orjson.dumps([each]) + tail for each in opening), event
+        first = self._details.of_opening()
+        return *(self._head + orjson.dumps([each]) + first + tail for each in opening), event
 
     def last_events(self) -> Sequence[bytes]:
         if not self._has_last_usage:
@@ -304,6 +324,7 @@ class ChatAnswer(Answer):
     chunk_object = "chat.completion.chunk"
     choice_kind = ChatChoice
     logprobs_kind = ChatLogprobs
+    has_prompt_in_choice = False
 
 
 class CompletionAnswer(Answer):
@@ -314,13 +335,15 @@ class CompletionAnswer(Answer):
     chunk_object = "text_completion"
     choice_kind = CompletionChoice
     logprobs_kind = CompletionLogprobs
+    has_prompt_in_choice = True
 
     def __init__(self, run: Run, body: CompletionRequest) -> None:
         super().__init__(run, body)
         self._echo = body.echo
 
     def arranged(self, deltas: Deltas) -> Deltas:
-        return self._echoed(deltas) if self._echo else deltas
+        arranged = super().arranged(deltas)
+        return self._echoed(arranged) if self._echo else arranged
 
     async def _echoed(self, deltas: Deltas) -> Deltas:
         """Puts the prompt before each choice's first delta.
@@ -334,7 +357,8 @@ class CompletionAnswer(Answer):
         async for index, delta in deltas:
             prompt, number = divmod(index, self._run.n)
             if number == 0 and prompt not in scored:
-                scored[prompt] = delta.prompt_logprobs
+                most = self._run.prompts[prompt].params.logprobs
+                scored[prompt] = tuple(replace(each, top=each.top[:most]) for each in delta.prompt_logprobs)
             elif prompt not in scored:
                 waiting.setdefault(prompt, []).append((index, delta))
                 continue

@@ -12,6 +12,7 @@ from pydantic.json_schema import models_json_schema
 from starlette.responses import RedirectResponse, Response
 
 from manylora.api.schemas import ChatRequest, CompletionRequest
+from manylora.api.tokens import DetokenizeRequest, TokenizeRequest
 
 __all__ = ["install_docs"]
 
@@ -48,7 +49,7 @@ def _schema(app: FastAPI) -> dict[str, Any]:
     if app.openapi_schema is None:
         schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         _, bodies = models_json_schema(
-            [(CompletionRequest, "validation"), (ChatRequest, "validation")],
+            [(each, "validation") for each in (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)],
             ref_template="#/components/schemas/{model}",
         )
         schema["servers"] = [{"url": "."}]  # where the schema is, so that it also holds below a proxy's path

@@ -15,6 +15,7 @@ __all__ = [
     "MESSAGE_UNSUPPORTED",
     "PART_UNSUPPORTED",
     "STREAM_OPTION_UNSUPPORTED",
+    "TOKENIZE_UNSUPPORTED",
     "Unsupported",
     "asks_for_nothing",
     "renamed",
@@ -36,42 +37,31 @@ _BOTH: Final[Unsupported] = {
     "json_schema": _NOTHING,
     "regex": _NOTHING,
     "ebnf": _NOTHING,
-    "allowed_token_ids": _NOTHING,
-    "bad_words": _NOTHING,
     "best_of": _NOTHING,  # and the value of `n`, see `_is_neutral`
     "early_stopping": _NOTHING,
-    "include_stop_str_in_output": _NOTHING,
     "kv_transfer_params": _NOTHING,
     "length_penalty": (1, *_NOTHING),
     "logits_processors": _NOTHING,
-    "min_tokens": (0, *_NOTHING),
     "mm_processor_kwargs": _NOTHING,
     "moderation": _NOTHING,
     "no_stop_trim": _NOTHING,
     "num_beams": (1, *_NOTHING),
-    "priority": (0, *_NOTHING),
     "prompt_cache_key": _NOTHING,
     "prompt_cache_options": _NOTHING,
     "prompt_cache_retention": ("in_memory", "in-memory", *_NOTHING),
-    "prompt_logprobs": _NOTHING,
     "repetition_detection": _NOTHING,
     "request_id": _NOTHING,
     "return_hidden_states": _NOTHING,
-    "return_token_ids": _NOTHING,
-    "return_tokens_as_token_ids": _NOTHING,
     "rid": _NOTHING,
     "safety_identifier": _NOTHING,
     "session_params": _NOTHING,
-    "skip_special_tokens": _ON,
     "spaces_between_special_tokens": _ON,
     "thinking_token_budget": _NOTHING,
-    "truncate_prompt_tokens": _NOTHING,
     "use_beam_search": _NOTHING,
     "vllm_xargs": _NOTHING,
 }
 COMPLETION_UNSUPPORTED: Final[Unsupported] = {
     **_BOTH,
-    "add_special_tokens": _ON,
     "prompt_embeds": _NOTHING,
     "suffix": _NOTHING,
 }
@@ -84,7 +74,6 @@ CHAT_UNSUPPORTED: Final[Unsupported] = {
     "parallel_tool_calls": (True, *_NOTHING),
     **_BOTH,
     "add_generation_prompt": _ON,
-    "add_special_tokens": _NOTHING,
     "audio": _NOTHING,
     "chat_template": _NOTHING,
     "chat_template_kwargs": _NOTHING,
@@ -118,6 +107,15 @@ MESSAGE_UNSUPPORTED: Final[Unsupported] = {
     "thinking_blocks": _NOTHING,
 }
 PART_UNSUPPORTED: Final[Unsupported] = {"annotations": _NOTHING}
+TOKENIZE_UNSUPPORTED: Final[Unsupported] = {
+    "tools": _NOTHING,
+    "add_generation_prompt": _ON,
+    "chat_template": _NOTHING,
+    "chat_template_kwargs": _NOTHING,
+    "continue_final_message": _NOTHING,
+    "media_io_kwargs": _NOTHING,
+    "mm_processor_kwargs": _NOTHING,
+}
 STREAM_OPTION_UNSUPPORTED: Final[Unsupported] = {"include_obfuscation": _NOTHING}
 
 _ROUTE_OF: Final = {"messages": "/v1/chat/completions", "prompt": "/v1/completions"}

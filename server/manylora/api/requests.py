@@ -10,14 +10,15 @@ An adapter is named in five forms: `<base>` · `<adapter>` · `<adapter>@<n>` ·
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
 from manylora.api.json_body import require_json
 from manylora.api.lanes import LONG_TEXT, PYTHON, SHORT_TEXT, beside_loop
 from manylora.api.record import ClientGone
-from manylora.api.schemas import ChatRequest, CompletionRequest, GenerationRequest
+from manylora.api.sampling import check_token_ids, sampling_params
+from manylora.api.schemas import Body, ChatRequest, CompletionRequest, GenerationRequest, Message
 from manylora.api.structured import ANSWER_FIELDS, asked_for
 from manylora.catalog.interface import AdapterDirectory
 from manylora.engine.interface import CompiledGrammar, EngineClient, ModelInfo, SamplingParams, TextCodec
@@ -25,6 +26,10 @@ from manylora.errors import AdapterNotFound, ContextLengthExceeded, InvalidGramm
 from manylora.identity import NAME_PATTERN, AdapterRef
 
 __all__ = [
+    "INLINE_CHARACTERS",
+    "INLINE_IDS",
+    "MAX_ENCODED_CHARACTERS",
+    "SHORT_CHARACTERS",
     "AdapterName",
     "Prompt",
     "adapter_of",
@@ -33,6 +38,7 @@ __all__ = [
     "parse_model",
     "prompts_of",
     "read_body",
+    "rendered",
     "resolve",
     "without_alias",
 ]
@@ -40,13 +46,14 @@ __all__ = [
 COMPLETION_MAX_TOKENS: Final = 16  # OpenAI's default
 MAX_ECHO_LOGPROBS: Final = 1_048_576
 MAX_ECHO_CHARACTERS: Final = 8_388_608
+MAX_ENCODED_CHARACTERS: Final = 1_048_576
 _INLINE_BYTES: Final = 65_536
 # Up to here the work takes a millisecond, and a thread's turn is not worth waiting for.
-_INLINE_CHARACTERS: Final = 4096
-_INLINE_IDS: Final = 16_384
+INLINE_CHARACTERS: Final = 4096
+INLINE_IDS: Final = 16_384
 _INLINE_MESSAGES: Final = 32
 # Up to here it is done soon, so it need not stand behind the long ones.
-_SHORT_CHARACTERS: Final = 2**18
+SHORT_CHARACTERS: Final = 2**18
 # Encodings take a hundred bytes for a character, so that many prompts are encoded some at a time.
 _BATCH_CHARACTERS: Final = 2**20
 _NAMED: Final = re.compile(rf"({NAME_PATTERN})(?:@([1-9][0-9]{{0,8}}))?")
@@ -123,7 +130,7 @@ def without_alias(directory: AdapterDirectory, tenant: str, base: str, aliases: 
 
 
 def adapter_of(
-    body: GenerationRequest, directory: AdapterDirectory, tenant: str, base: str, aliases: Mapping[str, str]
+    body: Body, directory: AdapterDirectory, tenant: str, base: str, aliases: Mapping[str, str]
 ) -> AdapterRef | None:
     """The adapter of a request that has `model`, `adapter_id` or both; None for the base.
 
@@ -148,7 +155,7 @@ def adapter_of(
     return ref
 
 
-def missing(body: GenerationRequest) -> AdapterNotFound:
+def missing(body: Body) -> AdapterNotFound:
     """For an adapter that was deleted after its name had become an identity: it is as if it had never been there."""
     return _not_found(body.adapter_id or body.model or "", "adapter_id" if body.adapter_id else "model")
 
@@ -186,15 +193,17 @@ async def prompts_of(body: GenerationRequest, engine: EngineClient, tenant: str)
     Raises InvalidRequest, also where the model's chat template refuses the messages or no answer can be held to the
     grammar, ContextLengthExceeded, and what `EngineClient.compile` does.
     """
-    params = _sampling_params(body, engine.model)
+    params = sampling_params(body, engine.model)
     if isinstance(body, CompletionRequest):
         _check_num_choices(len(body.prompts), params.n, engine.max_choices)
         encoded = await _encode_prompts(body, engine)
-        _check_echo(params, body, encoded)
     else:
         assert isinstance(body, ChatRequest)
         _check_num_choices(1, params.n, engine.max_choices)
         encoded = [await _encode_chat(body, engine)]
+    _check_size(params, body, encoded)
+    if body.bad_words:
+        params = replace(params, bad_words=await _bad_words(body.bad_words, engine))
     grammar = await _grammar_of(body, engine, tenant)
     if grammar is not None:
         params = replace(params, grammar=grammar)
@@ -235,8 +244,14 @@ async def _encode_prompts(request: CompletionRequest, engine: EngineClient) -> l
         encoded = await _encode(request, texts, size, engine)
         if not all(encoded):
             raise InvalidRequest("'prompt' has no tokens for this model.", param="prompt")
-        return [(ids, text if request.echo else "") for ids, text in zip(encoded, texts, strict=True)]
-    if size <= _INLINE_IDS and not request.echo:
+        if not request.echo:
+            return [(ids, "") for ids in encoded]
+        most = _most_kept(request, engine.model)
+        is_whole = [most is None or len(ids) < most for ids in encoded]
+        if all(is_whole):
+            return list(zip(encoded, texts, strict=True))
+        return await beside_loop(PYTHON, _echoed, encoded, texts, is_whole, engine.codec)
+    if size <= INLINE_IDS and not request.echo:
         return _given(request, engine)
     return await beside_loop(PYTHON, _given, request, engine)
 
@@ -246,48 +261,65 @@ def _given(request: CompletionRequest, engine: EngineClient) -> list[_Encoded]:
     prompts = []
     for prompt in request.prompts:
         assert isinstance(prompt, list), "prompts are all text or all ids"
-        _room_for_answer(request, len(prompt), engine.model)
-        prompts.append(_check_token_ids(prompt, engine.model, "prompt"))
+        kept = _truncated(prompt, request, engine.model)
+        _room_for_answer(request, len(kept), engine.model)
+        prompts.append(check_token_ids(kept, engine.model, "prompt"))
     decode = engine.codec.decode
     return [(ids, decode(ids, skip_special_tokens=False) if request.echo else "") for ids in prompts]
 
 
+def _echoed(
+    encoded: Sequence[tuple[int, ...]], texts: Sequence[str], is_whole: Sequence[bool], codec: TextCodec
+) -> list[_Encoded]:
+    """Each prompt with its text, as it was sent or, of one that was cut, as its tokens say it."""
+    return [
+        (ids, text if whole else codec.decode(ids, skip_special_tokens=False))
+        for ids, text, whole in zip(encoded, texts, is_whole, strict=True)
+    ]
+
+
 async def _encode_chat(request: ChatRequest, engine: EngineClient) -> _Encoded:
     """The rendered chat. Raises InvalidRequest when the model's template refuses the messages."""
-    messages, size = request.messages, sum(len(message.content) for message in request.messages)
-    try:
-        if size <= _INLINE_CHARACTERS and len(messages) <= _INLINE_MESSAGES:
-            text = _render(request, engine.codec)
-        else:
-            text = await beside_loop(PYTHON, _render, request, engine.codec)
-    except InvalidRequest as error:
-        raise InvalidRequest(error.message, param=error.param or "messages") from None
+    text = await rendered(request.messages, engine.codec)
     [ids] = await _encode(request, [text], len(text), engine)
     if not ids:
         raise InvalidRequest("'messages' have no tokens for this model.", param="messages")
     return ids, ""
 
 
-def _render(request: ChatRequest, codec: TextCodec) -> str:
-    messages: list[dict[str, Any]] = [message.for_template() for message in request.messages]
-    return codec.render_chat(messages)
+async def rendered(messages: Sequence[Message], codec: TextCodec) -> str:
+    """The text of a chat. Raises InvalidRequest when the model's template refuses the messages."""
+    size = sum(len(message.content) for message in messages)
+    try:
+        if size <= INLINE_CHARACTERS and len(messages) <= _INLINE_MESSAGES:
+            return _render(messages, codec)
+        return await beside_loop(PYTHON, _render, messages, codec)
+    except InvalidRequest as error:
+        raise InvalidRequest(error.message, param=error.param or "messages") from None
+
+
+def _render(messages: Sequence[Message], codec: TextCodec) -> str:
+    return codec.render_chat([message.for_template() for message in messages])
 
 
 async def _encode(
     request: GenerationRequest, texts: Sequence[str], num_characters: int, engine: EngineClient
 ) -> list[tuple[int, ...]]:
     """The ids of each text; `num_characters` is the length of all."""
-    if num_characters <= _INLINE_CHARACTERS:
-        encode, special = engine.codec.encode, isinstance(request, CompletionRequest)
+    if num_characters <= INLINE_CHARACTERS:
+        encode, special = engine.codec.encode, request.has_special_tokens
         return [_checked(encode(text, add_special_tokens=special), request, engine) for text in texts]
-    lane = SHORT_TEXT if num_characters <= _SHORT_CHARACTERS else LONG_TEXT
+    lane = SHORT_TEXT if num_characters <= SHORT_CHARACTERS else LONG_TEXT
     return await beside_loop(lane, _encode_long, request, texts, engine)
 
 
 def _encode_long(request: GenerationRequest, texts: Sequence[str], engine: EngineClient) -> list[tuple[int, ...]]:
-    codec, special = engine.codec, isinstance(request, CompletionRequest)
+    codec, special = engine.codec, request.has_special_tokens
+    is_cut = request.truncate_prompt_tokens is not None
     for text in texts:
-        if codec.surely_exceeds(text, engine.model.context_length):
+        if not (is_cut and len(text) <= MAX_ENCODED_CHARACTERS) and codec.surely_exceeds(
+            text, engine.model.context_length
+        ):
             raise _too_long(request, f"more than that with {len(text)} characters", engine.model)
     return [
         _checked(ids, request, engine)
@@ -309,7 +341,8 @@ def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
 
 
 def _checked(ids: list[int], request: GenerationRequest, engine: EngineClient) -> tuple[int, ...]:
-    """The ids of a text, if the model has a row for each and room for them."""
+    """The ids of a text, those that are kept, if the model has a row for each and room for them."""
+    ids = _truncated(ids, request, engine.model)
     _room_for_answer(request, len(ids), engine.model)
     highest = max(ids, default=0)
     if highest >= engine.model.vocab_size:
@@ -322,32 +355,42 @@ def _checked(ids: list[int], request: GenerationRequest, engine: EngineClient) -
     return tuple(ids)
 
 
-# parameters
+async def _bad_words(words: Sequence[str], engine: EngineClient) -> tuple[tuple[int, ...], ...]:
+    """The runs of tokens that spell each word, at the beginning of a text and behind a space. Raises InvalidRequest."""
+    if sum(map(len, words)) <= INLINE_CHARACTERS:
+        return _spelled(words, engine)
+    return await beside_loop(SHORT_TEXT, _spelled, words, engine)
 
 
-def _sampling_params(request: GenerationRequest, model: ModelInfo) -> SamplingParams:
-    """Everything but `max_tokens`, which `_fit_to_context` sets for each prompt. Raises InvalidRequest."""
-    logprobs = _num_logprobs(request, model)
-    top_k = model.default_top_k if request.top_k is None else request.top_k
-    return SamplingParams(
-        max_tokens=1,
-        temperature=_or(request.temperature, model.default_temperature),
-        top_p=_or(request.top_p, model.default_top_p),
-        top_k=0 if top_k < 0 or top_k >= model.vocab_size else top_k,
-        min_p=_or(request.min_p, 0.0),
-        typical_p=_or(request.typical_p, 1.0),
-        seed=request.seed,
-        stop=request.stops,
-        stop_token_ids=_check_token_ids(request.stop_token_ids, model, "stop_token_ids"),
-        ignore_eos=request.ignore_eos,
-        presence_penalty=_or(request.presence_penalty, 0.0),
-        frequency_penalty=_or(request.frequency_penalty, 0.0),
-        repetition_penalty=_or(request.repetition_penalty, model.default_repetition_penalty),
-        logit_bias=_logit_bias(request.logit_bias, model),
-        logprobs=logprobs,
-        prompt_logprobs=logprobs if isinstance(request, CompletionRequest) and request.echo else None,
-        n=request.n,
-    )
+def _spelled(words: Sequence[str], engine: EngineClient) -> tuple[tuple[int, ...], ...]:
+    bare = [word.lstrip() for word in words]
+    encode = engine.codec.encode_many
+    found: dict[tuple[int, ...], None] = {}
+    alone, behind = (encode([space + word for word in bare], add_special_tokens=False) for space in ("", " "))
+    for word, first, later in zip(words, alone, behind, strict=True):
+        if not first:
+            raise InvalidRequest(f"'bad_words' has '{quoted(word)}', which has no tokens.", param="bad_words")
+        found[check_token_ids(first, engine.model, "bad_words")] = None
+        if later[-len(first) :] != first:
+            found[check_token_ids(later, engine.model, "bad_words")] = None
+    return tuple(found)
+
+
+# room
+
+
+def _most_kept(request: GenerationRequest, model: ModelInfo) -> int | None:
+    """Of each prompt, so many of the last tokens are kept; None: all."""
+    most = request.truncate_prompt_tokens
+    if most != -1:
+        return most
+    asked = request.token_limit
+    return max(1, model.context_length - (COMPLETION_MAX_TOKENS if asked is None else max(asked, 1)))
+
+
+def _truncated(ids: list[int], request: GenerationRequest, model: ModelInfo) -> list[int]:
+    most = _most_kept(request, model)
+    return ids if most is None else ids[-most:]
 
 
 def _fit_to_context(
@@ -357,7 +400,12 @@ def _fit_to_context(
     room = _room_for_answer(request, num_prompt_tokens, model)
     asked = request.token_limit
     default = room if isinstance(request, ChatRequest) else min(COMPLETION_MAX_TOKENS, room)
-    return replace(params, max_tokens=default if asked is None else asked)
+    most = default if asked is None else asked
+    if params.min_tokens > most:
+        raise InvalidRequest(
+            f"'min_tokens' is {params.min_tokens} and the answer has at most {most} tokens.", param="min_tokens"
+        )
+    return replace(params, max_tokens=most)
 
 
 def _room_for_answer(request: GenerationRequest, num_prompt_tokens: int, model: ModelInfo) -> int:
@@ -380,51 +428,27 @@ def _too_long(request: GenerationRequest, taken: str, model: ModelInfo) -> Conte
     )
 
 
-def _check_echo(params: SamplingParams, request: CompletionRequest, prompts: Sequence[_Encoded]) -> None:
-    """Raises InvalidRequest where so much is repeated or scored that the answer would be too large."""
-    if params.prompt_logprobs is not None:
-        scored = sum(len(ids) for ids, _ in prompts) * params.n * (1 + params.prompt_logprobs)
-        if scored > MAX_ECHO_LOGPROBS:
+def _check_size(params: SamplingParams, body: GenerationRequest, prompts: Sequence[_Encoded]) -> None:
+    """Raises InvalidRequest where so much is told of the prompts that the answer would be too large."""
+    num_tokens = sum(len(ids) for ids, _ in prompts)
+    has_echo = isinstance(body, CompletionRequest) and body.echo
+    asked = {
+        "prompt_logprobs": 0 if body.prompt_logprobs is None else 1 + body.prompt_logprobs,
+        "logprobs": 0 if params.logprobs is None or not has_echo else 1 + params.logprobs,
+        "return_token_ids": int(body.return_token_ids),
+    }
+    for param, num_each in asked.items():
+        if (total := num_tokens * params.n * num_each) > MAX_ECHO_LOGPROBS:
+            kind = "ids" if param == "return_token_ids" else "log-probabilities"
             raise InvalidRequest(
-                f"'echo' with 'logprobs' asks for {scored} log-probabilities of the prompt; at most "
-                f"{MAX_ECHO_LOGPROBS} are given. Send fewer or shorter prompts, or a smaller 'logprobs' or 'n'.",
-                param="logprobs",
+                f"'{param}' asks for {total} {kind} of the prompt; at most {MAX_ECHO_LOGPROBS} are given. Send fewer "
+                "or shorter prompts, a smaller 'n', or a smaller number of log-probabilities.",
+                param=param,
             )
     repeated = sum(len(text) for _, text in prompts) * params.n
-    if request.echo and repeated > MAX_ECHO_CHARACTERS:
+    if has_echo and repeated > MAX_ECHO_CHARACTERS:
         raise InvalidRequest(
             f"'echo' would repeat {repeated} characters; at most {MAX_ECHO_CHARACTERS} are given. Send fewer or "
             "shorter prompts, or a smaller 'n'.",
             param="echo",
         )
-
-
-def _check_token_ids(token_ids: Sequence[int], model: ModelInfo, param: str) -> tuple[int, ...]:
-    """The ids, all of them in the vocabulary. Raises InvalidRequest."""
-    if token_ids and not 0 <= min(token_ids) <= max(token_ids) < model.vocab_size:
-        raise InvalidRequest(f"'{param}' holds a token id that is not in 0 to {model.vocab_size - 1}.", param=param)
-    return tuple(token_ids)
-
-
-def _or(value: float | None, default: float) -> float:
-    return default if value is None else value
-
-
-def _num_logprobs(request: GenerationRequest, model: ModelInfo) -> int | None:
-    if isinstance(request, ChatRequest):
-        number, param = (request.top_logprobs or 0) if request.logprobs else None, "top_logprobs"
-    else:
-        assert isinstance(request, CompletionRequest)
-        number, param = request.logprobs, "logprobs"
-    if number is not None and number > model.max_logprobs:
-        raise InvalidRequest(f"'{param}' is at most {model.max_logprobs}.", param=param)
-    return number
-
-
-def _logit_bias(bias: dict[int, float], model: ModelInfo) -> tuple[tuple[int, float], ...]:
-    if bias and max(bias) >= model.vocab_size:
-        raise InvalidRequest(
-            f"'logit_bias' has the key '{max(bias)}', which is not a token id in 0 to {model.vocab_size - 1}.",
-            param="logit_bias",
-        )
-    return tuple(bias.items())

@@ -100,7 +100,7 @@ async def answered(
         except InvalidRequest as error:
             raise renamed(error, asked.names) from None
         await check_connected(request)
-        run.ask(prompts, gone=missing(body), cache_salt=body.cache_salt)
+        run.ask(prompts, gone=missing(body), cache_salt=body.cache_salt, priority=body.priority)
         return await run.answer(asked.renderer(run), is_streamed=body.stream)
 
 
@@ -128,6 +128,7 @@ class Run:
         self._request = request
         self._principal = principal
         self._cache_salt: str | None = None
+        self._priority = 0
         self._gone: AdapterNotFound | None = None
         self._traffic_key: TrafficKey = principal.tenant, None
         self._lease: Lease | None = None
@@ -157,13 +158,19 @@ class Run:
             raise
 
     def ask(
-        self, prompts: tuple[Prompt, ...], *, gone: AdapterNotFound | None = None, cache_salt: str | None = None
+        self,
+        prompts: tuple[Prompt, ...],
+        *,
+        gone: AdapterNotFound | None = None,
+        cache_salt: str | None = None,
+        priority: int = 0,
     ) -> None:
         """What the engine will be asked for. `gone` is raised where the adapter has been deleted by then."""
         self.id = self.log["job_id"] = uuid.uuid4().hex
         self.prompts = prompts
         self._gone = gone
         self._cache_salt = cache_salt
+        self._priority = priority
         self._traffic_key = self._principal.tenant, self.adapter.id if self.adapter else None
         if self.services.settings.log_prompts:
             decode = self.services.engine.codec.decode
@@ -230,6 +237,7 @@ class Run:
                 tenant=self._principal.tenant,
                 weight=self._principal.weight,
                 cache_salt=self._cache_salt,
+                priority=self._priority,
             )
             self._generations.append(generation)
 

@@ -34,6 +34,7 @@ from manylora.api.structured import ANSWER_FIELDS, ResponseFormat, StructuredOut
 from manylora.errors import InvalidRequest, UnsupportedField, quoted
 
 __all__ = [
+    "Body",
     "ChatRequest",
     "CompletionRequest",
     "GenerationRequest",
@@ -50,6 +51,9 @@ MAX_STOPS: Final = 32
 MAX_STOP_LENGTH: Final = 1024
 MAX_STOP_TOKENS: Final = 1024
 MAX_LOGIT_BIAS: Final = 4096
+MAX_ALLOWED_TOKENS: Final = 16_384
+MAX_BAD_WORDS: Final = 256
+MAX_BAD_WORD_LENGTH: Final = 64
 MAX_MESSAGES: Final = 2048
 MAX_NAME: Final = 256
 MAX_USER: Final = 512
@@ -60,8 +64,21 @@ MIN_CACHE_SALT_LENGTH: Final = 32  # what can be guessed keeps nobody out
 MAX_CACHE_SALT_LENGTH: Final = 256
 _INT64: Final = 2**63
 
+# In which a value that real clients send for nothing counts as absent, as it does in fields that are not served.
+_TOKEN_FIELDS: Final = (
+    "allowed_token_ids",
+    "bad_words",
+    "include_stop_str_in_output",
+    "min_tokens",
+    "priority",
+    "prompt_logprobs",
+    "return_token_ids",
+    "return_tokens_as_token_ids",
+    "truncate_prompt_tokens",
+)
+
 Prompt: TypeAlias = str | list[int]
-T = TypeVar("T", bound="GenerationRequest")
+T = TypeVar("T", bound="Body")
 
 
 def _integral(value: object) -> object:
@@ -88,13 +105,21 @@ class StreamOptions(_Strict):
     continuous_usage_stats: bool = Field(default=False, description="Every event has the usage up to it.")
 
 
-class GenerationRequest(_Strict):
-    """What completions and chat have in common. None is absent."""
+class Body(_Strict):
+    """What every body that names a model or an adapter has in common."""
 
     unsupported: ClassVar[Unsupported] = {}
+    is_model_required: ClassVar[bool] = True
 
     model: str | None = None
     adapter_id: str | None = Field(default=None, description="LoRAX's way to name an adapter.")
+
+
+class GenerationRequest(Body):
+    """What completions and chat have in common. None is absent."""
+
+    adds_special_tokens: ClassVar[bool] = True
+
     stream: bool = False
     stream_options: StreamOptions | None = None
     max_tokens: Int | None = Field(default=None, ge=1)
@@ -113,6 +138,21 @@ class GenerationRequest(_Strict):
     repetition_penalty: float | None = Field(default=None, gt=0, le=100)
     logit_bias: dict[int, float] = {}
     n: Int = Field(default=1, ge=1, le=MAX_N)
+    min_tokens: Int = Field(default=0, ge=0, description="Tokens before which the answer does not end.")
+    allowed_token_ids: list[Int] = Field(default=[], max_length=MAX_ALLOWED_TOKENS, fail_fast=True)
+    bad_words: list[str] = Field(default=[], max_length=MAX_BAD_WORDS, fail_fast=True)
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    truncate_prompt_tokens: Int | None = Field(
+        default=None, ge=-1, description="The prompt's last so many tokens; -1: what the context has room for."
+    )
+    add_special_tokens: bool | None = None
+    prompt_logprobs: Int | None = Field(default=None, ge=0)
+    return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
+    priority: Int = Field(
+        default=0, ge=-_INT64, lt=_INT64, description="Of a tenant's requests those with the lowest come first."
+    )
     response_format: ResponseFormat | None = Field(default=None, description="What the answer must look like.")
     structured_outputs: StructuredOutputs | None = Field(default=None, description="vLLM's way to say the same.")
     guided_json: dict[str, Any] | bool | str | None = Field(default=None, description="`structured_outputs.json`.")
@@ -139,6 +179,20 @@ class GenerationRequest(_Strict):
         if not all(0 < len(stop) <= MAX_STOP_LENGTH for stop in stops):
             raise ValueError(f"must hold strings of 1 to {MAX_STOP_LENGTH} characters")
         return stops
+
+    @field_validator("bad_words")
+    @classmethod
+    def _check_bad_words(cls, value: list[str]) -> list[str]:
+        if not all(word.strip() and len(word) <= MAX_BAD_WORD_LENGTH for word in value):
+            raise ValueError(f"must hold words of 1 to {MAX_BAD_WORD_LENGTH} characters, and not of spaces alone")
+        return value
+
+    @field_validator("truncate_prompt_tokens")
+    @classmethod
+    def _check_truncation(cls, value: int | None) -> int | None:
+        if value == 0:
+            raise ValueError("must be -1, or the number of tokens that are kept, at least 1")
+        return value
 
     @field_validator("cache_salt")
     @classmethod
@@ -177,6 +231,10 @@ class GenerationRequest(_Strict):
         both = self.max_tokens, self.max_completion_tokens
         if None not in both and both[0] != both[1]:
             raise InvalidRequest("'max_tokens' and 'max_completion_tokens' differ. Send one.", param="max_tokens")
+        if self.prompt_logprobs is not None and self.stream:
+            raise InvalidRequest(
+                "'prompt_logprobs' come with whole answers only, not in a stream.", param="prompt_logprobs"
+            )
         return self
 
     def annotations(self) -> dict[str, Any]:
@@ -186,6 +244,11 @@ class GenerationRequest(_Strict):
     @property
     def token_limit(self) -> int | None:
         return self.max_completion_tokens if self.max_tokens is None else self.max_tokens
+
+    @property
+    def has_special_tokens(self) -> bool:
+        """Whether a text gets the special tokens that the tokenizer puts around one."""
+        return self.adds_special_tokens if self.add_special_tokens is None else self.add_special_tokens
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -289,6 +352,7 @@ class ChatRequest(GenerationRequest):
     """`POST /v1/chat/completions`."""
 
     unsupported: ClassVar[Unsupported] = CHAT_UNSUPPORTED
+    adds_special_tokens: ClassVar[bool] = False  # the chat template has written them
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     logprobs: bool = False
@@ -310,7 +374,7 @@ def checked(schema: type[T], raw: Any) -> T:
     """The request that parsed JSON is, also where another API's body was put into these terms. Raises as `parse`."""
     if not isinstance(raw, dict):
         raise InvalidRequest("The body must be a JSON object.")
-    if raw.get("model") is None and "adapter_id" not in raw:
+    if schema.is_model_required and raw.get("model") is None and "adapter_id" not in raw:
         raise InvalidRequest("The field 'model' is required: name the base or an adapter.", param="model")
     try:
         return schema.model_validate(_cleaned(raw, schema))
@@ -318,7 +382,7 @@ def checked(schema: type[T], raw: Any) -> T:
         raise invalid_from(error.errors(include_url=False, include_input=False)) from None
 
 
-def _cleaned(raw: dict[str, Any], schema: type[GenerationRequest]) -> dict[str, Any]:
+def _cleaned(raw: dict[str, Any], schema: type[Body]) -> dict[str, Any]:
     """What is asked for: without nulls and neutral values, at the top and in what has fields of its own."""
     kept = wanted(raw, schema.model_fields, schema.unsupported)
     for name, taken in (("service_tier", ("auto", "default")), ("store", (False,))):
@@ -326,6 +390,9 @@ def _cleaned(raw: dict[str, Any], schema: type[GenerationRequest]) -> dict[str, 
             raise unsupported_field(name)
     for name in ANSWER_FIELDS:
         if name in kept and asks_for_nothing(kept[name]) and not (name == "guided_json" and kept[name] == {}):
+            del kept[name]
+    for name in _TOKEN_FIELDS:
+        if name in kept and asks_for_nothing(kept[name]):
             del kept[name]
     options, metadata, messages = kept.get("stream_options"), kept.get("metadata"), kept.get("messages")
     if isinstance(options, dict):

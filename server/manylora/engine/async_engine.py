@@ -208,6 +208,7 @@ class AsyncEngine:
         tenant: str = "public",
         weight: float = 1.0,
         cache_salt: str | None = None,
+        priority: int = 0,
     ) -> RunningGeneration:
         """Queue a request; see `interface.EngineClient`."""
         self._check_open()
@@ -234,6 +235,7 @@ class AsyncEngine:
                 tenant=tenant,
                 weight=weight,
                 cache_salt=cache_salt,
+                priority=priority,
             )
             for i in range(params.n)
         ]

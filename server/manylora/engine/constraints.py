@@ -34,7 +34,10 @@ class Constraints:
             return
         assert isinstance(compiled, Compiled), "grammars are made ready by the engine's own compiler"
         seq.constraint = Constraint(
-            self._masks, compiled, one_by_one=params.logprobs is not None, ends_only_when_complete=params.ignore_eos
+            self._masks,
+            compiled,
+            one_by_one=params.logprobs is not None or seq.rules is not None,  # what must come may be ruled out
+            ends_only_when_complete=params.ignore_eos,
         )
         self._seqs.append(seq)
 

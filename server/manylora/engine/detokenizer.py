@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
-Decode = Callable[[Sequence[int]], str]
+Decode = Callable[..., str]
+"""Token ids, and perhaps `skip_special_tokens=False`, to their text."""
 
 CONTEXT_TOKENS = 6  # tokens of the prompt decoded with the first output, for the spaces between words
 MAX_BYTES = 4  # of one character in UTF-8
@@ -16,9 +17,20 @@ class Detokenizer:
 
     Decoding a token alone loses the spaces and splits characters that take several tokens, so a window of
     earlier tokens is decoded with and without the new ones, and the difference is the new text.
+
+    The text ends before the first of the strings `stop`, behind it with `include_stop`. One that ends in the text of
+    the first `min_tokens` tokens does not count.
     """
 
-    def __init__(self, decode: Decode, prompt_ids: Sequence[int], stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        decode: Decode,
+        prompt_ids: Sequence[int],
+        stop: Sequence[str] = (),
+        *,
+        min_tokens: int = 0,
+        include_stop: bool = False,
+    ) -> None:
         self._decode = decode
         self._ids = list(prompt_ids[-CONTEXT_TOKENS:])
         self._prefix = 0
@@ -26,6 +38,9 @@ class Detokenizer:
         self._stop = tuple(stop)
         self._begun = [_Begun(s) for s in self._stop]
         self._held = ""
+        self._num_early = min_tokens  # tokens to come whose text ends nothing
+        self._is_early = False  # the last ones were among them
+        self._include_stop = include_stop
         self.stopped_by: str | None = None
 
     @property
@@ -34,6 +49,8 @@ class Detokenizer:
 
     def add(self, token_ids: Sequence[int]) -> str:
         """Text that is certain after these tokens. Nothing comes any more once `is_stopped`."""
+        self._is_early = self._num_early >= len(token_ids)
+        self._num_early -= min(self._num_early, len(token_ids))
         self._ids.extend(token_ids)
         end = len(self._ids)
         new = self._new_text(end)
@@ -83,13 +100,15 @@ class Detokenizer:
     def _emit(self, text: str) -> str:
         if not self._stop:
             return text
-        pending = self._held + text
-        found = [(i + len(s), i) for i, s in ((pending.find(s), s) for s in self._stop) if i >= 0]
+        num_held, pending = len(self._held), self._held + text
+        # What is held back may hold a whole one, if that came too early.
+        starts = () if self._is_early else ((pending.find(s, max(0, num_held - len(s) + 1)), s) for s in self._stop)
+        found = [(i + len(s), i) for i, s in starts if i >= 0]
         if found:  # the one that is complete first, so that it does not matter how the text was cut
             end, start = min(found)
             self.stopped_by = pending[start:end]
             self._held = ""
-            return pending[:start]
+            return pending[: end if self._include_stop else start]
         keep = max(begun.after(text) for begun in self._begun)
         self._held = pending[len(pending) - keep :]
         return pending[: len(pending) - keep]

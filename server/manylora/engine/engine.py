@@ -4,16 +4,27 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
 from manylora.engine.constraints import Constraints, is_late
 from manylora.engine.detokenizer import Decode, Detokenizer
 from manylora.engine.interface import Delta, FinishReason, Task, TokenLogprob
-from manylora.engine.model_runner import ModelRunner, Outcome
-from manylora.engine.recovery import Fault, FaultEvents, Recovery, failure_of, log_ended, log_failure, not_finite
+from manylora.engine.model_runner import ModelRunner, Outcome, allowed_bits
+from manylora.engine.recovery import (
+    Fault,
+    FaultEvents,
+    Recovery,
+    failure_of,
+    log_ended,
+    log_failure,
+    not_finite,
+    nothing_may_come,
+)
 from manylora.engine.scheduler import Scheduler
 from manylora.engine.sequence import Scheduled, Sequence
+from manylora.engine.token_rules import TokenRules
 from manylora.errors import ManyloraError
 from manylora.grammars.masks import MaskMaker
 from manylora.threads import Home
@@ -51,6 +62,7 @@ class Engine:
         self._decode = decode
         self._eos_ids = eos_ids
         self._max_model_len = max_model_len
+        self._vocab_size = runner.vocab_size
         self._observe = observe or (lambda _phase, _seconds: None)
         self._faults = faults or FaultEvents()
         self._constraints = Constraints(masks or MaskMaker(eos_ids))
@@ -67,10 +79,21 @@ class Engine:
     def add(self, seq: Sequence) -> None:
         assert self._home.is_here()
         for each in (seq, *seq.followers):
-            each.detokenizer = Detokenizer(self._decode, each.tokens[: each.num_prompt_tokens], each.params.stop)
+            each.detokenizer = self._detokenizer(each)
             each.max_num_tokens = min(each.max_num_tokens, self._max_model_len)
+            each.rules = TokenRules.of(each.params, self._eos_ids, self._vocab_size)
             self._constraints.add(each)
         self.scheduler.add(seq)
+
+    def _detokenizer(self, seq: Sequence) -> Detokenizer:
+        params = seq.params
+        return Detokenizer(
+            self._decode if params.skip_special_tokens else partial(self._decode, skip_special_tokens=False),
+            seq.tokens[: seq.num_prompt_tokens],
+            params.stop,
+            min_tokens=params.min_tokens,
+            include_stop=params.include_stop,
+        )
 
     def abort(self, seqs: list[Sequence]) -> None:
         """Take sequences out, wherever they are; their blocks are free at once."""
@@ -166,6 +189,8 @@ class Engine:
     def _commit(self, item: Scheduled, outcome: Outcome) -> Output | None:
         """Give a sequence what the step found for it."""
         seq = item.seq
+        if not outcome.is_finite and _is_dead_end(seq):
+            return self._end(seq, nothing_may_come(seq))
         if not outcome.is_finite and not seq.capture_logits:
             if seq.adapter is not None:
                 self._faults.on_not_finite(seq.adapter)
@@ -270,7 +295,7 @@ class Engine:
         for token_id in token_ids:
             seq.append(token_id)
             reason = self._stop_reason(seq, token_id)
-            if reason is not FinishReason.STOP:
+            if reason is not FinishReason.STOP or seq.params.include_stop:
                 text += detokenizer.add([token_id])
             if reason is not None or detokenizer.is_stopped:
                 text += detokenizer.flush()
@@ -305,6 +330,12 @@ class Engine:
         if seq.num_tokens >= seq.max_num_tokens:
             return FinishReason.LENGTH
         return None
+
+
+def _is_dead_end(seq: Sequence) -> bool:
+    """Whether the request's own rules leave no token that could come next."""
+    bits = allowed_bits(seq) if seq.rules is not None else None
+    return bits is not None and not bits.any()
 
 
 def _captured(seq: Sequence) -> np.ndarray | None:

@@ -19,7 +19,7 @@ class Executor(Protocol):
     """Runs steps, on one device or several, in this process or another. Called on the engine's thread.
 
     The same step may be run again, as a whole or in parts: keys and values go to the same places. `block_size` is the
-    cache's; `spare_block` is a block of it that no sequence has.
+    cache's; `spare_block` is a block of it that no sequence has. `vocab_size` is the logits'.
     """
 
     @property
@@ -27,6 +27,9 @@ class Executor(Protocol):
 
     @property
     def spare_block(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
 
     def forward(self, step: StepInput) -> Any:
         """Run the model once. Returns the logits [L, vocab] of the rows that are wanted, or what stands for them."""
@@ -55,6 +58,10 @@ class LocalExecutor:
     @property
     def spare_block(self) -> int:
         return self._cache.spare_block
+
+    @property
+    def vocab_size(self) -> int:
+        return self._vocab_size
 
     @torch.inference_mode()
     def forward(self, step: StepInput) -> torch.Tensor:

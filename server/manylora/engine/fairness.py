@@ -3,11 +3,13 @@
 Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024. Each tenant's counter grows by what its
 requests use, divided by its weight; the tenant with the lowest counter is served next. A tenant that comes
 back after a pause is lifted to the lowest counter among the active ones, so that pauses cannot be saved up.
-Within a tenant: first come, first served. Nobody waits while there is room (work-conserving).
+Within a tenant: the lowest priority first, then first come, first served. Nobody waits while there is room
+(work-conserving).
 """
 
 from collections import deque
 from collections.abc import Iterator
+from itertools import pairwise, takewhile
 
 from manylora.engine.sequence import Sequence
 
@@ -48,12 +50,14 @@ class FairQueue:
                 self._counters.clear()
 
     def push(self, seq: Sequence, *, front: bool = False) -> None:
+        """Put it behind all of its tenant's that have its priority or a lower one; with `front`, before the former."""
         queue = self._queues.setdefault(seq.tenant, deque())
         self._length += 1
         if front:
-            queue.appendleft(seq)
+            queue.insert(sum(1 for _ in takewhile(lambda each: each.priority < seq.priority, queue)), seq)
         else:
-            queue.append(seq)
+            num_behind = sum(1 for _ in takewhile(lambda each: each.priority > seq.priority, reversed(queue)))
+            queue.insert(len(queue) - num_behind, seq)
 
     def remove(self, seq: Sequence) -> None:
         queue = self._queues[seq.tenant]
@@ -80,3 +84,5 @@ class FairQueue:
         assert all(n > 0 for n in self._active.values())
         assert self._active.keys() <= self._counters.keys()
         assert self._queues.keys() <= self._active.keys()
+        for queue in self._queues.values():
+            assert all(a.priority <= b.priority for a, b in pairwise(queue))

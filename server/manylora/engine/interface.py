@@ -4,7 +4,7 @@
 against it and tested with a small fake.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -64,6 +64,12 @@ class SamplingParams:
     choices share the prompt's blocks; choice i draws from its own stream of random numbers derived from `seed`.
     With a `grammar`, only tokens that it allows are chosen; log-probabilities are those of the model all the same.
     With `ignore_eos` as well, an answer goes on for as long as the grammar lets it.
+
+    `allowed_token_ids`, where there are any, are the only tokens that are chosen. `bad_words` are runs of token ids of
+    which no answer holds one. Among its first `min_tokens` tokens is none that ends it, as far as any other may come,
+    and stop strings that end in their text do not count. The text has special tokens where `skip_special_tokens` is
+    False, and what the answer stopped at with `include_stop`. With `prompt_ranks` the prompt's log-probabilities have
+    their ranks.
     """
 
     max_tokens: int
@@ -84,6 +90,12 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     n: int = 1
     grammar: CompiledGrammar | None = None
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    min_tokens: int = 0
+    skip_special_tokens: bool = True
+    include_stop: bool = False
+    prompt_ranks: bool = False
 
     @property
     def task(self) -> Task:
@@ -92,11 +104,15 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """The log-probability of one token and of the likeliest ones at its place (token id, logprob)."""
+    """The log-probability of one token and of the likeliest ones at its place (token id, logprob).
+
+    `rank`, where it was asked for: how many tokens are at least as likely, so 1 for the likeliest.
+    """
 
     token_id: int
     logprob: float | None  # None for a prompt's first token, which nothing precedes
     top: tuple[tuple[int, float], ...] = ()
+    rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +258,15 @@ class TextCodec(Protocol):
         """One token's UTF-8 bytes, for logprobs."""
         ...
 
+    def token_name(self, token_id: int) -> str:
+        """One token as the vocabulary has it, such as `Ġhello`; empty for an id without a token."""
+        ...
+
+    @property
+    def info(self) -> Mapping[str, Any]:
+        """What the tokenizer's own configuration says, in values of JSON, its class and chat template included."""
+        ...
+
     def chat(self, messages: list[dict[str, Any]], *, continue_final: bool = False) -> list[int]:
         """The ids of a rendered chat, ready for the assistant's answer.
 
@@ -302,10 +327,12 @@ class EngineClient(Protocol):
         tenant: str = "public",
         weight: float = 1.0,
         cache_salt: str | None = None,
+        priority: int = 0,
     ) -> Generation:
         """Queue a request. Raises QueueFull, Draining, EngineDead or ContextLengthExceeded at once.
 
-        What the cache knows of the prompt is the tenant's own; with `cache_salt`, of all who send the same one.
+        What the cache knows of the prompt is the tenant's own; with `cache_salt`, of all who send the same one. Of the
+        tenant's requests those with the lowest `priority` come first.
         """
         ...
 

@@ -17,6 +17,7 @@ from manylora.engine.executor import Executor
 from manylora.engine.interface import Task, TokenLogprob
 from manylora.engine.sequence import Draws, Scheduled, Sequence
 from manylora.engine.step_input import Adjustment, Allowed, Draw, Sampled, SamplingInput, Scored, ScoredRows, StepInput
+from manylora.engine.token_rules import Bits
 
 DRAWS_AHEAD = 64  # places of a sequence whose random numbers are made together
 _WORDS = 4  # numbers of 64 bits that the generator makes of one counter, of which the first is used
@@ -65,6 +66,11 @@ class ModelRunner:
     def spare_block(self) -> int:
         """The block of the cache that no sequence has."""
         return self._executor.spare_block
+
+    @property
+    def vocab_size(self) -> int:
+        """Of the logits."""
+        return self._executor.vocab_size
 
     def forward(self, scheduled: SequenceOf[Scheduled]) -> Any:
         """Logits [L, vocab] of the rows that are wanted, in the order of the plan; the executor's, as it keeps them."""
@@ -141,7 +147,8 @@ def _scored(item: Scheduled, first: int) -> Scored:
     seq, num_rows = item.seq, item.num_logits
     following = seq.tokens[item.start + 1 : item.start + num_rows + 1] if seq.params.prompt_logprobs is not None else []
     checks_last = item.reaches_end and seq.task is Task.SCORE
-    return Scored(first, num_rows, following, seq.params.prompt_logprobs or 0, seq.capture_logits, checks_last)
+    num_top, has_ranks = seq.params.prompt_logprobs or 0, seq.params.prompt_ranks
+    return Scored(first, num_rows, following, num_top, has_ranks, seq.capture_logits, checks_last)
 
 
 def _take_scored(item: Scheduled, rows: ScoredRows, outcome: Outcome) -> None:
@@ -190,18 +197,30 @@ def sampling_input(
         rows=np.array(rows, dtype=np.int64),
         top=[s.params.logprobs for s in seqs],
         adjustments=[_adjustment(i, s, ahead[i]) for i, s in enumerate(seqs) if s.has_penalties or s.params.logit_bias],
-        allowed=_allowed(seqs),
+        allowed=_allowed(seqs, ahead),
         draw=_draw(seqs, ahead),
         scored=scored,
     )
 
 
-def _allowed(seqs: SequenceOf[Sequence]) -> Allowed | None:
-    held = [(i, s.constraint.allowed) for i, s in enumerate(seqs) if s.constraint is not None]
+def _allowed(seqs: SequenceOf[Sequence], ahead: SequenceOf[Ahead]) -> Allowed | None:
+    held = [
+        (i, bits)
+        for i, seq in enumerate(seqs)
+        if (seq.constraint is not None or seq.rules is not None) and (bits := allowed_bits(seq, ahead[i])) is not None
+    ]
     if not held:
         return None
-    rows = np.array([row for row, _ in held], dtype=np.int64)
-    return Allowed(rows, np.stack([bits for _, bits in held if bits is not None]))
+    return Allowed(np.array([row for row, _ in held], dtype=np.int64), np.stack([bits for _, bits in held]))
+
+
+def allowed_bits(seq: Sequence, ahead: Ahead = ()) -> Bits | None:
+    """What may come next in a sequence by its grammar and its request's rules; None where anything may."""
+    by_grammar = None if seq.constraint is None else seq.constraint.allowed
+    if seq.rules is None:
+        return by_grammar
+    tokens = [*seq.tokens, *ahead] if ahead else seq.tokens
+    return seq.rules.allowed(tokens, seq.num_output_tokens + len(ahead), by_grammar)
 
 
 def _adjustment(row: int, seq: Sequence, ahead: Ahead) -> Adjustment:

@@ -20,7 +20,7 @@ from manylora.engine.interface import AdapterRef, SamplingParams
 from manylora.engine.model_runner import Outcome
 from manylora.engine.scheduler import Plan, Scheduler
 from manylora.engine.sequence import Scheduled, Sequence
-from manylora.errors import AdapterNotFinite, ModelNotFinite, SequenceFailed
+from manylora.errors import AdapterNotFinite, ModelNotFinite, NothingAllowed, SequenceFailed
 from manylora.log import get_logger
 
 __all__ = ["Fault", "FaultEvents", "Recovery", "Unrecoverable", "failure_of", "log_ended", "log_failure", "not_finite"]
@@ -91,6 +91,21 @@ def not_finite(seq: Sequence) -> SequenceFailed:
     return AdapterNotFinite(
         f"With the adapter {seq.adapter.label} this request's logits hold NaN or infinity, so there is no answer. "
         "Train the adapter again, with a lower learning rate or in float32, or go back to an earlier version."
+    )
+
+
+def nothing_may_come(seq: Sequence) -> NothingAllowed:
+    """What the caller of a sequence is told whose own rules leave no token to go on with."""
+    params = seq.params
+    asked = {
+        "allowed_token_ids": params.allowed_token_ids,
+        "bad_words": params.bad_words,
+        "what the answer must look like": params.grammar,
+    }
+    named = " and ".join(name for name, value in asked.items() if value)
+    return NothingAllowed(
+        f"After {seq.num_output_tokens} tokens of the answer no token is left that may come next: {named} rule them "
+        "all out. Rule out less."
     )
 
 

@@ -52,7 +52,8 @@ def _score(logits: torch.Tensor, wanted: Scored) -> ScoredRows:
     if wanted.captures:
         return ScoredRows([], logits.to(torch.float32, copy=True).cpu().numpy(), is_finite)
     following = wanted.following
-    entries = token_logprobs(logits[: len(following)], following, [wanted.num_top] * len(following))
+    counts = [wanted.num_top] * len(following)
+    entries = token_logprobs(logits[: len(following)], following, counts, has_ranks=wanted.has_ranks)
     has_nan = any(entry.logprob != entry.logprob for entry in entries)
     return ScoredRows(entries, None, is_finite and not has_nan)
 
@@ -205,26 +206,31 @@ def _logprobs(logits: torch.Tensor, token_ids: list[int], top: list[int | None])
     return found
 
 
-def token_logprobs(logits: torch.Tensor, token_ids: list[int], counts: list[int]) -> list[TokenLogprob]:
+def token_logprobs(
+    logits: torch.Tensor, token_ids: list[int], counts: list[int], *, has_ranks: bool = False
+) -> list[TokenLogprob]:
     """Log-probability of each row's token, and of the `counts[row]` likeliest; `logits` [rows, vocab], any float dtype.
 
-    NaN where a row's logits are not finite.
+    NaN where a row's logits are not finite. With `has_ranks`, the rank of each row's token too.
     """
     found: list[TokenLogprob] = []
     for at in range(0, len(token_ids), _ROWS_AT_ONCE):
         part = slice(at, at + _ROWS_AT_ONCE)
-        found += _token_logprobs(logits[part], token_ids[part], counts[part])
+        found += _token_logprobs(logits[part], token_ids[part], counts[part], has_ranks)
     return found
 
 
-def _token_logprobs(logits: torch.Tensor, token_ids: list[int], counts: list[int]) -> list[TokenLogprob]:
+def _token_logprobs(
+    logits: torch.Tensor, token_ids: list[int], counts: list[int], has_ranks: bool
+) -> list[TokenLogprob]:
     logprobs = torch.log_softmax(logits.float(), dim=-1)
-    own = logprobs.gather(1, torch.tensor(token_ids, device=logits.device)[:, None])[:, 0].tolist()
+    own = logprobs.gather(1, torch.tensor(token_ids, device=logits.device)[:, None])
+    ranks = (logprobs >= own).sum(-1).tolist() if has_ranks else [None] * len(token_ids)
     most = max(counts)
     if not most:
-        return [TokenLogprob(t, p) for t, p in zip(token_ids, own, strict=True)]
+        return [TokenLogprob(t, p, (), r) for t, p, r in zip(token_ids, own[:, 0].tolist(), ranks, strict=True)]
     values, ids = logprobs.topk(most, dim=-1)
     tops = [
         tuple(zip(i[:n], v[:n], strict=True)) for i, v, n in zip(ids.tolist(), values.tolist(), counts, strict=True)
     ]
-    return [TokenLogprob(t, p, top) for t, p, top in zip(token_ids, own, tops, strict=True)]
+    return [TokenLogprob(*each) for each in zip(token_ids, own[:, 0].tolist(), tops, ranks, strict=True)]

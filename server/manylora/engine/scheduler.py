@@ -180,6 +180,7 @@ class Scheduler:
         seq.finished_s = monotonic()
         seq.detokenizer = None
         seq.constraint = None
+        seq.rules = None
         if seq.is_counted:
             seq.is_counted = False
             self.waiting.leave(seq.tenant)
@@ -310,10 +311,10 @@ class Scheduler:
         return running, weights
 
     def _most_over_share(self) -> Sequence:
-        """Whom to preempt: the latest admitted of the tenant that runs most for its weight."""
+        """Whom to preempt: of the tenant that runs most for its weight, the latest of those with the last priority."""
         running, weights = self._shares()
         tenant = max(running, key=lambda t: running[t] / weights[t])
-        return next(seq for seq in reversed(self.running) if seq.tenant == tenant)
+        return _last([seq for seq in self.running if seq.tenant == tenant])
 
     def _over_share_for(self, seq: Sequence) -> Sequence | None:
         """Whom to preempt for a tenant below its share of what is short; None when that would not be fair."""
@@ -332,7 +333,7 @@ class Scheduler:
         return self._over_share_of_blocks(seq, {tenant: self.blocks.num_blocks * part[tenant] for tenant in part})
 
     def _over_share_of_blocks(self, seq: Sequence, share: dict[str, float]) -> Sequence | None:
-        """The latest of the tenant that holds most blocks for its `share`. A tenant's only one has its turn first."""
+        """The last of the tenant that holds most blocks for its `share`. A tenant's only one has its turn first."""
         held = Counter[str]()
         for each in self.running:
             held[each.tenant] += len(each.block_table)
@@ -342,7 +343,7 @@ class Scheduler:
         if tenant == seq.tenant or held[tenant] <= share[tenant]:
             return None
         theirs = [each for each in self.running if each.tenant == tenant]
-        return theirs[-1] if len(theirs) > 1 or self._turns.has_had_turn(theirs[-1]) else None
+        return _last(theirs) if len(theirs) > 1 or self._turns.has_had_turn(theirs[-1]) else None
 
     def _preempt(self, seq: Sequence, work: list[Scheduled]) -> int:
         """Send a running sequence back to the front of its queue; returns the tokens it gives back to the step."""
@@ -414,3 +415,8 @@ class Scheduler:
         loading = [s for s in self.waiting if s.status is SequenceStatus.LOADING_ADAPTER]
         assert self.num_waiting_for_adapter == len(loading)
         self._turns.check_integrity()
+
+
+def _last(seqs: list[Sequence]) -> Sequence:
+    """Of one tenant's, in the order of their admission: the latest of those whose priority comes last."""
+    return max(reversed(seqs), key=lambda seq: seq.priority)

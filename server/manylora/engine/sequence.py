@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from manylora.engine.detokenizer import Detokenizer
 from manylora.engine.interface import AdapterRef, FinishReason, SamplingParams, Task, TokenLogprob
+from manylora.engine.token_rules import TokenRules
 from manylora.grammars.masks import Constraint
 
 
@@ -44,6 +45,7 @@ class Sequence:
     `tokens` holds the prompt and then the output. The keys and values of the first `num_computed` tokens are
     in `block_table`'s blocks; the rest is still to run. `slot` is the adapter's, -1 for none.
     With a `cache_salt` the cached prefixes it may use are those of all who send the same one, not its tenant's.
+    Among its tenant's sequences those with the lowest `priority` come first.
     `followers` are the request's other choices: they wait until this one's prompt is in the cache.
     """
 
@@ -59,6 +61,7 @@ class Sequence:
         weight: float = 1.0,
         capture_logits: bool = False,
         cache_salt: str | None = None,
+        priority: int = 0,
     ) -> None:
         self.request_id = request_id
         self.index = index
@@ -69,6 +72,7 @@ class Sequence:
         self.adapter = adapter
         self.tenant = tenant
         self.weight = weight
+        self.priority = priority
         self.capture_logits = capture_logits
         # None of the prompt may come from the cache, since the logits of all of it are asked for.
         self.wants_prompt_logits = capture_logits or params.prompt_logprobs is not None
@@ -91,6 +95,7 @@ class Sequence:
         self.draws: Draws | None = None
         self.detokenizer: Detokenizer | None = None  # from the time it is added until it has finished
         self.constraint: Constraint | None = None  # the same, where it is held to a grammar
+        self.rules: TokenRules | None = None  # the same, where its request rules tokens out
         self.prompt_logprobs: list[TokenLogprob] = []
         self.captured: list[Any] = []  # logits of the prompt's chunks so far, where they are asked for
         self.followers: list[Sequence] = []

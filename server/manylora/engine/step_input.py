@@ -79,14 +79,15 @@ class Scored:
     """Rows of one prompt whose logits are wanted for themselves: `num_rows` from `first` on.
 
     `following`: the tokens that the first of these rows are to be asked for, each with its `num_top` likeliest.
-    `captures`: the logits are wanted whole instead. `checks_last`: nothing is sampled of the last row, so whether it is
-    finite has to be asked.
+    `has_ranks`: with the rank of each. `captures`: the logits are wanted whole instead. `checks_last`: nothing is
+    sampled of the last row, so whether it is finite has to be asked.
     """
 
     first: int
     num_rows: int
     following: list[int]
     num_top: int
+    has_ranks: bool
     captures: bool
     checks_last: bool
 

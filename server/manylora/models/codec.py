@@ -2,8 +2,8 @@
 
 import json
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
@@ -17,6 +17,8 @@ __all__ = ["HuggingFaceCodec"]
 # Shorter ones are encoded and decoded faster than another thread is woken.
 _SHORT_CHARACTERS = 4096
 _SHORT_TOKENS = 1024
+# In a tokenizer's configuration: where it was found, and how it was asked for.
+_OF_THIS_MACHINE = frozenset({"name_or_path", "local_files_only", "cache_dir", "token", "use_auth_token", "backend"})
 _NUM_SPELLED = 2**15  # tokens whose spelling is remembered: log-probabilities name the same ones again and again
 
 
@@ -106,6 +108,30 @@ class HuggingFaceCodec:
             spelled = self._bytes_of(token) if isinstance(token, str) else b""
         return spelled.decode(errors="replace"), spelled
 
+    def token_name(self, token_id: int) -> str:
+        """One token as the vocabulary has it, such as `Ġhello`; empty for an id without a token."""
+        if not 0 <= token_id < self.num_tokens:
+            return ""
+        token = self._tokenizer.convert_ids_to_tokens(token_id)
+        return token if isinstance(token, str) else ""
+
+    @cached_property
+    def info(self) -> Mapping[str, Any]:
+        """What the tokenizer's own configuration says, in values of JSON, its class and chat template included.
+
+        Where the server keeps its files is not among it.
+        """
+        tokenizer = self._tokenizer
+        said = {**tokenizer.init_kwargs, "tokenizer_class": type(tokenizer).__name__, **tokenizer.special_tokens_map}
+        said["model_max_length"] = tokenizer.model_max_length
+        if self._template.exists:
+            said["chat_template"] = tokenizer.chat_template
+        return {
+            str(name): _in_json(value)
+            for name, value in said.items()
+            if not (name in _OF_THIS_MACHINE or name.endswith(("_file", "_path", "_object")))
+        }
+
     def chat(self, messages: list[dict[str, Any]], *, continue_final: bool = False) -> list[int]:
         """The ids of a rendered chat; `continue_final` leaves the last message open instead of starting an answer.
 
@@ -116,6 +142,15 @@ class HuggingFaceCodec:
     def render_chat(self, messages: list[dict[str, Any]], *, continue_final: bool = False) -> str:
         """The text of a chat, to be encoded without special tokens; see `chat`."""
         return self._template.render(messages, continue_final=continue_final)
+
+
+def _in_json(value: Any) -> Any:
+    """A value of a configuration; what JSON does not have, such as an added token, as text."""
+    if isinstance(value, Mapping):
+        return {str(key): _in_json(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_in_json(each) for each in value]
+    return value if value is None or isinstance(value, str | bool | int | float) else str(value)
 
 
 class _FastBackend:

@@ -1,0 +1,136 @@
+"""`/tokenize`, `/detokenize` and `/tokenizer_info`, as vLLM's server has them. Adapters share the base's tokenizer."""
+
+from functools import partial
+from typing import Any, ClassVar, Final
+
+import orjson
+from fastapi import APIRouter, Request
+from pydantic import Field, model_validator
+from starlette.responses import Response
+
+from manylora.api.auth import Caller
+from manylora.api.fields import TOKENIZE_UNSUPPORTED, Unsupported
+from manylora.api.lanes import LONG_TEXT, PYTHON, SHORT_TEXT, beside_loop
+from manylora.api.requests import (
+    INLINE_CHARACTERS,
+    INLINE_IDS,
+    MAX_ENCODED_CHARACTERS,
+    SHORT_CHARACTERS,
+    adapter_of,
+    read_body,
+    rendered,
+)
+from manylora.api.sampling import check_token_ids
+from manylora.api.schemas import MAX_MESSAGES, Body, Int, Message, parse
+from manylora.api.state import Services, ServicesDep
+from manylora.engine.interface import EngineClient
+from manylora.errors import ContextLengthExceeded, InvalidRequest
+from manylora.tenants.interface import Principal
+
+__all__ = ["DetokenizeRequest", "TokenizeRequest", "router"]
+
+MAX_DETOKENIZED: Final = 262_144
+router = APIRouter(tags=["tokens"])
+
+
+class TokenizeRequest(Body):
+    """`POST /tokenize`: a text, or a chat as the model's template writes it."""
+
+    unsupported: ClassVar[Unsupported] = TOKENIZE_UNSUPPORTED
+    is_model_required: ClassVar[bool] = False
+
+    prompt: str | None = None
+    messages: list[Message] | None = Field(default=None, min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+    add_special_tokens: bool | None = Field(
+        default=None, description="Of a text true, of a chat false, unless it says."
+    )
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _check_either(self) -> "TokenizeRequest":
+        if (self.prompt is None) == (self.messages is None):
+            raise InvalidRequest("Send either 'prompt' or 'messages'.", param="prompt")
+        return self
+
+
+class DetokenizeRequest(Body):
+    """`POST /detokenize`."""
+
+    is_model_required: ClassVar[bool] = False
+
+    tokens: list[Int] = Field(max_length=MAX_DETOKENIZED, fail_fast=True)
+
+
+@router.post(
+    "/tokenize",
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/TokenizeRequest"}}},
+        }
+    },
+)
+async def tokenize(request: Request, caller: Caller, services: ServicesDep) -> Response:
+    """The token ids of a text or a chat, and how many there are."""
+    body = await read_body(request, partial(parse, TokenizeRequest))
+    _check_named(body, caller, services)
+    engine = services.engine
+    text = body.prompt if body.messages is None else await rendered(body.messages, engine.codec)
+    assert text is not None, "the schema asks for one of the two"
+    if len(text) <= INLINE_CHARACTERS:
+        return _json(_tokens_of(text, body, engine))
+    lane = SHORT_TEXT if len(text) <= SHORT_CHARACTERS else LONG_TEXT
+    return _json(await beside_loop(lane, _tokens_of, text, body, engine))
+
+
+def _tokens_of(text: str, body: TokenizeRequest, engine: EngineClient) -> bytes:
+    codec, context = engine.codec, engine.model.context_length
+    if len(text) > MAX_ENCODED_CHARACTERS and codec.surely_exceeds(text, context):
+        raise ContextLengthExceeded(
+            f"The text has {len(text)} characters; one that cannot fit the model's context of {context} tokens has at "
+            f"most {MAX_ENCODED_CHARACTERS}. Send less.",
+            param="prompt" if body.messages is None else "messages",
+        )
+    has_special = body.messages is None if body.add_special_tokens is None else body.add_special_tokens
+    [ids] = codec.encode_many([text], add_special_tokens=has_special)
+    names = [codec.token_name(token_id) for token_id in ids] if body.return_token_strs else None
+    return orjson.dumps({"count": len(ids), "max_model_len": context, "tokens": ids, "token_strs": names})
+
+
+@router.post(
+    "/detokenize",
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/DetokenizeRequest"}}},
+        }
+    },
+)
+async def detokenize(request: Request, caller: Caller, services: ServicesDep) -> Response:
+    """The text of token ids, special tokens included."""
+    body = await read_body(request, partial(parse, DetokenizeRequest))
+    _check_named(body, caller, services)
+    if len(body.tokens) <= INLINE_IDS:
+        return _json(_text_of(body, services.engine))
+    return _json(await beside_loop(PYTHON, _text_of, body, services.engine))
+
+
+def _text_of(body: DetokenizeRequest, engine: EngineClient) -> bytes:
+    ids = check_token_ids(body.tokens, engine.model, "tokens")
+    return orjson.dumps({"prompt": engine.codec.decode(ids, skip_special_tokens=False)})
+
+
+@router.get("/tokenizer_info")
+async def tokenizer_info(caller: Caller, services: ServicesDep) -> dict[str, Any]:
+    """The tokenizer's configuration: its class, special tokens and chat template."""
+    return dict(services.engine.codec.info)
+
+
+def _check_named(body: Body, caller: Principal, services: Services) -> None:
+    """Raises AdapterNotFound where the body names a model that the caller may not name."""
+    base, aliases = services.engine.model.name, services.settings.resolved_model_aliases
+    adapter_of(body, services.directory, caller.tenant, base, aliases)
+
+
+def _json(content: bytes) -> Response:
+    return Response(content, media_type="application/json")

@@ -1,0 +1,85 @@
+"""Which tokens a request rules out for its answer, besides what a grammar says of them.
+
+`allowed_token_ids` leaves some, `bad_words` forbids the token that would complete one of them, and `min_tokens` those
+that would end the answer. The last gives way where nothing else may come; where the others leave nothing, the request
+cannot go on.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from manylora.engine.interface import SamplingParams
+
+__all__ = ["Bits", "TokenRules"]
+
+Bits = npt.NDArray[np.uint32]
+"""A bit for each token of the vocabulary, token i's the bit i % 32 of word i // 32."""
+
+_ALL: Final = np.uint32(0xFFFFFFFF)
+
+
+class TokenRules:
+    """The rules of one sequence. They hold nothing but what was asked, so a step may ask them again."""
+
+    __slots__ = ("_by_prefix", "_ends", "_has_ruled_out", "_lengths", "_min_tokens", "_open")
+
+    def __init__(self, params: SamplingParams, eos_ids: Iterable[int], vocab_size: int) -> None:
+        num_words = -(-vocab_size // 32)
+        self._open: Bits = np.zeros(num_words, np.uint32) if params.allowed_token_ids else np.full(num_words, _ALL)
+        _set(self._open, params.allowed_token_ids)
+        _clear(self._open, range(vocab_size, 32 * num_words))
+        alone = [word[0] for word in params.bad_words if len(word) == 1]
+        _clear(self._open, alone)
+        self._has_ruled_out = bool(params.allowed_token_ids or alone)
+        by_prefix = defaultdict[tuple[int, ...], list[int]](list)
+        for *prefix, last in params.bad_words:
+            by_prefix[tuple(prefix)].append(last)
+        by_prefix.pop((), None)
+        self._by_prefix = dict(by_prefix)
+        self._lengths = tuple({len(prefix) for prefix in by_prefix})
+        self._min_tokens = params.min_tokens
+        self._ends = (*params.stop_token_ids, *(() if params.ignore_eos else eos_ids))
+
+    @classmethod
+    def of(cls, params: SamplingParams, eos_ids: Iterable[int], vocab_size: int) -> "TokenRules | None":
+        """Those of a request; None where it has none."""
+        if not (params.allowed_token_ids or params.bad_words or params.min_tokens):
+            return None
+        return cls(params, eos_ids, vocab_size)
+
+    def allowed(self, tokens: Sequence[int], num_output: int, by_grammar: Bits | None = None) -> Bits | None:
+        """What may come after `tokens`, the last `num_output` of which are the answer's, of what the grammar allows.
+
+        None where nothing is ruled out; no bit is set where nothing may come.
+        """
+        is_early = num_output < self._min_tokens
+        if not (is_early or self._lengths or self._has_ruled_out):
+            return by_grammar
+        bits = self._open.copy() if by_grammar is None else self._open & by_grammar
+        for length in self._lengths:
+            if length <= num_output and (last := self._by_prefix.get(tuple(tokens[-length:]))):
+                _clear(bits, last)
+        if is_early:
+            going_on = bits.copy()
+            _clear(going_on, self._ends)
+            return going_on if going_on.any() else bits
+        return bits
+
+
+def _set(bits: Bits, token_ids: Iterable[int]) -> None:
+    ids = np.fromiter(token_ids, np.int64)
+    np.bitwise_or.at(bits, ids // 32, _bit_of(ids))
+
+
+def _clear(bits: Bits, token_ids: Iterable[int]) -> None:
+    ids = np.fromiter(token_ids, np.int64)
+    if ids.size:
+        np.bitwise_and.at(bits, ids // 32, ~_bit_of(ids))
+
+
+def _bit_of(ids: npt.NDArray[np.int64]) -> Bits:
+    return np.left_shift(np.uint32(1), (ids % 32).astype(np.uint32))
