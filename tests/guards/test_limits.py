@@ -1,6 +1,7 @@
 """`docs/limits.md` and the code say the same: every bound on what a caller sends has a row, and every row its bound."""
 
 import ast
+import functools
 import importlib
 import re
 from collections.abc import Iterator
@@ -68,6 +69,7 @@ def rows() -> list[Row]:
     return found
 
 
+@functools.cache
 def constants() -> dict[str, str]:
     """Name on the page (without a leading underscore) to the name in its module, of every `MAX_…` of the server."""
     found = {}

@@ -1,5 +1,9 @@
-"""Every test here runs once per CPU path that this machine has, and once per dtype where it takes one."""
+"""Every test here runs once per CPU path that this machine has, and once per dtype where it takes one.
 
+`MANYLORA_TESTED_PATHS` names some of the paths: `make emulated` leaves out those that `make test` runs as they are.
+"""
+
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -10,7 +14,7 @@ from manylora.kernels import native
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(params=native.CPU_PATHS)
+@pytest.fixture(params=os.environ.get("MANYLORA_TESTED_PATHS", "").split() or native.CPU_PATHS)
 def cpu_path(request: pytest.FixtureRequest) -> Iterator[str]:
     path = str(request.param)
     if path not in native.available_cpu_paths():
