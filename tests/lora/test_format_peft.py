@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from manylora.errors import InvalidAdapter
+from manylora.lora.format.config import canonical
 from manylora.lora.format.reader import Adapter, ModuleKind, ModuleSpec, digest_of, read, read_trusted
 from tests.lora.malformed import TINY_LLAMA, tiny_modules
 
@@ -293,6 +294,40 @@ def test_digest_does_not_depend_on_the_files_layout(tmp_path: Path) -> None:
     edit(tmp_path, target_modules=["embed_tokens", "q_proj"])
     edit(tmp_path, target_modules=["q_proj", "embed_tokens"])
     assert digest_of(tmp_path) == first
+
+
+@pytest.mark.parametrize(
+    ("table", "is_told_apart"),
+    [
+        ({"layers.0.self_attn.q_proj": 4, "q_proj": 8}, True),
+        ({"model.layers.0.self_attn.q_proj": 4, r"^model\.layers\.0\.self_attn\.q_proj$": 8}, True),
+        ({"self.attn.q_proj": 4, "self_attn.q_proj": 8}, True),
+        ({r"layers\.0\..*": 4, r".*q_proj": 8}, True),
+        ({"layers.0.self_attn.q_proj": 8, "q_proj": 8}, False),
+        ({r"layers\.0\..*": 8, r".*q_proj": 8}, False),
+        ({"layers.0.self_attn.q_proj": 4, "layers.1.self_attn.q_proj": 8}, False),
+        ({"xq_proj": 4, "q_proj": 8}, False),
+        ({"^q_proj": 4, "self_attn.q_proj": 8}, False),
+    ],
+)
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_digest_tells_orders_apart_in_which_other_keys_come_first(
+    tmp_path: Path, field: str, table: dict[str, int], is_told_apart: bool
+) -> None:
+    llama(tmp_path)
+    digests = []
+    for items in (sorted(table.items()), sorted(table.items(), reverse=True)):
+        edit(tmp_path, **{field: dict(items)})
+        digests.append(digest_of(tmp_path))
+    assert (digests[0] != digests[1]) == is_told_apart
+
+
+def test_digest_of_a_stored_adapter_stays_what_it_was() -> None:
+    """Written down by the version that sorted every table: only orders that make a difference have another one now."""
+    sorted_ones = {"r": 8, "rank_pattern": {"a.q": 1, "b.q": 2}, "alpha_pattern": {"a.q": 4, "q": 8}}
+    assert canonical(sorted_ones) == b'{"alpha_pattern":{"a.q":4,"q":8},"r":8,"rank_pattern":{"a.q":1,"b.q":2}}'
+    assert canonical({**sorted_ones, "rank_pattern": {"b.q": 2, "a.q": 1}}) == canonical(sorted_ones)
+    assert canonical({**sorted_ones, "alpha_pattern": {"q": 8, "a.q": 4}}) != canonical(sorted_ones)
 
 
 def test_digest_depends_on_config_and_values(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from manylora.identity import CONFIG_FILE
 from manylora.lora.format import strict_json
+from manylora.lora.format.patterns import is_order_free
 from manylora.lora.format.problems import Problems, shown
 from manylora.lora.format.tensors import read_bytes
 
@@ -19,6 +20,8 @@ MAX_LAYERS_PATTERNS = 16
 ALL_LINEAR = "all-linear"
 # Sets to PEFT, which therefore writes them in any order.
 _SETS = ("target_modules", "exclude_modules")
+# In which the first key that means a module counts.
+_TABLES = ("rank_pattern", "alpha_pattern")
 
 # Every key that PEFT has ever written into a LoRA adapter's config (up to 0.21), and what is done with it, in three
 # tables. `docs/adapters.md` shows them to users; tests hold them against that page and against PEFT itself.
@@ -122,14 +125,21 @@ def read_json(path: Path, problems: Problems) -> dict[str, Any] | None:
 
 
 def canonical(raw: dict[str, Any]) -> bytes:
-    """The config as bytes that do not depend on key order, white space or the order of PEFT's sets."""
-    ordered = {
-        key: sorted(value)
-        if key in _SETS and isinstance(value, list) and all(isinstance(name, str) for name in value)
-        else value
-        for key, value in raw.items()
-    }
+    """The config as bytes that do not depend on key order, white space or the order of PEFT's sets.
+
+    Of a rank or alpha pattern the first key that means a module counts, so such a table's order stays where it makes a
+    difference and is not the sorted one.
+    """
+    ordered = {key: _ordered(key, value) for key, value in raw.items()}
     return json.dumps(ordered, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _ordered(key: str, value: Any) -> Any:
+    if key in _SETS and isinstance(value, list) and all(isinstance(name, str) for name in value):
+        return sorted(value)
+    if key in _TABLES and isinstance(value, dict) and list(value) != sorted(value) and not is_order_free(value):
+        return list(value.items())
+    return value
 
 
 def parse(raw: dict[str, Any], problems: Problems, warnings: list[str]) -> LoraSettings | None:

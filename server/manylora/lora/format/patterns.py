@@ -11,7 +11,7 @@ Plain names are no expressions: however many there are, they are looked up and n
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 from math import prod
 
@@ -162,6 +162,26 @@ class KeyTable:
                     order = table.get((literal, is_whole))
                     if order is not None:
                         yield order
+
+
+def is_order_free(table: Mapping[str, object]) -> bool:
+    """Whether the table means the same in any order of its keys: what the first key for a path says, any key says.
+
+    False where that cannot be seen: expressions may mean anything.
+    """
+    keys = list(table)
+    if not all(map(_PLAIN.fullmatch, keys)):
+        return len({repr(value) for value in table.values()}) < 2
+    try:
+        ways = [KeyTable(order, Patterns()) for order in (keys, reversed(keys))]
+        # Of two plain keys that both mean a path, one is the end of the other.
+        for path in (key.strip("^$").replace("\\", "") for key in keys):
+            first, last = (way.first(path) for way in ways)
+            if first is not None and last is not None and table[first] != table[last]:
+                return False
+    except PatternFault:
+        return False
+    return True
 
 
 def _without(text: str, places: tuple[int, ...]) -> str:
