@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from manylora.client.server import Refused, Server, Unreachable, connect
+from manylora.client.server import BrokenOff, Refused, Server, Unreachable, connect
 from manylora.errors import InvalidRequest
 
 FAILED, USAGE, REFUSED, NOT_FOUND, DENIED, CONFLICT, LATER, UNREACHABLE = range(1, 9)
@@ -43,9 +43,23 @@ class Remote:
         try:
             return self._server.call(method, path, **request)
         except Unreachable as error:
-            fail(f"{error.message} Is MANYLORA_URL right?", UNREACHABLE)
+            self._end_unreachable(error)
         except Refused as refused:
             self._end(refused)
+
+    def events(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The events of a stream."""
+        try:
+            yield from self._server.events(path, body)
+        except Unreachable as error:
+            self._end_unreachable(error)
+        except Refused as refused:
+            self._end(refused)
+        except BrokenOff as error:
+            fail(error.message, FAILED)
+
+    def _end_unreachable(self, error: Unreachable) -> NoReturn:
+        fail(f"{error.message} Is MANYLORA_URL right?", UNREACHABLE)
 
     def _end(self, refused: Refused) -> NoReturn:
         code = _EXIT_CODES.get(refused.answered, FAILED)

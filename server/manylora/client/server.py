@@ -4,6 +4,7 @@ Who works for hours without a person (a training that publishes, an evaluation o
 again; a command with a person in front of it tells the person.
 """
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import httpx
 
 from manylora.errors import InvalidRequest, ManyloraError, quoted
 
-__all__ = ["Refused", "Server", "Unreachable", "connect"]
+__all__ = ["BrokenOff", "Refused", "Server", "Unreachable", "connect"]
 
 _TIMEOUT: Final = httpx.Timeout(10.0, read=600.0, write=600.0)  # an upload is answered once it was validated
 _ATTEMPTS: Final = 20
@@ -22,6 +23,10 @@ _LONGEST_WAIT_S: Final = 30.0  # a longer Retry-After is a quota, not a busy mom
 
 class Unreachable(ManyloraError):
     """No server answers there, or it does not any more."""
+
+
+class BrokenOff(ManyloraError):
+    """The server ended a stream with an error, or without an end."""
 
 
 class Refused(ManyloraError):
@@ -72,6 +77,20 @@ class Server:
             time.sleep(wait_s)
         raise AssertionError
 
+    def events(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The events of a stream that a body asks for, up to its `[DONE]`.
+
+        Raises Unreachable, Refused, and BrokenOff for a stream that ends before. Who stops reading ends the answer.
+        """
+        try:
+            with self._client.stream("POST", path, json=body) as response:
+                if not response.is_success:
+                    response.read()
+                    raise Refused(response)
+                yield from _events_of(response)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise Unreachable(f"The server at {self._client.base_url} cannot be reached: {error}.") from error
+
 
 @contextmanager
 def connect(address: str, key: str = "", *, is_patient: bool = False) -> Iterator[Server]:
@@ -92,6 +111,20 @@ def connect(address: str, key: str = "", *, is_patient: bool = False) -> Iterato
         if is_patient:
             Server(client).call("GET", "/ready")
         yield Server(client, is_patient=is_patient)
+
+
+def _events_of(response: httpx.Response) -> Iterator[dict[str, Any]]:
+    for line in response.iter_lines():
+        data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
+        if data == "[DONE]":
+            return
+        if not data:
+            continue  # a comment that keeps the connection open
+        event = json.loads(data)
+        if "error" in event:
+            raise BrokenOff(str(event["error"]["message"]))
+        yield event
+    raise BrokenOff("The server broke off in the middle of an answer.")
 
 
 def _wait_s(response: httpx.Response) -> float | None:
