@@ -185,6 +185,13 @@ class Settings(BaseSettings):
     tracing: bool = False
     """Send OpenTelemetry traces by OTLP over HTTP; where to and which ones is for the standard `OTEL_…` variables."""
 
+    # embeddings
+    embedding_pooling: Literal["last", "mean"] = "last"
+    """What an embedding is of its text's tokens, unless the request says: the last one's hidden state, or the mean."""
+    matryoshka_dimensions: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Numbers to which embeddings may be cut (`dimensions`), for models and adapters that were trained for it; the
+    model's own config may name some too."""
+
     # the batch
     max_num_seqs: int = Field(default=64, ge=1)
     """Most sequences in one batch."""

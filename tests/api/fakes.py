@@ -5,6 +5,8 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
+
 from manylora.catalog.interface import PublishedAdapter
 from manylora.engine.interface import (
     AdapterRef,
@@ -114,6 +116,11 @@ class FakeGeneration:
         engine = self.engine
         if engine.error_at == 0:
             raise engine.error
+        if self.params.pooling is not None:
+            vector = np.array([len(self.prompt_ids), 2, -3, self.params.pooling == "mean"], np.float32)
+            yield Delta(0, "", (), finish_reason=FinishReason.STOP, num_cached_tokens=1, pooled=vector)
+            self.is_closed = True
+            return
         ids = engine.script(self)
         if not ids:
             yield Delta(0, "", (), finish_reason=FinishReason.LENGTH, prompt_logprobs=self._prompt_logprobs())
@@ -169,6 +176,8 @@ class FakeEngine:
     text: str = "The quick brown fox jumps over the lazy dog"
     ids: tuple[int, ...] | None = None
     context_length: int = 256
+    hidden_size: int = 4
+    dimensions: tuple[int, ...] = ()
     step_s: float = 0.0
     error_at: int | None = None
     error: ManyloraError = field(default_factory=lambda: ManyloraError("the engine tripped"))
@@ -187,7 +196,12 @@ class FakeEngine:
     @property
     def model(self) -> ModelInfo:
         return ModelInfo(
-            name="base-model", context_length=self.context_length, vocab_size=VOCAB_SIZE, created=1_700_000_000
+            name="base-model",
+            context_length=self.context_length,
+            vocab_size=VOCAB_SIZE,
+            created=1_700_000_000,
+            hidden_size=self.hidden_size,
+            dimensions=self.dimensions,
         )
 
     def script(self, generation: FakeGeneration) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from manylora.engine.build import EngineBuilder, in_bytes
-from manylora.errors import NotEnoughMemory
+from manylora.errors import InvalidSettings, NotEnoughMemory
 from manylora.models.loading import load_base
 from manylora.settings import Settings, load_settings
 
@@ -29,3 +29,14 @@ def test_bytes_are_taken_at_their_word(tiny_llama_dir: Path, tmp_path: Path) -> 
 
     with pytest.raises(NotEnoughMemory, match="one sequence of"):
         builder._cache()
+
+
+def test_embeddings_may_be_cut_as_the_settings_say_and_no_longer_than_they_are(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    builder, _ = build(tiny_llama_dir, tmp_path, matryoshka_dimensions=(32, 16), embedding_pooling="mean")
+    info = builder._model_info()
+    assert (info.hidden_size, info.dimensions, info.default_pooling) == (64, (16, 32), "mean")
+    builder, _ = build(tiny_llama_dir, tmp_path, matryoshka_dimensions=(65,))
+    with pytest.raises(InvalidSettings, match="64 numbers"):
+        builder._model_info()

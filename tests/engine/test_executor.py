@@ -56,6 +56,10 @@ class Remote:
         self.kept = {self.num_steps: self.inner.forward(self.sent(step))}
         return self.num_steps
 
+    def hidden(self) -> np.ndarray:
+        hidden: np.ndarray = self.sent(self.inner.hidden())
+        return hidden
+
     def sample(self, logits: int, wanted: SamplingInput) -> Sampled:
         sampled: Sampled = self.sent(self.inner.sample(self.kept.pop(logits), self.sent(wanted)))
         return sampled

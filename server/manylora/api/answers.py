@@ -19,7 +19,7 @@ from manylora.api.token_details import LOWEST, TokenDetails, finite
 from manylora.engine.interface import Delta, TextCodec, TokenLogprob
 from manylora.errors import ManyloraError
 
-__all__ = ["Answer", "ChatAnswer", "CompletionAnswer"]
+__all__ = ["Answer", "ChatAnswer", "CompletionAnswer", "extension"]
 
 _DONE: Final = b"[DONE]"
 # A prompt's log-probabilities come all at once. So many are put into JSON at a time, a millisecond's work.
@@ -278,7 +278,7 @@ class Answer:
                 "choices": [{**choice.whole(), **self._details.of_choice(choice.index)} for choice in self._choices],
                 **self._details.of_answer(),
                 "usage": _usage(self._run),
-                "manylora": _extension(self._run),
+                "manylora": extension(self._run),
             }
         )
 
@@ -312,7 +312,7 @@ class Answer:
 
     def _ending(self, *, with_usage: bool) -> bytes:
         ending: dict[str, Any] = {"usage": _usage(self._run)} if with_usage else {}
-        ending["manylora"] = _extension(self._run)
+        ending["manylora"] = extension(self._run)
         return orjson.dumps(ending)[1:]
 
 
@@ -384,7 +384,7 @@ def _usage(run: Run) -> dict[str, Any]:
     }
 
 
-def _extension(run: Run) -> dict[str, Any]:
+def extension(run: Run) -> dict[str, Any]:
     """The `manylora` block: who answered, and where the time before the first token went."""
     adapter, timing = run.adapter, run.counts.timing()
     assert timing is not None, "an answer ends after its first delta"

@@ -11,6 +11,7 @@ from fastapi.staticfiles import StaticFiles
 from pydantic.json_schema import models_json_schema
 from starlette.responses import RedirectResponse, Response
 
+from manylora.api.embeddings import EmbeddingRequest
 from manylora.api.schemas import ChatRequest, CompletionRequest
 from manylora.api.tokens import DetokenizeRequest, TokenizeRequest
 
@@ -20,6 +21,8 @@ _ASSETS: Final = Path(fastapi_offline.__file__).parent / "static"
 _CONTENT_POLICY: Final = (
     "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; img-src 'self' data:"
 )
+
+_BODIES: Final = (CompletionRequest, ChatRequest, EmbeddingRequest, TokenizeRequest, DetokenizeRequest)
 
 
 def install_docs(app: FastAPI) -> None:
@@ -49,7 +52,7 @@ def _schema(app: FastAPI) -> dict[str, Any]:
     if app.openapi_schema is None:
         schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         _, bodies = models_json_schema(
-            [(each, "validation") for each in (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)],
+            [(each, "validation") for each in _BODIES],
             ref_template="#/components/schemas/{model}",
         )
         schema["servers"] = [{"url": "."}]  # where the schema is, so that it also holds below a proxy's path

@@ -12,6 +12,7 @@ from manylora.errors import InvalidRequest, UnsupportedField, quoted
 __all__ = [
     "CHAT_UNSUPPORTED",
     "COMPLETION_UNSUPPORTED",
+    "EMBEDDING_UNSUPPORTED",
     "MESSAGE_UNSUPPORTED",
     "PART_UNSUPPORTED",
     "STREAM_OPTION_UNSUPPORTED",
@@ -107,6 +108,19 @@ MESSAGE_UNSUPPORTED: Final[Unsupported] = {
     "thinking_blocks": _NOTHING,
 }
 PART_UNSUPPORTED: Final[Unsupported] = {"annotations": _NOTHING}
+EMBEDDING_UNSUPPORTED: Final[Unsupported] = {
+    "messages": _NOTHING,
+    "normalize": _ON,
+    "embed_dtype": ("float32", *_NOTHING),
+    "embedding_type": _NOTHING,
+    "endianness": ("little", "native", *_NOTHING),
+    "input_type": _NOTHING,
+    "mm_processor_kwargs": _NOTHING,
+    "request_id": _NOTHING,
+    "rid": _NOTHING,
+    "safety_identifier": _NOTHING,
+    "use_activation": _ON,
+}
 TOKENIZE_UNSUPPORTED: Final[Unsupported] = {
     "tools": _NOTHING,
     "add_generation_prompt": _ON,

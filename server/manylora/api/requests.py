@@ -18,7 +18,15 @@ from manylora.api.json_body import require_json
 from manylora.api.lanes import LONG_TEXT, PYTHON, SHORT_TEXT, beside_loop
 from manylora.api.record import ClientGone
 from manylora.api.sampling import check_token_ids, sampling_params
-from manylora.api.schemas import Body, ChatRequest, CompletionRequest, GenerationRequest, Message
+from manylora.api.schemas import (
+    Body,
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+    InferenceRequest,
+    Message,
+    PoolRequest,
+)
 from manylora.api.structured import ANSWER_FIELDS, asked_for
 from manylora.catalog.interface import AdapterDirectory
 from manylora.engine.interface import CompiledGrammar, EngineClient, ModelInfo, SamplingParams, TextCodec
@@ -187,19 +195,22 @@ class Prompt:
     text: str = ""
 
 
-async def prompts_of(body: GenerationRequest, engine: EngineClient, tenant: str) -> tuple[Prompt, ...]:
+async def prompts_of(body: InferenceRequest, engine: EngineClient, tenant: str) -> tuple[Prompt, ...]:
     """Every prompt of the body; all have the same number of choices. What is quick to check is checked first.
 
     Raises InvalidRequest, also where the model's chat template refuses the messages or no answer can be held to the
     grammar, ContextLengthExceeded, and what `EngineClient.compile` does.
     """
+    if isinstance(body, PoolRequest):
+        return await _pooled_prompts(body, engine)
+    assert isinstance(body, GenerationRequest)
     params = sampling_params(body, engine.model)
     if isinstance(body, CompletionRequest):
-        _check_num_choices(len(body.prompts), params.n, engine.max_choices)
+        _check_num_choices(body, len(body.prompts), params.n, engine.max_choices)
         encoded = await _encode_prompts(body, engine)
     else:
         assert isinstance(body, ChatRequest)
-        _check_num_choices(1, params.n, engine.max_choices)
+        _check_num_choices(body, 1, params.n, engine.max_choices)
         encoded = [await _encode_chat(body, engine)]
     _check_size(params, body, encoded)
     if body.bad_words:
@@ -208,6 +219,15 @@ async def prompts_of(body: GenerationRequest, engine: EngineClient, tenant: str)
     if grammar is not None:
         params = replace(params, grammar=grammar)
     return tuple(Prompt(ids, _fit_to_context(params, body, len(ids), engine.model), text) for ids, text in encoded)
+
+
+async def _pooled_prompts(body: PoolRequest, engine: EngineClient) -> tuple[Prompt, ...]:
+    """Every prompt of a body whose prompts become vectors."""
+    if not engine.model.hidden_size:
+        raise InvalidRequest("This server's base model gives no hidden states, so it has no embeddings.", param="model")
+    _check_num_choices(body, len(body.prompts), 1, engine.max_choices)
+    params = SamplingParams(max_tokens=0, pooling=body.pooling or engine.model.default_pooling)
+    return tuple(Prompt(ids, params) for ids, _ in await _encode_prompts(body, engine))
 
 
 async def _grammar_of(body: GenerationRequest, engine: EngineClient, tenant: str) -> CompiledGrammar | None:
@@ -222,50 +242,51 @@ async def _grammar_of(body: GenerationRequest, engine: EngineClient, tenant: str
         raise asked.refusal(error) from None
 
 
-def _check_num_choices(num_prompts: int, n: int, most: int) -> None:
+def _check_num_choices(body: InferenceRequest, num_prompts: int, n: int, most: int) -> None:
     if num_prompts * n > most:
         raise InvalidRequest(
             f"The request asks for {num_prompts * n} answers; at most {most} are queued here. Send less.",
-            param="n" if n > 1 else "prompt",
+            param="n" if n > 1 else body.prompt_field,
         )
 
 
 # token ids
 
 
-async def _encode_prompts(request: CompletionRequest, engine: EngineClient) -> list[_Encoded]:
-    """Every prompt of a completions request. Raises InvalidRequest."""
-    prompts = request.prompts
+async def _encode_prompts(request: InferenceRequest, engine: EngineClient) -> list[_Encoded]:
+    """Every prompt of a body. Raises InvalidRequest."""
+    prompts, name = request.prompts, request.prompt_field
+    is_repeated = isinstance(request, CompletionRequest) and request.echo
     if not all(prompts):
-        raise InvalidRequest("'prompt' is empty. Send at least one token.", param="prompt")
+        raise InvalidRequest(f"'{name}' is empty. Send at least one token.", param=name)
     size = sum(map(len, prompts))
     if isinstance(prompts[0], str):
         texts = [text for text in prompts if isinstance(text, str)]
         encoded = await _encode(request, texts, size, engine)
         if not all(encoded):
-            raise InvalidRequest("'prompt' has no tokens for this model.", param="prompt")
-        if not request.echo:
+            raise InvalidRequest(f"'{name}' has no tokens for this model.", param=name)
+        if not is_repeated:
             return [(ids, "") for ids in encoded]
         most = _most_kept(request, engine.model)
         is_whole = [most is None or len(ids) < most for ids in encoded]
         if all(is_whole):
             return list(zip(encoded, texts, strict=True))
         return await beside_loop(PYTHON, _echoed, encoded, texts, is_whole, engine.codec)
-    if size <= INLINE_IDS and not request.echo:
-        return _given(request, engine)
-    return await beside_loop(PYTHON, _given, request, engine)
+    if size <= INLINE_IDS and not is_repeated:
+        return _given(request, engine, is_repeated)
+    return await beside_loop(PYTHON, _given, request, engine, is_repeated)
 
 
-def _given(request: CompletionRequest, engine: EngineClient) -> list[_Encoded]:
+def _given(request: InferenceRequest, engine: EngineClient, is_repeated: bool) -> list[_Encoded]:
     """Prompts that came as ids. Those of all are checked before the first is decoded for `echo`."""
     prompts = []
     for prompt in request.prompts:
         assert isinstance(prompt, list), "prompts are all text or all ids"
         kept = _truncated(prompt, request, engine.model)
         _room_for_answer(request, len(kept), engine.model)
-        prompts.append(check_token_ids(kept, engine.model, "prompt"))
+        prompts.append(check_token_ids(kept, engine.model, request.prompt_field))
     decode = engine.codec.decode
-    return [(ids, decode(ids, skip_special_tokens=False) if request.echo else "") for ids in prompts]
+    return [(ids, decode(ids, skip_special_tokens=False) if is_repeated else "") for ids in prompts]
 
 
 def _echoed(
@@ -303,7 +324,7 @@ def _render(messages: Sequence[Message], codec: TextCodec) -> str:
 
 
 async def _encode(
-    request: GenerationRequest, texts: Sequence[str], num_characters: int, engine: EngineClient
+    request: InferenceRequest, texts: Sequence[str], num_characters: int, engine: EngineClient
 ) -> list[tuple[int, ...]]:
     """The ids of each text; `num_characters` is the length of all."""
     if num_characters <= INLINE_CHARACTERS:
@@ -313,7 +334,7 @@ async def _encode(
     return await beside_loop(lane, _encode_long, request, texts, engine)
 
 
-def _encode_long(request: GenerationRequest, texts: Sequence[str], engine: EngineClient) -> list[tuple[int, ...]]:
+def _encode_long(request: InferenceRequest, texts: Sequence[str], engine: EngineClient) -> list[tuple[int, ...]]:
     codec, special = engine.codec, request.has_special_tokens
     is_cut = request.truncate_prompt_tokens is not None
     for text in texts:
@@ -340,13 +361,13 @@ def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
     yield batch
 
 
-def _checked(ids: list[int], request: GenerationRequest, engine: EngineClient) -> tuple[int, ...]:
+def _checked(ids: list[int], request: InferenceRequest, engine: EngineClient) -> tuple[int, ...]:
     """The ids of a text, those that are kept, if the model has a row for each and room for them."""
     ids = _truncated(ids, request, engine.model)
     _room_for_answer(request, len(ids), engine.model)
     highest = max(ids, default=0)
     if highest >= engine.model.vocab_size:
-        param = "messages" if isinstance(request, ChatRequest) else "prompt"
+        param = request.prompt_field
         raise InvalidRequest(
             f"'{param}' has the token {quoted(repr(engine.codec.token_text(highest)))} (id {highest}), which the "
             f"tokenizer knows and the model does not: its ids end at {engine.model.vocab_size - 1}. Leave it out.",
@@ -379,7 +400,7 @@ def _spelled(words: Sequence[str], engine: EngineClient) -> tuple[tuple[int, ...
 # room
 
 
-def _most_kept(request: GenerationRequest, model: ModelInfo) -> int | None:
+def _most_kept(request: InferenceRequest, model: ModelInfo) -> int | None:
     """Of each prompt, so many of the last tokens are kept; None: all."""
     most = request.truncate_prompt_tokens
     if most != -1:
@@ -388,7 +409,7 @@ def _most_kept(request: GenerationRequest, model: ModelInfo) -> int | None:
     return max(1, model.context_length - (COMPLETION_MAX_TOKENS if asked is None else max(asked, 1)))
 
 
-def _truncated(ids: list[int], request: GenerationRequest, model: ModelInfo) -> list[int]:
+def _truncated(ids: list[int], request: InferenceRequest, model: ModelInfo) -> list[int]:
     most = _most_kept(request, model)
     return ids if most is None else ids[-most:]
 
@@ -408,7 +429,7 @@ def _fit_to_context(
     return replace(params, max_tokens=most)
 
 
-def _room_for_answer(request: GenerationRequest, num_prompt_tokens: int, model: ModelInfo) -> int:
+def _room_for_answer(request: InferenceRequest, num_prompt_tokens: int, model: ModelInfo) -> int:
     """Tokens that the context leaves for the answer, at least 1. Raises ContextLengthExceeded."""
     room = model.context_length - num_prompt_tokens
     asked = request.token_limit
@@ -417,14 +438,14 @@ def _room_for_answer(request: GenerationRequest, num_prompt_tokens: int, model: 
     return room
 
 
-def _too_long(request: GenerationRequest, taken: str, model: ModelInfo) -> ContextLengthExceeded:
+def _too_long(request: InferenceRequest, taken: str, model: ModelInfo) -> ContextLengthExceeded:
     """The refusal of a prompt that takes `taken` of the context."""
     asked = request.token_limit
-    completion = f", the answer up to {asked}" if asked is not None else " and leaves no room for an answer"
+    completion = f", the answer up to {asked}" if asked else " and leaves no room for an answer"
     return ContextLengthExceeded(
         f"The model's context is {model.context_length} tokens; the prompt takes {taken}{completion}. "
         "Shorten the prompt or ask for fewer tokens.",
-        param="messages" if isinstance(request, ChatRequest) else "prompt",
+        param=request.prompt_field,
     )
 
 

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from manylora.api.fields import renamed
 from manylora.api.record import Counts, RequestRecord
 from manylora.api.requests import Prompt, adapter_of, check_connected, missing, prompts_of, read_body
-from manylora.api.schemas import GenerationRequest
+from manylora.api.schemas import InferenceRequest
 from manylora.api.sse import Event, EventStream, while_connected
 from manylora.api.state import Services
 from manylora.api.traffic import TrafficKey
@@ -76,7 +76,7 @@ class Asked:
     `names` says what fields of `body` are called in the API that the body came by, for errors about them.
     """
 
-    body: GenerationRequest
+    body: InferenceRequest
     renderer: "Callable[[Run], Renderer]"
     names: Mapping[str, str] = field(default_factory=dict)
 
@@ -101,7 +101,7 @@ async def answered(
             raise renamed(error, asked.names) from None
         await check_connected(request)
         run.ask(prompts, gone=missing(body), cache_salt=body.cache_salt, priority=body.priority)
-        return await run.answer(asked.renderer(run), is_streamed=body.stream)
+        return await run.answer(asked.renderer(run), is_streamed=body.is_streamed)
 
 
 class Run:

@@ -31,6 +31,7 @@ from manylora.api.fields import (
 )
 from manylora.api.json_body import parse_json
 from manylora.api.structured import ANSWER_FIELDS, ResponseFormat, StructuredOutputs
+from manylora.engine.interface import Pooling
 from manylora.errors import InvalidRequest, UnsupportedField, quoted
 
 __all__ = [
@@ -38,7 +39,9 @@ __all__ = [
     "ChatRequest",
     "CompletionRequest",
     "GenerationRequest",
+    "InferenceRequest",
     "Message",
+    "PoolRequest",
     "Prompt",
     "StreamOptions",
     "checked",
@@ -47,6 +50,7 @@ __all__ = [
 
 MAX_N: Final = 128
 MAX_PROMPTS: Final = 256
+MAX_INPUTS: Final = 2048
 MAX_STOPS: Final = 32
 MAX_STOP_LENGTH: Final = 1024
 MAX_STOP_TOKENS: Final = 1024
@@ -115,10 +119,68 @@ class Body(_Strict):
     adapter_id: str | None = Field(default=None, description="LoRAX's way to name an adapter.")
 
 
-class GenerationRequest(Body):
-    """What completions and chat have in common. None is absent."""
+class InferenceRequest(Body):
+    """What every body that the model is run for has in common. None is absent."""
 
     adds_special_tokens: ClassVar[bool] = True
+    prompt_field: ClassVar[str] = "prompt"
+
+    truncate_prompt_tokens: Int | None = Field(
+        default=None, ge=-1, description="The prompt's last so many tokens; -1: what the context has room for."
+    )
+    add_special_tokens: bool | None = None
+    priority: Int = Field(
+        default=0, ge=-_INT64, lt=_INT64, description="Of a tenant's requests those with the lowest come first."
+    )
+    cache_salt: str | None = Field(default=None, description="A secret: who sends the same one shares cached prompts.")
+    user: str | None = Field(default=None, max_length=MAX_USER)
+    metadata: Metadata | None = None
+    store: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+
+    @field_validator("truncate_prompt_tokens")
+    @classmethod
+    def _check_truncation(cls, value: int | None) -> int | None:
+        if value == 0:
+            raise ValueError("must be -1, or the number of tokens that are kept, at least 1")
+        return value
+
+    @field_validator("cache_salt")
+    @classmethod
+    def _check_cache_salt(cls, value: str | None) -> str | None:
+        if value is not None and not MIN_CACHE_SALT_LENGTH <= len(value) <= MAX_CACHE_SALT_LENGTH:
+            raise ValueError(
+                f"must have {MIN_CACHE_SALT_LENGTH} to {MAX_CACHE_SALT_LENGTH} characters: it is a secret, so draw it "
+                "at random, as `openssl rand -base64 32` does"
+            )
+        return value
+
+    def annotations(self) -> dict[str, Any]:
+        """The fields that have no effect but a place in the request's log line."""
+        return self.model_dump(include={"user", "metadata", "store", "service_tier"}, exclude_none=True)
+
+    @property
+    def has_special_tokens(self) -> bool:
+        """Whether a text gets the special tokens that the tokenizer puts around one."""
+        return self.adds_special_tokens if self.add_special_tokens is None else self.add_special_tokens
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """One entry for each prompt that is given as text or as ids."""
+        return []
+
+    @property
+    def token_limit(self) -> int | None:
+        """Tokens that an answer may have, where the body says so."""
+        return None
+
+    @property
+    def is_streamed(self) -> bool:
+        return False
+
+
+class GenerationRequest(InferenceRequest):
+    """What completions and chat have in common."""
 
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -143,16 +205,9 @@ class GenerationRequest(Body):
     bad_words: list[str] = Field(default=[], max_length=MAX_BAD_WORDS, fail_fast=True)
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
-    truncate_prompt_tokens: Int | None = Field(
-        default=None, ge=-1, description="The prompt's last so many tokens; -1: what the context has room for."
-    )
-    add_special_tokens: bool | None = None
     prompt_logprobs: Int | None = Field(default=None, ge=0)
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
-    priority: Int = Field(
-        default=0, ge=-_INT64, lt=_INT64, description="Of a tenant's requests those with the lowest come first."
-    )
     response_format: ResponseFormat | None = Field(default=None, description="What the answer must look like.")
     structured_outputs: StructuredOutputs | None = Field(default=None, description="vLLM's way to say the same.")
     guided_json: dict[str, Any] | bool | str | None = Field(default=None, description="`structured_outputs.json`.")
@@ -162,11 +217,6 @@ class GenerationRequest(Body):
     guided_whitespace_pattern: str | None = Field(
         default=None, min_length=1, description="`structured_outputs.whitespace_pattern`."
     )
-    cache_salt: str | None = Field(default=None, description="A secret: who sends the same one shares cached prompts.")
-    user: str | None = Field(default=None, max_length=MAX_USER)
-    metadata: Metadata | None = None
-    store: Literal[False] | None = None
-    service_tier: Literal["auto", "default"] | None = None
 
     @field_validator("stop", mode="plain", json_schema_input_type=str | list[str] | None)
     @classmethod
@@ -185,23 +235,6 @@ class GenerationRequest(Body):
     def _check_bad_words(cls, value: list[str]) -> list[str]:
         if not all(word.strip() and len(word) <= MAX_BAD_WORD_LENGTH for word in value):
             raise ValueError(f"must hold words of 1 to {MAX_BAD_WORD_LENGTH} characters, and not of spaces alone")
-        return value
-
-    @field_validator("truncate_prompt_tokens")
-    @classmethod
-    def _check_truncation(cls, value: int | None) -> int | None:
-        if value == 0:
-            raise ValueError("must be -1, or the number of tokens that are kept, at least 1")
-        return value
-
-    @field_validator("cache_salt")
-    @classmethod
-    def _check_cache_salt(cls, value: str | None) -> str | None:
-        if value is not None and not MIN_CACHE_SALT_LENGTH <= len(value) <= MAX_CACHE_SALT_LENGTH:
-            raise ValueError(
-                f"must have {MIN_CACHE_SALT_LENGTH} to {MAX_CACHE_SALT_LENGTH} characters: it is a secret, so draw it "
-                "at random, as `openssl rand -base64 32` does"
-            )
         return value
 
     @field_validator("logit_bias", mode="plain", json_schema_input_type=dict[str, float])
@@ -237,18 +270,13 @@ class GenerationRequest(Body):
             )
         return self
 
-    def annotations(self) -> dict[str, Any]:
-        """The fields that have no effect but a place in the request's log line."""
-        return self.model_dump(include={"user", "metadata", "store", "service_tier"}, exclude_none=True)
-
     @property
     def token_limit(self) -> int | None:
         return self.max_completion_tokens if self.max_tokens is None else self.max_tokens
 
     @property
-    def has_special_tokens(self) -> bool:
-        """Whether a text gets the special tokens that the tokenizer puts around one."""
-        return self.adds_special_tokens if self.add_special_tokens is None else self.add_special_tokens
+    def is_streamed(self) -> bool:
+        return self.stream
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -272,28 +300,62 @@ class CompletionRequest(GenerationRequest):
     @field_validator("prompt", mode="plain", json_schema_input_type=str | list[str] | list[int] | list[list[int]])
     @classmethod
     def _check_prompt(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return value
-        kinds = set(map(type, value)) if isinstance(value, list) else set()
-        if kinds in ({str}, {int}) or (kinds == {list} and all(set(map(type, ids)) <= {int} for ids in value)):
-            return value
-        raise ValueError(
-            "must be a string, a list of strings, a list of token ids or a list of lists of token ids, and not empty"
-        )
+        return _checked_prompts(value)
 
     @property
     def prompts(self) -> list[Prompt]:
-        """One entry for each prompt."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        prompts: list[Any] = self.prompt
-        return [prompts] if isinstance(prompts[0], int) else prompts
+        return _one_by_one(self.prompt)
 
     @model_validator(mode="after")
     def _check_count(self) -> Self:
         if len(self.prompts) > MAX_PROMPTS:
             raise InvalidRequest(f"'prompt' holds more than {MAX_PROMPTS} prompts. Send fewer.", param="prompt")
         return self
+
+
+class PoolRequest(InferenceRequest):
+    """A body whose prompts become one vector each."""
+
+    prompt_field: ClassVar[str] = "input"
+
+    input: str | list[str] | list[int] | list[list[int]]
+    pooling: Pooling | None = Field(default=None, description="What becomes of a prompt's tokens.")
+
+    @field_validator("input", mode="plain", json_schema_input_type=str | list[str] | list[int] | list[list[int]])
+    @classmethod
+    def _check_input(cls, value: Any) -> Any:
+        return _checked_prompts(value)
+
+    @model_validator(mode="after")
+    def _check_count(self) -> Self:
+        if len(self.prompts) > MAX_INPUTS:
+            raise InvalidRequest(f"'input' holds more than {MAX_INPUTS} inputs. Send fewer.", param="input")
+        return self
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        return _one_by_one(self.input)
+
+    @property
+    def token_limit(self) -> int:
+        return 0
+
+
+def _checked_prompts(value: Any) -> Any:
+    if isinstance(value, str):
+        return value
+    kinds = set(map(type, value)) if isinstance(value, list) else set()
+    if kinds in ({str}, {int}) or (kinds == {list} and all(set(map(type, ids)) <= {int} for ids in value)):
+        return value
+    raise ValueError(
+        "must be a string, a list of strings, a list of token ids or a list of lists of token ids, and not empty"
+    )
+
+
+def _one_by_one(prompts: Any) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    return [prompts] if isinstance(prompts[0], int) else prompts
 
 
 class Message(_Strict):
@@ -353,6 +415,7 @@ class ChatRequest(GenerationRequest):
 
     unsupported: ClassVar[Unsupported] = CHAT_UNSUPPORTED
     adds_special_tokens: ClassVar[bool] = False  # the chat template has written them
+    prompt_field: ClassVar[str] = "messages"
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     logprobs: bool = False

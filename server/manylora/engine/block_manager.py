@@ -54,7 +54,7 @@ class BlockManager:
         At least one token is always left to run, since its logits are wanted.
         """
         assert not seq.block_table
-        if seq.scores_prompt:
+        if seq.needs_whole_prompt:
             return 0
         for i in range((seq.num_tokens - 1) // self.block_size):
             block = self._block_of.get(self._hash(seq, i))

@@ -268,7 +268,18 @@ class EngineBuilder:
             default_top_p=generation.top_p,
             default_top_k=generation.top_k,
             default_repetition_penalty=generation.repetition_penalty,
+            default_pooling=self.settings.embedding_pooling,
+            hidden_size=self.wrapped.hidden_size,
+            dimensions=self._dimensions(),
         )
+
+    def _dimensions(self) -> tuple[int, ...]:
+        """To how many numbers embeddings may be cut, as the settings and the model's config say."""
+        wanted, whole = self.settings.matryoshka_dimensions, self.wrapped.hidden_size
+        if max(wanted, default=0) > whole:
+            raise InvalidSettings(f"matryoshka_dimensions: an embedding of this model has {whole} numbers.")
+        stated = getattr(self.base.model.config.get_text_config(), "matryoshka_dimensions", None) or ()
+        return tuple(sorted({*wanted, *(int(size) for size in stated if 0 < int(size) <= whole)}))
 
 
 def in_bytes(size: int | float, device: torch.device) -> int:

@@ -12,6 +12,7 @@ from manylora.engine.constraints import Constraints, is_late
 from manylora.engine.detokenizer import Decode, Detokenizer
 from manylora.engine.interface import Delta, FinishReason, Task, TokenLogprob
 from manylora.engine.model_runner import ModelRunner, Outcome, allowed_bits
+from manylora.engine.pooling import Pool
 from manylora.engine.recovery import (
     Fault,
     FaultEvents,
@@ -192,11 +193,7 @@ class Engine:
         if not outcome.is_finite and _is_dead_end(seq):
             return self._end(seq, nothing_may_come(seq))
         if not outcome.is_finite and not seq.capture_logits:
-            if seq.adapter is not None:
-                self._faults.on_not_finite(seq.adapter)
-            error = not_finite(seq)
-            log_ended(seq, error)
-            return self._end(seq, error, is_spoiled=True)
+            return self._end_not_finite(seq)
         if is_late(item, outcome):
             return None  # the same is run again
         try:
@@ -208,9 +205,20 @@ class Engine:
             self._faults.on_step_failure(fault.phase, "isolated")
             return self._end_alone(seq, fault, is_spoiled=not seq.is_finished)
 
+    def _end_not_finite(self, seq: Sequence) -> Output:
+        if seq.adapter is not None:
+            self._faults.on_not_finite(seq.adapter)
+        error = not_finite(seq)
+        log_ended(seq, error)
+        return self._end(seq, error, is_spoiled=True)
+
     def _take_prompt(self, item: Scheduled, outcome: Outcome) -> None:
         """What the logits of its prompt told, where they were asked for."""
         seq = item.seq
+        if seq.params.pooling is not None:
+            if not item.start or seq.pool is None:
+                seq.pool = Pool(seq.params.pooling)
+            seq.pool.add(outcome.hidden)
         if not seq.scores_prompt:
             return
         if not item.start:
@@ -228,6 +236,8 @@ class Engine:
                 return self._advance(item, outcome)
             case Task.SCORE:
                 return self._end_scored(seq)
+            case Task.POOL:
+                return self._end_pooled(seq)
 
     def _advance(self, item: Scheduled, outcome: Outcome) -> Output:
         """Give a sequence its new tokens, and end it where a stop condition holds."""
@@ -322,6 +332,17 @@ class Engine:
         last = seq.tokens[-1]
         is_named = last in seq.params.stop_token_ids and (last not in self._eos_ids or seq.params.ignore_eos)
         return last if is_named else None
+
+    def _end_pooled(self, seq: Sequence) -> Output:
+        """One vector was asked for."""
+        assert seq.pool is not None
+        vector = seq.pool.vector
+        if not np.isfinite(vector).all():
+            return self._end_not_finite(seq)
+        self.scheduler.finish(seq, FinishReason.STOP)
+        cached = seq.num_cached_tokens
+        delta = Delta(seq.index, "", (), finish_reason=FinishReason.STOP, num_cached_tokens=cached, pooled=vector)
+        return Output(seq, delta)
 
     def _stop_reason(self, seq: Sequence, token_id: int) -> FinishReason | None:
         params = seq.params

@@ -4,6 +4,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import nn
 
 from manylora.engine.sampler import sample
 from manylora.engine.step_input import Sampled, SamplingInput, StepInput
@@ -39,6 +40,10 @@ class Executor(Protocol):
         """Tokens and log-probabilities of what `forward` has returned."""
         ...
 
+    def hidden(self) -> np.ndarray:
+        """The hidden states float32 [P, hidden] of the rows for which the last `forward` was asked for them."""
+        ...
+
 
 class LocalExecutor:
     """An `Executor` in this process, on one device."""
@@ -50,6 +55,7 @@ class LocalExecutor:
         self._memory = memory
         self._kernel = kernel
         self._device = memory.device
+        self._hidden: torch.Tensor | None = None  # [T, hidden], of a step that was asked for some
 
     @property
     def block_size(self) -> int:
@@ -67,9 +73,11 @@ class LocalExecutor:
     def forward(self, step: StepInput) -> torch.Tensor:
         """Logits [L, vocab] of the rows that are wanted."""
         batch = self._batch(step)
+        self._hidden = None
         context = self._wrapped.context
         context.batch = batch
         self._memory.named = batch.lora.rows.slots if batch.lora is not None else ()
+        watch = self._wrapped.model.base_model.register_forward_hook(self._keep) if step.hidden_rows.size else None
         try:
             output = self._wrapped.model(
                 input_ids=batch.token_ids[None],
@@ -80,12 +88,24 @@ class LocalExecutor:
         finally:
             context.batch = None
             self._memory.named = ()
+            if watch is not None:
+                watch.remove()
+        if self._hidden is not None:
+            self._hidden = self._hidden[self._tensor(step.hidden_rows)]
         logits: torch.Tensor = output.logits[0]
         return logits[:, : self._vocab_size] if logits.shape[1] > self._vocab_size else logits
 
     @torch.inference_mode()
     def sample(self, logits: torch.Tensor, wanted: SamplingInput) -> Sampled:
         return sample(logits, wanted)
+
+    def _keep(self, _module: nn.Module, _given: Any, output: Any) -> None:
+        self._hidden = output[0][0]
+
+    def hidden(self) -> np.ndarray:
+        kept, self._hidden = self._hidden, None
+        assert kept is not None, "the last step was asked for hidden states"
+        return kept.float().cpu().numpy()
 
     def _batch(self, step: StepInput) -> Batch:
         starts = step.query_starts.tolist()

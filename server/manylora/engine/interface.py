@@ -8,7 +8,10 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 from manylora.grammars.grammar import CompiledGrammar, Grammar, Whitespace
 from manylora.identity import PUBLIC_TENANT, AdapterRef, Tier
@@ -27,6 +30,7 @@ __all__ = [
     "Generation",
     "Grammar",
     "ModelInfo",
+    "Pooling",
     "Progress",
     "RequestTiming",
     "SamplingParams",
@@ -36,6 +40,9 @@ __all__ = [
     "TokenLogprob",
     "Whitespace",
 ]
+
+
+Pooling: TypeAlias = Literal["last", "mean"]
 
 
 class FinishReason(StrEnum):
@@ -51,6 +58,7 @@ class Task(StrEnum):
     """What a sequence is for, and so what is done when all of its tokens have run."""
 
     GENERATE = "generate"  # the next token is sampled
+    POOL = "pool"  # the prompt's hidden states become one vector: the sequence ends
     SCORE = "score"  # the prompt's own logits were wanted, or it was to be in the cache: the sequence ends
 
 
@@ -70,6 +78,8 @@ class SamplingParams:
     and stop strings that end in their text do not count. The text has special tokens where `skip_special_tokens` is
     False, and what the answer stopped at with `include_stop`. With `prompt_ranks` the prompt's log-probabilities have
     their ranks.
+
+    With `pooling` nothing is generated: the answer is the last token's hidden state, or the mean of all.
     """
 
     max_tokens: int
@@ -96,9 +106,12 @@ class SamplingParams:
     skip_special_tokens: bool = True
     include_stop: bool = False
     prompt_ranks: bool = False
+    pooling: Pooling | None = None
 
     @property
     def task(self) -> Task:
+        if self.pooling is not None:
+            return Task.POOL
         return Task.GENERATE if self.max_tokens else Task.SCORE
 
 
@@ -149,7 +162,8 @@ class Delta:
     incomplete, so the texts of all deltas joined are the answer. `num_cached_tokens` (prompt tokens taken
     from the prefix cache) and `prompt_logprobs` come with the first delta of choice 0. `stop_reason` comes with a
     choice's last one: what of the request ended it, a stop string or one of `stop_token_ids`; None where
-    the model or the length did.
+    the model or the length did. `pooled` [hidden]
+    is the whole answer of a prompt that was pooled.
     """
 
     index: int
@@ -160,6 +174,7 @@ class Delta:
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     num_cached_tokens: int = 0
     stop_reason: str | int | None = None
+    pooled: npt.NDArray[np.float32] | None = field(default=None, compare=False)
 
 
 class Generation(Protocol):
@@ -186,7 +201,10 @@ class Generation(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """The base model as callers see it."""
+    """The base model as callers see it.
+
+    `hidden_size`: numbers of an embedding, 0 where the model gives none; `dimensions`: to how many it may be cut.
+    """
 
     name: str
     context_length: int
@@ -196,7 +214,10 @@ class ModelInfo:
     default_top_p: float = 1.0
     default_top_k: int = 0
     default_repetition_penalty: float = 1.0
+    default_pooling: Pooling = "last"
     max_logprobs: int = 20
+    hidden_size: int = 0
+    dimensions: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

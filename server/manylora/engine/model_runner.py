@@ -32,8 +32,9 @@ class Outcome:
     """What a step gave one sequence: its next tokens, where the step reached its end.
 
     The first `num_accepted` tokens are the draft's, which have run already; behind them comes at least one that has
-    not. `logprobs` has an entry for each token, or none. `prompt_logprobs` and `captured` (logits [rows, vocab], in
-    pieces) are of the step's own part of a prompt. `is_finite`: False where its logits hold NaN or infinity.
+    not. `logprobs` has an entry for each token, or none. `prompt_logprobs`, `captured` (logits [rows, vocab], in
+    pieces) and `hidden` (hidden states [rows, hidden], in pieces) are of the step's own part of a prompt. `is_finite`:
+    False where its logits hold NaN or infinity.
     """
 
     token_ids: SequenceOf[int] = ()
@@ -41,6 +42,7 @@ class Outcome:
     logprobs: SequenceOf[TokenLogprob] = ()
     prompt_logprobs: SequenceOf[TokenLogprob] = ()
     captured: SequenceOf[np.ndarray] = ()
+    hidden: SequenceOf[np.ndarray] = ()
     is_finite: bool = True
 
     def add(self, later: "Outcome") -> None:
@@ -48,6 +50,7 @@ class Outcome:
         self.token_ids, self.num_accepted, self.logprobs = later.token_ids, later.num_accepted, later.logprobs
         self.prompt_logprobs = (*self.prompt_logprobs, *later.prompt_logprobs)
         self.captured = (*self.captured, *later.captured)
+        self.hidden = (*self.hidden, *later.hidden)
         self.is_finite &= later.is_finite
 
 
@@ -95,6 +98,8 @@ class ModelRunner:
                     seqs.append(item.seq)
                     ahead.append(item.draft[:place])
         outcomes = [Outcome() for _ in scheduled]
+        if any(item.num_hidden for item in scheduled):
+            _take_hidden(scheduled, self._executor.hidden(), outcomes)
         if not rows and not scored:
             return outcomes
         sampled = self._executor.sample(logits, sampling_input(seqs, ahead, rows, scored))
@@ -117,6 +122,7 @@ class ModelRunner:
         tables = np.zeros((len(scheduled), max(len(s.seq.block_table) for s in scheduled)), dtype=np.int32)
         tokens: list[int] = []
         logit_rows: list[int] = []
+        hidden_rows: list[int] = []
         end = 0
         for i, item in enumerate(scheduled):
             tables[i, : len(item.seq.block_table)] = item.seq.block_table
@@ -124,6 +130,7 @@ class ModelRunner:
             tokens += item.draft
             end += item.num_rows
             logit_rows += range(end - item.num_logits, end)
+            hidden_rows += range(end - item.num_hidden, end)
         first = np.array([s.start for s in scheduled])
         owner = np.repeat(np.arange(len(scheduled)), counts)
         positions = first[owner] + np.arange(starts[-1]) - starts[owner]
@@ -136,6 +143,7 @@ class ModelRunner:
             context_lens=(first + counts).astype(np.int32),
             slots=np.array([s.seq.slot for s in scheduled], dtype=np.int32)[owner],
             logit_rows=np.array(logit_rows, dtype=np.int64),
+            hidden_rows=np.array(hidden_rows, dtype=np.int64),
         )
 
 
@@ -158,6 +166,14 @@ def _take_scored(item: Scheduled, rows: ScoredRows, outcome: Outcome) -> None:
     elif item.seq.params.prompt_logprobs is not None:
         start = [TokenLogprob(item.seq.tokens[0], None)] if not item.start else []
         outcome.prompt_logprobs = [*start, *rows.entries]
+
+
+def _take_hidden(scheduled: SequenceOf[Scheduled], hidden: np.ndarray, outcomes: SequenceOf[Outcome]) -> None:
+    at = 0
+    for item, outcome in zip(scheduled, outcomes, strict=True):
+        if item.num_hidden:
+            outcome.hidden = [hidden[at : at + item.num_hidden]]
+            at += item.num_hidden
 
 
 # the next tokens

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from manylora.engine.detokenizer import Detokenizer
 from manylora.engine.interface import AdapterRef, FinishReason, SamplingParams, Task, TokenLogprob
+from manylora.engine.pooling import Pool
 from manylora.engine.token_rules import TokenRules
 from manylora.grammars.masks import Constraint
 
@@ -98,6 +99,7 @@ class Sequence:
         self.rules: TokenRules | None = None  # the same, where its request rules tokens out
         self.prompt_logprobs: list[TokenLogprob] = []
         self.captured: list[Any] = []  # logits of the prompt's chunks so far, where they are asked for
+        self.pool: Pool | None = None  # of the prompt's tokens so far, where they are pooled
         self.followers: list[Sequence] = []
         self.listener: Listener | None = None  # while somebody wants to hear of it; the event loop's
         self.arrived_s = time.monotonic()
@@ -135,6 +137,11 @@ class Sequence:
         return self.wants_prompt_logits and not self.num_output_tokens
 
     @property
+    def needs_whole_prompt(self) -> bool:
+        """Nothing of its prompt may come from the cache: something is wanted of every token."""
+        return self.scores_prompt or self.params.pooling == "mean"
+
+    @property
     def has_penalties(self) -> bool:
         p = self.params
         return bool(p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1.0)
@@ -151,7 +158,8 @@ class Scheduled:
 
     The draft's tokens are not the sequence's yet: they are run as if they were, and those that come out as it says are
     taken with the one behind them. Besides, as the sequence is when it is planned: `num_rows` tokens are run, the
-    draft's included, and the logits of the last `num_logits` are wanted; whether the step runs the sequence's own last
+    draft's included, and the logits of the last `num_logits` are wanted, or the hidden states of the last `num_hidden`;
+    whether the step runs the sequence's own last
     token, whether its next one is then sampled, and whether logits are wanted for what they say of the prompt.
     """
 
@@ -161,6 +169,7 @@ class Scheduled:
     draft: tuple[int, ...] = ()
     num_rows: int = field(init=False)
     num_logits: int = field(init=False)
+    num_hidden: int = field(init=False)
     reaches_end: bool = field(init=False)
     samples: bool = field(init=False)
     is_scored: bool = field(init=False)
@@ -170,6 +179,11 @@ class Scheduled:
         self.num_rows = self.num_tokens + num_drafted
         self.reaches_end = self.start + self.num_tokens == seq.num_tokens
         self.samples = self.reaches_end and seq.task is Task.GENERATE
+        self.num_hidden = 0
+        if seq.task is Task.POOL:
+            self.is_scored, self.num_logits = False, 0
+            self.num_hidden = self.num_tokens if seq.needs_whole_prompt else int(self.reaches_end)
+            return
         self.is_scored = seq.scores_prompt or (self.reaches_end and not self.samples)
         if seq.scores_prompt:
             self.num_logits = self.num_tokens

@@ -17,7 +17,8 @@ class StepInput:
     `token_ids`, `positions`, `kv_slots` int64 [T]; `kv_slots` is block * block_size + offset, where each token's key
     and value go. `block_tables` int32 [S, most blocks], zero behind a sequence's own. `query_starts` int32 [S + 1]:
     each sequence's run of tokens. `context_lens` int32 [S]: keys to look at, this step's included. `slots` int32 [T]:
-    each token's adapter slot, -1 for none. `logit_rows` int64 [L]: the tokens whose logits are wanted.
+    each token's adapter slot, -1 for none. `logit_rows` int64 [L]: the tokens whose logits are wanted; `hidden_rows`
+    int64 [P]: those whose hidden states are, as the head of the model would get them.
     """
 
     token_ids: np.ndarray
@@ -28,6 +29,7 @@ class StepInput:
     context_lens: np.ndarray
     slots: np.ndarray
     logit_rows: np.ndarray
+    hidden_rows: np.ndarray
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,13 @@ class WrappedModel:
         rows = int(self.model.get_input_embeddings().weight.shape[0])
         return min(rows, int(self.survey.probes[0].base.shape[-1]))
 
+    @property
+    def hidden_size(self) -> int:
+        """Numbers of a token's hidden state, as the head gets it; 0 for a model that is no head over a body."""
+        if self.model.base_model is self.model:
+            return 0
+        return int(self.model.get_input_embeddings().weight.shape[1])
+
     def attach_cache(self, cache: KVCache) -> None:
         """Attend over this cache from now on."""
         name = f"manylora-{next(_numbers)}"

@@ -1,0 +1,130 @@
+"""`/v1/embeddings`: the model's own hidden states, with an adapter or without, in the batch of everybody's requests."""
+
+import base64
+import time
+from collections.abc import Sequence
+from typing import Any, ClassVar, Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+from fastapi import APIRouter, Request
+from pydantic import Field
+from starlette.responses import Response
+
+from manylora.api.answers import extension
+from manylora.api.auth import Caller
+from manylora.api.fields import EMBEDDING_UNSUPPORTED, Unsupported
+from manylora.api.run import Asked, Deltas, Run, answered
+from manylora.api.schemas import Int, PoolRequest, parse
+from manylora.api.sse import Event
+from manylora.api.state import ServicesDep
+from manylora.engine.interface import Delta, ModelInfo, TokenLogprob
+from manylora.errors import InvalidRequest, ManyloraError
+
+__all__ = ["EmbeddingRequest", "router"]
+
+_LITTLE_ENDIAN: Final = np.dtype("<f4")
+router = APIRouter(tags=["inference"])
+
+
+class EmbeddingRequest(PoolRequest):
+    """`POST /v1/embeddings`."""
+
+    unsupported: ClassVar[Unsupported] = EMBEDDING_UNSUPPORTED
+
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Int | None = Field(default=None, ge=1, description="To how many numbers an embedding is cut.")
+
+
+@router.post(
+    "/v1/embeddings",
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/EmbeddingRequest"}}},
+        }
+    },
+)
+async def create_embeddings(request: Request, caller: Caller, services: ServicesDep) -> Response:
+    """One vector of length 1 for each text: OpenAI's embeddings."""
+
+    def read(data: bytes) -> Asked:
+        body = parse(EmbeddingRequest, data)
+        _check_dimensions(body.dimensions, services.engine.model)
+        return Asked(body, lambda run: EmbeddingAnswer(run, body))
+
+    return await answered(request, caller, services, read)
+
+
+def _check_dimensions(wanted: int | None, model: ModelInfo) -> None:
+    allowed = (*model.dimensions, model.hidden_size)
+    if wanted is None or wanted in allowed:
+        return
+    if not model.dimensions:
+        why = f"This model's embeddings have {model.hidden_size} numbers and it was not trained to have them cut."
+    else:
+        why = f"Embeddings are cut to {', '.join(map(str, model.dimensions))} numbers, or left whole."
+    raise InvalidRequest(f"'dimensions' cannot be {wanted}. {why}", param="dimensions")
+
+
+class EmbeddingAnswer:
+    """A list of vectors. Each becomes JSON when it comes. Implements `run.Renderer`."""
+
+    def __init__(self, run: Run, body: EmbeddingRequest) -> None:
+        self._run = run
+        self._label = body.model or body.adapter_id or run.services.engine.model.name
+        self._dimensions = body.dimensions
+        self._is_base64 = body.encoding_format == "base64"
+        self._found: list[orjson.Fragment | str | None] = [None] * run.num_choices
+
+    def arranged(self, deltas: Deltas) -> Deltas:
+        return deltas
+
+    def add(self, choice: int, delta: Delta) -> None:
+        assert delta.pooled is not None, "a prompt that is pooled has one delta"
+        vector = _of_length_one(delta.pooled[: self._dimensions])
+        if self._is_base64:
+            self._found[choice] = base64.b64encode(vector.astype(_LITTLE_ENDIAN).tobytes()).decode()
+        else:
+            self._found[choice] = orjson.Fragment(orjson.dumps(vector, option=orjson.OPT_SERIALIZE_NUMPY))
+
+    def whole(self) -> bytes:
+        counts = self._run.counts
+        data: list[dict[str, Any]] = [
+            {"object": "embedding", "index": index, "embedding": found} for index, found in enumerate(self._found)
+        ]
+        return orjson.dumps(
+            {
+                "object": "list",
+                "data": data,
+                "model": self._label,
+                "id": f"embd-{self._run.id}",
+                "created": int(time.time()),
+                "usage": {
+                    "prompt_tokens": counts.prompt_tokens,
+                    "total_tokens": counts.prompt_tokens,
+                    "prompt_tokens_details": {"cached_tokens": counts.cached_tokens},
+                },
+                "manylora": extension(self._run),
+            }
+        )
+
+    async def keep(self, choice: int, logprobs: Sequence[TokenLogprob]) -> None:
+        """Vectors have none."""
+
+    def events(self, choice: int, delta: Delta) -> Sequence[Event]:
+        """None: a body cannot ask for a stream."""
+        return ()
+
+    def last_events(self) -> Sequence[Event]:
+        return ()
+
+    def failed(self, error: ManyloraError) -> Sequence[Event]:
+        return ()
+
+
+def _of_length_one(vector: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    wide = vector.astype(np.float64)
+    length = float(np.linalg.norm(wide))
+    return (wide / length if length else wide).astype(np.float32)
