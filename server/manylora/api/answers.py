@@ -6,6 +6,7 @@ of them is put together in no time at its end.
 
 import asyncio
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Final
@@ -29,7 +30,7 @@ _LOGPROBS_AT_ONCE: Final = 64
 # log-probabilities
 
 
-class LogprobsJson:
+class LogprobsJson(ABC):
     """One choice's log-probabilities: `add` them as they come, `take` the JSON of all since the last time."""
 
     def __init__(self, codec: TextCodec, *, are_ids: bool = False, hidden: int | None = None) -> None:
@@ -40,11 +41,11 @@ class LogprobsJson:
         self._hidden = hidden
         self._text: Callable[[int], str] = _as_id if are_ids else codec.token_text
 
-    def add(self, logprobs: Sequence[TokenLogprob]) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def add(self, logprobs: Sequence[TokenLogprob]) -> None: ...
 
-    def take(self) -> orjson.Fragment:
-        raise NotImplementedError
+    @abstractmethod
+    def take(self) -> orjson.Fragment: ...
 
 
 def _as_id(token_id: int) -> str:
@@ -144,7 +145,7 @@ def _continues(code: int) -> bool:
 # choices
 
 
-class Choice:
+class Choice(ABC):
     """One choice, and what has to be kept of it. `logprobs` is None where none were asked for."""
 
     def __init__(self, index: int, logprobs: LogprobsJson | None) -> None:
@@ -158,18 +159,18 @@ class Choice:
         self._finish_reason = delta.finish_reason
 
     def whole(self) -> dict[str, Any]:
-        """Its part of a whole answer, from what was added."""
+        """The choice's part of a whole answer, from what was added."""
         return self._whole("".join(self._texts), self._finish_reason)
 
-    def _whole(self, text: str, finish_reason: str | None) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def _whole(self, text: str, finish_reason: str | None) -> dict[str, Any]: ...
 
+    @abstractmethod
     def chunk(self, delta: Delta) -> dict[str, Any]:
-        """Its part of a stream's event."""
-        raise NotImplementedError
+        """The choice's part of a stream's event."""
 
     def opening(self) -> dict[str, Any] | None:
-        """What a stream says of it before the first token."""
+        """What a stream says of the choice before the first token."""
         return None
 
     def taken(self) -> orjson.Fragment | None:

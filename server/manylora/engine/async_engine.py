@@ -299,7 +299,7 @@ class AsyncEngine:
         self._tiers.offer(ref, adapter)
 
         def probe(name: str, tried: AdapterRef | None) -> RunningGeneration:
-            """It runs at the expense of the tenant's fair share."""
+            """A probe runs at the expense of the tenant's fair share."""
             seq = Sequence(name, list(prompt), params, adapter=tried, tenant=tenant, weight=weight, capture_logits=True)
             return self._submit([seq])
 

@@ -28,7 +28,7 @@ class Constraints:
         self._seqs: list[Sequence] = []  # those that have ended leave with the next `due`
 
     def add(self, seq: Sequence) -> None:
-        """It has no tokens yet. One that is to have none is held to nothing."""
+        """Hold a sequence without tokens to its grammar from now on; one that is to have none is held to nothing."""
         compiled, params = seq.params.grammar, seq.params
         if compiled is None or seq.task is not Task.GENERATE:
             return

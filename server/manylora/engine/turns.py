@@ -53,25 +53,25 @@ class Turns:
         return self._yielding.get(adapter.id, seq) is seq
 
     def pass_over(self, seq: Sequence, adapter: AdapterRef) -> None:
-        """It could not go on in this plan, since its adapter has no slot."""
+        """Note that `seq` could not go on in this plan, since its adapter has no slot."""
         seq.num_passed_over += 1
         if self._places.lacks_room(adapter):
             self._lacking.append(seq)
 
     def start(self, seq: Sequence) -> None:
-        """It runs from this plan on."""
+        """Note that `seq` runs from this plan on."""
         seq.started_plan = self._num_plans
         if seq.adapter is not None:
             self._held_since.setdefault(seq.adapter.id, self._num_plans)
 
     def stop(self, seq: Sequence) -> None:
-        """It runs no more: it was taken out of `running`."""
+        """Note that `seq` runs no more: it was taken out of `running`."""
         adapter = seq.adapter
         if adapter is not None and not any(s.adapter and s.adapter.id == adapter.id for s in self._running):
             del self._held_since[adapter.id]
 
     def forget_waiting(self, seq: Sequence) -> None:
-        """It waits no more."""
+        """Note that `seq` waits no more."""
         seq.num_passed_over = 0
         seq.granted_plan = None
         for adapter_id in [a for a, s in self._yielding.items() if s is seq]:

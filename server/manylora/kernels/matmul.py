@@ -27,7 +27,7 @@ class NativeMatmul(BaseMatmul, Protocol):
     """One that the C++ layers compute as well."""
 
     def handle(self) -> Any:
-        """Its weight and bias as a `Weight` of csrc/weights.h."""
+        """Weight and bias as a `Weight` of csrc/weights.h."""
         ...
 
 

@@ -32,7 +32,7 @@ class Presence:
         self._num_bytes = 0
 
     def enter(self, visit: Visit, tenant: str) -> None:
-        """It is the tenant's request. Raises RateLimited."""
+        """Count `visit` as the tenant's request. Raises RateLimited."""
         if self._requests[tenant] >= self._max_requests:
             raise RateLimited(
                 f"{self._max_requests} requests of this tenant are being answered, as many as may be at a time. "

@@ -99,7 +99,7 @@ class Entry:
 
     @property
     def is_idle(self) -> bool:
-        """Its place could be taken."""
+        """Whether the adapter's place could be taken."""
         return self.is_resident and not self.users and not self.is_pinned
 
 
@@ -107,19 +107,19 @@ class TierEvents:
     """What the tiers tell the metrics. The base class says nothing."""
 
     def on_load(self, ref: AdapterRef, tier: Tier, seconds: float) -> None:
-        """It went up from `tier`: from disk to host memory, or from there to the device."""
+        """The adapter went up from `tier`: from disk to host memory, or from there to the device."""
 
     def on_failure(self, ref: AdapterRef) -> None:
-        """It was asked for and could not be brought to the device."""
+        """The adapter was asked for and could not be brought to the device."""
 
     def on_eviction(self, ref: AdapterRef, tier: Tier) -> None:
-        """It left `tier` to make room."""
+        """The adapter left `tier` to make room."""
 
     def on_enter(self, ref: AdapterRef) -> None:
-        """A device slot is its own from now on."""
+        """A device slot is the adapter's own from now on."""
 
     def on_leave(self, ref: AdapterRef) -> None:
-        """Its device slot is free again."""
+        """The adapter's device slot is free again."""
 
 
 class DeviceTier:
@@ -147,7 +147,7 @@ class DeviceTier:
         return list(self._placed.values())
 
     def refile(self, entry: Entry) -> bool:
-        """Its users, pin or claim have changed. True if it may be evicted now and might not before."""
+        """File an adapter anew whose users, pin or claim have changed. True if it may be evicted only from now on."""
         assert self._is_held()
         key = entry.ref.id
         was_evictable = self._evictable.pop(key, None) is not None
@@ -270,7 +270,7 @@ class DeviceTier:
         self._policy.on_remove(entry.ref.id)
 
     def give_back(self, entry: Entry) -> None:
-        """Its place is free again."""
+        """Free the adapter's place."""
         assert self._is_held()
         assert entry.place is not None
         slot, entry.place = entry.place.slot, None

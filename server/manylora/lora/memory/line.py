@@ -45,7 +45,7 @@ class WaitingLine(Generic[K]):
         return list(islice(self._waiters, most))
 
     def join(self, key: K, tenant: str | None = None) -> bool:
-        """It waits from now on. True where `tenant` had not asked for it since it joined."""
+        """Let `key` wait from now on. True where `tenant` had not asked for it since it joined."""
         waiter = self._waiters.setdefault(key, _Waiter())
         if tenant is None or tenant in waiter.tenants:
             return False
@@ -57,14 +57,14 @@ class WaitingLine(Generic[K]):
         return self._waiters[key].tenants
 
     def leave(self, key: K) -> None:
-        """It waits no more. Where it was hurried, the others may find a place now."""
+        """Let `key` wait no more. Where it was hurried, the others may find a place now."""
         waiter = self._waiters.pop(key, None)
         if waiter is not None and waiter.is_hurried:
             self._hurried.remove(key)
             self.moment += 1
 
     def hurry(self, key: K) -> bool:
-        """It comes before all that are not hurried; False where it does not wait, or is hurried already."""
+        """Put `key` before all that are not hurried; False where it does not wait, or is hurried already."""
         waiter = self._waiters.get(key)
         if waiter is None or waiter.is_hurried:
             return False
@@ -85,7 +85,7 @@ class WaitingLine(Generic[K]):
         self.moment += 1
 
     def refuse(self, key: K, moment: int) -> None:
-        """It found no place, looking at that moment."""
+        """Note that `key` found no place, looking at that moment."""
         waiter = self._waiters.get(key)
         if waiter is not None:
             waiter.refused_at = moment
@@ -131,7 +131,7 @@ class LoadLine(Generic[K]):
         self._running: Counter[str] = Counter()
 
     def add(self, key: K, tenants: Iterable[str]) -> None:
-        """It waits, for each of these tenants; whose turn comes first gets it its thread. Again: for more tenants."""
+        """Let `key` wait for each of these tenants, or for more; whose turn comes first gets it its thread."""
         self._waiting.add(key)
         for tenant in tenants:
             line = self._lines.setdefault(tenant, deque())
@@ -142,7 +142,7 @@ class LoadLine(Generic[K]):
         return key in self._waiting
 
     def discard(self, key: K) -> bool:
-        """It waits no more; False if it did not."""
+        """Let `key` wait no more; False if it did not."""
         if key not in self._waiting:
             return False
         self._waiting.remove(key)

@@ -41,7 +41,7 @@ class Occupancy:
             self._since[ref.id] = ref, self.clock_us()
 
     def leave(self, ref: AdapterRef) -> None:
-        """Its slot is free again."""
+        """Note that the adapter's slot is free again."""
         with self._lock:
             entered = self._since.pop(ref.id, None)
             if entered is not None:

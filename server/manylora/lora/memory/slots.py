@@ -120,7 +120,7 @@ class SlotBook:
         return [Place(used[row], self._next_slab, new, new == 0) for new, row in enumerate(sorted(used))]
 
     def compact(self, slab_id: int, places: list[Place]) -> None:
-        """They are there now: the places are those that `compacted` gave, and nothing was reserved in between."""
+        """Note that the adapters are at `places` now, those that `compacted` gave; nothing was reserved in between."""
         old = self._slabs.pop(slab_id)
         size_bytes = len(places) * old.place_bytes
         self._slabs[places[0].slab] = _Slab(
