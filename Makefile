@@ -7,9 +7,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH_INDEX ?=
 SOURCES := $(wildcard server/manylora/csrc/*.* server/manylora/csrc/*/*.*)
 BUILD_INPUTS := pyproject.toml setup.py $(SOURCES)
-# Tests run in so many processes; with 0, in pytest's own, which a debugger wants.
+# Tests run in so many processes; with 0, in pytest's own, which a debugger wants. Files come in the order of their names:
+# by the number of their tests the slowest ones, which have few, would come last, with nothing beside them.
 JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count() or 1))')
-PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 ARGS ?=
 
 .PHONY: help serve test emulated sanitize soak check quick format docs clean distclean
