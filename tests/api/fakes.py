@@ -145,6 +145,7 @@ class FakeGeneration:
             finish_reason=self.engine.last_reason or reason if is_last else None,
             prompt_logprobs=self._prompt_logprobs() if step == 0 and index == 0 else (),
             num_cached_tokens=2 if step == 0 and index == 0 else 0,
+            stop_reason=self.engine.last_stop if is_last else None,
         )
 
     def _prompt_logprobs(self) -> tuple[TokenLogprob, ...]:
@@ -182,6 +183,7 @@ class FakeEngine:
     error_at: int | None = None
     error: ManyloraError = field(default_factory=lambda: ManyloraError("the engine tripped"))
     last_reason: FinishReason | None = None
+    last_stop: str | int | None = None
     refuse: ManyloraError | None = None
     refuse_grammar: ManyloraError | None = None
     compiled: list[tuple[str, Grammar]] = field(default_factory=list)

@@ -42,13 +42,13 @@ def test_without_a_good_key_nothing_is_answered(locked: Rig, method: str, path: 
     assert answer.headers["www-authenticate"] == "Bearer"
 
 
-@pytest.mark.parametrize("path", ["/health", "/ready", "/version"])
+@pytest.mark.parametrize("path", ["/health", "/ready", "/ping", "/version", "/api/version"])
 def test_probes_need_no_key(locked: Rig, path: str) -> None:
     assert locked.client.get(path).status_code == 200
 
 
 def test_every_route_but_the_probes_and_docs_needs_a_key(locked: Rig) -> None:
-    open_routes = {"/health", "/ready", "/version"}
+    open_routes = {"/health", "/ready", "/ping", "/version", "/api/version"}
     for path, methods in locked.app.openapi()["paths"].items():
         for method in methods:
             status = locked.client.request(method, path.replace("{model_id}", "alpha")).status_code

@@ -7,8 +7,8 @@ from typing import Any
 import httpx2
 import pytest
 
-from manylora.api.requests import COMPLETION_MAX_TOKENS, MAX_ECHO_LOGPROBS, MAX_ENCODED_CHARACTERS, prompts_of
-from manylora.api.schemas import CompletionRequest
+from manylora.api.requests import MAX_ECHO_LOGPROBS, MAX_ENCODED_CHARACTERS, prompts_of
+from manylora.api.schemas import DEFAULT_MAX_TOKENS, CompletionRequest
 from manylora.engine.interface import SamplingParams
 from manylora.errors import ContextLengthExceeded
 
@@ -169,7 +169,7 @@ def test_a_chat_gets_special_tokens_where_it_asks_for_them(rig: Rig) -> None:
         assert chr(rig.engine.generations[-1].prompt_ids[0]) == first
 
 
-@pytest.mark.parametrize(("fields", "left"), [({"max_tokens": 56}, 56), ({}, COMPLETION_MAX_TOKENS)])
+@pytest.mark.parametrize(("fields", "left"), [({"max_tokens": 56}, 56), ({}, DEFAULT_MAX_TOKENS)])
 @pytest.mark.parametrize("route", ["chat", "complete"])
 def test_minus_one_keeps_what_the_context_has_room_for(rig: Rig, route: str, fields: dict[str, Any], left: int) -> None:
     long = "x" * 5000

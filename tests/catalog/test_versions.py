@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import httpx2
 import pytest
 from sqlalchemy import event
 
@@ -92,6 +93,22 @@ async def test_promoting_a_version_that_is_not_there_changes_nothing(settings: S
         assert answer.status_code == 404
         shown = (await rig.call("GET", "/v1/adapters/x")).json()
         assert (shown["active_version"], shown["description"]) == (1, "")
+
+
+async def test_openais_way_to_delete(settings: Settings) -> None:
+    async with running(settings, "acme:user", "acme:manager", "rival:manager") as rig:
+
+        async def delete(name: str, who: str = "acme:manager") -> httpx2.Response:
+            return await rig.call("DELETE", f"/v1/models/{name}", who)
+
+        for seed in (1.0, 2.0):
+            await rig.push("x", sound_files(seed), "acme:manager")
+        assert [(await delete("x", who)).status_code for who in ("acme:user", "rival:manager")] == [403, 404]
+        assert (await delete("x@1")).json() == {"id": "x@1", "object": "model", "deleted": True}
+        assert (await delete("x@1")).status_code == 404
+        assert (await delete("base-model:x")).json()["deleted"]
+        assert (await rig.call("GET", "/v1/models/x", "acme:user")).status_code == 404
+        assert [(await delete(name)).status_code for name in ("base-model", "owner/x", "gone")] == [403, 404, 404]
 
 
 async def test_a_pin_follows_the_active_version(settings: Settings) -> None:

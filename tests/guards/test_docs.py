@@ -129,7 +129,19 @@ def test_what_compare_writes_can_take_the_place_of_the_standard_results(
 
 
 def routes() -> Iterator[str]:
-    from manylora.api import adapters, dashboard_routes, embeddings, inspection, openai, ops, tokens, usage
+    from manylora.api import (
+        adapters,
+        dashboard_routes,
+        embeddings,
+        inspection,
+        ollama,
+        openai,
+        ops,
+        sagemaker,
+        tgi,
+        tokens,
+        usage,
+    )
 
     catalog = cast("Any", None)  # the routes are looked at, not called
     built = (
@@ -138,7 +150,8 @@ def routes() -> Iterator[str]:
         usage.build_router(catalog),
         dashboard_routes.build_router(),
     )
-    for router in (ops.router, openai.router, embeddings.router, tokens.router, *built):
+    inference = (openai, embeddings, tokens, tgi, ollama, sagemaker)
+    for router in (ops.router, *(each.router for each in inference), *built):
         for route in router.routes:
             if isinstance(route, APIRoute) and "assets" not in route.path:
                 yield from (f"{method} {route.path}" for method in sorted(route.methods or ()))

@@ -14,6 +14,8 @@ from manylora.api.fields import wanted
 from manylora.api.json_body import is_json, parse_json, require_json
 from manylora.api.lanes import PYTHON, beside_loop
 from manylora.api.ownership import not_found, owner_of, target_tenant, version_number
+from manylora.api.requests import parse_model
+from manylora.api.state import ServicesDep
 from manylora.catalog.records import MAX_DESCRIPTION, AdapterRecord, Payer, Published, VersionRecord, Wish
 from manylora.catalog.service import Catalog
 from manylora.errors import AdapterNotFound, InvalidRequest, PermissionDenied, TooLarge, quoted
@@ -108,6 +110,7 @@ def build_router(catalog: Catalog) -> APIRouter:
     _add_uploads(router, catalog)
     _add_reads(router, catalog)
     _add_changes(router, catalog)
+    _add_openai(router, catalog)
     _add_vllm(router, catalog)
     return router
 
@@ -257,6 +260,18 @@ def _add_changes(router: APIRouter, catalog: Catalog) -> None:
         owner = owner_of(catalog.directory, caller, name, tenant, version=number, for_change=True)
         await catalog.delete(owner, name, number)
         return Response(status_code=204)
+
+
+def _add_openai(router: APIRouter, catalog: Catalog) -> None:
+    @router.delete("/v1/models/{model_id:path}")
+    async def delete_model(model_id: str, caller: Manager, services: ServicesDep) -> Response:
+        """Delete an adapter with all its versions, or `<adapter>@<n>`: OpenAI's way to say it."""
+        named = parse_model(model_id, services.engine.model.name)
+        if named is None:
+            raise PermissionDenied(f"'{quoted(model_id)}' is the base that this server serves. It is not deleted.")
+        owner = owner_of(catalog.directory, caller, named.name, None, version=named.version, for_change=True)
+        await catalog.delete(owner, named.name, named.version)
+        return JSONResponse({"id": model_id, "object": "model", "deleted": True})
 
 
 def _add_vllm(router: APIRouter, catalog: Catalog) -> None:

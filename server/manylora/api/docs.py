@@ -12,17 +12,28 @@ from pydantic.json_schema import models_json_schema
 from starlette.responses import RedirectResponse, Response
 
 from manylora.api.embeddings import EmbeddingRequest
+from manylora.api.ollama import OllamaChatRequest, OllamaGenerateRequest
 from manylora.api.schemas import ChatRequest, CompletionRequest
+from manylora.api.tgi import GenerateRequest
 from manylora.api.tokens import DetokenizeRequest, TokenizeRequest
 
 __all__ = ["install_docs"]
 
 _ASSETS: Final = Path(fastapi_offline.__file__).parent / "static"
+# Of routes that parse their bodies themselves.
+_BODIES: Final = (
+    CompletionRequest,
+    ChatRequest,
+    EmbeddingRequest,
+    TokenizeRequest,
+    DetokenizeRequest,
+    GenerateRequest,
+    OllamaChatRequest,
+    OllamaGenerateRequest,
+)
 _CONTENT_POLICY: Final = (
     "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; img-src 'self' data:"
 )
-
-_BODIES: Final = (CompletionRequest, ChatRequest, EmbeddingRequest, TokenizeRequest, DetokenizeRequest)
 
 
 def install_docs(app: FastAPI) -> None:

@@ -32,7 +32,16 @@ from manylora.errors import (
 )
 from manylora.log import get_logger
 
-__all__ = ["ERROR_BODIES", "INTERNAL_ERROR", "error_json", "error_response", "install_error_handlers", "invalid_from"]
+__all__ = [
+    "ERROR_BODIES",
+    "INTERNAL_ERROR",
+    "error_json",
+    "error_response",
+    "install_error_handlers",
+    "invalid_from",
+    "ollama_error",
+    "tgi_error",
+]
 
 _log = get_logger("manylora.api")
 
@@ -55,14 +64,17 @@ def error_response(
 
 def error_json(error: ManyloraError, scope: Scope | None = None) -> bytes:
     """The body that tells of `error` on the route of this scope."""
-    path = "" if scope is None else scope.get("path", "")
-    body_of = next((each for prefix, each in ERROR_BODIES.items() if _is_below(path, prefix)), _openai)
-    request_id = "" if scope is None else scope.get("manylora.request_id", "")
-    return orjson.dumps(body_of(error, request_id))
+    if scope is None:
+        return orjson.dumps(_openai(error, ""))
+    asked = f"{scope.get('method', '')} {scope.get('path', '')}"
+    body_of = next((each for prefix, each in ERROR_BODIES.items() if _is_below(asked, prefix)), _openai)
+    return orjson.dumps(body_of(error, scope.get("manylora.request_id", "")))
 
 
-def _is_below(path: str, prefix: str) -> bool:
-    return path == prefix or path.startswith(f"{prefix}/")
+def _is_below(asked: str, prefix: str) -> bool:
+    """Whether a request, `GET /a/b`, is for what is below `/a`. A prefix with a method is that request alone."""
+    path = asked.partition(" ")[2]
+    return prefix in (asked, path) or path.startswith(f"{prefix}/")
 
 
 def _openai(error: ManyloraError, _: str) -> dict[str, Any]:
@@ -83,10 +95,30 @@ _ANTHROPIC_TYPES: Final = {
     503: "overloaded_error",
 }
 
+
+def tgi_error(error: ManyloraError, _: str = "") -> dict[str, Any]:
+    """Its clients know three types, and go by the status where there is another one."""
+    return {"error": error.message, "error_type": _TGI_TYPES.get(error.status, error.code)}
+
+
+def ollama_error(error: ManyloraError, _: str = "") -> dict[str, Any]:
+    return {"error": error.message}
+
+
+_TGI_TYPES: Final = {
+    **dict.fromkeys((400, 413, 415, 422), "validation"),
+    **dict.fromkeys((429, 503), "overloaded"),
+    500: "generation",
+}
+
 ErrorBody: TypeAlias = Callable[[ManyloraError, str], dict[str, Any]]
 """From an error and the request's id to the JSON that tells of it."""
 
-ERROR_BODIES: Final[Mapping[str, ErrorBody]] = {"/v1/messages": _anthropic}
+ERROR_BODIES: Final[Mapping[str, ErrorBody]] = {
+    "/v1/messages": _anthropic,
+    "/api": ollama_error,
+    **dict.fromkeys(("/generate", "/generate_stream", "/info", "POST /"), tgi_error),
+}
 """Of the routes that do not speak as OpenAI does, by the beginning of their path."""
 
 

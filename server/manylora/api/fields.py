@@ -4,6 +4,7 @@ Each has its neutral values: those that ask for nothing, most often its default 
 count as absent, as `null` does for any field whatever; any other value is refused by name.
 """
 
+import re
 from collections.abc import Container, Mapping
 from typing import Any, Final, TypeAlias
 
@@ -14,6 +15,7 @@ __all__ = [
     "COMPLETION_UNSUPPORTED",
     "EMBEDDING_UNSUPPORTED",
     "MESSAGE_UNSUPPORTED",
+    "NOTHING",
     "PART_UNSUPPORTED",
     "STREAM_OPTION_UNSUPPORTED",
     "TOKENIZE_UNSUPPORTED",
@@ -28,7 +30,8 @@ Unsupported: TypeAlias = Mapping[str, tuple[Any, ...]]
 """Names with their neutral values besides null. Of several fields at fault the one that comes first is named."""
 
 # Real clients send these in fields of any type.
-_NOTHING: Final[tuple[Any, ...]] = (False, [], {}, "", {"type": "text"})
+NOTHING: Final[tuple[Any, ...]] = (False, [], {}, "", {"type": "text"})
+_NOTHING: Final = NOTHING
 # Of switches that are on by default, `false` asks for something.
 _ON: Final = (True,)
 
@@ -175,7 +178,9 @@ def renamed(error: InvalidRequest, names: Mapping[str, str]) -> InvalidRequest:
     if ours is None:
         return error
     error.param = names[ours] + path[len(ours) :]
-    error.message = error.message.replace(f"'{ours}", f"'{names[ours]}")
+    error.message = re.sub(rf"'{re.escape(ours)}(?=['.\[])", f"'{names[ours]}", error.message)
+    if error.message.startswith(f"{path}:"):
+        error.message = error.param + error.message[len(path) :]
     return error
 
 

@@ -11,16 +11,17 @@ from starlette.responses import Response
 
 from manylora.api.answers import ChatAnswer, CompletionAnswer
 from manylora.api.auth import Caller
+from manylora.api.json_body import parse_json
 from manylora.api.lanes import PYTHON, beside_loop
 from manylora.api.requests import parse_model, resolve, without_alias
 from manylora.api.run import Asked, answered
-from manylora.api.schemas import ChatRequest, CompletionRequest, parse
+from manylora.api.schemas import ChatRequest, CompletionRequest, checked
 from manylora.api.state import Services, ServicesDep
 from manylora.catalog.interface import PublishedAdapter
 from manylora.engine.interface import AdapterRef
 from manylora.errors import AdapterNotFound
 
-__all__ = ["router"]
+__all__ = ["chat", "completion", "published", "router"]
 
 # OpenAI's clients take a list of models for whole: few have more than this, and who pages can have all.
 MAX_MODELS: Final = 10_000
@@ -36,22 +37,24 @@ def _body_of(schema: str) -> dict[str, Any]:
 @router.post("/v1/completions", openapi_extra=_body_of("CompletionRequest"))
 async def create_completion(request: Request, caller: Caller, services: ServicesDep) -> Response:
     """Continue a prompt: OpenAI's completions."""
-    return await answered(request, caller, services, _completion)
+    return await answered(request, caller, services, lambda data: completion(parse_json(data)))
 
 
 @router.post("/v1/chat/completions", openapi_extra=_body_of("ChatRequest"))
 async def create_chat_completion(request: Request, caller: Caller, services: ServicesDep) -> Response:
     """Answer a chat: OpenAI's chat completions."""
-    return await answered(request, caller, services, _chat)
+    return await answered(request, caller, services, lambda data: chat(parse_json(data)))
 
 
-def _completion(data: bytes) -> Asked:
-    body = parse(CompletionRequest, data)
+def completion(raw: Any) -> Asked:
+    """What a completion's body, parsed, asks for. Raises InvalidRequest."""
+    body = checked(CompletionRequest, raw)
     return Asked(body, lambda run: CompletionAnswer(run, body))
 
 
-def _chat(data: bytes) -> Asked:
-    body = parse(ChatRequest, data)
+def chat(raw: Any) -> Asked:
+    """What a chat's body, parsed, asks for. Raises InvalidRequest."""
+    body = checked(ChatRequest, raw)
     return Asked(body, lambda run: ChatAnswer(run, body))
 
 
@@ -86,7 +89,7 @@ def _aliases(services: Services, tenant: str) -> Iterator[dict[str, Any]]:
     """The entries of the aliases that lead somewhere for this tenant, as those tools look for them."""
     base = services.engine.model
     for alias, name in services.settings.resolved_model_aliases.items():
-        if alias == base.name or _published(services, tenant, alias) is not None:
+        if alias == base.name or published(services, tenant, alias) is not None:
             continue
         if name == base.name:
             yield _base_entry(services, base.created) | {"id": alias}
@@ -95,12 +98,12 @@ def _aliases(services: Services, tenant: str) -> Iterator[dict[str, Any]]:
             wanted = parse_model(name, base.name)
             if wanted is not None:
                 ref = resolve(services.directory, tenant, wanted, written=alias, param="model")
-                found = _published(services, tenant, ref.name)
+                found = published(services, tenant, ref.name)
                 is_active = found is not None and found.ref == ref
                 yield _adapter_entry(services, ref, found.created if found and is_active else base.created, alias)
 
 
-def _published(services: Services, tenant: str, name: str) -> PublishedAdapter | None:
+def published(services: Services, tenant: str, name: str) -> PublishedAdapter | None:
     """The adapter of that name, where it has an active version."""
     first = next(services.directory.visible_to(tenant, name), None)
     return first if first is not None and first.ref.name == name else None
@@ -117,7 +120,7 @@ async def get_model(model_id: str, caller: Caller, services: ServicesDep) -> dic
     if wanted is None:
         return _base_entry(services, base.created) | {"id": model_id}
     ref = resolve(services.directory, caller.tenant, wanted, written=model_id, param="model")
-    found = _published(services, caller.tenant, ref.name)
+    found = published(services, caller.tenant, ref.name)
     return _adapter_entry(services, ref, base.created if found is None else found.created, model_id)
 
 

@@ -26,7 +26,7 @@ _METHODS: Final = ("GET", "HEAD", "POST", "PATCH", "DELETE")
 _SAFE: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 _EXPOSED: Final = ("x-request-id", "x-manylora-adapter", "retry-after", "content-disposition", "www-authenticate")
 # They tell nothing, and balancers ask them by whatever name they have.
-_PROBES: Final = frozenset({"/health", "/ready"})
+_PROBES: Final = frozenset({"/health", "/ready", "/ping"})
 # A `Host` header is a name, an IPv4 address or an IPv6 address in brackets, and perhaps a port: nothing behind those.
 _HOST: Final = re.compile(r"(\[[^\[\]]*\]|[^:\[\]]*)(?::\d*)?", re.ASCII)
 

@@ -19,6 +19,7 @@ from manylora.api.lanes import LONG_TEXT, PYTHON, SHORT_TEXT, beside_loop
 from manylora.api.record import ClientGone
 from manylora.api.sampling import check_token_ids, sampling_params
 from manylora.api.schemas import (
+    DEFAULT_MAX_TOKENS,
     Body,
     ChatRequest,
     CompletionRequest,
@@ -51,7 +52,6 @@ __all__ = [
     "without_alias",
 ]
 
-COMPLETION_MAX_TOKENS: Final = 16  # OpenAI's default
 MAX_ECHO_LOGPROBS: Final = 1_048_576
 MAX_ECHO_CHARACTERS: Final = 8_388_608
 MAX_ENCODED_CHARACTERS: Final = 1_048_576
@@ -406,7 +406,7 @@ def _most_kept(request: InferenceRequest, model: ModelInfo) -> int | None:
     if most != -1:
         return most
     asked = request.token_limit
-    return max(1, model.context_length - (COMPLETION_MAX_TOKENS if asked is None else max(asked, 1)))
+    return max(1, model.context_length - (DEFAULT_MAX_TOKENS if asked is None else max(asked, 1)))
 
 
 def _truncated(ids: list[int], request: InferenceRequest, model: ModelInfo) -> list[int]:
@@ -420,7 +420,7 @@ def _fit_to_context(
     """`params` with the `max_tokens` asked for, or the default. Raises ContextLengthExceeded."""
     room = _room_for_answer(request, num_prompt_tokens, model)
     asked = request.token_limit
-    default = room if isinstance(request, ChatRequest) else min(COMPLETION_MAX_TOKENS, room)
+    default = room if request.default_max_tokens is None else min(request.default_max_tokens, room)
     most = default if asked is None else asked
     if params.min_tokens > most:
         raise InvalidRequest(

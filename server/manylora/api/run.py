@@ -73,12 +73,14 @@ class Renderer(Protocol):
 class Asked:
     """What a body of any API asks for: in the terms of this server's own requests, and in which words to answer.
 
-    `names` says what fields of `body` are called in the API that the body came by, for errors about them.
+    `names` says what fields of `body` are called in the API that the body came by, for errors about them; `stream`, how
+    a stream of that API is framed.
     """
 
     body: InferenceRequest
     renderer: "Callable[[Run], Renderer]"
     names: Mapping[str, str] = field(default_factory=dict)
+    stream: type[EventStream] = EventStream
 
 
 async def answered(
@@ -101,7 +103,7 @@ async def answered(
             raise renamed(error, asked.names) from None
         await check_connected(request)
         run.ask(prompts, gone=missing(body), cache_salt=body.cache_salt, priority=body.priority)
-        return await run.answer(asked.renderer(run), is_streamed=body.is_streamed)
+        return await run.answer(asked.renderer(run), is_streamed=body.is_streamed, stream=asked.stream)
 
 
 class Run:
@@ -178,14 +180,14 @@ class Run:
 
     # the answer
 
-    async def answer(self, renderer: Renderer, *, is_streamed: bool) -> Response:
+    async def answer(
+        self, renderer: Renderer, *, is_streamed: bool, stream: type[EventStream] = EventStream
+    ) -> Response:
         """The response, which a stream begins once it is sent. Raises ClientGone where nobody waits for it any more."""
         headers = {ADAPTER_HEADER: self.adapter.label if self.adapter else "base"}
         if is_streamed:
             keep_alive_s = self.services.settings.stream_keep_alive_s
-            return EventStream(
-                self._events(renderer), headers=headers, keep_alive_s=keep_alive_s, failed=renderer.failed
-            )
+            return stream(self._events(renderer), headers=headers, keep_alive_s=keep_alive_s, failed=renderer.failed)
         content = await while_connected(self._request.receive, self._whole(renderer))
         return Response(content, headers=headers, media_type="application/json")
 

@@ -48,6 +48,7 @@ __all__ = [
     "parse",
 ]
 
+DEFAULT_MAX_TOKENS: Final = 16  # OpenAI's, of completions
 MAX_N: Final = 128
 MAX_PROMPTS: Final = 256
 MAX_INPUTS: Final = 2048
@@ -182,6 +183,7 @@ class InferenceRequest(Body):
 class GenerationRequest(InferenceRequest):
     """What completions and chat have in common."""
 
+    default_max_tokens: ClassVar[int | None] = None  # the rest of the context
     stream: bool = False
     stream_options: StreamOptions | None = None
     max_tokens: Int | None = Field(default=None, ge=1)
@@ -291,6 +293,7 @@ class CompletionRequest(GenerationRequest):
     """`POST /v1/completions`."""
 
     unsupported: ClassVar[Unsupported] = COMPLETION_UNSUPPORTED
+    default_max_tokens: ClassVar[int | None] = DEFAULT_MAX_TOKENS
 
     prompt: str | list[str] | list[int] | list[list[int]]
     max_tokens: Int | None = Field(default=None, ge=0, description="0 runs the prompt alone, to score it with `echo`.")

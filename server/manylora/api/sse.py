@@ -1,4 +1,4 @@
-"""Server-sent events framed by hand, the only place that frames any, and work that stops when its client leaves.
+"""Streams framed by hand, as events or as lines, and work that stops when its client leaves. Nothing else frames any.
 
 Newer ASGI servers show a disconnect as an OSError from `send`, others only as `http.disconnect` from
 `receive`; both end the work here, and the work's own `finally` cleans up.
@@ -6,7 +6,7 @@ Newer ASGI servers show a disconnect as an OSError from `send`, others only as `
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
-from typing import Any, Final, TypeAlias, TypeVar
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -16,10 +16,9 @@ from manylora.api.record import ClientGone
 from manylora.errors import ManyloraError
 from manylora.log import get_logger
 
-__all__ = ["Event", "EventStream", "while_connected"]
+__all__ = ["Event", "EventStream", "LineStream", "while_connected"]
 
 _log = get_logger("manylora.api")
-_COMMENT: Final = b": keep-alive\n\n"
 T = TypeVar("T")
 
 Event: TypeAlias = bytes | tuple[str, bytes]
@@ -57,6 +56,7 @@ class EventStream(Response):
     """
 
     media_type = "text/event-stream"
+    comment: ClassVar[bytes | None] = b": keep-alive\n\n"
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class EventStream(Response):
         await while_connected(receive, self._send_all(send))
 
     async def _send_all(self, send: Send) -> None:
-        if self._keep_alive_s is None:
+        if self._keep_alive_s is None or self.comment is None:
             await self._send_events(send)
         else:
             keeper = asyncio.ensure_future(self._keep_alive(send, self._keep_alive_s))
@@ -107,22 +107,25 @@ class EventStream(Response):
         clock = asyncio.get_running_loop().time
         try:
             async for together in self._events:
-                await self._send(send, _framed(together))
+                await self._send(send, self._framed(together))
                 self._sent_at = clock()
         except ManyloraError as error:
             if not self._is_started:
                 raise
-            await self._send_last(send, _framed(self._failed(error)))
+            await self._send_last(send, self._framed(self._failed(error)))
         except ClientGone:
             raise
         except Exception:
             if not self._is_started:
                 raise
             _log.exception("stream_failed")
-            await self._send_last(send, _framed(self._failed(INTERNAL_ERROR)))
+            await self._send_last(send, self._framed(self._failed(INTERNAL_ERROR)))
         finally:
             self._is_over = True
             await self._events.aclose()
+
+    def _framed(self, together: Sequence[Event]) -> bytes:
+        return b"".join(map(_framed_one, together))
 
     async def _send_last(self, send: Send, event: bytes) -> None:
         self._is_over = True
@@ -130,7 +133,7 @@ class EventStream(Response):
 
     async def _send_comment(self, send: Send) -> None:
         if not self._is_over:  # begun beside the last event, it runs after it
-            await self._send(send, _COMMENT)
+            await self._send(send, self.comment or b"")
 
     async def _send(self, send: Send, payload: bytes, *, more: bool = True) -> None:
         try:
@@ -147,8 +150,14 @@ def _failed(error: ManyloraError) -> Sequence[Event]:
     return (error_json(error),)
 
 
-def _framed(together: Sequence[Event]) -> bytes:
-    return b"".join(map(_framed_one, together))
+class LineStream(EventStream):
+    """Sends each event's data as a line of its own (NDJSON), which has no comments."""
+
+    media_type = "application/x-ndjson"
+    comment = None
+
+    def _framed(self, together: Sequence[Event]) -> bytes:
+        return b"".join(b"%b\n" % (event if isinstance(event, bytes) else event[1]) for event in together)
 
 
 def _framed_one(event: Event) -> bytes:

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Depends, FastAPI
 from starlette.types import Scope
 
 from manylora import __version__
-from manylora.api import embeddings, openai, ops, tokens
+from manylora.api import embeddings, ollama, openai, ops, sagemaker, tgi, tokens
 from manylora.api.docs import install_docs
 from manylora.api.errors import install_error_handlers
 from manylora.api.middleware import (
@@ -82,7 +82,8 @@ def create_app(
         may_run_open=may_run_open,
         departure=departure or Departure(),
     )
-    for router in (ops.router, openai.router, embeddings.router, tokens.router, *extra_routers):
+    inference = (openai, embeddings, tokens, tgi, ollama, sagemaker)
+    for router in (ops.router, *(each.router for each in inference), *extra_routers):
         app.include_router(router)
     install_docs(app)
     install_error_handlers(app)
