@@ -77,6 +77,7 @@ docs: $(VENV)/.dev
 	$(BIN)/python scripts/document_settings.py
 	$(BIN)/python scripts/document_lifecycle.py
 	$(BIN)/python scripts/document_models.py
+	$(BIN)/python scripts/document_kinds.py
 	$(BIN)/python scripts/document_performance.py
 
 # The build needs torch's headers, so torch comes first and the build is not isolated from it.

@@ -235,6 +235,8 @@ class Settings(BaseSettings):
     """Highest rank of an adapter; higher ones are refused."""
     max_adapter_size: Size = 2**30
     """Largest adapter upload."""
+    max_adapter_memory: Size = 2**30
+    """Most memory that one adapter may take once it is ready for use: for some kinds, far more than its files."""
     import_allow: tuple[str, ...] = ()
     """Prefixes that `source` of an import and `lora_path` may begin with, such as `file:///srv/adapters/` or `hf://my-org/`."""
 

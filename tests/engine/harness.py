@@ -134,7 +134,7 @@ class Rig:
 def packer_of(wrapped: WrappedModel, keep: KeepAs) -> Callable[[Adapter], PackedAdapter]:
     def packer(adapter: Adapter) -> PackedAdapter:
         dtype = keep.dtype_of(adapter)
-        return pack(adapter, wrapped.sites, dtype, has_scales=keep.has_scales(dtype))
+        return pack(adapter, wrapped.sites, dtype, base=wrapped.served.__getitem__, has_scales=keep.has_scales(dtype))
 
     return packer
 

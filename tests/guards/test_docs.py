@@ -75,6 +75,11 @@ def test_the_models_page_and_the_readme_say_what_the_table_of_types_does() -> No
     assert f"{served} of the {len(types)} decoder types" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def test_the_page_of_adapters_has_the_current_table_of_kinds() -> None:
+    page = (DOCS / "adapters.md").read_text(encoding="utf-8")
+    assert script("document_kinds").with_table(page) == page, "run `make docs`"
+
+
 # performance
 
 

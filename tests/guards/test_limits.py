@@ -24,6 +24,7 @@ NO_BOUNDS = {
     "api.traffic.MAX_ERRORS": "how much /v1/stats remembers",
     "api.traffic.MAX_FINISHED": "how much /v1/stats remembers",
     "catalog.cache.MAX_BYTES": "a cache on disk",
+    "engine.async_engine.MAX_PROBED_TOKENS": "how many tokens of an adapter its effect is measured with",
     "engine.detokenizer.MAX_BYTES": "of one character in UTF-8",
     "engine.detokenizer.MAX_PENDING": "tokens that wait for the end of a character",
     "grammars.compiler.MAX_REFUSED": "how many refusals are remembered",

@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from manylora.kernels.reference import LowRank, add_lora
+from manylora.kernels.reference import Dense, LowRank, add_lora
 from manylora.lora.memory.device_memory import DTYPE_CODES, TableEntry
 from manylora_loadtest.popularity import Popularity
 
+DENSE = -1
 POPULARITIES = ("identical", "distinct", "uniform", "zipf", "skewed", "base")
 
 
@@ -27,7 +28,7 @@ class Weights:
     """A [r, in_features] and B [r, width] as the kernel reads them, and perhaps scales [r]."""
 
     a: torch.Tensor
-    b: torch.Tensor
+    b: torch.Tensor | None  # None: A is a dense matrix, with a row for each output
     scales: torch.Tensor | None = None
 
     def entry(self) -> TableEntry:
@@ -35,7 +36,12 @@ class Weights:
         scales = 0 if self.scales is None else self.scales.data_ptr()
         rank, in_features = self.a.shape
         code = DTYPE_CODES[self.a.dtype]
+        if self.b is None:
+            return TableEntry(self.a.data_ptr(), 0, rank, scales, code, in_features, rank)
         return TableEntry(self.a.data_ptr(), self.b.data_ptr(), rank, scales, code, in_features, self.b.shape[1])
+
+    def reference(self) -> LowRank | Dense:
+        return Dense(self.a, self.scales) if self.b is None else LowRank(self.a, self.b, self.scales)
 
 
 @dataclass
@@ -70,7 +76,7 @@ class LoraCase:
         result = self.out.double()
         for m, member in enumerate(self.weights):
             columns = slice(self.offsets[m], self.offsets[m + 1])
-            pairs = [LowRank(each.a, each.b, each.scales) if each else None for each in member]
+            pairs = [each.reference() if each else None for each in member]
             result[:, columns] = add_lora(self.out[:, columns], self.x, pairs, self.row_slots.tolist())
         return result
 
@@ -88,6 +94,7 @@ def make_case(
 ) -> LoraCase:
     """One adapter per entry of `ranks`, 0 for one that touches no member; the first member lacks the last adapter.
 
+    An adapter whose rank is `DENSE` has a dense matrix for each member.
     `weight_dtypes` are the adapters', in turn; left out: x's and out's `dtype`, without scales.
     """
     g = torch.Generator().manual_seed(seed)
@@ -96,6 +103,11 @@ def make_case(
         return torch.randn(shape, generator=g).to(dtype)
 
     def drawn(slot: int, rank: int, width: int) -> Weights:
+        if rank == DENSE:
+            matrix, scales = normal(width, in_features) / in_features**0.5, torch.rand(width, generator=g)
+            kind = weight_dtypes[slot % len(weight_dtypes)] if weight_dtypes else dtype
+            step = matrix.abs().max() / 127 if kind == torch.int8 else 1.0
+            return Weights((matrix / step).to(kind), None, scales * float(step) if weight_dtypes else None)
         a, b = normal(rank, in_features) / in_features**0.5, normal(rank, width) / max(rank, 1) ** 0.5
         if not weight_dtypes:
             return Weights(a, b)

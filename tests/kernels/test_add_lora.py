@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from manylora.kernels import native
-from tests.kernels.lora_case import POPULARITIES, LoraCase, make_case
+from manylora.lora.memory.device_memory import TableEntry
+from tests.kernels.lora_case import DENSE, POPULARITIES, LoraCase, make_case
 from tests.kernels.tolerance import assert_close, assert_same_bits
 
 
@@ -98,6 +99,7 @@ def test_a_spoiled_adapter_moves_no_bit_of_its_neighbours(cpu_path: str, dtype: 
     spoiled = case.weights[0][1]
     assert spoiled is not None
     for matrix in (spoiled.a, spoiled.b):
+        assert matrix is not None
         matrix.fill_(torch.finfo(dtype).max if value == "largest" else float(value))
     others = case.row_slots != 1
     actual = run(case)
@@ -144,3 +146,44 @@ def test_inputs_that_do_not_fit_together_are_refused(cpu_path: str) -> None:
         native.add_lora_(case.out, case.x, tables, offsets, order, slots, starts[:1])
     with pytest.raises(IndexError, match="out_offsets must rise"):
         native.add_lora_(case.out[:, :8], case.x, tables, offsets, order, slots, starts)
+
+
+@pytest.mark.parametrize("weight_dtype", [None, torch.float32, torch.bfloat16, torch.float16, torch.int8])
+@pytest.mark.parametrize(("in_features", "widths"), [(1, (1,)), (97, (203, 17)), (576, (192, 1536))])
+@pytest.mark.parametrize(("rows", "popularity"), [(1, "identical"), (7, "distinct"), (75, "zipf")])
+def test_dense_matrices_are_multiplied_beside_low_rank_ones(
+    cpu_path: str,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype | None,
+    in_features: int,
+    widths: tuple[int, ...],
+    rows: int,
+    popularity: str,
+) -> None:
+    case = make_case(
+        dtype, [DENSE, 8, DENSE, 0], in_features=in_features, widths=widths, rows=rows, popularity=popularity,
+        weight_dtypes=[] if weight_dtype is None else [weight_dtype],
+    )  # fmt: skip
+    together = run(case)
+    assert_close(together, case.expected())
+    for t in range(0, rows, 11):
+        assert_same_bits(run(case.only(slice(t, t + 1))), together[t : t + 1])
+
+
+def test_a_row_of_low_rank_is_the_same_to_the_last_bit_beside_dense_ones(cpu_path: str, dtype: torch.dtype) -> None:
+    case = make_case(dtype, [8, 8], in_features=96, widths=(40,), rows=40)
+    mixed = make_case(dtype, [8, DENSE], in_features=96, widths=(40,), rows=40)
+    mixed.weights[0][0], mixed.x, mixed.out = case.weights[0][0], case.x, case.out
+    mixed.row_slots = case.row_slots
+    mine = case.row_slots == 0
+    assert mine.any()
+    assert not mine.all()
+    assert_same_bits(run(mixed)[mine], run(case)[mine])
+
+
+def test_a_dense_matrix_with_too_few_rows_is_refused(cpu_path: str) -> None:
+    case = make_case(torch.float32, [DENSE], in_features=24, widths=(16,), rows=2)
+    tables = case.tables
+    tables[..., TableEntry._fields.index("rank")] = 8
+    with pytest.raises(ValueError, match="a dense matrix of 8 rows for 16 outputs"):
+        native.add_lora_(case.out, case.x, tables, *case.arguments()[1:])

@@ -12,6 +12,7 @@ import torch
 
 from manylora.kernels import native
 from manylora.kernels.weights import pack_int8, pack_panels
+from manylora.lora.memory.device_memory import OutputEntry
 from tests.kernels.lora_case import make_case
 
 Arguments = dict[str, torch.Tensor | int | float | None]
@@ -94,6 +95,17 @@ def _int8() -> Arguments:
     }  # fmt: skip
 
 
+def _change() -> Arguments:
+    # Kept alive by the operator's own arguments: `out` and the vector are one tensor.
+    out = torch.ones(4, 16)
+    entries = torch.tensor([[OutputEntry(out.data_ptr(), out.data_ptr(), 16)]])
+    index = torch.tensor([0, 4], dtype=torch.int32)
+    return {
+        "out": out, "outputs": entries, "out_offsets": torch.tensor([0, 16], dtype=torch.int32),
+        "order": torch.arange(4, dtype=torch.int32), "segment_slots": index[:1], "segment_starts": index,
+    }  # fmt: skip
+
+
 OPERATORS = (
     Operator(
         "add_lora_",
@@ -101,6 +113,7 @@ OPERATORS = (
         indices=("out_offsets", "order", "segment_slots", "segment_starts"),
         free={("tables", 1)},  # a slot that no segment names
     ),
+    Operator("change_output_", _change, indices=("out_offsets", "order", "segment_slots", "segment_starts")),
     Operator("paged_attention", _attention, indices=("block_tables", "query_starts", "context_lens"),
              free={("block_tables", 0)}),  # a third sequence's row
     Operator("write_kv", _write_kv, indices=("slots",), may_be_negative=("slots",)),

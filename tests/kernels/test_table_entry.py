@@ -4,13 +4,23 @@ import pytest
 import torch
 
 from manylora.kernels import native
-from manylora.lora.memory.device_memory import DTYPE_CODES, TABLE_FIELDS, DeviceMemory, TableEntry
+from manylora.lora.memory.device_memory import (
+    DTYPE_CODES,
+    OUTPUT_FIELDS,
+    TABLE_FIELDS,
+    DeviceMemory,
+    OutputEntry,
+    TableEntry,
+)
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="the C++ kernels are not installed")
 
 
 def test_both_sides_have_the_same_fields_in_the_same_order() -> None:
     assert native.lora_entry_fields() == TableEntry._fields
+    assert native.output_entry_fields() == OutputEntry._fields
+    memory = DeviceMemory(1, 1, torch.device("cpu"))
+    assert memory.outputs.entries.shape[2] == OUTPUT_FIELDS == len(native.output_entry_fields())
     assert DeviceMemory(1, 1, torch.device("cpu")).tables.shape[2] == TABLE_FIELDS == len(native.lora_entry_fields())
 
 

@@ -61,7 +61,8 @@ def test_names_of_malformed_examples_are_unique() -> None:
         ("width of one module differs", {"wrong_shape"}),
         ("a wider base", {"base_mismatch"}),
         ("a resized vocabulary", {"base_mismatch"}),
-        ("DoRA", {"unsupported_feature"}),
+        ("DoRA without magnitudes", {"missing_tensor"}),
+        ("X-LoRA", {"unsupported_feature"}),
         ("NaN in bfloat16", {"not_finite"}),
         ("B all zero", {"no_effect"}),
         ("a key unknown", {"unknown_config_key"}),
@@ -87,9 +88,9 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
 
 
 def test_several_unsupported_features_are_all_named(tmp_path: Path) -> None:
-    write(tmp_path, None, config(use_dora=True, bias="all", modules_to_save=["lm_head"], init_lora_weights="pissa"))
+    write(tmp_path, None, config(kasa_config={"a": 1}, use_bdlora={"nblocks": 2}, init_lora_weights="corda"))
     named = {where.partition(": ")[2] for _, where, _ in problems_of(tmp_path)}
-    assert named >= {"use_dora", "bias", "modules_to_save", "init_lora_weights"}
+    assert named >= {"kasa_config", "use_bdlora", "init_lora_weights"}
 
 
 def test_a_million_faults_make_a_short_answer(tmp_path: Path) -> None:

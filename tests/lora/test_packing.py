@@ -49,7 +49,7 @@ def low_rank(found: PackedAdapter, site: int, *, is_embedding: bool) -> LowRank:
 
 
 def scales_of(found: PackedAdapter, site: int) -> torch.Tensor:
-    count = found.ranks[site] * found.layout.scale_elements
+    count = found.ranks[site] * found.layout.float_elements
     return found.data[found.layout.low_rank[site].scales :][:count].view(torch.float32)
 
 

@@ -166,3 +166,14 @@ def test_every_fault_of_a_header_is_listed() -> None:
         header[name] |= entry
     _, problems = parse_guarded(safetensors(header, data))
     assert len(problems.all()) == 3
+
+
+@pytest.mark.parametrize("length", [0x280, 0x380, 0x480])
+def test_a_header_whose_length_begins_as_a_pickle_does_is_read(length: int) -> None:
+    file = safetensors(*layout({"a": np.ones(4, np.float32)}))
+    header = file[8 : 8 + int.from_bytes(file[:8], "little")].rstrip()
+    padded = length.to_bytes(8, "little") + header.ljust(length) + file[-16:]
+    found, problems = parse_guarded(padded)
+    assert not problems
+    assert found is not None
+    assert found["a"].to_float32().tolist() == [1.0] * 4

@@ -43,7 +43,7 @@ class VectorRoom:
 
     width: int
 
-    def place(self, start: int, scale_elements: int) -> VectorExtent:
+    def place(self, start: int, float_elements: int, *, has_scales: bool) -> VectorExtent:
         return VectorExtent(start, self.width)
 
 

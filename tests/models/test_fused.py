@@ -144,7 +144,8 @@ def test_partial_rotary_embedding_agrees(start: int) -> None:
         return AdaptedLinear(paneled(weight, None), group, context, in_features=inputs)
 
     def norm() -> Norm:
-        return Norm(torch.randn(hidden, generator=random), 1e-5)
+        group = SiteGroup(4, (0, hidden), torch.tensor([0, hidden], dtype=torch.int32))
+        return Norm(torch.randn(hidden, generator=random), 1e-5, group)
 
     parts = LayerParts(
         norm(), adapted(hidden, hidden + 2 * num_kv * dim, 0), adapted(hidden, hidden, 1),

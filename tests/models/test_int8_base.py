@@ -58,5 +58,6 @@ def test_an_adapters_delta_is_made_from_the_input_as_it_was() -> None:
 
     pair = case.weights[0][0]
     assert pair is not None
+    assert pair.b is not None
     torch.testing.assert_close(out - base, case.x @ pair.a.T @ pair.b, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(base, case.x @ weight.T, rtol=1e-5, atol=1e-5)

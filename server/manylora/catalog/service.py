@@ -81,9 +81,11 @@ class Catalog:
 
         Opens database and store, and clears away what a crash left. Raises StartupError.
         """
-        max_bytes = settings.max_adapter_size
-        if isinstance(max_bytes, float):
-            raise InvalidSettings("max_adapter_size is a size in bytes, such as '1GiB', not a share of memory.")
+        max_bytes, max_memory = settings.max_adapter_size, settings.max_adapter_memory
+        if isinstance(max_bytes, float) or isinstance(max_memory, float):
+            raise InvalidSettings(
+                "max_adapter_size and max_adapter_memory are sizes in bytes, such as '1GiB', not shares of memory."
+            )
         with ExitStack() as stack:  # what was opened is closed again if the rest fails
             lock = FolderLock(settings.data_dir)
             stack.callback(lock.release)
@@ -94,7 +96,7 @@ class Catalog:
             stack.callback(store.close)
             check_owner(store, database)
             names = BaseNames((base_name, settings.served_name, settings.model))
-            rules = Rules(modules, settings.max_rank, max_bytes, base, names)
+            rules = Rules(modules, settings.max_rank, max_bytes, base, names, max_memory)
             catalog = cls(database, store, lock, settings, rules)
             catalog._blobs.sweep(settings.orphan_days)
             stack.pop_all()

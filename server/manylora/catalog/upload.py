@@ -48,6 +48,7 @@ class Rules:
     max_bytes: int
     base: BaseWeights | None = None
     names: BaseNames = field(default_factory=BaseNames)
+    max_memory: int | None = None
 
     def read(self, folder: Path, left_aside: Sequence[str] = ()) -> Adapter:
         """Validate the files in `folder`; `left_aside` lay beside them. Raises InvalidAdapter with every problem."""
@@ -56,6 +57,7 @@ class Rules:
             self.modules,
             max_rank=self.max_rank,
             max_size=self.max_bytes,
+            max_memory=self.max_memory,
             left_aside=left_aside,
             base=self.base,
         )

@@ -52,7 +52,8 @@ def _rules(modules: Mapping[str, ModuleSpec], settings: Settings) -> Rules:
 
     base = StoredWeights(resolve_model(settings.model), modules)
     names = BaseNames((settings.served_name, settings.model))
-    return Rules(modules, settings.max_rank, int(settings.max_adapter_size), base, names)
+    max_bytes, max_memory = int(settings.max_adapter_size), int(settings.max_adapter_memory)
+    return Rules(modules, settings.max_rank, max_bytes, base, names, max_memory)
 
 
 def modules_of(model: str | None) -> Mapping[str, ModuleSpec]:
@@ -62,7 +63,7 @@ def modules_of(model: str | None) -> Mapping[str, ModuleSpec]:
 
     from manylora.models import checkpoint
     from manylora.models.loading import resolve_model
-    from manylora.models.wrapping import adaptable_modules
+    from manylora.models.modules import adaptable_modules, adaptable_norms
 
     folder = resolve_model(model)
     config = checkpoint.read_config(folder)
@@ -71,4 +72,4 @@ def modules_of(model: str | None) -> Mapping[str, ModuleSpec]:
             base = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError) as error:
         raise ModelUnusable(f"The config of {folder} cannot be used: {error}") from error
-    return adaptable_modules(base)
+    return adaptable_modules(base) | adaptable_norms(base)

@@ -25,11 +25,15 @@ at::Tensor int8_linear_alone(const at::Tensor& x, const at::Tensor& packed, cons
   return int8_linear(x, packed, scales, group_sums, bias, group_size, Soon{});
 }
 
-std::vector<std::string> lora_entry_fields() {
+template <size_t N>
+std::vector<std::string> names_of(const EntryField (&fields)[N]) {
   std::vector<std::string> names;
-  for (const LoraEntryField& field : kLoraEntryFields) names.push_back(field.name);
+  for (const EntryField& field : fields) names.push_back(field.name);
   return names;
 }
+
+std::vector<std::string> lora_entry_fields() { return names_of(kLoraEntryFields); }
+std::vector<std::string> output_entry_fields() { return names_of(kOutputEntryFields); }
 
 std::string cpu_path() { return kernels().name; }
 bool has_cpu_path(c10::string_view name) { return is_path_available(std::string(name).c_str()); }
@@ -41,10 +45,14 @@ TORCH_LIBRARY(manylora, m) {
   m.def("cpu_path() -> str", cpu_path);
   m.def("has_cpu_path(str name) -> bool", has_cpu_path);
   m.def("lora_entry_fields() -> str[]", lora_entry_fields);
+  m.def("output_entry_fields() -> str[]", output_entry_fields);
   m.def("place_threads(int[] cpus, bool apart) -> ()", place_threads);
   m.def("thread_times(int[] cpus) -> (int, int)", thread_times);
   m.def(
       "add_lora_(Tensor(a!) out, Tensor x, Tensor tables, Tensor out_offsets, Tensor order, Tensor segment_slots, "
+      "Tensor segment_starts) -> ()");
+  m.def(
+      "change_output_(Tensor(a!) out, Tensor outputs, Tensor out_offsets, Tensor order, Tensor segment_slots, "
       "Tensor segment_starts) -> ()");
   m.def(
       "paged_attention(Tensor(a!) out, Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, "
@@ -64,6 +72,7 @@ TORCH_LIBRARY(manylora, m) {
 
 TORCH_LIBRARY_IMPL(manylora, CPU, m) {
   m.impl("add_lora_", add_lora_);
+  m.impl("change_output_", change_output_);
   m.impl("paged_attention", paged_attention);
   m.impl("write_kv", write_kv);
   m.impl("rms_norm", rms_norm);

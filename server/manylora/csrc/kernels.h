@@ -21,7 +21,7 @@ struct Rows {
 // `TableEntry` of lora/memory/device_memory.py has the same. Where the rank is 0, nothing else is read.
 #define ML_LORA_ENTRY(FIELD)                                                      \
   FIELD(a) /* address of A [rank, in_features] */                                 \
-  FIELD(b) /* address of B [rank, out_features] */                                \
+  FIELD(b) /* address of B [rank, out_features], or 0: the identity */            \
   FIELD(rank)                                                                     \
   FIELD(scales) /* address of float32 [rank], by which A x is multiplied, or 0 */ \
   FIELD(dtype)  /* DType of A and B */                                            \
@@ -34,38 +34,68 @@ struct LoraEntry {
 #undef ML_FIELD
 };
 
-struct LoraEntryField {
+// What a slot does to a module's output in the end: an entry of the tables of outputs, likewise. `OutputEntry` of
+// lora/memory/device_memory.py has the same. Where out_features is 0, nothing else is read.
+#define ML_OUTPUT_ENTRY(FIELD)                                                \
+  FIELD(scale) /* address of float32 [out_features], or 0: multiply by one */ \
+  FIELD(shift) /* address of float32 [out_features], or 0: add nothing */     \
+  FIELD(out_features)
+
+struct OutputEntry {
+#define ML_FIELD(name) int64_t name;
+  ML_OUTPUT_ENTRY(ML_FIELD)
+#undef ML_FIELD
+};
+
+struct EntryField {
   const char* name;
   size_t offset;
 };
-constexpr LoraEntryField kLoraEntryFields[] = {
+constexpr EntryField kLoraEntryFields[] = {
 #define ML_FIELD(name) {#name, offsetof(LoraEntry, name)},
     ML_LORA_ENTRY(ML_FIELD)
 #undef ML_FIELD
 };
+constexpr EntryField kOutputEntryFields[] = {
+#define ML_FIELD(name) {#name, offsetof(OutputEntry, name)},
+    ML_OUTPUT_ENTRY(ML_FIELD)
+#undef ML_FIELD
+};
 constexpr int64_t kNumLoraEntryFields = sizeof kLoraEntryFields / sizeof kLoraEntryFields[0];
+constexpr int64_t kNumOutputEntryFields = sizeof kOutputEntryFields / sizeof kOutputEntryFields[0];
 
-constexpr bool lie_side_by_side(const LoraEntryField* fields, int64_t count) {
+constexpr bool lie_side_by_side(const EntryField* fields, int64_t count) {
   for (int64_t i = 0; i < count; ++i)
     if (fields[i].offset != i * sizeof(int64_t)) return false;
   return true;
 }
 static_assert(sizeof(LoraEntry) == kNumLoraEntryFields * sizeof(int64_t));
 static_assert(lie_side_by_side(kLoraEntryFields, kNumLoraEntryFields));
+static_assert(sizeof(OutputEntry) == kNumOutputEntryFields * sizeof(int64_t));
+static_assert(lie_side_by_side(kOutputEntryFields, kNumOutputEntryFields));
 
-// See `add_lora_` in kernels/native.py for what the fields are.
-struct LoraArgs {
-  DType dtype;
-  Rows<void*> out;
-  Rows<const void*> x;
-  int64_t in_features;
-  const LoraEntry* tables;  // [num_members, num_slots]
+// Which rows have which slot, and which columns are which member's. See `add_lora_` in kernels/native.py.
+struct Segments {
   int64_t num_members, num_slots;
   const int32_t* out_offsets;     // [num_members + 1]
   const int32_t* order;           // row indices, sorted by slot
   const int32_t* segment_slots;   // [num_segments]
   const int32_t* segment_starts;  // [num_segments + 1]
   int64_t num_segments;
+};
+
+struct LoraArgs : Segments {
+  DType dtype;
+  Rows<void*> out;
+  Rows<const void*> x;
+  int64_t in_features;
+  const LoraEntry* tables;  // [num_members, num_slots]
+};
+
+struct OutputArgs : Segments {
+  DType dtype;
+  Rows<void*> out;
+  const OutputEntry* outputs;  // [num_members, num_slots]
 };
 
 struct CacheView {
@@ -171,6 +201,7 @@ struct Int8LinearArgs {
 struct Kernels {
   const char* name;
   void (*add_lora)(const LoraArgs&);
+  void (*change_output)(const OutputArgs&);
   void (*paged_attention)(const AttentionArgs&);
   void (*write_kv)(const WriteKvArgs&);
   void (*rms_norm)(const NormArgs&);

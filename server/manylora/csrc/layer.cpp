@@ -44,14 +44,29 @@ struct Step : torch::CustomClassHolder {
     lora_touched = touched;
   }
 
-  // Whether an adapter of this step has weights at one of `count` sites.
-  bool touches(int64_t first, int64_t count) const {
-    if (!lora_touched.defined()) return false;
-    TORCH_CHECK_INDEX(first >= 0 && first + count <= lora_touched.numel(), "the step's tables have no site ",
-                      first + count - 1);
-    const bool* at = lora_touched.const_data_ptr<bool>() + first;
-    return std::any_of(at, at + count, [](bool is_touched) { return is_touched; });
+  // Where adapters of this step change inputs, and outputs after the deltas; not called for a step in which none does.
+  void set_changes(Tensor inputs, const Tensor& changed_inputs, Tensor outputs, const Tensor& changed_outputs) {
+    check_changes(inputs, changed_inputs);
+    check_changes(outputs, changed_outputs);
+    lora_inputs = std::move(inputs);
+    lora_outputs = std::move(outputs);
+    lora_changed_inputs = changed_inputs;
+    lora_changed_outputs = changed_outputs;
   }
+
+  // Whether one of `count` sites has its input, or its output, changed.
+  bool changes_input(int64_t first, int64_t count) const { return is_any(lora_changed_inputs, first, count); }
+  bool changes_output(int64_t first, int64_t count) const { return is_any(lora_changed_outputs, first, count); }
+
+  // `out` [T, columns] as the step's adapters change it at `count` sites from `first` on.
+  void change(Tensor out, const Tensor& tables, int64_t first, int64_t count, const Tensor& offsets) const {
+    ML_PROFILED("change_output_");
+    change_output_(std::move(out), tables.narrow(0, first, count), offsets, lora_order, lora_segment_slots,
+                   lora_segment_starts);
+  }
+
+  // Whether an adapter of this step has weights at one of `count` sites.
+  bool touches(int64_t first, int64_t count) const { return is_any(lora_touched, first, count); }
 
   // What `add_lora_` reads first at `count` sites, in its order, up to `most` lines.
   std::vector<MemoryRange> lora_reads(int64_t first, int64_t count, int64_t most) const {
@@ -64,6 +79,7 @@ struct Step : torch::CustomClassHolder {
       const LoraEntry& entry = table[unit % count * num_slots + slots[unit / count]];
       const int64_t addresses[] = {entry.a, entry.b}, columns[] = {entry.in_features, entry.out_features};
       for (int64_t matrix = 0; matrix < 2 && entry.rank; ++matrix) {
+        if (!addresses[matrix]) continue;  // the identity
         int64_t begin = addresses[matrix] / 64;
         int64_t end = addresses[matrix] + entry.rank * columns[matrix] * kElementSizes[entry.dtype];
         num_lines += (end + 63) / 64 - begin;
@@ -75,19 +91,46 @@ struct Step : torch::CustomClassHolder {
 
   Tensor cos, sin, kv_slots, block_tables, query_starts, context_lens;
   Tensor lora_tables, lora_order, lora_segment_slots, lora_segment_starts, lora_touched;
+  Tensor lora_inputs, lora_outputs, lora_changed_inputs, lora_changed_outputs;
+
+ private:
+  static bool is_any(const Tensor& flags, int64_t first, int64_t count) {
+    if (!flags.defined()) return false;
+    TORCH_CHECK_INDEX(first >= 0 && first + count <= flags.numel(), "the step's tables have no site ",
+                      first + count - 1);
+    const bool* at = flags.const_data_ptr<bool>() + first;
+    return std::any_of(at, at + count, [](bool flag) { return flag; });
+  }
+
+  void check_changes(const Tensor& tables, const Tensor& changed) const {
+    TORCH_CHECK_VALUE(lora_touched.defined() && changed.scalar_type() == at::kBool && changed.is_contiguous() &&
+                          changed.sizes() == lora_touched.sizes(),
+                      "changes must be a bool for each site, of a step that has adapters");
+    TORCH_CHECK_VALUE(tables.dim() == 3 && tables.scalar_type() == at::kLong && tables.is_contiguous() &&
+                          tables.size(0) == lora_tables.size(0) && tables.size(1) == lora_tables.size(1) &&
+                          tables.size(2) == kNumOutputEntryFields,
+                      "tables of changes must be contiguous int64 [sites, slots, ", kNumOutputEntryFields, "]");
+  }
 };
 
 // A base matmul and the sites of the low-rank deltas that belong to it.
 struct AdaptedLinear : torch::CustomClassHolder {
-  AdaptedLinear(WeightPtr weight, int64_t first_site, Tensor out_offsets)
-      : weight_(std::move(weight)), first_site_(first_site), out_offsets_(std::move(out_offsets)) {
+  AdaptedLinear(WeightPtr weight, int64_t first_site, Tensor in_offsets, Tensor out_offsets)
+      : weight_(std::move(weight)), first_site_(first_site), in_offsets_(std::move(in_offsets)),
+        out_offsets_(std::move(out_offsets)) {
     TORCH_CHECK_VALUE(out_offsets_.dim() == 1 && out_offsets_.numel(),
                       "out_offsets must have one dimension and an entry");
   }
 
-  Tensor forward(const Tensor& x, const Step& step) const {
+  Tensor forward(const Tensor& input, const Step& step) const {
     int64_t members = out_offsets_.numel() - 1;
     bool is_touched = step.touches(first_site_, members);
+    Tensor x = input;
+    if (is_touched && step.changes_input(first_site_, members)) {
+      TORCH_CHECK_VALUE(members == 1, "an input that several linears share cannot be changed for one of them");
+      x = x.clone();
+      step.change(x, step.lora_inputs, first_site_, 1, in_offsets_);
+    }
     std::vector<MemoryRange> reads;
     if (is_touched && x.size(0) >= kMinRowsToAsk)
       reads = step.lora_reads(first_site_, members, kLinesToAskPerThread * num_threads());
@@ -97,6 +140,8 @@ struct AdaptedLinear : torch::CustomClassHolder {
       ML_PROFILED("add_lora_");
       add_lora_(out, x, step.lora_tables.narrow(0, first_site_, members), out_offsets_, step.lora_order,
                 step.lora_segment_slots, step.lora_segment_starts);
+      if (step.changes_output(first_site_, members))
+        step.change(out, step.lora_outputs, first_site_, members, out_offsets_);
     }
     return out;
   }
@@ -104,37 +149,58 @@ struct AdaptedLinear : torch::CustomClassHolder {
  private:
   WeightPtr weight_;
   int64_t first_site_;
-  Tensor out_offsets_;
+  Tensor in_offsets_, out_offsets_;
+};
+
+// A root mean square norm and the site at which adapters change its output.
+struct AdaptedNorm : torch::CustomClassHolder {
+  AdaptedNorm(Tensor weight, double eps, int64_t site, Tensor offsets)
+      : weight(std::move(weight)), eps(eps), site_(site), offsets_(std::move(offsets)) {}
+
+  void change(const Tensor& normed, const Step& step) const {
+    if (step.changes_output(site_, 1)) step.change(normed, step.lora_outputs, site_, 1, offsets_);
+  }
+
+  Tensor weight;
+  double eps;
+
+ private:
+  int64_t site_;
+  Tensor offsets_;
 };
 
 using LinearPtr = c10::intrusive_ptr<AdaptedLinear>;
+using NormPtr = c10::intrusive_ptr<AdaptedNorm>;
 
 struct FusedDecoderLayer : torch::CustomClassHolder {
-  FusedDecoderLayer(Tensor input_norm, double input_eps, LinearPtr qkv, LinearPtr o, Tensor mlp_norm, double mlp_eps,
-                    LinearPtr gate_up, LinearPtr down, Tensor keys, Tensor values, double scale, int64_t window,
-                    double softcap)
-      : input_norm_(std::move(input_norm)), mlp_norm_(std::move(mlp_norm)), input_eps_(input_eps), mlp_eps_(mlp_eps),
-        qkv_(std::move(qkv)), o_(std::move(o)), gate_up_(std::move(gate_up)), down_(std::move(down)),
-        keys_(std::move(keys)), values_(std::move(values)), scale_(scale), window_(window), softcap_(softcap) {
+  FusedDecoderLayer(NormPtr input_norm, LinearPtr qkv, LinearPtr o, NormPtr mlp_norm, LinearPtr gate_up, LinearPtr down,
+                    Tensor keys, Tensor values, double scale, int64_t window, double softcap)
+      : input_norm_(std::move(input_norm)), mlp_norm_(std::move(mlp_norm)), qkv_(std::move(qkv)), o_(std::move(o)),
+        gate_up_(std::move(gate_up)), down_(std::move(down)), keys_(std::move(keys)), values_(std::move(values)),
+        scale_(scale), window_(window), softcap_(softcap) {
     TORCH_CHECK_VALUE(keys_.dim() == 4 && keys_.size(3) > 0, "keys must be [blocks, heads, block_size, head_dim]");
   }
 
   void forward_(Tensor residual, const c10::intrusive_ptr<Step>& step) const {
-    Tensor qkv = qkv_->forward(input_normed(residual), *step);
+    Tensor qkv = qkv_->forward(input_normed(residual, *step), *step);
     Tensor attended = o_->forward(attend(qkv, *step), *step);
-    Tensor gate_up = gate_up_->forward(mlp_normed(residual, attended), *step);
+    Tensor gate_up = gate_up_->forward(mlp_normed(residual, attended, *step), *step);
     residual.add_(down_->forward(gated(gate_up), *step));
   }
 
  private:
-  Tensor input_normed(const Tensor& residual) const {
+  Tensor input_normed(const Tensor& residual, const Step& step) const {
     ML_PROFILED("rms_norm");
-    return rms_norm(residual, input_norm_, input_eps_, 0);
+    Tensor normed = rms_norm(residual, input_norm_->weight, input_norm_->eps, 0);
+    input_norm_->change(normed, step);
+    return normed;
   }
 
-  Tensor mlp_normed(const Tensor& residual, const Tensor& x) const {
+  Tensor mlp_normed(const Tensor& residual, const Tensor& x, const Step& step) const {
     ML_PROFILED("add_rms_norm_");
-    return add_rms_norm_(residual, x, mlp_norm_, mlp_eps_, 0);
+    Tensor normed = add_rms_norm_(residual, x, mlp_norm_->weight, mlp_norm_->eps, 0);
+    mlp_norm_->change(normed, step);
+    return normed;
   }
 
   Tensor gated(const Tensor& gate_up) const {
@@ -161,8 +227,7 @@ struct FusedDecoderLayer : torch::CustomClassHolder {
                          step.kv_slots);
   }
 
-  Tensor input_norm_, mlp_norm_;
-  double input_eps_, mlp_eps_;
+  NormPtr input_norm_, mlp_norm_;
   LinearPtr qkv_, o_, gate_up_, down_;
   Tensor keys_, values_;
   double scale_;
@@ -175,12 +240,14 @@ struct FusedDecoderLayer : torch::CustomClassHolder {
 TORCH_LIBRARY_FRAGMENT(manylora, m) {
   m.class_<Step>("Step")
       .def(torch::init<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>())
-      .def("set_lora", &Step::set_lora);
+      .def("set_lora", &Step::set_lora)
+      .def("set_changes", &Step::set_changes);
   register_weights(m);
-  m.class_<AdaptedLinear>("AdaptedLinear").def(torch::init<WeightPtr, int64_t, Tensor>());
+  m.class_<AdaptedLinear>("AdaptedLinear").def(torch::init<WeightPtr, int64_t, Tensor, Tensor>());
+  m.class_<AdaptedNorm>("AdaptedNorm").def(torch::init<Tensor, double, int64_t, Tensor>());
   m.class_<FusedDecoderLayer>("FusedDecoderLayer")
-      .def(torch::init<Tensor, double, LinearPtr, LinearPtr, Tensor, double, LinearPtr, LinearPtr, Tensor, Tensor,
-                       double, int64_t, double>())
+      .def(torch::init<NormPtr, LinearPtr, LinearPtr, NormPtr, LinearPtr, LinearPtr, Tensor, Tensor, double, int64_t,
+                       double>())
       .def("forward_", &FusedDecoderLayer::forward_);
 }
 

@@ -124,6 +124,9 @@ void check_entries(const LoraArgs& args) {
           !entry.rank || (entry.rank > 0 && entry.in_features == args.in_features && entry.out_features == width),
           "the adapter in slot ", args.segment_slots[segment], " is for [", entry.in_features, "] -> [",
           entry.out_features, "], and this is [", args.in_features, "] -> [", width, "]");
+      TORCH_CHECK_VALUE(!entry.rank || entry.b || entry.rank == width, "the adapter in slot ",
+                        args.segment_slots[segment], " has a dense matrix of ", entry.rank, " rows for ", width,
+                        " outputs");
       TORCH_CHECK_VALUE(!entry.rank || are_below(&entry.dtype, 1, kNumDTypes), "an adapter's number format is unknown");
     }
   }
@@ -172,22 +175,16 @@ void check_segments(const Tensor& order, const Tensor& segment_slots, const Tens
                     order.numel(), " entries");
 }
 
-void add_lora_(Tensor out, const Tensor& x, const Tensor& tables, const Tensor& out_offsets, const Tensor& order,
-               const Tensor& segment_slots, const Tensor& segment_starts) {
-  check(x, "x", 2, x.scalar_type());
-  check(out, "out", 2, x.scalar_type());
-  TORCH_CHECK_VALUE(out.size(0) == x.size(0), "out and x must have the same rows");
+namespace {
+
+// Fills in what the operators on segments share, `num_rows` and `num_columns` being those of the output.
+void take_segments(Segments& args, const Tensor& tables, int64_t num_fields, int64_t num_rows, int64_t num_columns,
+                   const Tensor& out_offsets, const Tensor& order, const Tensor& segment_slots,
+                   const Tensor& segment_starts) {
   indices<int64_t>(tables, "tables", 3);
-  TORCH_CHECK_VALUE(tables.size(2) == kNumLoraEntryFields, "tables must be [members, slots, ", kNumLoraEntryFields,
-                    "]");
+  TORCH_CHECK_VALUE(tables.size(2) == num_fields, "tables must be [members, slots, ", num_fields, "]");
   TORCH_CHECK_VALUE(out_offsets.numel() == tables.size(0) + 1, "out_offsets must have one entry more than members");
   check_segments(order, segment_slots, segment_starts, tables.size(1));
-  LoraArgs args{};
-  args.dtype = dtype_of(x);
-  args.out = {out.data_ptr(), out.stride(0)};
-  args.x = {x.const_data_ptr(), x.stride(0)};
-  args.in_features = x.size(1);
-  args.tables = static_cast<const LoraEntry*>(tables.const_data_ptr());
   args.num_members = tables.size(0);
   args.num_slots = tables.size(1);
   args.out_offsets = indices<int32_t>(out_offsets, "out_offsets", 1);
@@ -195,12 +192,49 @@ void add_lora_(Tensor out, const Tensor& x, const Tensor& tables, const Tensor& 
   args.segment_slots = segment_slots.const_data_ptr<int32_t>();
   args.segment_starts = segment_starts.const_data_ptr<int32_t>();
   args.num_segments = segment_slots.numel();
-  TORCH_CHECK_INDEX(are_runs(args.out_offsets, args.num_members, out.size(1)),
+  TORCH_CHECK_INDEX(are_runs(args.out_offsets, args.num_members, num_columns),
                     "out_offsets must rise within the columns of out");
-  TORCH_CHECK_INDEX(are_below(args.order, order.numel(), x.size(0)), "order must be rows of x, in [0, ", x.size(0),
-                    ")");
+  TORCH_CHECK_INDEX(are_below(args.order, order.numel(), num_rows), "order must be rows of x, in [0, ", num_rows, ")");
+}
+
+}  // namespace
+
+void add_lora_(Tensor out, const Tensor& x, const Tensor& tables, const Tensor& out_offsets, const Tensor& order,
+               const Tensor& segment_slots, const Tensor& segment_starts) {
+  check(x, "x", 2, x.scalar_type());
+  check(out, "out", 2, x.scalar_type());
+  TORCH_CHECK_VALUE(out.size(0) == x.size(0), "out and x must have the same rows");
+  LoraArgs args{};
+  take_segments(args, tables, kNumLoraEntryFields, out.size(0), out.size(1), out_offsets, order, segment_slots,
+                segment_starts);
+  args.dtype = dtype_of(x);
+  args.out = {out.data_ptr(), out.stride(0)};
+  args.x = {x.const_data_ptr(), x.stride(0)};
+  args.in_features = x.size(1);
+  args.tables = static_cast<const LoraEntry*>(tables.const_data_ptr());
   check_entries(args);
   kernels().add_lora(args);
+}
+
+void change_output_(Tensor out, const Tensor& outputs, const Tensor& out_offsets, const Tensor& order,
+                    const Tensor& segment_slots, const Tensor& segment_starts) {
+  check(out, "out", 2, out.scalar_type());
+  OutputArgs args{};
+  take_segments(args, outputs, kNumOutputEntryFields, out.size(0), out.size(1), out_offsets, order, segment_slots,
+                segment_starts);
+  args.dtype = dtype_of(out);
+  args.out = {out.data_ptr(), out.stride(0)};
+  args.outputs = static_cast<const OutputEntry*>(outputs.const_data_ptr());
+  for (int64_t member = 0; member < args.num_members; ++member) {
+    int64_t width = args.out_offsets[member + 1] - args.out_offsets[member];
+    for (int64_t segment = 0; segment < args.num_segments; ++segment) {
+      const OutputEntry& entry = args.outputs[member * args.num_slots + args.segment_slots[segment]];
+      TORCH_CHECK_VALUE(!entry.out_features || entry.out_features == width, "the adapter in slot ",
+                        args.segment_slots[segment], " changes outputs of ", entry.out_features, ", and this has ",
+                        width);
+    }
+  }
+  kernels().change_output(args);
 }
 
 void paged_attention(Tensor out, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,

@@ -15,6 +15,8 @@ void check_segments(const at::Tensor& order, const at::Tensor& segment_slots, co
                     int64_t num_slots);
 void add_lora_(at::Tensor out, const at::Tensor& x, const at::Tensor& tables, const at::Tensor& out_offsets,
                const at::Tensor& order, const at::Tensor& segment_slots, const at::Tensor& segment_starts);
+void change_output_(at::Tensor out, const at::Tensor& outputs, const at::Tensor& out_offsets, const at::Tensor& order,
+                    const at::Tensor& segment_slots, const at::Tensor& segment_starts);
 void paged_attention(at::Tensor out, const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache,
                      const at::Tensor& block_tables, const at::Tensor& query_starts, const at::Tensor& context_lens,
                      double scale, int64_t sliding_window, double softcap);

@@ -11,6 +11,7 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as SequenceOf
 from functools import partial
+from typing import Final
 
 import numpy as np
 import torch
@@ -48,6 +49,7 @@ from manylora.lora.format.spec import Adapter
 from manylora.lora.memory.tiers import AdapterTiers
 from manylora.threads import on_event_loop
 
+MAX_PROBED_TOKENS: Final = 16  # of those that an adapter trains
 PROBE_TEXT = "The quick brown fox jumps over the lazy dog. Question: what is the capital of France? Answer:"
 _IDLE_WAIT_S = 0.5
 
@@ -293,7 +295,8 @@ class AsyncEngine:
         """Logits of a fixed prompt with the adapter against those without; see `interface.EngineClient`."""
         self._check_open()
         prompt = [i for i in self.codec.encode(PROBE_TEXT) if i < self.model.vocab_size]
-        prompt = prompt[: self.model.context_length - 1]
+        # An adapter of some tokens does nothing where they do not come.
+        prompt = [*adapter.token_ids[:MAX_PROBED_TOKENS], *prompt][: self.model.context_length - 1]
         self._num_probes += 1
         params = SamplingParams(max_tokens=0)
         self._tiers.offer(ref, adapter)

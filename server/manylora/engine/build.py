@@ -199,7 +199,7 @@ class EngineBuilder:
         return lambda ref: read_trusted(source.local_folder(ref), modules)
 
     def _packer(self) -> Callable[[Adapter], PackedAdapter]:
-        sites, backend = self.wrapped.sites, self.backend
+        sites, base, backend = self.wrapped.sites, self.wrapped.served.__getitem__, self.backend
         keep = KeepAs.choose(
             self.settings.lora_dtype,
             self.dtype,
@@ -209,7 +209,7 @@ class EngineBuilder:
 
         def packer(adapter: Adapter) -> PackedAdapter:
             dtype = keep.dtype_of(adapter)
-            return pack(adapter, sites, dtype, has_scales=keep.has_scales(dtype))
+            return pack(adapter, sites, dtype, base=base, has_scales=keep.has_scales(dtype))
 
         return packer
 

@@ -125,7 +125,10 @@ class LocalExecutor:
         )
 
     def _plan(self, row_slots: np.ndarray) -> LoraPlan | None:
-        rows = group_rows(row_slots, self._memory.touches, self._device)
+        memory = self._memory
+        rows = group_rows(
+            row_slots, memory.touches, self._device, inputs=memory.inputs.flags, outputs=memory.outputs.flags
+        )
         return self._kernel.plan(rows, self._memory) if rows is not None else None
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """What a kernel has to offer: low-rank deltas and attention, each one specification behind one small protocol."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -34,11 +35,22 @@ class LoraPlan(Protocol):
     rows: LoraRows
 
     def add_(self, out: torch.Tensor, x: torch.Tensor, group: SiteGroup) -> None:
-        """`out` [T, columns] += each row's delta of `x` [T, in_features], in place; see `reference.add_lora`."""
+        """What each row's adapter does to the product of `x` [T, in_features], in place in `out` [T, columns].
+
+        The delta is added (`reference.add_lora`), and then the output changed (`reference.change_output`).
+        """
         ...
 
     def add_embedding_(self, out: torch.Tensor, token_ids: torch.Tensor, site: int) -> None:
-        """`out` [T, hidden] += each token's low-rank embedding delta, for `token_ids` [T]."""
+        """`out` [T, hidden] += each token's embedding delta, for `token_ids` [T]."""
+        ...
+
+    def change_output_(self, out: torch.Tensor, group: SiteGroup) -> None:
+        """The second half of `add_` alone."""
+        ...
+
+    def change_input_(self, x: torch.Tensor, group: SiteGroup) -> None:
+        """Each row of `x` [T, in_features], in place, as its adapter changes what goes into a group of one site."""
         ...
 
 
@@ -77,9 +89,42 @@ class Attention(Protocol):
 
 def add_embedding_(out: torch.Tensor, token_ids: torch.Tensor, site: int, rows: LoraRows, memory: DeviceMemory) -> None:
     """The embedding's delta, one look-up per adapter present: one such module per model, so a loop will do."""
-    for index, slot in enumerate(rows.slots):
-        mine = rows.order[rows.starts[index] : rows.starts[index + 1]].long()
+    for slot, mine in segments(rows):
         pair = memory.embedding_matrices(slot, site, token_ids[mine])
         if pair is not None:
             a, b = pair
             out.index_add_(0, mine, a.to(out.dtype) @ b.to(out.dtype))
+        dense = memory.dense(slot, site)
+        if dense is not None:
+            matrix, scales = dense
+            delta = matrix[token_ids[mine]].to(out.dtype)
+            out.index_add_(0, mine, delta if scales is None else delta * scales[token_ids[mine], None].to(out.dtype))
+
+
+def change_output_(out: torch.Tensor, group: SiteGroup, rows: LoraRows, memory: DeviceMemory) -> None:
+    """`reference.change_output` for each member of a group, one adapter after the other."""
+    for member, site in enumerate(group.sites):
+        if rows.changed is None or not rows.changed.outputs[site]:
+            continue
+        columns = slice(group.offsets[member], group.offsets[member + 1])
+        for slot, mine in segments(rows):
+            vectors = memory.output(slot, site)
+            if vectors is not None:
+                scale, shift = vectors
+                found = out[mine, columns].float()
+                found = found if scale is None else found * scale
+                out[mine, columns] = (found if shift is None else found + shift).to(out.dtype)
+
+
+def change_input_(x: torch.Tensor, group: SiteGroup, rows: LoraRows, memory: DeviceMemory) -> None:
+    """Each row of `x` times what its adapter scales the site's input by."""
+    for slot, mine in segments(rows):
+        scale = memory.input(slot, group.first)
+        if scale is not None:
+            x[mine] = (x[mine].float() * scale).to(x.dtype)
+
+
+def segments(rows: LoraRows) -> Iterator[tuple[int, torch.Tensor]]:
+    """Each slot of a step and its rows, int64."""
+    for index, slot in enumerate(rows.slots):
+        yield slot, rows.order[rows.starts[index] : rows.starts[index + 1]].long()

@@ -10,7 +10,18 @@ from manylora.kernels import native
 from manylora.kernels.cpu import cpu_multiplies
 from manylora.kernels.weights import Int8Weight, PanelWeight, pack_int8, pack_panels
 
-__all__ = ["BaseMatmul", "MatmulFactory", "NativeMatmul", "can_pack", "dense", "int8", "packed", "paneled", "widened"]
+__all__ = [
+    "BaseMatmul",
+    "MatmulFactory",
+    "NativeMatmul",
+    "ReadableMatmul",
+    "can_pack",
+    "dense",
+    "int8",
+    "packed",
+    "paneled",
+    "widened",
+]
 
 # Rows for which oneDNN chooses the packed weight's order: that of a busy decode step. Others run well on it too.
 _PACKED_FOR_ROWS = 32
@@ -20,6 +31,15 @@ class BaseMatmul(Protocol):
     """[T, in_features] -> a new [T, out_features]."""
 
     def __call__(self, x: torch.Tensor, /) -> torch.Tensor: ...
+
+
+@runtime_checkable
+class ReadableMatmul(BaseMatmul, Protocol):
+    """One whose weight can be read back."""
+
+    def rows(self, begin: int, end: int, in_features: int) -> torch.Tensor:
+        """The weight that it multiplies by, of the outputs from `begin` to `end`: [end - begin, in_features]."""
+        ...
 
 
 @runtime_checkable
@@ -37,13 +57,23 @@ class MatmulFactory(Protocol):
     def __call__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> BaseMatmul: ...
 
 
-def dense(weight: torch.Tensor, bias: torch.Tensor | None) -> BaseMatmul:
+@dataclass(frozen=True, slots=True)
+class Dense:
     """The plain product x W^T + b."""
 
-    def matmul(x: torch.Tensor, /) -> torch.Tensor:
-        return functional.linear(x, weight, bias)
+    weight: torch.Tensor
+    bias: torch.Tensor | None
 
-    return matmul
+    def __call__(self, x: torch.Tensor, /) -> torch.Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
+    def rows(self, begin: int, end: int, _in_features: int) -> torch.Tensor:
+        return self.weight[begin:end]
+
+
+def dense(weight: torch.Tensor, bias: torch.Tensor | None) -> BaseMatmul:
+    """Torch's own product with the weight as it is."""
+    return Dense(weight, bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +86,9 @@ class Packed:
     def __call__(self, x: torch.Tensor, /) -> torch.Tensor:
         out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self.ordered, self.bias, "none", [], "")
         return out
+
+    def rows(self, begin: int, end: int, _in_features: int) -> torch.Tensor:
+        return self.ordered.to_dense()[begin:end]
 
     def handle(self) -> Any:
         return torch.classes.manylora.Weight.onednn(self.ordered, self.bias)
@@ -84,12 +117,20 @@ def widened(weight: torch.Tensor, bias: torch.Tensor | None) -> BaseMatmul:
 
     For CPUs without 16-bit instructions, where torch's own 16-bit matmul takes four times as long.
     """
-    matmul = packed(weight.float(), _float(bias))
+    return Widened(packed(weight.float(), _float(bias)))
 
-    def widen(x: torch.Tensor, /) -> torch.Tensor:
-        return matmul(x.float()).to(x.dtype)
 
-    return widen
+@dataclass(frozen=True, slots=True)
+class Widened:
+    """A product in float32 of inputs of another type, which its result is rounded to."""
+
+    matmul: Packed
+
+    def __call__(self, x: torch.Tensor, /) -> torch.Tensor:
+        return self.matmul(x.float()).to(x.dtype)
+
+    def rows(self, begin: int, end: int, in_features: int) -> torch.Tensor:
+        return self.matmul.rows(begin, end, in_features)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +142,9 @@ class Paneled:
 
     def __call__(self, x: torch.Tensor, /) -> torch.Tensor:
         return native.linear(x, self.weight, self.bias)
+
+    def rows(self, begin: int, end: int, in_features: int) -> torch.Tensor:
+        return self.weight.rows(begin, end, in_features)
 
     def handle(self) -> Any:
         return torch.classes.manylora.Weight.panels(self.weight.packed, self.weight.out_features, self.bias)
@@ -120,6 +164,9 @@ class Rounded:
 
     def __call__(self, x: torch.Tensor, /) -> torch.Tensor:
         return native.int8_linear(x, self.weight, self.bias)
+
+    def rows(self, begin: int, end: int, _in_features: int) -> torch.Tensor:
+        return self.weight.rows(begin, end)
 
     def handle(self) -> Any:
         weight = self.weight

@@ -61,6 +61,11 @@ def lora_entry_fields() -> tuple[str, ...]:
     return tuple(torch.ops.manylora.lora_entry_fields())
 
 
+def output_entry_fields() -> tuple[str, ...]:
+    """What an entry of the tables of outputs consists of, as the kernels read it."""
+    return tuple(torch.ops.manylora.output_entry_fields())
+
+
 def place_threads(cpus: Sequence[int], *, apart: bool) -> None:
     """Let each thread of the calling thread's parallel regions run on its own of `cpus`, or again on all of them.
 
@@ -96,14 +101,32 @@ def add_lora_(
     out [T, columns] and x [T, in_features] of one dtype. tables int64 [members, slots, TABLE_FIELDS]: for each member
     and slot a `device_memory.TableEntry`: addresses of A [r, in_features], of B [r, offsets[m + 1] - offsets[m]], both
     contiguous, and of float32 scales [r] by which x @ A.T is multiplied (0: of none). r = 0 where the slot's
-    adapter does not touch the member. That memory is at the addresses is trusted; that it is for x and out of these
-    sizes is not. out_offsets int32 [members + 1]; order int32 [R]: the rows that have an
-    adapter, sorted by slot; segment_slots int32 [S]; segment_starts int32 [S + 1] into order.
+    adapter does not touch the member. Where B's address is 0, B is the identity, and r the member's width. That memory
+    is at the addresses is trusted; that it is for x and out of these sizes is not. out_offsets int32 [members + 1];
+    order int32 [R]: the rows that have an adapter, sorted by slot; segment_slots int32 [S]; segment_starts int32
+    [S + 1] into order.
 
     The delta is made in float32 and rounded once, in the sum with out. A row depends on its own adapter only, and its
     result does not depend on which other rows are in the batch.
     """
     torch.ops.manylora.add_lora_(out, x, tables, out_offsets, order, segment_slots, segment_starts)
+
+
+def change_output_(
+    out: torch.Tensor,
+    outputs: torch.Tensor,
+    out_offsets: torch.Tensor,
+    order: torch.Tensor,
+    segment_slots: torch.Tensor,
+    segment_starts: torch.Tensor,
+) -> None:
+    """`reference.change_output` in place, for the members and segments of `add_lora_`.
+
+    outputs int64 [members, slots, OUTPUT_FIELDS]: for each member and slot a `device_memory.OutputEntry`: addresses of
+    float32 scale and shift [offsets[m + 1] - offsets[m]], 0 for none; a width of 0 where the slot's adapter changes
+    nothing.
+    """
+    torch.ops.manylora.change_output_(out, outputs, out_offsets, order, segment_slots, segment_starts)
 
 
 def paged_attention(

@@ -14,6 +14,8 @@ class NativePlan(LoraPlan):
     def __init__(self, rows: LoraRows, memory: DeviceMemory) -> None:
         self.rows = rows
         self.tables = memory.tables
+        self.inputs = memory.inputs.entries
+        self.outputs = memory.outputs.entries
         self._memory = memory
 
     def add_(self, out: torch.Tensor, x: torch.Tensor, group: SiteGroup) -> None:
@@ -27,6 +29,22 @@ class NativePlan(LoraPlan):
             rows.order,
             rows.segment_slots,
             rows.segment_starts,
+        )
+
+        self.change_output_(out, group)
+
+    def change_output_(self, out: torch.Tensor, group: SiteGroup) -> None:
+        changed = self.rows.changed
+        if changed is not None and any(changed.outputs[site] for site in group.sites):
+            self._change(out, self.outputs, group.sites, group.offsets_i32)
+
+    def change_input_(self, x: torch.Tensor, group: SiteGroup) -> None:
+        self._change(x, self.inputs, group.sites, torch.tensor((0, x.shape[1]), dtype=torch.int32))
+
+    def _change(self, values: torch.Tensor, tables: torch.Tensor, sites: range, offsets: torch.Tensor) -> None:
+        rows = self.rows
+        native.change_output_(
+            values, tables[sites.start : sites.stop], offsets, rows.order, rows.segment_slots, rows.segment_starts
         )
 
     def add_embedding_(self, out: torch.Tensor, token_ids: torch.Tensor, site: int) -> None:

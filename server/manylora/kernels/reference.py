@@ -12,9 +12,12 @@ from manylora.kernels.batch import AttentionOptions
 from manylora.kernels.weights import Int8Weight
 
 __all__ = [
+    "Dense",
     "LowRank",
+    "OutputChange",
     "add_lora",
     "attention",
+    "change_output",
     "gelu_tanh_and_mul",
     "int8_linear",
     "linear",
@@ -37,13 +40,22 @@ class LowRank:
     scales: torch.Tensor | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """One adapter's delta for one module as a whole matrix [out_features, in_features], its rows times `scales`."""
+
+    matrix: torch.Tensor
+    scales: torch.Tensor | None = None
+
+
 def add_lora(
-    out: torch.Tensor, x: torch.Tensor, weights: Sequence[LowRank | None], slots: Sequence[int]
+    out: torch.Tensor, x: torch.Tensor, weights: Sequence[LowRank | Dense | None], slots: Sequence[int]
 ) -> torch.Tensor:
-    """The base's output plus each row's own low-rank delta.
+    """The base's output plus each row's own delta.
 
         result[t] = out[t] + (scales[s] * (A[s] x[t])) B[s]    s = slots[t]; nothing is added where it is negative
-                                                               or weights[s] is None
+                                                               or weights[s] is None; of a dense matrix B is the
+                                                               identity
 
     `out` [T, out_features], `x` [T, in_features]. A row depends on its own adapter only, whatever the other rows'
     weights hold. An embedding's delta is that of one-hot rows.
@@ -52,10 +64,33 @@ def add_lora(
     for t, slot in enumerate(slots):
         pair = weights[slot] if slot >= 0 else None
         if pair is not None:
-            low = pair.a.double() @ x[t].double()
+            low = (pair.matrix if isinstance(pair, Dense) else pair.a).double() @ x[t].double()
             if pair.scales is not None:
                 low = low * pair.scales.double()
-            result[t] = result[t] + low @ pair.b.double()
+            result[t] = result[t] + (low if isinstance(pair, Dense) else low @ pair.b.double())
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class OutputChange:
+    """What one adapter does to one module's output: `scale`, `shift` [out_features], None for 1 and for 0."""
+
+    scale: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
+
+
+def change_output(out: torch.Tensor, changes: Sequence[OutputChange | None], slots: Sequence[int]) -> torch.Tensor:
+    """Each row's output as its own adapter changes it.
+
+    result[t] = scale[s] * out[t] + shift[s]    s = slots[t]; out[t] where it is negative or changes[s] is None
+    """
+    result = out.double().clone()
+    for t, slot in enumerate(slots):
+        change = changes[slot] if slot >= 0 else None
+        if change is not None and change.scale is not None:
+            result[t] = result[t] * change.scale.double()
+        if change is not None and change.shift is not None:
+            result[t] = result[t] + change.shift.double()
     return result
 
 

@@ -11,7 +11,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from manylora.kernels.interface import LoraPlan, SiteGroup, add_embedding_
+from manylora.kernels.interface import (
+    LoraPlan,
+    SiteGroup,
+    add_embedding_,
+    change_input_,
+    change_output_,
+    segments,
+)
 from manylora.kernels.rows import LoraRows
 from manylora.lora.memory.device_memory import DeviceMemory, Slab
 from manylora.lora.memory.terms import LowRankExtent
@@ -119,6 +126,7 @@ class TorchPlan(LoraPlan):
             mine = order[rows.starts[index] : rows.starts[index + 1]]
             slabs[id(slab)] = slab
             by_slab.setdefault(id(slab), []).append((place, mine))
+        self._has_dense = any(slab.layout.dense for slab in slabs.values())
         self._slabs = [_slab_rows(slabs[key], segments) for key, segments in by_slab.items()]
 
     def add_(self, out: torch.Tensor, x: torch.Tensor, group: SiteGroup) -> None:
@@ -136,8 +144,29 @@ class TorchPlan(LoraPlan):
             if part.large is not None and members:
                 _add_large(wide, part.slab, part.large, members)
 
+        if self._has_dense:
+            _add_dense(out, wide, group, self.rows, self._memory)
+        self.change_output_(out, group)
+
+    def change_output_(self, out: torch.Tensor, group: SiteGroup) -> None:
+        change_output_(out, group, self.rows, self._memory)
+
+    def change_input_(self, x: torch.Tensor, group: SiteGroup) -> None:
+        change_input_(x, group, self.rows, self._memory)
+
     def add_embedding_(self, out: torch.Tensor, token_ids: torch.Tensor, site: int) -> None:
         add_embedding_(out, token_ids, site, self.rows, self._memory)
+
+
+def _add_dense(out: torch.Tensor, wide: torch.Tensor, group: SiteGroup, rows: LoraRows, memory: DeviceMemory) -> None:
+    """The deltas of dense terms, one adapter after the other: each is as large as the base's own matrix."""
+    for member, site in enumerate(group.sites):
+        for slot, mine in segments(rows):
+            found = memory.dense(slot, site)
+            if found is not None:
+                matrix, scales = found
+                delta = wide[mine] @ matrix.to(wide.dtype).T
+                _add_rows(_columns(out, group, member), mine, delta if scales is None else delta * scales)
 
 
 def _weights(

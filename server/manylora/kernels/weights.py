@@ -118,6 +118,17 @@ class PanelWeight:
     def nbytes(self) -> int:
         return self.packed.nbytes
 
+    def rows(self, begin: int, end: int, in_features: int) -> torch.Tensor:
+        """The weight's rows from `begin` to `end`, [end - begin, in_features], as they were."""
+        return _unpacked(self.packed, begin, end)[:, :in_features]
+
+
+def _unpacked(packed: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+    """Rows of a weight in panels, in a copy that ends where its columns' padding does."""
+    first = begin // PANEL_WIDTH
+    panels = packed[first : -(-end // PANEL_WIDTH)]
+    return panels.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)[begin - first * PANEL_WIDTH :][: end - begin]
+
 
 def pack_panels(weight: torch.Tensor) -> PanelWeight:
     """Copy `weight` [out, in], float32, bfloat16 or float16, into panels."""
@@ -157,8 +168,11 @@ class Int8Weight:
 
     def integers(self) -> torch.Tensor:
         """The quantised weight, int8 [out_features, in_features]."""
-        rows = self.packed.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
-        return rows[: self.out_features, : self.in_features]
+        return _unpacked(self.packed, 0, self.out_features)[:, : self.in_features]
+
+    def rows(self, begin: int, end: int) -> torch.Tensor:
+        """What the integers of some rows stand for, float32 [end - begin, in_features]."""
+        return _unpacked(self.packed, begin, end)[:, : self.in_features].float() * self.scales[begin:end, None]
 
     def dequantised(self) -> torch.Tensor:
         """What the integers stand for, float32 [out_features, in_features]."""

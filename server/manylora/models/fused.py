@@ -16,7 +16,7 @@ from transformers.activations import SiLUActivation
 from manylora.kernels.batch import ForwardContext
 from manylora.models.kv_cache import KVCache
 from manylora.models.layers import Layer, LayerKernel, LayerParts, Norm
-from manylora.models.linear import AdaptedLinear, FusedMember
+from manylora.models.linear import AdaptedLinear, AdaptedNorm, FusedMember
 from manylora.models.wrapping import WrappedModel
 
 S = TypeVar("S")
@@ -128,7 +128,10 @@ def _group(*members: nn.Module) -> AdaptedLinear | None:
 
 
 def _norm(module: nn.Module) -> Norm | None:
-    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
-    if not type(module).__name__.endswith("RMSNorm") or not isinstance(weight, torch.Tensor) or eps is None:
+    if not isinstance(module, AdaptedNorm) or not type(module.base).__name__.endswith("RMSNorm"):
         return None
-    return Norm(weight.detach(), float(eps))
+    eps = getattr(module.base, "variance_epsilon", None)
+    weight = module.base.weight
+    if eps is None or not isinstance(weight, torch.Tensor):
+        return None
+    return Norm(weight.detach(), float(eps), module.group)

@@ -7,6 +7,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from manylora.kernels.batch import AttentionOptions, Batch
+from manylora.kernels.interface import SiteGroup
 from manylora.models.linear import AdaptedLinear
 
 S = TypeVar("S")
@@ -16,10 +17,11 @@ Layer = Callable[[torch.Tensor, S], None]
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """Root mean square norm: weight * x / rms(x)."""
+    """Root mean square norm: weight * x / rms(x), whose output adapters may change at the one site of `group`."""
 
     weight: torch.Tensor
     eps: float
+    group: SiteGroup
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,14 +33,19 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features)
-        out = self.matmul(rows)
         batch = self._context.current()
         plan: LoraPlan | None = batch.logit_lora if self._on_logit_rows else batch.lora
-        if plan is not None and any(plan.rows.touched[s] for s in self.group.sites):
-            expected = batch.logit_rows if self._on_logit_rows else batch.token_ids
-            if rows.shape[0] != expected.shape[0]:
-                raise RuntimeError(f"a linear runs on {rows.shape[0]} rows in a step of {expected.shape[0]}")
-            plan.add_(out, rows, self.group)
+        if plan is None or not any(plan.rows.touched[s] for s in self.group.sites):
+            return self.matmul(rows).view(*x.shape[:-1], self.out_features)
+        expected = batch.logit_rows if self._on_logit_rows else batch.token_ids
+        if rows.shape[0] != expected.shape[0]:
+            raise RuntimeError(f"a linear runs on {rows.shape[0]} rows in a step of {expected.shape[0]}")
+        changed = plan.rows.changed
+        if changed is not None and changed.inputs[self.group.first]:
+            rows = rows.clone()
+            plan.change_input_(rows, self.group)
+        out = self.matmul(rows)
+        plan.add_(out, rows, self.group)
         return out.view(*x.shape[:-1], self.out_features)
 
 
@@ -102,18 +107,47 @@ class AdaptedEmbedding(nn.Module):
 
     def __init__(self, base: nn.Module, site: int, context: ForwardContext, scale: float) -> None:
         super().__init__()
+        assert isinstance(base.weight, torch.Tensor)
         self.base = base
-        self.weight = base.weight
-        self._site = site
+        self.weight: torch.Tensor = base.weight
+        width = int(base.weight.shape[1])
+        self._group = SiteGroup(
+            site, (0, width), torch.tensor((0, width), dtype=torch.int32, device=base.weight.device)
+        )
         self._context = context
         self._scale = scale
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.base(token_ids)
         plan = self._context.current().lora
-        if plan is not None and plan.rows.touched[self._site]:
+        if plan is not None and plan.rows.touched[self._group.first]:
             delta = torch.zeros_like(out).view(-1, out.shape[-1])
-            plan.add_embedding_(delta, token_ids.view(-1), self._site)
+            plan.add_embedding_(delta, token_ids.view(-1), self._group.first)
             # Some embeddings scale their rows (Gemma's), and PEFT scales the delta alike.
             out += delta.view_as(out) * self._scale
+            plan.change_output_(out.view(-1, out.shape[-1]), self._group)
+        return out
+
+
+class AdaptedNorm(nn.Module):
+    """A norm whose output adapters may change: a weight of their own is the base's times a vector."""
+
+    def __init__(self, base: nn.Module, site: int, width: int, context: ForwardContext) -> None:
+        super().__init__()
+        self.base = base
+        assert isinstance(base.weight, torch.Tensor)
+        self.weight: torch.Tensor = base.weight
+        offsets = (0, width)
+        self.group = SiteGroup(site, offsets, torch.tensor(offsets, dtype=torch.int32, device=base.weight.device))
+        self._context = context
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.base(x)
+        batch = self._context.current()
+        changed = batch.lora.rows.changed if batch.lora is not None else None
+        if batch.lora is not None and changed is not None and changed.outputs[self.group.first]:
+            rows = out.view(-1, out.shape[-1])
+            if rows.shape[0] != batch.token_ids.shape[0]:
+                raise RuntimeError(f"a norm runs on {rows.shape[0]} rows in a step of {batch.token_ids.shape[0]}")
+            batch.lora.change_output_(rows, self.group)
         return out

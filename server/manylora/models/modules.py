@@ -9,7 +9,15 @@ from transformers.pytorch_utils import Conv1D
 
 from manylora.lora.format.reader import ModuleSpec
 
-__all__ = ["adaptable_modules", "embedding_scale", "is_linear", "is_plain", "token_embedding", "weight_of"]
+__all__ = [
+    "adaptable_modules",
+    "adaptable_norms",
+    "embedding_scale",
+    "is_linear",
+    "is_plain",
+    "token_embedding",
+    "weight_of",
+]
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -40,13 +48,30 @@ def embedding_scale(embedding: nn.Module) -> float:
 
 def adaptable_modules(model: PreTrainedModel) -> dict[str, ModuleSpec]:
     """Every linear and the token embedding of an untouched model (a meta-device one will do), by path."""
-    embedding = token_embedding(model)
+    embedding, head = token_embedding(model), model.get_output_embeddings()
+    is_tied = isinstance(head, nn.Linear) and head.weight is embedding.weight
     found: dict[str, ModuleSpec] = {}
     for path, module in model.named_modules():
         if module is embedding:
-            found[path] = ModuleSpec(path, "embedding", *module.weight.shape)
+            found[path] = ModuleSpec(path, "embedding", module.weight.shape[0], module.weight.shape[1], is_tied=is_tied)
         elif isinstance(module, Conv1D):
             found[path] = ModuleSpec(path, "conv1d", *module.weight.shape)
         elif isinstance(module, nn.Linear):
-            found[path] = ModuleSpec(path, "linear", module.in_features, module.out_features)
+            tied = is_tied and module is head
+            found[path] = ModuleSpec(path, "linear", module.in_features, module.out_features, is_tied=tied)
     return found
+
+
+def adaptable_norms(model: PreTrainedModel) -> dict[str, ModuleSpec]:
+    """Every norm of the residual stream, by path: those of single heads, which are narrower, are left out."""
+    width = int(token_embedding(model).weight.shape[1])
+    found: dict[str, ModuleSpec] = {}
+    for path, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if _is_norm(module) and isinstance(weight, torch.Tensor) and tuple(weight.shape) == (width,):
+            found[path] = ModuleSpec(path, "norm", width, width)
+    return found
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")

@@ -7,7 +7,7 @@ import torch
 from manylora.kernels.batch import Batch
 from manylora.kernels.matmul import NativeMatmul
 from manylora.kernels.native_lora import NativePlan
-from manylora.models.layers import Layer, LayerParts
+from manylora.models.layers import Layer, LayerParts, Norm
 from manylora.models.linear import AdaptedLinear
 
 # Handles of C++ objects (csrc/layer.cpp), which torch has no static types for.
@@ -26,6 +26,9 @@ class NativeLayers:
             rows = batch.lora.rows
             touched = torch.tensor(rows.touched)
             step.set_lora(batch.lora.tables, rows.order, rows.segment_slots, rows.segment_starts, touched)
+            if rows.changed is not None:
+                inputs, outputs = torch.tensor(rows.changed.inputs), torch.tensor(rows.changed.outputs)
+                step.set_changes(batch.lora.inputs, inputs, batch.lora.outputs, outputs)
         return step
 
     def layer(self, parts: LayerParts, keys: torch.Tensor, values: torch.Tensor) -> Layer[Handle] | None:
@@ -35,8 +38,7 @@ class NativeLayers:
         qkv, o, gate_up, down = linears
         options = parts.options
         layer = torch.classes.manylora.FusedDecoderLayer(
-            parts.input_norm.weight, parts.input_norm.eps, qkv, o,
-            parts.mlp_norm.weight, parts.mlp_norm.eps, gate_up, down,
+            _norm(parts.input_norm), qkv, o, _norm(parts.mlp_norm), gate_up, down,
             keys, values, options.scale, options.window, options.softcap,
         )  # fmt: skip
         forward_: Layer[Handle] = layer.forward_
@@ -48,4 +50,10 @@ def _linear(linear: AdaptedLinear) -> Handle | None:
     matmul = linear.matmul
     if not isinstance(matmul, NativeMatmul):
         return None
-    return torch.classes.manylora.AdaptedLinear(matmul.handle(), linear.group.first, linear.group.offsets_i32)
+    width = torch.tensor((0, linear.in_features), dtype=torch.int32)
+    return torch.classes.manylora.AdaptedLinear(matmul.handle(), linear.group.first, width, linear.group.offsets_i32)
+
+
+def _norm(norm: Norm) -> Handle:
+    group = norm.group
+    return torch.classes.manylora.AdaptedNorm(norm.weight, norm.eps, group.first, group.offsets_i32)

@@ -66,7 +66,7 @@ class SelfCheck:
 
     def _load_adapter(self, strength: float) -> DeviceMemory:
         wrapped = self._wrapped
-        packed = ProbeAdapter(wrapped.modules, wrapped.model.dtype, strength).packed(wrapped.sites)
+        packed = ProbeAdapter(wrapped.survey.modules, wrapped.model.dtype, strength).packed(wrapped.sites)
         memory = DeviceMemory(len(wrapped.modules), 1, self._backend.device, self._backend.allocate)
         place = Place(0, 0, 0, is_new_slab=True)
         memory.allocate(place, packed.layout, 1)

@@ -33,10 +33,10 @@ class TorchLayers:
         heads = (-1, keys.shape[3])
 
         def forward_(residual: torch.Tensor, step: TorchStep) -> None:
-            qkv = parts.qkv(rms_norm(residual, parts.input_norm)).unflatten(1, heads)
+            qkv = parts.qkv(rms_norm(residual, parts.input_norm, step.batch)).unflatten(1, heads)
             attended = self._attend(qkv, keys, values, step, parts.options).flatten(1)
             residual += parts.o(attended)
-            gate, up = parts.gate_up(rms_norm(residual, parts.mlp_norm)).chunk(2, dim=1)
+            gate, up = parts.gate_up(rms_norm(residual, parts.mlp_norm, step.batch)).chunk(2, dim=1)
             residual += parts.down(functional.silu(gate).mul_(up))
 
         return forward_
@@ -56,6 +56,10 @@ class TorchLayers:
         return self._attention(q, k, v, keys, values, step.batch, options)
 
 
-def rms_norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
+def rms_norm(x: torch.Tensor, norm: Norm, batch: Batch) -> torch.Tensor:
     """[T, hidden] -> [T, hidden]."""
-    return functional.rms_norm(x, (x.shape[1],), norm.weight, norm.eps)
+    out = functional.rms_norm(x, (x.shape[1],), norm.weight, norm.eps)
+    changed = batch.lora.rows.changed if batch.lora is not None else None
+    if batch.lora is not None and changed is not None and changed.outputs[norm.group.first]:
+        batch.lora.change_output_(out, norm.group)
+    return out

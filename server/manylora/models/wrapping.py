@@ -5,7 +5,7 @@ replaced by ours.
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional
@@ -14,16 +14,24 @@ from transformers import PreTrainedModel
 from manylora.errors import ModelUnusable
 from manylora.kernels.batch import ForwardContext
 from manylora.kernels.interface import SiteGroup
-from manylora.kernels.matmul import BaseMatmul
+from manylora.kernels.matmul import BaseMatmul, dense
 from manylora.kernels.weights import WeightFormat
 from manylora.lora.format.reader import ModuleSpec
 from manylora.models import attention
 from manylora.models.backends import Backend
 from manylora.models.kv_cache import KVCache
-from manylora.models.linear import AdaptedEmbedding, AdaptedLinear, FusedLinears, FusedMember, KeptLinear
-from manylora.models.modules import adaptable_modules, embedding_scale, weight_of
+from manylora.models.linear import (
+    AdaptedEmbedding,
+    AdaptedLinear,
+    AdaptedNorm,
+    FusedLinears,
+    FusedMember,
+    KeptLinear,
+)
+from manylora.models.modules import adaptable_modules, adaptable_norms, embedding_scale, weight_of
 from manylora.models.positions import UNSTATED_LIMIT, position_limit
 from manylora.models.refusals import refusing
+from manylora.models.served_base import ServedEmbedding, ServedLinear, ServedModule, ServedNorm
 from manylora.models.survey import Survey, survey
 
 __all__ = ["WrappedModel", "adaptable_modules", "weight_of", "wrap"]
@@ -33,7 +41,10 @@ _numbers = itertools.count()
 
 @dataclass(slots=True)
 class WrappedModel:
-    """A model whose linears, embedding and attention are ours. `modules` are in the order of their sites."""
+    """A model whose linears, embedding, norms and attention are ours.
+
+    `modules` are in the order of their sites, norms last; `served` has what the base computes with at each.
+    """
 
     model: PreTrainedModel
     backend: Backend
@@ -41,6 +52,7 @@ class WrappedModel:
     survey: Survey
     modules: dict[str, ModuleSpec]
     sites: dict[str, int]
+    served: dict[str, ServedModule]
 
     @property
     def vocab_size(self) -> int:
@@ -76,18 +88,18 @@ def wrap(model: PreTrainedModel, backend: Backend, *, context_length: int | None
 def _wrap(model: PreTrainedModel, backend: Backend, found: Survey) -> WrappedModel:
     specs = found.modules
     groups = _complete_groups(found.groups, specs)
-    ordered = [path for group in groups for path in group]
-    wrapped = WrappedModel(
-        model,
-        backend,
-        ForwardContext(),
-        found,
-        modules={path: specs[path] for path in ordered},
-        sites={path: site for site, path in enumerate(ordered)},
-    )
+    norms = adaptable_norms(model)
+    modules = {path: replace(specs[path], shares_input=len(group) > 1) for group in groups for path in group} | norms
+    sites = {path: site for site, path in enumerate(modules)}
+    wrapped = WrappedModel(model, backend, ForwardContext(), found, modules, sites, {})
+    for path, spec in norms.items():
+        norm = model.get_submodule(path)
+        wrapped.served[path] = ServedNorm(norm)
+        model.set_submodule(path, AdaptedNorm(norm, sites[path], spec.out_features, wrapped.context))
     for group in groups:
         if specs[group[0]].kind == "embedding":
             first = model.get_submodule(group[0])
+            wrapped.served[group[0]] = ServedEmbedding(first.weight.detach())
             embedding = AdaptedEmbedding(first, wrapped.sites[group[0]], wrapped.context, embedding_scale(first))
             model.set_submodule(group[0], embedding)
         elif group[0] in found.kept:
@@ -133,6 +145,9 @@ def _require_close(
 def _keep_linear(wrapped: WrappedModel, path: str) -> None:
     """Put a `KeptLinear` around a linear that computes by code of its own, or whose weight other code reads."""
     module, spec, site = wrapped.model.get_submodule(path), wrapped.modules[path], wrapped.sites[path]
+    bias = module.bias.detach() if isinstance(module.bias, torch.Tensor) else None
+    kept = dense(weight_of(module), None)
+    wrapped.served[path] = ServedLinear(kept, 0, spec.out_features, spec.in_features, bias)
     offsets = (0, spec.out_features)
     group = SiteGroup(site, offsets, torch.tensor(offsets, dtype=torch.int32, device=weight_of(module).device))
     on_logit_rows = path in wrapped.survey.on_logit_rows
@@ -158,6 +173,8 @@ def _replace_linears(wrapped: WrappedModel, group: list[str]) -> None:
     )
     matmul = wrapped.backend.matmul(weight, bias)
     _require_close(matmul, weight, bias, group[0], wrapped.backend.format)
+    for path, first, width, own in zip(group, offsets, widths, biases, strict=False):
+        wrapped.served[path] = ServedLinear(matmul, first, width, weight.shape[1], own)
     linear = AdaptedLinear(
         matmul,
         site_group,

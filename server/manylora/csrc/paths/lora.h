@@ -2,7 +2,8 @@
 //
 // A unit is (segment, up to kRowsPerUnit of its rows, member). One thread does both products of a unit, so that its
 // weights come from memory once; only where there are fewer units than threads are the products split further. The
-// order of additions for one row does not depend on the rows beside it, nor on the split.
+// order of additions for one row does not depend on the rows beside it, nor on the split. A dense matrix is an A whose
+// B is the identity: it is cut into units by its own rows, each of which makes some of the columns.
 #pragma once
 
 #include "target.h"
@@ -13,6 +14,7 @@ namespace manylora {
 namespace {
 
 constexpr int64_t kRowsPerUnit = 32;
+constexpr int64_t kDenseRowsPerUnit = 256;
 constexpr int64_t kBytesPerThread = 256 * 1024;  // what is read in the time that waking another thread takes
 
 // What a thread reads after what it multiplies now: B after A, and then the next unit's A. It is asked for meanwhile, a
@@ -38,7 +40,7 @@ struct LoraUnit {
   const int32_t* rows;
   int64_t num_rows;
   const void* a;        // [rank, in_features]
-  const void* b;        // [rank, width]
+  const void* b;        // [rank, width], or null: the identity
   const float* scales;  // [rank], by which the low dimension is multiplied; or null
   DType dtype;          // of a and b
   int64_t rank, first_column, width;
@@ -205,10 +207,26 @@ void expand_row(const LoraUnit& unit, const Rows<void*>& out, int64_t row, int64
   }
 }
 
+// The same where B is the identity, for the columns [begin, end).
+template <class T>
+void add_low(const LoraUnit& unit, const Rows<void*>& out, int64_t begin, int64_t end) {
+  for (int64_t row = 0; row < unit.num_rows; ++row) {
+    T* target = static_cast<T*>(out.data) + unit.rows[row] * out.stride + unit.first_column + begin;
+    const float* low = unit.low + row * unit.low_stride + begin;
+    for_vectors(end - begin, [&](int64_t i, auto count) {
+      store(target + i, load(target + i, count) + load(low + i, count), count);
+    });
+  }
+}
+
 constexpr int64_t kExpandStrip = W == 16 ? 64 : 16;  // columns that several rows take at a time
 
 template <class T, class Weight>
 void expand(const LoraUnit& unit, const Rows<void*>& out, int64_t begin, int64_t end, Ahead ahead) {
+  if (!unit.b) {
+    add_low<T>(unit, out, begin, end);
+    return;
+  }
   constexpr int R = 4, NV = kExpandStrip / W;
   int64_t tiled_rows = unit.num_rows / R * R, column = begin;
   for (; tiled_rows && column + kExpandStrip <= end; column += kExpandStrip)
@@ -217,6 +235,17 @@ void expand(const LoraUnit& unit, const Rows<void*>& out, int64_t begin, int64_t
     for (int64_t row = 0; row < tiled_rows; row += R)
       expand_tile<R, 1, T, Weight>(unit, out, row, column, std::min<int64_t>(W, end - column));
   for (int64_t row = tiled_rows; row < unit.num_rows; ++row) expand_row<T, Weight>(unit, out, row, begin, end, ahead);
+}
+
+// A unit for each kRowsPerUnit of a segment's rows.
+void add_units(const LoraArgs& args, int64_t segment, LoraUnit unit, std::vector<LoraUnit>& units) {
+  unit.low_stride = (unit.rank + W - 1) / W * W;
+  int64_t end = args.segment_starts[segment + 1];
+  for (int64_t i = args.segment_starts[segment]; i < end; i += kRowsPerUnit) {
+    unit.rows = args.order + i;
+    unit.num_rows = std::min<int64_t>(kRowsPerUnit, end - i);
+    units.push_back(unit);
+  }
 }
 
 std::vector<LoraUnit> lora_units(const LoraArgs& args) {
@@ -233,11 +262,17 @@ std::vector<LoraUnit> lora_units(const LoraArgs& args) {
       if (!unit.rank) continue;
       unit.first_column = args.out_offsets[m];
       unit.width = args.out_offsets[m + 1] - args.out_offsets[m];
-      unit.low_stride = (unit.rank + W - 1) / W * W;
-      for (int64_t i = args.segment_starts[s]; i < args.segment_starts[s + 1]; i += kRowsPerUnit) {
-        unit.rows = args.order + i;
-        unit.num_rows = std::min<int64_t>(kRowsPerUnit, args.segment_starts[s + 1] - i);
-        units.push_back(unit);
+      if (unit.b) {
+        add_units(args, s, unit, units);
+        continue;
+      }
+      const char* matrix = static_cast<const char*>(unit.a);
+      for (int64_t first = 0; first < entry.rank; first += kDenseRowsPerUnit) {
+        unit.a = matrix + first * args.in_features * element_size(unit);
+        unit.scales = entry.scales ? reinterpret_cast<const float*>(entry.scales) + first : nullptr;
+        unit.first_column = args.out_offsets[m] + first;
+        unit.rank = unit.width = std::min(kDenseRowsPerUnit, entry.rank - first);
+        add_units(args, s, unit, units);
       }
     }
   }
@@ -280,7 +315,8 @@ void add_lora(const LoraArgs& args) {
   std::vector<LoraUnit> units = lora_units(args);
   int64_t cost = 0;
   for (const LoraUnit& unit : units)  // arithmetic on more than a few rows outweighs reading the weights
-    cost += (args.in_features + unit.width) * unit.rank * element_size(unit) * std::max<int64_t>(1, unit.num_rows / 4);
+    cost += (args.in_features + (unit.b ? unit.width : 1)) * unit.rank * element_size(unit) *
+            std::max<int64_t>(1, unit.num_rows / 4);
   int64_t count = static_cast<int64_t>(units.size());
   int64_t threads = std::min(num_threads(), std::max<int64_t>(1, cost / kBytesPerThread));
   with_dtype(args.dtype, [&](auto type) {
@@ -298,7 +334,7 @@ void add_lora(const LoraArgs& args) {
         constexpr int64_t per_line = kLineBytes / int64_t(sizeof(Weight));
         int64_t a_steps = (unit.rank + W - 1) / W * (args.in_features / per_line);
         int64_t b_steps = unit.rank / 4 * (unit.width / per_line);
-        Ahead b(unit.b, unit.rank * unit.width * element_size(unit), a_steps), a;
+        Ahead b(unit.b, unit.b ? unit.rank * unit.width * element_size(unit) : 0, a_steps), a;
         if (next < count) {
           const LoraUnit& then = units[next];
           a = Ahead(then.a, then.rank * args.in_features * element_size(then), b_steps);

@@ -19,7 +19,7 @@ from manylora.errors import InvalidRequest
 from manylora.lifecycle.adapter_files import read_adapter_files
 from manylora.lifecycle.parameters import InvalidParameter
 from manylora.lora.format.pairing import PREFIX, parse_name
-from manylora.lora.format.reader import read
+from manylora.lora.format.reader import AdaptedModule, LowRank, TensorView, read
 from manylora.lora.format.spec import ModuleKind, ModuleSpec
 
 _NO_LIMIT = 2**62
@@ -75,13 +75,25 @@ def read_lora(folder: Path, modules: Mapping[str, ModuleSpec] | None = None) -> 
     """
     config, tensors = read_adapter_files(folder)
     adapter = read(folder, modules or _own_modules(tensors), max_rank=_NO_LIMIT, max_size=_NO_LIMIT)
-    pairs = {
-        m.path: Pair(m.kind, torch.from_numpy(t.a.to_float32()), torch.from_numpy(t.b.to_float32()) * t.scale)
-        for m in adapter.modules
-        for t in m.terms
-    }
+    pairs = {m.path: _pair(m, adapter.kind) for m in adapter.modules}
     dtype = next(iter(tensors.values())).dtype
     return Lora(pairs, config, dtype, adapter.size_bytes)
+
+
+def _pair(module: AdaptedModule, kind: str) -> Pair:
+    """Raises InvalidRequest for a module that is not plain low rank."""
+    (term, *others) = module.terms
+    if (
+        others
+        or not isinstance(term, LowRank)
+        or not isinstance(term.a, TensorView)
+        or not isinstance(term.b, TensorView)
+    ):
+        raise InvalidRequest(
+            f"This is for plain low-rank adapters, and {module.path} of this one ({kind}) is more than an A and a B. "
+            "PEFT's merge_and_unload makes a checkpoint of it, of which `manylora extract` makes a low-rank adapter."
+        )
+    return Pair(module.kind, torch.from_numpy(term.a.to_float32()), torch.from_numpy(term.b.to_float32()) * term.scale)
 
 
 def _own_modules(tensors: Mapping[str, torch.Tensor]) -> dict[str, ModuleSpec]:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Set, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ SERVED = frozenset(
     {
         "peft_type", "task_type", "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules",
         "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "init_lora_weights",
-        "base_model_name_or_path",
+        "base_model_name_or_path", "bias", "ensure_weight_tying", "lora_bias", "modules_to_save", "target_parameters",
+        "trainable_token_indices", "use_dora", "use_qalora",
     }
 )  # fmt: skip
 
@@ -58,29 +59,23 @@ NEUTRAL = {
 REFUSED = {
     "alora_invocation_tokens": "activated LoRA (aLoRA) switches on in the middle of a prompt",
     "arrow_config": "Arrow routes between several adapters",
-    "bias": "trained biases are no low-rank delta; train with bias='none'",
     "enable_lora": "merged projections of PEFT before 0.3 have another layout; convert it with a newer PEFT",
-    "ensure_weight_tying": "an adapter tied between embedding and lm_head is not served; train without it",
     "kasa_config": "KaSA changes the base's weights",
     "layer_replication": "it builds another base out of repeated layers",
-    "lora_bias": "a bias on B is no low-rank delta; train with lora_bias=False",
     "megatron_config": "Megatron's parallel layers are not served",
-    "modules_to_save": "whole modules trained beside the adapter are no low-rank delta; use target_modules instead",
     "monteclora_config": "MonteCLoRA samples its weights",
-    "target_parameters": "it adapts bare parameters, not modules",
-    "trainable_token_indices": "trained token embeddings are no low-rank delta; put the embedding into target_modules",
     "use_bdlora": "block-diagonal LoRA has another layout",
-    "use_dora": "DoRA rescales each weight column; merge it, or train with use_dora=False",
-    "use_qalora": "QALoRA pools its input in groups",
 }
 
 # Of those, the ones whose tensors have another layout: checking shapes against plain LoRA would only mislead.
-OTHER_LAYOUT = frozenset({"enable_lora", "layer_replication", "target_parameters", "use_bdlora", "use_qalora"})
+OTHER_LAYOUT = frozenset({"enable_lora", "layer_replication", "use_bdlora"})
 
 KNOWN = SERVED | NEUTRAL.keys() | REFUSED.keys()
 
 # Initialisations that move part of the base's weight into the adapter, so that it is right on the changed base only.
 MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Of those, the ones whose part is known from the base's weight alone, and is taken off again.
+KNOWN_PARTS = frozenset({"pissa", "olora"})
 HARMLESS_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
 
 OTHER_TASKS = frozenset({"SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"})
@@ -101,14 +96,19 @@ class LoraSettings:
     alpha_pattern: dict[str, float]
     base_model_name_or_path: str | None
     has_plain_layout: bool
+    target_parameters: tuple[str, ...] = ()
+    initial: str | None = None  # one of `KNOWN_PARTS`
+    use_dora: bool = False
+    lora_bias: bool = False
+    ties_weights: bool = False
 
     def scale(self, rank: int, alpha: float) -> float:
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
 
-def is_off(key: str, value: object) -> bool:
+def is_off(value: object) -> bool:
     """Whether a refused key has its harmless value."""
-    return value in (None, False, 0, "", [], {}) or (key == "bias" and value == "none")
+    return value in (None, False, 0, "", [], {})
 
 
 def read_json(path: Path, problems: Problems) -> dict[str, Any] | None:
@@ -147,15 +147,36 @@ def parse(raw: dict[str, Any], problems: Problems, warnings: list[str]) -> LoraS
 
     Unsupported features alone are problems, but do not make the result None.
     """
-    _check_keys(raw, problems, warnings)
+    check_keys(raw, KNOWN, problems, warnings)
     _check_features(raw, problems)
     fields = _Fields(raw, problems)
     settings = fields.settings()
     return None if fields.is_bad else settings
 
 
-def _check_keys(raw: dict[str, Any], problems: Problems, warnings: list[str]) -> None:
-    for key in sorted(raw.keys() - KNOWN):
+def settings_of(
+    raw: dict[str, Any], problems: Problems, *, rank_key: str = "r", alpha_key: str = "lora_alpha"
+) -> LoraSettings | None:
+    """Of another method's config, what LoRA's has as well: which modules it adapts, with which ranks and alphas."""
+    renamed = {
+        **{key: raw.get(key) for key in _SHARED},
+        "r": raw[rank_key] if type(raw.get(rank_key)) is int and raw[rank_key] > 0 else 1,
+        "lora_alpha": raw.get(alpha_key),
+    }
+    fields = _Fields(renamed, problems)
+    settings = fields.settings()
+    return None if fields.is_bad else settings
+
+
+_SHARED = (
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
+    "base_model_name_or_path",
+)  # fmt: skip
+
+
+def check_keys(raw: dict[str, Any], known: Set[str], problems: Problems, warnings: list[str]) -> None:
+    """`unknown_config_key` for each key that is not `known` and not switched off."""
+    for key in sorted(raw.keys() - known):
         value = raw[key]
         if value is None or value is False or (isinstance(value, (str, list, dict)) and not value):
             warnings.append(f"The config key {shown(key)} is unknown here; it is switched off, so it is left aside.")
@@ -163,16 +184,18 @@ def _check_keys(raw: dict[str, Any], problems: Problems, warnings: list[str]) ->
             problems.add(
                 "unknown_config_key",
                 f"{CONFIG_FILE}: {shown(key)}",
-                "No PEFT up to 0.21 has this LoRA setting, so what it means is not known. Remove it if it is a note.",
+                "No PEFT up to 0.21 has this setting, so what it means is not known. Remove it if it is a note.",
             )
 
 
 def _check_features(raw: dict[str, Any], problems: Problems) -> None:
     for key, reason in REFUSED.items():
-        if not is_off(key, raw.get(key)):
+        if not is_off(raw.get(key)):
             problems.add("unsupported_feature", f"{CONFIG_FILE}: {key}", f"Not served: {reason}.")
-    init, task = raw.get("init_lora_weights"), raw.get("task_type")
-    if isinstance(init, str) and init.lower().startswith(MUTATING_INITS):
+    init = raw.get("init_lora_weights")
+    if isinstance(init, str) and init.lower() in KNOWN_PARTS:
+        pass
+    elif isinstance(init, str) and init.lower().startswith(MUTATING_INITS):
         problems.add(
             "unsupported_feature",
             f"{CONFIG_FILE}: init_lora_weights",
@@ -181,6 +204,12 @@ def _check_features(raw: dict[str, Any], problems: Problems) -> None:
         )
     elif not (init is None or isinstance(init, bool) or (isinstance(init, str) and init in HARMLESS_INITS)):
         problems.add("bad_config", f"{CONFIG_FILE}: init_lora_weights", f"{shown(init)} is not one of PEFT's values.")
+    check_task(raw, problems)
+
+
+def check_task(raw: dict[str, Any], problems: Problems) -> None:
+    """Refuse what was trained for another task than generating text."""
+    task = raw.get("task_type")
     if isinstance(task, str) and task in OTHER_TASKS:
         problems.add(
             "unsupported_feature",
@@ -277,9 +306,19 @@ class _Fields:
             self.bad("r", "It is missing; PEFT always writes the rank.")
         return int(self.take("r", 1, _is_positive, "a whole number above 0"))
 
+    def _initial(self) -> str | None:
+        init = self._raw.get("init_lora_weights")
+        return init.lower() if isinstance(init, str) and init.lower() in KNOWN_PARTS else None
+
     def settings(self) -> LoraSettings:
+        bias = self._raw.get("bias")
+        if bias not in (None, "none", "all", "lora_only"):
+            self.bad("bias", f"It must be 'none', 'all' or 'lora_only', not {shown(bias)}.")
         target = self.names("target_modules")
-        if not target and is_off("target_parameters", self._raw.get("target_parameters")):
+        parameters = self.names("target_parameters")
+        if parameters and isinstance(target, str) and target:
+            self.bad("target_parameters", "It is read beside a list of target_modules, not beside a pattern.")
+        if not target and not parameters:
             self.bad("target_modules", "It is missing or empty; name the adapted modules.")
         layers = self.layers()
         pattern = self.names("layers_pattern", MAX_LAYERS_PATTERNS)
@@ -301,5 +340,10 @@ class _Fields:
             rank_pattern=self.table("rank_pattern", _is_positive, "a whole number above 0"),
             alpha_pattern=self.table("alpha_pattern", _is_number, "a number"),
             base_model_name_or_path=self.take("base_model_name_or_path", None, _is_text, "a text"),
-            has_plain_layout=all(is_off(key, self._raw.get(key)) for key in OTHER_LAYOUT),
+            has_plain_layout=all(is_off(self._raw.get(key)) for key in OTHER_LAYOUT),
+            target_parameters=(parameters,) if isinstance(parameters, str) else parameters,
+            initial=self._initial(),
+            use_dora=self.take("use_dora", False, _is_bool, "true or false"),
+            lora_bias=self.take("lora_bias", False, _is_bool, "true or false"),
+            ties_weights=self.take("ensure_weight_tying", False, _is_bool, "true or false"),
         )

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from manylora.identity import TENSOR_FILE
 from manylora.lora.format.problems import Problems, listed, shown
-from manylora.lora.format.spec import AdaptedModule, Term
+from manylora.lora.format.spec import AdaptedModule, Dense, LowRank, Matrix, Term
 from manylora.lora.format.tensors import TensorView
 
 # dtype -> (numpy's type of the raw bits, mask without the sign, smallest bit pattern that is not finite)
@@ -65,9 +65,13 @@ def _scan(view: TensorView) -> _Content:
     return _Content(is_finite=largest < infinity, is_zero=largest == 0)
 
 
-def check_values(tensors: Mapping[str, TensorView], problems: Problems) -> None:
-    """`wrong_dtype` and `not_finite`, for every tensor of the file."""
+def check_values(
+    tensors: Mapping[str, TensorView], problems: Problems, is_index: Callable[[str], bool] = lambda name: False
+) -> None:
+    """`wrong_dtype` and `not_finite`, for every tensor of the file but those of whole numbers."""
     for name, view in sorted(tensors.items()):
+        if is_index(name):
+            continue
         where = f"{TENSOR_FILE}: {shown(name)}"
         if view.dtype not in _BITS:
             problems.add("wrong_dtype", where, f"It is {view.dtype}; save it as {', '.join(SERVED_DTYPES)}.")
@@ -90,7 +94,18 @@ def check_effect(modules: Sequence[AdaptedModule], problems: Problems, warnings:
 
 
 def _is_idle(term: Term) -> bool:
-    return term.scale == 0 or _scan(term.b).is_zero or _scan(term.a).is_zero
+    """Whether a term of the files' own numbers does nothing; of what is made of them the probe finds out."""
+    match term:
+        case LowRank():
+            return term.scale == 0 or _is_zero(term.b) or _is_zero(term.a)
+        case Dense():
+            return _is_zero(term.matrix)
+        case _:
+            return False
+
+
+def _is_zero(matrix: Matrix) -> bool:
+    return isinstance(matrix, TensorView) and _scan(matrix).is_zero
 
 
 def num_different(copy: TensorView, base: TensorView | None) -> int:

@@ -10,13 +10,16 @@ from typing import Any, Final, Protocol, Self
 from manylora.identity import CONFIG_FILE
 from manylora.lora.format import config, targets
 from manylora.lora.format.config import LoraSettings
+from manylora.lora.format.extras import Extras
+from manylora.lora.format.method import Method
+from manylora.lora.format.methods import dense, low_rank, rotations, vectors
 from manylora.lora.format.pairing import Pairing, ranks_of, refuse_experts
 from manylora.lora.format.problems import Problems, shown
 from manylora.lora.format.spec import AdaptedModule, Base, BaseWeights, ModuleSpec
 from manylora.lora.format.targets import Target
 from manylora.lora.format.tensors import TensorView
 
-__all__ = ["KINDS", "LoraReading", "Reading", "reading_of"]
+__all__ = ["KINDS", "METHODS", "NOT_SERVED", "LoraReading", "Reading", "reading_of"]
 
 Tensors = Mapping[str, TensorView]
 
@@ -41,14 +44,24 @@ class Reading(Protocol):
         """What `modules` made of an adapter that was accepted before, again and fast, out of bounds in no case."""
         ...
 
+    def is_index(self, name: str) -> bool:
+        """Whether a tensor holds whole numbers; all others are of a served float type."""
+        ...
+
+
+def without_norms(modules: Mapping[str, ModuleSpec]) -> dict[str, ModuleSpec]:
+    """Those that a delta can be added to."""
+    return {path: spec for path, spec in modules.items() if spec.kind != "norm"}
+
 
 class LoraReading:
-    """Plain LoRA: an A and a B for each module."""
+    """LoRA: an A and a B for each module, and what else the config says there is."""
 
     kind = "lora"
 
-    def __init__(self, settings: LoraSettings) -> None:
+    def __init__(self, settings: LoraSettings, raw: Mapping[str, Any]) -> None:
         self._settings = settings
+        self._raw = raw
         names = settings.target_modules
         self.alpha = float(settings.alpha)
         self.target_modules = [names] if isinstance(names, str) else sorted(names)
@@ -58,7 +71,7 @@ class LoraReading:
     def of(cls, raw: dict[str, Any], problems: Problems, warnings: list[str]) -> Self | None:
         """From the config's JSON object; None, with the reasons in `problems`, where it is unusable."""
         settings = config.parse(raw, problems, warnings)
-        return None if settings is None else cls(settings)
+        return None if settings is None else cls(settings, raw)
 
     def modules(
         self, tensors: Tensors, base: Base, problems: Problems, warnings: list[str]
@@ -66,15 +79,19 @@ class LoraReading:
         """The adapted modules of an upload; every problem goes to `problems`."""
         if refuse_experts(tensors, base.modules, problems):
             return ()
-        planned = targets.resolve(self._settings, base.modules, base.max_rank, problems, warnings)
+        planned = targets.resolve(self._settings, without_norms(base.modules), base.max_rank, problems, warnings)
         return self._paired(tensors, base.modules, planned, problems, warnings, base.weights)
 
     def accepted(
         self, tensors: Tensors, modules: Mapping[str, ModuleSpec], problems: Problems, warnings: list[str]
     ) -> tuple[AdaptedModule, ...]:
         """The adapted modules of an adapter that was accepted before."""
-        planned = targets.as_accepted(self._settings, modules, ranks_of(tensors), problems)
+        planned = targets.as_accepted(self._settings, without_norms(modules), ranks_of(tensors), problems)
         return self._paired(tensors, modules, planned, problems, warnings)
+
+    def is_index(self, name: str) -> bool:
+        """No tensor of a LoRA adapter does."""
+        return False
 
     def _paired(
         self,
@@ -87,12 +104,68 @@ class LoraReading:
     ) -> tuple[AdaptedModule, ...]:
         if planned is None or not self._settings.has_plain_layout:
             return ()
-        name = self.base_model_name_or_path
-        return Pairing(planned, modules, name, problems, warnings, weights).run(tensors)
+        name, settings = self.base_model_name_or_path, self._settings
+        wanted = {"magnitude": settings.use_dora, "lora_bias": settings.lora_bias}
+        more = frozenset(part for part, is_there in wanted.items() if is_there)
+        extras = Extras(self._raw, modules, problems)
+        rest, own = extras.split(tensors)
+        pairing = Pairing(planned, without_norms(modules), name, problems, warnings, weights, more, settings.initial)
+        return extras.merged({module.path: module for module in pairing.run(rest)}, own)
 
 
 ReadConfig = Callable[[dict[str, Any], Problems, list[str]], Reading | None]
-KINDS: Final[dict[str, ReadConfig]] = {"LORA": LoraReading.of}
+METHODS: Final[Mapping[str, Method]] = {
+    "ADALORA": low_rank.ADALORA,
+    "BEFT": vectors.BEFT,
+    "BOFT": rotations.BOFT,
+    "C3A": dense.C3A,
+    "DEFT": rotations.DEFT,
+    "DELORA": low_rank.DELORA,
+    "FOURIERFT": dense.FOURIERFT,
+    "FROD": dense.FROD,
+    "GLORA": dense.GLORA,
+    "GRALORA": low_rank.GRALORA,
+    "HIRA": dense.HIRA,
+    "HRA": rotations.HRA,
+    "IA3": vectors.IA3,
+    "LN_TUNING": vectors.LN_TUNING,
+    "LOHA": low_rank.LOHA,
+    "LOKR": dense.LOKR,
+    "MISS": low_rank.MISS,
+    "OFT": rotations.OFT,
+    "OSF": dense.OSF,
+    "PEANUT": dense.PEANUT,
+    "PVERA": low_rank.PVERA,
+    "RANDLORA": low_rank.RANDLORA,
+    "ROAD": rotations.ROAD,
+    "SHIRA": dense.SHIRA,
+    "SUPERTUNING": dense.SUPERTUNING,
+    "TINYLORA": low_rank.TINYLORA,
+    "TRAINABLE_TOKENS": vectors.TRAINABLE_TOKENS,
+    "UNILORA": low_rank.UNILORA,
+    "VBLORA": low_rank.VBLORA,
+    "VERA": low_rank.VERA,
+    "WAVEFT": dense.WAVEFT,
+}
+KINDS: Final[dict[str, ReadConfig]] = {"LORA": LoraReading.of} | {
+    name: method.reading for name, method in METHODS.items()
+}
+# PEFT's other methods, and why none of their adapters is served.
+NOT_SERVED: Final[Mapping[str, str]] = {
+    "ADAMSS": "which outputs its subspaces are is not in the file; merge it with PEFT, or train a LoRA adapter",
+    "ADAPTION_PROMPT": "it adds prompts inside the attention of some layers; train a LoRA adapter",
+    "CARTRIDGE": "it brings keys and values of its own; train a LoRA adapter",
+    "CPT": "it brings virtual tokens; put its text into the prompt, or train a LoRA adapter",
+    "LILY": "it chooses its weights by the whole batch's hidden states; train a LoRA adapter",
+    "MULTITASK_PROMPT_TUNING": "it brings virtual tokens for a task named with each request; train a LoRA adapter",
+    "P_TUNING": "it brings virtual tokens; train a LoRA adapter",
+    "POLY": "it mixes skills for a task that is named with each request; train a LoRA adapter for each task",
+    "PREFIX_TUNING": "it brings keys and values of its own; train a LoRA adapter",
+    "PROMPT_TUNING": "it brings virtual tokens; train a LoRA adapter",
+    "PSOFT": "its meaning depends on the signs of a decomposition that are not in the file; merge it with PEFT",
+    "SHADOW": "it is a model of its own beside the base; serve a merged checkpoint",
+    "XLORA": "it routes between several adapters by hidden state; serve these adapters one by one",
+}
 
 
 def reading_of(raw: dict[str, Any], problems: Problems, warnings: list[str]) -> Reading | None:
@@ -101,9 +174,12 @@ def reading_of(raw: dict[str, Any], problems: Problems, warnings: list[str]) -> 
     if isinstance(kind, str) and kind in KINDS:
         return KINDS[kind](raw, problems, warnings)
     if isinstance(kind, str) and kind:
-        problems.add(
-            "unsupported_feature", where, f"Adapters of type {shown(kind)} are not served; train a LoRA adapter."
-        )
+        reason = NOT_SERVED.get(kind, "train a LoRA adapter")
+        problems.add("unsupported_feature", where, f"Adapters of type {shown(kind)} are not served: {reason}.")
     else:
-        problems.add("bad_config", where, f'It must be "LORA", not {shown(kind)}. Is this a PEFT adapter config?')
+        problems.add(
+            "bad_config",
+            where,
+            f'It must be one of PEFT\'s types, such as "LORA", not {shown(kind)}. Is this a PEFT config?',
+        )
     return None

@@ -4,11 +4,13 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 from manylora.identity import CONFIG_FILE, TENSOR_FILE
 from manylora.lora.format import contents
+from manylora.lora.format.lora_terms import LoraParts, lora_terms
 from manylora.lora.format.problems import Problems, listed, shown
-from manylora.lora.format.spec import AdaptedModule, BaseWeights, LowRank, ModuleKind, ModuleSpec
+from manylora.lora.format.spec import AdaptedModule, BaseWeights, ModuleSpec
 from manylora.lora.format.targets import Target
 from manylora.lora.format.tensors import TensorView
 
@@ -16,6 +18,12 @@ PREFIX = "base_model.model."
 _COPIES = ("weight", "bias")
 _EXPERT = re.compile(r"(?:^|\.)experts\.[0-9]+\.")
 _PARTS = {"lora_A": "a", "lora_B": "b", "lora_embedding_A": "a", "lora_embedding_B": "b"}
+_MORE_PARTS = re.compile(
+    r"(?P<path>.+)\.(?:(?P<magnitude>lora_magnitude_vector)(?:\.[^.]+)??(?:\.weight)?|lora_B(?:\.[^.]+)?\.bias)"
+)
+
+
+_ORDER: Final = ("a", "b", "magnitude", "lora_bias")
 
 
 @dataclass
@@ -29,17 +37,23 @@ class _Found:
 @dataclass(frozen=True, slots=True)
 class _TensorName:
     path: str
-    part: str  # "a", "b", or "weight" or "bias" for PEFT's copy of the base's, which comes with an adapted embedding
-    is_embedding: bool
+    # "a", "b", "magnitude" (DoRA's), "lora_bias", or "weight" or "bias" for PEFT's copy of the base's, which comes with
+    # an adapted embedding
+    part: str
+    is_embedding: bool | None  # None: may be either
 
 
 def parse_name(name: str) -> _TensorName | None:
     """The module and part that a tensor's name means.
 
     `[base_model.model.]PATH.lora_A[.ADAPTER].weight`, and `PATH.lora_embedding_A[.ADAPTER]`, likewise B; or
-    `PATH.base_layer.weight`, likewise bias. None for any other name.
+    `PATH.base_layer.weight`, likewise bias; or `PATH.lora_magnitude_vector[.ADAPTER][.weight]` or
+    `PATH.lora_B[.ADAPTER].bias`. None for any other name.
     """
-    pieces = name.removeprefix(PREFIX).split(".")
+    plain = name.removeprefix(PREFIX)
+    if more := _MORE_PARTS.fullmatch(plain):
+        return _TensorName(more["path"], "magnitude" if more["magnitude"] else "lora_bias", None)
+    pieces = plain.split(".")
     if len(pieces) > 2 and pieces[-2] == "base_layer" and pieces[-1] in _COPIES:
         return _TensorName(".".join(pieces[:-2]), pieces[-1], is_embedding=False)
     is_linear = pieces[-1] == "weight"
@@ -77,21 +91,13 @@ def refuse_experts(tensors: Mapping[str, TensorView], modules: Mapping[str, Modu
     return bool(paths)
 
 
-@dataclass(frozen=True, slots=True)
-class _Pair:
-    """A module's two tensors, whatever their shapes are, with what the config says of them."""
-
-    path: str
-    kind: ModuleKind
-    rank: int
-    scale: float
-    a: TensorView
-    b: TensorView
-
-
 @dataclass
 class Pairing:
-    """One run of the comparison. Adds its findings to `problems` and `warnings`."""
+    """One run of the comparison. Adds its findings to `problems` and `warnings`.
+
+    `more`: which parts each module has beside A and B, "magnitude" and "lora_bias". `initial`: how A and B began, where
+    that took something off the base.
+    """
 
     targets: Mapping[str, Target]
     modules: Mapping[str, ModuleSpec]
@@ -99,19 +105,21 @@ class Pairing:
     problems: Problems
     warnings: list[str]
     base: BaseWeights | None = None
+    more: frozenset[str] = frozenset()
+    initial: str | None = None
 
     def run(self, tensors: Mapping[str, TensorView]) -> tuple[AdaptedModule, ...]:
-        """The modules with their low-rank terms, in the base's order; complete only when no problem was added."""
+        """The modules with their terms, in the base's order; complete only when no problem was added."""
         found = self._group(tensors)
         self._check_strangers(found)
         pairs = [
-            _Pair(path, t.spec.kind, t.rank, t.scale, found[path].tensors["a"], found[path].tensors["b"])
-            for path, t in self.targets.items()
+            _parts(target, found[path].tensors)
+            for path, target in self.targets.items()
             if self._is_complete(path, found)
         ]
         self._check_missing_layers(found)
         self._check_shapes(pairs, found)
-        return tuple(AdaptedModule(p.path, p.kind, (LowRank(p.rank, p.scale, p.a, p.b),)) for p in pairs)
+        return tuple(AdaptedModule(p.path, p.kind, lora_terms(self.modules[p.path], p, self.initial)) for p in pairs)
 
     def _add(self, code: str, name: str, message: str) -> None:
         self.problems.add(code, f"{TENSOR_FILE}: {shown(name)}", message)
@@ -124,9 +132,11 @@ class Pairing:
                 self._foreign(name)
             elif parsed.part in _COPIES:
                 self._base_copy(name, parsed, tensors[name])
-            elif (spec := self.modules.get(parsed.path)) and (spec.kind == "embedding") != parsed.is_embedding:
+            elif (spec := self.modules.get(parsed.path)) and parsed.is_embedding is (spec.kind != "embedding"):
                 wanted = "lora_embedding_A and lora_embedding_B" if spec.kind == "embedding" else "lora_A and lora_B"
                 self._add("unexpected_tensor", name, f"{shown(parsed.path)} takes {wanted}.")
+            elif parsed.part in _ORDER[2:] and parsed.part not in self.more:
+                self._foreign(name)
             elif parsed.part in found[parsed.path].tensors:
                 other = found[parsed.path].names[parsed.part]
                 self._add("unexpected_tensor", name, f"It means the same as {shown(other)}; keep one of them.")
@@ -219,7 +229,9 @@ class Pairing:
         have = found[path].tensors.keys() if path in found else set()
         is_embedding = self.targets[path].spec.kind == "embedding"
         a, b = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
-        for part, suffix in (("a", a), ("b", b)):
+        wanted = {"a": a, "b": b, "magnitude": "lora_magnitude_vector", "lora_bias": "lora_B.bias"}
+        wanted = {part: name for part, name in wanted.items() if part in "ab" or part in self.more}
+        for part, suffix in wanted.items():
             if part not in have:
                 self._add(
                     "missing_tensor",
@@ -227,7 +239,7 @@ class Pairing:
                     "The config adapts this module, but the file has no such tensor. Save the adapter again, or name "
                     "the adapted layers with layers_to_transform.",
                 )
-        return len(have) == 2
+        return have == wanted.keys()
 
     def _check_missing_layers(self, found: dict[str, _Found]) -> None:
         """Whole layers missing at the end: the adapter comes from a shallower base."""
@@ -242,13 +254,12 @@ class Pairing:
     def _mismatch(self, message: str) -> None:
         self.problems.add("base_mismatch", f"{CONFIG_FILE}: base_model_name_or_path", message)
 
-    def _check_shapes(self, pairs: Iterable[_Pair], found: dict[str, _Found]) -> None:
-        foreign: dict[str, list[_Pair]] = defaultdict(list)
+    def _check_shapes(self, pairs: Iterable[LoraParts], found: dict[str, _Found]) -> None:
+        foreign: dict[str, list[LoraParts]] = defaultdict(list)
         fitting: set[str] = set()
         for pair in pairs:
             spec = self.modules[pair.path]
-            wanted = {"a": (pair.rank, spec.in_features), "b": (spec.out_features, pair.rank)}
-            wrong = [part for part, shape in wanted.items() if getattr(pair, part).shape != shape]
+            wrong = [part for part, shape in _shapes(pair, spec).items() if getattr(pair, part).shape != shape]
             if not wrong:
                 fitting.add(spec.leaf)
             elif _fits_another_base(pair):
@@ -266,9 +277,9 @@ class Pairing:
             for pair in group:
                 self._wrong_shapes(pair, found[pair.path])
 
-    def _wrong_shapes(self, pair: _Pair, found: _Found) -> None:
+    def _wrong_shapes(self, pair: LoraParts, found: _Found) -> None:
         spec = self.modules[pair.path]
-        for part, shape in (("a", (pair.rank, spec.in_features)), ("b", (spec.out_features, pair.rank))):
+        for part, shape in _shapes(pair, spec).items():
             view: TensorView = found.tensors[part]
             if view.shape != shape:
                 self._add(
@@ -278,7 +289,7 @@ class Pairing:
                     f"{spec.out_features} module takes {shown(list(shape))}.",
                 )
 
-    def _explain_shapes(self, foreign: dict[str, list[_Pair]]) -> None:
+    def _explain_shapes(self, foreign: dict[str, list[LoraParts]]) -> None:
         lines = []
         for leaf, group in sorted(foreign.items()):
             spec, (inside, outside) = self.modules[group[0].path], _widths(group[0])
@@ -290,11 +301,23 @@ class Pairing:
         )
 
 
-def _widths(pair: _Pair) -> tuple[int, int]:
+def _parts(target: Target, tensors: Mapping[str, TensorView]) -> LoraParts:
+    more = (tensors.get(part) for part in _ORDER[2:])
+    return LoraParts(target.spec.path, target.spec.kind, target.rank, target.scale, tensors["a"], tensors["b"], *more)
+
+
+def _shapes(pair: LoraParts, spec: ModuleSpec) -> dict[str, tuple[int, ...]]:
+    """Of the parts that the module has."""
+    shapes = {"a": (pair.rank, spec.in_features), "b": (spec.out_features, pair.rank)}
+    more = {part: (spec.out_features,) for part in _ORDER[2:] if getattr(pair, part) is not None}
+    return {**shapes, **more}
+
+
+def _widths(pair: LoraParts) -> tuple[int, int]:
     return pair.a.shape[1], pair.b.shape[0]
 
 
-def _fits_another_base(pair: _Pair) -> bool:
+def _fits_another_base(pair: LoraParts) -> bool:
     """A sound pair of the configured rank, whose widths only are not this base's."""
     is_pair = len(pair.a.shape) == len(pair.b.shape) == 2
     return is_pair and pair.a.shape[0] == pair.b.shape[1] == pair.rank and min(_widths(pair)) > 0

@@ -7,7 +7,7 @@ Safetensors only, no torch, and every problem at once. `docs/adapters.md` says w
 """
 
 import errno
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -19,7 +19,7 @@ from manylora.lora.format import contents, kinds
 from manylora.lora.format import folder as listing
 from manylora.lora.format import tensors as safetensors_file
 from manylora.lora.format.kinds import Reading
-from manylora.lora.format.problems import Problems
+from manylora.lora.format.problems import Problems, shown
 from manylora.lora.format.spec import AdaptedModule, Adapter, Base, BaseWeights, LowRank, ModuleKind, ModuleSpec
 from manylora.lora.format.tensors import TensorView
 
@@ -68,7 +68,7 @@ def _build(
     reading: Reading, modules: tuple[AdaptedModule, ...], digest: str, size_bytes: int, warnings: list[str]
 ) -> Adapter:
     return Adapter(
-        rank=max(term.rank for module in modules for term in module.terms),
+        rank=max((term.rank for module in modules for term in module.terms if isinstance(term, LowRank)), default=0),
         alpha=reading.alpha,
         target_modules=reading.target_modules,
         base_model_name_or_path=reading.base_model_name_or_path,
@@ -87,13 +87,15 @@ def read(
     *,
     max_rank: int,
     max_size: int,
+    max_memory: int | None = None,
     left_aside: Sequence[str] = (),
     base: BaseWeights | None = None,
 ) -> Adapter:
     """The adapter in `folder`, checked completely against the base's `modules` (by path).
 
-    `max_size` is in bytes. `left_aside` names what lay beside the files that were brought into the folder, and
-    copies of the base's numbers are held against `base`. Raises InvalidAdapter with every problem found, or TooLarge.
+    `max_size` is of its files and `max_memory` of what it takes once it is ready, in bytes. `left_aside` names what lay
+    beside the files that were brought into the folder, and copies of the base's numbers are held against `base`. Raises
+    InvalidAdapter with every problem found, or TooLarge.
     """
     size_bytes = listing.check_size(folder, max_size)
     problems, warnings = Problems(), list[str]()
@@ -105,11 +107,12 @@ def read(
     reading = None if files.config is None else kinds.reading_of(files.config, problems, warnings)
     found: tuple[AdaptedModule, ...] = ()
     if files.tensors is not None:
-        contents.check_values(files.tensors, problems)
+        contents.check_values(files.tensors, problems, _index_test(reading))
         if reading is not None:
             found = reading.modules(files.tensors, Base(modules, max_rank, base), problems, warnings)
         if not problems.has("wrong_dtype", "wrong_shape"):
             contents.check_effect(found, problems, warnings)
+    _check_memory(found, max_memory, problems)
     problems.raise_if_any()
     # What could not be read is a problem, so everything is there from here on.
     assert reading is not None
@@ -117,6 +120,24 @@ def read(
     assert files.tensors is not None
     digest = contents.digest(peft_config.canonical(files.config), files.tensors)
     return _build(reading, found, digest, size_bytes, warnings)
+
+
+def _check_memory(modules: Sequence[AdaptedModule], most: int | None, problems: Problems) -> None:
+    """What is made of a small file can be as large as the base."""
+    taken = sum(matrix.num_bytes for module in modules for term in module.terms for matrix in term.matrices)
+    if most is not None and taken > most:
+        problems.add(
+            "unsupported_feature",
+            TENSOR_FILE,
+            f"Not served: ready for use it takes {taken:,} bytes, since what it does has no small factors; this server "
+            f"takes {most:,} (--max-adapter-memory). Adapt fewer modules, or merge it and take a low-rank adapter of "
+            "the result (`manylora extract`).",
+        )
+
+
+def _index_test(reading: Reading | None) -> Callable[[str], bool]:
+    """Which tensors hold whole numbers; none where it is not known what they are."""
+    return (lambda name: False) if reading is None else reading.is_index
 
 
 def read_trusted(folder: Path, modules: Mapping[str, ModuleSpec], *, digest: str = "") -> Adapter:
@@ -132,11 +153,14 @@ def read_trusted(folder: Path, modules: Mapping[str, ModuleSpec], *, digest: str
     found: tuple[AdaptedModule, ...] = ()
     if reading is not None and files.tensors is not None:
         found = reading.accepted(files.tensors, modules, problems, warnings)
-    for module in found:
-        if not {view.dtype for term in module.terms for view in term.views} <= set(contents.SERVED_DTYPES):
-            problems.add("wrong_dtype", TENSOR_FILE, f"{module.path} is not {', '.join(contents.SERVED_DTYPES)}.")
+        is_index = _index_test(reading)
+        for name, view in files.tensors.items():
+            if view.dtype not in contents.SERVED_DTYPES and not is_index(name):
+                problems.add("wrong_dtype", f"{TENSOR_FILE}: {shown(name)}", f"It is {view.dtype}.")
     if not problems and (reading is None or not found):
         listing.check_listing(folder, listing.names_in(folder), problems)
+        if not problems:
+            problems.add("missing_tensor", TENSOR_FILE, "It has none of the tensors that the config asks for.")
     problems.raise_if_any()
     assert reading is not None
     return _build(reading, found, digest, listing.size_of(folder), warnings)

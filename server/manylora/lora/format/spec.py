@@ -1,12 +1,18 @@
 """The plain values of the adapter format: what the base offers, what an adapter brings."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import prod
 from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from manylora.lora.format.tensors import TensorView
 
-ModuleKind = Literal["linear", "conv1d", "embedding"]
+Floats = npt.NDArray[np.float32]
+
+ModuleKind = Literal["linear", "conv1d", "embedding", "norm"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,13 +20,17 @@ class ModuleSpec:
     """One adaptable module of the base.
 
     `path` is its name in the Hugging Face model, for example "model.layers.0.self_attn.q_proj". For an
-    embedding `in_features` is the vocabulary's size and `out_features` the hidden size.
+    embedding `in_features` is the vocabulary's size and `out_features` the hidden size, of a norm both are its width.
+    `shares_input`: whether other linears are computed with the very same input, as q, k and v are. `is_tied`: of an
+    embedding and a head that have one weight.
     """
 
     path: str
     kind: ModuleKind
     in_features: int
     out_features: int
+    shares_input: bool = False
+    is_tied: bool = False
 
     @property
     def leaf(self) -> str:
@@ -48,31 +58,143 @@ class Base:
     weights: BaseWeights | None = None
 
 
+class BaseLinear(Protocol):
+    """One module of the base as it is served: [out_features, in_features], of an embedding [hidden, vocabulary].
+
+    A norm's weight is its gain, [width, 1]: `weight_offset`, 0 for everything else, and what the checkpoint has.
+    """
+
+    weight_offset: float
+
+    def __hash__(self) -> int: ...
+
+    @property
+    def bias(self) -> Floats | None:
+        """[out_features]; None where it has none."""
+        ...
+
+    def weight(self) -> Floats:
+        """All of the weight, in float32. Not to be changed."""
+        ...
+
+    def project(self, rows: Floats) -> Floats:
+        """`rows` [n, in_features] times the weight: [n, out_features]."""
+        ...
+
+    def squared_norms(self) -> Floats:
+        """Of each output's row of the weight: [out_features]."""
+        ...
+
+
+class Matrix(Protocol):
+    """Numbers of an adapter: those of a file, or what is made of them."""
+
+    @property
+    def dtype(self) -> str:
+        """As the safetensors format calls it: "F32", "BF16" or "F16"."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes in memory, in this dtype."""
+        ...
+
+    def values(self, base: BaseLinear) -> Floats:
+        """The numbers, for this module of the base. Not to be changed."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A matrix that is made when the adapter is packed, of its tensors and perhaps of the base's weight.
+
+    `make` gets the module and returns float32 of `shape`. It was checked to fit: it raises nothing.
+    """
+
+    shape: tuple[int, ...]
+    make: Callable[[BaseLinear], Floats]
+    dtype: str = field(default="F32", init=False)
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * np.dtype(np.float32).itemsize
+
+    def values(self, base: BaseLinear) -> Floats:
+        found = self.make(base)
+        assert found.shape == self.shape
+        return found
+
+
 @dataclass(frozen=True, slots=True)
 class LowRank:
     """A term: y += scale * B (A x).
 
     linear and conv1d: a [rank, in_features], b [out_features, rank]. embedding: x is one-hot, so a is
     [rank, vocabulary] and b is [hidden, rank]. For LoRA `scale` is alpha/rank, or alpha/sqrt(rank) for rsLoRA.
+    `token_ids`: of one that changes the rows of some tokens only, these.
     """
 
     rank: int
     scale: float
-    a: TensorView
-    b: TensorView
+    a: Matrix
+    b: Matrix
+    token_ids: tuple[int, ...] = ()
 
     @property
-    def views(self) -> tuple[TensorView, ...]:
-        """Every tensor of the term."""
+    def matrices(self) -> tuple[Matrix, ...]:
+        """Everything that the term is made of."""
         return self.a, self.b
 
 
-Term = LowRank  # one class for each thing that an adapter may do to a module
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """A term: y += D x, where D [out_features, in_features] has no small factors."""
+
+    matrix: Matrix
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """Everything that the term is made of."""
+        return (self.matrix,)
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """A term: x = scale * x [in_features], before the base and every other term see it.
+
+    Of linears that share their input (q, k and v) no adapter can have it for some of them only.
+    """
+
+    scale: Matrix
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """Everything that the term is made of."""
+        return (self.scale,)
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A term: y = scale * y + shift, [out_features] each, once all others have been added; None leaves y as it is."""
+
+    scale: Matrix | None = None
+    shift: Matrix | None = None
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """Everything that the term is made of."""
+        return tuple(each for each in (self.scale, self.shift) if each is not None)
+
+
+Term = LowRank | Dense | Input | Output  # one class for each thing that an adapter may do to a module
 
 
 @dataclass(frozen=True, slots=True)
 class AdaptedModule:
-    """What an adapter does to one module of the base: terms, each of another class."""
+    """What an adapter does to one module of the base: terms, each of another class, and not both of the additions."""
 
     path: str
     kind: ModuleKind
@@ -99,3 +221,9 @@ class Adapter:
     matched: list[str]
     warnings: list[str]
     kind: str
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Tokens of which it changes the rows, sorted: without one of them in a prompt it may do nothing."""
+        terms = (term for module in self.modules for term in module.terms)
+        return sorted({each for term in terms if isinstance(term, LowRank) for each in term.token_ids})

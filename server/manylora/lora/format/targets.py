@@ -1,8 +1,8 @@
 """Which of the base's modules a config adapts, and with which rank and scale: PEFT's rules, without PEFT."""
 
 import difflib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from manylora.identity import CONFIG_FILE
 from manylora.lora.format.config import ALL_LINEAR, LoraSettings
@@ -23,6 +23,7 @@ class Target:
     spec: ModuleSpec
     rank: int
     scale: float
+    alpha: float
 
 
 def resolve(
@@ -37,6 +38,7 @@ def resolve(
     try:
         paths = _Chosen(settings, modules, patterns).paths()
         targets = dict(_with_ranks(settings, [modules[path] for path in paths], patterns, warnings))
+        targets = with_tied_heads(targets, modules) if settings.ties_weights else targets
         _check_names(settings, modules, targets, patterns, problems, warnings)
     except PatternFault as fault:
         problems.add("bad_config", CONFIG_FILE, f"{fault}.")
@@ -53,6 +55,16 @@ def resolve(
     return targets
 
 
+def with_tied_heads(targets: Mapping[str, Target], modules: Mapping[str, ModuleSpec]) -> dict[str, Target]:
+    """With the head that has the embedding's weight where that is adapted, and the other way round."""
+    tied = {path: spec for path, spec in modules.items() if spec.is_tied}
+    one = next((targets[path] for path in tied if path in targets), None)
+    if one is None:
+        return dict(targets)
+    both = {**targets, **{path: replace(one, spec=spec) for path, spec in tied.items()}}
+    return {path: both[path] for path in modules if path in both}
+
+
 def as_accepted(
     settings: LoraSettings, modules: Mapping[str, ModuleSpec], ranks: Mapping[str, int], problems: Problems
 ) -> dict[str, Target] | None:
@@ -66,11 +78,24 @@ def as_accepted(
         for path in (path for path in modules if path in ranks):
             key = alphas.first(path)
             alpha = settings.alpha if key is None else settings.alpha_pattern[key]
-            found[path] = Target(modules[path], ranks[path], settings.scale(ranks[path], alpha))
+            found[path] = Target(modules[path], ranks[path], settings.scale(ranks[path], alpha), alpha)
     except PatternFault as fault:
         problems.add("bad_config", CONFIG_FILE, f"{fault}.")
         return None
     return found
+
+
+def resolve_ranks(
+    settings: LoraSettings, modules: Mapping[str, ModuleSpec], paths: Container[str], problems: Problems
+) -> dict[str, Target] | None:
+    """Like `as_accepted`, for methods whose tensors do not show their ranks: those are looked up again, too."""
+    patterns = Patterns(_ACCEPTED_BUDGET_S)
+    try:
+        specs = [spec for path, spec in modules.items() if path in paths]
+        return dict(_with_ranks(settings, specs, patterns, [], _ACCEPTED_BUDGET_S))
+    except PatternFault as fault:
+        problems.add("bad_config", CONFIG_FILE, f"{fault}.")
+        return None
 
 
 class _Names:
@@ -108,7 +133,10 @@ class _Chosen:
         self._modules = modules
         self._patterns = patterns
         self._excluded = _Names(settings.exclude_modules, patterns)
-        self._wanted = _Names(settings.target_modules, patterns)
+        names = settings.target_modules
+        if settings.target_parameters:  # of linears, whose only matrix is the weight: as if the linear was named
+            names = (*names, *(each.removesuffix(".weight") for each in settings.target_parameters))
+        self._wanted = _Names(names, patterns)
         self._head = output_head(modules)
 
     def paths(self) -> list[str]:
@@ -139,17 +167,21 @@ def _layer(settings: LoraSettings, path: str, patterns: Patterns) -> int | None:
 
 
 def _with_ranks(
-    settings: LoraSettings, specs: list[ModuleSpec], patterns: Patterns, warnings: list[str]
+    settings: LoraSettings,
+    specs: list[ModuleSpec],
+    patterns: Patterns,
+    warnings: list[str],
+    alpha_budget_s: float = _ALPHA_BUDGET_S,
 ) -> Iterator[tuple[str, Target]]:
     used: set[str] = set()
     ranks = KeyTable(settings.rank_pattern, patterns)
-    alphas = KeyTable(settings.alpha_pattern, Patterns(_ALPHA_BUDGET_S))
+    alphas = KeyTable(settings.alpha_pattern, Patterns(alpha_budget_s))
     for spec in specs:
         rank_key, alpha_key = ranks.first(spec.path), alphas.first(spec.path)
         rank = settings.rank if rank_key is None else settings.rank_pattern[rank_key]
         alpha = settings.alpha if alpha_key is None else settings.alpha_pattern[alpha_key]
         used |= {key for key in (rank_key, alpha_key) if key is not None}
-        yield spec.path, Target(spec, rank, settings.scale(rank, alpha))
+        yield spec.path, Target(spec, rank, settings.scale(rank, alpha), alpha)
     unused = sorted((settings.rank_pattern.keys() | settings.alpha_pattern.keys()) - used)
     if unused:
         warnings.append(f"No adapted module is named by these keys of rank_pattern or alpha_pattern: {listed(unused)}.")

@@ -66,6 +66,14 @@ class TensorView:
     def numel(self) -> int:
         return prod(self.shape)
 
+    @property
+    def num_bytes(self) -> int:
+        return len(self.data)
+
+    def values(self, _base: object = None) -> npt.NDArray[np.float32]:
+        """What `to_float32` gives: a file's numbers do not depend on the base's."""
+        return self.to_float32()
+
     def to_float32(self) -> npt.NDArray[np.float32]:
         """The values, converted, in a new array of `shape`. Raises KeyError for other dtypes than the three."""
         if self.dtype == "BF16":
@@ -133,7 +141,9 @@ def _fault(problems: Problems, name: str, message: str) -> None:
 def _read_header(file: memoryview, problems: Problems) -> tuple[int, dict[str, Any]] | None:
     """The header's length and its JSON object."""
     start = bytes(file[:32])
-    disguise = next((what for magic, what in _DISGUISES.items() if start.startswith(magic)), None)
+    # A header's length may begin with the bytes of a pickle, but nothing else has the header's first brace behind it.
+    is_plausible = start[_PREFIX_BYTES : _PREFIX_BYTES + 1] == b"{"
+    disguise = next((what for magic, what in _DISGUISES.items() if start.startswith(magic) and not is_plausible), None)
     length = int.from_bytes(start[:_PREFIX_BYTES], "little")
     room = len(file) - _PREFIX_BYTES
     if disguise:

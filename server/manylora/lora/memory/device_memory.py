@@ -1,6 +1,6 @@
 """The device tier's memory: slabs of flat buffers, and the tables by which kernels find an adapter's weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -11,20 +11,20 @@ from manylora.lora.memory.layout import Layout
 from manylora.lora.memory.packing import TORCH_DTYPES, PackedAdapter
 from manylora.lora.memory.pages import zeros
 from manylora.lora.memory.slots import Place
-from manylora.lora.memory.terms import LowRankExtent
+from manylora.lora.memory.terms import DenseExtent, InputExtent, LowRankExtent, OutputExtent
 
 # How kernels are told an adapter's number format; `DType` of csrc/kernels.h has the same.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 
 
 class TableEntry(NamedTuple):
-    """What kernels are told of one slot's low-rank term at one site.
+    """What kernels are told of what one slot adds at one site.
 
     `LoraEntry` of csrc/kernels.h has the same fields in this order.
 
     `a`, `b`: addresses of A [rank, in_features] and B [rank, out_features]; `rank` 0: there is none, and nothing
     else is read. `scales`: address of float32 [rank] by which A x is multiplied, or 0. `dtype`: one of
-    `DTYPE_CODES`.
+    `DTYPE_CODES`. A dense term is an A of out_features rows whose B is the identity: `b` 0.
     """
 
     a: int = 0
@@ -36,7 +36,21 @@ class TableEntry(NamedTuple):
     out_features: int = 0
 
 
+class OutputEntry(NamedTuple):
+    """What kernels are told of how one slot changes the output, or the input, of one site.
+
+    `OutputEntry` of csrc/kernels.h has the same fields in this order.
+
+    `scale`, `shift`: addresses of float32 [out_features], or 0 for 1 and for 0; `out_features` 0: nothing is changed.
+    """
+
+    scale: int = 0
+    shift: int = 0
+    out_features: int = 0
+
+
 TABLE_FIELDS = len(TableEntry._fields)
+OUTPUT_FIELDS = len(OutputEntry._fields)
 # Memory for so many elements of a type, on the device.
 Allocate = Callable[[int, torch.dtype], torch.Tensor]
 
@@ -67,7 +81,17 @@ class Slab:
 
     def stack_scales(self, extent: LowRankExtent) -> torch.Tensor:
         """The scales of every place, in a layout that has them: [places, padded rank] float32, a view."""
-        return self._stack(extent.scales, extent.padded, self.layout.scale_elements).view(torch.float32)[..., 0]
+        return self._stack(extent.scales, extent.padded, self.layout.float_elements).view(torch.float32)[..., 0]
+
+    def dense(self, extent: DenseExtent, row: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One place's D as stored [rows, columns], and its rows' scales float32 [rows] in a layout that has them."""
+        matrix = self._room(extent.matrix, extent.rows * extent.columns, row).view(extent.rows, extent.columns)
+        size = extent.rows * extent.scale_elements
+        return matrix, self._room(extent.scales, size, row).view(torch.float32) if size else None
+
+    def vector(self, at: int, extent: InputExtent | OutputExtent, row: int) -> torch.Tensor:
+        """One of a place's vectors, `scale` or `shift`: float32 [width]."""
+        return self._room(at, extent.width * extent.float_elements, row).view(torch.float32)
 
     def _stack(self, offset: int, rows: int, columns: int) -> torch.Tensor:
         view = self.views.get(offset)
@@ -101,12 +125,44 @@ class Slab:
             self.finite.add(row)
 
 
+class Changes:
+    """How slots change what goes into the sites, or what comes out of them.
+
+    `entries` int64 [sites, slots, OUTPUT_FIELDS] on the device, an `OutputEntry` each; `flags` bool [sites, slots] on
+    the host: whether there is one.
+    """
+
+    def __init__(self, num_sites: int, num_slots: int, device: torch.device) -> None:
+        self.entries = torch.zeros(num_sites, num_slots, OUTPUT_FIELDS, dtype=torch.int64, device=device)
+        self.flags = np.zeros((num_sites, num_slots), dtype=np.bool_)
+
+    def publish(self, slot: int, entries: Mapping[int, OutputEntry]) -> None:
+        """Let kernels find a slot's, by site."""
+        if entries:
+            rows = np.zeros((len(self.flags), OUTPUT_FIELDS), dtype=np.int64)
+            rows[list(entries)] = list(entries.values())
+            self.entries[:, slot] = torch.from_numpy(rows).to(self.entries.device)
+            self.flags[list(entries), slot] = True
+
+    def withdraw(self, slot: int) -> None:
+        """Nothing is changed by this slot."""
+        if self.flags[:, slot].any():
+            self.entries[:, slot] = 0
+            self.flags[:, slot] = False
+
+
+def _output_entry(slab: Slab, extent: OutputExtent, row: int) -> OutputEntry:
+    scale, shift = (0 if at is None else slab.vector(at, extent, row).data_ptr() for at in (extent.scale, extent.shift))
+    return OutputEntry(scale, shift, extent.width)
+
+
 class DeviceMemory:
     """Slabs by number, and per site and slot where the weights are.
 
     `touches` bool [sites, slots] on the host: whether the slot's adapter has any term at the site.
-    Of low-rank terms: `tables` int64 [sites, slots, TABLE_FIELDS] on the device, a `TableEntry` each, and `ranks` int32
-    [sites, slots] on the host, the same ranks.
+    `tables` int64 [sites, slots, TABLE_FIELDS] on the device, a `TableEntry` for each low-rank or dense term, and
+    `ranks` int32 [sites, slots] on the host, the low-rank ones' ranks.
+    `inputs`, `outputs`: how the slots change what goes into each site and what comes out.
     `named`: slots that the step under way reads; whoever runs it says so. `allocate`, `fill` and `publish` may run
     beside a step, since it does not name the slot yet, and `withdraw`, since it does not any more. `move` may too:
     where a slot's weights are is read as one value (`locate`), and who has read it keeps the old slab, in which they
@@ -119,6 +175,8 @@ class DeviceMemory:
         self.tables = torch.zeros(num_sites, num_slots, TABLE_FIELDS, dtype=torch.int64, device=device)
         self.ranks = np.zeros((num_sites, num_slots), dtype=np.int32)
         self.touches = np.zeros((num_sites, num_slots), dtype=np.bool_)
+        self.inputs = Changes(num_sites, num_slots, device)
+        self.outputs = Changes(num_sites, num_slots, device)
         self.slabs: dict[int, Slab] = {}
         self.places: dict[int, Place] = {}
         self._located: dict[int, tuple[Slab, int]] = {}
@@ -151,7 +209,19 @@ class DeviceMemory:
             rows[site] = TableEntry(
                 a.data_ptr(), b.data_ptr(), int(ranks[site]), scales, code, extent.in_features, extent.out_features
             )
+        for site, dense in slab.layout.dense.items():
+            matrix, factors = slab.dense(dense, place.row)
+            at = factors.data_ptr() if factors is not None else 0
+            rows[site] = TableEntry(matrix.data_ptr(), 0, dense.rows, at, code, dense.columns, dense.rows)
         self.tables[:, place.slot] = torch.from_numpy(rows).to(self.device)
+        inputs = {
+            site: OutputEntry(slab.vector(e.scale, e, place.row).data_ptr(), 0, e.width)
+            for site, e in slab.layout.inputs.items()
+        }
+        self.inputs.publish(place.slot, inputs)
+        self.outputs.publish(
+            place.slot, {site: _output_entry(slab, e, place.row) for site, e in slab.layout.outputs.items()}
+        )
         self._located[place.slot] = slab, place.row
         self.places[place.slot] = place
 
@@ -175,6 +245,8 @@ class DeviceMemory:
         self.tables[:, slot] = 0
         self.ranks[:, slot] = 0
         self.touches[:, slot] = False
+        self.inputs.withdraw(slot)
+        self.outputs.withdraw(slot)
         self.places.pop(slot, None)
         self._located.pop(slot, None)
 
@@ -204,6 +276,30 @@ class DeviceMemory:
         room = slab.stack_a(extent)[row].view(extent.in_features, extent.padded)
         a, b = room[token_ids, :rank], slab.stack_b(extent)[row, :rank]
         return (a * slab.stack_scales(extent)[row, :rank] if slab.layout.has_scales else a), b
+
+    def dense(self, slot: int, site: int) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """D of one slot as it is stored, [out, in] (an embedding's: [vocab, hidden]), and its rows' scales or None.
+
+        None if the slot has no dense term at the site.
+        """
+        slab, row = self._located[slot]
+        extent = slab.layout.dense.get(site)
+        return None if extent is None else slab.dense(extent, row)
+
+    def input(self, slot: int, site: int) -> torch.Tensor | None:
+        """What one slot multiplies a site's input by: float32 [in_features], or None."""
+        slab, row = self._located[slot]
+        extent = slab.layout.inputs.get(site)
+        return None if extent is None else slab.vector(extent.scale, extent, row)
+
+    def output(self, slot: int, site: int) -> tuple[torch.Tensor | None, torch.Tensor | None] | None:
+        """What one slot multiplies a site's output by, and what it adds: float32 [out_features], or None."""
+        slab, row = self._located[slot]
+        extent = slab.layout.outputs.get(site)
+        if extent is None:
+            return None
+        scale, shift = (None if at is None else slab.vector(at, extent, row) for at in (extent.scale, extent.shift))
+        return scale, shift
 
     def locate(self, slot: int) -> tuple[Slab, int]:
         """The slab and the place in it where a published adapter is."""

@@ -6,8 +6,22 @@ Host and device hold adapters in the same layout, so bringing one to the device 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
-from manylora.lora.memory.terms import ITEM_BYTES, Extent, LowRankExtent, LowRankRoom, NumberFormat, Room, padded_rank
+from manylora.lora.memory.terms import (
+    ITEM_BYTES,
+    DenseExtent,
+    Extent,
+    InputExtent,
+    LowRankExtent,
+    LowRankRoom,
+    NumberFormat,
+    OutputExtent,
+    Room,
+    padded_rank,
+)
+
+E = TypeVar("E")
 
 
 @dataclass(frozen=True)
@@ -42,8 +56,8 @@ class Layout:
         return [site for site, _ in self.rooms]
 
     @property
-    def scale_elements(self) -> int:
-        """Elements of the buffer that one float32 scale takes."""
+    def float_elements(self) -> int:
+        """Elements of the buffer that one float32 takes."""
         return 4 // ITEM_BYTES[self.dtype]
 
     @cached_property
@@ -52,7 +66,7 @@ class Layout:
         found: list[tuple[int, Extent]] = []
         offset = 0
         for site, room in self.rooms:
-            extent = room.place(offset, self.scale_elements if self.has_scales else 0)
+            extent = room.place(offset, self.float_elements, has_scales=self.has_scales)
             found.append((site, extent))
             offset = extent.end
         return tuple(found)
@@ -60,7 +74,25 @@ class Layout:
     @cached_property
     def low_rank(self) -> dict[int, LowRankExtent]:
         """Where each site's low-rank term lies, of those that have one."""
-        return {site: extent for site, extent in self.placed if isinstance(extent, LowRankExtent)}
+        return self._of(LowRankExtent)
+
+    @cached_property
+    def dense(self) -> dict[int, DenseExtent]:
+        """Where each site's dense term lies, of those that have one."""
+        return self._of(DenseExtent)
+
+    @cached_property
+    def inputs(self) -> dict[int, InputExtent]:
+        """Where what changes each site's input lies, of those that have such a term."""
+        return self._of(InputExtent)
+
+    @cached_property
+    def outputs(self) -> dict[int, OutputExtent]:
+        """Where what changes each site's output lies, of those that have such a term."""
+        return self._of(OutputExtent)
+
+    def _of(self, kind: type[E]) -> dict[int, E]:
+        return {site: extent for site, extent in self.placed if isinstance(extent, kind)}
 
     def parts(self) -> Iterator[tuple[int, int]]:
         """Every part of every term: where it begins and how many elements it has."""

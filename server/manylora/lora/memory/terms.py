@@ -41,10 +41,11 @@ class Extent(Protocol):
 class Room(Protocol):
     """The sizes of a term. Hashable."""
 
-    def place(self, start: int, scale_elements: int) -> Extent:
+    def place(self, start: int, float_elements: int, *, has_scales: bool) -> Extent:
         """The term's extent from `start` on, which is aligned.
 
-        `scale_elements`: how many elements one float32 scale takes, 0 in a buffer that keeps none.
+        `float_elements`: how many of the buffer's elements one float32 takes. `has_scales`: whether what matrices are
+        multiplied by stays beside them.
         """
         ...
 
@@ -81,7 +82,103 @@ class LowRankRoom:
     in_features: int
     out_features: int
 
-    def place(self, start: int, scale_elements: int) -> LowRankExtent:
+    def place(self, start: int, float_elements: int, *, has_scales: bool) -> LowRankExtent:
         b = aligned(start + self.padded * self.in_features)
         scales = aligned(b + self.padded * self.out_features)
+        scale_elements = float_elements if has_scales else 0
         return LowRankExtent(start, b, scales, self.padded, self.in_features, self.out_features, scale_elements)
+
+
+@dataclass(frozen=True, slots=True)
+class DenseExtent:
+    """D [out_features, in_features] at `matrix` (an embedding's: [vocabulary, hidden]), and perhaps its rows' scales.
+
+    The scales are float32, one for each row as stored.
+    """
+
+    matrix: int
+    scales: int
+    rows: int
+    columns: int
+    scale_elements: int
+
+    @property
+    def end(self) -> int:
+        return aligned(self.scales + self.rows * self.scale_elements)
+
+    def parts(self) -> Iterator[tuple[int, int]]:
+        """D, and the scales where there are."""
+        yield self.matrix, self.rows * self.columns
+        if self.scale_elements:
+            yield self.scales, self.rows * self.scale_elements
+
+
+@dataclass(frozen=True, slots=True)
+class DenseRoom:
+    """Of a matrix that is added to the base's, stored in rows of `columns`."""
+
+    rows: int
+    columns: int
+
+    def place(self, start: int, float_elements: int, *, has_scales: bool) -> DenseExtent:
+        scales = aligned(start + self.rows * self.columns)
+        return DenseExtent(start, scales, self.rows, self.columns, float_elements if has_scales else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class InputExtent:
+    """What an input is multiplied by at `scale`: float32 [width]."""
+
+    scale: int
+    width: int
+    float_elements: int
+
+    @property
+    def end(self) -> int:
+        return aligned(self.scale + self.width * self.float_elements)
+
+    def parts(self) -> Iterator[tuple[int, int]]:
+        yield self.scale, self.width * self.float_elements
+
+
+@dataclass(frozen=True, slots=True)
+class InputRoom:
+    """Of a vector by which an input of `width` is multiplied, float32 in every buffer."""
+
+    width: int
+
+    def place(self, start: int, float_elements: int, *, has_scales: bool) -> InputExtent:
+        return InputExtent(start, self.width, float_elements)
+
+
+@dataclass(frozen=True, slots=True)
+class OutputExtent:
+    """What an output is multiplied by at `scale`, what is added to it at `shift`: float32 [width] each, or None."""
+
+    scale: int | None
+    shift: int | None
+    width: int
+    float_elements: int
+    end: int
+
+    def parts(self) -> Iterator[tuple[int, int]]:
+        """Those of the two that there are."""
+        for at in (self.scale, self.shift):
+            if at is not None:
+                yield at, self.width * self.float_elements
+
+
+@dataclass(frozen=True, slots=True)
+class OutputRoom:
+    """Of vectors that change an output of `width`, float32 in every buffer."""
+
+    width: int
+    has_scale: bool
+    has_shift: bool
+
+    def place(self, start: int, float_elements: int, *, has_scales: bool) -> OutputExtent:
+        shift = aligned(start + self.width * float_elements) if self.has_scale else start
+        end = aligned(shift + self.width * float_elements) if self.has_shift else shift
+        return OutputExtent(
+            start if self.has_scale else None, shift if self.has_shift else None, self.width, float_elements, end
+        )

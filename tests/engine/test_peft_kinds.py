@@ -1,0 +1,175 @@
+"""Every kind of adapter that the installed PEFT can make: served as PEFT computes it in float32, or refused by name."""
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from manylora.errors import InvalidAdapter
+from manylora.lora.format.kinds import METHODS as SERVED_METHODS
+from manylora.lora.format.kinds import NOT_SERVED
+from manylora.lora.format.reader import read
+from tests.engine.harness import BACKENDS, Rig, available_kernels, build_rig, load
+from tests.engine.oracle import check_greedy, with_adapter
+from tests.peft_kinds import KINDS, METHODS, OUTCOMES, REFUSED, make_kind, outcome_of, tensors_of
+
+# Of what PEFT's own layers compute with.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft.*")
+
+PROMPT = [7, 33, 250, 12, 5, 91, 180, 44, 3]
+LONGER = [*PROMPT, *range(100, 140)]  # more than a step takes, so it is cut into pieces
+MOST = 1e-4  # of the logits' spread
+SERVED = {name: kind for name, kind in KINDS.items() if name not in REFUSED}
+
+Made = Mapping[str, Path]
+
+
+@pytest.fixture(scope="module")
+def made(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A folder for each kind, written by PEFT."""
+    folder = tmp_path_factory.mktemp("kinds")
+    return {name: make_kind(tiny_llama_dir, folder / str(n), name, seed=n) for n, name in enumerate(KINDS)}
+
+
+def logits_of(base: Path, adapter: Path | None, prompt: list[int]) -> torch.Tensor:
+    """PEFT's own, [tokens, vocabulary]."""
+    with torch.inference_mode():
+        found: torch.Tensor = with_adapter(base, adapter)(torch.tensor([prompt])).logits[0]
+    return found
+
+
+def run(rig: Rig, prompts: Mapping[str | None, list[int]], *, max_tokens: int) -> dict[str, np.ndarray]:
+    """A request for each adapter, all at once; the logits of their prompts, by name."""
+    for name, prompt in prompts.items():
+        seq = rig.add(str(name), prompt, name, max_tokens=max_tokens)
+        seq.capture_logits = seq.wants_prompt_logits = True
+    found: dict[str, np.ndarray] = {}
+    while rig.engine.has_work:
+        for output in rig.step():
+            if output.captured is not None:
+                found[output.seq.request_id] = output.captured
+    return found
+
+
+def apart(found: np.ndarray, wanted: torch.Tensor) -> float:
+    """The largest difference, as a share of the logits' spread."""
+    return float((torch.from_numpy(found) - wanted).abs().max() / wanted.std())
+
+
+def test_every_method_of_the_installed_peft_is_decided() -> None:
+    assert {kind.method for kind in KINDS.values()} | {"XLORA"} == METHODS
+    assert {"LORA"} | SERVED_METHODS.keys() | NOT_SERVED.keys() == METHODS
+    assert not SERVED_METHODS.keys() & NOT_SERVED.keys()
+
+
+def test_the_page_says_what_each_kind_becomes(made: Made, tiny_llama_dir: Path) -> None:
+    rig = build_rig(load(tiny_llama_dir))
+    rig.close()
+    found = {}
+    for name, folder in made.items():
+        size = sum(view.num_bytes for view in tensors_of(folder).values())
+        adapter = read(folder, rig.wrapped.modules, max_rank=64, max_size=2**24) if name in SERVED else None
+        found[name] = outcome_of(name, adapter, size)
+    assert found == json.loads(OUTCOMES.read_text()), "run `python scripts/document_kinds.py --try`"
+
+
+def test_most_kinds_are_served() -> None:
+    assert len(SERVED) >= 60
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_kind_that_is_not_served_is_refused_with_the_reason(name: str, made: Made, tiny_llama_dir: Path) -> None:
+    rig = build_rig(load(tiny_llama_dir))
+    rig.close()
+    with pytest.raises(InvalidAdapter) as caught:
+        read(made[name], rig.wrapped.modules, max_rank=64, max_size=2**24)
+    first = caught.value.problems[0]
+    assert first.code == "unsupported_feature"
+    assert REFUSED[name] in first.message
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_a_kind_answers_alone_as_in_peft(name: str, made: Made, tiny_llama_dir: Path) -> None:
+    rig = build_rig(load(tiny_llama_dir), {name: made[name]}, kernel=available_kernels[-1])
+    read(made[name], rig.wrapped.modules, max_rank=64, max_size=2**24)
+    found = run(rig, {name: PROMPT}, max_tokens=8)
+    rig.close()
+    tuned = logits_of(tiny_llama_dir, made[name], PROMPT)
+    assert apart(found[name], tuned) < MOST
+    assert float((logits_of(tiny_llama_dir, None, PROMPT) - tuned).abs().max() / tuned.std()) > 10 * MOST
+    check_greedy(with_adapter(tiny_llama_dir, made[name]), PROMPT, rig.tokens(name))
+
+
+@pytest.mark.parametrize("kernel", available_kernels)
+def test_all_kinds_answer_together_as_in_peft(kernel: str, made: Made, tiny_llama_dir: Path) -> None:
+    """In one batch with the base, while prompts are cut into pieces and blocks run out."""
+    adapters = {name: made[name] for name in SERVED}
+    rig = build_rig(load(tiny_llama_dir), adapters, kernel=kernel, num_blocks=260, max_num_batched_tokens=96,
+                    num_slots=128, max_num_seqs=128)  # fmt: skip
+    prompts: dict[str | None, list[int]] = {name: LONGER if n % 3 == 0 else PROMPT for n, name in enumerate(adapters)}
+    found = run(rig, {None: PROMPT, **prompts}, max_tokens=12)
+    again = run(rig, prompts, max_tokens=12)  # over blocks of the prefix cache
+    preemptions = rig.scheduler.num_preemptions
+    rig.close()
+    assert preemptions > 0
+    assert apart(found["None"], logits_of(tiny_llama_dir, None, PROMPT)) < MOST
+    for name, adapter in adapters.items():
+        prompt = prompts[name]
+        assert apart(found[name], logits_of(tiny_llama_dir, adapter, prompt)) < MOST, name
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tuned = with_adapter(tiny_llama_dir, adapter)
+        tokens = rig.tokens(name)
+        check_greedy(tuned, prompt, tokens[:12])
+        assert tokens[:12] == tokens[12:], name
+    assert again.keys() == adapters.keys()
+
+
+@pytest.mark.skipif("fused" not in BACKENDS, reason="the C++ kernels are not installed")
+def test_plain_adapters_are_the_same_to_the_last_bit_beside_every_other_kind(made: Made, tiny_llama_dir: Path) -> None:
+    plain = [name for name in SERVED if SERVED[name].method == "LORA" and not SERVED[name].has_more_than_low_rank]
+    assert len(plain) > 5
+
+    def logits(names: list[str]) -> dict[str, np.ndarray]:
+        rig = build_rig(load(tiny_llama_dir), {name: made[name] for name in names}, kernel="fused", num_blocks=400,
+                        max_num_batched_tokens=1024, num_slots=128, max_num_seqs=128)  # fmt: skip
+        found = run(rig, {None: PROMPT, **dict.fromkeys(names, PROMPT)}, max_tokens=4)
+        rig.close()
+        return found
+
+    together, alone = logits(list(SERVED)), logits(plain)
+    for name in ("None", *plain):
+        assert together[name].tobytes() == alone[name].tobytes(), name
+
+
+@pytest.mark.parametrize("kernel", available_kernels)
+def test_numbers_that_are_not_finite_stay_in_their_own_rows(kernel: str, made: Made, tiny_llama_dir: Path) -> None:
+    broken = ["DoRA", "LoKr", "IA3", "LN tuning", "LoRA with a saved head", "LoRA with trained tokens", "VeRA"]
+    names = ["LoRA", *broken, "OFT", "BEFT", "LoRA with a saved embedding"]
+
+    def logits(*, spoil: bool) -> dict[str, np.ndarray]:
+        rig = build_rig(load(tiny_llama_dir), {name: made[name] for name in names}, kernel=kernel, num_blocks=400,
+                        max_num_batched_tokens=512)  # fmt: skip
+        for name in names:
+            while (slot := rig.tiers.acquire(rig.refs[name])) is None:
+                rig.loaded.wait(1)
+            rig.tiers.release(rig.refs[name])
+            if spoil and name in broken:
+                slab, row = rig.tiers.memory.locate(slot)
+                for start, size in slab.layout.parts():
+                    slab._room(start, size, row).fill_(float("nan"))
+                slab.finite.discard(row)
+        found = run(rig, {None: PROMPT, **dict.fromkeys(names, PROMPT)}, max_tokens=1)
+        rig.close()
+        return found
+
+    clean, beside = logits(spoil=False), logits(spoil=True)
+    for name in ("None", *names):
+        if name in broken:
+            assert np.isnan(beside[name]).any(), name
+        else:
+            assert beside[name].tobytes() == clean[name].tobytes(), name
