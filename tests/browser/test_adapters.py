@@ -26,7 +26,7 @@ def broken(folders: dict[str, Path], tmp_path: Path) -> Path:
     folder = tmp_path / "broken"
     shutil.copytree(folders["spare"], folder)
     config = json.loads((folder / "adapter_config.json").read_text())
-    config |= {"use_dora": True, "frobnicate": HOSTILE, HOSTILE: "a key that PEFT does not have"}
+    config |= {"kasa_config": {"a": 1}, "frobnicate": HOSTILE, HOSTILE: "a key that PEFT does not have"}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     tensors = load_file(folder / "adapter_model.safetensors")
     save_file({**tensors, HOSTILE: next(iter(tensors.values()))}, folder / "adapter_model.safetensors")

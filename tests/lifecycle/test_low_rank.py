@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,8 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from manylora.errors import InvalidAdapter, InvalidRequest
+from manylora.errors import InvalidRequest
+from manylora.identity import CONFIG_FILE
 from manylora.lifecycle.adapter_files import write_adapter
 from manylora.lifecycle.base import load_base
 from manylora.lifecycle.weights.low_rank import (
@@ -149,5 +151,25 @@ def test_folder_that_is_no_adapter_is_refused(tmp_path: Path, tiny_llama_dir: Pa
 
 
 def test_adapter_with_features_that_are_not_low_rank_is_refused(tmp_path: Path, tiny_llama_dir: Path) -> None:
-    with pytest.raises(InvalidAdapter):
+    with pytest.raises(InvalidRequest, match="has use_dora"):
         read_lora(make_adapter(tiny_llama_dir, tmp_path / "a", use_dora=True))
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"peft_type": "IA3"}, "is of the type IA3"),
+        ({"peft_type": "XLORA"}, "is of the type XLORA"),
+        ({"peft_type": "LORA", "use_dora": True, "modules_to_save": ["lm_head"]}, "has use_dora, modules_to_save"),
+        ({"peft_type": "LORA", "trainable_token_indices": [3]}, "has trainable_token_indices"),
+        ({"peft_type": "LORA", "init_lora_weights": "pissa"}, "has init_lora_weights"),
+    ],
+)
+def test_another_kind_is_refused_by_its_name_and_with_the_way_out(
+    config: dict[str, object], named: str, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    folder = make_adapter(tiny_llama_dir, tmp_path / "a")
+    known = json.loads((folder / CONFIG_FILE).read_text())
+    (folder / CONFIG_FILE).write_text(json.dumps({**known, **config}))
+    with pytest.raises(InvalidRequest, match=f"plain low-rank adapters, and this one {named}.*manylora extract"):
+        read_lora(folder)

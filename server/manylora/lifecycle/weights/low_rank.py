@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -18,11 +18,17 @@ from torch import nn
 from manylora.errors import InvalidRequest
 from manylora.lifecycle.adapter_files import read_adapter_files
 from manylora.lifecycle.parameters import InvalidParameter
+from manylora.lora.format.config import KNOWN_PARTS
+from manylora.lora.format.kinds import METHODS, NOT_SERVED
 from manylora.lora.format.pairing import PREFIX, parse_name
 from manylora.lora.format.reader import AdaptedModule, LowRank, TensorView, read
 from manylora.lora.format.spec import ModuleKind, ModuleSpec
 
 _NO_LIMIT = 2**62
+_MORE_THAN_LOW_RANK: Final = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices")
+_WAY_OUT: Final = (
+    "PEFT's merge_and_unload makes a checkpoint of it, of which `manylora extract` makes a low-rank adapter."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +80,22 @@ def read_lora(folder: Path, modules: Mapping[str, ModuleSpec] | None = None) -> 
     Raises InvalidRequest when it is no adapter in PEFT layout, InvalidAdapter with every problem otherwise.
     """
     config, tensors = read_adapter_files(folder)
+    _require_plain(config)
     adapter = read(folder, modules or _own_modules(tensors), max_rank=_NO_LIMIT, max_size=_NO_LIMIT)
     pairs = {m.path: _pair(m, adapter.kind) for m in adapter.modules}
     dtype = next(iter(tensors.values())).dtype
     return Lora(pairs, config, dtype, adapter.size_bytes)
+
+
+def _require_plain(config: Mapping[str, Any]) -> None:
+    """Raises InvalidRequest for a kind whose files say more than low rank, by its name."""
+    kind = config.get("peft_type")
+    more = [key for key in _MORE_THAN_LOW_RANK if config.get(key)]
+    if config.get("init_lora_weights") in KNOWN_PARTS:
+        more.append("init_lora_weights")
+    if kind in METHODS or kind in NOT_SERVED or more:
+        what = f"has {', '.join(more)}" if more else f"is of the type {kind}"
+        raise InvalidRequest(f"This is for plain low-rank adapters, and this one {what}. {_WAY_OUT}")
 
 
 def _pair(module: AdaptedModule, kind: str) -> Pair:
@@ -91,7 +109,7 @@ def _pair(module: AdaptedModule, kind: str) -> Pair:
     ):
         raise InvalidRequest(
             f"This is for plain low-rank adapters, and {module.path} of this one ({kind}) is more than an A and a B. "
-            "PEFT's merge_and_unload makes a checkpoint of it, of which `manylora extract` makes a low-rank adapter."
+            f"{_WAY_OUT}"
         )
     return Pair(module.kind, torch.from_numpy(term.a.to_float32()), torch.from_numpy(term.b.to_float32()) * term.scale)
 
