@@ -142,7 +142,7 @@ async def test_an_adapter_deleted_by_hand_comes_back_with_its_folder(settings: S
 async def test_a_broken_folder_is_told_with_every_problem_and_the_others_are_served(
     settings: Settings, root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_sound(root / "broken", r=0, bias="all")
+    write_sound(root / "broken", r=0, kasa_config={"a": 1})
     pickled = write_sound(root / "pickled")
     (pickled / TENSOR_FILE).rename(pickled / "adapter_model.bin")
     write_sound(root / "Bad Name")

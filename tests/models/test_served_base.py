@@ -8,6 +8,9 @@ import torch
 
 from manylora.kernels import matmul, native
 from manylora.kernels.weights import pack_int8
+from manylora.lora.format.lora_terms import LoraParts, lora_terms
+from manylora.lora.format.spec import LowRank, ModuleSpec, Output
+from manylora.lora.format.tensors import TensorView
 from manylora.models.served_base import ROWS_AT_A_TIME, ServedEmbedding, ServedLinear, ServedNorm
 from tests.conftest import ModelMaker
 from tests.engine.harness import BACKENDS, build_rig, load
@@ -76,3 +79,29 @@ def test_every_module_of_a_model_is_there(backend: str, tiny_llama_dir: Path) ->
     for path, served in rig.wrapped.served.items():
         kept = weights[path].T if rig.wrapped.modules[path].kind == "embedding" else weights[path]
         np.testing.assert_array_equal(served.weight(), kept.reshape(len(kept), -1).numpy())
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_doras_lengths_are_those_of_the_weight_that_is_served(form: str, has_bias: bool) -> None:
+    if form != "dense" and not native.is_available():
+        pytest.skip("the C++ kernels are not installed")
+    g = torch.Generator().manual_seed(1)
+    weight, bias = torch.randn(203, 97, generator=g) / 10, torch.randn(203, generator=g) if has_bias else None
+    a, b, magnitude = (torch.randn(*shape, generator=g) for shape in ((4, 97), (203, 4), (203,)))
+    parts = LoraParts("q", "linear", 4, 0.5, *(_view(each) for each in (a, b, magnitude)))
+    low, output = lora_terms(ModuleSpec("q", "linear", 97, 203), parts, None)
+    assert isinstance(low, LowRank)
+    assert isinstance(output, Output)
+    assert output.scale is not None
+    assert output.shift is not None
+    served = ServedLinear(FORMS[form](weight, bias), 0, 203, 97, bias)
+    kept = pack_int8(weight).dequantised() if form == "int8" else weight
+    factor = magnitude / (kept + 0.5 * b @ a).norm(dim=1)
+    np.testing.assert_allclose(output.scale.values(served), factor.numpy(), rtol=2e-5)
+    shift = (bias * (1 - factor)).numpy() if bias is not None else np.zeros(203)
+    np.testing.assert_allclose(output.shift.values(served), shift, rtol=2e-4, atol=1e-5)
+
+
+def _view(tensor: torch.Tensor) -> TensorView:
+    return TensorView("F32", tuple(tensor.shape), memoryview(tensor.numpy().tobytes()))

@@ -1,14 +1,16 @@
 """What an adapter says of its base's own numbers is held against the base's checkpoint."""
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, CodeGenConfig, GPTJConfig, PhiConfig
+from transformers import AutoModelForCausalLM, CodeGenConfig, GPTJConfig, MixtralConfig, PhiConfig
 
 from manylora.catalog.upload import Rules
 from manylora.errors import InvalidAdapter
@@ -146,9 +148,9 @@ def test_without_the_base_nothing_is_claimed(tmp_path: Path) -> None:
     base = make_base("llama", tmp_path / "base")
     adapter = make_adapter(base, tmp_path / "adapter", rank=2, targets=["embed_tokens"])
 
-    warnings = Rules(adaptable_modules(load(base)), 64, 2**30).read(adapter).warnings
+    told = Rules(adaptable_modules(load(base)), 64, 2**30).read(adapter).warnings
 
-    assert any("was not compared" in warning for warning in warnings)
+    assert any("was not compared" in warning for warning in told)
 
 
 @pytest.mark.parametrize(
@@ -175,3 +177,22 @@ def test_adapters_on_single_experts_get_one_message(experts: dict[str, Any], tmp
     (problem,) = caught.value.problems
     assert "60 modules of single experts" in problem.message
     assert "merge_and_unload" in problem.message
+
+
+def test_experts_that_are_one_tensor_are_refused_with_one_message(tmp_path: Path) -> None:
+    """As PEFT writes them for `all-linear` on a mixture, by `target_parameters`."""
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=4, pad_token_id=0, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    base = AutoModelForCausalLM.from_config(config)
+    modules = adaptable_modules(base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tuned = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+        tuned.save_pretrained(tmp_path)
+    with pytest.raises(InvalidAdapter) as caught:
+        Rules(modules, 64, 2**30).read(tmp_path)
+    (problem,) = caught.value.problems
+    assert problem.code == "unmatched_module"
+    assert "4 tensors of experts" in problem.message

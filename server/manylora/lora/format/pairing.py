@@ -17,6 +17,7 @@ from manylora.lora.format.tensors import TensorView
 PREFIX = "base_model.model."
 _COPIES = ("weight", "bias")
 _EXPERT = re.compile(r"(?:^|\.)experts\.[0-9]+\.")
+_EXPERTS = re.compile(r"(?:^|\.)experts(?:\.base_layer)*$")
 _PARTS = {"lora_A": "a", "lora_B": "b", "lora_embedding_A": "a", "lora_embedding_B": "b"}
 _MORE_PARTS = re.compile(
     r"(?P<path>.+)\.(?:(?P<magnitude>lora_magnitude_vector)(?:\.[^.]+)??(?:\.weight)?|lora_B(?:\.[^.]+)?\.bias)"
@@ -77,9 +78,19 @@ def ranks_of(tensors: Mapping[str, TensorView]) -> dict[str, int]:
 
 
 def refuse_experts(tensors: Mapping[str, TensorView], modules: Mapping[str, ModuleSpec], problems: Problems) -> bool:
-    """Whether experts are adapted one by one, as transformers 4 kept them; one `unmatched_module` says what to do."""
-    named = (parse_name(name) for name in tensors)
-    paths = sorted({name.path for name in named if name and _EXPERT.search(name.path)} - modules.keys())
+    """Whether experts are adapted, which are no modules here; one `unmatched_module` says what to do."""
+    named = [parsed.path for name in tensors if (parsed := parse_name(name))]
+    together = sorted({path for path in named if _EXPERTS.search(path)} - modules.keys())
+    if together:
+        problems.add(
+            "unmatched_module",
+            f"{TENSOR_FILE}: {shown(together[0])}",
+            f"It adapts {len(together)} tensors of experts (target_parameters), which is not served: those of a layer "
+            "are one tensor, to which no delta is added. Train it with target_modules on the attention alone, or merge "
+            "it into its base and serve that checkpoint.",
+        )
+        return True
+    paths = sorted({path for path in named if _EXPERT.search(path)} - modules.keys())
     if paths:
         problems.add(
             "unmatched_module",
