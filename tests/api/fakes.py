@@ -308,6 +308,10 @@ class FakeDirectory:
 
     refs: tuple[AdapterRef, ...] = (make_ref("alpha", 1), make_ref("alpha", 2), make_ref("beta", 1, "acme"))
     active: dict[str, int] = field(default_factory=lambda: {"alpha": 1, "beta": 1})
+    defaults: dict[str, str] = field(default_factory=dict)  # by label
+
+    def defaults_of(self, ref: AdapterRef) -> str:
+        return self.defaults.get(ref.label, "")
 
     def resolve(self, tenant: str, name: str, version: int | None = None) -> AdapterRef:
         wanted = self.active.get(name) if version is None else version

@@ -55,7 +55,7 @@ def test_docs_show_each_setting_with_what_is_done_with_it() -> None:
 
 def test_docs_explain_each_code() -> None:
     rows = set(re.findall(r"^\| `([a-z_]+)` \|(?! (?:served|neutral|refused) \|)", DOCS, re.MULTILINE))
-    assert rows == CODES | {"unsafe_archive", "unexpected_file"}
+    assert rows == CODES | {"unsafe_archive", "unexpected_file", "bad_defaults"}
 
 
 @pytest.mark.parametrize("key", sorted(NEUTRAL))

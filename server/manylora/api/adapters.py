@@ -16,6 +16,7 @@ from manylora.api.lanes import PYTHON, beside_loop
 from manylora.api.ownership import not_found, owner_of, target_tenant, version_number
 from manylora.api.requests import parse_model
 from manylora.api.state import ServicesDep
+from manylora.catalog.defaults import shown
 from manylora.catalog.records import MAX_DESCRIPTION, AdapterRecord, Payer, Published, VersionRecord, Wish
 from manylora.catalog.service import Catalog
 from manylora.errors import AdapterNotFound, InvalidRequest, PermissionDenied, TooLarge, quoted
@@ -55,11 +56,12 @@ class PatchBody(_Body):
     active_version: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     pinned: bool | None = None
     description: Annotated[str, Field(max_length=MAX_DESCRIPTION)] | None = None
+    defaults: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _not_empty(self) -> "PatchBody":
-        if self.active_version is None and self.pinned is None and self.description is None:
-            raise ValueError("Send at least one of active_version, pinned and description.")
+        if self == PatchBody.model_construct():
+            raise ValueError("Send at least one of active_version, pinned, description and defaults.")
         return self
 
 
@@ -238,11 +240,19 @@ async def version_of(
 def _add_changes(router: APIRouter, catalog: Catalog) -> None:
     @router.patch("/v1/adapters/{name}")
     async def change_adapter(request: Request, name: str, caller: Manager, tenant: _TenantQuery = None) -> Response:
-        """Promote or roll back, pin, describe: all in one step. Running requests keep their version."""
+        """Promote or roll back, pin, describe, set the active version's defaults: all in one step.
+
+        Running requests keep what they began with.
+        """
         body = await read_body(request, PatchBody)
         owner = owner_of(catalog.directory, caller, name, tenant, for_change=True)
         record = await catalog.update(
-            owner, name, active_version=body.active_version, pinned=body.pinned, description=body.description
+            owner,
+            name,
+            active_version=body.active_version,
+            pinned=body.pinned,
+            description=body.description,
+            defaults=body.defaults,
         )
         return JSONResponse(_adapter_view(catalog, record))
 
@@ -346,6 +356,7 @@ def _version_view(catalog: Catalog, adapter: AdapterRecord, version: VersionReco
         "size_bytes": version.size_bytes,
         "created": version.created_s,
         "tier": catalog.tier_of(version.ref),
+        "defaults": shown(version.defaults),
         "report": {"base_model": None, **version.report, "base_model_differs": catalog.has_other_name(version)},
     }
 
@@ -375,4 +386,5 @@ def _adapter_view(catalog: Catalog, adapter: AdapterRecord) -> dict[str, Any]:
         "rank": active.rank if active else None,
         "size_bytes": adapter.sums.size_bytes,
         "tier": catalog.tier_of(active.ref) if active else None,
+        "defaults": shown(active.defaults) if active else None,
     }

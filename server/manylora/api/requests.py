@@ -195,8 +195,12 @@ class Prompt:
     text: str = ""
 
 
-async def prompts_of(body: InferenceRequest, engine: EngineClient, tenant: str) -> tuple[Prompt, ...]:
+async def prompts_of(
+    body: InferenceRequest, engine: EngineClient, tenant: str, *, max_tokens: int | None = None
+) -> tuple[Prompt, ...]:
     """Every prompt of the body; all have the same number of choices. What is quick to check is checked first.
+
+    `max_tokens`: what an answer may have where the body does not say and the context leaves so much.
 
     Raises InvalidRequest, also where the model's chat template refuses the messages or no answer can be held to the
     grammar, ContextLengthExceeded, and what `EngineClient.compile` does.
@@ -218,7 +222,9 @@ async def prompts_of(body: InferenceRequest, engine: EngineClient, tenant: str) 
     grammar = await _grammar_of(body, engine, tenant)
     if grammar is not None:
         params = replace(params, grammar=grammar)
-    return tuple(Prompt(ids, _fit_to_context(params, body, len(ids), engine.model), text) for ids, text in encoded)
+    return tuple(
+        Prompt(ids, _fit_to_context(params, body, len(ids), engine.model, max_tokens), text) for ids, text in encoded
+    )
 
 
 async def _pooled_prompts(body: PoolRequest, engine: EngineClient) -> tuple[Prompt, ...]:
@@ -415,12 +421,13 @@ def _truncated(ids: list[int], request: InferenceRequest, model: ModelInfo) -> l
 
 
 def _fit_to_context(
-    params: SamplingParams, request: GenerationRequest, num_prompt_tokens: int, model: ModelInfo
+    params: SamplingParams, request: GenerationRequest, num_prompt_tokens: int, model: ModelInfo, unasked: int | None
 ) -> SamplingParams:
     """`params` with the `max_tokens` asked for, or the default. Raises ContextLengthExceeded."""
     room = _room_for_answer(request, num_prompt_tokens, model)
     asked = request.token_limit
-    default = room if request.default_max_tokens is None else min(request.default_max_tokens, room)
+    most_unasked = request.default_max_tokens if unasked is None else unasked
+    default = room if most_unasked is None else min(most_unasked, room)
     most = default if asked is None else asked
     if params.min_tokens > most:
         raise InvalidRequest(

@@ -11,6 +11,7 @@ from typing import Any, Final, Protocol, TypeAlias
 from starlette.requests import Request
 from starlette.responses import Response
 
+from manylora.api.defaults import with_defaults
 from manylora.api.fields import renamed
 from manylora.api.record import Counts, RequestRecord
 from manylora.api.requests import Prompt, adapter_of, check_connected, missing, prompts_of, read_body
@@ -97,8 +98,9 @@ async def answered(
         run.log.update(body.annotations())
         aliases = services.settings.resolved_model_aliases
         run.adapter = adapter_of(body, services.directory, principal.tenant, services.engine.model.name, aliases)
+        body, max_tokens = with_defaults(body, services.directory, run.adapter)
         try:
-            prompts = await prompts_of(body, services.engine, principal.tenant)
+            prompts = await prompts_of(body, services.engine, principal.tenant, max_tokens=max_tokens)
         except InvalidRequest as error:
             raise renamed(error, asked.names) from None
         await check_connected(request)

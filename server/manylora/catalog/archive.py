@@ -12,13 +12,14 @@ import tempfile
 import zipfile
 import zlib
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import IO, Final, Protocol, cast
 
 from manylora.catalog.records import VersionRecord
 from manylora.errors import InvalidAdapter, Problem, TooLarge
 from manylora.faults import file_errors
-from manylora.identity import ADAPTER_FILES
+from manylora.identity import ADAPTER_FILES, BROUGHT_FILES, DEFAULTS_FILE
 from manylora.lora.format.folder import NEEDED
 
 _MAX_MEMBERS: Final = 1024
@@ -130,7 +131,7 @@ def choose(members: list[Member]) -> tuple[dict[str, str], list[str]]:
     home = _home(files, problems)
     if problems:
         raise InvalidAdapter(problems)
-    wanted = {f"{home}{name}": name for name in NEEDED if f"{home}{name}" in files}
+    wanted = {f"{home}{name}": name for name in BROUGHT_FILES if f"{home}{name}" in files}
     return wanted, [name.removeprefix(home) for name in files if name not in wanted]
 
 
@@ -269,7 +270,7 @@ def _zip_kind(info: zipfile.ZipInfo) -> str:
 
 
 def pack(folder: Path, version: VersionRecord, scratch: Path) -> IO[bytes]:
-    """A version's files as a .tar.gz in PEFT layout, byte for byte as they came in.
+    """A version's files as a .tar.gz in PEFT layout, byte for byte as they came in, and its defaults, if it has some.
 
     The result is an open file at its beginning, without a name, which is gone when closed. One version always packs to
     the same bytes. Weights hardly compress, so the fastest level is used. Raises StorageFull or StoreUnavailable.
@@ -291,6 +292,10 @@ def _pack(folder: Path, version: VersionRecord, scratch: Path) -> IO[bytes]:
                 info.size, info.mtime, info.mode = (folder / name).stat().st_size, created, 0o644
                 with (folder / name).open("rb") as source:
                     tar.addfile(info, source)
+            if version.defaults:
+                info = tarfile.TarInfo(DEFAULTS_FILE)
+                info.size, info.mtime, info.mode = len(version.defaults.encode()), created, 0o644
+                tar.addfile(info, BytesIO(version.defaults.encode()))
         file.seek(0)
     except BaseException:
         file.close()

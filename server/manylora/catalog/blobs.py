@@ -59,6 +59,11 @@ class Blobs:
             self._label(done.version)
         return done
 
+    def relabel(self, version: VersionRecord) -> None:
+        """Write a version's label again, whose defaults were changed."""
+        with self._locked(version.blob):
+            self._label(version)
+
     def _label(self, version: VersionRecord) -> None:
         try:
             for label in labels.labels_of(self._database, [version.ref.id]):

@@ -19,6 +19,7 @@ class Listed:
     blob: str
     created: int
     is_ready: bool
+    defaults: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,12 @@ class Directory:
         if listed is None or not listed.is_ready:
             raise missing(name, version)
         return listed.ref
+
+    def defaults_of(self, ref: AdapterRef) -> str:
+        """What the version says of requests, as canonical JSON; nothing for one that was removed meanwhile."""
+        entry = self.own(ref.tenant, ref.name)
+        listed = None if entry is None else entry.versions.get(ref.version)
+        return listed.defaults if listed is not None and listed.ref.id == ref.id else ""
 
     def visible_to(self, tenant: str, start: str = "") -> Iterator[PublishedAdapter]:
         """Own adapters and those public ones that no own adapter hides, by name, from `start` on; only active ones.

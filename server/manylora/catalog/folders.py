@@ -5,13 +5,14 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from manylora.catalog.records import Folder, Published
 from manylora.errors import InvalidAdapter, ManyloraError, StartupError
-from manylora.identity import ADAPTER_FILES, CONFIG_FILE
+from manylora.identity import ADAPTER_FILES, CONFIG_FILE, DEFAULTS_FILE
 from manylora.lora.format.folder import left_aside, names_in, warning_of
 
 _CHECKPOINT: Final = re.compile(r"checkpoint-[0-9]+")
@@ -52,6 +53,9 @@ def _fingerprint(folder: Path) -> str:
             parts.append(f"{info.st_size}:{info.st_mtime_ns}:{info.st_ino}")
         except FileNotFoundError:
             parts.append("missing")
+    with suppress(FileNotFoundError):  # of a folder without one the fingerprint is as it has always been
+        info = (folder / DEFAULTS_FILE).stat()
+        parts.append(f"{info.st_size}:{info.st_mtime_ns}:{info.st_ino}")
     return "/".join(parts)
 
 

@@ -28,6 +28,13 @@ class AdapterDirectory(Protocol):
         """
         ...
 
+    def defaults_of(self, ref: AdapterRef) -> str:
+        """What the version says of the requests that name it, a JSON object as text; empty where it says nothing.
+
+        Answered from memory, as `resolve` is.
+        """
+        ...
+
     def visible_to(self, tenant: str, start: str = "") -> Iterator[PublishedAdapter]:
         """The active versions that the tenant may name, in order of name, from `start` on."""
         ...

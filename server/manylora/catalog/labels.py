@@ -1,7 +1,7 @@
 """What the registry knows of a version, written beside its files, so that a store can be registered again without it.
 
 One small file for each version: `labels/<blob>.<version id>.json`. The registry is the truth, labels are a copy for the
-day when it is lost. They never change: names, numbers and the report of the validation do not.
+day when it is lost. Of what they say only the defaults change; the label is then written again, after the registry.
 """
 
 import re
@@ -42,6 +42,7 @@ class Label(BaseModel):
     target_modules: tuple[str, ...]
     size_bytes: int
     report: dict[str, Any]
+    defaults: str = ""
 
     @property
     def file(self) -> str:

@@ -84,7 +84,7 @@ def entries(session: Session, base: str, adapter_id: str | None = None) -> list[
     """
     a, v = AdapterRow, VersionRow
     query = select(
-        a.tenant, a.name, a.pinned, a.active_version, v.id, v.version, v.digest, v.blob, v.created, v.base
+        a.tenant, a.name, a.pinned, a.active_version, v.id, v.version, v.digest, v.blob, v.created, v.base, v.defaults
     ).join(v, v.adapter_id == a.id)
     if adapter_id is not None:
         query = query.where(a.id == adapter_id)
@@ -94,7 +94,7 @@ def entries(session: Session, base: str, adapter_id: str | None = None) -> list[
         key = (row.tenant, row.name)
         facts[key] = (row.pinned, row.active_version)
         ref = AdapterRef(row.id, row.tenant, row.name, row.version, row.digest)
-        versions.setdefault(key, {})[row.version] = Listed(ref, row.blob, row.created, row.base == base)
+        versions.setdefault(key, {})[row.version] = Listed(ref, row.blob, row.created, row.base == base, row.defaults)
     return [Entry(*key, *facts[key], MappingProxyType(versions[key])) for key in facts]
 
 

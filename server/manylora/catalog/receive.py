@@ -16,7 +16,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from manylora.errors import InvalidAdapter, InvalidRequest, Problem, TooLarge, UnsupportedField, quoted
-from manylora.lora.format.folder import NEEDED
+from manylora.identity import BROUGHT_FILES
 
 ARCHIVE_PART: Final = "archive"
 FILES_PART: Final = "files"
@@ -200,7 +200,7 @@ class _Sink:
             self._start(self.received.archive)
 
     def _open_file(self, name: str) -> None:
-        if name not in NEEDED and all(map(_PLAIN_NAME.fullmatch, name.split("/"))):
+        if name not in BROUGHT_FILES and all(map(_PLAIN_NAME.fullmatch, name.split("/"))):
             self.received.left_aside.append(name)  # its bytes are passed over
         elif not _PLAIN_NAME.fullmatch(name):
             message = "A 'files' part needs the plain name of an adapter's file."

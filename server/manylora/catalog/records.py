@@ -22,6 +22,8 @@ class Payer:
 class Wish:
     """Where an upload goes and what else it asks for; None leaves what is there.
 
+    `defaults` is the canonical text of what came as `manylora.json`. The same content with others is a new version.
+
     `payer` None: the operator's own, which the owner's share of the engine runs and nobody is charged for.
     """
 
@@ -31,6 +33,7 @@ class Wish:
     pinned: bool | None = None
     activate: bool = True
     payer: Payer | None = None
+    defaults: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,7 @@ class VersionRecord:
     size_bytes: int
     report: Mapping[str, Any]
     created: int
+    defaults: str
 
     @property
     def created_s(self) -> int:
@@ -154,4 +158,5 @@ def version_record(adapter: AdapterRow, row: VersionRow, base: str) -> VersionRe
         size_bytes=row.size_bytes,
         report=row.report,
         created=row.created,
+        defaults=row.defaults,
     )

@@ -11,11 +11,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from hashlib import sha256
 
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from manylora.catalog import queries
+from manylora.catalog.defaults import NO_DEFAULTS
 from manylora.catalog.directory import Directory, Entry, missing
 from manylora.catalog.labels import Label
 from manylora.catalog.records import (
@@ -154,12 +156,12 @@ class Registry:
         with self._write() as transaction:
             session = transaction.session
             row = queries.find_adapter(session, wish.tenant, wish.name)
-            newest = self._newest(session, row, new.digest)
+            newest = self._newest(session, row, new.digest, wish)
             is_new = newest is None
             if newest is None:
                 queries.check_kept(session, wish.tenant, row, new.size_bytes)
                 row = _revived_adapter(session, row, wish.tenant, wish.name)
-                newest = _add_version(session, row, new, self._base)
+                newest = _add_version(session, row, new, self._base, wish.defaults or NO_DEFAULTS)
             assert row is not None
             return self._finish(transaction, wish, row, newest, is_new=is_new, folder=folder)
 
@@ -167,7 +169,7 @@ class Registry:
         """`publish` for a digest that the newest version has already; None, and nothing done, where it has not."""
         with self._write() as transaction:
             row = queries.find_adapter(transaction.session, wish.tenant, wish.name)
-            newest = self._newest(transaction.session, row, digest)
+            newest = self._newest(transaction.session, row, digest, wish)
             if row is None or newest is None:
                 return None
             return self._finish(transaction, wish, row, newest, is_new=False, folder=folder)
@@ -183,16 +185,20 @@ class Registry:
             row = queries.find_adapter(session, wish.tenant, wish.name)
             if row is None or row.is_deleted:
                 return False, None
+            key = _content_key(digest, wish)
+            is_known = session.get(FolderContentRow, (wish.name, key, self._base)) is not None
             same = queries.version_with(session, row, digest, self._base)
-            if same is None:
-                return session.get(FolderContentRow, (wish.name, digest, self._base)) is not None, None
+            if same is None or not (is_known or wish.defaults in (None, same.defaults)):
+                return is_known, None
             quiet = replace(wish, activate=False)
             return True, self._finish(transaction, quiet, row, same, is_new=False, folder=folder)
 
-    def _newest(self, session: Session, row: AdapterRow | None, digest: str) -> VersionRow | None:
+    def _newest(self, session: Session, row: AdapterRow | None, digest: str, wish: Wish) -> VersionRow | None:
+        """The newest version, if it is what is uploaded: content, base and, where any came, defaults."""
         newest = None if row is None else queries.newest_version(session, row)
-        is_same = newest is not None and newest.digest == digest and newest.base == self._base
-        return newest if is_same else None
+        if newest is None or newest.digest != digest or newest.base != self._base:
+            return None
+        return newest if wish.defaults in (None, newest.defaults) else None
 
     def _finish(
         self,
@@ -210,7 +216,9 @@ class Registry:
         if folder is not None:
             found = FolderRow(path=folder.path, fingerprint=folder.fingerprint, version_id=newest.id)
             transaction.session.merge(found)
-            transaction.session.merge(FolderContentRow(name=row.name, digest=newest.digest, base=newest.base))
+            transaction.session.merge(
+                FolderContentRow(name=row.name, digest=_content_key(newest.digest, wish), base=newest.base)
+            )
         record = transaction.mirror(row)
         return Published(record, version_record(row, newest, self._base), is_new)
 
@@ -222,8 +230,12 @@ class Registry:
         active_version: int | None = None,
         pinned: bool | None = None,
         description: str | None = None,
+        defaults: str | None = None,
     ) -> AdapterRecord:
-        """Change what is given, all in one step. Raises AdapterNotFound, QuotaExceeded, or Conflict (another base)."""
+        """Change what is given, all in one step; `defaults` are those of the version that is active after it.
+
+        Raises AdapterNotFound, QuotaExceeded, or Conflict (another base, or no active version).
+        """
         with self._write() as transaction:
             row = queries.get_adapter(transaction.session, tenant, name)
             if active_version is not None:
@@ -234,6 +246,11 @@ class Registry:
                         "here, so it cannot become active. Promote a version whose status is 'ready'."
                     )
                 row.active_version = active_version
+            if defaults is not None:
+                active = queries.find_version(transaction.session, row, row.active_version)
+                if active is None:
+                    raise Conflict(f"'{name}' has no active version whose defaults could be set. Promote one.")
+                active.defaults = defaults
             _change(transaction.session, row, pinned, description)
             return transaction.mirror(row)
 
@@ -363,7 +380,7 @@ def _revived_adapter(session: Session, row: AdapterRow | None, tenant: str, name
     return row
 
 
-def _add_version(session: Session, row: AdapterRow, new: NewVersion, base: str) -> VersionRow:
+def _add_version(session: Session, row: AdapterRow, new: NewVersion, base: str, defaults: str) -> VersionRow:
     version = VersionRow(
         id=new.id,
         adapter_id=row.id,
@@ -378,11 +395,17 @@ def _add_version(session: Session, row: AdapterRow, new: NewVersion, base: str) 
         size_bytes=new.size_bytes,
         report=dict(new.report),
         created=now_us(),
+        defaults=defaults,
     )
     row.next_version += 1
     session.flush()  # the adapter's row first: there is no relationship that would order the two
     session.add(version)
     return version
+
+
+def _content_key(digest: str, wish: Wish) -> str:
+    """What a folder's content is known by: with other defaults it is another."""
+    return digest if not wish.defaults else f"{digest}+{sha256(wish.defaults.encode()).hexdigest()[:16]}"
 
 
 def _adopted_version(row: AdapterRow, label: Label) -> VersionRow:

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, Any, Final
 
 from starlette.requests import ClientDisconnect
 
@@ -20,6 +20,7 @@ from manylora.catalog import folders, sources
 from manylora.catalog.base_names import BaseNames
 from manylora.catalog.belonging import check_owner
 from manylora.catalog.blobs import Blobs
+from manylora.catalog.defaults import DefaultsCheck, canonical, read_file
 from manylora.catalog.directory import Directory, Listed, missing
 from manylora.catalog.files import FolderLock
 from manylora.catalog.receive import receive_form
@@ -30,8 +31,8 @@ from manylora.catalog.store import Store, open_store
 from manylora.catalog.upload import Brought, Charge, Quarantine, Rules, check_description, new_version, tried, wish_of
 from manylora.database.database import Database, open_database
 from manylora.engine.interface import AdapterRef, EngineClient, Tier
-from manylora.errors import InvalidSettings, ManyloraError, Unavailable
-from manylora.identity import ADAPTER_FILES, PUBLIC_TENANT, check_name
+from manylora.errors import InvalidAdapter, InvalidSettings, ManyloraError, Problem, Unavailable
+from manylora.identity import ADAPTER_FILES, BROUGHT_FILES, PUBLIC_TENANT, check_name
 from manylora.lora.format.folder import names_in
 from manylora.lora.format.reader import Adapter, ModuleSpec
 from manylora.lora.format.spec import BaseWeights
@@ -67,6 +68,7 @@ class Catalog:
         self._is_closing = False
         self._count_upload: Callable[[str, str], None] = _ignore
         self._charge_probe: Charge = _charge_nobody
+        self._check_defaults: DefaultsCheck = _take_any
 
     @classmethod
     def open(
@@ -132,15 +134,18 @@ class Catalog:
         count_upload: Callable[[str, str], None] | None = None,
         count_damaged: Callable[[], None] | None = None,
         charge_probe: Charge | None = None,
+        check_defaults: DefaultsCheck | None = None,
     ) -> None:
         """Work with this engine from now on: pin what is pinned, follow other processes' changes.
 
         `count_upload` hears of every upload's tenant and result, `count_damaged` of stored files that are not sound,
         `charge_probe` of what was run to find an upload's effect; the upload goes on once it has returned.
+        `check_defaults` says what is wrong with a version's defaults.
         """
         self._engine = engine
         self._count_upload = count_upload or _ignore
         self._charge_probe = charge_probe or _charge_nobody
+        self._check_defaults = check_defaults or _take_any
         self._blobs.count_damaged = count_damaged or self._blobs.count_damaged
         self._pins = Pins(engine, self.directory)
         self._retirement = Retirement(engine, self.directory, self._blobs.free)
@@ -209,12 +214,13 @@ class Catalog:
     async def _add_folder(self, found: folders.FoundFolder) -> Published | None:
         wish = self._checked(Wish(PUBLIC_TENANT, found.name))
         async with self._quarantine.folder() as folder:
-            files = {name: found.path / name for name in ADAPTER_FILES if (found.path / name).is_file()}
-            if len(files) < len(ADAPTER_FILES):
+            files = {name: found.path / name for name in BROUGHT_FILES if (found.path / name).is_file()}
+            if not files.keys() >= set(ADAPTER_FILES):
                 await self._quarantine.validate(Brought(found.path))  # says what is there instead, such as a pickle
             await asyncio.to_thread(sources.copy_bounded, files, folder, self._rules.max_bytes)
             brought = Brought(folder, await asyncio.to_thread(names_in, found.path))
-            adapter = await self._quarantine.validate(brought)
+            adapter, defaults = await self._validated(brought, wish.tenant)
+            wish = replace(wish, defaults=defaults)
             look = partial(self._registry.was_in_folder, wish, adapter.digest, found.stamp)
             was_there, known = await self.database.run(look)
             if not was_there:
@@ -229,8 +235,26 @@ class Catalog:
     async def _add(self, receive: Callable[[Path], Awaitable[tuple[Wish, Brought]]]) -> Published:
         async with self._quarantine.folder() as quarantine:
             wish, brought = await receive(quarantine)
-            done = await self._publish(wish, brought.folder, await self._quarantine.validate(brought))
+            adapter, defaults = await self._validated(brought, wish.tenant)
+            done = await self._publish(replace(wish, defaults=defaults), brought.folder, adapter)
         return await self._with_pin(done)
+
+    async def _validated(self, brought: Brought, tenant: str) -> tuple[Adapter, str | None]:
+        """The adapter, and the defaults that came with it, as text. Raises InvalidAdapter with all problems."""
+        problems: list[Problem] = []
+        adapter, text = None, None
+        try:
+            adapter = await self._quarantine.validate(brought)
+        except InvalidAdapter as error:
+            problems += error.problems
+        try:
+            defaults = await asyncio.to_thread(read_file, brought.folder)
+            text = None if defaults is None else await self._checked_defaults(defaults, tenant)
+        except InvalidAdapter as error:
+            problems += error.problems
+        if adapter is None or problems:
+            raise InvalidAdapter(problems)
+        return adapter, text
 
     async def _publish(self, wish: Wish, folder: Path, adapter: Adapter, stamp: Folder | None = None) -> Published:
         stored = self._newest_with(wish, adapter.digest)
@@ -253,7 +277,9 @@ class Catalog:
         """The version that an upload of this content will find to be there already."""
         entry = self.directory.own(wish.tenant, wish.name)
         newest = None if entry is None else entry.versions[max(entry.versions)]
-        return newest if newest is not None and newest.ref.digest == digest and newest.is_ready else None
+        if newest is None or newest.ref.digest != digest or not newest.is_ready:
+            return None
+        return newest if wish.defaults in (None, newest.defaults) else None
 
     async def _with_pin(self, done: Published) -> Published:
         """Pin in the engine what the upload asked to pin. An upload that cannot be pinned stands, unpinned."""
@@ -327,21 +353,31 @@ class Catalog:
         active_version: int | None = None,
         pinned: bool | None = None,
         description: str | None = None,
+        defaults: Mapping[str, Any] | None = None,
     ) -> AdapterRecord:
-        """Promote, pin and describe in one step. Requests that run keep the version they began with.
+        """Promote, pin, describe and set defaults in one step. Requests that run keep what they began with.
 
-        Raises AdapterNotFound, Conflict, QuotaExceeded, or InvalidRequest for a description that cannot be stored.
+        Raises AdapterNotFound, Conflict, QuotaExceeded, InvalidRequest for a description that cannot be stored, or
+        InvalidAdapter with every reason against the defaults.
         """
         check_description(description)
+        text = None if defaults is None else await self._checked_defaults(defaults, tenant)
         change = partial(self._registry.update, tenant, name)
-        changed = partial(change, active_version=active_version, pinned=pinned, description=description)
+        changed = partial(change, active_version=active_version, pinned=pinned, description=description, defaults=text)
         record = await self.database.run(changed)
+        if text is not None and record.active is not None:
+            await asyncio.to_thread(self._blobs.relabel, record.active)
         try:
             self._pins_attached.sync(tenant, name)
         except ManyloraError:
             await self.database.run(partial(change, pinned=False))
             raise
         return record
+
+    async def _checked_defaults(self, defaults: Mapping[str, Any], tenant: str) -> str:
+        text = canonical(defaults)
+        await self._check_defaults(defaults, tenant)
+        return text
 
     async def delete(self, tenant: str, name: str, version: int | None = None) -> None:
         """Unpublish now; memory and files go once no running request needs them.
@@ -408,3 +444,7 @@ def _ignore(_tenant: str, _result: str) -> None:
 
 async def _charge_nobody(_tenant: str, _ref: AdapterRef, _num_tokens: int) -> None:
     """Nobody is charged."""
+
+
+async def _take_any(_defaults: Mapping[str, Any], _tenant: str) -> None:
+    """Nobody checks."""

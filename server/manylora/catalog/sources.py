@@ -20,7 +20,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 
 from manylora.errors import InvalidAdapter, InvalidRequest, Problem, SourceNotAllowed, TooLarge, Unavailable, quoted
 from manylora.faults import cause_of, file_error, is_local
-from manylora.identity import ADAPTER_FILES
+from manylora.identity import ADAPTER_FILES, BROUGHT_FILES, DEFAULTS_FILE
 from manylora.lora.format.folder import names_in
 
 _HF: Final = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
@@ -92,8 +92,8 @@ def _fetch_files(source: str, target: Path, allow: Sequence[str], max_bytes: int
     check_allowed(f"file://{folder}", entries)
     if not folder.is_dir():
         raise InvalidRequest("'source' is not a folder on the server.", param="source")
-    found = {name: (folder / name).resolve() for name in ADAPTER_FILES if (folder / name).is_file()}
-    if len(found) < len(ADAPTER_FILES):
+    found = {name: (folder / name).resolve() for name in BROUGHT_FILES if (folder / name).is_file()}
+    if not found.keys() >= set(ADAPTER_FILES):
         raise _missing([name for name in ADAPTER_FILES if name not in found])
     for file in found.values():
         check_allowed(f"file://{file}", entries)
@@ -142,8 +142,9 @@ def _fetch_s3(source: str, target: Path, max_bytes: int) -> list[str]:
         missing = [name for name in ADAPTER_FILES if not filesystem.exists(f"{root}/{name}")]
         if missing:
             raise _missing(missing)
-        _check_size(sum(int(filesystem.size(f"{root}/{name}")) for name in ADAPTER_FILES), max_bytes)
-        for name in ADAPTER_FILES:
+        names = [*ADAPTER_FILES, *([DEFAULTS_FILE] if filesystem.exists(f"{root}/{DEFAULTS_FILE}") else [])]
+        _check_size(sum(int(filesystem.size(f"{root}/{name}")) for name in names), max_bytes)
+        for name in names:
             filesystem.get_file(f"{root}/{name}", os.fspath(target / name))
         entries = filesystem.ls(root, detail=True)
         return [entry["name"].rpartition("/")[2] + "/" * (entry["type"] == "directory") for entry in entries]

@@ -3,6 +3,7 @@
 The server is `MANYLORA_URL`, the key `MANYLORA_KEY`; see `cli.answers` for the exit codes.
 """
 
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from manylora.cli.answers import (
     show_problems,
     table,
 )
-from manylora.identity import ADAPTER_FILES
+from manylora.identity import ADAPTER_FILES, BROUGHT_FILES
 from manylora.lora.format.folder import left_aside, names_in, warning_of
 
 app = typer.Typer(
@@ -104,7 +105,7 @@ def _parts(path: Path) -> Iterator[list[tuple[str, tuple[str, Any]]]]:
     from rich.console import Console
     from rich.progress import Progress
 
-    paths = [path / name for name in ADAPTER_FILES if (path / name).is_file()] if path.is_dir() else [path]
+    paths = [path / name for name in BROUGHT_FILES if (path / name).is_file()] if path.is_dir() else [path]
     if not paths or not all(p.is_file() for p in paths):
         fail(f"{path} is neither a folder with {' and '.join(ADAPTER_FILES)} nor an archive.", USAGE)
     bar = Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
@@ -232,6 +233,9 @@ def _show_adapter(found: dict[str, Any]) -> None:
         for v in found["versions"]
     ]
     console.print(table(["version", "", "status", "rank", "size", "tier", "digest", "created"], rows))
+    if found["defaults"]:
+        told = [[name, json.dumps(value, ensure_ascii=False)] for name, value in found["defaults"].items()]
+        console.print(table(["default", f"of version {found['active_version']}"], told))
 
 
 def _show_version(found: dict[str, Any]) -> None:
@@ -245,6 +249,7 @@ def _show_version(found: dict[str, Any]) -> None:
         ["tier", found["tier"]],
         ["digest", found["digest"]],
         ["created", as_time(found["created"])],
+        *([f"default {name}", json.dumps(value, ensure_ascii=False)] for name, value in found["defaults"].items()),
         ["effect", _effect(found["report"]["effect"])],
     ]
     console.print(f"{found['name']}@{found['version']}", markup=False, style="bold")
@@ -275,6 +280,61 @@ def pin(
     """Keep the active version on the device, whatever else is asked for."""
     said = f"{name} is {'no longer pinned' if off else 'pinned'}"
     _change(_split(name)[0], tenant, {"pinned": not off}, said, as_json=as_json)
+
+
+@app.command("set")
+def set_defaults(
+    name: Name,
+    fields: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[FIELD=VALUE]...", help="JSON, or text as it stands; FIELD= takes a default away."),
+    ] = None,
+    file: Annotated[Path | None, typer.Option(help="A manylora.json that takes the place of all defaults.")] = None,
+    clear: Annotated[bool, typer.Option("--clear", help="Take all away before FIELD=VALUE is set.")] = False,
+    tenant: OfTenant = None,
+    as_json: AsJson = False,
+) -> None:
+    """Set what requests to NAME get where they do not say, such as choices, temperature, max_tokens, system_prompt."""
+    label, path = _split(name)[0], f"/v1/adapters/{_split(name)[0]}"
+    changes = dict(map(_field, fields or ()))
+    if not changes and file is None and not clear:
+        fail("Nothing to set: give FIELD=VALUE, --file or --clear.", USAGE)
+    with server(as_json=as_json) as remote:
+        if file is not None:
+            before = _object_in(file)
+        else:
+            found = {} if clear else remote.call("GET", path, params={"limit": "1", **_tenant(tenant)})
+            before = found.get("defaults") or {}
+        defaults = {field: value for field, value in {**before, **changes}.items() if value is not None}
+        found = remote.call("PATCH", path, json={"defaults": defaults}, params=_tenant(tenant))
+    if as_json:
+        print_json(found)
+    else:
+        told = ", ".join(found["defaults"]) or "none"
+        console.print(f"{label}@{found['active_version']} has the defaults: {told}", markup=False)
+
+
+def _field(text: str) -> tuple[str, Any]:
+    """`temperature=0` as a name and a value; None for what is taken away."""
+    name, sign, value = text.partition("=")
+    if not sign or not name:
+        fail(f"'{text}' is not FIELD=VALUE.", USAGE)
+    if not value:
+        return name, None
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _object_in(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        fail(f"{file} cannot be read as JSON: {error}", USAGE)
+    if not isinstance(found, dict):
+        fail(f"{file} holds no JSON object.", USAGE)
+    return found
 
 
 def _change(name: str, tenant: str | None, body: dict[str, Any], said: str, *, as_json: bool) -> None:

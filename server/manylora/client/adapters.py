@@ -6,7 +6,7 @@ from typing import Any
 
 from manylora.client.server import Server
 from manylora.errors import InvalidRequest, ManyloraError
-from manylora.identity import ADAPTER_FILES
+from manylora.identity import BROUGHT_FILES
 
 __all__ = ["active_version", "check_may_manage", "check_name", "pinned", "promote", "publish", "served_base"]
 
@@ -33,7 +33,7 @@ def check_may_manage(server: Server) -> None:
 
 def publish(server: Server, folder: Path, name: str, *, description: str = "", activate: bool = True) -> str:
     """Upload a PEFT folder; `name@version` of the result. Raises ManyloraError with the server's reasons."""
-    files = [("files", (part, (folder / part).read_bytes())) for part in ADAPTER_FILES]
+    files = [("files", (part, (folder / part).read_bytes())) for part in BROUGHT_FILES if (folder / part).is_file()]
     form = {"name": name, "description": description, "activate": "true" if activate else "false"}
     version = server.call("POST", "/v1/adapters", data=form, files=files)
     return f"{version['name']}@{version['version']}"

@@ -87,6 +87,7 @@ class VersionRow(Base):
     size_bytes: Mapped[int]
     report: Mapped[dict[str, Any]]
     created: Mapped[int]
+    defaults: Mapped[str] = mapped_column(server_default="", default="")
 
 
 class KeptRow(Base):

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from fastapi import FastAPI
 
-from manylora.api import adapters, dashboard_routes, inspection
+from manylora.api import adapters, dashboard_routes, defaults, inspection
 from manylora.api import usage as usage_routes
 from manylora.api.inspection import Inspect
 from manylora.api.state import Departure
@@ -136,6 +136,7 @@ async def open_parts(settings: Settings, load: Callable[[Settings], Foundation] 
             count_upload=metrics.count_upload,
             count_damaged=metrics.count_damaged,
             charge_probe=partial(_charge_probe, metrics, usage),
+            check_defaults=partial(defaults.check, engine),
         )
         metrics.show_orphans(catalog.num_orphans)
         if settings.adapters is not None:

@@ -1,0 +1,151 @@
+"""Defaults of adapters through the front door: set, uploaded, rolled back, and there again after a kill."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from manylora.identity import ADAPTER_FILES
+from tests.e2e.conftest import Server
+
+CHOICES = ["positive", "negative"]
+
+
+def ask(server: Server, model: str, **fields: Any) -> httpx.Response:
+    body = {"model": model, "messages": [{"role": "user", "content": "hello"}], **fields}
+    return httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120)
+
+
+def text(answer: httpx.Response) -> str:
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["choices"][0]["message"]["content"])
+
+
+def patch(server: Server, name: str, **body: Any) -> httpx.Response:
+    return httpx.patch(f"{server.url}/v1/adapters/{name}", json=body, timeout=120)
+
+
+def shown(server: Server, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = httpx.get(f"{server.url}/v1/adapters/{name}").json()
+    return found
+
+
+def upload(server: Server, folder: Path, name: str, defaults: object) -> httpx.Response:
+    files = [("files", (part, (folder / part).read_bytes())) for part in ADAPTER_FILES]
+    if defaults is not None:
+        files.append(("files", ("manylora.json", json.dumps(defaults).encode())))
+    return httpx.post(f"{server.url}/v1/adapters", data={"name": name}, files=files, timeout=120)
+
+
+def test_defaults_are_set_kept_over_a_kill_and_rolled_back_with_their_version(
+    own_server: Callable[..., Any], adapters_dir: Path
+) -> None:
+    folder = adapters_dir / "small"
+    with own_server() as server:
+        assert upload(server, folder, "labels", None).json()["defaults"] == {}
+        said = {"choices": CHOICES, "temperature": 0, "locked": ["choices"]}
+        assert patch(server, "labels", defaults=said).json()["defaults"] == said
+        assert text(ask(server, "labels")) in CHOICES
+        refused = ask(server, "labels", structured_outputs={"choice": ["maybe"]})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "structured_outputs")
+        other = {"choices": ["one", "two"]}
+        second = upload(server, folder, "labels", other).json()
+        assert (second["version"], second["defaults"]) == (2, other), "the same content with other defaults is new"
+        assert upload(server, folder, "labels", other).status_code == 200, "the same again is what is there"
+        assert text(ask(server, "labels")) in other["choices"]
+        assert text(ask(server, "labels@1")) in CHOICES
+        server.process.kill()
+    with own_server() as server:
+        assert [v["defaults"] for v in shown(server, "labels")["versions"]] == [said, other]
+        assert text(ask(server, "labels")) in other["choices"]
+        assert patch(server, "labels", active_version=1).json()["defaults"] == said
+        assert text(ask(server, "labels")) in CHOICES
+        download = httpx.get(f"{server.url}/v1/adapters/labels/versions/1/download").content
+        with tarfile.open(fileobj=io.BytesIO(download)) as tar:
+            member = tar.extractfile("manylora.json")
+            assert member is not None
+            assert json.load(member) == said
+        again = httpx.post(
+            f"{server.url}/v1/adapters", data={"name": "copy"}, files={"archive": ("a.tgz", download)}, timeout=120
+        )
+        assert again.json()["defaults"] == said
+        assert patch(server, "labels", defaults={}).json()["defaults"] == {}
+        assert shown(server, "labels")["versions"][1]["defaults"] == other
+
+
+def test_defaults_that_do_not_go_are_refused_with_every_reason(server: Server, adapters_dir: Path) -> None:
+    wrong = {"temperature": 9, "guided_regex": "(", "made_up": 1}
+    for answer in (patch(server, "large", defaults=wrong), upload(server, adapters_dir / "large", "wrong", wrong)):
+        assert answer.status_code == 422
+        assert {problem["where"] for problem in answer.json()["error"]["problems"]} == {"temperature", "made_up"}
+        assert {problem["code"] for problem in answer.json()["error"]["problems"]} == {"bad_defaults"}
+    [problem] = patch(server, "large", defaults={"guided_regex": "("}).json()["error"]["problems"]
+    assert problem["where"] == "guided_regex"
+    assert shown(server, "large")["defaults"] == {}
+    assert httpx.get(f"{server.url}/v1/adapters/wrong").status_code == 404
+
+
+def run(server: Server, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "MANYLORA_URL": server.url, "COLUMNS": "200"}
+    return subprocess.run(
+        [sys.executable, "-m", "manylora", "adapters", *words],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+
+
+def test_the_command_line_sets_takes_away_and_shows(
+    own_server: Callable[..., Any], adapters_dir: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "labels"
+    shutil.copytree(adapters_dir / "small", folder)
+    (folder / "manylora.json").write_text('{"choices": ["a", "b"]}')
+    with own_server() as server:
+        assert run(server, "push", str(folder)).returncode == 0
+        assert shown(server, "labels")["defaults"] == {"choices": ["a", "b"]}
+        assert run(server, "set", "labels", "temperature=0", "system_prompt=Be brief.").returncode == 0
+        assert shown(server, "labels")["defaults"] == {
+            "choices": ["a", "b"], "system_prompt": "Be brief.", "temperature": 0,
+        }  # fmt: skip
+        for label in ("labels", "labels@1"):
+            said = run(server, "show", label).stdout
+            assert "Be brief." in said
+            assert '["a", "b"]' in said
+        assert run(server, "set", "labels", "choices=").returncode == 0
+        assert shown(server, "labels")["defaults"] == {"system_prompt": "Be brief.", "temperature": 0}
+        assert run(server, "set", "labels", "--file", str(folder / "manylora.json")).returncode == 0
+        assert shown(server, "labels")["defaults"] == {"choices": ["a", "b"]}
+        refused = run(server, "set", "labels", "temperature=9", "made_up=1")
+        assert refused.returncode != 0
+        assert "made_up" in refused.stderr + refused.stdout
+        assert run(server, "set", "labels", "--clear").returncode == 0
+        assert shown(server, "labels")["defaults"] == {}
+        assert run(server, "set", "labels").returncode == 2
+
+
+def test_a_folders_defaults_come_in_once_and_again_when_its_file_changes(
+    own_server: Callable[..., Any], adapters_dir: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "served" / "labels"
+    shutil.copytree(adapters_dir / "small", folder)
+    for choices in (["a", "b"], ["a", "b"], ["c", "d"]):
+        (folder / "manylora.json").write_text(json.dumps({"choices": choices}))
+        with own_server(adapters=str(folder.parent)) as server:
+            versions = shown(server, "labels")["versions"]
+            assert text(ask(server, "labels")) in choices
+    assert [version["defaults"]["choices"] for version in versions] == [["a", "b"], ["c", "d"]]
+    with own_server(adapters=str(folder.parent)) as server:
+        patch(server, "labels", defaults={"choices": ["e"]})
+    shutil.move(folder, tmp_path / "moved" / "labels")
+    with own_server(adapters=str(tmp_path / "moved")) as server:
+        assert shown(server, "labels")["defaults"] == {"choices": ["e"]}, "what was set since stays"
