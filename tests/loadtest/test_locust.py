@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,31 +12,31 @@ from tests.loadtest.conftest import Serve
 from tests.loadtest.fake_server import FakeServer
 
 ROOT = Path(__file__).parents[2]
+NUM_ANSWERS = 50  # among which every tenant and model has its turn
 
 
-@pytest.mark.slow
-def run_locust(url: str, scenario: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "locust",
-        "-f",
-        "loadtest/manylora_loadtest/locustfile.py",
-        "--host",
-        url,
-        "--headless",
-    ]
-    return subprocess.run(
-        [*command, "--users", "2", "--spawn-rate", "2", "--run-time", "4s", "--exit-code-on-error", "1"],
-        cwd=ROOT, timeout=120,
-        env={**os.environ, **environment, "LOADTEST_SCENARIO": scenario, "PYTHONPATH": str(ROOT / "loadtest")},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+pytestmark = pytest.mark.slow
+
+
+def run_locust(fake: FakeServer, url: str, scenario: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Locust's end, once the server has answered some of its requests; locust ends by itself after two minutes."""
+    command = [sys.executable, "-m", "locust", "-f", "loadtest/manylora_loadtest/locustfile.py", "--host", url]
+    command += ["--headless", "--users", "2", "--spawn-rate", "2", "--run-time", "110s", "--exit-code-on-error", "1"]
+    set_up = {"LOADTEST_SCENARIO": scenario, "PYTHONPATH": str(ROOT / "loadtest")}
+    with subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, **environment, **set_up}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    ) as process:  # fmt: skip
+        while process.poll() is None and fake.num_ok < NUM_ANSWERS:
+            time.sleep(0.05)
+        process.terminate()
+        out, err = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 def test_locust_sends_the_scenarios_requests(serve: Serve) -> None:
     fake = FakeServer()
-    finished = run_locust(serve(fake), "smoke")
+    finished = run_locust(fake, serve(fake), "smoke")
     assert finished.returncode == 0, finished.stderr
     assert fake.num_ok > 0
     assert set(fake.models) <= {"tiny", *fake.adapters}
@@ -71,7 +72,7 @@ def test_locust_sends_for_every_tenant_with_its_own_key(serve: Serve, tmp_path: 
     fake = FakeServer(keys={"sk-acme": "acme", "sk-globex": "globex"})
     (tmp_path / "tenants.toml").write_text(TENANTS)
 
-    finished = run_locust(serve(fake), str(tmp_path / "tenants.toml"), KEY_ACME="sk-acme", KEY_GLOBEX="sk-globex")
+    finished = run_locust(fake, serve(fake), str(tmp_path / "tenants.toml"), KEY_ACME="sk-acme", KEY_GLOBEX="sk-globex")
 
     assert finished.returncode == 0, finished.stderr
     assert set(fake.tenants) == {"acme", "globex"}
