@@ -233,8 +233,8 @@ def _show_adapter(found: dict[str, Any]) -> None:
         for v in found["versions"]
     ]
     console.print(table(["version", "", "status", "rank", "size", "tier", "digest", "created"], rows))
-    if found["defaults"]:
-        told = [[name, json.dumps(value, ensure_ascii=False)] for name, value in found["defaults"].items()]
+    told = [[name, json.dumps(value, ensure_ascii=False)] for name, value in _defaults(found)]
+    if told:
         console.print(table(["default", f"of version {found['active_version']}"], told))
 
 
@@ -249,12 +249,17 @@ def _show_version(found: dict[str, Any]) -> None:
         ["tier", found["tier"]],
         ["digest", found["digest"]],
         ["created", as_time(found["created"])],
-        *([f"default {name}", json.dumps(value, ensure_ascii=False)] for name, value in found["defaults"].items()),
+        *([f"default {name}", json.dumps(value, ensure_ascii=False)] for name, value in _defaults(found)),
         ["effect", _effect(found["report"]["effect"])],
     ]
     console.print(f"{found['name']}@{found['version']}", markup=False, style="bold")
     console.print(table(["", ""], rows))
     _show_warnings(found["report"]["warnings"])
+
+
+def _defaults(found: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Of an adapter or a version; a server of an earlier release shows none."""
+    return list((found.get("defaults") or {}).items())
 
 
 def _effect(effect: dict[str, float] | None) -> str:
