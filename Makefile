@@ -13,7 +13,7 @@ JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count() or 1))')
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 ARGS ?=
 
-.PHONY: help serve test emulated sanitize soak check quick format docs clean distclean
+.PHONY: help serve test emulated sanitize soak clients check quick format docs clean distclean
 .DEFAULT_GOAL := help
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo "make emulated the kernels' tests on the CPU paths that this machine lacks"
 	@echo "make soak     ten minutes of load on a server that is watched, and servers that are killed at work"
 	@echo "make sanitize the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make clients  other programs' clients, each installed by itself, against a real server (ARGS=--quick: a few)"
 	@echo "make quick    the tests that take seconds"
 	@echo "make check    linters, formatting, types, spelling"
 	@echo "make format   put the code into its format"
@@ -55,6 +56,10 @@ sanitize: $(VENV)/.dev
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
 	PYTHONPATH=build/sanitize/lib $(PYTEST) tests/kernels --ignore=tests/kernels/test_headers.py --capture=sys $(ARGS)
+
+# Real clients in environments of their own below build/clients; what they are to do stands in docs/clients.md.
+clients: $(VENV)/.dev
+	$(BIN)/python -m tests.clients $(ARGS)
 
 quick: $(VENV)/.dev
 	$(PYTEST) -m "not slow and not soak" $(ARGS)

@@ -1,0 +1,187 @@
+"""`python -m tests.clients [--quick] [NAME…]`: install clients, start a server, run the page's lines, say what came.
+
+Environments are kept in the folder `MANYLORA_CLIENTS` (`build/clients`) and made anew where a version has changed.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.clients.table import CLIENTS, LEFT_OUT, PAGE, Client
+from tests.pages import ADDRESS, Block, blocks
+
+ROOT = Path(__file__).parents[2]
+HOME = Path(os.environ.get("MANYLORA_CLIENTS", ROOT / "build" / "clients")).resolve()
+INSTALL_S, START_S, BLOCK_S = 1800, 600, 900
+
+
+class Failed(Exception):
+    """What is to be told of a client that cannot be installed, or whose lines do not do what the page says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What came of one client. `state` is `works`, `fails` or `not installed`."""
+
+    client: Client
+    state: str
+    seconds: float
+    said: str = ""
+
+
+# installing
+
+
+def installed(client: Client) -> Path:
+    """The client's folder: a virtual environment, or one with `node_modules`. Raises Failed."""
+    folder = HOME / client.name
+    stamp = folder / ".installed"
+    wanted = "\n".join(client.packages)
+    if not (stamp.exists() and stamp.read_text() == wanted):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        for command in _install_commands(client, folder):
+            _checked(command, folder, os.environ.copy(), INSTALL_S)
+        stamp.write_text(wanted)
+    return folder
+
+
+def _install_commands(client: Client, folder: Path) -> Iterator[list[str]]:
+    if client.is_node:
+        yield ["npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", str(folder), *client.packages]
+        return
+    yield [sys.executable, "-m", "venv", str(folder)]
+    yield [str(folder / "bin" / "pip"), "--disable-pip-version-check", "--quiet", "install", *client.packages]
+
+
+# running
+
+
+@contextmanager
+def server(folder: Path) -> Iterator[str]:
+    """The address of a server on the default model and the shipped adapters."""
+    said = folder / "server.log"
+    command = [sys.executable, "-m", "manylora", "serve", "--adapters", str(ROOT / "adapters"), "--port", "0"]
+    with (
+        said.open("w") as out,
+        subprocess.Popen(
+            [*command, "--data-dir", str(folder / "data"), "--kv-cache-memory", "512MiB"], stdout=out, stderr=out
+        ) as process,
+    ):
+        try:
+            yield _address(process, said)
+        finally:
+            process.send_signal(signal.SIGTERM)
+
+
+def _address(process: "subprocess.Popen[bytes]", said: Path) -> str:
+    until = time.monotonic() + START_S
+    while process.poll() is None and time.monotonic() < until:
+        if found := re.search(r"Dashboard +(http://\S+)/dashboard", said.read_text()):
+            return found[1]
+        time.sleep(0.2)
+    sys.exit(f"The server does not start:\n{said.read_text()}")
+
+
+def lines_of(client: Client) -> list[Block]:
+    """The client's blocks on the page."""
+    return [block for block in blocks(PAGE) if block.heading == client.heading]
+
+
+def run(client: Client, home: Path, address: str) -> None:
+    """The client's lines on the page, in order. Raises Failed where they do not print what stands below them."""
+    said = ""
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        environment = {
+            **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+            "PATH": f"{home / 'bin'}:{os.environ['PATH']}",
+            "HOME": folder,
+            "no_proxy": "127.0.0.1",
+            "PYTHONWARNINGS": "ignore",
+        }
+        for number, block in enumerate(lines_of(client)):
+            if block.kind == "text":
+                for line in block.text.splitlines():
+                    if line not in said:
+                        raise Failed(f"does not say {line!r}: {said[-2000:]}")
+                continue
+            text = block.text.replace(ADDRESS, address)
+            said = _checked(_command(block.kind, text, home, number), work, environment, BLOCK_S)
+
+
+def _command(kind: str, text: str, home: Path, number: int) -> list[str]:
+    if kind == "js":
+        script = home / f"block-{number}.mjs"  # beside its node_modules
+        script.write_text(text)
+        return ["node", str(script)]
+    program = {"bash": ["bash", "-euo", "pipefail", "-c"], "python": [str(home / "bin" / "python"), "-c"]}
+    return [*program[kind], text]
+
+
+def _checked(command: list[str], folder: Path, environment: dict[str, str], limit_s: float) -> str:
+    """What a command prints. Raises Failed."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, cwd=folder, env=environment, timeout=limit_s
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Failed(f"{type(error).__name__}: {str(error)[-300:]}") from None
+    if done.returncode:
+        raise Failed((done.stderr.strip() or done.stdout.strip())[-2000:])
+    return done.stdout
+
+
+def attempt(client: Client, address: str) -> Result:
+    began = time.monotonic()
+    try:
+        home = installed(client)
+    except Failed as why:
+        return Result(client, "not installed", time.monotonic() - began, str(why))
+    try:
+        run(client, home, address)
+    except Failed as why:
+        return Result(client, "fails", time.monotonic() - began, str(why))
+    return Result(client, "works", time.monotonic() - began)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.clients", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(client.name for client in CLIENTS))
+    parser.add_argument("--quick", action="store_true", help="only those that take seconds to install, as CI does")
+    asked = parser.parse_args()
+    unknown = set(asked.names) - {client.name for client in CLIENTS}
+    if unknown:
+        parser.error(f"no such client: {', '.join(sorted(unknown))}")
+    chosen = [c for c in CLIENTS if (not asked.names or c.name in asked.names) and (c.is_quick or not asked.quick)]
+    results = []
+    with tempfile.TemporaryDirectory() as folder, server(Path(folder)) as address:
+        for number, client in enumerate(chosen, 1):
+            print(f"[{number}/{len(chosen)}] {client.name} …", end=" ", flush=True)
+            result = attempt(client, address)
+            print(f"{result.state} ({result.seconds:.0f} s)", flush=True)
+            if result.said:
+                print(result.said, flush=True)
+            results.append(result)
+    print(f"\n{'client':18}{'state':16}packages")
+    for result in results:
+        print(f"{result.client.name:18}{result.state:16}{' '.join(result.client.packages)}")
+    for name, why in LEFT_OUT.items():
+        print(f"{name:18}{'left out':16}{why}")
+    num_passed = sum(result.state == "works" for result in results)
+    print(f"\n{num_passed} passed, {len(results) - num_passed} failed")
+    return int(num_passed < len(results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
