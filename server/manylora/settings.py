@@ -84,6 +84,14 @@ def parse_alias(text: str) -> str:
     raise ValueError(f"{text!r} is not an alias: write 'name=model', such as 'gpt-4o-mini=sql'")
 
 
+def parse_marks(text: str) -> str:
+    """`auto`, `none`, or two marks with a space between. Raises ValueError for anything else."""
+    marks = " ".join(text.split())
+    if marks in ("auto", "none") or len(marks.split(" ")) == 2:
+        return marks
+    raise ValueError(f"{text!r} are no marks: write two with a space between, such as '<think> </think>'")
+
+
 Size = Annotated[int | float, BeforeValidator(parse_size)]
 
 
@@ -125,6 +133,14 @@ class Settings(BaseSettings):
     original context, since one longer sequence would change the answers of all others in its batch)."""
     kernels: Literal["auto", "torch"] = "auto"
     """`auto` takes the C++ kernels where they were built for this machine; `torch` never does."""
+    tool_parser: Literal["auto", "hermes", "llama3_json", "mistral", "mistral_args", "pythonic"] = "auto"
+    """How the base writes calls of tools; `auto` finds it out from its chat template. See docs/tools.md."""
+    tool_prompt: bool = False
+    """Tell a base whose chat template knows no tools of them in its system message, and read calls between
+    `<tool_call>` tags. Without it such a base answers a request with `tools` with 400."""
+    reasoning_marks: Annotated[str, AfterValidator(parse_marks)] = "auto"
+    """What stands before and after what the base thinks, which answers then have in `reasoning_content`: two marks with
+    a space between, such as `<think> </think>`; `auto` finds them in its chat template, `none` leaves answers whole."""
     num_threads: int | None = Field(default=None, ge=1)
     """CPU threads of the model's operations; unset: one for each core."""
 

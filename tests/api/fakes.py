@@ -1,13 +1,17 @@
 """A small engine, directory and gate, real enough to serve HTTP: no model, deterministic text."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+import json
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
 
 from manylora.catalog.interface import PublishedAdapter
+from manylora.chat.format import PLAIN_CHAT, ChatFormat, ChatOptions
+from manylora.chat.pieces import Reader
+from manylora.chat.reading import Reading
 from manylora.engine.interface import (
     AdapterRef,
     CompiledGrammar,
@@ -42,7 +46,15 @@ NAMES = ("alpha", "beta")
 
 
 class FakeCodec:
-    """One token per character: its code point if that is small, BOS first; ids in the 900s spell odd bytes."""
+    """One token per character: its code point if that is small, BOS first; ids in the 900s spell odd bytes.
+
+    `form` is how its chats are written, `opening` what its template begins an answer with.
+    """
+
+    def __init__(self) -> None:
+        self.form = ChatFormat()
+        self.opening = ""
+        self.rendered: list[tuple[list[dict[str, Any]], ChatOptions]] = []
 
     SPLIT: ClassVar = {900: [0xE4], 901: [0xBD], 902: [0xA0]}  # the three bytes of 你
 
@@ -75,14 +87,25 @@ class FakeCodec:
     def info(self) -> dict[str, Any]:
         return {"tokenizer_class": "FakeCodec", "eos_token": "</s>", "chat_template": "{{ messages }}"}
 
-    def chat(self, messages: list[dict[str, Any]], *, continue_final: bool = False) -> list[int]:
-        return self.encode(self.render_chat(messages, continue_final=continue_final))
+    def chat(self, messages: list[dict[str, Any]], options: ChatOptions = PLAIN_CHAT) -> list[int]:
+        return self.encode(self.render_chat(messages, options))
 
-    def render_chat(self, messages: list[dict[str, Any]], *, continue_final: bool = False) -> str:
-        if any(m["role"] == "tool" for m in messages):
+    def render_chat(self, messages: list[dict[str, Any]], options: ChatOptions = PLAIN_CHAT) -> str:
+        if any(m["role"] == "tool" for m in messages) and not self.form.takes_tools:
             raise InvalidRequest("The model's chat template has no place for the role 'tool'.")
-        text = "".join(f"[{m['role']}]{m['content']}" for m in messages)
-        return text if continue_final else text + "[assistant]"
+        self.rendered.append((messages, options))
+        more = {"tools": list(options.tools), "documents": list(options.documents), **options.variables}
+        head = "".join(f"<{name}={json.dumps(value)}>" for name, value in more.items() if value)
+        calls = (f"{m['content']}{json.dumps(m['tool_calls']) if 'tool_calls' in m else ''}" for m in messages)
+        text = head + "".join(f"[{m['role']}]{said}" for m, said in zip(messages, calls, strict=True))
+        return text if options.continue_final or not options.for_answer else text + "[assistant]" + self.opening
+
+    def chat_format(self, template: str | None = None) -> ChatFormat:
+        return self.form
+
+    def response_reader(self, prompt: str, tools: Sequence[Mapping[str, Any]], *, only_one: bool) -> Reader:
+        names = tuple(tool["function"]["name"] for tool in tools)
+        return Reading(syntax="hermes", tools=names, only_one=only_one).reader()
 
 
 @dataclass

@@ -307,7 +307,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
     ("body", "param"),
     [
         ({"tool_choice": "auto", "tools": [TOOL]}, "tools"),
-        ({"tool_choice": {"type": "function"}, "parallel_tool_calls": False, "tools": [TOOL]}, "tools"),
+        ({"tool_choice": {"type": "function"}, "parallel_tool_calls": False, "tools": [TOOL]}, "tool_choice"),
         ({"function_call": "auto", "functions": [{"name": "f"}]}, "functions"),
         ({"tool_choice": "required"}, "tool_choice"),
     ],
@@ -315,7 +315,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 def test_the_error_names_the_field_that_matters_and_says_why(rig: Rig, body: dict[str, Any], param: str) -> None:
     answer = rig.chat(**body)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
-    assert "calls none" in answer.json()["error"]["message"]
+    assert "tool" in answer.json()["error"]["message"]
 
 
 def test_best_of_equal_to_n_counts_as_absent(rig: Rig) -> None:
@@ -392,7 +392,7 @@ def test_only_one_value_of_store_and_service_tier_is_taken(rig: Rig, name: str, 
 @pytest.mark.parametrize(
     ("message", "param"),
     [
-        ({"role": "assistant", "content": "a", "tool_calls": [{"id": "1"}]}, "messages[0].tool_calls"),
+        ({"role": "assistant", "content": "a", "tool_calls": [{"id": "1"}]}, "messages[0].tool_calls[0].function"),
         ({"role": "user", "content": "a", "audio": {"id": "1"}}, "messages[0].audio"),
         ({"role": "user", "content": "a", "weight": 1}, "messages[0].weight"),
         ({"role": "robot", "content": "a"}, "messages[0].role"),

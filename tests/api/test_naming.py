@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manylora.api.requests import adapter_of
+from manylora.api.naming import adapter_of
 from manylora.api.schemas import CompletionRequest
 from manylora.engine.interface import AdapterRef
 from manylora.errors import AdapterNotFound, InvalidRequest

@@ -112,8 +112,8 @@ def test_errors_arrive_as_the_clients_own_exceptions(client: openai.OpenAI, rig:
         client.completions.create(model="gone", prompt="hi")
     assert not_found.value.code == "adapter_not_found"
     with pytest.raises(openai.BadRequestError) as bad:
-        client.chat.completions.create(model="base-model", messages=MESSAGES, reasoning_effort="high", max_tokens=1)
-    assert (bad.value.code, bad.value.param) == ("unsupported_field", "reasoning_effort")
+        client.chat.completions.create(model="base-model", messages=MESSAGES, modalities=["audio"], max_tokens=1)
+    assert (bad.value.code, bad.value.param) == ("unsupported_field", "modalities")
     rig.engine.refuse = QueueFull("full", retry_after_s=1.2)
     with pytest.raises(openai.RateLimitError) as limited:
         client.completions.create(model="base-model", prompt="hi")

@@ -15,17 +15,18 @@ FOUNDATION = {"manylora", *(f"manylora.{name}" for name in GROUND)}
 
 # For each part: prefixes of what else of ours it may import. `engine` here is its interface alone.
 ALLOWED: dict[str, set[str]] = {
-    "api": {"api", "tenants", "catalog", "usage", "engine.interface"},
+    "api": {"api", "tenants", "catalog", "usage", "engine.interface", "chat"},
     "tenants": {"tenants", "database"},
     "catalog": {"catalog", "database", "usage", "tenants.limits", "engine.interface", "lora"},
     "usage": {"usage", "database", "lora.memory.occupancy"},
     "database": {"database"},
-    "engine": {"engine", "models", "kernels", "lora", "grammars"},
+    "engine": {"engine", "models", "kernels", "lora", "grammars", "chat"},
     "grammars": {"grammars", "lora.memory.line"},
-    "models": {"models", "kernels", "lora"},
+    "models": {"models", "kernels", "lora", "chat"},
+    "chat": {"chat", "grammars.grammar"},
     "kernels": {"kernels", "lora.memory"},
     "lora": {"lora"},
-    "lifecycle": {"lifecycle", "client", "lora", "models"},
+    "lifecycle": {"lifecycle", "client", "lora", "models", "chat"},
     "client": {"client"},
 }
 STANDALONE = ("errors", "faults", "files", "identity", "settings", "metrics", "threads")

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from manylora.chat.format import ChatOptions
 from manylora.errors import InvalidRequest
 from manylora.models.codec import HuggingFaceCodec
 from tests.tiny_models import END_OF_TURN, make_tokenizer
@@ -106,7 +107,8 @@ def test_chat_ends_where_the_assistant_begins() -> None:
 
 def test_a_final_message_can_be_continued() -> None:
     ids = CODEC.chat(
-        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "The answer"}], continue_final=True
+        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "The answer"}],
+        ChatOptions(continue_final=True),
     )
 
     assert CODEC.decode(ids, skip_special_tokens=False).endswith("<|im_start|>assistant\nThe answer")

@@ -13,8 +13,8 @@ from manylora.api.errors import invalid_from
 from manylora.api.fields import wanted
 from manylora.api.json_body import is_json, parse_json, require_json
 from manylora.api.lanes import PYTHON, beside_loop
+from manylora.api.naming import parse_model
 from manylora.api.ownership import not_found, owner_of, target_tenant, version_number
-from manylora.api.requests import parse_model
 from manylora.api.state import ServicesDep
 from manylora.catalog.defaults import shown
 from manylora.catalog.records import MAX_DESCRIPTION, AdapterRecord, Payer, Published, VersionRecord, Wish

@@ -15,6 +15,7 @@ import orjson
 
 from manylora.api.errors import error_json
 from manylora.api.run import Deltas, Run
+from manylora.api.said import Said
 from manylora.api.schemas import ChatRequest, CompletionRequest
 from manylora.api.token_details import LOWEST, TokenDetails, finite
 from manylora.engine.interface import Delta, TextCodec, TokenLogprob
@@ -189,22 +190,31 @@ class CompletionChoice(Choice):
 
 
 class ChatChoice(Choice):
-    """Of a `chat.completion`."""
+    """Of a `chat.completion`. Where there is more in it than text, `said` reads it."""
+
+    said: Said | None = None
+
+    def add(self, delta: Delta) -> None:
+        super().add(delta)
+        if self.said is not None:
+            self.said.read(delta)
 
     def _whole(self, text: str, finish_reason: str | None) -> dict[str, Any]:
-        return {
-            "index": self.index,
-            "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": self.taken(),
-            "finish_reason": finish_reason,
-        }
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if self.said is not None:
+            finish_reason = self.said.finish_reason(finish_reason)
+            message |= self.said.message()
+        return {"index": self.index, "message": message, "logprobs": self.taken(), "finish_reason": finish_reason}
 
     def chunk(self, delta: Delta) -> dict[str, Any]:
+        reason: str | None = delta.finish_reason
+        if self.said is not None:
+            reason = self.said.finish_reason(reason)
         return {
             "index": self.index,
-            "delta": {"content": delta.text},
+            "delta": {"content": delta.text} if self.said is None else self.said.delta(),
             "logprobs": self.taken(),
-            "finish_reason": delta.finish_reason,
+            "finish_reason": reason,
         }
 
     def opening(self) -> dict[str, Any]:
@@ -326,6 +336,21 @@ class ChatAnswer(Answer):
     choice_kind = ChatChoice
     logprobs_kind = ChatLogprobs
     has_prompt_in_choice = False
+
+    def __init__(self, run: Run, body: ChatRequest) -> None:
+        super().__init__(run, body)
+        make = run.prompts[0].reader
+        self._said = [] if make is None else [Said(make(), body.include_reasoning) for _ in self._choices]
+        for choice, said in zip(self._choices, self._said, strict=False):
+            assert isinstance(choice, ChatChoice)
+            choice.said = said
+
+    def events(self, choice: int, delta: Delta) -> Sequence[bytes]:
+        if self._said:
+            is_news = self._said[choice].read(delta)
+            if not (is_news or delta.finish_reason or delta.logprobs or self._opening):
+                return ()
+        return super().events(choice, delta)
 
 
 class CompletionAnswer(Answer):

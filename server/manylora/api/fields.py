@@ -70,33 +70,23 @@ COMPLETION_UNSUPPORTED: Final[Unsupported] = {
     "suffix": _NOTHING,
 }
 CHAT_UNSUPPORTED: Final[Unsupported] = {
-    # `tools` before what only goes with it, so that the error names the field that matters.
-    "tools": _NOTHING,
+    # `functions` before what only goes with it, so that the error names the field that matters.
     "functions": _NOTHING,
-    "tool_choice": ("auto", "none", *_NOTHING),
     "function_call": ("auto", "none", *_NOTHING),
-    "parallel_tool_calls": (True, *_NOTHING),
     **_BOTH,
-    "add_generation_prompt": _ON,
     "audio": _NOTHING,
     "chat_template": _NOTHING,
-    "chat_template_kwargs": _NOTHING,
-    "continue_final_message": _NOTHING,
-    "documents": _NOTHING,
     "echo": _NOTHING,
-    "include_reasoning": (True, *_NOTHING),
     "media_io_kwargs": _NOTHING,
     "modalities": (["text"], *_NOTHING),
     "prediction": _NOTHING,
     "reasoning": _NOTHING,
-    "reasoning_effort": _NOTHING,
     "separate_reasoning": _ON,
     "stream_reasoning": _ON,
     "verbosity": ("medium", *_NOTHING),
     "web_search_options": _NOTHING,
 }
 MESSAGE_UNSUPPORTED: Final[Unsupported] = {
-    "tool_calls": _NOTHING,
     "function_call": _NOTHING,
     "annotations": _NOTHING,
     "audio": _NOTHING,
@@ -105,8 +95,6 @@ MESSAGE_UNSUPPORTED: Final[Unsupported] = {
     "partial": _NOTHING,
     "prefix": _NOTHING,
     "provider_specific_fields": _NOTHING,
-    "reasoning": _NOTHING,
-    "reasoning_content": _NOTHING,
     "reasoning_details": _NOTHING,
     "thinking_blocks": _NOTHING,
 }
@@ -136,12 +124,9 @@ TOKENIZE_UNSUPPORTED: Final[Unsupported] = {
 STREAM_OPTION_UNSUPPORTED: Final[Unsupported] = {"include_obfuscation": _NOTHING}
 
 _ROUTE_OF: Final = {"messages": "/v1/chat/completions", "prompt": "/v1/completions"}
-_NO_TOOLS: Final = "This server gives the model no tools, so it calls none."
 _IN_WORDS: Final = {
-    "tools": _NO_TOOLS,
-    "functions": _NO_TOOLS,
-    "tool_choice": _NO_TOOLS,
-    "function_call": _NO_TOOLS,
+    "functions": "It is what 'tools' was before.",
+    "function_call": "It is what 'tool_choice' and 'tool_calls' were before.",
 }
 
 

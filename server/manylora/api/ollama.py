@@ -18,9 +18,10 @@ from manylora.api.errors import invalid_from
 from manylora.api.fields import NOTHING, Unsupported, renamed, wanted
 from manylora.api.json_body import parse_json
 from manylora.api.lanes import PYTHON, beside_loop
+from manylora.api.naming import parse_model, resolve, without_alias
 from manylora.api.ollama_answers import ChatShape, GenerateShape, OllamaAnswer
 from manylora.api.openai import MAX_MODELS, published
-from manylora.api.requests import parse_model, read_body, resolve, without_alias
+from manylora.api.requests import read_body
 from manylora.api.run import Asked, answered
 from manylora.api.schemas import ChatRequest, CompletionRequest, Int, checked
 from manylora.api.sse import LineStream

@@ -13,7 +13,7 @@ from manylora.api.answers import ChatAnswer, CompletionAnswer
 from manylora.api.auth import Caller
 from manylora.api.json_body import parse_json
 from manylora.api.lanes import PYTHON, beside_loop
-from manylora.api.requests import parse_model, resolve, without_alias
+from manylora.api.naming import parse_model, resolve, without_alias
 from manylora.api.run import Asked, answered
 from manylora.api.schemas import ChatRequest, CompletionRequest, checked
 from manylora.api.state import Services, ServicesDep

@@ -2,25 +2,21 @@
 
 The one place for it, whichever route the body came by. What surely does not fit is refused before it is encoded, and
 every id is checked, wherever it comes from: a tokenizer can have tokens that the model has no row for.
-
-An adapter is named in five forms: `<base>` · `<adapter>` · `<adapter>@<n>` · `<base>:<adapter>` ·
-`<base>:<adapter>@<n>` in `model`, and `<adapter>` or `<adapter>@<n>` in `adapter_id`.
 """
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
+from manylora.api.chats import RenderedChat, rendered_chat
 from manylora.api.json_body import require_json
 from manylora.api.lanes import LONG_TEXT, PYTHON, SHORT_TEXT, beside_loop
 from manylora.api.record import ClientGone
 from manylora.api.sampling import check_token_ids, sampling_params
 from manylora.api.schemas import (
     DEFAULT_MAX_TOKENS,
-    Body,
     ChatRequest,
     CompletionRequest,
     GenerationRequest,
@@ -29,27 +25,20 @@ from manylora.api.schemas import (
     PoolRequest,
 )
 from manylora.api.structured import ANSWER_FIELDS, asked_for
-from manylora.catalog.interface import AdapterDirectory
+from manylora.chat.pieces import Reader
 from manylora.engine.interface import CompiledGrammar, EngineClient, ModelInfo, SamplingParams, TextCodec
-from manylora.errors import AdapterNotFound, ContextLengthExceeded, InvalidGrammar, InvalidRequest, quoted
-from manylora.identity import NAME_PATTERN, AdapterRef
+from manylora.errors import ContextLengthExceeded, InvalidGrammar, InvalidRequest, quoted
 
 __all__ = [
     "INLINE_CHARACTERS",
     "INLINE_IDS",
     "MAX_ENCODED_CHARACTERS",
     "SHORT_CHARACTERS",
-    "AdapterName",
     "Prompt",
-    "adapter_of",
     "check_connected",
-    "missing",
-    "parse_model",
     "prompts_of",
     "read_body",
     "rendered",
-    "resolve",
-    "without_alias",
 ]
 
 MAX_ECHO_LOGPROBS: Final = 1_048_576
@@ -64,9 +53,9 @@ _INLINE_MESSAGES: Final = 32
 SHORT_CHARACTERS: Final = 2**18
 # Encodings take a hundred bytes for a character, so that many prompts are encoded some at a time.
 _BATCH_CHARACTERS: Final = 2**20
-_NAMED: Final = re.compile(rf"({NAME_PATTERN})(?:@([1-9][0-9]{{0,8}}))?")
 
 T = TypeVar("T")
+R = TypeVar("R")
 _Encoded = tuple[tuple[int, ...], str]  # a prompt's ids, and its text as `echo` repeats it
 
 
@@ -89,110 +78,20 @@ async def check_connected(request: Request) -> None:
         raise ClientGone
 
 
-# adapters
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterName:
-    """A name as written: `version` None means the active one."""
-
-    name: str
-    version: int | None = None
-
-
-def _parse_adapter(text: str, *, param: str) -> AdapterName:
-    """`<adapter>` or `<adapter>@<n>`. Raises AdapterNotFound, since no adapter can have another name."""
-    match = _NAMED.fullmatch(text)
-    if match is None:
-        raise _not_found(text, param)
-    return AdapterName(match[1], int(match[2]) if match[2] else None)
-
-
-def parse_model(text: str, base: str) -> AdapterName | None:
-    """The value of `model`; None for the base. Raises AdapterNotFound."""
-    if text == base:
-        return None
-    try:
-        return _parse_adapter(text.removeprefix(f"{base}:"), param="model")
-    except AdapterNotFound:
-        raise _not_found(text, "model") from None
-
-
-def resolve(directory: AdapterDirectory, tenant: str, wanted: AdapterName, *, written: str, param: str) -> AdapterRef:
-    """The adapter's identity. Raises one and the same AdapterNotFound for missing, not ready and foreign."""
-    try:
-        return directory.resolve(tenant, wanted.name, wanted.version)
-    except AdapterNotFound:
-        raise _not_found(written, param) from None
-
-
-def without_alias(directory: AdapterDirectory, tenant: str, base: str, aliases: Mapping[str, str], model: str) -> str:
-    """What `model` stands for. The base and the caller's adapters have their names to themselves."""
-    if model not in aliases or model == base:
-        return model
-    try:
-        directory.resolve(tenant, model)
-    except AdapterNotFound:
-        return aliases[model]
-    return model
-
-
-def adapter_of(
-    body: Body, directory: AdapterDirectory, tenant: str, base: str, aliases: Mapping[str, str]
-) -> AdapterRef | None:
-    """The adapter of a request that has `model`, `adapter_id` or both; None for the base.
-
-    Raises AdapterNotFound, or InvalidRequest where the two fields name different adapters.
-    """
-    model, adapter_id = body.model, body.adapter_id
-    if model is not None:
-        model = without_alias(directory, tenant, base, aliases, model)
-    by_model = parse_model(model, base) if model is not None else None
-    if adapter_id is None:
-        if by_model is None or model is None:
-            return None
-        return resolve(directory, tenant, by_model, written=model, param="model")
-    by_id = _parse_adapter(adapter_id, param="adapter_id")
-    if by_model is not None and by_model.name != by_id.name:
-        raise _conflict(model, adapter_id)
-    ref = resolve(directory, tenant, by_id, written=adapter_id, param="adapter_id")
-    if by_model is not None and model is not None and by_model.version != by_id.version:
-        other = resolve(directory, tenant, by_model, written=model, param="model")
-        if other != ref:
-            raise _conflict(model, adapter_id)
-    return ref
-
-
-def missing(body: Body) -> AdapterNotFound:
-    """For an adapter that was deleted after its name had become an identity: it is as if it had never been there."""
-    return _not_found(body.adapter_id or body.model or "", "adapter_id" if body.adapter_id else "model")
-
-
-def _conflict(model: str | None, adapter_id: str) -> InvalidRequest:
-    return InvalidRequest(
-        f"'model' ({quoted(model or '')}) and 'adapter_id' ({quoted(adapter_id)}) name different adapters. Send one.",
-        param="adapter_id",
-    )
-
-
-def _not_found(text: str, param: str) -> AdapterNotFound:
-    return AdapterNotFound(
-        f"The model or adapter '{quoted(text)}' does not exist or is not available to you. "
-        "GET /v1/models lists what you may name.",
-        param=param,
-    )
-
-
 # prompts
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt as the engine takes it: its ids, what is asked for with them, and its text as `echo` repeats it."""
+    """One prompt as the engine takes it: its ids, what is asked for with them, and its text as `echo` repeats it.
+
+    `reader` makes what reads one answer to it, where that is more than text.
+    """
 
     ids: tuple[int, ...]
     params: SamplingParams
     text: str = ""
+    reader: Callable[[], Reader] | None = None
 
 
 async def prompts_of(
@@ -210,20 +109,26 @@ async def prompts_of(
     assert isinstance(body, GenerationRequest)
     params = sampling_params(body, engine.model)
     if isinstance(body, CompletionRequest):
+        chat = None
         _check_num_choices(body, len(body.prompts), params.n, engine.max_choices)
         encoded = await _encode_prompts(body, engine)
     else:
         assert isinstance(body, ChatRequest)
         _check_num_choices(body, 1, params.n, engine.max_choices)
-        encoded = [await _encode_chat(body, engine)]
+        chat = await _rendered(body, engine.codec)
+        encoded = [await _encode_chat(body, chat.text, engine)]
     _check_size(params, body, encoded)
     if body.bad_words:
         params = replace(params, bad_words=await _bad_words(body.bad_words, engine))
-    grammar = await _grammar_of(body, engine, tenant)
+    if chat is not None and chat.needs_special_tokens:
+        params = replace(params, skip_special_tokens=False)
+    grammar = await _grammar_of(body, engine, tenant, chat)
     if grammar is not None:
         params = replace(params, grammar=grammar)
+    reader = None if chat is None else chat.reader
     return tuple(
-        Prompt(ids, _fit_to_context(params, body, len(ids), engine.model, max_tokens), text) for ids, text in encoded
+        Prompt(ids, _fit_to_context(params, body, len(ids), engine.model, max_tokens), text, reader)
+        for ids, text in encoded
     )
 
 
@@ -236,10 +141,14 @@ async def _pooled_prompts(body: PoolRequest, engine: EngineClient) -> tuple[Prom
     return tuple(Prompt(ids, params) for ids, _ in await _encode_prompts(body, engine))
 
 
-async def _grammar_of(body: GenerationRequest, engine: EngineClient, tenant: str) -> CompiledGrammar | None:
+async def _grammar_of(
+    body: GenerationRequest, engine: EngineClient, tenant: str, chat: RenderedChat | None
+) -> CompiledGrammar | None:
     """What the answer must look like, ready for use, where the body says so."""
     fields = {name: value for name in ANSWER_FIELDS if (value := getattr(body, name)) is not None}
     asked = await beside_loop(PYTHON, asked_for, fields) if fields else None
+    if chat is not None and isinstance(body, ChatRequest) and (asked is not None or body.tools):
+        asked = await beside_loop(PYTHON, chat.held, body, asked)
     if asked is None:
         return None
     try:
@@ -305,28 +214,38 @@ def _echoed(
     ]
 
 
-async def _encode_chat(request: ChatRequest, engine: EngineClient) -> _Encoded:
+async def _rendered(request: ChatRequest, codec: TextCodec) -> RenderedChat:
     """The rendered chat. Raises InvalidRequest when the model's template refuses the messages."""
-    text = await rendered(request.messages, engine.codec)
-    [ids] = await _encode(request, [text], len(text), engine)
-    if not ids:
-        raise InvalidRequest("'messages' have no tokens for this model.", param="messages")
-    return ids, ""
+    is_plain = not (request.tools or request.documents or request.chat_template_kwargs)
+    return await _in_turn(is_plain, request.messages, rendered_chat, request, codec)
 
 
 async def rendered(messages: Sequence[Message], codec: TextCodec) -> str:
     """The text of a chat. Raises InvalidRequest when the model's template refuses the messages."""
+    return await _in_turn(True, messages, _render, messages, codec)
+
+
+async def _in_turn(is_plain: bool, messages: Sequence[Message], render: Callable[..., R], *args: Any) -> R:
+    """What `render` gives; with much to do, beside the event loop."""
     size = sum(len(message.content) for message in messages)
     try:
-        if size <= INLINE_CHARACTERS and len(messages) <= _INLINE_MESSAGES:
-            return _render(messages, codec)
-        return await beside_loop(PYTHON, _render, messages, codec)
+        if is_plain and size <= INLINE_CHARACTERS and len(messages) <= _INLINE_MESSAGES:
+            return render(*args)
+        return await beside_loop(PYTHON, render, *args)
     except InvalidRequest as error:
         raise InvalidRequest(error.message, param=error.param or "messages") from None
 
 
 def _render(messages: Sequence[Message], codec: TextCodec) -> str:
     return codec.render_chat([message.for_template() for message in messages])
+
+
+async def _encode_chat(request: ChatRequest, text: str, engine: EngineClient) -> _Encoded:
+    """The ids of a rendered chat. Raises InvalidRequest."""
+    [ids] = await _encode(request, [text], len(text), engine)
+    if not ids:
+        raise InvalidRequest("'messages' have no tokens for this model.", param="messages")
+    return ids, ""
 
 
 async def _encode(

@@ -13,8 +13,9 @@ from starlette.responses import Response
 
 from manylora.api.defaults import with_defaults
 from manylora.api.fields import renamed
+from manylora.api.naming import adapter_of, missing
 from manylora.api.record import Counts, RequestRecord
-from manylora.api.requests import Prompt, adapter_of, check_connected, missing, prompts_of, read_body
+from manylora.api.requests import Prompt, check_connected, prompts_of, read_body
 from manylora.api.schemas import InferenceRequest
 from manylora.api.sse import Event, EventStream, while_connected
 from manylora.api.state import Services

@@ -12,7 +12,6 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -21,8 +20,6 @@ from manylora.api.errors import invalid_from
 from manylora.api.fields import (
     CHAT_UNSUPPORTED,
     COMPLETION_UNSUPPORTED,
-    MESSAGE_UNSUPPORTED,
-    PART_UNSUPPORTED,
     STREAM_OPTION_UNSUPPORTED,
     Unsupported,
     asks_for_nothing,
@@ -30,9 +27,11 @@ from manylora.api.fields import (
     wanted,
 )
 from manylora.api.json_body import parse_json
+from manylora.api.messages import Message, cleaned_message
 from manylora.api.structured import ANSWER_FIELDS, ResponseFormat, StructuredOutputs
+from manylora.api.tools import MAX_TOOLS, Tool, ToolChoice, Tools
 from manylora.engine.interface import Pooling
-from manylora.errors import InvalidRequest, UnsupportedField, quoted
+from manylora.errors import InvalidRequest, quoted
 
 __all__ = [
     "Body",
@@ -60,7 +59,6 @@ MAX_ALLOWED_TOKENS: Final = 16_384
 MAX_BAD_WORDS: Final = 256
 MAX_BAD_WORD_LENGTH: Final = 64
 MAX_MESSAGES: Final = 2048
-MAX_NAME: Final = 256
 MAX_USER: Final = 512
 MAX_METADATA: Final = 16
 MAX_METADATA_KEY: Final = 64
@@ -83,6 +81,7 @@ _TOKEN_FIELDS: Final = (
 )
 
 Prompt: TypeAlias = str | list[int]
+ReasoningEffort: TypeAlias = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 T = TypeVar("T", bound="Body")
 
 
@@ -361,58 +360,6 @@ def _one_by_one(prompts: Any) -> list[Prompt]:
     return [prompts] if isinstance(prompts[0], int) else prompts
 
 
-class Message(_Strict):
-    """One message of a chat. `name` and `tool_call_id` are handed to the model's chat template.
-
-    `cache_control` is a hint for servers that keep prompts only when told to. Here every prompt's blocks are kept.
-    """
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str = Field(default="", description="Required but for the assistant's.")
-    refusal: str | None = Field(default=None, description="What the assistant said in place of `content`.")
-    name: str | None = Field(default=None, max_length=MAX_NAME)
-    tool_call_id: str | None = Field(default=None, max_length=MAX_NAME)
-    cache_control: dict[str, Any] | None = None
-
-    @field_validator("content", mode="plain", json_schema_input_type=str | list[dict[str, str]])
-    @classmethod
-    def _join_parts(cls, value: Any, info: ValidationInfo) -> str:
-        if isinstance(value, str):
-            return value
-        if not isinstance(value, list) or not value:
-            raise ValueError("must be a string or a list of text parts, and not empty")
-        is_answer = info.data.get("role") == "assistant"
-        return "".join(_text_of(part, number, is_answer) for number, part in enumerate(value))
-
-    def for_template(self) -> dict[str, Any]:
-        """As chat templates expect it; the newer role `developer` is what templates call `system`."""
-        role = "system" if self.role == "developer" else self.role
-        more = {"name": self.name, "tool_call_id": self.tool_call_id}
-        content = self.content or self.refusal or ""
-        return {"role": role, "content": content, **{name: value for name, value in more.items() if value is not None}}
-
-
-# What a part may have besides its type and its text: hints for servers that keep prompts only when told to.
-_PART_HINTS: Final = frozenset({"cache_control", "prompt_cache_breakpoint"})
-
-
-def _text_of(part: object, number: int, is_answer: bool) -> str:
-    """The text of a text part, and in an answer of a refusal. Raises ValueError with what is wrong."""
-    if not isinstance(part, dict):
-        raise ValueError(f"has a part {number} that is no object")  # noqa: TRY004 - as pydantic wants it
-    kind = part.get("type")
-    if kind != "text" and not (kind == "refusal" and is_answer):
-        raise ValueError(f"has a part {number} of the type '{quoted(str(kind))}': only text parts are supported")
-    try:
-        kept = wanted(part, {"type", kind, *_PART_HINTS}, PART_UNSUPPORTED)
-    except UnsupportedField as error:
-        raise ValueError(f"has a part {number} with the field '{error.param}', which is not supported") from None
-    text = kept.get(kind)
-    if not isinstance(text, str):
-        raise ValueError(f"has a part {number} whose '{kind}' is no string")  # noqa: TRY004 - as pydantic wants it
-    return text
-
-
 class ChatRequest(GenerationRequest):
     """`POST /v1/chat/completions`."""
 
@@ -423,12 +370,56 @@ class ChatRequest(GenerationRequest):
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     logprobs: bool = False
     top_logprobs: Int | None = Field(default=None, ge=0)
+    tools: list[Tool] = Field(default=[], max_length=MAX_TOOLS, fail_fast=True)
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool = Field(default=True, description="Whether an answer may have more than one call.")
+    chat_template_kwargs: dict[str, Any] = Field(default={}, description="Variables of the model's chat template.")
+    add_generation_prompt: bool | None = Field(default=None, description="Begin the assistant's turn; the default.")
+    continue_final_message: bool = Field(default=False, description="Go on with the last message, the assistant's.")
+    documents: list[dict[str, str]] = Field(default=[], description="For templates that have a place for them.")
+    reasoning_effort: ReasoningEffort | None = Field(default=None, description="For templates that read it.")
+    include_reasoning: bool = Field(default=True, description="Whether answers have `reasoning_content`.")
+
+    @property
+    def used_tools(self) -> Tools:
+        """The tools as they are to be used. Raises InvalidRequest."""
+        return Tools(self.tools, self.tool_choice, parallel=self.parallel_tool_calls)
+
+    @model_validator(mode="after")
+    def _check_continued(self) -> Self:
+        if not self.continue_final_message:
+            return self
+        if self.add_generation_prompt:
+            raise InvalidRequest(
+                "'add_generation_prompt' begins a new message and 'continue_final_message' goes on with one. Send one.",
+                param="add_generation_prompt",
+            )
+        if self.messages[-1].role != "assistant" or self.messages[-1].tool_calls:
+            raise InvalidRequest(
+                "'continue_final_message' goes on with what the assistant said: let the last message be that.",
+                param="continue_final_message",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_tools(self) -> Self:
+        assert self.used_tools is not None, "it raises where they do not fit"
+        return self
 
     @model_validator(mode="after")
     def _check_logprobs(self) -> Self:
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("'top_logprobs' needs 'logprobs': true.", param="top_logprobs")
         return self
+
+
+_SWITCHES: Final = ("parallel_tool_calls", "add_generation_prompt", "continue_final_message", "include_reasoning")
+_MAY_BE_NOTHING: Final = frozenset(
+    [
+        *(*_SWITCHES, *ANSWER_FIELDS, *_TOKEN_FIELDS),
+        *("tools", "tool_choice", "chat_template_kwargs", "documents", "reasoning_effort"),
+    ]
+)
 
 
 def parse(schema: type[T], body: bytes) -> T:
@@ -448,18 +439,19 @@ def checked(schema: type[T], raw: Any) -> T:
         raise invalid_from(error.errors(include_url=False, include_input=False)) from None
 
 
+def _is_nothing(name: str, value: Any) -> bool:
+    if name in _SWITCHES and isinstance(value, bool):
+        return False
+    return name in _MAY_BE_NOTHING and asks_for_nothing(value) and not (name == "guided_json" and value == {})
+
+
 def _cleaned(raw: dict[str, Any], schema: type[Body]) -> dict[str, Any]:
     """What is asked for: without nulls and neutral values, at the top and in what has fields of its own."""
     kept = wanted(raw, schema.model_fields, schema.unsupported)
     for name, taken in (("service_tier", ("auto", "default")), ("store", (False,))):
         if name in kept and kept[name] not in taken:
             raise unsupported_field(name)
-    for name in ANSWER_FIELDS:
-        if name in kept and asks_for_nothing(kept[name]) and not (name == "guided_json" and kept[name] == {}):
-            del kept[name]
-    for name in _TOKEN_FIELDS:
-        if name in kept and asks_for_nothing(kept[name]):
-            del kept[name]
+    kept = {name: value for name, value in kept.items() if not _is_nothing(name, value)}
     options, metadata, messages = kept.get("stream_options"), kept.get("metadata"), kept.get("messages")
     if isinstance(options, dict):
         kept["stream_options"] = wanted(
@@ -476,25 +468,7 @@ def _cleaned(raw: dict[str, Any], schema: type[Body]) -> dict[str, Any]:
                 param="messages",
             )
         kept["messages"] = [
-            _cleaned_message(message, f"messages[{number}]") if isinstance(message, dict) else message
+            cleaned_message(message, f"messages[{number}]") if isinstance(message, dict) else message
             for number, message in enumerate(messages)
         ]
-    return kept
-
-
-def _cleaned_message(message: dict[str, Any], where: str) -> dict[str, Any]:
-    kept = wanted(message, Message.model_fields, MESSAGE_UNSUPPORTED, where=f"{where}.")
-    is_answer = kept.get("role") == "assistant"
-    if "content" not in kept and not is_answer:
-        field = f"{where}.content"
-        if "content" in message:
-            raise InvalidRequest(f"'{field}' is null. Only an assistant's message may be without text.", param=field)
-        raise InvalidRequest(f"The field '{field}' is required.", param=field)
-    if kept.get("refusal") == "":
-        del kept["refusal"]
-    if "refusal" in kept and (kept.get("content") or not is_answer):
-        field = f"{where}.refusal"
-        raise InvalidRequest(
-            f"'{field}' is what an assistant said in place of 'content'. Send one of the two.", param=field
-        )
     return kept

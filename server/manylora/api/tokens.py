@@ -11,12 +11,12 @@ from starlette.responses import Response
 from manylora.api.auth import Caller
 from manylora.api.fields import TOKENIZE_UNSUPPORTED, Unsupported
 from manylora.api.lanes import LONG_TEXT, PYTHON, SHORT_TEXT, beside_loop
+from manylora.api.naming import adapter_of
 from manylora.api.requests import (
     INLINE_CHARACTERS,
     INLINE_IDS,
     MAX_ENCODED_CHARACTERS,
     SHORT_CHARACTERS,
-    adapter_of,
     read_body,
     rendered,
 )

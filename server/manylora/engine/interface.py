@@ -13,6 +13,8 @@ from typing import Any, Literal, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from manylora.chat.format import PLAIN_CHAT, ChatFormat, ChatOptions
+from manylora.chat.pieces import Reader
 from manylora.grammars.grammar import CompiledGrammar, Grammar, Whitespace
 from manylora.identity import PUBLIC_TENANT, AdapterRef, Tier
 from manylora.lora.format.spec import Adapter
@@ -288,15 +290,23 @@ class TextCodec(Protocol):
         """What the tokenizer's own configuration says, in values of JSON, its class and chat template included."""
         ...
 
-    def chat(self, messages: list[dict[str, Any]], *, continue_final: bool = False) -> list[int]:
+    def chat(self, messages: list[dict[str, Any]], options: ChatOptions = PLAIN_CHAT) -> list[int]:
         """The ids of a rendered chat, ready for the assistant's answer.
 
         Raises InvalidRequest when the model has no chat template or the template refuses the messages.
         """
         ...
 
-    def render_chat(self, messages: list[dict[str, Any]], *, continue_final: bool = False) -> str:
+    def render_chat(self, messages: list[dict[str, Any]], options: ChatOptions = PLAIN_CHAT) -> str:
         """The text of a chat, to be encoded without special tokens; see `chat`."""
+        ...
+
+    def chat_format(self, template: str | None = None) -> ChatFormat:
+        """How chats are written with the base's template, or with another in its place."""
+        ...
+
+    def response_reader(self, prompt: str, tools: Sequence[Mapping[str, Any]], *, only_one: bool) -> Reader:
+        """What reads one answer to a prompt, for a format with `has_response_template`."""
         ...
 
 

@@ -1,7 +1,7 @@
 """What an answer must look like, as a plain value that says nothing of how it is seen to."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, Final, Literal, Protocol, TypeAlias
@@ -11,7 +11,9 @@ __all__ = ["ANY_OBJECT", "CompiledGrammar", "Grammar", "GrammarKind", "Whitespac
 MAX_GRAMMAR_BYTES: Final = 262_144
 ANY_OBJECT: Final[dict[str, Any]] = {"type": "object"}
 
-GrammarKind: TypeAlias = Literal["json_schema", "regex", "choice", "grammar", "structural_tag"]
+GrammarKind: TypeAlias = Literal[
+    "json_schema", "regex", "choice", "grammar", "structural_tag", "tool_calls", "after_thoughts"
+]
 
 # Some, since models like to indent; not any amount, which a model that has lost its way writes for ever.
 _SOME_WHITESPACE: Final = r" |\r?\n[ \t]{0,64}"
@@ -77,6 +79,19 @@ class Grammar:
             {**each, "schema": _with_options(each["schema"], whitespace or Whitespace(), False)} for each in structures
         ]
         return cls("structural_tag", _dumped({"structures": parts, "triggers": list(triggers)}))
+
+    @classmethod
+    def calls(cls, rules: Sequence[str], marks: Mapping[str, str]) -> "Grammar":
+        """Calls of tools, perhaps within text: rules in Lark's notation, which the server has written itself.
+
+        They may name each of `marks`, a text or the token that it is; `to_…` is any text up to it and it; `TEXT` any.
+        """
+        return cls("tool_calls", _dumped({"rules": list(rules), "marks": dict(marks)}))
+
+    @classmethod
+    def after_thoughts(cls, mark: str, answer: "Grammar") -> "Grammar":
+        """Any text up to `mark`, which ends what a model thinks, and after it what `answer` says."""
+        return cls("after_thoughts", _dumped({"mark": mark, "kind": answer.kind, "source": answer.source}))
 
     @property
     def num_bytes(self) -> int:

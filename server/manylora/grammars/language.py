@@ -42,6 +42,10 @@ def in_library_notation(kind: GrammarKind, source: str, tokenizer: llguidance.LL
         return _lark("start: CHOICE\nCHOICE: " + " | ".join(json.dumps(choice) for choice in json.loads(source)))
     if kind == "grammar":
         return _lark(any_to_lark(source))
+    if kind == "tool_calls":
+        return _lark(_calls(json.loads(source), tokenizer))
+    if kind == "after_thoughts":
+        return _after_thoughts(json.loads(source), tokenizer)
     return _lark(_tags(json.loads(source), tokenizer))
 
 
@@ -57,13 +61,39 @@ def _tags(described: dict[str, Any], tokenizer: llguidance.LLTokenizer) -> str:
         if trigger is None:
             raise ValueError(f"'{each['begin'][:100]}' begins with none of the triggers")
         rest = f"{_literal(each['begin'][len(trigger) :])} %json {json.dumps(each['schema'])} {_literal(each['end'])}"
-        special = tokenizer.tokenize_str(trigger, parse_special=True)
-        if len(special) == 1 and tokenizer.is_special_token(special[0]):
-            lines.append(f"tag_{number}: TEXT <[{special[0]}]> {rest}")
+        token = _special_token(trigger, tokenizer)
+        if token is not None:
+            lines.append(f"tag_{number}: TEXT <[{token}]> {rest}")
         else:
             lines += [f"start_{number}[lazy]: TEXT {_literal(trigger)}", f"tag_{number}: start_{number} {rest}"]
     names = " | ".join(f"tag_{number}" for number in range(len(described["structures"])))
     return "\n".join([f"start: ({names})* end", "end: TEXT", r"TEXT: /(.|\n)*/", *lines])
+
+
+def _after_thoughts(described: dict[str, Any], tokenizer: llguidance.LLTokenizer) -> str:
+    """Two grammars, of which the first, free text up to the mark, goes over into the second."""
+    answer = in_library_notation(described["kind"], described["source"], tokenizer)
+    inner = json.loads(answer)["grammars"][0] if answer.startswith("{") else {"lark_grammar": answer}
+    rules = ["start: to_end SPACE @answer", r"SPACE: /[ \t\r\n]{0,8}/"]
+    before = _calls({"rules": rules, "marks": {"end": described["mark"]}}, tokenizer)
+    return json.dumps({"grammars": [{"lark_grammar": before}, {**inner, "name": "answer"}]})
+
+
+def _calls(described: dict[str, Any], tokenizer: llguidance.LLTokenizer) -> str:
+    lines = [*described["rules"], r"TEXT: /(.|\n)*/"]
+    for name, text in described["marks"].items():
+        token = _special_token(text, tokenizer)
+        if token is None:
+            lines += [f"{name}: {_literal(text)}", f"to_{name}[lazy]: TEXT {_literal(text)}"]
+        else:
+            lines += [f"{name}: <[{token}]>", f"to_{name}: TEXT <[{token}]>"]
+    return "\n".join(lines)
+
+
+def _special_token(text: str, tokenizer: llguidance.LLTokenizer) -> int | None:
+    """The token that is no text to the library, if the text is one."""
+    tokens = tokenizer.tokenize_str(text, parse_special=True)
+    return tokens[0] if len(tokens) == 1 and tokenizer.is_special_token(tokens[0]) else None
 
 
 def _literal(text: str) -> str:

@@ -8,7 +8,10 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from manylora.chat.calls import new_call_id
+from manylora.chat.format import NO_OVERRIDES, PLAIN_CHAT, ChatFormat, ChatOptions, FormatOverrides
 from manylora.models.chat_template import ChatTemplate
+from manylora.models.response_reader import ResponseReader
 from manylora.models.text_length import TextLength, byte_of_character
 
 __all__ = ["HuggingFaceCodec"]
@@ -35,18 +38,25 @@ class _Backend(Protocol):
 class HuggingFaceCodec:
     """Implements `engine.interface.TextCodec` over a Hugging Face tokenizer. Thread-safe.
 
-    `eos_ids` end an answer. Text is decoded as the tokens say it, without the cosmetic removal of spaces that
-    some tokenizers ask for: it would make the text of a token depend on tokens that have not come yet.
+    `eos_ids` end an answer. `overrides` says what of the base's chats was told and is not to be found out. Text is
+    decoded as the tokens say it, without the cosmetic removal of spaces that some tokenizers ask for: it would make the
+    text of a token depend on tokens that have not come yet.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_ids: Iterable[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        eos_ids: Iterable[int],
+        overrides: FormatOverrides = NO_OVERRIDES,
+    ) -> None:
         self._tokenizer = tokenizer
         self.eos_ids = frozenset(eos_ids)
         self.all_special_ids = frozenset(int(i) for i in tokenizer.all_special_ids)
         fast = getattr(tokenizer, "backend_tokenizer", None)
         self._backend: _Backend = _PlainBackend(tokenizer) if fast is None else _FastBackend(fast)
         self._length = TextLength() if fast is None else TextLength.of(fast)
-        self._template = ChatTemplate(tokenizer)
+        self._template = ChatTemplate(tokenizer, with_tool_prompt=overrides.tool_prompt)
+        self._overrides = overrides
         self._num_tokens = max(tokenizer.get_vocab().values(), default=-1) + 1
         self._added: dict[int, str] = {int(i): str(t) for i, t in tokenizer.added_tokens_decoder.items()}
         self._spelled = lru_cache(_NUM_SPELLED)(self._spell)
@@ -132,16 +142,24 @@ class HuggingFaceCodec:
             if not (name in _OF_THIS_MACHINE or name.endswith(("_file", "_path", "_object")))
         }
 
-    def chat(self, messages: list[dict[str, Any]], *, continue_final: bool = False) -> list[int]:
-        """The ids of a rendered chat; `continue_final` leaves the last message open instead of starting an answer.
+    def chat(self, messages: list[dict[str, Any]], options: ChatOptions = PLAIN_CHAT) -> list[int]:
+        """The ids of a rendered chat.
 
         Raises InvalidRequest when the model has no chat template or the template refuses the messages.
         """
-        return self.encode(self.render_chat(messages, continue_final=continue_final), add_special_tokens=False)
+        return self.encode(self.render_chat(messages, options), add_special_tokens=False)
 
-    def render_chat(self, messages: list[dict[str, Any]], *, continue_final: bool = False) -> str:
+    def render_chat(self, messages: list[dict[str, Any]], options: ChatOptions = PLAIN_CHAT) -> str:
         """The text of a chat, to be encoded without special tokens; see `chat`."""
-        return self._template.render(messages, continue_final=continue_final)
+        return self._template.render(messages, options)
+
+    def chat_format(self, template: str | None = None) -> ChatFormat:
+        """How chats are written with the base's template, or with another in its place."""
+        return self._overrides.applied(self._template.format(template))
+
+    def response_reader(self, prompt: str, tools: Sequence[Mapping[str, Any]], *, only_one: bool) -> ResponseReader:
+        """What reads one answer to a prompt, for a format with `has_response_template`."""
+        return ResponseReader(self._tokenizer, prompt, tools, only_one=only_one, new_id=lambda: new_call_id(None))
 
 
 def _in_json(value: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from manylora.chat.format import FormatOverrides
 from manylora.errors import ModelUnusable, NotEnoughMemory
 from manylora.models import backends, checkpoint, default_model, gguf
 from manylora.models.model_cache import default_cache
@@ -108,7 +109,11 @@ def load_base(settings: "Settings") -> LoadedBase:
 
     return LoadedBase(
         model=model,
-        codec=HuggingFaceCodec(tokenizer, _eos_ids(model, tokenizer)),
+        codec=HuggingFaceCodec(
+            tokenizer,
+            _eos_ids(model, tokenizer),
+            FormatOverrides(settings.tool_parser, settings.tool_prompt, settings.reasoning_marks),
+        ),
         config=config,
         generation=_generation_defaults(model.generation_config),
         name=settings.served_name or base_name(settings.model),

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from manylora.chat.format import ChatOptions
 from manylora.lifecycle.data.data import Dataset, Example, Message
 from manylora.lifecycle.parameters import InvalidParameter, Render
 from manylora.lifecycle.progress import Listener, Progress
@@ -143,7 +144,7 @@ class Encoder:
 
     def _chat(self, messages: Sequence[Message], *, for_answer: bool) -> str:
         turns = [{"role": m.role, "content": m.content} for m in messages]
-        return self._template.render(turns, for_answer=for_answer)
+        return self._template.render(turns, ChatOptions(for_answer=for_answer))
 
     def _ids(self, text: str, *, special: bool) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=special)["input_ids"])

@@ -1,0 +1,125 @@
+"""A checked chat becomes the text that the model gets; how answers are read, and what calls they are held to."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from manylora.api.schemas import ChatRequest
+from manylora.api.structured import Asked
+from manylora.chat.format import ChatFormat, ChatOptions
+from manylora.chat.pieces import Reader
+from manylora.chat.reading import Reading
+from manylora.engine.interface import Grammar, TextCodec
+from manylora.errors import InvalidRequest
+
+__all__ = ["RenderedChat", "rendered_chat"]
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedChat:
+    """A chat's text. `reader` makes what reads one answer, where that is more than text.
+
+    `thoughts_end` is the mark up to which the model thinks first, if the text ends in its thoughts.
+    """
+
+    text: str
+    form: ChatFormat
+    reader: Callable[[], Reader] | None = None
+    thoughts_end: str | None = None
+
+    @property
+    def needs_special_tokens(self) -> bool:
+        """Whether answers can only be read with special tokens in their text."""
+        return self.reader is not None and self.form.needs_special_tokens
+
+    def held(self, request: ChatRequest, asked: Asked | None) -> Asked | None:
+        """What answers are held to: calls, where the request holds any, beside what it says of the text.
+
+        Raises InvalidRequest where the two do not go together, or the base's calls cannot be held to anything.
+        """
+        if request.used_tools.are_held:
+            asked = self._calls(request, asked)
+        if asked is not None and self.thoughts_end is not None:
+            return Asked(Grammar.after_thoughts(self.thoughts_end, asked.grammar), asked.param, asked.schema)
+        return asked
+
+    def _calls(self, request: ChatRequest, asked: Asked | None) -> Asked:
+        tools = request.used_tools
+        param = "tool_choice" if tools.must_call else "tools"
+        if self.form.syntax is None:
+            raise InvalidRequest(
+                "How this base writes calls is known to its tokenizer alone, so that none can be insisted on and no "
+                "arguments held to a schema. Leave out 'strict', and send 'tool_choice' auto.",
+                param=param,
+            )
+        is_json = asked is not None and asked.grammar.kind == "json_schema"
+        if asked is not None and not is_json and not tools.must_call:
+            raise InvalidRequest(
+                f"'{asked.param}' does not go with strict tools, whose calls it would rule out. Send a JSON schema, or "
+                "'tool_choice' none.",
+                param=asked.param,
+            )
+        rules = tools.rules(asked.grammar.source if asked is not None and is_json else None)
+        described = [{"function": {"parameters": tool.function.schema_of_arguments}} for tool in tools.offered]
+        return Asked(rules.grammar(self.form.syntax), "tools", described)
+
+
+def rendered_chat(request: ChatRequest, codec: TextCodec) -> RenderedChat:
+    """Raises InvalidRequest when the model's template refuses the messages or knows nothing of what came with them."""
+    form, tools = codec.chat_format(), request.used_tools
+    _check_takes(request, form)
+    described = tools.for_template()
+    options = ChatOptions(
+        tools=described,
+        documents=request.documents,
+        variables=_variables(request),
+        for_answer=request.add_generation_prompt is not False,
+        continue_final=request.continue_final_message,
+    )
+    text = codec.render_chat([message.for_template() for message in request.messages], options)
+    is_thinking = form.reasoning is not None and _ends_in_thoughts(request, text, form.reasoning)
+    ending = form.reasoning[1] if form.reasoning is not None and is_thinking else None
+    if form.has_response_template:
+        return RenderedChat(text, form, lambda: codec.response_reader(text, described, only_one=tools.only_one), ending)
+    if form.reasoning is None and not described:
+        return RenderedChat(text, form)
+    reading = Reading(form.reasoning, is_thinking, form.syntax, tools.names, tools.only_one)
+    return RenderedChat(text, form, reading.reader, ending)
+
+
+def _check_takes(request: ChatRequest, form: ChatFormat) -> None:
+    has_calls = any(message.tool_calls for message in request.messages)
+    if (request.used_tools.offered or has_calls) and not form.takes_tools:
+        raise InvalidRequest(
+            "This base's chat template knows no tools. Started with --tool-prompt, the server tells the base of them "
+            "in words.",
+            param="tools" if request.used_tools.offered else "messages",
+        )
+    if request.used_tools.offered and form.syntax is None and not form.has_response_template:
+        raise InvalidRequest(
+            "This base's chat template takes tools, but how the base writes its calls is not known here. The server's "
+            "setting --tool-parser says it.",
+            param="tools",
+        )
+    if request.documents and not form.takes_documents:
+        raise InvalidRequest(
+            "This base's chat template has no place for documents. Put their text into a message.", param="documents"
+        )
+
+
+def _variables(request: ChatRequest) -> Mapping[str, Any]:
+    variables = dict(request.chat_template_kwargs)
+    if request.reasoning_effort is not None:
+        variables.setdefault("reasoning_effort", request.reasoning_effort)
+        if request.reasoning_effort == "none":
+            variables.setdefault("enable_thinking", False)
+    return variables
+
+
+def _ends_in_thoughts(request: ChatRequest, text: str, marks: tuple[str, str]) -> bool:
+    """Whether the model is to go on with what it thinks: the template has begun that, or the message that goes on."""
+    start, end = marks
+    if request.continue_final_message:
+        said = request.messages[-1].content
+        return said.rfind(start) > said.rfind(end)
+    return text.rstrip().endswith(start)

@@ -1,0 +1,110 @@
+"""Which adapter a request names.
+
+An adapter is named in five forms: `<base>` · `<adapter>` · `<adapter>@<n>` · `<base>:<adapter>` ·
+`<base>:<adapter>@<n>` in `model`, and `<adapter>` or `<adapter>@<n>` in `adapter_id`.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from manylora.api.schemas import Body
+from manylora.catalog.interface import AdapterDirectory
+from manylora.errors import AdapterNotFound, InvalidRequest, quoted
+from manylora.identity import NAME_PATTERN, AdapterRef
+
+__all__ = ["AdapterName", "adapter_of", "missing", "parse_model", "resolve", "without_alias"]
+
+_NAMED: Final = re.compile(rf"({NAME_PATTERN})(?:@([1-9][0-9]{{0,8}}))?")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterName:
+    """A name as written: `version` None means the active one."""
+
+    name: str
+    version: int | None = None
+
+
+def _parse_adapter(text: str, *, param: str) -> AdapterName:
+    """`<adapter>` or `<adapter>@<n>`. Raises AdapterNotFound, since no adapter can have another name."""
+    match = _NAMED.fullmatch(text)
+    if match is None:
+        raise _not_found(text, param)
+    return AdapterName(match[1], int(match[2]) if match[2] else None)
+
+
+def parse_model(text: str, base: str) -> AdapterName | None:
+    """The value of `model`; None for the base. Raises AdapterNotFound."""
+    if text == base:
+        return None
+    try:
+        return _parse_adapter(text.removeprefix(f"{base}:"), param="model")
+    except AdapterNotFound:
+        raise _not_found(text, "model") from None
+
+
+def resolve(directory: AdapterDirectory, tenant: str, wanted: AdapterName, *, written: str, param: str) -> AdapterRef:
+    """The adapter's identity. Raises one and the same AdapterNotFound for missing, not ready and foreign."""
+    try:
+        return directory.resolve(tenant, wanted.name, wanted.version)
+    except AdapterNotFound:
+        raise _not_found(written, param) from None
+
+
+def without_alias(directory: AdapterDirectory, tenant: str, base: str, aliases: Mapping[str, str], model: str) -> str:
+    """What `model` stands for. The base and the caller's adapters have their names to themselves."""
+    if model not in aliases or model == base:
+        return model
+    try:
+        directory.resolve(tenant, model)
+    except AdapterNotFound:
+        return aliases[model]
+    return model
+
+
+def adapter_of(
+    body: Body, directory: AdapterDirectory, tenant: str, base: str, aliases: Mapping[str, str]
+) -> AdapterRef | None:
+    """The adapter of a request that has `model`, `adapter_id` or both; None for the base.
+
+    Raises AdapterNotFound, or InvalidRequest where the two fields name different adapters.
+    """
+    model, adapter_id = body.model, body.adapter_id
+    if model is not None:
+        model = without_alias(directory, tenant, base, aliases, model)
+    by_model = parse_model(model, base) if model is not None else None
+    if adapter_id is None:
+        if by_model is None or model is None:
+            return None
+        return resolve(directory, tenant, by_model, written=model, param="model")
+    by_id = _parse_adapter(adapter_id, param="adapter_id")
+    if by_model is not None and by_model.name != by_id.name:
+        raise _conflict(model, adapter_id)
+    ref = resolve(directory, tenant, by_id, written=adapter_id, param="adapter_id")
+    if by_model is not None and model is not None and by_model.version != by_id.version:
+        other = resolve(directory, tenant, by_model, written=model, param="model")
+        if other != ref:
+            raise _conflict(model, adapter_id)
+    return ref
+
+
+def missing(body: Body) -> AdapterNotFound:
+    """For an adapter that was deleted after its name had become an identity: it is as if it had never been there."""
+    return _not_found(body.adapter_id or body.model or "", "adapter_id" if body.adapter_id else "model")
+
+
+def _conflict(model: str | None, adapter_id: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"'model' ({quoted(model or '')}) and 'adapter_id' ({quoted(adapter_id)}) name different adapters. Send one.",
+        param="adapter_id",
+    )
+
+
+def _not_found(text: str, param: str) -> AdapterNotFound:
+    return AdapterNotFound(
+        f"The model or adapter '{quoted(text)}' does not exist or is not available to you. "
+        "GET /v1/models lists what you may name.",
+        param=param,
+    )

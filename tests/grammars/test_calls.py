@@ -1,0 +1,146 @@
+"""Calls that must be made: whatever a model likes, what it writes is read as calls of the tools, with their schemas."""
+
+import json
+import random
+from functools import cache
+from typing import Any
+
+import jsonschema
+import llguidance
+import numpy as np
+import pytest
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerBase
+
+from manylora.chat.format import Syntax
+from manylora.chat.holding import CallRules, HeldTool
+from manylora.chat.pieces import Arguments, CallStart, Piece, Text
+from manylora.chat.reading import Reading
+from manylora.grammars.grammar import Grammar
+from manylora.grammars.language import in_library_notation, mask_words, new_matcher
+from manylora.grammars.vocabulary import Vocabulary
+from tests.tiny_models import make_tokenizer
+
+SYNTAXES: tuple[Syntax, ...] = ("hermes", "llama3_json", "mistral", "mistral_args", "pythonic")
+SCHEMAS: dict[str, dict[str, Any]] = {
+    "get_weather": {
+        "type": "object",
+        "properties": {"unit": {"enum": ["c", "f"]}, "city": {"type": "string", "maxLength": 4}},
+        "required": ["city"],
+        "additionalProperties": False,
+    },
+    "now": {"type": "object", "properties": {"utc": {"type": "boolean"}}, "additionalProperties": False},
+}
+THINK = ("<think>", "</think>")
+ANSWER = {
+    "type": "object",
+    "properties": {"a": {"enum": [1, 2]}},
+    "required": ["a"],
+    "additionalProperties": False,
+}
+MOST_STEPS = 400
+
+
+@cache
+def tokenizer(has_marks: bool) -> PreTrainedTokenizerBase:
+    """With tokens for the marks, or with marks that are plain text."""
+    made = make_tokenizer()
+    if has_marks:
+        plain = ["<tool_call>", "</tool_call>", *THINK]
+        made.add_tokens([AddedToken(mark, special=False) for mark in plain])
+        made.add_tokens([AddedToken(mark, special=True) for mark in ("[TOOL_CALLS]", "[ARGS]")], special_tokens=True)
+    return made
+
+
+@cache
+def library(has_marks: bool) -> llguidance.LLTokenizer:
+    made = tokenizer(has_marks)
+    return Vocabulary(made.backend_tokenizer.to_str(), len(made), (made.eos_token_id,)).build()
+
+
+def written(grammar: Grammar, seed: int, has_marks: bool) -> str | None:
+    """What a model writes that likes any token as well as any other; None where it does not come to an end."""
+    tokens, made, rng = library(has_marks), tokenizer(has_marks), random.Random(seed)
+    matcher = new_matcher(tokens, in_library_notation(grammar.kind, grammar.source, tokens))
+    words = np.zeros(mask_words(tokens), np.uint32)
+    ids: list[int] = []
+    for _ in range(MOST_STEPS):
+        assert not matcher.get_error()
+        if matcher.is_stopped():
+            return str(made.decode([token_id for token_id in ids if token_id != made.eos_token_id]))
+        forced = matcher.compute_ff_tokens()
+        if not forced:
+            matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+            allowed = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")).tolist()
+            ends = made.eos_token_id in allowed and rng.random() < 0.2
+            marks = [token_id for token_id in allowed if token_id >= len(tokenizer(False))]
+            forced = [made.eos_token_id if ends else rng.choice(marks if marks and rng.random() < 0.2 else allowed)]
+        matcher.consume_tokens(forced)
+        ids += forced
+    return None
+
+
+def calls(pieces: list[Piece]) -> list[tuple[str, Any]]:
+    starts = [piece for piece in pieces if isinstance(piece, CallStart)]
+    texts = ["".join(p.text for p in pieces if isinstance(p, Arguments) and p.index == s.index) for s in starts]
+    return [(start.name, json.loads(text)) for start, text in zip(starts, texts, strict=True)]
+
+
+@pytest.mark.parametrize("only_one", [False, True])
+@pytest.mark.parametrize("must_call", [False, True])
+@pytest.mark.parametrize(  # letter by letter, nobody who writes at random comes to the mark behind the thoughts
+    ("has_marks", "is_thinking"), [(False, False), (True, False), (True, True)]
+)
+@pytest.mark.parametrize("syntax", SYNTAXES)
+def test_every_answer_is_read_as_what_it_had_to_be(
+    syntax: Syntax, has_marks: bool, must_call: bool, only_one: bool, is_thinking: bool
+) -> None:
+    tools = [HeldTool(name, schema, is_lenient=False) for name, schema in SCHEMAS.items()]
+    held = CallRules(tools, must_call=must_call, only_one=only_one).grammar(syntax)
+    grammar = Grammar.after_thoughts(THINK[1], held) if is_thinking else held
+    rules = Reading(THINK, is_thinking, syntax, tuple(SCHEMAS))
+    answers = [text for seed in range(4) if (text := written(grammar, seed, has_marks)) is not None]
+    assert answers
+
+    for answer in answers:
+        reader = rules.reader()
+        pieces = [*reader.add(answer), *reader.end()]
+        for name, arguments in calls(pieces):
+            jsonschema.validate(arguments, SCHEMAS[name])
+        if must_call:
+            assert calls(pieces), answer
+            assert not any(isinstance(piece, Text) for piece in pieces), answer
+        if only_one:
+            assert len(calls(pieces)) <= 1, answer
+
+
+@pytest.mark.parametrize("syntax", SYNTAXES)
+def test_text_beside_strict_tools_can_have_a_schema_of_its_own(syntax: Syntax) -> None:
+    tools = [HeldTool("now", SCHEMAS["now"], is_lenient=False)]
+    text_schema = Grammar.json_schema(ANSWER).source
+    held = CallRules(tools, must_call=False, only_one=True, text_schema=text_schema).grammar(syntax)
+    answers = {text for seed in range(12) if (text := written(held, seed, True)) is not None}
+    kinds = set()
+
+    for answer in answers:
+        reader = Reading(syntax=syntax, tools=("now",)).reader()
+        pieces = [*reader.add(answer), *reader.end()]
+        kinds.add(bool(calls(pieces)))
+        if not calls(pieces):
+            jsonschema.validate(json.loads(answer), ANSWER)
+
+    assert False in kinds
+
+
+def test_a_tool_whose_schema_cannot_be_held_to_is_held_as_far_as_it_goes() -> None:
+    schema = {"type": "object", "properties": {"x": {"type": "string", "maxLength": 2, "not": {"const": "y"}}}}
+    strict = CallRules([HeldTool("f", schema, is_lenient=False)], must_call=True, only_one=True).grammar("hermes")
+    lenient = CallRules([HeldTool("f", schema, is_lenient=True)], must_call=True, only_one=True).grammar("hermes")
+
+    found = [
+        new_matcher(library(True), in_library_notation(each.kind, each.source, library(True))).get_error()
+        for each in (strict, lenient)
+    ]
+
+    assert "not" in found[0]
+    assert not found[1]
