@@ -13,6 +13,7 @@ from manylora.errors import InvalidAdapter
 from manylora.lora.format.kinds import METHODS as SERVED_METHODS
 from manylora.lora.format.kinds import NOT_SERVED
 from manylora.lora.format.reader import read
+from manylora.lora.memory.packing import KeepAs
 from tests.engine.harness import BACKENDS, Rig, available_kernels, build_rig, load
 from tests.engine.oracle import check_greedy, with_adapter
 from tests.peft_kinds import KINDS, METHODS, OUTCOMES, REFUSED, make_kind, outcome_of, tensors_of
@@ -173,3 +174,19 @@ def test_numbers_that_are_not_finite_stay_in_their_own_rows(kernel: str, made: M
             assert np.isnan(beside[name]).any(), name
         else:
             assert beside[name].tobytes() == clean[name].tobytes(), name
+
+
+@pytest.mark.parametrize("kernel", ["torch", available_kernels[-1]])
+@pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 0.02), (torch.int8, 0.1)])
+def test_kinds_kept_in_fewer_bits_answer_nearly_alike(
+    dtype: torch.dtype, most: float, kernel: str, made: Made, tiny_llama_dir: Path
+) -> None:
+    adapters = {name: made[name] for name in SERVED}
+    rig = build_rig(load(tiny_llama_dir), adapters, kernel=kernel, num_blocks=400, max_num_batched_tokens=256,
+                    num_slots=128, keep_as=KeepAs(torch.float32, dtype))  # fmt: skip
+    found = run(rig, dict.fromkeys(adapters, PROMPT), max_tokens=1)
+    rig.close()
+    for name, adapter in adapters.items():
+        wanted = logits_of(tiny_llama_dir, adapter, PROMPT)
+        difference = torch.from_numpy(found[name]) - wanted
+        assert float(difference.square().mean().sqrt() / wanted.std()) < most, name
