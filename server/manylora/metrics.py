@@ -91,6 +91,10 @@ class EndedRequest(Protocol):
     @property
     def cached_tokens(self) -> int: ...
     @property
+    def drafted_tokens(self) -> int: ...
+    @property
+    def accepted_tokens(self) -> int: ...
+    @property
     def gaps_s(self) -> Sequence[float]: ...
 
 
@@ -231,6 +235,8 @@ class _Series:
         self.prompt_tokens = metrics.prompt_tokens.labels(tenant, adapter)
         self.completion_tokens = metrics.completion_tokens.labels(tenant, adapter)
         self.cached_tokens = metrics.prefix_cache_hit_tokens.labels(tenant, adapter)
+        self.drafted_tokens = metrics.drafted_tokens.labels(tenant, adapter)
+        self.accepted_tokens = metrics.accepted_tokens.labels(tenant, adapter)
 
 
 class Metrics:
@@ -263,6 +269,8 @@ class Metrics:
             "prompt_tokens", "Prompt tokens of finished requests, and of uploads' effect probes.", _BY_CALLER
         )
         self.completion_tokens = self._counter("completion_tokens", "Tokens generated.", _BY_CALLER)
+        self.drafted_tokens = self._counter("drafted_tokens", "Tokens of answers guessed and run.", _BY_CALLER)
+        self.accepted_tokens = self._counter("accepted_draft_tokens", "Guessed tokens that were right.", _BY_CALLER)
         self.prefix_cache_hit_tokens = self._counter(
             "prefix_cache_hit_tokens", "Prompt tokens taken from the prefix cache.", _BY_CALLER
         )
@@ -338,6 +346,8 @@ class Metrics:
         series.prompt_tokens.inc(request.prompt_tokens)
         series.completion_tokens.inc(request.completion_tokens)
         series.cached_tokens.inc(request.cached_tokens)
+        series.drafted_tokens.inc(request.drafted_tokens)
+        series.accepted_tokens.inc(request.accepted_tokens)
         for gap in request.gaps_s:
             series.gap.observe(gap)
 

@@ -214,6 +214,9 @@ class Settings(BaseSettings):
     max_num_batched_tokens: int = Field(default=512, ge=16)
     """Most tokens in one forward pass; longer prompts are prefilled in pieces. Beside streams prompts take half of it,
     and fewer tokens deep in a long prompt, so that the pass takes no longer."""
+    draft_tokens: int = Field(default=15, ge=0, le=64)
+    """Most tokens of an answer that are guessed and run together with the one before them; 0 guesses none. Guesses
+    change no answer: what the model would not have said is dropped."""
     prompt_logits_memory: Size = 256 * 2**20
     """Memory for the logits of prompts (`echo` with `logprobs`) in one forward pass: bytes, or a share of what is free;
     prompts with more are scored in pieces."""

@@ -21,8 +21,10 @@ class Oracle:
     seed: int = 0
     instead: dict[int, int] = field(default_factory=dict)
     proposed: int = 0
+    accepted: int = 0
 
-    def propose(self, seq: Sequence, most: int) -> list[int]:
+    def propose(self, seq: Sequence, most: int, num_rows: int) -> list[int]:
+        assert num_rows >= 1
         known = self.answers.get(f"{seq.request_id}/{seq.index}")
         if known is None:
             return []
@@ -35,3 +37,10 @@ class Oracle:
         draft = [self.instead.get(place + i, token) for i, token in enumerate(draft)]
         self.proposed += len(draft)
         return draft
+
+    def learn(self, seq: Sequence, num_drafted: int, num_accepted: int) -> None:
+        assert 0 <= num_accepted <= num_drafted <= self.most
+        self.accepted += num_accepted
+
+    def keep(self, seq: Sequence) -> None:
+        assert seq.is_finished

@@ -109,7 +109,7 @@ def test_a_draft_changes_no_answer_where_blocks_are_few(
     kernel: str, tiny_llama_dir: Path, adapters: dict[str, Path]
 ) -> None:
     """Sequences are preempted, with tokens of drafts in their blocks, and a draft preempts nobody."""
-    plain, drafted = run_both(tiny_llama_dir, adapters, kernel, Oracle(most=6, wrong=0.2), num_blocks=30)
+    plain, drafted = run_both(tiny_llama_dir, adapters, kernel, Oracle(most=6, wrong=0.2), num_blocks=26)
     assert drafted.scheduler.num_preemptions > 0
     assert {k: {**a, "cached": 0} for k, a in answers(drafted).items()} == {
         k: {**a, "cached": 0} for k, a in answers(plain).items()
@@ -235,10 +235,10 @@ def test_a_draft_whose_tokens_spoil_the_logits_harms_nobody(kernel: str, tiny_ll
 
 def test_a_drafter_that_raises_fails_its_own_sequence(tiny_llama_dir: Path, adapters: dict[str, Path]) -> None:
     class Broken(Oracle):
-        def propose(self, seq: Sequence, most: int) -> list[int]:
+        def propose(self, seq: Sequence, most: int, num_rows: int) -> list[int]:
             if seq.request_id == "r1":
                 raise KeyError("lost")
-            return super().propose(seq, most)
+            return super().propose(seq, most, num_rows)
 
     kernel = available_kernels[-1]
     plain = rig_of(tiny_llama_dir, adapters, kernel, None)

@@ -402,11 +402,14 @@ class CompletionAnswer(Answer):
 def _usage(run: Run) -> dict[str, Any]:
     """OpenAI's `usage`, so far."""
     counts = run.counts
+    rejected = counts.drafted_tokens - counts.accepted_tokens
+    predicted = {"accepted_prediction_tokens": counts.accepted_tokens, "rejected_prediction_tokens": rejected}
     return {
         "prompt_tokens": counts.prompt_tokens,
         "completion_tokens": counts.completion_tokens,
         "total_tokens": counts.prompt_tokens + counts.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": counts.cached_tokens},
+        **({"completion_tokens_details": predicted} if counts.drafted_tokens else {}),
     }
 
 

@@ -30,6 +30,7 @@ class ErrorFacts:
 class RequestRecord:
     """One request for text, ended. `outcome` is `ok`, `cancelled`, `invalid`, `rejected` or `error`.
 
+    `drafted_tokens` were guessed and run, and of these `accepted_tokens` are in the answer.
     `prompt_tokens` counts prompts that were computed, once for all `n` choices. Times are seconds, `finished_at`
     is a Unix time. What a request never came to is None, 0 or empty.
     """
@@ -45,6 +46,8 @@ class RequestRecord:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     gaps_s: tuple[float, ...] = field(default=(), repr=False)
     progress: tuple[Progress, ...] = ()  # of each prompt that reached the engine
     error: ErrorFacts | None = None
@@ -78,6 +81,9 @@ class RequestRecord:
             "completion_tokens": self.completion_tokens,
             "cached_tokens": self.cached_tokens,
         }
+        if self.drafted_tokens:
+            fields["drafted_tokens"] = self.drafted_tokens
+            fields["accepted_tokens"] = self.accepted_tokens
         if self.ttft_s is not None:
             fields["ttft_ms"] = round(self.ttft_s * 1000, 1)
         if self.timing is not None:
@@ -122,6 +128,8 @@ class Counts:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     timings: list[RequestTiming] = field(default_factory=list)  # of each prompt, from its first delta on
     gaps: list[float] = field(default_factory=list)
     last_token: dict[int, float] = field(default_factory=dict)  # by choice
@@ -172,6 +180,8 @@ class Counts:
             prompt_tokens=self.prompt_tokens,
             completion_tokens=self.completion_tokens,
             cached_tokens=self.cached_tokens,
+            drafted_tokens=self.drafted_tokens,
+            accepted_tokens=self.accepted_tokens,
             gaps_s=tuple(self.gaps),
             progress=progress,
             error=ErrorFacts.of(error),

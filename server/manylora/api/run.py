@@ -266,6 +266,8 @@ class Run:
             counts.prompt_tokens += len(self.prompts[prompt].ids)
             counts.timings.append(self._generations[prompt].timing)
         counts.cached_tokens += delta.num_cached_tokens
+        counts.drafted_tokens += delta.num_drafted
+        counts.accepted_tokens += delta.num_accepted
         self._heard[prompt] += num_tokens
         counts.add_tokens(choice, num_tokens, now)
         self.services.traffic.tick(self._traffic_key, num_tokens, now)

@@ -10,6 +10,7 @@ from manylora.engine.block_manager import BlockManager
 from manylora.engine.engine import Engine
 from manylora.engine.executor import LocalExecutor
 from manylora.engine.interface import AdapterSource, ModelInfo
+from manylora.engine.lookup import LookupDrafter
 from manylora.engine.model_runner import ModelRunner
 from manylora.engine.recovery import FaultEvents
 from manylora.engine.room import PromptCost
@@ -157,6 +158,7 @@ class EngineBuilder:
             max_num_batched_tokens=settings.max_num_batched_tokens,
             max_prompt_logits=self._max_prompt_logits(),
             prompt_cost=self._prompt_cost(),
+            drafter=LookupDrafter(settings.draft_tokens) if settings.draft_tokens else None,
         )
         engine = Engine(
             scheduler,

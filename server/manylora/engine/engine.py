@@ -247,11 +247,17 @@ class Engine:
         before = seq.num_tokens
         text, reason = self._append(seq, outcome.token_ids)
         num_taken = seq.num_tokens - before
+        num_accepted = min(outcome.num_accepted, num_taken - 1) if item.draft else 0
         if item.draft:
-            self.scheduler.accept(item, min(outcome.num_accepted, num_taken - 1))
+            self.scheduler.accept(item, num_accepted)
         if reason is None and seq.constraint is not None:
             seq.constraint.advance(seq.tokens[-1])
-        return self._taken(seq, num_taken, text, reason, outcome.logprobs)
+        output = self._taken(seq, num_taken, text, reason, outcome.logprobs)
+        if item.draft:
+            output = replace(
+                output, delta=replace(output.delta, num_drafted=len(item.draft), num_accepted=num_accepted)
+            )
+        return output
 
     def _go_on(self, seq: Sequence) -> Output:
         """Give a sequence what its grammar says must come, or end it where that says that nothing may."""

@@ -164,8 +164,8 @@ class Delta:
     incomplete, so the texts of all deltas joined are the answer. `num_cached_tokens` (prompt tokens taken
     from the prefix cache) and `prompt_logprobs` come with the first delta of choice 0. `stop_reason` comes with a
     choice's last one: what of the request ended it, a stop string or one of `stop_token_ids`; None where
-    the model or the length did. `pooled` [hidden]
-    is the whole answer of a prompt that was pooled.
+    the model or the length did. `pooled` [hidden] is the whole answer of a prompt that was pooled. `num_drafted`:
+    tokens that the step guessed and ran, of which `num_accepted` are among `token_ids`.
     """
 
     index: int
@@ -177,6 +177,8 @@ class Delta:
     num_cached_tokens: int = 0
     stop_reason: str | int | None = None
     pooled: npt.NDArray[np.float32] | None = field(default=None, compare=False)
+    num_drafted: int = 0
+    num_accepted: int = 0
 
 
 class Generation(Protocol):

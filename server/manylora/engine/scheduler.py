@@ -108,7 +108,7 @@ class Scheduler:
         self._take(work, room, first)
         self._take_turns(work)
         if self._drafter is not None:
-            work = [self._with_draft(item, room, self._drafter) for item in work]
+            work = [self._with_draft(item, room, self._drafter, len(work)) for item in work]
         work.sort(key=lambda s: s.num_rows > 1)
         return Plan(work, sum(s.num_rows for s in work))
 
@@ -150,6 +150,10 @@ class Scheduler:
     def accept(self, item: Scheduled, num_accepted: int) -> None:
         """Of the draft, so many tokens are the sequence's now. What was run of the others is as if it never was."""
         seq = item.seq
+        seq.num_drafted += len(item.draft)
+        seq.num_accepted += num_accepted
+        if self._drafter is not None:
+            self._drafter.learn(seq, len(item.draft), num_accepted)
         if num_accepted:
             seq.num_computed += num_accepted
             self.blocks.mark_computed(seq)
@@ -178,6 +182,9 @@ class Scheduler:
         seq.status = SequenceStatus.FINISHED
         seq.finish_reason = reason
         seq.finished_s = monotonic()
+        if self._drafter is not None and seq.num_output_tokens and reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self._drafter.keep(seq)
+        seq.drafting = None
         seq.detokenizer = None
         seq.constraint = None
         seq.rules = None
@@ -277,13 +284,13 @@ class Scheduler:
 
     # drafts
 
-    def _with_draft(self, item: Scheduled, room: Room, drafter: Drafter) -> Scheduled:
+    def _with_draft(self, item: Scheduled, room: Room, drafter: Drafter, num_rows: int) -> Scheduled:
         """The item with what the drafter proposes for it, as far as that takes nothing from anybody."""
         seq = item.seq
         most = min(seq.max_num_tokens - seq.num_tokens - 1, room.tokens, room.prompt_logits)
         if most <= 0 or not item.samples or seq.scores_prompt:
             return item
-        draft = tuple(drafter.propose(seq, most))[:most] if seq.constraint is None else ()
+        draft = tuple(drafter.propose(seq, most, num_rows))[:most] if seq.constraint is None else ()
         if not draft or not self.blocks.allocate(seq, seq.num_tokens + len(draft)):
             return item
         room.tokens -= len(draft)
