@@ -265,15 +265,7 @@ class Metrics:
         )
         self.step_duration = self._histogram("step_duration_seconds", "One engine step, by phase.", ("phase",))
         self.requests = self._counter("requests", "Inference requests by outcome.", (*_BY_CALLER, "outcome"))
-        self.prompt_tokens = self._counter(
-            "prompt_tokens", "Prompt tokens of finished requests, and of uploads' effect probes.", _BY_CALLER
-        )
-        self.completion_tokens = self._counter("completion_tokens", "Tokens generated.", _BY_CALLER)
-        self.drafted_tokens = self._counter("drafted_tokens", "Tokens of answers guessed and run.", _BY_CALLER)
-        self.accepted_tokens = self._counter("accepted_draft_tokens", "Guessed tokens that were right.", _BY_CALLER)
-        self.prefix_cache_hit_tokens = self._counter(
-            "prefix_cache_hit_tokens", "Prompt tokens taken from the prefix cache.", _BY_CALLER
-        )
+        self._count_tokens()
         self.adapter_requests_by_tier = self._counter(
             "adapter_requests_by_tier", "Requests by the tier their adapter was in on arrival.", (*_BY_CALLER, "tier")
         )
@@ -308,6 +300,17 @@ class Metrics:
             f"{_PREFIX}_adapter_orphans", "Adapters whose files were set aside.", registry=self.registry
         )
         self.connections_ended = self._counter("connections_ended", "Connections that a bound ended.", ("reason",))
+
+    def _count_tokens(self) -> None:
+        self.prompt_tokens = self._counter(
+            "prompt_tokens", "Prompt tokens of finished requests, and of uploads' effect probes.", _BY_CALLER
+        )
+        self.completion_tokens = self._counter("completion_tokens", "Tokens generated.", _BY_CALLER)
+        self.drafted_tokens = self._counter("drafted_tokens", "Tokens of answers guessed and run.", _BY_CALLER)
+        self.accepted_tokens = self._counter("accepted_draft_tokens", "Guessed tokens that were right.", _BY_CALLER)
+        self.prefix_cache_hit_tokens = self._counter(
+            "prefix_cache_hit_tokens", "Prompt tokens taken from the prefix cache.", _BY_CALLER
+        )
 
     def _histogram(self, name: str, text: str, labels: tuple[str, ...]) -> Histogram:
         return Histogram(f"{_PREFIX}_{name}", text, labels, buckets=BUCKETS, registry=self.registry)

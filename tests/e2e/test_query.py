@@ -27,7 +27,11 @@ def refusal(server: Server, method: str, path: str, query: str) -> tuple[int, st
     error = answer.json().get("error", {})
     if isinstance(error, str):  # as TGI and Ollama word it, which have neither code nor place
         name = query.partition("=")[0]
-        return answer.status_code, "unsupported_field" if "no query parameter" in error else error, name * (name in error)
+        return (
+            answer.status_code,
+            "unsupported_field" if "no query parameter" in error else error,
+            name * (name in error),
+        )
     return answer.status_code, error.get("code"), error.get("param")
 
 

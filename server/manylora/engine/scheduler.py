@@ -150,8 +150,6 @@ class Scheduler:
     def accept(self, item: Scheduled, num_accepted: int) -> None:
         """Of the draft, so many tokens are the sequence's now. What was run of the others is as if it never was."""
         seq = item.seq
-        seq.num_drafted += len(item.draft)
-        seq.num_accepted += num_accepted
         if self._drafter is not None:
             self._drafter.learn(seq, len(item.draft), num_accepted)
         if num_accepted:

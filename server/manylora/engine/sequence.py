@@ -98,8 +98,6 @@ class Sequence:
         self.constraint: Constraint | None = None  # the same, where it is held to a grammar
         self.rules: TokenRules | None = None  # the same, where its request rules tokens out
         self.drafting: Any = None  # what the drafter knows of it
-        self.num_drafted = 0  # tokens that were guessed and run
-        self.num_accepted = 0  # of these, those that are the sequence's
         self.prompt_logprobs: list[TokenLogprob] = []
         self.captured: list[Any] = []  # logits of the prompt's chunks so far, where they are asked for
         self.pool: Pool | None = None  # of the prompt's tokens so far, where they are pooled
