@@ -153,7 +153,7 @@ def test_arguments_come_through_whatever_they_are(syntax: Syntax, arguments: dic
         (False, "<think>\nHm.\n</think>\n\nYes.", "Hm.", "Yes."),
         (False, "\n<think>Hm.", "Hm.", ""),
         (False, "Yes <think>no</think>", "", "Yes <think>no</think>"),
-        (True, "Hm. </thi nk></think> Yes.", "Hm. </thi nk>", "Yes."),
+        (True, "Hm. </thin k></think> Yes.", "Hm. </thin k>", "Yes."),
         (True, "Hm.", "Hm.", ""),
         (False, "", "", ""),
     ],

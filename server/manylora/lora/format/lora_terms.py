@@ -57,7 +57,7 @@ def _magnitude(spec: ModuleSpec, low: LowRank, magnitude: TensorView) -> Output:
 
 
 def _squared_lengths(base: BaseLinear, low: LowRank) -> Floats:
-    """Of the rows of W + sBA, which is never made: |w|² + 2 s b (A w) + s² b (A Aᵀ) b."""
+    """Of the rows of W + s B A, which is never made: |w|² + 2 s b (A w) + s² b (A Aᵀ) b."""
     a, b = low.a.values(base).astype(np.float64), low.b.values(base).astype(np.float64) * low.scale
     across = np.einsum("or,ro->o", b, base.project(a.astype(np.float32)).astype(np.float64))
     own = np.einsum("or,rs,os->o", b, a @ a.T, b, optimize=True)
