@@ -167,6 +167,8 @@ async def test_leaving_the_async_clients_stream_aborts_the_request(url: str, rig
         async for _ in stream:
             break
         await stream.close()
-        while rig.engine.open:
-            await anyio.sleep(0.01)
+        with anyio.fail_after(60):
+            while not rig.finished:
+                await anyio.sleep(0.01)
+    assert not rig.engine.open
     assert rig.finished[-1].outcome == "cancelled"

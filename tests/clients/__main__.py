@@ -5,19 +5,17 @@ Environments are kept in the folder `MANYLORA_CLIENTS` (`build/clients`) and mad
 
 import argparse
 import os
-import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.clients.table import CLIENTS, LEFT_OUT, PAGE, Client
+from tests.default_server import default_server
 from tests.pages import ADDRESS, Block, blocks
 
 ROOT = Path(__file__).parents[2]
@@ -65,32 +63,6 @@ def _install_commands(client: Client, folder: Path) -> Iterator[list[str]]:
 
 
 # running
-
-
-@contextmanager
-def server(folder: Path) -> Iterator[str]:
-    """The address of a server on the default model and the shipped adapters."""
-    said = folder / "server.log"
-    command = [sys.executable, "-m", "manylora", "serve", "--adapters", str(ROOT / "adapters"), "--port", "0"]
-    with (
-        said.open("w") as out,
-        subprocess.Popen(
-            [*command, "--data-dir", str(folder / "data"), "--kv-cache-memory", "512MiB"], stdout=out, stderr=out
-        ) as process,
-    ):
-        try:
-            yield _address(process, said)
-        finally:
-            process.send_signal(signal.SIGTERM)
-
-
-def _address(process: "subprocess.Popen[bytes]", said: Path) -> str:
-    until = time.monotonic() + START_S
-    while process.poll() is None and time.monotonic() < until:
-        if found := re.search(r"Dashboard +(http://\S+)/dashboard", said.read_text()):
-            return found[1]
-        time.sleep(0.2)
-    sys.exit(f"The server does not start:\n{said.read_text()}")
 
 
 def lines_of(client: Client) -> list[Block]:
@@ -165,7 +137,7 @@ def main() -> int:
         parser.error(f"no such client: {', '.join(sorted(unknown))}")
     chosen = [c for c in CLIENTS if (not asked.names or c.name in asked.names) and (c.is_quick or not asked.quick)]
     results = []
-    with tempfile.TemporaryDirectory() as folder, server(Path(folder)) as address:
+    with tempfile.TemporaryDirectory() as folder, default_server(Path(folder), START_S) as address:
         for number, client in enumerate(chosen, 1):
             print(f"[{number}/{len(chosen)}] {client.name} …", end=" ", flush=True)
             result = attempt(client, address)

@@ -15,6 +15,7 @@ from starlette.responses import Response
 from manylora.api.answers import extension
 from manylora.api.auth import Caller
 from manylora.api.fields import EMBEDDING_UNSUPPORTED, Unsupported
+from manylora.api.json_body import documented
 from manylora.api.run import Asked, Deltas, Run, answered
 from manylora.api.schemas import Int, PoolRequest, parse
 from manylora.api.sse import Event
@@ -39,12 +40,7 @@ class EmbeddingRequest(PoolRequest):
 
 @router.post(
     "/v1/embeddings",
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/EmbeddingRequest"}}},
-        }
-    },
+    openapi_extra=documented("EmbeddingRequest"),
 )
 async def create_embeddings(request: Request, caller: Caller, services: ServicesDep) -> Response:
     """One vector of length 1 for each text: OpenAI's embeddings."""

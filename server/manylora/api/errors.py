@@ -65,10 +65,10 @@ def error_response(
 def error_json(error: ManyloraError, scope: Scope | None = None) -> bytes:
     """The body that tells of `error` on the route of this scope."""
     if scope is None:
-        return orjson.dumps(_openai(error, ""))
+        return orjson.dumps(_openai(error))
     asked = f"{scope.get('method', '')} {scope.get('path', '')}"
     body_of = next((each for prefix, each in ERROR_BODIES.items() if _is_below(asked, prefix)), _openai)
-    return orjson.dumps(body_of(error, scope.get("manylora.request_id", "")))
+    return orjson.dumps(body_of(error))
 
 
 def _is_below(asked: str, prefix: str) -> bool:
@@ -77,31 +77,16 @@ def _is_below(asked: str, prefix: str) -> bool:
     return prefix in (asked, path) or path.startswith(f"{prefix}/")
 
 
-def _openai(error: ManyloraError, _: str) -> dict[str, Any]:
+def _openai(error: ManyloraError) -> dict[str, Any]:
     return {"error": error.body()}
 
 
-def _anthropic(error: ManyloraError, request_id: str) -> dict[str, Any]:
-    kind = _ANTHROPIC_TYPES.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
-    return {"type": "error", "error": {"type": kind, "message": error.message}, "request_id": request_id}
-
-
-_ANTHROPIC_TYPES: Final = {
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    503: "overloaded_error",
-}
-
-
-def tgi_error(error: ManyloraError, _: str = "") -> dict[str, Any]:
+def tgi_error(error: ManyloraError) -> dict[str, Any]:
     """Its clients know three types, and go by the status where there is another one."""
     return {"error": error.message, "error_type": _TGI_TYPES.get(error.status, error.code)}
 
 
-def ollama_error(error: ManyloraError, _: str = "") -> dict[str, Any]:
+def ollama_error(error: ManyloraError) -> dict[str, Any]:
     return {"error": error.message}
 
 
@@ -111,11 +96,10 @@ _TGI_TYPES: Final = {
     500: "generation",
 }
 
-ErrorBody: TypeAlias = Callable[[ManyloraError, str], dict[str, Any]]
-"""From an error and the request's id to the JSON that tells of it."""
+ErrorBody: TypeAlias = Callable[[ManyloraError], dict[str, Any]]
+"""From an error to the JSON that tells of it."""
 
 ERROR_BODIES: Final[Mapping[str, ErrorBody]] = {
-    "/v1/messages": _anthropic,
     "/api": ollama_error,
     **dict.fromkeys(("/generate", "/generate_stream", "/info", "POST /"), tgi_error),
 }

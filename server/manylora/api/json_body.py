@@ -12,7 +12,7 @@ from starlette.requests import Request
 
 from manylora.errors import InvalidRequest
 
-__all__ = ["is_json", "parse_json", "require_json"]
+__all__ = ["documented", "is_json", "parse_json", "require_json"]
 
 MAX_DEPTH: Final = 64
 MAX_CONTAINERS: Final = 16_384
@@ -102,3 +102,10 @@ class _Count:
             self._deepest = max(self._deepest, self._depth + int(levels.max()))
         self._num_containers += num_opened
         self._depth += num_opened - num_closed
+
+
+def documented(*schemas: str) -> dict[str, Any]:
+    """What the OpenAPI document says of a route that parses its body itself: it is of one of these schemas."""
+    refs = [{"$ref": f"#/components/schemas/{schema}"} for schema in schemas]
+    schema = refs[0] if len(refs) == 1 else {"anyOf": refs}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

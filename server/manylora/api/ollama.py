@@ -16,7 +16,7 @@ from manylora import __version__
 from manylora.api.auth import Caller
 from manylora.api.errors import invalid_from
 from manylora.api.fields import NOTHING, Unsupported, renamed, wanted
-from manylora.api.json_body import parse_json
+from manylora.api.json_body import documented, parse_json
 from manylora.api.lanes import PYTHON, beside_loop
 from manylora.api.naming import parse_model, resolve, without_alias
 from manylora.api.ollama_answers import ChatShape, GenerateShape, OllamaAnswer
@@ -217,18 +217,13 @@ def _untagged(name: str) -> str:
 router = APIRouter(tags=["Ollama"])
 
 
-def _body_of(schema: str) -> dict[str, Any]:
-    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
-    return {"requestBody": {"required": True, "content": content}}
-
-
-@router.post("/api/chat", openapi_extra=_body_of("OllamaChatRequest"))
+@router.post("/api/chat", openapi_extra=documented("OllamaChatRequest"))
 async def chat(request: Request, caller: Caller, services: ServicesDep) -> Response:
     """Answer a chat."""
     return await answered(request, caller, services, _read_chat)
 
 
-@router.post("/api/generate", openapi_extra=_body_of("OllamaGenerateRequest"))
+@router.post("/api/generate", openapi_extra=documented("OllamaGenerateRequest"))
 async def generate(request: Request, caller: Caller, services: ServicesDep) -> Response:
     """Answer one message, or with `raw` continue a text."""
     return await answered(request, caller, services, _read_generate)

@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from manylora.api.answers import ChatAnswer, CompletionAnswer
 from manylora.api.auth import Caller
-from manylora.api.json_body import parse_json
+from manylora.api.json_body import documented, parse_json
 from manylora.api.lanes import PYTHON, beside_loop
 from manylora.api.naming import parse_model, resolve, without_alias
 from manylora.api.run import Asked, answered
@@ -28,19 +28,13 @@ MAX_MODELS: Final = 10_000
 router = APIRouter(tags=["inference"])
 
 
-def _body_of(schema: str) -> dict[str, Any]:
-    """The documentation of a body that the route parses itself."""
-    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
-    return {"requestBody": {"required": True, "content": content}}
-
-
-@router.post("/v1/completions", openapi_extra=_body_of("CompletionRequest"))
+@router.post("/v1/completions", openapi_extra=documented("CompletionRequest"))
 async def create_completion(request: Request, caller: Caller, services: ServicesDep) -> Response:
     """Continue a prompt: OpenAI's completions."""
     return await answered(request, caller, services, lambda data: completion(parse_json(data)))
 
 
-@router.post("/v1/chat/completions", openapi_extra=_body_of("ChatRequest"))
+@router.post("/v1/chat/completions", openapi_extra=documented("ChatRequest"))
 async def create_chat_completion(request: Request, caller: Caller, services: ServicesDep) -> Response:
     """Answer a chat: OpenAI's chat completions."""
     return await answered(request, caller, services, lambda data: chat(parse_json(data)))

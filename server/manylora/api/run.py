@@ -99,8 +99,8 @@ async def answered(
         run.log.update(body.annotations())
         aliases = services.settings.resolved_model_aliases
         run.adapter = adapter_of(body, services.directory, principal.tenant, services.engine.model.name, aliases)
-        body, max_tokens = with_defaults(body, services.directory, run.adapter)
         try:
+            body, max_tokens = with_defaults(body, services.directory, run.adapter)
             prompts = await prompts_of(body, services.engine, principal.tenant, max_tokens=max_tokens)
         except InvalidRequest as error:
             raise renamed(error, asked.names) from None

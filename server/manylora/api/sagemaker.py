@@ -7,7 +7,7 @@ from starlette.responses import Response
 
 from manylora.api import openai, ops, tgi
 from manylora.api.auth import Caller
-from manylora.api.json_body import parse_json
+from manylora.api.json_body import documented, parse_json
 from manylora.api.run import Asked, answered
 from manylora.api.state import ServicesDep
 from manylora.api.tgi_answers import Shape
@@ -16,15 +16,7 @@ from manylora.errors import InvalidRequest
 __all__ = ["ADAPTER_HEADER", "router"]
 
 ADAPTER_HEADER: Final = "x-amzn-sagemaker-adapter-identifier"
-_SCHEMAS: Final = ("ChatRequest", "CompletionRequest", "GenerateRequest")
-_BODY: Final[dict[str, Any]] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {"schema": {"anyOf": [{"$ref": f"#/components/schemas/{each}"} for each in _SCHEMAS]}}
-        },
-    }
-}
+_BODY: Final = documented("ChatRequest", "CompletionRequest", "GenerateRequest")
 
 router = APIRouter(tags=["SageMaker"])
 

@@ -21,8 +21,8 @@ __all__ = ["Event", "EventStream", "LineStream", "while_connected"]
 _log = get_logger("manylora.api")
 T = TypeVar("T")
 
-Event: TypeAlias = bytes | tuple[str, bytes]
-"""What one event carries, without a line break; some APIs give their events names."""
+Event: TypeAlias = bytes
+"""What one event carries, without a line break."""
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -125,7 +125,7 @@ class EventStream(Response):
             await self._events.aclose()
 
     def _framed(self, together: Sequence[Event]) -> bytes:
-        return b"".join(map(_framed_one, together))
+        return b"".join(b"data: %b\n\n" % event for event in together)
 
     async def _send_last(self, send: Send, event: bytes) -> None:
         self._is_over = True
@@ -157,11 +157,4 @@ class LineStream(EventStream):
     comment = None
 
     def _framed(self, together: Sequence[Event]) -> bytes:
-        return b"".join(b"%b\n" % (event if isinstance(event, bytes) else event[1]) for event in together)
-
-
-def _framed_one(event: Event) -> bytes:
-    if isinstance(event, bytes):
-        return b"data: %b\n\n" % event
-    name, data = event
-    return b"event: %b\ndata: %b\n\n" % (name.encode(), data)
+        return b"".join(b"%b\n" % event for event in together)

@@ -15,7 +15,7 @@ from manylora import __version__
 from manylora.api.auth import Caller
 from manylora.api.errors import invalid_from
 from manylora.api.fields import NOTHING, Unsupported, renamed, unsupported_field, wanted
-from manylora.api.json_body import parse_json
+from manylora.api.json_body import documented, parse_json
 from manylora.api.requests import MAX_ECHO_CHARACTERS
 from manylora.api.run import Asked, answered
 from manylora.api.schemas import MAX_N, MAX_STOPS, CompletionRequest, Int, checked
@@ -271,12 +271,7 @@ def _names(asked: Parameters) -> dict[str, str]:
 # routes
 
 router = APIRouter(tags=["TGI and LoRAX"])
-_BODY: Final[dict[str, Any]] = {
-    "requestBody": {
-        "required": True,
-        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/GenerateRequest"}}},
-    }
-}
+_BODY: Final = documented("GenerateRequest")
 
 
 @router.post("/generate", openapi_extra=_BODY)

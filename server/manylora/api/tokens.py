@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from manylora.api.auth import Caller
 from manylora.api.fields import TOKENIZE_UNSUPPORTED, Unsupported
+from manylora.api.json_body import documented
 from manylora.api.lanes import LONG_TEXT, PYTHON, SHORT_TEXT, beside_loop
 from manylora.api.naming import adapter_of
 from manylora.api.requests import (
@@ -63,12 +64,7 @@ class DetokenizeRequest(Body):
 
 @router.post(
     "/tokenize",
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/TokenizeRequest"}}},
-        }
-    },
+    openapi_extra=documented("TokenizeRequest"),
 )
 async def tokenize(request: Request, caller: Caller, services: ServicesDep) -> Response:
     """The token ids of a text or a chat, and how many there are."""
@@ -99,12 +95,7 @@ def _tokens_of(text: str, body: TokenizeRequest, engine: EngineClient) -> bytes:
 
 @router.post(
     "/detokenize",
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/DetokenizeRequest"}}},
-        }
-    },
+    openapi_extra=documented("DetokenizeRequest"),
 )
 async def detokenize(request: Request, caller: Caller, services: ServicesDep) -> Response:
     """The text of token ids, special tokens included."""
