@@ -85,7 +85,7 @@ def measure_workload(engine: Engine, refs: list[AdapterRef], seed: int) -> dict[
     num_tokens = 0
     while engine.has_work:
         for output in engine.step():
-            num_tokens += 1
+            num_tokens += len(output.delta.token_ids)
             if output.delta.finish_reason is not None and waiting:
                 engine.add(waiting.pop(0))
     return {"output_tokens_per_s": round(num_tokens / (time.perf_counter() - began), 1)}

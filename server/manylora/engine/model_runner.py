@@ -243,6 +243,11 @@ def _adjustment(row: int, seq: Sequence, ahead: Ahead) -> Adjustment:
     p = seq.params
     seen = sorted({*seq.tokens, *ahead}) if p.repetition_penalty != 1.0 else ()
     output = seq.output_counts + Counter(ahead) if ahead else seq.output_counts
+    if seq.bias is None:
+        seq.bias = (
+            np.array([i for i, _ in p.logit_bias], dtype=np.int64),
+            np.array([b for _, b in p.logit_bias], dtype=np.float32),
+        )
     counts_matter = output and (p.presence_penalty or p.frequency_penalty)
     return Adjustment(
         row=row,
@@ -252,8 +257,8 @@ def _adjustment(row: int, seq: Sequence, ahead: Ahead) -> Adjustment:
         counts=np.array(list(output.values()), dtype=np.float32) if counts_matter else _NO_NUMBERS,
         presence_penalty=p.presence_penalty,
         frequency_penalty=p.frequency_penalty,
-        biased=np.array([i for i, _ in p.logit_bias], dtype=np.int64),
-        bias=np.array([b for _, b in p.logit_bias], dtype=np.float32),
+        biased=seq.bias[0],
+        bias=seq.bias[1],
     )
 
 

@@ -14,6 +14,8 @@ _SHARE_BESIDE_STREAMS: Final = 0.5  # of the tokens of a step, for prompts while
 _SHARE_ALONE: Final = 2.0  # the same for a prompt beside which there is nothing, so that it runs in few steps
 _SHARE_OF_FIRST: Final = 0.5  # of what prompts may take, for the one that came first, while others wait
 
+_SCORED: Final = 3.0  # what a token costs whose logits are wanted and looked through, in tokens that run for the cache
+
 
 @dataclass(frozen=True, slots=True)
 class PromptCost:
@@ -54,7 +56,7 @@ class Room:
         elif first and not others_wait:
             self.effort *= _SHARE_ALONE
         for seq in first if others_wait else ():
-            self.kept = min(self.effort * _SHARE_OF_FIRST, seq.num_uncomputed * self.cost.at(seq.num_tokens))
+            self.kept = min(self.effort * _SHARE_OF_FIRST, seq.num_uncomputed * self._cost_of(seq, seq.num_tokens))
 
     def open_kept(self) -> None:
         """Now it is the first's turn."""
@@ -71,13 +73,16 @@ class Room:
         if count > 1:
             effort = self.effort - self.kept
             middle = seq.num_computed + int(min(count, effort)) // 2
-            count = min(count, int(effort / self.cost.at(middle)) or int(effort > 0))
+            count = min(count, int(effort / self._cost_of(seq, middle)) or int(effort > 0))
         return min(count, self.prompt_logits) if seq.wants_prompt_logits and seq.scores_prompt else count
+
+    def _cost_of(self, seq: Sequence, position: int) -> float:
+        return self.cost.at(position) * (_SCORED if seq.scores_prompt else 1.0)
 
     def take(self, seq: Sequence, count: int) -> None:
         """So many tokens of the sequence, or with less than 0, so many given back."""
         self.tokens -= count
         if seq.num_uncomputed > 1:
-            self.effort -= count * self.cost.at(seq.num_computed + abs(count) // 2)
+            self.effort -= count * self._cost_of(seq, seq.num_computed + abs(count) // 2)
         if seq.wants_prompt_logits and seq.scores_prompt:
             self.prompt_logits -= count

@@ -93,6 +93,7 @@ class Sequence:
         self.granted_plan: int | None = None  # the plan that made an adapter yield to it, while it waits
         self.started_plan = 0  # the plan since which it runs
         self.output_counts: Counter[int] = Counter()
+        self.bias: tuple[Any, Any] | None = None  # token ids and numbers of `logit_bias` as arrays, once needed
         self.draws: Draws | None = None
         self.detokenizer: Detokenizer | None = None  # from the time it is added until it has finished
         self.constraint: Constraint | None = None  # the same, where it is held to a grammar
