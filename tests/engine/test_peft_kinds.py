@@ -109,7 +109,7 @@ def test_a_kind_answers_alone_as_in_peft(name: str, made: Made, tiny_llama_dir: 
 def test_all_kinds_answer_together_as_in_peft(kernel: str, made: Made, tiny_llama_dir: Path) -> None:
     """In one batch with the base, while prompts are cut into pieces and blocks run out."""
     adapters = {name: made[name] for name in SERVED}
-    rig = build_rig(load(tiny_llama_dir), adapters, kernel=kernel, num_blocks=90, max_num_batched_tokens=96,
+    rig = build_rig(load(tiny_llama_dir), adapters, kernel=kernel, num_blocks=24, max_num_batched_tokens=96,
                     num_slots=128, max_num_seqs=128)  # fmt: skip
     prompts: dict[str | None, list[int]] = {name: LONGER if n % 3 == 0 else PROMPT for n, name in enumerate(adapters)}
     found = run(rig, {None: PROMPT, **prompts}, max_tokens=12)

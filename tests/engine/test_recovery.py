@@ -195,7 +195,7 @@ def test_what_is_raised_for_want_of_memory_is_known(error: Exception, is_memory:
     assert Fault.of("forward", error).is_memory is is_memory
 
 
-@pytest.mark.parametrize("most", [3, 20])
+@pytest.mark.parametrize("most", [3, 10])
 def test_where_memory_is_short_a_step_is_made_smaller_and_everybody_is_answered(
     most: int,
     rig: Rig,
