@@ -142,6 +142,7 @@ def routes() -> Iterator[str]:
         ollama,
         openai,
         ops,
+        responses,
         sagemaker,
         tgi,
         tokens,
@@ -155,7 +156,7 @@ def routes() -> Iterator[str]:
         usage.build_router(catalog),
         dashboard_routes.build_router(),
     )
-    inference = (openai, embeddings, tokens, tgi, ollama, sagemaker)
+    inference = (openai, responses, embeddings, tokens, tgi, ollama, sagemaker)
     for router in (ops.router, *(each.router for each in inference), *built):
         for route in router.routes:
             if isinstance(route, APIRoute) and "assets" not in route.path:

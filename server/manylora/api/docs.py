@@ -13,6 +13,7 @@ from starlette.responses import RedirectResponse, Response
 
 from manylora.api.embeddings import EmbeddingRequest
 from manylora.api.ollama import OllamaChatRequest, OllamaGenerateRequest
+from manylora.api.responses import ResponseRequest
 from manylora.api.schemas import ChatRequest, CompletionRequest
 from manylora.api.tgi import GenerateRequest
 from manylora.api.tokens import DetokenizeRequest, TokenizeRequest
@@ -24,6 +25,7 @@ _ASSETS: Final = Path(fastapi_offline.__file__).parent / "static"
 _BODIES: Final = (
     CompletionRequest,
     ChatRequest,
+    ResponseRequest,
     EmbeddingRequest,
     TokenizeRequest,
     DetokenizeRequest,

@@ -127,6 +127,10 @@ _ROUTE_OF: Final = {"messages": "/v1/chat/completions", "prompt": "/v1/completio
 _IN_WORDS: Final = {
     "functions": "It is what 'tools' was before.",
     "function_call": "It is what 'tool_choice' and 'tool_calls' were before.",
+    **dict.fromkeys(
+        ("previous_response_id", "conversation"), "Nothing is stored here: send what was said before in 'input'."
+    ),
+    "background": "An answer is given at once, whole or as a stream.",
 }
 
 

@@ -12,7 +12,7 @@ import orjson
 from manylora.api.answers import extension
 from manylora.api.errors import ollama_error
 from manylora.api.run import Deltas, Run
-from manylora.api.token_details import finite
+from manylora.api.token_details import logprob_json
 from manylora.engine.interface import Delta, FinishReason, TokenLogprob
 from manylora.errors import ManyloraError
 
@@ -58,7 +58,8 @@ class OllamaAnswer:
     async def keep(self, choice: int, logprobs: Sequence[TokenLogprob]) -> None:
         for start in range(0, len(logprobs), _LOGPROBS_AT_ONCE):
             began = time.perf_counter()
-            self._logprobs += map(self._logprob, logprobs[start : start + _LOGPROBS_AT_ONCE])
+            part = logprobs[start : start + _LOGPROBS_AT_ONCE]
+            self._logprobs += [logprob_json(entry, self._codec) for entry in part]
             if start + _LOGPROBS_AT_ONCE < len(logprobs):
                 await asyncio.sleep(time.perf_counter() - began)
 
@@ -114,11 +115,3 @@ class OllamaAnswer:
             "eval_count": counts.completion_tokens,
             "eval_duration": int((last - begun) * _NS_PER_S),
         }
-
-    def _logprob(self, entry: TokenLogprob) -> bytes:
-        own = self._token(entry.token_id, entry.logprob or 0.0)
-        return orjson.dumps({**own, "top_logprobs": [self._token(*each) for each in entry.top]})
-
-    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        codec = self._codec
-        return {"token": codec.token_text(token_id), "logprob": finite(logprob), "bytes": codec.token_bytes(token_id)}

@@ -5,23 +5,48 @@ from typing import Any
 from manylora.chat.pieces import Arguments, CallStart, Piece, Reader, Reasoning, Text, joined
 from manylora.engine.interface import Delta, FinishReason
 
-__all__ = ["Said"]
+__all__ = ["Said", "Splitter"]
+
+
+class Splitter:
+    """Splits one choice's deltas into pieces; without a reader they are text alone.
+
+    `num_reasoning_tokens` counts those of deltas that brought thoughts and nothing else, as far as they have come.
+    """
+
+    def __init__(self, reader: Reader | None, *, has_reasoning: bool) -> None:
+        """Without `has_reasoning` thoughts are counted and left out."""
+        self._reader = reader
+        self._has_reasoning = has_reasoning
+        self._num_undecided = 0
+        self.num_reasoning_tokens = 0
+
+    def split(self, delta: Delta) -> list[Piece]:
+        if self._reader is None:
+            return [Text(delta.text)] if delta.text else []
+        read = self._reader.add(delta.text)
+        found = joined([*read, *(self._reader.end() if delta.finish_reason is not None else ())])
+        self._num_undecided += len(delta.token_ids)
+        if found:
+            if all(isinstance(piece, Reasoning) for piece in found):
+                self.num_reasoning_tokens += self._num_undecided
+            self._num_undecided = 0
+        if self._has_reasoning:
+            return found
+        return [piece for piece in found if not isinstance(piece, Reasoning)]
 
 
 class Said:
     """What was read of a choice, and OpenAI's words for it."""
 
     def __init__(self, reader: Reader, has_reasoning: bool) -> None:
-        self._reader = reader
-        self._has_reasoning = has_reasoning
+        self._splitter = Splitter(reader, has_reasoning=has_reasoning)
         self._pieces: list[Piece] = []
         self._num_calls = 0
 
     def read(self, delta: Delta) -> bool:
         """Take in a delta; whether there is something new to say."""
-        found = [*self._reader.add(delta.text), *(self._reader.end() if delta.finish_reason is not None else ())]
-        if not self._has_reasoning:
-            found = [piece for piece in found if not isinstance(piece, Reasoning)]
+        found = self._splitter.split(delta)
         self._pieces += found
         self._num_calls += sum(isinstance(piece, CallStart) for piece in found)
         return bool(found)

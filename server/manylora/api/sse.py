@@ -6,7 +6,7 @@ Newer ASGI servers show a disconnect as an OSError from `send`, others only as `
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
-from typing import Any, ClassVar, TypeAlias, TypeVar
+from typing import Any, ClassVar, Final, TypeAlias, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -16,7 +16,7 @@ from manylora.api.record import ClientGone
 from manylora.errors import ManyloraError
 from manylora.log import get_logger
 
-__all__ = ["Event", "EventStream", "LineStream", "while_connected"]
+__all__ = ["Event", "EventStream", "LineStream", "TypedEventStream", "while_connected"]
 
 _log = get_logger("manylora.api")
 T = TypeVar("T")
@@ -148,6 +148,20 @@ class EventStream(Response):
 
 def _failed(error: ManyloraError) -> Sequence[Event]:
     return (error_json(error),)
+
+
+class TypedEventStream(EventStream):
+    """Sends events under names: each one's data is JSON that begins with its `type`, which is the name, too."""
+
+    def _framed(self, together: Sequence[Event]) -> bytes:
+        return b"".join(b"event: %b\ndata: %b\n\n" % (_type_of(event), event) for event in together)
+
+
+_TYPE: Final = b'{"type":"'
+
+
+def _type_of(event: Event) -> bytes:
+    return event[len(_TYPE) : event.index(b'"', len(_TYPE))]
 
 
 class LineStream(EventStream):

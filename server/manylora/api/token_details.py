@@ -14,7 +14,7 @@ from manylora.api.run import Deltas, Run
 from manylora.api.schemas import GenerationRequest
 from manylora.engine.interface import Delta, TextCodec, TokenLogprob
 
-__all__ = ["LOWEST", "TokenDetails", "finite"]
+__all__ = ["LOWEST", "TokenDetails", "finite", "logprob_json"]
 
 LOWEST: Final = -9999.0  # JSON has no -inf
 # A prompt's log-probabilities come all at once. So many are put into JSON at a time, a millisecond's work.
@@ -24,6 +24,17 @@ _LOGPROBS_AT_ONCE: Final = 64
 def finite(logprob: float) -> float:
     """A log-probability as JSON can have it."""
     return max(LOWEST, logprob)  # of NaN too, which compares false
+
+
+def logprob_json(entry: TokenLogprob, codec: TextCodec) -> bytes:
+    """`{token, logprob, bytes, top_logprobs: [{token, logprob, bytes}]}`."""
+
+    def told(token_id: int, logprob: float) -> dict[str, Any]:
+        token = codec.token_text(token_id)
+        return {"token": token, "logprob": finite(logprob), "bytes": codec.token_bytes(token_id)}
+
+    own = told(entry.token_id, entry.logprob or 0.0)
+    return orjson.dumps({**own, "top_logprobs": [told(*each) for each in entry.top]})
 
 
 class TokenDetails:
