@@ -21,6 +21,7 @@ from manylora.database.database import Database, open_database
 from manylora.database.tables import AdapterRow, VersionRow
 from manylora.errors import AdapterLoadFailed, StartupError
 from manylora.identity import ADAPTER_FILES
+from manylora.lora.format.spec import ModuleSpec
 from manylora.settings import Settings
 from manylora.tenants.interface import Role
 from manylora.tenants.keys import KeyStore
@@ -382,3 +383,13 @@ async def test_a_store_older_than_its_database_says_what_is_missing_and_is_mende
     database.close()
     async with running(settings) as rig:
         assert served(rig, "y") == sound_files(2.0)
+
+
+def test_a_base_is_the_same_whatever_else_of_it_adapters_may_touch_in_a_later_version() -> None:
+    more = {
+        "norm": ModuleSpec("norm", "norm", 64, 64),
+        "gate": ModuleSpec("gate", "linear", 64, 4, is_parameter=True),
+        "experts.down_proj": ModuleSpec("experts.down_proj", "experts", 32, 64, is_parameter=True, num_experts=4),
+    }
+    other = {**MODULES, "other": ModuleSpec("other", "linear", 64, 64)}
+    assert base_signature({**MODULES, **more}) == base_signature(MODULES) != base_signature(other)

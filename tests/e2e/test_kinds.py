@@ -11,7 +11,9 @@ import pytest
 from manylora.identity import ADAPTER_FILES
 from tests.e2e.test_parsed_once import PROMPT, serving
 from tests.engine.oracle import check_greedy, with_adapter
+from tests.models.zoo import make_zoo_model
 from tests.peft_kinds import make_kind
+from tests.tiny_adapters import make_adapter
 from tests.tiny_models import make_tokenizer
 
 pytestmark = pytest.mark.anyio
@@ -78,3 +80,30 @@ async def test_an_adapter_that_would_take_too_much_memory_is_refused_with_what_i
         assert response.status_code == 422
         assert "--max-adapter-memory" in response.text
         assert "245,760 bytes" in response.text
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:peft.*")
+async def test_an_adapter_on_experts_is_measured_served_and_kept(tmp_path: Path) -> None:
+    """All linears of a mixture, as PEFT has them: its experts and its router are among them."""
+    base = make_zoo_model("mixtral", tmp_path / "base")
+    folder = make_adapter(base, tmp_path / "adapter", rank=4, strength=2.0)
+    assert b"gate_up_proj" in (folder / "adapter_config.json").read_bytes()
+    prompt = make_tokenizer().encode("The quick brown fox")
+    async with serving(base, tmp_path / "data") as (client, _):
+        response = await push(client, "experts", folder)
+        assert response.status_code == 201, response.text
+        assert response.json()["report"]["effect"]["max_abs_logit_delta"] > 0.01
+        found = await answer(client, "experts", prompt)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tuned = with_adapter(base, folder)
+        check_greedy(tuned, prompt, found)
+        archive = await client.get("/v1/adapters/experts/versions/1/download")
+        with tarfile.open(fileobj=io.BytesIO(archive.content)) as members:
+            kept = {Path(m.name).name: members.extractfile(m) for m in members.getmembers()}
+            for file in ADAPTER_FILES:
+                content = kept[file]
+                assert content is not None
+                assert content.read() == (folder / file).read_bytes()
+    async with serving(base, tmp_path / "data") as (client, _):
+        assert await answer(client, "experts", prompt) == found

@@ -179,14 +179,14 @@ def test_adapters_on_single_experts_get_one_message(experts: dict[str, Any], tmp
     assert "merge_and_unload" in problem.message
 
 
-def test_experts_that_are_one_tensor_are_refused_with_one_message(tmp_path: Path) -> None:
+def test_experts_that_a_base_has_not_are_refused_with_one_message(tmp_path: Path) -> None:
     """As PEFT writes them for `all-linear` on a mixture, by `target_parameters`."""
     config = MixtralConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, num_local_experts=4, pad_token_id=0, bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
     base = AutoModelForCausalLM.from_config(config)
-    modules = adaptable_modules(base)
+    modules = adaptable_modules(base)  # without those of the mixture
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tuned = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))

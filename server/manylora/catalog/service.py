@@ -433,8 +433,13 @@ class Catalog:
 
 
 def base_signature(modules: Mapping[str, ModuleSpec]) -> str:
-    """Names and shapes of the base's modules as a hash: adapters fit a base with the same, and no other."""
-    lines = sorted(f"{m.path} {m.kind} {m.in_features} {m.out_features}" for m in modules.values())
+    """Names and shapes of the base's modules as a hash: adapters fit a base with the same, and no other.
+
+    Linears and embeddings tell bases apart. What else adapters may touch grows with versions of the server, which must
+    know their adapters again.
+    """
+    named = (m for m in modules.values() if m.kind in ("linear", "conv1d", "embedding") and not m.is_parameter)
+    lines = sorted(f"{m.path} {m.kind} {m.in_features} {m.out_features}" for m in named)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

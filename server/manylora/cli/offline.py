@@ -62,6 +62,7 @@ def modules_of(model: str | None) -> Mapping[str, ModuleSpec]:
     from transformers import AutoModelForCausalLM
 
     from manylora.models import checkpoint
+    from manylora.models.experts import adaptable_experts
     from manylora.models.loading import resolve_model
     from manylora.models.modules import adaptable_modules, adaptable_norms
 
@@ -72,4 +73,4 @@ def modules_of(model: str | None) -> Mapping[str, ModuleSpec]:
             base = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError) as error:
         raise ModelUnusable(f"The config of {folder} cannot be used: {error}") from error
-    return adaptable_modules(base) | adaptable_norms(base)
+    return adaptable_modules(base) | adaptable_experts(base) | adaptable_norms(base)

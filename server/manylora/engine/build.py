@@ -227,7 +227,7 @@ class EngineBuilder:
         linears = sum(
             spec.in_features * spec.out_features
             for spec in self.modules.values()
-            if spec.kind != "embedding" and spec.path not in survey.on_logit_rows
+            if spec.kind != "embedding" and not spec.is_parameter and spec.path not in survey.on_logit_rows
         )
         heads = stated if isinstance(stated, int) else 0
         attention = sum(2 * max(heads, shape.num_heads) * shape.head_dim for shape in survey.kv_shapes)

@@ -45,6 +45,15 @@ class LoraPlan(Protocol):
         """`out` [T, hidden] += each token's embedding delta, for `token_ids` [T]."""
         ...
 
+    def add_experts_(
+        self, out: torch.Tensor, x: torch.Tensor, rows: torch.Tensor, bounds: list[int], site: int
+    ) -> None:
+        """`out` [P, out] += each pair's delta, of pairs of a row and an expert whose input is `x` [P, in].
+
+        `rows` int64 [P]: the row of each. Pairs stand in the order of their experts, whose last ones end at `bounds`.
+        """
+        ...
+
     def change_output_(self, out: torch.Tensor, group: SiteGroup) -> None:
         """The second half of `add_` alone."""
         ...
@@ -99,6 +108,33 @@ def add_embedding_(out: torch.Tensor, token_ids: torch.Tensor, site: int, rows: 
             matrix, scales = dense
             delta = matrix[token_ids[mine]].to(out.dtype)
             out.index_add_(0, mine, delta if scales is None else delta * scales[token_ids[mine], None].to(out.dtype))
+
+
+def add_experts_(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    pair_rows: torch.Tensor,
+    bounds: list[int],
+    site: int,
+    rows: LoraRows,
+    memory: DeviceMemory,
+) -> None:
+    """The deltas of experts, one adapter and one expert after the other: few of each meet in a step."""
+    for slot, mine in segments(rows):
+        found = memory.experts(slot, site, len(bounds))
+        if found is None:
+            continue
+        a, b, scales = found  # [experts, r, in], [experts, r, out], [experts, r] or None
+        places = torch.isin(pair_rows, mine).nonzero()[:, 0]
+        ends = torch.searchsorted(places, torch.tensor(bounds, device=places.device)).tolist()
+        begin = 0
+        for expert, end in enumerate(ends):
+            if begin < end:
+                own = places[begin:end]
+                low = x[own] @ a[expert].to(x.dtype).T
+                low = low if scales is None else low * scales[expert].to(x.dtype)
+                out[own] += (low @ b[expert].to(x.dtype)).to(out.dtype)
+            begin = end
 
 
 def change_output_(out: torch.Tensor, group: SiteGroup, rows: LoraRows, memory: DeviceMemory) -> None:

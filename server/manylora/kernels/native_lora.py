@@ -3,7 +3,7 @@
 import torch
 
 from manylora.kernels import native
-from manylora.kernels.interface import LoraPlan, SiteGroup, add_embedding_
+from manylora.kernels.interface import LoraPlan, SiteGroup, add_embedding_, add_experts_
 from manylora.kernels.rows import LoraRows
 from manylora.lora.memory.device_memory import DeviceMemory
 
@@ -49,6 +49,11 @@ class NativePlan(LoraPlan):
 
     def add_embedding_(self, out: torch.Tensor, token_ids: torch.Tensor, site: int) -> None:
         add_embedding_(out, token_ids, site, self.rows, self._memory)
+
+    def add_experts_(
+        self, out: torch.Tensor, x: torch.Tensor, rows: torch.Tensor, bounds: list[int], site: int
+    ) -> None:
+        add_experts_(out, x, rows, bounds, site, self.rows, self._memory)
 
 
 class NativeKernel:

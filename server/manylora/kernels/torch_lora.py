@@ -15,6 +15,7 @@ from manylora.kernels.interface import (
     LoraPlan,
     SiteGroup,
     add_embedding_,
+    add_experts_,
     change_input_,
     change_output_,
     segments,
@@ -156,6 +157,11 @@ class TorchPlan(LoraPlan):
 
     def add_embedding_(self, out: torch.Tensor, token_ids: torch.Tensor, site: int) -> None:
         add_embedding_(out, token_ids, site, self.rows, self._memory)
+
+    def add_experts_(
+        self, out: torch.Tensor, x: torch.Tensor, rows: torch.Tensor, bounds: list[int], site: int
+    ) -> None:
+        add_experts_(out, x, rows, bounds, site, self.rows, self._memory)
 
 
 def _add_dense(out: torch.Tensor, wide: torch.Tensor, group: SiteGroup, rows: LoraRows, memory: DeviceMemory) -> None:

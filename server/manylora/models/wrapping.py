@@ -5,6 +5,7 @@ replaced by ours.
 """
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +20,7 @@ from manylora.kernels.weights import WeightFormat
 from manylora.lora.format.reader import ModuleSpec
 from manylora.models import attention
 from manylora.models.backends import Backend
+from manylora.models.experts import AdaptedExperts, AdaptedRouter, adaptable_experts, containers, is_router_served
 from manylora.models.kv_cache import KVCache
 from manylora.models.linear import (
     AdaptedEmbedding,
@@ -32,7 +34,7 @@ from manylora.models.modules import adaptable_modules, adaptable_norms, embeddin
 from manylora.models.positions import UNSTATED_LIMIT, position_limit
 from manylora.models.refusals import refusing
 from manylora.models.served_base import ServedEmbedding, ServedLinear, ServedModule, ServedNorm
-from manylora.models.survey import Survey, survey
+from manylora.models.survey import SAME, Survey, survey
 
 __all__ = ["WrappedModel", "adaptable_modules", "weight_of", "wrap"]
 
@@ -43,7 +45,7 @@ _numbers = itertools.count()
 class WrappedModel:
     """A model whose linears, embedding, norms and attention are ours.
 
-    `modules` are in the order of their sites, norms last; `served` has what the base computes with at each.
+    `modules` are in the order of their sites, experts and norms last; `served` has what the base computes with at each.
     """
 
     model: PreTrainedModel
@@ -88,10 +90,12 @@ def wrap(model: PreTrainedModel, backend: Backend, *, context_length: int | None
 def _wrap(model: PreTrainedModel, backend: Backend, found: Survey) -> WrappedModel:
     specs = found.modules
     groups = _complete_groups(found.groups, specs)
-    norms = adaptable_norms(model)
-    modules = {path: replace(specs[path], shares_input=len(group) > 1) for group in groups for path in group} | norms
+    norms, experts = adaptable_norms(model), _served_experts(model)
+    modules = {path: replace(specs[path], shares_input=len(group) > 1) for group in groups for path in group}
+    modules = modules | experts | norms
     sites = {path: site for site, path in enumerate(modules)}
     wrapped = WrappedModel(model, backend, ForwardContext(), found, modules, sites, {})
+    _adapt_experts(wrapped, experts)
     for path, spec in norms.items():
         norm = model.get_submodule(path)
         wrapped.served[path] = ServedNorm(norm)
@@ -107,6 +111,44 @@ def _wrap(model: PreTrainedModel, backend: Backend, found: Survey) -> WrappedMod
         else:
             _replace_linears(wrapped, group)
     return wrapped
+
+
+def _served_experts(model: PreTrainedModel) -> dict[str, ModuleSpec]:
+    """Those of a mixture's experts and routers that are computed as transformers' interface says."""
+    found = adaptable_experts(model)
+    for path, experts in containers(model):
+        if not AdaptedExperts(experts, {}, ForwardContext()).agrees(SAME.get(model.dtype, SAME[torch.bfloat16])):
+            found = {each: spec for each, spec in found.items() if not each.startswith(f"{path}.")}
+    for path, spec in [(each, spec) for each, spec in found.items() if spec.kind == "linear"]:
+        if not is_router_served(model.get_submodule(path), spec.in_features):
+            del found[path]
+    return found
+
+
+def _adapt_experts(wrapped: WrappedModel, specs: Mapping[str, ModuleSpec]) -> None:
+    """Put ours around the experts and routers of a mixture."""
+    model = wrapped.model
+    for path, experts in list(containers(model)):
+        sites = {
+            each.rpartition(".")[2]: wrapped.sites[each]
+            for each, spec in specs.items()
+            if spec.kind == "experts" and each.rpartition(".")[0] == path
+        }
+        if sites:
+            model.set_submodule(path, AdaptedExperts(experts, sites, wrapped.context))
+    for path, spec in specs.items():
+        if spec.kind == "linear":
+            router = model.get_submodule(path)
+            weight = router.weight
+            assert isinstance(weight, torch.Tensor)
+            wrapped.served[path] = ServedLinear(
+                dense(weight.detach(), None), 0, spec.out_features, spec.in_features, None
+            )
+            offsets = (0, spec.out_features)
+            group = SiteGroup(
+                wrapped.sites[path], offsets, torch.tensor(offsets, dtype=torch.int32, device=weight.device)
+            )
+            model.set_submodule(path, AdaptedRouter(router, group, wrapped.context))
 
 
 def _complete_groups(groups: list[list[str]], specs: dict[str, ModuleSpec]) -> list[list[str]]:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from manylora.identity import TENSOR_FILE
 from manylora.lora.format.problems import Problems, listed, shown
-from manylora.lora.format.spec import AdaptedModule, Dense, LowRank, Matrix, Term
+from manylora.lora.format.spec import AdaptedModule, Dense, LowRank, Matrix, Reordered, Term
 from manylora.lora.format.tensors import TensorView
 
 # dtype -> (numpy's type of the raw bits, mask without the sign, smallest bit pattern that is not finite)
@@ -105,7 +105,8 @@ def _is_idle(term: Term) -> bool:
 
 
 def _is_zero(matrix: Matrix) -> bool:
-    return isinstance(matrix, TensorView) and _scan(matrix).is_zero
+    view = matrix.view if isinstance(matrix, Reordered) else matrix
+    return isinstance(view, TensorView) and _scan(view).is_zero
 
 
 def num_different(copy: TensorView, base: TensorView | None) -> int:

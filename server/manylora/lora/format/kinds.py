@@ -10,6 +10,7 @@ from typing import Any, Final, Protocol, Self
 from manylora.identity import CONFIG_FILE
 from manylora.lora.format import config, targets
 from manylora.lora.format.config import LoraSettings
+from manylora.lora.format.experts import arranged
 from manylora.lora.format.extras import Extras
 from manylora.lora.format.method import Method
 from manylora.lora.format.methods import dense, low_rank, rotations, vectors
@@ -77,17 +78,23 @@ class LoraReading:
         self, tensors: Tensors, base: Base, problems: Problems, warnings: list[str]
     ) -> tuple[AdaptedModule, ...]:
         """The adapted modules of an upload; every problem goes to `problems`."""
-        if refuse_experts(tensors, base.modules, problems):
+        ready = arranged(self._settings, tensors, base.modules, problems)
+        if refuse_experts(ready.tensors, base.modules, problems):
             return ()
-        planned = targets.resolve(self._settings, without_norms(base.modules), base.max_rank, problems, warnings)
-        return self._paired(tensors, base.modules, planned, problems, warnings, base.weights)
+        modules = without_norms(base.modules)
+        planned = targets.resolve(self._settings, modules, base.max_rank, problems, warnings, ready.targets)
+        return self._paired(ready.tensors, base.modules, planned, problems, warnings, base.weights)
 
     def accepted(
         self, tensors: Tensors, modules: Mapping[str, ModuleSpec], problems: Problems, warnings: list[str]
     ) -> tuple[AdaptedModule, ...]:
         """The adapted modules of an adapter that was accepted before."""
-        planned = targets.as_accepted(self._settings, without_norms(modules), ranks_of(tensors), problems)
-        return self._paired(tensors, modules, planned, problems, warnings)
+        ready = arranged(self._settings, tensors, modules, problems)
+        ranks = ranks_of(ready.tensors, modules)
+        planned = targets.as_accepted(self._settings, without_norms(modules), ranks, problems)
+        return self._paired(
+            ready.tensors, modules, None if planned is None else {**planned, **ready.targets}, problems, warnings
+        )
 
     def is_index(self, name: str) -> bool:
         """No tensor of a LoRA adapter does."""

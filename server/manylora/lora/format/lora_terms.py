@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from manylora.lora.format.spec import BaseLinear, Floats, LowRank, Made, ModuleKind, ModuleSpec, Output, Term
+from manylora.lora.format.spec import BaseLinear, Floats, LowRank, Made, ModuleKind, ModuleSpec, Output, Reordered, Term
 from manylora.lora.format.tensors import TensorView
 
 __all__ = ["LoraParts", "lora_terms"]
@@ -28,6 +28,8 @@ class LoraParts:
 
 def lora_terms(spec: ModuleSpec, parts: LoraParts, initial: str | None) -> tuple[Term, ...]:
     """Of tensors whose shapes fit. `initial`: "pissa" or "olora" where A and B began as a part of the base's weight."""
+    if spec.kind == "experts":
+        return (_of_experts(spec, parts),)
     low = LowRank(parts.rank, parts.scale, parts.a, parts.b)
     if initial is not None and spec.kind != "embedding":
         low = _without_initial(spec, parts, initial)
@@ -38,6 +40,16 @@ def lora_terms(spec: ModuleSpec, parts: LoraParts, initial: str | None) -> tuple
         bias, scale = parts.lora_bias, np.float32(parts.scale)
         terms.append(Output(shift=Made((spec.out_features,), lambda _: bias.to_float32() * scale)))
     return tuple(terms)
+
+
+def _of_experts(spec: ModuleSpec, parts: LoraParts) -> LowRank:
+    """PEFT's B has each rank of all experts before the next rank; here each expert's ranks stand together, as A has."""
+    rank, count = parts.rank * spec.num_experts, spec.num_experts
+
+    def by_expert(b: Floats) -> Floats:
+        return b.reshape(spec.out_features, parts.rank, count).transpose(0, 2, 1).reshape(b.shape)
+
+    return LowRank(rank, parts.scale, parts.a, Reordered(parts.b, by_expert), num_experts=count)
 
 
 def _magnitude(spec: ModuleSpec, low: LowRank, magnitude: TensorView) -> Output:

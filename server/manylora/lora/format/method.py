@@ -233,7 +233,7 @@ class MethodReading:
     def _candidates(self, modules: Mapping[str, ModuleSpec]) -> dict[str, ModuleSpec]:
         method = self._method
         kinds = {"norm"} if method.on_norms else {"linear", "embedding", "conv1d"}
-        return {path: spec for path, spec in modules.items() if spec.kind in kinds}
+        return {path: spec for path, spec in modules.items() if spec.kind in kinds and not spec.is_parameter}
 
     def _made(
         self,

@@ -69,12 +69,13 @@ def parse_name(name: str) -> _TensorName | None:
     return None
 
 
-def ranks_of(tensors: Mapping[str, TensorView]) -> dict[str, int]:
-    """The modules that have an A, and its rank."""
+def ranks_of(tensors: Mapping[str, TensorView], modules: Mapping[str, ModuleSpec]) -> dict[str, int]:
+    """The modules that have an A, and its rank, of experts that of each."""
     named = ((parse_name(name), view) for name, view in tensors.items())
-    return {
+    found = {
         name.path: view.shape[0] for name, view in named if name and name.part == "a" and view.shape and view.shape[0]
     }
+    return {path: rank // modules[path].num_experts if path in modules else rank for path, rank in found.items()}
 
 
 def refuse_experts(tensors: Mapping[str, TensorView], modules: Mapping[str, ModuleSpec], problems: Problems) -> bool:
@@ -85,9 +86,9 @@ def refuse_experts(tensors: Mapping[str, TensorView], modules: Mapping[str, Modu
         problems.add(
             "unmatched_module",
             f"{TENSOR_FILE}: {shown(together[0])}",
-            f"It adapts {len(together)} tensors of experts (target_parameters), which is not served: those of a layer "
-            "are one tensor, to which no delta is added. Train it with target_modules on the attention alone, or merge "
-            "it into its base and serve that checkpoint.",
+            f"It adapts {len(together)} tensors of experts that this base has not, or to which no delta is added here, "
+            "or that target_parameters does not name. Train it with target_modules on the attention alone, or merge it "
+            "into its base and serve that checkpoint.",
         )
         return True
     paths = sorted({path for path in named if _EXPERT.search(path)} - modules.keys())
@@ -273,7 +274,7 @@ class Pairing:
             wrong = [part for part, shape in _shapes(pair, spec).items() if getattr(pair, part).shape != shape]
             if not wrong:
                 fitting.add(spec.leaf)
-            elif _fits_another_base(pair):
+            elif spec.num_experts == 1 and _fits_another_base(pair):
                 foreign[spec.leaf].append(pair)
             else:
                 fitting.add(spec.leaf)
@@ -319,7 +320,8 @@ def _parts(target: Target, tensors: Mapping[str, TensorView]) -> LoraParts:
 
 def _shapes(pair: LoraParts, spec: ModuleSpec) -> dict[str, tuple[int, ...]]:
     """Of the parts that the module has."""
-    shapes = {"a": (pair.rank, spec.in_features), "b": (spec.out_features, pair.rank)}
+    rank = pair.rank * spec.num_experts
+    shapes = {"a": (rank, spec.in_features), "b": (spec.out_features, rank)}
     more = {part: (spec.out_features,) for part in _ORDER[2:] if getattr(pair, part) is not None}
     return {**shapes, **more}
 

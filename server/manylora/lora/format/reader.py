@@ -68,7 +68,7 @@ def _build(
     reading: Reading, modules: tuple[AdaptedModule, ...], digest: str, size_bytes: int, warnings: list[str]
 ) -> Adapter:
     return Adapter(
-        rank=max((term.rank for module in modules for term in module.terms if isinstance(term, LowRank)), default=0),
+        rank=max((t.rank // t.num_experts for m in modules for t in m.terms if isinstance(t, LowRank)), default=0),
         alpha=reading.alpha,
         target_modules=reading.target_modules,
         base_model_name_or_path=reading.base_model_name_or_path,

@@ -12,7 +12,7 @@ from manylora.lora.format.tensors import TensorView
 
 Floats = npt.NDArray[np.float32]
 
-ModuleKind = Literal["linear", "conv1d", "embedding", "norm"]
+ModuleKind = Literal["linear", "conv1d", "embedding", "norm", "experts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,9 @@ class ModuleSpec:
     `path` is its name in the Hugging Face model, for example "model.layers.0.self_attn.q_proj". For an
     embedding `in_features` is the vocabulary's size and `out_features` the hidden size, of a norm both are its width.
     `shares_input`: whether other linears are computed with the very same input, as q, k and v are. `is_tied`: of an
-    embedding and a head that have one weight.
+    embedding and a head that have one weight. `is_parameter`: of what adapters name by its parameter and not by its
+    module (`target_parameters`): a router, or the experts of a layer, whose path ends in the parameter's name and whose
+    sizes are those of each of `num_experts`.
     """
 
     path: str
@@ -31,6 +33,13 @@ class ModuleSpec:
     out_features: int
     shares_input: bool = False
     is_tied: bool = False
+    is_parameter: bool = False
+    num_experts: int = 1
+
+    @property
+    def parameter(self) -> str:
+        """The name of its weight, as `target_parameters` ends in it: "model.layers.0.self_attn.q_proj.weight"."""
+        return self.path if self.kind == "experts" else f"{self.path}.weight"
 
     @property
     def leaf(self) -> str:
@@ -129,12 +138,37 @@ class Made:
 
 
 @dataclass(frozen=True, slots=True)
+class Reordered:
+    """A file's numbers in another order: `order` gets them as they lie there and returns them in the same shape."""
+
+    view: TensorView
+    order: Callable[[Floats], Floats]
+
+    @property
+    def dtype(self) -> str:
+        return self.view.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.view.shape
+
+    @property
+    def num_bytes(self) -> int:
+        return self.view.num_bytes
+
+    def values(self, _base: object = None) -> Floats:
+        """They do not depend on the base's."""
+        return self.order(self.view.to_float32())
+
+
+@dataclass(frozen=True, slots=True)
 class LowRank:
     """A term: y += scale * B (A x).
 
     linear and conv1d: a [rank, in_features], b [out_features, rank]. embedding: x is one-hot, so a is
     [rank, vocabulary] and b is [hidden, rank]. For LoRA `scale` is alpha/rank, or alpha/sqrt(rank) for rsLoRA.
-    `token_ids`: of one that changes the rows of some tokens only, these.
+    `token_ids`: of one that changes the rows of some tokens only, these. Of experts `rank` is that of all together,
+    one expert after the other: expert e of n has the ranks from e * rank / n on.
     """
 
     rank: int
@@ -142,6 +176,7 @@ class LowRank:
     a: Matrix
     b: Matrix
     token_ids: tuple[int, ...] = ()
+    num_experts: int = 1
 
     @property
     def matrices(self) -> tuple[Matrix, ...]:

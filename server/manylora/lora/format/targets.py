@@ -27,18 +27,24 @@ class Target:
 
 
 def resolve(
-    settings: LoraSettings, modules: Mapping[str, ModuleSpec], max_rank: int, problems: Problems, warnings: list[str]
+    settings: LoraSettings,
+    modules: Mapping[str, ModuleSpec],
+    max_rank: int,
+    problems: Problems,
+    warnings: list[str],
+    others: Mapping[str, Target] | None = None,
 ) -> dict[str, Target] | None:
     """The adapted modules by path, in the base's order; None where a pattern cannot be used.
 
-    Adds `unmatched_module` for a target that the base does not have, `rank_too_large`, and `bad_config` for
-    a broken pattern.
+    `others`: those that the tensors show beside what the config names. Adds `unmatched_module` for a target that the
+    base does not have, `rank_too_large`, and `bad_config` for a broken pattern.
     """
     patterns = Patterns()
     try:
         paths = _Chosen(settings, modules, patterns).paths()
         targets = dict(_with_ranks(settings, [modules[path] for path in paths], patterns, warnings))
         targets = with_tied_heads(targets, modules) if settings.ties_weights else targets
+        targets = _in_order({**targets, **(others or {})}, modules)
         _check_names(settings, modules, targets, patterns, problems, warnings)
     except PatternFault as fault:
         problems.add("bad_config", CONFIG_FILE, f"{fault}.")
@@ -62,7 +68,11 @@ def with_tied_heads(targets: Mapping[str, Target], modules: Mapping[str, ModuleS
     if one is None:
         return dict(targets)
     both = {**targets, **{path: replace(one, spec=spec) for path, spec in tied.items()}}
-    return {path: both[path] for path in modules if path in both}
+    return _in_order(both, modules)
+
+
+def _in_order(targets: Mapping[str, Target], modules: Mapping[str, ModuleSpec]) -> dict[str, Target]:
+    return {path: targets[path] for path in modules if path in targets}
 
 
 def as_accepted(
@@ -75,8 +85,9 @@ def as_accepted(
     try:
         alphas = KeyTable(settings.alpha_pattern, Patterns(_ACCEPTED_BUDGET_S))
         found = {}
+        by_parameter = frozenset(parameter_targets(settings, modules))
         for path in (path for path in modules if path in ranks):
-            key = alphas.first(path)
+            key = alphas.first(modules[path].parameter if path in by_parameter else path)
             alpha = settings.alpha if key is None else settings.alpha_pattern[key]
             found[path] = Target(modules[path], ranks[path], settings.scale(ranks[path], alpha), alpha)
     except PatternFault as fault:
@@ -96,6 +107,14 @@ def resolve_ranks(
     except PatternFault as fault:
         problems.add("bad_config", CONFIG_FILE, f"{fault}.")
         return None
+
+
+def parameter_targets(settings: LoraSettings, modules: Mapping[str, ModuleSpec]) -> list[str]:
+    """The modules whose weight `target_parameters` names, in the base's order: names are ends of paths."""
+    named = frozenset(settings.target_parameters)
+    if not named:
+        return []
+    return [path for path, spec in modules.items() if any(end in named for end in suffixes(spec.parameter))]
 
 
 class _Names:
@@ -133,10 +152,8 @@ class _Chosen:
         self._modules = modules
         self._patterns = patterns
         self._excluded = _Names(settings.exclude_modules, patterns)
-        names = settings.target_modules
-        if settings.target_parameters:  # of linears, whose only matrix is the weight: as if the linear was named
-            names = (*names, *(each.removesuffix(".weight") for each in settings.target_parameters))
-        self._wanted = _Names(names, patterns)
+        self._wanted = _Names(settings.target_modules, patterns)
+        self._by_parameter = frozenset(parameter_targets(settings, modules))
         self._head = output_head(modules)
 
     def paths(self) -> list[str]:
@@ -145,7 +162,9 @@ class _Chosen:
 
     def _is_target(self, path: str) -> bool:
         settings = self._settings
-        if path in self._excluded:
+        if path in self._by_parameter:  # as in PEFT, whatever its layer and whatever is excluded
+            return True
+        if path in self._excluded or self._modules[path].is_parameter:
             return False
         if _is_all_linear(settings):
             return self._modules[path].kind != "embedding" and path != self._head
@@ -174,10 +193,12 @@ def _with_ranks(
     alpha_budget_s: float = _ALPHA_BUDGET_S,
 ) -> Iterator[tuple[str, Target]]:
     used: set[str] = set()
+    by_parameter = frozenset(parameter_targets(settings, {spec.path: spec for spec in specs}))
     ranks = KeyTable(settings.rank_pattern, patterns)
     alphas = KeyTable(settings.alpha_pattern, Patterns(alpha_budget_s))
     for spec in specs:
-        rank_key, alpha_key = ranks.first(spec.path), alphas.first(spec.path)
+        name = spec.parameter if spec.path in by_parameter else spec.path
+        rank_key, alpha_key = ranks.first(name), alphas.first(name)
         rank = settings.rank if rank_key is None else settings.rank_pattern[rank_key]
         alpha = settings.alpha if alpha_key is None else settings.alpha_pattern[alpha_key]
         used |= {key for key in (rank_key, alpha_key) if key is not None}
@@ -209,7 +230,11 @@ def _check_names(
         unknown = sorted(set(names) - existing)
     if layers is not None and settings.has_plain_layout:
         absent = sorted(layers - {_layer(settings, path, patterns) for path in modules})
+    existing_parameters = {end for spec in modules.values() for end in suffixes(spec.parameter)}
+    strange = sorted(set(settings.target_parameters) - existing_parameters)
     if targets:
+        if strange:
+            warnings.append(f"The base has no adaptable parameter that ends in {listed(strange)} (target_parameters).")
         if unknown:
             warnings.append(
                 f"The base has no adaptable module that ends in {listed(unknown)}, which target_modules names beside "
@@ -225,6 +250,12 @@ def _check_names(
             "unmatched_module",
             f"{CONFIG_FILE}: target_modules",
             f"The base has no adaptable module that ends in {shown(name)}. {hint}",
+        )
+    for name in strange:
+        problems.add(
+            "unmatched_module",
+            f"{CONFIG_FILE}: target_parameters",
+            f"The base has no adaptable parameter that ends in {shown(name)}.",
         )
     for layer in absent:
         problems.add(

@@ -277,6 +277,23 @@ class DeviceMemory:
         a, b = room[token_ids, :rank], slab.stack_b(extent)[row, :rank]
         return (a * slab.stack_scales(extent)[row, :rank] if slab.layout.has_scales else a), b
 
+    def experts(
+        self, slot: int, site: int, num_experts: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
+        """A and B of each of a layer's experts, as stored: [experts, r, in] and [experts, r, out]; None if untouched.
+
+        And by what A x is multiplied, float32 [experts, r], in a layout that has scales.
+        """
+        rank = int(self.ranks[site, slot])
+        if not rank:
+            return None
+        slab, row, extent = self._find(slot, site)
+        own = rank // num_experts
+        a = slab.stack_a(extent)[row, :rank].view(num_experts, own, extent.in_features)
+        b = slab.stack_b(extent)[row, :rank].view(num_experts, own, extent.out_features)
+        scales = slab.stack_scales(extent)[row, :rank].reshape(num_experts, own) if slab.layout.has_scales else None
+        return a, b, scales
+
     def dense(self, slot: int, site: int) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """D of one slot as it is stored, [out, in] (an embedding's: [vocab, hidden]), and its rows' scales or None.
 

@@ -17,6 +17,7 @@ from manylora.lora.format.spec import (
     Matrix,
     ModuleKind,
     Output,
+    Reordered,
     Term,
 )
 from manylora.lora.format.tensors import TensorView
@@ -166,6 +167,8 @@ def _write_vector(data: torch.Tensor, at: int, extent: InputExtent | OutputExten
 
 
 def _tensor(matrix: Matrix, base: _Base) -> torch.Tensor:
+    if isinstance(matrix, Reordered):
+        return torch.from_numpy(matrix.values())
     if not isinstance(matrix, TensorView):
         return torch.from_numpy(np.ascontiguousarray(matrix.values(base())))
     # Read-only memory: torch only ever reads it here, so the writable flag is borrowed through numpy.
