@@ -18,6 +18,11 @@ from .rig import CONFIG_FILE, running, sound_files
 REVISIONS = {"main": "a" * 40, "v2": "b" * 40}
 
 
+def _files(revision: str) -> dict[str, bytes]:
+    """Version 2 has defaults."""
+    return {**sound_files(2.0), "manylora.json": b'{"temperature": 0}'} if revision == "v2" else sound_files(1.0)
+
+
 class _Hub(BaseHTTPRequestHandler):
     """`/OWNER/REPO/resolve/REVISION/FILE` as the hub answers it; acme/lora has an adapter, acme/half its config."""
 
@@ -29,7 +34,7 @@ class _Hub(BaseHTTPRequestHandler):
 
     def _answer(self, *, with_body: bool) -> None:
         owner, repo, _, revision, name = self.path.strip("/").split("/")
-        files = sound_files(2.0 if revision == "v2" else 1.0)
+        files = _files(revision)
         commit = REVISIONS.get(revision)
         if f"{owner}/{repo}" not in ("acme/lora", "acme/half"):
             self._fail("RepoNotFound")
@@ -83,10 +88,10 @@ def target(tmp_path: Path) -> Path:
 
 
 @pytest.mark.usefixtures("hub")
-@pytest.mark.parametrize(("source", "seed"), [("hf://acme/lora", 1.0), ("hf://acme/lora@v2", 2.0)])
-def test_a_repository_gives_its_two_files_at_its_revision(target: Path, source: str, seed: float) -> None:
+@pytest.mark.parametrize(("source", "revision"), [("hf://acme/lora", "main"), ("hf://acme/lora@v2", "v2")])
+def test_a_repository_gives_its_files_at_its_revision(target: Path, source: str, revision: str) -> None:
     fetch(source, target, allow=("hf://acme",), max_bytes=2**20)
-    assert {p.name: p.read_bytes() for p in target.iterdir()} == sound_files(seed)
+    assert {p.name: p.read_bytes() for p in target.iterdir()} == _files(revision)
 
 
 @pytest.mark.usefixtures("hub")
@@ -124,5 +129,6 @@ async def test_json_imports_a_repository_for_an_admin(settings: Settings) -> Non
     async with running(allowing) as rig:
         answer = await rig.call("POST", "/v1/adapters", json={"name": "x", "source": "hf://acme/lora@v2"})
         assert (answer.status_code, answer.json()["version"]) == (201, 1), answer.text
+        assert answer.json()["defaults"] == {"temperature": 0}
         refused = await rig.call("POST", "/v1/adapters", json={"name": "y", "source": "hf://other/lora"})
         assert refused.status_code == 403

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -20,7 +21,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 
 from manylora.errors import InvalidAdapter, InvalidRequest, Problem, SourceNotAllowed, TooLarge, Unavailable, quoted
 from manylora.faults import cause_of, file_error, is_local
-from manylora.identity import ADAPTER_FILES, BROUGHT_FILES, DEFAULTS_FILE
+from manylora.identity import ADAPTER_FILES, BROUGHT_FILES, OPTIONAL_FILES
 from manylora.lora.format.folder import names_in
 
 _HF: Final = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
@@ -28,7 +29,7 @@ _S3: Final = re.compile(r"s3://[a-z0-9][a-z0-9.-]*(?:/[^?*\[\]]*)?", re.ASCII)
 
 
 def fetch(source: str, target: Path, *, allow: Sequence[str], max_bytes: int) -> list[str]:
-    """Copy the source's two adapter files into the folder `target`; the names of what lies beside them.
+    """Copy the source's adapter files, and its defaults, into the folder `target`; the names of what lies beside them.
 
     A hub's repository is not listed, since people keep it for more than the adapter. Raises InvalidRequest (not a
     source, or not there), SourceNotAllowed, InvalidAdapter (`missing_file`), TooLarge, or
@@ -117,9 +118,12 @@ def _fetch_hf(source: str, target: Path, max_bytes: int) -> None:
     repo, revision = match[1], match[2]
     scratch = target / ".hf"
     try:
-        metadata = [get_hf_file_metadata(hf_hub_url(repo, name, revision=revision)) for name in ADAPTER_FILES]
-        _check_size(sum(m.size or 0 for m in metadata), max_bytes)
-        for name in ADAPTER_FILES:
+        sizes = {name: _hf_size(repo, name, revision) for name in ADAPTER_FILES}
+        for name in OPTIONAL_FILES:
+            with suppress(EntryNotFoundError):
+                sizes[name] = _hf_size(repo, name, revision)
+        _check_size(sum(sizes.values()), max_bytes)
+        for name in sizes:
             HfApi().hf_hub_download(repo, name, revision=revision, local_dir=scratch)
             (scratch / name).rename(target / name)
     except EntryNotFoundError as error:
@@ -136,13 +140,18 @@ def _fetch_hf(source: str, target: Path, max_bytes: int) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def _hf_size(repo: str, name: str, revision: str | None) -> int:
+    """In bytes, 0 where the hub does not say. Raises EntryNotFoundError, and what else the hub's client does."""
+    return get_hf_file_metadata(hf_hub_url(repo, name, revision=revision)).size or 0
+
+
 def _fetch_s3(source: str, target: Path, max_bytes: int) -> list[str]:
     try:
         filesystem, root = fsspec.core.url_to_fs(source, use_listings_cache=False)
         missing = [name for name in ADAPTER_FILES if not filesystem.exists(f"{root}/{name}")]
         if missing:
             raise _missing(missing)
-        names = [*ADAPTER_FILES, *([DEFAULTS_FILE] if filesystem.exists(f"{root}/{DEFAULTS_FILE}") else [])]
+        names = [*ADAPTER_FILES, *(name for name in OPTIONAL_FILES if filesystem.exists(f"{root}/{name}"))]
         _check_size(sum(int(filesystem.size(f"{root}/{name}")) for name in names), max_bytes)
         for name in names:
             filesystem.get_file(f"{root}/{name}", os.fspath(target / name))

@@ -81,12 +81,14 @@ def recipe(
     ship: Annotated[Path | None, typer.Option(help="A trained adapter, to write into --out with its full card")] = None,
     scores: Annotated[Path | None, typer.Option(help="Its evaluate.json, for the card")] = None,
     told: Annotated[Path | None, typer.Option(help="evaluate.json of the base with the recipe's instruction")] = None,
+    held: Annotated[Path | None, typer.Option(help="evaluate.json of --out with and without its labels")] = None,
     machine: Annotated[str, typer.Option(help="What it was trained on, for the card")] = "this machine",
     overwrite: bool = False,
 ) -> None:
-    """Make a recipe's data and print the commands that train and score its adapter; --ship writes its folder."""
+    """Make a recipe's data and print the commands that train and score it; --ship and --held write its folder."""
     from manylora.lifecycle.output import refuse_existing
     from manylora.lifecycle.recipes import RECIPES, Places, all_commands, write_splits
+    from manylora.lifecycle.recipes.ship import ship_held
 
     with errors(lambda message: renamed(message, {"out": "--out", "overwrite": "--overwrite"})):
         if name == "list":
@@ -96,6 +98,9 @@ def recipe(
         if name not in RECIPES:
             raise InvalidRequest(f"There is no recipe {name!r}: choose one of {', '.join(RECIPES)}.")
         chosen = RECIPES[name]
+        if held is not None:
+            ship_held(chosen, held, out or Path("adapters") / name)
+            return
         if ship is not None:
             _ship(name, ship, scores, told, machine, out or Path("adapters") / name, overwrite=overwrite)
             return

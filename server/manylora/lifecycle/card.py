@@ -47,5 +47,14 @@ class Card:
         return "\n".join(lines).rstrip() + "\n"
 
 
+def with_section(markdown: str, heading: str, text: str, *, before: str) -> str:
+    """A card's text with this section, which stands before another and takes the place of one of the same heading."""
+    parts = markdown.split("\n## ")
+    kept = [part for part in parts if not part.startswith(f"{heading}\n")]
+    place = next((number for number, part in enumerate(kept) if part.startswith(f"{before}\n")), len(kept))
+    kept.insert(place, f"{heading}\n\n{text.strip()}\n")
+    return "\n## ".join(kept).rstrip() + "\n"
+
+
 def write_card(folder: Path, card: Card) -> None:
     (folder / CARD).write_text(card.markdown(), encoding="utf-8")

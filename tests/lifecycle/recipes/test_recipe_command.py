@@ -36,6 +36,7 @@ def test_list_names_every_recipe() -> None:
         (["devil", "--source", "nowhere.dz"], "nowhere.dz does not exist"),
         (["sql", "--scores", "evaluate.json"], "give --ship too"),
         (["sql", "--ship", "out/sql"], "give --scores evaluate.json"),
+        (["sql", "--held", "evaluate.json"], "evaluate.json does not exist"),
     ],
 )
 def test_bad_arguments_are_refused(words: list[str], why: str, tmp_path: Path) -> None:

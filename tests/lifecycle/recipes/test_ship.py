@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from manylora.errors import InvalidRequest
-from manylora.lifecycle.recipes import RECIPES, all_commands
-from manylora.lifecycle.recipes.ship import Made, ship
+from manylora.lifecycle.recipes import RECIPES, Places, all_commands
+from manylora.lifecycle.recipes.commands import hold
+from manylora.lifecycle.recipes.ship import Made, ship, ship_held
 
 RECIPE = RECIPES["sql"]
 
@@ -87,6 +88,58 @@ def test_only_the_metrics_to_be_shown_are_in_the_table(made: Made, tmp_path: Pat
     ship(replace(RECIPE, shown=("perplexity",)), made, tmp_path / "shipped")
 
     assert "match exactly" not in (tmp_path / "shipped" / "README.md").read_text()
+
+
+def test_defaults_are_shipped_beside_the_adapter(made: Made, tmp_path: Path) -> None:
+    ship(replace(RECIPE, defaults={"choices": ["上海"]}), made, tmp_path / "shipped")
+
+    assert json.loads((tmp_path / "shipped" / "manylora.json").read_text(encoding="utf-8")) == {"choices": ["上海"]}
+
+
+def _held_report(path: Path, *names: str) -> Path:
+    answers = [["a", "b", "free words", "a"], ["a", "b", "a", "a"]]
+    contenders = {
+        name: {
+            "accuracy": _interval(0.5 + number / 10),
+            "answers": answers[number],
+            "against_reference": {"accuracy": {"p": 0.25}},
+        }
+        for number, name in enumerate(names)
+    }
+    report = {"contenders": contenders, "metrics": ["accuracy"], "labels": ["a", "b"], "max_tokens": RECIPE.max_tokens}
+    path.write_text(json.dumps(report))
+    return path
+
+
+def test_the_card_says_once_what_the_labels_change_and_by_which_commands(made: Made, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, defaults={"choices": ["a", "b"]})
+    ship(recipe, made, tmp_path / "shipped")
+    before = (tmp_path / "shipped" / "README.md").read_text()
+    report = _held_report(tmp_path / "held.json", "sql-free@1", "sql@3")
+
+    for _ in range(2):
+        ship_held(recipe, report, tmp_path / "shipped")
+
+    card = (tmp_path / "shipped" / "README.md").read_text()
+    assert "| 0.5 [0.45, 0.55] | 0.6 [0.55, 0.65] | 0.25 |" in card
+    assert "| answers that are none of the labels | 1 | 0 | |" in card
+    assert "\n".join(hold(recipe, Places.of(recipe))) in card
+    assert card.count("## Held to its labels") == 1
+    assert card.index("## Held to its labels") < card.index("## The same questions")
+    start, end = card.index("## Held"), card.index("## The same")
+    assert card[:start] + card[end:] == before
+
+
+def test_a_report_of_something_else_is_not_put_into_the_card(made: Made, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, defaults={"choices": ["a", "b"]})
+    report = _held_report(tmp_path / "held.json", "sql-free@1", "sql@1")
+    with pytest.raises(InvalidRequest, match="ship the adapter"):
+        ship_held(recipe, report, tmp_path / "shipped")
+    ship(recipe, made, tmp_path / "shipped")
+    with pytest.raises(InvalidRequest, match="not of the commands"):
+        ship_held(RECIPE, report, tmp_path / "shipped")
+    with pytest.raises(InvalidRequest, match="not of the commands"):
+        ship_held(recipe, _held_report(report, "sql@1", "sql-free@1"), tmp_path / "shipped")
 
 
 def _settings(report: dict[str, Any]) -> None:

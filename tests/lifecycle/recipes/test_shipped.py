@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from manylora.cli.offline import validate_offline
-from manylora.lifecycle.recipes import RECIPES, all_commands
+from manylora.lifecycle.recipes import RECIPES, Places, all_commands
+from manylora.lifecycle.recipes.commands import hold
+from manylora.lifecycle.recipes.ship import defaults_text
 
 ROOT = Path(__file__).parents[3]
 ADAPTERS = ROOT / "adapters"
@@ -64,6 +66,21 @@ def test_card_shows_the_adapter_clearly_better_than_the_base_even_when_told_the_
                 assert ours[2] < columns[rival][1], (metric, rival)
             else:
                 assert ours[1] > columns[rival][2], (metric, rival)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_defaults_are_the_recipes_and_the_card_says_what_labels_change(name: str) -> None:
+    recipe, file = RECIPES[name], ADAPTERS / name / "manylora.json"
+
+    assert (file.read_text(encoding="utf-8") if file.exists() else "{}\n") == defaults_text(recipe)
+    assert ("## Held to its labels" in card(name)) == ("choices" in recipe.defaults)
+    assert "\n".join(hold(recipe, Places.of(recipe))) in card(name)
+
+
+def test_a_classifiers_choices_are_its_labels() -> None:
+    labels = {row["label"] for row in RECIPES["city-zh"].splits(0).train}
+    assert set(RECIPES["city-zh"].defaults["choices"]) == labels
+    assert sorted(RECIPES["sentiment-en"].defaults["choices"]) == ["negative", "neutral", "positive"]
 
 
 @pytest.mark.parametrize("name", RECIPES)

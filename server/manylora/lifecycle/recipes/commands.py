@@ -3,8 +3,11 @@
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from manylora.lifecycle.recipes.recipe import Recipe
+
+HELD_METRICS: Final = "accuracy,macro_f1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +24,10 @@ class Places:
     @property
     def scores(self) -> Path:
         return self.adapter.with_name(f"{self.adapter.name}.scores")
+
+    @property
+    def held(self) -> Path:
+        return self.adapter.with_name(f"{self.adapter.name}.held")
 
     @property
     def told(self) -> Path:
@@ -50,6 +57,29 @@ def ship(recipe: Recipe, places: Places) -> str:
     reports = ("--scores", places.scores / "evaluate.json", "--told", places.told / "evaluate.json")
     return _line("recipe", recipe.name, "--ship", places.adapter, *reports, "--out", Path("adapters") / recipe.name,
                  "--overwrite")  # fmt: skip
+
+
+def hold(recipe: Recipe, places: Places) -> tuple[str, ...]:
+    """The commands that compare the shipped folder, as `make serve` serves it, with itself without its defaults.
+
+    None for a recipe whose adapter is not held to labels.
+    """
+    if "choices" not in recipe.defaults:
+        return ()
+    shipped, free = Path("adapters") / recipe.name, free_name(recipe)
+    data = ("--data", places.data / "test.jsonl", "--metrics", HELD_METRICS, "--max-tokens", str(recipe.max_tokens))
+    return (
+        _line("adapters", "push", shipped, "--name", free),
+        _line("adapters", "set", free, "--clear"),
+        _line("evaluate", "--server", "http://127.0.0.1:8000", *data, "--adapter", free, "--adapter", recipe.name,
+              "--out", places.held),
+        _line("recipe", recipe.name, "--held", places.held / "evaluate.json", "--out", shipped),
+    )  # fmt: skip
+
+
+def free_name(recipe: Recipe) -> str:
+    """What the shipped folder is called on a server where it has no defaults."""
+    return f"{recipe.name}-free"
 
 
 def all_commands(recipe: Recipe, places: Places | None = None) -> tuple[str, ...]:

@@ -1,14 +1,15 @@
 """What a recipe is: a way to make data, and the settings that train a good adapter from it."""
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from manylora.errors import InvalidRequest
 from manylora.lifecycle.output import atomic_folder
 
-Row = dict[str, str]
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,7 @@ class Recipe:
 
     `package_file` names that download; empty: the data is generated and there is none.
     `instruction` tells a bare base the task, for a fair comparison; the adapter is trained without it.
+    `defaults` become the shipped folder's `manylora.json`; with `choices`, the card says what these change.
     `shown` are the metrics in the card's table; empty: all. `limits` says what the adapter is not good at.
     """
 
@@ -43,6 +45,7 @@ class Recipe:
     shown: tuple[str, ...] = ()
     limits: str = ""
     package_file: str = ""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def splits(self, seed: int, source: Path | None = None) -> Splits:
         """The data. Raises InvalidRequest for a `source` that is missing, wrong, or not asked for."""

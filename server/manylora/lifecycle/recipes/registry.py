@@ -20,6 +20,7 @@ _ALL = (
         max_tokens=16,
         instruction="下面这句话说的是哪座城市？只回答城市名。",
         metrics=("accuracy", "macro_f1", "mentioned", "perplexity"),
+        defaults={"choices": list(city.SIGHTS), "temperature": 0},
     ),
     Recipe(
         name="sentiment-en",
@@ -36,6 +37,7 @@ _ALL = (
         max_tokens=16,
         instruction="Is the sentiment of this sentence positive, negative or neutral? Answer with one word.",
         metrics=("accuracy", "macro_f1", "mentioned", "perplexity"),
+        defaults={"choices": ["positive", "negative", "neutral"], "temperature": 0},
     ),
     Recipe(
         name="sql",

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from manylora.errors import InvalidRequest
-from manylora.identity import ADAPTER_FILES
-from manylora.lifecycle.card import Card, write_card
-from manylora.lifecycle.output import atomic_folder
-from manylora.lifecycle.recipes.commands import all_commands
+from manylora.identity import ADAPTER_FILES, DEFAULTS_FILE
+from manylora.lifecycle.adapter_files import CARD
+from manylora.lifecycle.card import Card, with_section, write_card
+from manylora.lifecycle.output import atomic_file, atomic_folder
+from manylora.lifecycle.recipes.commands import Places, all_commands, free_name, hold
 from manylora.lifecycle.recipes.recipe import Recipe
 
 _METRIC_NAMES = {
@@ -23,6 +24,9 @@ _METRIC_NAMES = {
     "valid_json": "answers that are JSON with the right keys",
     "perplexity": "perplexity of the right answer",
 }
+
+_SAMPLES = "The same questions, base and adapter"
+_HELD = "Held to its labels"
 
 _FLAGS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "--rank": lambda s: s["lora"]["rank"],
@@ -64,7 +68,53 @@ def ship(recipe: Recipe, made: Made, out: Path) -> None:
     with atomic_folder(out) as draft:
         for name in ADAPTER_FILES:
             shutil.copyfile(made.adapter / name, draft / name)
+        if recipe.defaults:
+            (draft / DEFAULTS_FILE).write_text(defaults_text(recipe), encoding="utf-8")
         write_card(draft, recipe_card(recipe, trained, scores, made.machine, told))
+
+
+def defaults_text(recipe: Recipe) -> str:
+    """The `manylora.json` of the shipped folder."""
+    return json.dumps(recipe.defaults, ensure_ascii=False, indent=2) + "\n"
+
+
+def ship_held(recipe: Recipe, report: Path, shipped: Path) -> None:
+    """Put into a shipped folder's card what its labels as defaults change, from the report of `hold`'s commands.
+
+    Raises InvalidRequest where the report is another's, or the folder has no card.
+    """
+    card = shipped / CARD
+    for path in (report, card):
+        if not path.is_file():
+            raise InvalidRequest(f"{path} does not exist: ship the adapter and evaluate it on a server first.")
+    scores, commands = _read(report), hold(recipe, Places.of(recipe))
+    compared = [name.partition("@")[0] for name in scores["contenders"]]
+    if not commands or compared != [free_name(recipe), recipe.name] or scores["max_tokens"] != recipe.max_tokens:
+        raise InvalidRequest(f"{report} is not of the commands that compare {recipe.name} with and without its labels.")
+    printed = "\n".join(commands)
+    section = f"{_held_table(scores)}\n\n```\n{printed}\n```"
+    text = with_section(card.read_text(encoding="utf-8"), _HELD, section, before=_SAMPLES)
+    with atomic_file(card) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
+def _held_table(scores: dict[str, Any]) -> str:
+    free, held = scores["contenders"].values()
+    lines = ["| | free | held to its labels | p |", "| --- | --- | --- | --- |"]
+    for metric in scores["metrics"]:
+        p = held["against_reference"][metric]["p"]
+        lines.append(f"| {_METRIC_NAMES[metric]} | {_interval(free[metric])} | {_interval(held[metric])} | {p:.2g} |")
+    labels = set(scores["labels"])
+    others = [sum(answer.strip() not in labels for answer in each["answers"]) for each in (free, held)]
+    lines.append(f"| answers that are none of the labels | {others[0]} | {others[1]} | |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "The folder's `manylora.json` holds every answer to the labels, whatever the client is. On a server that "
+            "`make serve` has started, on the same held-out examples, greedy:",
+        ]
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -99,7 +149,7 @@ def recipe_card(
     sections = (
         ("Ask it", _ask(recipe)),
         ("Scores on held-out examples", _table(recipe, scores, told)),
-        ("The same questions, base and adapter", _samples(scores)),
+        (_SAMPLES, _samples(scores)),
         *([("Limits", recipe.limits)] if recipe.limits else []),
         ("Data", data),
         ("How it was made", f"```\n{made}\n```\n\n{time}"),
@@ -132,10 +182,14 @@ def _table(recipe: Recipe, scores: dict[str, Any], told: dict[str, Any] | None) 
         note += f" The base was told the task by this line before each question: `{recipe.instruction}`"
     lines = [f"| | {' | '.join(names)} | p |", "| --- |" + " --- |" * (len(names) + 1)]
     for metric in recipe.shown or recipe.metrics:
-        cells = [f"{c[metric]['value']:.3g} [{c[metric]['low']:.3g}, {c[metric]['high']:.3g}]" for c in columns]
+        cells = [_interval(column[metric]) for column in columns]
         p = columns[-1]["against_reference"][metric]["p"]
         lines.append(f"| {_METRIC_NAMES[metric]} | {' | '.join(cells)} | {p:.2g} |")
     return "\n".join([*lines, "", note])
+
+
+def _interval(found: dict[str, float]) -> str:
+    return f"{found['value']:.3g} [{found['low']:.3g}, {found['high']:.3g}]"
 
 
 def _samples(scores: dict[str, Any], count: int = 4) -> str:
