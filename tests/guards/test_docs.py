@@ -136,6 +136,7 @@ def test_what_compare_writes_can_take_the_place_of_the_standard_results(
 def routes() -> Iterator[str]:
     from manylora.api import (
         adapters,
+        anthropic,
         dashboard_routes,
         embeddings,
         inspection,
@@ -156,7 +157,7 @@ def routes() -> Iterator[str]:
         usage.build_router(catalog),
         dashboard_routes.build_router(),
     )
-    inference = (openai, responses, embeddings, tokens, tgi, ollama, sagemaker)
+    inference = (openai, responses, anthropic, embeddings, tokens, tgi, ollama, sagemaker)
     for router in (ops.router, *(each.router for each in inference), *built):
         for route in router.routes:
             if isinstance(route, APIRoute) and "assets" not in route.path:

@@ -11,6 +11,7 @@ from fastapi.staticfiles import StaticFiles
 from pydantic.json_schema import models_json_schema
 from starlette.responses import RedirectResponse, Response
 
+from manylora.api.anthropic import CountRequest, MessagesRequest
 from manylora.api.embeddings import EmbeddingRequest
 from manylora.api.ollama import OllamaChatRequest, OllamaGenerateRequest
 from manylora.api.responses import ResponseRequest
@@ -26,6 +27,8 @@ _BODIES: Final = (
     CompletionRequest,
     ChatRequest,
     ResponseRequest,
+    MessagesRequest,
+    CountRequest,
     EmbeddingRequest,
     TokenizeRequest,
     DetokenizeRequest,

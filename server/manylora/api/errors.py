@@ -35,6 +35,7 @@ from manylora.log import get_logger
 __all__ = [
     "ERROR_BODIES",
     "INTERNAL_ERROR",
+    "anthropic_error",
     "error_json",
     "error_response",
     "install_error_handlers",
@@ -90,6 +91,22 @@ def ollama_error(error: ManyloraError) -> dict[str, Any]:
     return {"error": error.message}
 
 
+def anthropic_error(error: ManyloraError) -> dict[str, Any]:
+    kind = _ANTHROPIC_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    message, place = error.message, error.param
+    if place and f"'{place}" not in message and not message.startswith(f"{place}:"):  # there is no other place for it
+        message = f"{place}: {message}"
+    return {"type": "error", "error": {"type": kind, "message": message}}
+
+
+_ANTHROPIC_TYPES: Final = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 _TGI_TYPES: Final = {
     **dict.fromkeys((400, 413, 415, 422), "validation"),
     **dict.fromkeys((429, 503), "overloaded"),
@@ -101,6 +118,7 @@ ErrorBody: TypeAlias = Callable[[ManyloraError], dict[str, Any]]
 
 ERROR_BODIES: Final[Mapping[str, ErrorBody]] = {
     "/api": ollama_error,
+    "/v1/messages": anthropic_error,
     **dict.fromkeys(("/generate", "/generate_stream", "/info", "POST /"), tgi_error),
 }
 """Of the routes that do not speak as OpenAI does, by the beginning of their path."""

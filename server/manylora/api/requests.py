@@ -5,6 +5,7 @@ every id is checked, wherever it comes from: a tokenizer can have tokens that th
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 
@@ -32,10 +33,11 @@ from manylora.errors import ContextLengthExceeded, InvalidGrammar, InvalidReques
 __all__ = [
     "INLINE_CHARACTERS",
     "INLINE_IDS",
-    "MAX_ENCODED_CHARACTERS",
-    "SHORT_CHARACTERS",
     "Prompt",
     "check_connected",
+    "counted_ids",
+    "lane_of",
+    "num_chat_tokens",
     "prompts_of",
     "read_body",
     "rendered",
@@ -50,7 +52,7 @@ INLINE_CHARACTERS: Final = 4096
 INLINE_IDS: Final = 16_384
 _INLINE_MESSAGES: Final = 32
 # Up to here it is done soon, so it need not stand behind the long ones.
-SHORT_CHARACTERS: Final = 2**18
+_SHORT_CHARACTERS: Final = 2**18
 # Encodings take a hundred bytes for a character, so that many prompts are encoded some at a time.
 _BATCH_CHARACTERS: Final = 2**20
 
@@ -240,6 +242,34 @@ def _render(messages: Sequence[Message], codec: TextCodec) -> str:
     return codec.render_chat([message.for_template() for message in messages])
 
 
+async def num_chat_tokens(request: ChatRequest, engine: EngineClient) -> int:
+    """How many tokens a chat's prompt has, whether or not the context has room for them.
+
+    Raises InvalidRequest, and ContextLengthExceeded for a text that is too long to be encoded only to be counted.
+    """
+    text = (await _rendered(request, engine.codec)).text
+    special = request.has_special_tokens
+    return len(await beside_loop(lane_of(text), counted_ids, text, engine, special=special, param=request.prompt_field))
+
+
+def lane_of(text: str) -> ThreadPoolExecutor:
+    """Where a text is encoded that is not encoded at once."""
+    return SHORT_TEXT if len(text) <= _SHORT_CHARACTERS else LONG_TEXT
+
+
+def counted_ids(text: str, engine: EngineClient, *, special: bool, param: str) -> list[int]:
+    """The ids of a text for which the context needs to have no room. Raises ContextLengthExceeded, see above."""
+    context = engine.model.context_length
+    if len(text) > MAX_ENCODED_CHARACTERS and engine.codec.surely_exceeds(text, context):
+        raise ContextLengthExceeded(
+            f"The text has {len(text)} characters; one that cannot fit the model's context of {context} tokens has at "
+            f"most {MAX_ENCODED_CHARACTERS}. Send less.",
+            param=param,
+        )
+    [ids] = engine.codec.encode_many([text], add_special_tokens=special)
+    return ids
+
+
 async def _encode_chat(request: ChatRequest, text: str, engine: EngineClient) -> _Encoded:
     """The ids of a rendered chat. Raises InvalidRequest."""
     [ids] = await _encode(request, [text], len(text), engine)
@@ -255,7 +285,7 @@ async def _encode(
     if num_characters <= INLINE_CHARACTERS:
         encode, special = engine.codec.encode, request.has_special_tokens
         return [_checked(encode(text, add_special_tokens=special), request, engine) for text in texts]
-    lane = SHORT_TEXT if num_characters <= SHORT_CHARACTERS else LONG_TEXT
+    lane = SHORT_TEXT if num_characters <= _SHORT_CHARACTERS else LONG_TEXT
     return await beside_loop(lane, _encode_long, request, texts, engine)
 
 
@@ -346,8 +376,10 @@ def _fit_to_context(
     room = _room_for_answer(request, num_prompt_tokens, model)
     asked = request.token_limit
     most_unasked = request.default_max_tokens if unasked is None else unasked
-    default = room if most_unasked is None else min(most_unasked, room)
+    default = room if most_unasked is None else most_unasked
     most = default if asked is None else asked
+    if asked is None or request.may_fill_context:
+        most = min(most, room)
     if params.min_tokens > most:
         raise InvalidRequest(
             f"'min_tokens' is {params.min_tokens} and the answer has at most {most} tokens.", param="min_tokens"
@@ -359,7 +391,8 @@ def _room_for_answer(request: InferenceRequest, num_prompt_tokens: int, model: M
     """Tokens that the context leaves for the answer, at least 1. Raises ContextLengthExceeded."""
     room = model.context_length - num_prompt_tokens
     asked = request.token_limit
-    if room < 1 or (asked is not None and asked > room):
+    is_filled = isinstance(request, GenerationRequest) and request.may_fill_context
+    if room < 1 or (asked is not None and asked > room and not is_filled):
         raise _too_long(request, str(num_prompt_tokens), model)
     return room
 

@@ -81,7 +81,7 @@ _TOKEN_FIELDS: Final = (
 )
 
 Prompt: TypeAlias = str | list[int]
-ReasoningEffort: TypeAlias = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+ReasoningEffort: TypeAlias = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 T = TypeVar("T", bound="Body")
 
 
@@ -183,6 +183,8 @@ class GenerationRequest(InferenceRequest):
     """What completions and chat have in common."""
 
     default_max_tokens: ClassVar[int | None] = None  # the rest of the context
+    may_fill_context: ClassVar[bool] = False  # where it has no room for as many tokens as are asked for
+
     stream: bool = False
     stream_options: StreamOptions | None = None
     max_tokens: Int | None = Field(default=None, ge=1)

@@ -11,21 +11,14 @@ from starlette.responses import Response
 from manylora.api.auth import Caller
 from manylora.api.fields import TOKENIZE_UNSUPPORTED, Unsupported
 from manylora.api.json_body import documented
-from manylora.api.lanes import LONG_TEXT, PYTHON, SHORT_TEXT, beside_loop
+from manylora.api.lanes import PYTHON, beside_loop
 from manylora.api.naming import adapter_of
-from manylora.api.requests import (
-    INLINE_CHARACTERS,
-    INLINE_IDS,
-    MAX_ENCODED_CHARACTERS,
-    SHORT_CHARACTERS,
-    read_body,
-    rendered,
-)
+from manylora.api.requests import INLINE_CHARACTERS, INLINE_IDS, counted_ids, lane_of, read_body, rendered
 from manylora.api.sampling import check_token_ids
 from manylora.api.schemas import MAX_MESSAGES, Body, Int, Message, parse
 from manylora.api.state import Services, ServicesDep
 from manylora.engine.interface import EngineClient
-from manylora.errors import ContextLengthExceeded, InvalidRequest
+from manylora.errors import InvalidRequest
 from manylora.tenants.interface import Principal
 
 __all__ = ["DetokenizeRequest", "TokenizeRequest", "router"]
@@ -75,20 +68,14 @@ async def tokenize(request: Request, caller: Caller, services: ServicesDep) -> R
     assert text is not None, "the schema asks for one of the two"
     if len(text) <= INLINE_CHARACTERS:
         return _json(_tokens_of(text, body, engine))
-    lane = SHORT_TEXT if len(text) <= SHORT_CHARACTERS else LONG_TEXT
-    return _json(await beside_loop(lane, _tokens_of, text, body, engine))
+    return _json(await beside_loop(lane_of(text), _tokens_of, text, body, engine))
 
 
 def _tokens_of(text: str, body: TokenizeRequest, engine: EngineClient) -> bytes:
     codec, context = engine.codec, engine.model.context_length
-    if len(text) > MAX_ENCODED_CHARACTERS and codec.surely_exceeds(text, context):
-        raise ContextLengthExceeded(
-            f"The text has {len(text)} characters; one that cannot fit the model's context of {context} tokens has at "
-            f"most {MAX_ENCODED_CHARACTERS}. Send less.",
-            param="prompt" if body.messages is None else "messages",
-        )
-    has_special = body.messages is None if body.add_special_tokens is None else body.add_special_tokens
-    [ids] = codec.encode_many([text], add_special_tokens=has_special)
+    is_chat = body.messages is not None
+    has_special = not is_chat if body.add_special_tokens is None else body.add_special_tokens
+    ids = counted_ids(text, engine, special=has_special, param="messages" if is_chat else "prompt")
     names = [codec.token_name(token_id) for token_id in ids] if body.return_token_strs else None
     return orjson.dumps({"count": len(ids), "max_model_len": context, "tokens": ids, "token_strs": names})
 
