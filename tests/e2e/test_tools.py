@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import httpx
 import jsonschema
 import pytest
@@ -77,3 +78,54 @@ def test_a_call_is_answered_and_streamed(server: Server) -> None:
     assert [delta.id is not None for delta in deltas] == [True, *[False] * (len(deltas) - 1)]
     text = "".join(delta.function.arguments or "" for delta in deltas if delta.function is not None)
     assert set(json.loads(text)) == {"city"}
+
+
+def test_a_call_is_made_and_answered_by_the_responses_api(server: Server) -> None:
+    [body] = BODIES
+    client = server.client()
+    tools: Any = [{"type": "function", **body["tools"][0]["function"]}]
+    asked: Any = body["messages"]
+    for seed in range(TRIES):
+        answer = client.responses.create(
+            model=NAME,
+            input=asked,
+            tools=tools,
+            tool_choice="required",
+            max_output_tokens=200,
+            extra_body={"seed": seed},
+        )
+        if answer.status == "completed":
+            break
+    [*_, call] = answer.output
+    assert call.type == "function_call"
+    jsonschema.validate(json.loads(call.arguments), tools[0]["parameters"])
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}
+    history: Any = [*asked, *(item.model_dump() for item in answer.output), result]
+    with client.responses.stream(
+        model=NAME, input=history, tools=tools, tool_choice="none", max_output_tokens=5
+    ) as stream:
+        names = [event.type for event in stream]
+    assert (names[0], names[-1]) == ("response.created", "response.incomplete")
+
+
+def test_a_call_is_made_and_answered_by_anthropics_messages(server: Server) -> None:
+    [body] = BODIES
+    function = body["tools"][0]["function"]
+    tool: Any = {"name": function["name"], "input_schema": function["parameters"], "strict": True}
+    asked: Any = {"model": NAME, "messages": body["messages"], "tools": [tool], "tool_choice": {"type": "any"}}
+    with anthropic.Anthropic(base_url=server.url, api_key="unused", max_retries=0) as client:
+        for seed in range(TRIES):
+            answer = client.messages.create(**asked, max_tokens=200, extra_body={"seed": seed})
+            if answer.stop_reason == "tool_use":
+                break
+        [*_, call] = answer.content
+        assert call.type == "tool_use"
+        jsonschema.validate(call.input, function["parameters"])
+        result = {"type": "tool_result", "tool_use_id": call.id, "content": "sunny"}
+        history = [*asked["messages"], {"role": "assistant", "content": answer.content}]
+        asked |= {"messages": [*history, {"role": "user", "content": [result]}], "tool_choice": {"type": "none"}}
+        counted = client.messages.count_tokens(**asked).input_tokens
+        with client.messages.stream(**asked, max_tokens=5, extra_body={"ignore_eos": True}) as stream:
+            usage = stream.get_final_message().usage
+        assert counted == usage.input_tokens + (usage.cache_read_input_tokens or 0)
+        assert usage.output_tokens == 5
