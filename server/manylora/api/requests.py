@@ -117,8 +117,8 @@ async def prompts_of(
     else:
         assert isinstance(body, ChatRequest)
         _check_num_choices(body, 1, params.n, engine.max_choices)
-        chat = await _rendered(body, engine.codec)
-        encoded = [await _encode_chat(body, chat.text, engine)]
+        chat, ids = await _chat_prompt(body, engine)
+        encoded = [(ids, "")]
     _check_size(params, body, encoded)
     if body.bad_words:
         params = replace(params, bad_words=await _bad_words(body.bad_words, engine))
@@ -270,12 +270,40 @@ def counted_ids(text: str, engine: EngineClient, *, special: bool, param: str) -
     return ids
 
 
-async def _encode_chat(request: ChatRequest, text: str, engine: EngineClient) -> _Encoded:
-    """The ids of a rendered chat. Raises InvalidRequest."""
-    [ids] = await _encode(request, [text], len(text), engine)
+async def _chat_prompt(request: ChatRequest, engine: EngineClient) -> tuple[RenderedChat, tuple[int, ...]]:
+    """A rendered chat and its ids. Raises InvalidRequest.
+
+    Of a chat that drops its oldest turns, the fewest are dropped that have to be: what follows the instructions with
+    which it begins, up to some message of the user's.
+    """
+    try:
+        return await _encode_chat(request, engine)
+    except ContextLengthExceeded:
+        if not request.drops_oldest:
+            raise
+        messages = request.messages
+        first = next((at for at, each in enumerate(messages) if each.role not in ("system", "developer")), 0)
+        starts = [at for at, each in enumerate(messages) if each.role == "user" and at > first]
+        found, low, high = None, 0, len(starts)
+        while low < high:
+            middle = (low + high) // 2
+            kept = [*messages[:first], *messages[starts[middle] :]]
+            try:
+                found = await _encode_chat(request.model_copy(update={"messages": kept}), engine)
+                high = middle
+            except ContextLengthExceeded:
+                low = middle + 1
+        if found is None:
+            raise
+        return found
+
+
+async def _encode_chat(request: ChatRequest, engine: EngineClient) -> tuple[RenderedChat, tuple[int, ...]]:
+    chat = await _rendered(request, engine.codec)
+    [ids] = await _encode(request, [chat.text], len(chat.text), engine)
     if not ids:
         raise InvalidRequest("'messages' have no tokens for this model.", param="messages")
-    return ids, ""
+    return chat, ids
 
 
 async def _encode(

@@ -368,6 +368,7 @@ class ChatRequest(GenerationRequest):
     unsupported: ClassVar[Unsupported] = CHAT_UNSUPPORTED
     adds_special_tokens: ClassVar[bool] = False  # the chat template has written them
     prompt_field: ClassVar[str] = "messages"
+    drops_oldest: ClassVar[bool] = False  # turns that the context has no room for
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     logprobs: bool = False
