@@ -4,6 +4,7 @@ The one place for it, whichever route the body came by. What surely does not fit
 every id is checked, wherever it comes from: a tokenizer can have tokens that the model has no row for.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -28,13 +29,14 @@ from manylora.api.schemas import (
 from manylora.api.structured import ANSWER_FIELDS, asked_for
 from manylora.chat.pieces import Reader
 from manylora.engine.interface import CompiledGrammar, EngineClient, ModelInfo, SamplingParams, TextCodec
-from manylora.errors import ContextLengthExceeded, InvalidGrammar, InvalidRequest, quoted
+from manylora.errors import ContextLengthExceeded, InvalidGrammar, InvalidRequest, WrongModelType, quoted
 
 __all__ = [
     "INLINE_CHARACTERS",
     "INLINE_IDS",
     "Prompt",
     "check_connected",
+    "check_kind",
     "counted_ids",
     "lane_of",
     "num_chat_tokens",
@@ -78,6 +80,15 @@ async def check_connected(request: Request) -> None:
     """Raises ClientGone if the client of a large body has not waited for its prompts to be encoded."""
     if len(await request.body()) > _INLINE_BYTES and await request.is_disconnected():
         raise ClientGone
+
+
+def check_kind(body: InferenceRequest, model: ModelInfo) -> None:
+    """Raises WrongModelType where the body is for another kind of base than the one that is served."""
+    if model.kind == "pool" and not isinstance(body, PoolRequest):
+        raise WrongModelType(
+            "This server's model is an encoder: it turns texts into vectors and writes none. Ask /v1/embeddings, or a "
+            "server of a decoder."
+        )
 
 
 # prompts
@@ -139,6 +150,11 @@ async def _pooled_prompts(body: PoolRequest, engine: EngineClient) -> tuple[Prom
     if not engine.model.hidden_size:
         raise InvalidRequest("This server's base model gives no hidden states, so it has no embeddings.", param="model")
     _check_num_choices(body, len(body.prompts), 1, engine.max_choices)
+    if body.pooling == "cls" and engine.model.kind == "generate":
+        raise InvalidRequest(
+            "'pooling' is 'cls', and the first token of this server's model has seen no other. Use 'last' or 'mean'.",
+            param="pooling",
+        )
     params = SamplingParams(max_tokens=0, pooling=body.pooling or engine.model.default_pooling)
     return tuple(Prompt(ids, params) for ids, _ in await _encode_prompts(body, engine))
 
@@ -199,7 +215,7 @@ def _given(request: InferenceRequest, engine: EngineClient, is_repeated: bool) -
     prompts = []
     for prompt in request.prompts:
         assert isinstance(prompt, list), "prompts are all text or all ids"
-        kept = _truncated(prompt, request, engine.model)
+        kept = _truncated(prompt, request, engine, is_text=False)
         _room_for_answer(request, len(kept), engine.model)
         prompts.append(check_token_ids(kept, engine.model, request.prompt_field))
     decode = engine.codec.decode
@@ -346,7 +362,7 @@ def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
 
 def _checked(ids: list[int], request: InferenceRequest, engine: EngineClient) -> tuple[int, ...]:
     """The ids of a text, those that are kept, if the model has a row for each and room for them."""
-    ids = _truncated(ids, request, engine.model)
+    ids = _truncated(ids, request, engine)
     _room_for_answer(request, len(ids), engine.model)
     highest = max(ids, default=0)
     if highest >= engine.model.vocab_size:
@@ -389,12 +405,27 @@ def _most_kept(request: InferenceRequest, model: ModelInfo) -> int | None:
     if most != -1:
         return most
     asked = request.token_limit
-    return max(1, model.context_length - (DEFAULT_MAX_TOKENS if asked is None else max(asked, 1)))
+    if asked == 0:
+        return model.most_prompt_tokens
+    return max(1, model.context_length - (DEFAULT_MAX_TOKENS if asked is None else asked))
 
 
-def _truncated(ids: list[int], request: InferenceRequest, model: ModelInfo) -> list[int]:
-    most = _most_kept(request, model)
-    return ids if most is None else ids[-most:]
+def _truncated(ids: list[int], request: InferenceRequest, engine: EngineClient, *, is_text: bool = True) -> list[int]:
+    """What is kept of a prompt: its end, or of what an encoder reads its beginning, within its special tokens."""
+    most = _most_kept(request, engine.model)
+    if most is None or len(ids) <= most:
+        return ids
+    if engine.model.kind == "generate":
+        return ids[-most:]
+    behind = _num_behind(engine.codec) if is_text and request.has_special_tokens and most > 1 else 0
+    return [*ids[: most - behind], *ids[len(ids) - behind :]]
+
+
+def _num_behind(codec: TextCodec) -> int:
+    """How many special tokens the tokenizer puts behind a text."""
+    bare, longer = codec.encode(""), codec.encode("a")
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(reversed(bare), reversed(longer), strict=False))
+    return len(list(same))
 
 
 def _fit_to_context(
@@ -420,7 +451,7 @@ def _room_for_answer(request: InferenceRequest, num_prompt_tokens: int, model: M
     room = model.context_length - num_prompt_tokens
     asked = request.token_limit
     is_filled = isinstance(request, GenerationRequest) and request.may_fill_context
-    if room < 1 or (asked is not None and asked > room and not is_filled):
+    if num_prompt_tokens > model.most_prompt_tokens or (asked is not None and asked > room and not is_filled):
         raise _too_long(request, str(num_prompt_tokens), model)
     return room
 
@@ -428,10 +459,13 @@ def _room_for_answer(request: InferenceRequest, num_prompt_tokens: int, model: M
 def _too_long(request: InferenceRequest, taken: str, model: ModelInfo) -> ContextLengthExceeded:
     """The refusal of a prompt that takes `taken` of the context."""
     asked = request.token_limit
-    completion = f", the answer up to {asked}" if asked else " and leaves no room for an answer"
+    if model.kind == "pool":
+        completion, remedy = "", "Shorten it, or have it cut with 'truncate_prompt_tokens': -1."
+    else:
+        completion = f", the answer up to {asked}" if asked else " and leaves no room for an answer"
+        remedy = "Shorten the prompt or ask for fewer tokens."
     return ContextLengthExceeded(
-        f"The model's context is {model.context_length} tokens; the prompt takes {taken}{completion}. "
-        "Shorten the prompt or ask for fewer tokens.",
+        f"The model's context is {model.context_length} tokens; the prompt takes {taken}{completion}. {remedy}",
         param=request.prompt_field,
     )
 

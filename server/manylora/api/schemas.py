@@ -126,7 +126,9 @@ class InferenceRequest(Body):
     prompt_field: ClassVar[str] = "prompt"
 
     truncate_prompt_tokens: Int | None = Field(
-        default=None, ge=-1, description="The prompt's last so many tokens; -1: what the context has room for."
+        default=None,
+        ge=-1,
+        description="The prompt's last so many tokens, an encoder's first; -1: what there is room for.",
     )
     add_special_tokens: bool | None = None
     priority: Int = Field(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from manylora.engine.interface import TokenLogprob
+from manylora.engine.interface import Pooling, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,20 @@ class StepInput:
     slots: np.ndarray
     logit_rows: np.ndarray
     hidden_rows: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderInput:
+    """Whole inputs for a model that looks in both directions, one after the other, without padding.
+
+    `token_ids` int64 [T]; of each input its number of tokens (`lens`), its adapter's slot (`slots` int32, -1 for none)
+    and how its states become one vector (`ways`).
+    """
+
+    token_ids: np.ndarray
+    lens: tuple[int, ...]
+    slots: np.ndarray
+    ways: tuple[Pooling, ...]
 
 
 @dataclass(frozen=True, slots=True)

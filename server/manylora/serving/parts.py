@@ -154,12 +154,19 @@ async def _charge_probe(metrics: Metrics, usage: UsageSink, tenant: str, adapter
 def load_foundation(settings: Settings) -> Foundation:
     """The base that the settings name, with the engine that the settings describe. Raises StartupError."""
     from manylora.engine.build import EngineBuilder  # not before it is needed: torch takes seconds to import
+    from manylora.engine.pool_build import PoolBuilder
     from manylora.lifecycle.weights.served import Inspector
-    from manylora.models.loading import load_base
+    from manylora.models.encoder_loading import is_encoder, load_encoder
+    from manylora.models.loading import load_base, resolve_model
     from manylora.models.stored_weights import StoredWeights
 
-    base = load_base(settings)
-    builder = EngineBuilder(settings, base)
+    folder = resolve_model(settings.model)
+    builder: EngineBuilder | PoolBuilder
+    if is_encoder(folder):
+        builder = PoolBuilder(settings, load_encoder(settings, folder))
+    else:
+        builder = EngineBuilder(settings, load_base(settings))
+    base = builder.base
     return Foundation(
         modules=builder.modules,
         inspect=Inspector(base.folder, builder.modules),
