@@ -12,7 +12,7 @@ from typing import Protocol
 
 from fastapi import FastAPI
 
-from manylora.api import adapters, dashboard_routes, defaults, inspection
+from manylora.api import adapters, dashboard_routes, defaults, history, inspection
 from manylora.api import usage as usage_routes
 from manylora.api.inspection import Inspect
 from manylora.api.state import Departure
@@ -95,6 +95,7 @@ class Parts:
             self.metrics,
             extra_routers=(
                 adapters.build_router(self.catalog),
+                history.build_router(self.catalog),
                 inspection.build_router(self.catalog, self.inspect),
                 usage_routes.build_router(self.usage),
                 dashboard_routes.build_router(self.settings.root_path),
