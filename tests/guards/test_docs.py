@@ -280,6 +280,13 @@ def assert_known(words: list[str]) -> None:
     assert used <= flags, used - flags
 
 
+def test_nobody_is_told_to_install_a_package_by_a_name_that_is_not_published() -> None:
+    told = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    told += [path for part in ("server", "loadtest") for path in (ROOT / part).rglob("*.py")]
+
+    assert [path for path in told if re.search(r"pip install (-\S+ )*['\"]?manylora", path.read_text("utf-8"))] == []
+
+
 def test_links_between_the_pages_lead_somewhere() -> None:
     broken = [
         f"{page.relative_to(ROOT)}: {target}"

@@ -19,6 +19,7 @@ from manylora.api.state import Departure
 from manylora.api.tracing import Tracing, open_tracing
 from manylora.catalog.interface import AdapterDirectory
 from manylora.catalog.service import Catalog
+from manylora.catalog.store import check_reachable
 from manylora.engine.interface import AdapterSource, EngineClient
 from manylora.errors import EngineDead
 from manylora.identity import AdapterRef
@@ -116,6 +117,7 @@ async def open_parts(settings: Settings, load: Callable[[Settings], Foundation] 
     """
     metrics = Metrics() if settings.metrics else NoMetrics()
     tracing = open_tracing(settings)
+    check_reachable(settings.resolved_store_url)
     foundation = (load or load_foundation)(settings)
     async with AsyncExitStack() as stack:
         if tracing is not None:
