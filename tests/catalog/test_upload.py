@@ -33,6 +33,7 @@ async def test_two_files_become_a_version_that_can_be_named_at_once(settings: Se
             "version": 1,
             "status": "ready",
             "active": True,
+            "active_version": 1,
             "pinned": False,
             "tenant": "public",
             "kind": "lora",
