@@ -139,6 +139,7 @@ def routes() -> Iterator[str]:
         anthropic,
         dashboard_routes,
         embeddings,
+        history,
         inspection,
         ollama,
         openai,
@@ -153,6 +154,7 @@ def routes() -> Iterator[str]:
     catalog = cast("Any", None)  # the routes are looked at, not called
     built = (
         adapters.build_router(catalog),
+        history.build_router(catalog),
         inspection.build_router(catalog, catalog),
         usage.build_router(catalog),
         dashboard_routes.build_router(),
