@@ -1,6 +1,7 @@
 """Who an adapter is: its reference, what it may be called, and what its files are called."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Literal, Self
 
@@ -14,6 +15,8 @@ DEFAULTS_FILE: Final = "manylora.json"
 OPTIONAL_FILES: Final = (DEFAULTS_FILE,)
 BROUGHT_FILES: Final = (*ADAPTER_FILES, *OPTIONAL_FILES)  # that an upload may have
 NAME_PATTERN: Final = r"[a-z0-9][a-z0-9._-]{0,63}"
+MAX_MIXED: Final = 8
+MAX_MIX_WEIGHT: Final = 4.0
 _NAME: Final = re.compile(NAME_PATTERN)
 Tier = Literal["device", "host", "disk"]
 
@@ -35,12 +38,15 @@ class AdapterRef:
     @property
     def label(self) -> str:
         """`name@version`, as people write it."""
-        return f"{self.name}@{self.version}"
+        return f"{self.name}@{self.version}" if self.version else self.name
 
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """The adapters of one request, each with the weight by which what it adds is multiplied; none for the bare base."""
+    """The adapters of one request, each with the weight by which what it does is multiplied; none for the bare base.
+
+    A module of the mix is W + the sum of weight * (the adapter's W - W).
+    """
 
     parts: tuple[tuple[AdapterRef, float], ...] = ()
 
@@ -49,10 +55,42 @@ class Mix:
         """One adapter as it is, or none."""
         return cls(() if adapter is None else ((adapter, 1.0),))
 
+    @classmethod
+    def weighted(cls, parts: Iterable[tuple[AdapterRef, float]]) -> Self:
+        """Different adapters, in the one order in which they are added up. Those with weight 0 do nothing."""
+        return cls(tuple(sorted(((ref, weight) for ref, weight in parts if weight), key=lambda part: part[0].id)))
+
+    @property
+    def refs(self) -> tuple[AdapterRef, ...]:
+        return tuple(ref for ref, _ in self.parts)
+
+    @property
+    def is_plain(self) -> bool:
+        """One adapter as it is, or none."""
+        return not self.parts or (len(self.parts) == 1 and self.parts[0][1] == 1.0)
+
     @property
     def key(self) -> str:
         """Equal for the same adapters with the same weights, in whatever order, and for no others."""
         return repr(sorted((ref.id, weight) for ref, weight in self.parts))
+
+    @property
+    def label(self) -> str:
+        """`name@version` of an adapter, `name@version*weight+…` of a mix, `base` of none."""
+        if self.is_plain:
+            return self.parts[0][0].label if self.parts else "base"
+        return "+".join(f"{ref.label}*{weight:g}" for ref, weight in self.parts)
+
+    @property
+    def name(self) -> str:
+        """What its requests are counted under: `name` of one adapter, `name+name` of several, whatever the weights."""
+        return "+".join(sorted(ref.name for ref in self.refs))
+
+    def counted_as(self, tenant: str) -> AdapterRef | None:
+        """What its requests are shown and counted as; a mix that is not saved has no version."""
+        if self.is_plain:
+            return self.parts[0][0] if self.parts else None
+        return AdapterRef(f"mix:{tenant}:{self.name}", tenant, self.name, 0, "")
 
     @property
     def is_public(self) -> bool:

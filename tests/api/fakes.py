@@ -20,6 +20,7 @@ from manylora.engine.interface import (
     EngineStats,
     FinishReason,
     Grammar,
+    Mix,
     ModelInfo,
     Progress,
     RequestTiming,
@@ -116,7 +117,7 @@ class FakeGeneration:
     request_id: str
     prompt_ids: tuple[int, ...]
     params: SamplingParams
-    adapter: AdapterRef | None
+    adapter: AdapterRef | Mix | None
     tenant: str
     cache_salt: str | None = None
     priority: int = 0
@@ -267,7 +268,7 @@ class FakeEngine:
         prompt_ids: Sequence[int],
         params: SamplingParams,
         *,
-        adapter: AdapterRef | None = None,
+        adapter: AdapterRef | Mix | None = None,
         tenant: str = "public",
         weight: float = 1.0,
         cache_salt: str | None = None,

@@ -239,7 +239,6 @@ def test_an_answer_is_held_to_a_grammar(rig: Rig, parameters: dict[str, Any], ki
     ("parameters", "named"),
     [
         ({"watermark": True}, "parameters.watermark"),
-        ({"merged_adapters": {"ids": ["a", "b"], "weights": [1, 1]}}, "parameters.merged_adapters"),
         ({"api_token": "x"}, "parameters.api_token"),
         ({"nonsense": 1}, "parameters.nonsense"),
         ({"adapter_id": "owner/name"}, "parameters.adapter_id"),

@@ -13,7 +13,7 @@ from manylora.engine.block_manager import BlockManager
 from manylora.engine.drafting import Drafter
 from manylora.engine.engine import Engine, Output
 from manylora.engine.executor import Executor, LocalExecutor
-from manylora.engine.interface import AdapterRef, SamplingParams
+from manylora.engine.interface import AdapterRef, Mix, SamplingParams
 from manylora.engine.model_runner import ModelRunner
 from manylora.engine.scheduler import Scheduler
 from manylora.engine.sequence import Sequence
@@ -86,18 +86,31 @@ class Rig:
     loaded: threading.Event = field(default_factory=threading.Event)
     is_exact: bool = False  # a row is the same to the last bit in any batch
 
-    def add(self, request_id: str, prompt: Iterable[int], adapter: str | None = None, **params: object) -> Sequence:
-        """Queue a request; `params` are SamplingParams' fields, greedy and 16 tokens unless told."""
+    def add(
+        self,
+        request_id: str,
+        prompt: Iterable[int],
+        adapter: str | Mapping[str, float] | None = None,
+        *,
+        tenant: str | None = None,
+        **params: object,
+    ) -> Sequence:
+        """Queue a request, for an adapter or for several with a weight each, of a tenant of the same name unless told.
+
+        `params` are SamplingParams' fields, greedy and 16 tokens unless told.
+        """
         options = {"max_tokens": 16, "temperature": 0.0, "ignore_eos": True, **params}
         sampling = SamplingParams(**options)  # type: ignore[arg-type]
-        tenant = str(adapter or "public")
+        if adapter is None or isinstance(adapter, str):
+            mix = Mix.of(self.refs[adapter] if adapter else None)
+        else:
+            mix = Mix.weighted((self.refs[name], weight) for name, weight in adapter.items())
         seqs = [
-            Sequence(request_id, list(prompt), sampling, index=i, adapter=self.refs[adapter] if adapter else None)
+            Sequence(request_id, list(prompt), sampling, index=i, adapter=mix, tenant=tenant or mix.name or "public")
             for i in range(sampling.n)
         ]
         for seq in seqs:
             seq.seed = seqs[0].seed
-            seq.tenant = tenant
         seqs[0].followers = seqs[1:]
         self.engine.add(seqs[0])
         return seqs[0]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 NEAR_TIE = 1e-3  # logits closer than this may come out in either order
@@ -19,6 +20,34 @@ def with_adapter(model_dir: Path, adapter: Path | None) -> PreTrainedModel:
         warnings.simplefilter("ignore")
         tuned: PreTrainedModel = PeftModel.from_pretrained(model, adapter).eval()
     return tuned
+
+
+class Together(nn.Module):
+    """A module of the base moved by what PEFT makes of it for each adapter: y + sum of weight * (y_adapter - y)."""
+
+    def __init__(self, base: nn.Module, parts: Sequence[tuple[nn.Module, float]]) -> None:
+        super().__init__()
+        self.base = base
+        self.weight: torch.Tensor = base.weight  # type: ignore[assignment]
+        self.parts = parts
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.base(x)
+        moved = y.clone()
+        for module, weight in self.parts:
+            moved += weight * (module(x) - y)
+        return moved
+
+
+def with_mix(model_dir: Path, parts: Sequence[tuple[Path, float]]) -> PreTrainedModel:
+    """The base, each of whose modules is moved by PEFT's modules of several adapters, each times its weight."""
+    model = with_adapter(model_dir, None)
+    tuned = [(with_adapter(model_dir, folder).base_model.model, weight) for folder, weight in parts]
+    for path, module in list(model.named_modules()):
+        if isinstance(getattr(module, "weight", None), torch.Tensor):
+            found = [(each.get_submodule(path), weight) for each, weight in tuned]
+            model.set_submodule(path, Together(module, found))
+    return model
 
 
 @torch.inference_mode()

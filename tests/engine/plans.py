@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from collections.abc import Collection
 
 from manylora.engine.block_manager import BlockManager
 from manylora.engine.interface import AdapterRef, FinishReason, SamplingParams
@@ -22,6 +23,8 @@ class FakeSlots:
         self.broken: set[str] = set()
         self.pinned: set[str] = set()
         self.hurried: set[str] = set()
+        self.gathered: tuple[AdapterRef, ...] = ()
+        self.held: set[AdapterRef] = set()
 
     def acquire(self, ref: AdapterRef, tenant: str | None = None) -> int | None:
         if ref.id in self.broken:
@@ -61,7 +64,29 @@ class FakeSlots:
         self.hurried.add(ref.id)
 
     def may_leave(self, ref: AdapterRef) -> bool:
-        return ref.id not in self.pinned
+        return ref.id not in self.pinned and ref not in self.gathered
+
+    def acquire_all(self, refs: Collection[AdapterRef], tenant: str | None = None) -> tuple[int, ...] | None:
+        self.gathered = self.gathered or tuple(refs)
+        found = {ref: slot for ref in refs if (slot := self.acquire(ref, tenant)) is not None}
+        if len(found) == len(refs):
+            self.stop_gathering(refs)
+            return tuple(found.values())
+        for ref in found:
+            if not self.gathers(refs) or ref in self.held:
+                self.release(ref)
+        if self.gathers(refs):
+            self.held |= found.keys()
+        return None
+
+    def gathers(self, refs: Collection[AdapterRef]) -> bool:
+        return self.gathered == tuple(refs)
+
+    def stop_gathering(self, refs: Collection[AdapterRef]) -> None:
+        if self.gathers(refs):
+            for ref in self.held:
+                self.release(ref)
+            self.gathered, self.held = (), set()
 
 
 def ref(name: str) -> AdapterRef:

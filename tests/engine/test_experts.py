@@ -182,3 +182,26 @@ def test_single_experts_that_cannot_be_converted_are_refused_with_the_reason(tmp
     assert "save it again" in problem()
     (folder / CONFIG_FILE).write_text(json.dumps({**config, "r": 4}))
     assert "Expert 0" in problem()
+
+
+@pytest.mark.parametrize("kernel", available_kernels[-1:])
+def test_a_mix_on_experts_and_routers_moves_each_weight_by_the_sum(kernel: str, mixture: tuple[Path, Made]) -> None:
+    """PEFT merges one adapter into a copy of the base at a time, and the differences are added up."""
+    base, made = mixture
+    mix = {"both": 0.7, "down": -0.4, "router": 0.5}
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    state = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for part, weight in mix.items():
+            merged = with_adapter(base, made[part]).merge_and_unload().state_dict()
+            for name, value in model.state_dict().items():
+                value += weight * (merged[name] - state[name])
+        wanted = model(torch.tensor([PROMPT])).logits[0]
+    rig = build_rig(load(base), {name: made[name] for name in mix}, kernel=kernel)
+    seq = rig.add("mix", PROMPT, mix, max_tokens=1)
+    seq.capture_logits = seq.wants_prompt_logits = True
+    rig.run()
+    found = next(output.captured for output in rig.outputs["mix/0"] if output.captured is not None)
+    rig.close()
+    assert apart(found, wanted) < MOST

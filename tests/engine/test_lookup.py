@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -130,7 +131,7 @@ def test_answers_are_what_they_are_without_and_take_fewer_steps(rigs: list[Rig])
     for rig in rigs:
         for number in range(12):
             name = "tuned" if number % 2 else None
-            how = {"temperature": 0.7, "seed": number % 6, "logprobs": 2} if number % 3 else {}
+            how: dict[str, Any] = {"temperature": 0.7, "seed": number % 6, "logprobs": 2} if number % 3 else {}
             prompt = [3 + number % 6, *range(30, 34 + number % 6)]
             rig.add(f"r{number}", prompt, name, max_tokens=40, **how)
             if number % 4 == 3:

@@ -208,7 +208,7 @@ def test_an_adapter_keeps_its_turn_against_others_that_have_begun() -> None:
         s.add(request(4, 200, adapter=name))
     order = []
     for _ in range(200):
-        order += [i.seq.adapter.id for i in step(s).scheduled if i.seq.adapter is not None]
+        order += [ref.id for i in step(s).scheduled for ref in i.seq.mix.refs]
     turns = [len(list(run)) for _, run in groupby(order)]
     assert min(turns[2:-1]) >= TURN_STEPS
     assert len(turns) > 5

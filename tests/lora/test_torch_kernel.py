@@ -208,7 +208,8 @@ def test_embedding_deltas_are_the_tokens_own_rows(
     token_ids = torch.tensor([5, 99, 5, 0, 5, 7, 8])
     one_hot = torch.nn.functional.one_hot(token_ids, 100).to(dtype)
     actual = torch.zeros(7, 40, dtype=dtype)
-    made.plan(row_slots).add_embedding_(actual, token_ids, 0)
+    group = SiteGroup(0, (0, 40), torch.tensor((0, 40), dtype=torch.int32))
+    made.plan(row_slots).add_embedding_(actual, token_ids, group, 1.0)
     weights = [made.pairs.get(slot, {}).get(0) for slot in range(max(row_slots) + 1)]
     expected = add_lora(torch.zeros(7, 40, dtype=dtype), one_hot, weights, row_slots)
     torch.testing.assert_close(actual.double(), expected, rtol=TOLERANCES[dtype][0], atol=TOLERANCES[dtype][1])

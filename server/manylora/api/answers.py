@@ -240,11 +240,11 @@ class Answer:
     has_prompt_in_choice: ClassVar[bool]  # what is told of a prompt's tokens is told in each choice
 
     def __init__(self, run: Run, body: CompletionRequest | ChatRequest) -> None:
-        engine, options = run.services.engine, body.usage_in_stream
+        options = body.usage_in_stream
         self._run = run
         self._choices = [self.choice_kind(index, self._logprobs_of(index, body)) for index in range(run.num_choices)]
         self._details = TokenDetails(run, body, is_per_choice=self.has_prompt_in_choice)
-        label = body.model or body.adapter_id or engine.model.name
+        label = body.model or body.adapter_id or run.label
         self._named = {"id": f"{self.id_prefix}{run.id}", "created": int(time.time()), "model": label}
         self._head = orjson.dumps({**self._named, "object": self.chunk_object})[:-1] + b',"choices":'
         self._num_left = run.num_choices
@@ -415,11 +415,12 @@ def _usage(run: Run) -> dict[str, Any]:
 
 def extension(run: Run) -> dict[str, Any]:
     """The `manylora` block: who answered, and where the time before the first token went."""
-    adapter, timing = run.adapter, run.counts.timing()
+    mix, timing = run.mix, run.counts.timing()
     assert timing is not None, "an answer ends after its first delta"
-    named = {"name": adapter.name, "version": adapter.version, "digest": adapter.digest} if adapter else None
+    named = [{"name": ref.name, "version": ref.version, "digest": ref.digest} for ref in mix.refs]
     return {
-        "adapter": named,
+        "adapter": named[0] if named and mix.is_plain else None,
+        **({} if mix.is_plain else {"adapters": [{**named[i], "weight": w} for i, (_, w) in enumerate(mix.parts)]}),
         "queue_ms": round(timing.queue_ms, 3),
         "load_ms": round(timing.load_ms, 3),
         "load_tier": timing.load_tier,

@@ -20,6 +20,7 @@ from manylora.api.schemas import ChatRequest, Int, checked
 from manylora.api.state import ServicesDep
 from manylora.api.tools import MAX_TOOLS
 from manylora.api.translation import EXTENSIONS, Strict, documents, parted, valid
+from manylora.engine.interface import Mix
 from manylora.errors import InvalidRequest, quoted
 
 __all__ = ["CountRequest", "MessagesRequest", "router"]
@@ -280,7 +281,7 @@ async def count_tokens(request: Request, caller: Caller, services: ServicesDep) 
     base, aliases = services.engine.model.name, services.settings.resolved_model_aliases
     adapter = adapter_of(body, services.directory, caller.tenant, base, aliases)
     try:
-        completed, _ = with_defaults(body, services.directory, adapter)
+        completed, _ = with_defaults(body, services.directory, Mix.of(adapter))
         assert isinstance(completed, ChatRequest), "it is the same body with more fields"
         count = await num_chat_tokens(completed, services.engine)
     except InvalidRequest as error:

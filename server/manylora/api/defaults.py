@@ -23,7 +23,7 @@ from manylora.api.schemas import (
 )
 from manylora.api.structured import ANSWER_FIELDS, asked_for
 from manylora.catalog.interface import AdapterDirectory
-from manylora.engine.interface import AdapterRef, EngineClient, Grammar
+from manylora.engine.interface import AdapterRef, EngineClient, Grammar, Mix
 from manylora.errors import InvalidAdapter, InvalidGrammar, InvalidRequest, Problem, quoted
 from manylora.identity import DEFAULTS_FILE
 
@@ -74,13 +74,16 @@ class _Defaults:
 # a request
 
 
-def with_defaults(
-    body: InferenceRequest, directory: AdapterDirectory, adapter: AdapterRef | None
-) -> tuple[InferenceRequest, int | None]:
+def with_defaults(body: InferenceRequest, directory: AdapterDirectory, mix: Mix) -> tuple[InferenceRequest, int | None]:
     """The request as the adapter's version completes it, and what an answer may have where the request does not say.
 
-    Raises InvalidRequest for a field that is locked.
+    A mix has no defaults. Raises InvalidRequest for a field that is locked, and for a mix with an adapter that locks
+    some.
     """
+    if not mix.is_plain:
+        _check_unlocked(body, directory, mix)
+        return body, None
+    adapter = mix.parts[0][0] if mix.parts else None
     text = "" if adapter is None else directory.defaults_of(adapter)
     if adapter is None or not text:
         return body, None
@@ -96,6 +99,16 @@ def with_defaults(
     if isinstance(body, ChatRequest) and defaults.system_prompt is not None and not _system_messages(body):
         found["messages"] = [Message(role="system", content=defaults.system_prompt), *body.messages]
     return body.model_copy(update=found), defaults.max_tokens
+
+
+def _check_unlocked(body: InferenceRequest, directory: AdapterDirectory, mix: Mix) -> None:
+    for ref in mix.refs:
+        text = directory.defaults_of(ref)
+        if text and _parsed(text).locked:
+            raise InvalidRequest(
+                f"The adapter {ref.label} has fields locked for all requests that name it, so it is not mixed.",
+                param=body.mixed.field,
+            )
 
 
 def _check_locked(body: InferenceRequest, defaults: _Defaults, adapter: AdapterRef) -> None:
@@ -213,9 +226,7 @@ def _problem_of(name: str, value: Any, raw: Mapping[str, Any], engine: EngineCli
     if name not in FIELDS:
         return _problem(quoted(name), f"'{quoted(name)}' cannot be a default. These can: {', '.join(FIELDS)}, locked.")
     if name == "pooling":
-        ways = ("last", "mean", "cls") if engine.model.kind == "pool" else ("last", "mean")
-        named = " or ".join(f"'{each}'" for each in ways)
-        return None if value in ways else _problem(name, f"'pooling' must be {named}.")
+        return None if value in ("last", "mean") else _problem(name, "'pooling' must be 'last' or 'mean'.")
     if name == "system_prompt":
         if isinstance(value, str) and 0 < len(value) <= MAX_SYSTEM_PROMPT:
             return None

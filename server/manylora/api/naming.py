@@ -1,7 +1,8 @@
 """Which adapter a request names.
 
 An adapter is named in five forms: `<base>` · `<adapter>` · `<adapter>@<n>` · `<base>:<adapter>` ·
-`<base>:<adapter>@<n>` in `model`, and `<adapter>` or `<adapter>@<n>` in `adapter_id`.
+`<base>:<adapter>@<n>` in `model`, and `<adapter>` or `<adapter>@<n>` in `adapter_id`; several, each with a weight, in
+`adapters`.
 """
 
 import re
@@ -9,12 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from manylora.api.schemas import Body
+from manylora.api.schemas import Body, InferenceRequest
 from manylora.catalog.interface import AdapterDirectory
 from manylora.errors import AdapterNotFound, InvalidRequest, quoted
-from manylora.identity import NAME_PATTERN, AdapterRef
+from manylora.identity import NAME_PATTERN, AdapterRef, Mix
 
-__all__ = ["AdapterName", "adapter_of", "missing", "parse_model", "resolve", "without_alias"]
+__all__ = ["AdapterName", "adapter_of", "missing", "mix_of", "parse_model", "resolve", "without_alias"]
 
 _NAMED: Final = re.compile(rf"({NAME_PATTERN})(?:@([1-9][0-9]{{0,8}}))?")
 
@@ -90,8 +91,34 @@ def adapter_of(
     return ref
 
 
+def mix_of(
+    body: InferenceRequest, directory: AdapterDirectory, tenant: str, base: str, aliases: Mapping[str, str]
+) -> Mix:
+    """The adapters of a request that may name several. Raises as `adapter_of` does."""
+    ref = adapter_of(body, directory, tenant, base, aliases)
+    named = body.mixed
+    if not named.parts:
+        return Mix.of(ref)
+    if ref is not None:
+        raise InvalidRequest(
+            f"'{named.field}' names adapters, and so does '{'adapter_id' if body.adapter_id else 'model'}'. Name all "
+            "in one of them.",
+            param=named.field,
+        )
+    found: dict[AdapterRef, float] = {}
+    for number, (text, weight) in enumerate(named.parts):
+        param = named.param(number)
+        part = resolve(directory, tenant, _parse_adapter(text, param=param), written=text, param=param)
+        if part in found:
+            raise InvalidRequest(f"'{named.field}' names {part.label} more than once. Add its weights up.", param=param)
+        found[part] = weight
+    return Mix.weighted(found.items())
+
+
 def missing(body: Body) -> AdapterNotFound:
     """For an adapter that was deleted after its name had become an identity: it is as if it had never been there."""
+    if isinstance(body, InferenceRequest) and body.mixed.parts:
+        return _not_found(", ".join(name for name, _ in body.mixed.parts), body.mixed.field)
     return _not_found(body.adapter_id or body.model or "", "adapter_id" if body.adapter_id else "model")
 
 

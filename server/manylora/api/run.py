@@ -13,9 +13,9 @@ from starlette.responses import Response
 
 from manylora.api.defaults import with_defaults
 from manylora.api.fields import renamed
-from manylora.api.naming import adapter_of, missing
+from manylora.api.naming import missing, mix_of
 from manylora.api.record import Counts, RequestRecord
-from manylora.api.requests import Prompt, check_connected, check_kind, prompts_of, read_body
+from manylora.api.requests import Prompt, check_connected, prompts_of, read_body
 from manylora.api.schemas import InferenceRequest
 from manylora.api.sse import Event, EventStream, while_connected
 from manylora.api.state import Services
@@ -25,6 +25,7 @@ from manylora.engine.interface import (
     Delta,
     FinishReason,
     Generation,
+    Mix,
     Progress,
     TokenLogprob,
 )
@@ -96,12 +97,11 @@ async def answered(
     async with run.ends_on_error():
         asked = await read_body(request, read)
         body = asked.body
-        check_kind(body, services.engine.model)
         run.log.update(body.annotations())
         aliases = services.settings.resolved_model_aliases
-        run.adapter = adapter_of(body, services.directory, principal.tenant, services.engine.model.name, aliases)
         try:
-            body, max_tokens = with_defaults(body, services.directory, run.adapter)
+            run.mix = mix_of(body, services.directory, principal.tenant, services.engine.model.name, aliases)
+            body, max_tokens = with_defaults(body, services.directory, run.mix)
             prompts = await prompts_of(body, services.engine, principal.tenant, max_tokens=max_tokens)
         except InvalidRequest as error:
             raise renamed(error, asked.names) from None
@@ -115,7 +115,7 @@ class Run:
 
         run = Run(request, caller, services)
         async with run.ends_on_error():
-            run.adapter = …
+            run.mix = …
             run.ask(prompts)
             return await run.answer(renderer, is_streamed=…)
 
@@ -126,7 +126,7 @@ class Run:
 
     def __init__(self, request: Request, principal: Principal, services: Services) -> None:
         self.id = ""  # once it is known what is asked for
-        self.adapter: AdapterRef | None = None
+        self.mix = Mix()
         self.prompts: tuple[Prompt, ...] = ()
         self.counts = Counts()
         self.services = services
@@ -142,6 +142,16 @@ class Run:
         self._heard: dict[int, int] = {}  # tokens that came so far, by prompt
         self._is_ended = False
         services.traffic.begin(principal.tenant)
+
+    @property
+    def adapter(self) -> AdapterRef | None:
+        """What the request is shown and counted as."""
+        return self.mix.counted_as(self._principal.tenant)
+
+    @property
+    def label(self) -> str:
+        """What an answer calls its model where the request does not say."""
+        return self.services.engine.model.name if self.mix.is_plain else self.mix.name
 
     @property
     def n(self) -> int:
@@ -177,7 +187,10 @@ class Run:
         self._gone = gone
         self._cache_salt = cache_salt
         self._priority = priority
-        self._traffic_key = self._principal.tenant, self.adapter.id if self.adapter else None
+        adapter = self.adapter
+        self._traffic_key = self._principal.tenant, adapter.id if adapter else None
+        if not self.mix.is_plain:
+            self.log["adapters"] = self.mix.label
         if self.services.settings.log_prompts:
             decode = self.services.engine.codec.decode
             self.log["prompts"] = [decode(prompt.ids, skip_special_tokens=False) for prompt in prompts]
@@ -188,7 +201,7 @@ class Run:
         self, renderer: Renderer, *, is_streamed: bool, stream: type[EventStream] = EventStream
     ) -> Response:
         """The response, which a stream begins once it is sent. Raises ClientGone where nobody waits for it any more."""
-        headers = {ADAPTER_HEADER: self.adapter.label if self.adapter else "base"}
+        headers = {ADAPTER_HEADER: self.mix.label}
         if is_streamed:
             keep_alive_s = self.services.settings.stream_keep_alive_s
             return stream(self._events(renderer), headers=headers, keep_alive_s=keep_alive_s, failed=renderer.failed)
@@ -239,7 +252,7 @@ class Run:
                 f"{self.id}-{number}",
                 prompt.ids,
                 prompt.params,
-                adapter=self.adapter,
+                adapter=self.adapter if self.mix.is_plain else self.mix,
                 tenant=self._principal.tenant,
                 weight=self._principal.weight,
                 cache_salt=self._cache_salt,

@@ -28,10 +28,12 @@ from manylora.api.fields import (
 )
 from manylora.api.json_body import parse_json
 from manylora.api.messages import Message, cleaned_message
+from manylora.api.mixed import LoraScale, Mixed, MixedAdapter
 from manylora.api.structured import ANSWER_FIELDS, ResponseFormat, StructuredOutputs
 from manylora.api.tools import MAX_TOOLS, Tool, ToolChoice, Tools
 from manylora.engine.interface import Pooling
 from manylora.errors import InvalidRequest, quoted
+from manylora.identity import MAX_MIXED
 
 __all__ = [
     "Body",
@@ -125,10 +127,14 @@ class InferenceRequest(Body):
     adds_special_tokens: ClassVar[bool] = True
     prompt_field: ClassVar[str] = "prompt"
 
+    adapters: list[MixedAdapter] = Field(
+        default=[], max_length=MAX_MIXED, fail_fast=True, description="Several adapters, each with a weight."
+    )
+    lora: list[LoraScale] = Field(
+        default=[], max_length=MAX_MIXED, fail_fast=True, description="llama.cpp's way to say the same."
+    )
     truncate_prompt_tokens: Int | None = Field(
-        default=None,
-        ge=-1,
-        description="The prompt's last so many tokens, an encoder's first; -1: what there is room for.",
+        default=None, ge=-1, description="The prompt's last so many tokens; -1: what the context has room for."
     )
     add_special_tokens: bool | None = None
     priority: Int = Field(
@@ -156,6 +162,16 @@ class InferenceRequest(Body):
                 "at random, as `openssl rand -base64 32` does"
             )
         return value
+
+    @model_validator(mode="after")
+    def _check_mixed(self) -> Self:
+        assert self.mixed is not None, "it raises where they do not fit"
+        return self
+
+    @property
+    def mixed(self) -> Mixed:
+        """The adapters that it names with a weight each."""
+        return Mixed.of(self.adapters, self.lora)
 
     def annotations(self) -> dict[str, Any]:
         """The fields that have no effect but a place in the request's log line."""
@@ -370,7 +386,6 @@ class ChatRequest(GenerationRequest):
     unsupported: ClassVar[Unsupported] = CHAT_UNSUPPORTED
     adds_special_tokens: ClassVar[bool] = False  # the chat template has written them
     prompt_field: ClassVar[str] = "messages"
-    drops_oldest: ClassVar[bool] = False  # turns that the context has no room for
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     logprobs: bool = False
@@ -419,8 +434,10 @@ class ChatRequest(GenerationRequest):
 
 
 _SWITCHES: Final = ("parallel_tool_calls", "add_generation_prompt", "continue_final_message", "include_reasoning")
+_NAMES_ADAPTER: Final = frozenset(("adapter_id", "adapters", "lora"))
 _MAY_BE_NOTHING: Final = frozenset(
     [
+        *("adapters", "lora"),
         *(*_SWITCHES, *ANSWER_FIELDS, *_TOKEN_FIELDS),
         *("tools", "tool_choice", "chat_template_kwargs", "documents", "reasoning_effort"),
     ]
@@ -436,7 +453,7 @@ def checked(schema: type[T], raw: Any) -> T:
     """The request that parsed JSON is, also where another API's body was put into these terms. Raises as `parse`."""
     if not isinstance(raw, dict):
         raise InvalidRequest("The body must be a JSON object.")
-    if schema.is_model_required and raw.get("model") is None and "adapter_id" not in raw:
+    if schema.is_model_required and raw.get("model") is None and not _NAMES_ADAPTER.intersection(raw):
         raise InvalidRequest("The field 'model' is required: name the base or an adapter.", param="model")
     try:
         return schema.model_validate(_cleaned(raw, schema))

@@ -8,11 +8,12 @@ import secrets
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.responses import Response
 
 from manylora import __version__
 from manylora.api.auth import Caller
+from manylora.api.errors import invalid_from
 from manylora.api.fields import NOTHING, Unsupported, renamed, unsupported_field, wanted
 from manylora.api.json_body import documented, parse_json
 from manylora.api.requests import MAX_ECHO_CHARACTERS
@@ -20,14 +21,13 @@ from manylora.api.run import Asked, answered
 from manylora.api.schemas import MAX_N, MAX_STOPS, CompletionRequest, Int, checked
 from manylora.api.state import ServicesDep
 from manylora.api.tgi_answers import GenerateAnswer, Shape
-from manylora.api.translation import Strict, valid
 from manylora.errors import InvalidRequest, quoted
+from manylora.identity import MAX_MIX_WEIGHT, MAX_MIXED
 
 __all__ = ["GenerateRequest", "asked_by", "router"]
 
 _BASE: Final = "__base_model__"  # LoRAX's name for no adapter
 _UNSUPPORTED: Final[Unsupported] = {
-    "merged_adapters": NOTHING,
     "watermark": NOTHING,
     "api_token": NOTHING,
     "apply_chat_template": NOTHING,
@@ -35,6 +35,7 @@ _UNSUPPORTED: Final[Unsupported] = {
 # What this server's own completion request calls each field, and what it is called here.
 _NAMES: Final = {
     "adapter_id": "parameters.adapter_id",
+    "adapters": "parameters.merged_adapters.ids",
     "prompt_logprobs": "parameters.decoder_input_details",
     "prompt": "inputs",
     "max_tokens": "parameters.max_new_tokens",
@@ -54,24 +55,46 @@ _NAMES: Final = {
 _UINT64: Final = 2**64
 
 
-class Grammar(Strict):
+class _Strict(BaseModel):
+    """Unknown fields are refused, and a string is not a number."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=(), populate_by_name=True)
+
+
+class Grammar(_Strict):
     """`parameters.grammar`, as TGI has it."""
 
     type: Literal["json", "regex", "json_schema"]
     value: Any = Field(description="A schema, a regular expression, or `{name, schema}`.")
 
 
-class ResponseFormat(Strict):
+class ResponseFormat(_Strict):
     """`parameters.response_format`, as LoRAX has it."""
 
     type: Literal["json_object", "json_schema", "text"]
     schema_: dict[str, Any] | None = Field(default=None, alias="schema")
 
 
-class Parameters(Strict):
+class MergedAdapters(_Strict):
+    """`parameters.merged_adapters`, as LoRAX has it."""
+
+    ids: list[str] = Field(min_length=1, max_length=MAX_MIXED, description="Adapters of this server.")
+    weights: list[float] = Field(min_length=1, max_length=MAX_MIXED)
+    merge_strategy: Literal["linear", "ties", "dare_linear", "dare_ties"] = "linear"
+    density: float | None = Field(default=None, ge=0, le=1, description="Not for `linear`, nor the next one.")
+    majority_sign_method: Literal["total", "frequency"] | None = None
+
+    @property
+    def parts(self) -> list[dict[str, Any]]:
+        """As this server's own `adapters`."""
+        return [{"name": n, "weight": w} for n, w in zip(self.ids, self.weights, strict=True)]
+
+
+class Parameters(_Strict):
     """`parameters` of both protocols."""
 
     adapter_id: str | None = Field(default=None, description="An adapter of this server; `__base_model__` for none.")
+    merged_adapters: MergedAdapters | None = Field(default=None, description="Several adapters, each with a weight.")
     adapter_source: str | None = Field(default=None, description="`local`, which every adapter here is.")
     max_new_tokens: Int | None = Field(default=None, ge=1, description="Left out: the rest of the context.")
     do_sample: bool = False
@@ -103,7 +126,7 @@ class Parameters(Strict):
         return self.temperature != 0 and (self.do_sample or cuts or self.temperature not in (None, 1))
 
 
-class GenerateRequest(Strict):
+class GenerateRequest(_Strict):
     """`POST /generate`, `POST /generate_stream` and `POST /`."""
 
     inputs: Annotated[str, Field(min_length=1)]
@@ -148,7 +171,10 @@ def _checked(raw: Any) -> GenerateRequest:
     if isinstance(kept.get("parameters"), dict):
         known = [field.alias or name for name, field in Parameters.model_fields.items()]
         kept["parameters"] = wanted(kept["parameters"], known, _UNSUPPORTED, where="parameters.")
-    return valid(GenerateRequest, kept)
+    try:
+        return GenerateRequest.model_validate(kept)
+    except ValidationError as error:
+        raise invalid_from(error.errors(include_url=False, include_input=False)) from None
 
 
 def _check_together(body: GenerateRequest, is_streamed: bool) -> None:
@@ -166,6 +192,8 @@ def _check_together(body: GenerateRequest, is_streamed: bool) -> None:
             "adapter first (POST /v1/adapters), and send its name.",
             param="parameters.adapter_id",
         )
+    if asked.merged_adapters is not None:
+        _check_merged(asked.merged_adapters)
     if best_of > 1 and not asked.is_sampled:
         raise InvalidRequest("'parameters.best_of' above 1 needs 'do_sample': true.", param="parameters.best_of")
     if best_of > 1 and asked.seed is not None:
@@ -183,11 +211,37 @@ def _check_together(body: GenerateRequest, is_streamed: bool) -> None:
         )
 
 
+def _check_merged(merged: MergedAdapters) -> None:
+    """Raises InvalidRequest for what is not the weighted sum of the adapters."""
+    where = "parameters.merged_adapters"
+    if len(merged.ids) != len(merged.weights):
+        raise InvalidRequest(
+            f"'{where}' has {len(merged.ids)} ids and {len(merged.weights)} weights. Send one for each.",
+            param=f"{where}.weights",
+        )
+    if not all(abs(weight) <= MAX_MIX_WEIGHT for weight in merged.weights):
+        raise InvalidRequest(
+            f"'{where}.weights' must be from {-MAX_MIX_WEIGHT:g} to {MAX_MIX_WEIGHT:g}.", param=f"{where}.weights"
+        )
+    if merged.merge_strategy != "linear":
+        raise InvalidRequest(
+            f"'{where}.merge_strategy' is '{merged.merge_strategy}', which makes another adapter and is not done for a "
+            "request. Merge them once (`manylora merge --method`, or PEFT's add_weighted_adapter), upload the result "
+            "(POST /v1/adapters) and name it, or send 'linear'.",
+            param=f"{where}.merge_strategy",
+        )
+    for name in ("density", "majority_sign_method"):
+        if getattr(merged, name) is not None:
+            raise InvalidRequest(f"'{where}.{name}' means nothing for 'linear'. Leave it out.", param=f"{where}.{name}")
+
+
 def _in_our_words(body: GenerateRequest, seed: int | None, is_streamed: bool) -> dict[str, Any]:
     asked = body.parameters
     best_of = asked.best_of or 1
     has_tokens = is_streamed or asked.details or asked.decoder_input_details or best_of > 1
+    merged = asked.merged_adapters
     return {
+        "adapters": [] if merged is None else merged.parts,
         "adapter_id": None if asked.adapter_id in (None, "", _BASE) else asked.adapter_id,
         "prompt": body.inputs,
         "stream": is_streamed,

@@ -65,20 +65,16 @@ class FunctionName(_Strict):
 
 
 class NamedTool(_Strict):
-    """`tool_choice` of one function. Clients of TGI leave the type out."""
+    """`tool_choice` of one function."""
 
-    type: Literal["function"] = "function"
+    type: Literal["function"]
     function: FunctionName
 
 
 def _choice(value: Any) -> Any:
     if value in ("none", "auto", "required"):
         return value
-    if (
-        isinstance(value, dict)
-        and isinstance(value.get("function"), dict)
-        and value.get("type", "function") == "function"
-    ):
+    if isinstance(value, dict) and value.get("type") == "function" and isinstance(value.get("function"), dict):
         return NamedTool.model_validate(value)
     raise ValueError('must be "none", "auto", "required" or {"type": "function", "function": {"name": …}}')
 

@@ -55,6 +55,9 @@ TORCH_LIBRARY(manylora, m) {
       "change_output_(Tensor(a!) out, Tensor outputs, Tensor out_offsets, Tensor order, Tensor segment_slots, "
       "Tensor segment_starts) -> ()");
   m.def(
+      "add_mixes_(Tensor(a!) out, Tensor? x, Tensor? tables, Tensor? inputs, Tensor changes, Tensor out_offsets, "
+      "Tensor order, Tensor row_starts, Tensor part_starts, Tensor part_slots, Tensor part_weights) -> ()");
+  m.def(
       "paged_attention(Tensor(a!) out, Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, "
       "Tensor query_starts, Tensor context_lens, float scale, int sliding_window, float softcap) -> ()");
   m.def("write_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots) -> ()");
@@ -73,6 +76,7 @@ TORCH_LIBRARY(manylora, m) {
 TORCH_LIBRARY_IMPL(manylora, CPU, m) {
   m.impl("add_lora_", add_lora_);
   m.impl("change_output_", change_output_);
+  m.impl("add_mixes_", add_mixes_);
   m.impl("paged_attention", paged_attention);
   m.impl("write_kv", write_kv);
   m.impl("rms_norm", rms_norm);

@@ -98,6 +98,23 @@ struct OutputArgs : Segments {
   const OutputEntry* outputs;  // [num_members, num_slots]
 };
 
+// Rows that have several adapters, each with a weight. See `add_mixes_` in kernels/native.py.
+struct MixArgs {
+  DType dtype;
+  Rows<void*> out;
+  Rows<const void*> x;
+  int64_t in_features, num_members, num_slots, num_mixes;
+  const int32_t* out_offsets;  // [num_members + 1]
+  const int32_t* order;        // row indices, sorted by mix
+  const int32_t* row_starts;   // [num_mixes + 1] into order
+  const int32_t* part_starts;  // [num_mixes + 1] into part_slots and part_weights
+  const int32_t* part_slots;
+  const float* part_weights;
+  const LoraEntry* tables;     // [num_members, num_slots], or null: nothing is added
+  const OutputEntry* inputs;   // likewise, read where there are tables
+  const OutputEntry* changes;  // [num_members, num_slots]
+};
+
 struct CacheView {
   void* data;  // [num_blocks, num_kv_heads, block_size, head_dim]
   int64_t block_stride, head_stride, position_stride;
@@ -202,6 +219,7 @@ struct Kernels {
   const char* name;
   void (*add_lora)(const LoraArgs&);
   void (*change_output)(const OutputArgs&);
+  void (*add_mixes)(const MixArgs&);
   void (*paged_attention)(const AttentionArgs&);
   void (*write_kv)(const WriteKvArgs&);
   void (*rms_norm)(const NormArgs&);

@@ -37,6 +37,7 @@ struct Step : torch::CustomClassHolder {
         tables.scalar_type() == at::kLong && tables.is_contiguous() && tables.size(2) == kNumLoraEntryFields,
         "tables must be contiguous int64 [sites, slots, ", kNumLoraEntryFields, "]");
     check_segments(order, segment_slots, segment_starts, tables.size(1));
+    read_from(tables, segment_slots);
     lora_tables = std::move(tables);
     lora_order = std::move(order);
     lora_segment_slots = std::move(segment_slots);
@@ -54,6 +55,41 @@ struct Step : torch::CustomClassHolder {
     lora_changed_outputs = changed_outputs;
   }
 
+  // Rows of this step that have several adapters: see `add_mixes_`. `touched` and `changed_inputs` as above, of these
+  // rows' adapters; `changed_outputs` of norms, at which nothing else is done.
+  void set_mixes(Tensor tables, Tensor inputs, Tensor outputs, Tensor order, Tensor row_starts, Tensor part_starts,
+                 Tensor part_slots, Tensor part_weights, const Tensor& touched, const Tensor& changed_inputs,
+                 const Tensor& changed_outputs) {
+    for (const Tensor* flags : {&touched, &changed_inputs, &changed_outputs})
+      TORCH_CHECK_VALUE(flags->scalar_type() == at::kBool && flags->is_contiguous() && flags->dim() == 1 &&
+                            tables.dim() == 3 && flags->numel() == tables.size(0),
+                        "what mixes touch and change must be a bool for each site of tables");
+    check_mixes(order, row_starts, part_starts, part_slots, part_weights, tables.size(1));
+    read_from(tables, part_slots);
+    mixes = Mixes{std::move(tables),      std::move(inputs),     std::move(outputs),      std::move(order),
+                  std::move(row_starts),  std::move(part_starts), std::move(part_slots), std::move(part_weights),
+                  touched,                changed_inputs,         changed_outputs};
+  }
+
+  bool mixes_touch(int64_t first, int64_t count) const { return is_any(mixes.touched, first, count); }
+  bool mixes_change_input(int64_t site) const { return is_any(mixes.changed_inputs, site, 1); }
+  bool mixes_change_output(int64_t site) const { return is_any(mixes.changed_outputs, site, 1); }
+
+  // What mixes do to `out` at `count` sites from `first` on, whose input is `x`.
+  void add_mixes(Tensor out, const Tensor& x, int64_t first, int64_t count, const Tensor& offsets) const {
+    ML_PROFILED("add_mixes_");
+    add_mixes_(std::move(out), x, mixes.tables.narrow(0, first, count), mixes.inputs.narrow(0, first, count),
+               mixes.outputs.narrow(0, first, count), offsets, mixes.order, mixes.row_starts, mixes.part_starts,
+               mixes.part_slots, mixes.part_weights);
+  }
+
+  // `values` as mixes change them at one site, by `tables`, which are those of inputs or of outputs.
+  void change_mixes(Tensor values, const Tensor& tables, int64_t site, const Tensor& offsets) const {
+    ML_PROFILED("add_mixes_");
+    add_mixes_(std::move(values), std::nullopt, std::nullopt, std::nullopt, tables.narrow(0, site, 1), offsets,
+               mixes.order, mixes.row_starts, mixes.part_starts, mixes.part_slots, mixes.part_weights);
+  }
+
   // Whether one of `count` sites has its input, or its output, changed.
   bool changes_input(int64_t first, int64_t count) const { return is_any(lora_changed_inputs, first, count); }
   bool changes_output(int64_t first, int64_t count) const { return is_any(lora_changed_outputs, first, count); }
@@ -65,18 +101,17 @@ struct Step : torch::CustomClassHolder {
                    lora_segment_starts);
   }
 
-  // Whether an adapter of this step has weights at one of `count` sites.
+  // Whether an adapter of this step has weights at one of `count` sites, of rows that have one adapter.
   bool touches(int64_t first, int64_t count) const { return is_any(lora_touched, first, count); }
 
-  // What `add_lora_` reads first at `count` sites, in its order, up to `most` lines.
+  // What the deltas of `count` sites read first, in their order, up to `most` lines.
   std::vector<MemoryRange> lora_reads(int64_t first, int64_t count, int64_t most) const {
     constexpr int64_t kElementSizes[] = {4, 2, 2, 1};  // by DType
-    const int32_t* slots = lora_segment_slots.const_data_ptr<int32_t>();
-    int64_t num_slots = lora_tables.size(1), num_lines = 0;
-    const LoraEntry* table = static_cast<const LoraEntry*>(lora_tables.const_data_ptr()) + first * num_slots;
+    int64_t num_slots = read_tables.size(1), num_lines = 0, num_units = static_cast<int64_t>(read_slots.size()) * count;
+    const LoraEntry* table = static_cast<const LoraEntry*>(read_tables.const_data_ptr()) + first * num_slots;
     std::vector<MemoryRange> ranges;
-    for (int64_t unit = 0; unit < lora_segment_slots.numel() * count && num_lines < most; ++unit) {
-      const LoraEntry& entry = table[unit % count * num_slots + slots[unit / count]];
+    for (int64_t unit = 0; unit < num_units && num_lines < most; ++unit) {
+      const LoraEntry& entry = table[unit % count * num_slots + read_slots[unit / count]];
       const int64_t addresses[] = {entry.a, entry.b}, columns[] = {entry.in_features, entry.out_features};
       for (int64_t matrix = 0; matrix < 2 && entry.rank; ++matrix) {
         if (!addresses[matrix]) continue;  // the identity
@@ -92,8 +127,21 @@ struct Step : torch::CustomClassHolder {
   Tensor cos, sin, kv_slots, block_tables, query_starts, context_lens;
   Tensor lora_tables, lora_order, lora_segment_slots, lora_segment_starts, lora_touched;
   Tensor lora_inputs, lora_outputs, lora_changed_inputs, lora_changed_outputs;
+  struct Mixes {
+    Tensor tables, inputs, outputs, order, row_starts, part_starts, part_slots, part_weights;
+    Tensor touched, changed_inputs, changed_outputs;
+  } mixes;
+  Tensor read_tables;               // of the low-rank entries
+  std::vector<int32_t> read_slots;  // those that the step's rows have, each once
 
  private:
+  void read_from(const Tensor& tables, const Tensor& slots) {
+    read_tables = tables;
+    const int32_t* at = slots.const_data_ptr<int32_t>();
+    for (int64_t i = 0; i < slots.numel(); ++i)
+      if (std::find(read_slots.begin(), read_slots.end(), at[i]) == read_slots.end()) read_slots.push_back(at[i]);
+  }
+
   static bool is_any(const Tensor& flags, int64_t first, int64_t count) {
     if (!flags.defined()) return false;
     TORCH_CHECK_INDEX(first >= 0 && first + count <= flags.numel(), "the step's tables have no site ",
@@ -124,15 +172,10 @@ struct AdaptedLinear : torch::CustomClassHolder {
 
   Tensor forward(const Tensor& input, const Step& step) const {
     int64_t members = out_offsets_.numel() - 1;
-    bool is_touched = step.touches(first_site_, members);
-    Tensor x = input;
-    if (is_touched && step.changes_input(first_site_, members)) {
-      TORCH_CHECK_VALUE(members == 1, "an input that several linears share cannot be changed for one of them");
-      x = x.clone();
-      step.change(x, step.lora_inputs, first_site_, 1, in_offsets_);
-    }
+    bool is_touched = step.touches(first_site_, members), is_mixed = step.mixes_touch(first_site_, members);
+    Tensor x = changed_input(input, step, is_touched, is_mixed);
     std::vector<MemoryRange> reads;
-    if (is_touched && x.size(0) >= kMinRowsToAsk)
+    if ((is_touched || is_mixed) && x.size(0) >= kMinRowsToAsk)
       reads = step.lora_reads(first_site_, members, kLinesToAskPerThread * num_threads());
     Tensor out =
         weight_->multiply(x, reads.empty() ? Soon{} : Soon{reads.data(), int64_t(reads.size()), reads.back().end_line});
@@ -143,10 +186,24 @@ struct AdaptedLinear : torch::CustomClassHolder {
       if (step.changes_output(first_site_, members))
         step.change(out, step.lora_outputs, first_site_, members, out_offsets_);
     }
+    if (is_mixed) step.add_mixes(out, input, first_site_, members, out_offsets_);
     return out;
   }
 
  private:
+  // The input as the base is to have it: a copy where an adapter changes it.
+  Tensor changed_input(const Tensor& input, const Step& step, bool is_touched, bool is_mixed) const {
+    int64_t members = out_offsets_.numel() - 1;
+    bool changes = is_touched && step.changes_input(first_site_, members);
+    bool mixes_change = is_mixed && step.mixes_change_input(first_site_);
+    if (!changes && !mixes_change) return input;
+    TORCH_CHECK_VALUE(members == 1, "an input that several linears share cannot be changed for one of them");
+    Tensor x = input.clone();
+    if (changes) step.change(x, step.lora_inputs, first_site_, 1, in_offsets_);
+    if (mixes_change) step.change_mixes(x, step.mixes.inputs, first_site_, in_offsets_);
+    return x;
+  }
+
   WeightPtr weight_;
   int64_t first_site_;
   Tensor in_offsets_, out_offsets_;
@@ -159,6 +216,7 @@ struct AdaptedNorm : torch::CustomClassHolder {
 
   void change(const Tensor& normed, const Step& step) const {
     if (step.changes_output(site_, 1)) step.change(normed, step.lora_outputs, site_, 1, offsets_);
+    if (step.mixes_change_output(site_)) step.change_mixes(normed, step.mixes.outputs, site_, offsets_);
   }
 
   Tensor weight;
@@ -241,7 +299,8 @@ TORCH_LIBRARY_FRAGMENT(manylora, m) {
   m.class_<Step>("Step")
       .def(torch::init<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>())
       .def("set_lora", &Step::set_lora)
-      .def("set_changes", &Step::set_changes);
+      .def("set_changes", &Step::set_changes)
+      .def("set_mixes", &Step::set_mixes);
   register_weights(m);
   m.class_<AdaptedLinear>("AdaptedLinear").def(torch::init<WeightPtr, int64_t, Tensor, Tensor>());
   m.class_<AdaptedNorm>("AdaptedNorm").def(torch::init<Tensor, double, int64_t, Tensor>());

@@ -114,22 +114,51 @@ Tensor normed(const Tensor& x, Tensor* residual, const Tensor& weight, double ep
   return out;
 }
 
-// The adapters of this call were packed for an input and outputs of these sizes.
+// The adapter in a slot was packed for an input and an output of these sizes.
+void check_entry(const LoraEntry& entry, int32_t slot, int64_t in_features, int64_t width) {
+  TORCH_CHECK_VALUE(!entry.rank || (entry.rank > 0 && entry.in_features == in_features && entry.out_features == width),
+                    "the adapter in slot ", slot, " is for [", entry.in_features, "] -> [", entry.out_features,
+                    "], and this is [", in_features, "] -> [", width, "]");
+  TORCH_CHECK_VALUE(!entry.rank || entry.b || entry.rank == width, "the adapter in slot ", slot,
+                    " has a dense matrix of ", entry.rank, " rows for ", width, " outputs");
+  TORCH_CHECK_VALUE(!entry.rank || are_below(&entry.dtype, 1, kNumDTypes), "an adapter's number format is unknown");
+}
+
+void check_change(const OutputEntry& entry, int32_t slot, int64_t width) {
+  TORCH_CHECK_VALUE(!entry.out_features || entry.out_features == width, "the adapter in slot ", slot,
+                    " changes outputs of ", entry.out_features, ", and this has ", width);
+}
+
 void check_entries(const LoraArgs& args) {
   for (int64_t member = 0; member < args.num_members; ++member) {
     int64_t width = args.out_offsets[member + 1] - args.out_offsets[member];
     for (int64_t segment = 0; segment < args.num_segments; ++segment) {
-      const LoraEntry& entry = args.tables[member * args.num_slots + args.segment_slots[segment]];
-      TORCH_CHECK_VALUE(
-          !entry.rank || (entry.rank > 0 && entry.in_features == args.in_features && entry.out_features == width),
-          "the adapter in slot ", args.segment_slots[segment], " is for [", entry.in_features, "] -> [",
-          entry.out_features, "], and this is [", args.in_features, "] -> [", width, "]");
-      TORCH_CHECK_VALUE(!entry.rank || entry.b || entry.rank == width, "the adapter in slot ",
-                        args.segment_slots[segment], " has a dense matrix of ", entry.rank, " rows for ", width,
-                        " outputs");
-      TORCH_CHECK_VALUE(!entry.rank || are_below(&entry.dtype, 1, kNumDTypes), "an adapter's number format is unknown");
+      int32_t slot = args.segment_slots[segment];
+      check_entry(args.tables[member * args.num_slots + slot], slot, args.in_features, width);
     }
   }
+}
+
+void check_parts(const MixArgs& args) {
+  for (int64_t member = 0; member < args.num_members; ++member) {
+    int64_t width = args.out_offsets[member + 1] - args.out_offsets[member];
+    for (int64_t part = 0; part < args.part_starts[args.num_mixes]; ++part) {
+      int32_t slot = args.part_slots[part];
+      int64_t at = member * args.num_slots + slot;
+      check_change(args.changes[at], slot, width);
+      if (!args.tables) continue;
+      check_entry(args.tables[at], slot, args.in_features, width);
+      check_change(args.inputs[at], slot, args.in_features);
+    }
+  }
+}
+
+// The entries of tables [members, slots, fields].
+template <class Entry>
+const Entry* entries_of(const Tensor& tables, const char* name, int64_t num_fields) {
+  indices<int64_t>(tables, name, 3);
+  TORCH_CHECK_VALUE(tables.size(2) == num_fields, name, " must be [members, slots, ", num_fields, "]");
+  return static_cast<const Entry*>(tables.const_data_ptr());
 }
 
 // Every row and every block that the sequences name is there.
@@ -228,13 +257,68 @@ void change_output_(Tensor out, const Tensor& outputs, const Tensor& out_offsets
   for (int64_t member = 0; member < args.num_members; ++member) {
     int64_t width = args.out_offsets[member + 1] - args.out_offsets[member];
     for (int64_t segment = 0; segment < args.num_segments; ++segment) {
-      const OutputEntry& entry = args.outputs[member * args.num_slots + args.segment_slots[segment]];
-      TORCH_CHECK_VALUE(!entry.out_features || entry.out_features == width, "the adapter in slot ",
-                        args.segment_slots[segment], " changes outputs of ", entry.out_features, ", and this has ",
-                        width);
+      int32_t slot = args.segment_slots[segment];
+      check_change(args.outputs[member * args.num_slots + slot], slot, width);
     }
   }
   kernels().change_output(args);
+}
+
+void check_mixes(const Tensor& order, const Tensor& row_starts, const Tensor& part_starts, const Tensor& part_slots,
+                 const Tensor& part_weights, int64_t num_slots) {
+  indices<int32_t>(order, "order", 1);
+  const int32_t* rows = indices<int32_t>(row_starts, "row_starts", 1);
+  const int32_t* parts = indices<int32_t>(part_starts, "part_starts", 1);
+  const int32_t* slots = indices<int32_t>(part_slots, "part_slots", 1);
+  indices<float>(part_weights, "part_weights", 1);
+  TORCH_CHECK_VALUE(row_starts.numel() == part_starts.numel() && row_starts.numel(),
+                    "row_starts and part_starts must have one entry more than there are mixes");
+  TORCH_CHECK_VALUE(part_slots.numel() == part_weights.numel(), "each part must have a slot and a weight");
+  TORCH_CHECK_INDEX(are_below(slots, part_slots.numel(), num_slots), "part_slots must be in [0, ", num_slots, ")");
+  TORCH_CHECK_INDEX(are_runs(rows, row_starts.numel() - 1, order.numel()), "row_starts must rise within order's ",
+                    order.numel(), " entries");
+  TORCH_CHECK_INDEX(are_runs(parts, part_starts.numel() - 1, part_slots.numel()), "part_starts must rise within the ",
+                    part_slots.numel(), " parts");
+}
+
+void add_mixes_(Tensor out, const std::optional<Tensor>& x, const std::optional<Tensor>& tables,
+                const std::optional<Tensor>& inputs, const Tensor& changes, const Tensor& out_offsets,
+                const Tensor& order, const Tensor& row_starts, const Tensor& part_starts, const Tensor& part_slots,
+                const Tensor& part_weights) {
+  check(out, "out", 2, out.scalar_type());
+  MixArgs args{};
+  args.dtype = dtype_of(out);
+  args.out = {out.data_ptr(), out.stride(0)};
+  args.changes = entries_of<OutputEntry>(changes, "changes", kNumOutputEntryFields);
+  args.num_members = changes.size(0);
+  args.num_slots = changes.size(1);
+  TORCH_CHECK_VALUE(tables.has_value() == x.has_value() && tables.has_value() == inputs.has_value(),
+                    "tables, x and inputs come together or not at all");
+  if (tables) {
+    check(*x, "x", 2, out.scalar_type());
+    TORCH_CHECK_VALUE(out.size(0) == x->size(0), "out and x must have the same rows");
+    TORCH_CHECK_VALUE(tables->sizes().slice(0, 2) == changes.sizes().slice(0, 2) && inputs->sizes() == changes.sizes(),
+                      "tables, inputs and changes must have the same members and slots");
+    args.x = {x->const_data_ptr(), x->stride(0)};
+    args.in_features = x->size(1);
+    args.tables = entries_of<LoraEntry>(*tables, "tables", kNumLoraEntryFields);
+    args.inputs = entries_of<OutputEntry>(*inputs, "inputs", kNumOutputEntryFields);
+  }
+  check_mixes(order, row_starts, part_starts, part_slots, part_weights, args.num_slots);
+  args.out_offsets = indices<int32_t>(out_offsets, "out_offsets", 1);
+  TORCH_CHECK_VALUE(out_offsets.numel() == args.num_members + 1, "out_offsets must have one entry more than members");
+  args.order = order.const_data_ptr<int32_t>();
+  args.row_starts = row_starts.const_data_ptr<int32_t>();
+  args.part_starts = part_starts.const_data_ptr<int32_t>();
+  args.part_slots = part_slots.const_data_ptr<int32_t>();
+  args.part_weights = part_weights.const_data_ptr<float>();
+  args.num_mixes = row_starts.numel() - 1;
+  TORCH_CHECK_INDEX(are_runs(args.out_offsets, args.num_members, out.size(1)),
+                    "out_offsets must rise within the columns of out");
+  TORCH_CHECK_INDEX(are_below(args.order, order.numel(), out.size(0)), "order must be rows of out, in [0, ",
+                    out.size(0), ")");
+  check_parts(args);
+  kernels().add_mixes(args);
 }
 
 void paged_attention(Tensor out, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,

@@ -17,6 +17,13 @@ void add_lora_(at::Tensor out, const at::Tensor& x, const at::Tensor& tables, co
                const at::Tensor& order, const at::Tensor& segment_slots, const at::Tensor& segment_starts);
 void change_output_(at::Tensor out, const at::Tensor& outputs, const at::Tensor& out_offsets, const at::Tensor& order,
                     const at::Tensor& segment_slots, const at::Tensor& segment_starts);
+// Raises unless each mix is a run of `order` and of its parts, which have slots.
+void check_mixes(const at::Tensor& order, const at::Tensor& row_starts, const at::Tensor& part_starts,
+                 const at::Tensor& part_slots, const at::Tensor& part_weights, int64_t num_slots);
+void add_mixes_(at::Tensor out, const std::optional<at::Tensor>& x, const std::optional<at::Tensor>& tables,
+                const std::optional<at::Tensor>& inputs, const at::Tensor& changes, const at::Tensor& out_offsets,
+                const at::Tensor& order, const at::Tensor& row_starts, const at::Tensor& part_starts,
+                const at::Tensor& part_slots, const at::Tensor& part_weights);
 void paged_attention(at::Tensor out, const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache,
                      const at::Tensor& block_tables, const at::Tensor& query_starts, const at::Tensor& context_lens,
                      double scale, int64_t sliding_window, double softcap);

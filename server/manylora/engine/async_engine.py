@@ -26,6 +26,7 @@ from manylora.engine.interface import (
     Effect,
     EngineStats,
     Grammar,
+    Mix,
     ModelInfo,
     Progress,
     RequestTiming,
@@ -52,6 +53,7 @@ from manylora.threads import on_event_loop
 MAX_PROBED_TOKENS: Final = 16  # of those that an adapter trains
 PROBE_TEXT = "The quick brown fox jumps over the lazy dog. Question: what is the capital of France? Answer:"
 _IDLE_WAIT_S = 0.5
+_TIERS: Final[tuple[Tier, ...]] = ("device", "host", "disk")  # from the nearest
 
 
 def effect_of(without: np.ndarray, with_it: np.ndarray) -> Effect:
@@ -61,13 +63,6 @@ def effect_of(without: np.ndarray, with_it: np.ndarray) -> Effect:
         torch.log_softmax(b[-1], -1), torch.log_softmax(a[-1], -1), reduction="sum", log_target=True
     )
     return Effect(len(a), float((a - b).abs().max()), float(kl))
-
-
-def vector_effect_of(num_tokens: int, without: np.ndarray | None, with_it: np.ndarray | None) -> Effect:
-    """What an adapter changes of a text's vector [hidden] without it and with it. Vectors have no probabilities."""
-    assert without is not None
-    assert with_it is not None
-    return Effect(num_tokens, float(np.abs(without - with_it).max()), 0.0)
 
 
 class RunningGeneration:
@@ -213,7 +208,7 @@ class AsyncEngine:
         prompt_ids: SequenceOf[int],
         params: SamplingParams,
         *,
-        adapter: AdapterRef | None = None,
+        adapter: AdapterRef | Mix | None = None,
         tenant: str = "public",
         weight: float = 1.0,
         cache_salt: str | None = None,
@@ -222,7 +217,13 @@ class AsyncEngine:
         """Queue a request; see `interface.EngineClient`."""
         self._check_open()
         self._admission.check(tenant, params.n)
-        if len(prompt_ids) > self.model.most_prompt_tokens:
+        if isinstance(adapter, Mix) and len(adapter.parts) > self._tiers.book.num_slots:
+            raise InvalidRequest(
+                f"The mix has {len(adapter.parts)} adapters and the server has slots for {self._tiers.book.num_slots}. "
+                "Send fewer, or raise --max-slots.",
+                param="adapters",
+            )
+        if len(prompt_ids) + 1 > self.model.context_length:
             raise ContextLengthExceeded(
                 f"The prompt has {len(prompt_ids)} tokens and the model's context is {self.model.context_length}."
             )
@@ -255,11 +256,10 @@ class AsyncEngine:
 
     def _submit(self, seqs: list[Sequence]) -> RunningGeneration:
         assert on_event_loop()
-        adapter = seqs[0].adapter
         tier: Tier = "device"
-        if adapter is not None:
-            tier = self._tiers.tier_of(adapter)
-            self._tiers.prefetch(adapter, seqs[0].tenant)
+        for ref in seqs[0].mix.refs:
+            tier = max(tier, self._tiers.tier_of(ref), key=_TIERS.index)
+            self._tiers.prefetch(ref, seqs[0].tenant)
         generation = RunningGeneration(self, seqs, tier)
         self._open.add(generation)
         for seq in seqs:
@@ -303,18 +303,14 @@ class AsyncEngine:
         self._check_open()
         prompt = [i for i in self.codec.encode(PROBE_TEXT) if i < self.model.vocab_size]
         # An adapter of some tokens does nothing where they do not come.
-        prompt = [*adapter.token_ids[:MAX_PROBED_TOKENS], *prompt][: self.model.most_prompt_tokens]
+        prompt = [*adapter.token_ids[:MAX_PROBED_TOKENS], *prompt][: self.model.context_length - 1]
         self._num_probes += 1
-        is_pooled = self.model.kind == "pool"
-        params = SamplingParams(max_tokens=0, pooling="mean" if is_pooled else None)
+        params = SamplingParams(max_tokens=0)
         self._tiers.offer(ref, adapter)
 
         def probe(name: str, tried: AdapterRef | None) -> RunningGeneration:
             """A probe runs at the expense of the tenant's fair share."""
-            captures = not is_pooled
-            seq = Sequence(
-                name, list(prompt), params, adapter=tried, tenant=tenant, weight=weight, capture_logits=captures
-            )
+            seq = Sequence(name, list(prompt), params, adapter=tried, tenant=tenant, weight=weight, capture_logits=True)
             return self._submit([seq])
 
         base, tuned = probe(f"probe-{self._num_probes}-base", None), probe(f"probe-{self._num_probes}", ref)
@@ -324,8 +320,6 @@ class AsyncEngine:
             await base.aclose()
             await tuned.aclose()
             self._tiers.offer(ref, None)
-        if is_pooled:
-            return vector_effect_of(len(prompt), without.delta.pooled, with_it.delta.pooled)
         a, b = without.captured, with_it.captured
         if a is None or b is None:
             raise AdapterLoadFailed("The adapter's effect could not be measured.")
@@ -342,7 +336,7 @@ class AsyncEngine:
 
     async def forget(self, ref: AdapterRef, *, heir: AdapterRef | None = None) -> None:
         """Wait for the last user, then free; see `interface.EngineClient`."""
-        while any(s.adapter is not None and s.adapter.id == ref.id for g in self._open for s in g.seqs):
+        while any(ref in s.mix.refs for g in self._open for s in g.seqs):
             await asyncio.sleep(0.02)
         while not await asyncio.to_thread(self._tiers.forget, ref, _IDLE_WAIT_S, heir=heir):
             if not self._thread.is_alive():  # nobody is left to release it
@@ -375,7 +369,7 @@ class AsyncEngine:
     def _stats_of(self, tenant: str) -> EngineStats:
         scheduler = self._engine.scheduler
         running, waiting = scheduler.running_of(tenant), scheduler.waiting_of(tenant)
-        users = Counter(seq.adapter.id for seq in running if seq.adapter is not None)
+        users = Counter(ref.id for seq in running for ref in seq.mix.refs)
         visible = [
             {**row, "users": users[row["id"]]}
             for row in self._tiers.residents()

@@ -11,8 +11,8 @@ from collections import OrderedDict
 from hashlib import blake2b
 from secrets import token_bytes
 
+from manylora.engine.interface import Mix
 from manylora.engine.sequence import Sequence
-from manylora.identity import Mix
 
 
 class BlockManager:
@@ -125,8 +125,7 @@ class BlockManager:
         return seq.block_hashes[i]
 
     def _root(self, seq: Sequence) -> bytes:
-        mix = Mix.of(seq.adapter)
-        parts = (mix.key, *self._sharers(seq, mix))
+        parts = (seq.mix.key, *self._sharers(seq, seq.mix))
         return self._secret + "".join(f"{len(part)}:{part}" for part in parts).encode("utf-8", "surrogatepass")
 
     def _sharers(self, seq: Sequence, mix: Mix) -> tuple[str, str]:

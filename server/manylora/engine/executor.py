@@ -1,5 +1,6 @@
 """The device part of a step: the model runs once over what the host part laid out, and its logits become tokens."""
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,7 +11,7 @@ from manylora.engine.sampler import sample
 from manylora.engine.step_input import Sampled, SamplingInput, StepInput
 from manylora.kernels.batch import Batch
 from manylora.kernels.interface import LoraKernel, LoraPlan
-from manylora.kernels.rows import group_rows
+from manylora.kernels.rows import Parts, group_rows
 from manylora.lora.memory.device_memory import DeviceMemory
 from manylora.models.kv_cache import KVCache
 from manylora.models.wrapping import WrappedModel
@@ -76,7 +77,7 @@ class LocalExecutor:
         self._hidden = None
         context = self._wrapped.context
         context.batch = batch
-        self._memory.named = batch.lora.rows.slots if batch.lora is not None else ()
+        self._memory.named = batch.lora.rows.all_slots if batch.lora is not None else ()
         watch = self._wrapped.model.base_model.register_forward_hook(self._keep) if step.hidden_rows.size else None
         try:
             output = self._wrapped.model(
@@ -120,14 +121,19 @@ class LocalExecutor:
             starts=tuple(starts),
             lens=tuple(step.context_lens.tolist()),
             logit_rows=self._tensor(step.logit_rows),
-            lora=self._plan(step.slots),
-            logit_lora=self._plan(step.slots[step.logit_rows]),
+            lora=self._plan(step.slots, step.mixes),
+            logit_lora=self._plan(step.slots[step.logit_rows], step.mixes),
         )
 
-    def _plan(self, row_slots: np.ndarray) -> LoraPlan | None:
+    def _plan(self, row_slots: np.ndarray, mixes: Sequence[Parts]) -> LoraPlan | None:
         memory = self._memory
         rows = group_rows(
-            row_slots, memory.touches, self._device, inputs=memory.inputs.flags, outputs=memory.outputs.flags
+            row_slots,
+            memory.touches,
+            self._device,
+            inputs=memory.inputs.flags,
+            outputs=memory.outputs.flags,
+            mixes=mixes,
         )
         return self._kernel.plan(rows, self._memory) if rows is not None else None
 

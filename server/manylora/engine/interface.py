@@ -16,7 +16,7 @@ import numpy.typing as npt
 from manylora.chat.format import PLAIN_CHAT, ChatFormat, ChatOptions
 from manylora.chat.pieces import Reader
 from manylora.grammars.grammar import CompiledGrammar, Grammar, Whitespace
-from manylora.identity import PUBLIC_TENANT, AdapterRef, Tier
+from manylora.identity import PUBLIC_TENANT, AdapterRef, Mix, Tier
 from manylora.lora.format.spec import Adapter
 
 __all__ = [
@@ -31,8 +31,8 @@ __all__ = [
     "FinishReason",
     "Generation",
     "Grammar",
+    "Mix",
     "ModelInfo",
-    "ModelKind",
     "Pooling",
     "Progress",
     "RequestTiming",
@@ -45,11 +45,7 @@ __all__ = [
 ]
 
 
-Pooling: TypeAlias = Literal["cls", "last", "mean"]
-"""What becomes of a text's tokens: the first one's hidden state (of encoders), the last one's, or the mean of all."""
-
-ModelKind: TypeAlias = Literal["generate", "pool"]
-"""What a base does: write text on, or turn whole texts into vectors."""
+Pooling: TypeAlias = Literal["last", "mean"]
 
 
 class FinishReason(StrEnum):
@@ -86,7 +82,7 @@ class SamplingParams:
     False, and what the answer stopped at with `include_stop`. With `prompt_ranks` the prompt's log-probabilities have
     their ranks.
 
-    With `pooling` nothing is generated: the answer is one vector of hidden states.
+    With `pooling` nothing is generated: the answer is the last token's hidden state, or the mean of all.
     """
 
     max_tokens: int
@@ -212,8 +208,7 @@ class Generation(Protocol):
 class ModelInfo:
     """The base model as callers see it.
 
-    `hidden_size`: numbers of an embedding, 0 where the model gives none; `dimensions`: to how many it may be cut;
-    `normalizes`: whether it gets length 1.
+    `hidden_size`: numbers of an embedding, 0 where the model gives none; `dimensions`: to how many it may be cut.
     """
 
     name: str
@@ -228,13 +223,6 @@ class ModelInfo:
     max_logprobs: int = 20
     hidden_size: int = 0
     dimensions: tuple[int, ...] = ()
-    kind: ModelKind = "generate"
-    normalizes: bool = True
-
-    @property
-    def most_prompt_tokens(self) -> int:
-        """Tokens that a prompt may have: where text is written on, one is left for the answer."""
-        return self.context_length if self.kind == "pool" else self.context_length - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,10 +249,7 @@ class EngineStats:
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """How much an adapter changes the base's answer to a fixed prompt (KL in nats, at the last position).
-
-    Of an encoder, `max_abs_logit_delta` is of the text's vector and `kl` 0.
-    """
+    """How much an adapter changes the base's answer to a fixed prompt (KL in nats, at the last position)."""
 
     prompt_tokens: int
     max_abs_logit_delta: float
@@ -372,13 +357,15 @@ class EngineClient(Protocol):
         prompt_ids: Sequence[int],
         params: SamplingParams,
         *,
-        adapter: AdapterRef | None = None,
+        adapter: AdapterRef | Mix | None = None,
         tenant: str = "public",
         weight: float = 1.0,
         cache_salt: str | None = None,
         priority: int = 0,
     ) -> Generation:
-        """Queue a request. Raises QueueFull, Draining, EngineDead or ContextLengthExceeded at once.
+        """Queue a request, with an adapter or a mix of several.
+
+        Raises QueueFull, Draining, EngineDead, InvalidRequest or ContextLengthExceeded at once.
 
         What the cache knows of the prompt is the tenant's own; with `cache_salt`, of all who send the same one. Of the
         tenant's requests those with the lowest `priority` come first.

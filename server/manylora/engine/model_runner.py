@@ -9,7 +9,7 @@ far longer than its numbers do.
 from collections import Counter
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from manylora.engine.interface import Task, TokenLogprob
 from manylora.engine.sequence import Draws, Scheduled, Sequence
 from manylora.engine.step_input import Adjustment, Allowed, Draw, Sampled, SamplingInput, Scored, ScoredRows, StepInput
 from manylora.engine.token_rules import Bits
+from manylora.kernels.rows import Parts, mix_number
 
 DRAWS_AHEAD = 64  # places of a sequence whose random numbers are made together
 _WORDS = 4  # numbers of 64 bits that the generator makes of one counter, of which the first is used
@@ -33,8 +34,8 @@ class Outcome:
 
     The first `num_accepted` tokens are the draft's, which have run already; behind them comes at least one that has
     not. `logprobs` has an entry for each token, or none. `prompt_logprobs`, `captured` (logits [rows, vocab], in
-    pieces) and `hidden` (hidden states [rows, hidden], in pieces) are of the step's own part of a prompt. `pooled` is
-    the whole answer of an input that an encoder ran. `is_finite`: False where what was computed holds NaN or infinity.
+    pieces) and `hidden` (hidden states [rows, hidden], in pieces) are of the step's own part of a prompt. `is_finite`:
+    False where its logits hold NaN or infinity.
     """
 
     token_ids: SequenceOf[int] = ()
@@ -43,7 +44,6 @@ class Outcome:
     prompt_logprobs: SequenceOf[TokenLogprob] = ()
     captured: SequenceOf[np.ndarray] = ()
     hidden: SequenceOf[np.ndarray] = ()
-    pooled: np.ndarray | None = None
     is_finite: bool = True
 
     def add(self, later: "Outcome") -> None:
@@ -52,34 +52,11 @@ class Outcome:
         self.prompt_logprobs = (*self.prompt_logprobs, *later.prompt_logprobs)
         self.captured = (*self.captured, *later.captured)
         self.hidden = (*self.hidden, *later.hidden)
-        self.pooled = later.pooled
         self.is_finite &= later.is_finite
 
 
-class Runner(Protocol):
-    """Runs plans, on the engine's thread. What it runs may be run again, and no sequence changes.
-
-    `spare_block`: the block of the cache that no sequence has; None where there is no cache, so that an input runs
-    whole or not at all. `vocab_size`: token ids are below it.
-    """
-
-    @property
-    def spare_block(self) -> int | None: ...
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    def forward(self, scheduled: SequenceOf[Scheduled]) -> Any:
-        """Run the model once; what `sample` is handed."""
-        ...
-
-    def sample(self, scheduled: SequenceOf[Scheduled], logits: Any) -> list[Outcome]:
-        """What each item gets."""
-        ...
-
-
 class ModelRunner:
-    """Runs plans of a decoder. Lives on the engine's thread. Implements `Runner`.
+    """Runs plans. Lives on the engine's thread.
 
     What it runs may be run again, as a whole or in parts: the keys and values are written to the same places, and
     no sequence changes.
@@ -158,6 +135,7 @@ class ModelRunner:
         first = np.array([s.start for s in scheduled])
         owner = np.repeat(np.arange(len(scheduled)), counts)
         positions = first[owner] + np.arange(starts[-1]) - starts[owner]
+        slots, mixes = _slots(scheduled)
         return StepInput(
             token_ids=np.array(tokens),
             positions=positions,
@@ -165,10 +143,28 @@ class ModelRunner:
             block_tables=tables,
             query_starts=starts.astype(np.int32),
             context_lens=(first + counts).astype(np.int32),
-            slots=np.array([s.seq.slot for s in scheduled], dtype=np.int32)[owner],
+            slots=slots[owner],
             logit_rows=np.array(logit_rows, dtype=np.int64),
             hidden_rows=np.array(hidden_rows, dtype=np.int64),
+            mixes=mixes,
         )
+
+
+def _slots(scheduled: SequenceOf[Scheduled]) -> tuple[np.ndarray, tuple[Parts, ...]]:
+    """Each item's slot or number of its mix, int32 [S], and the mixes."""
+    numbers: dict[str, int] = {}
+    mixes: list[Parts] = []
+    slots = np.empty(len(scheduled), dtype=np.int32)
+    for i, item in enumerate(scheduled):
+        seq = item.seq
+        if seq.mix.is_plain:
+            slots[i] = seq.slots[0] if seq.slots else -1
+            continue
+        number = numbers.setdefault(seq.mix.key, len(mixes))
+        if number == len(mixes):
+            mixes.append(tuple((slot, weight) for slot, (_, weight) in zip(seq.slots, seq.mix.parts, strict=True)))
+        slots[i] = mix_number(number)
+    return slots, tuple(mixes)
 
 
 # the prompt's own tokens

@@ -9,6 +9,7 @@ passed over until it is, and holds nobody up.
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from itertools import islice
 from time import monotonic
@@ -17,7 +18,7 @@ from typing import Final, Protocol
 from manylora.engine.block_manager import BlockManager
 from manylora.engine.drafting import Drafter
 from manylora.engine.fairness import FairQueue
-from manylora.engine.interface import AdapterRef, FinishReason
+from manylora.engine.interface import AdapterRef, FinishReason, Mix
 from manylora.engine.room import PromptCost, Room
 from manylora.engine.sequence import Scheduled, Sequence, SequenceStatus
 from manylora.engine.turns import Places, Turns
@@ -35,6 +36,12 @@ class SlotProvider(Places, Protocol):
 
     def give_up(self, ref: AdapterRef) -> None: ...
 
+    def acquire_all(self, refs: SequenceOf[AdapterRef], tenant: str | None = None) -> tuple[int, ...] | None: ...
+
+    def gathers(self, refs: SequenceOf[AdapterRef]) -> bool: ...
+
+    def stop_gathering(self, refs: SequenceOf[AdapterRef]) -> None: ...
+
 
 @dataclass(slots=True)
 class Plan:
@@ -47,8 +54,7 @@ class Plan:
 class Scheduler:
     """Owns the waiting and the running sequences.
 
-    Of prompts whose logits are wanted, and of drafts, a step runs at most `max_prompt_logits` tokens. With `runs_whole`
-    an input runs in one step, as a model that looks in both directions needs it.
+    Of prompts whose logits are wanted, and of drafts, a step runs at most `max_prompt_logits` tokens.
     """
 
     def __init__(
@@ -61,7 +67,6 @@ class Scheduler:
         max_prompt_logits: int | None = None,
         prompt_cost: PromptCost | None = None,
         drafter: Drafter | None = None,
-        runs_whole: bool = False,
     ) -> None:
         self.blocks = blocks
         self.waiting = FairQueue()
@@ -74,8 +79,8 @@ class Scheduler:
         self._max_prompt_logits = max_prompt_logits or max_num_batched_tokens
         self._prompt_cost = prompt_cost or PromptCost()
         self._drafter = drafter
-        self._runs_whole = runs_whole
         self._turns = Turns(self.running, self.waiting, slots, max_num_seqs)
+        self._gathering: Mix | None = None  # whose adapters are brought together
         self._only: Collection[Sequence] | None = None  # the sequences that the plan may name, None for all
         self._failed: list[tuple[Sequence, ManyloraError]] = []
 
@@ -177,8 +182,7 @@ class Scheduler:
             self._release(seq)
         elif self._is_queued(seq):
             self.waiting.remove(seq)
-            if seq.adapter and not self._others_want(seq.adapter):
-                self._slots.give_up(seq.adapter)
+            self._give_up(seq)
         self._forget_waiting(seq)
         seq.status = SequenceStatus.FINISHED
         seq.finish_reason = reason
@@ -199,13 +203,13 @@ class Scheduler:
     # admission
 
     def _admit(self, work: list[Scheduled], room: Room) -> None:
-        not_ready: set[str] = set()
+        not_ready: set[Mix] = set()
         while room.has_any:
             seq = self._next_ready(not_ready)
             if seq is None:
                 return
             try:
-                if self._has_room(seq, room) and self._make_seat(seq, work):
+                if self._make_seat(seq, work):
                     self._start(seq)
             finally:
                 if seq.status is not SequenceStatus.RUNNING:
@@ -217,10 +221,6 @@ class Scheduler:
             if count:
                 work.append(Scheduled(seq, seq.num_computed, count))
                 room.take(seq, count)
-
-    def _has_room(self, seq: Sequence, room: Room) -> bool:
-        """Whether a sequence may begin in what is left of the step."""
-        return not self._runs_whole or room.fits(seq) >= seq.num_uncomputed
 
     def _start(self, seq: Sequence) -> None:
         self.waiting.remove(seq)
@@ -241,50 +241,77 @@ class Scheduler:
     def _is_meant(self, seq: Sequence) -> bool:
         return self._only is None or seq in self._only
 
-    def _next_ready(self, not_ready: set[str]) -> Sequence | None:
-        """The next sequence to serve, its adapter's slot acquired; None when nobody can go on."""
+    def _next_ready(self, not_ready: set[Mix]) -> Sequence | None:
+        """The next sequence to serve, its adapters' slots acquired; None when nobody can go on."""
         for tenant in self.waiting.tenants():
             for seq in list(islice(self.waiting.of(tenant), LOOK_AHEAD)):
                 if not self._is_meant(seq):
                     continue
-                if seq.adapter is None:
+                if not seq.mix.parts:
                     return seq
-                if seq.adapter.id in not_ready:
+                if seq.mix in not_ready:
                     continue
                 try:
-                    ready = self._acquire(seq, seq.adapter)
+                    ready = self._acquire(seq)
                 except ManyloraError as error:
                     self.fail(seq, error)
                     continue
                 if ready:
                     return seq
-                not_ready.add(seq.adapter.id)
+                not_ready.add(seq.mix)
+        if self._gathering is not None and self._gathering not in not_ready:
+            self._stop_gathering()  # for one that is too far behind to be asked: it would keep places from all others
         return None
 
-    def _acquire(self, seq: Sequence, adapter: AdapterRef) -> bool:
-        if not self._turns.may_ask(seq, adapter):
+    def _acquire(self, seq: Sequence) -> bool:
+        if not self._turns.may_ask(seq):
             return False
-        slot = self._slots.acquire(adapter, seq.tenant)
-        if slot is not None:
-            seq.slot = slot
+        refs = seq.mix.refs
+        slots: tuple[int, ...] | None
+        if len(refs) == 1:
+            slot = self._slots.acquire(refs[0], seq.tenant)
+            slots = None if slot is None else (slot,)
+        else:
+            slots = self._slots.acquire_all(refs, seq.tenant)
+        is_gathered = len(refs) > 1 and self._slots.gathers(refs)
+        if is_gathered:
+            self._gathering = seq.mix
+        elif self._gathering == seq.mix:
+            self._gathering = None
+        if slots is not None:
+            seq.slots = slots
             return True
         if seq.status is not SequenceStatus.LOADING_ADAPTER:
             seq.status = SequenceStatus.LOADING_ADAPTER
             self.num_waiting_for_adapter += 1
             if seq.load_started_s is None:
                 seq.load_started_s = monotonic()
-        self._turns.pass_over(seq, adapter)
+        self._turns.pass_over(seq, may_lack=is_gathered or len(refs) == 1)
         return False
 
     def _unacquire(self, seq: Sequence) -> None:
-        if seq.adapter is not None:
-            self._slots.release(seq.adapter)
-            seq.slot = -1
+        slots, seq.slots = seq.slots, ()  # before they are let go of: whatever that raises, nobody may do it once more
+        if slots:
+            for ref in seq.mix.refs:
+                self._slots.release(ref)
+
+    def _give_up(self, seq: Sequence) -> None:
+        """It waits no more: for its adapters neither, unless others want them."""
+        if seq.mix == self._gathering and not any(s.mix == seq.mix for s in self.waiting):
+            self._stop_gathering()
+        for ref in seq.mix.refs:
+            if not any(ref in s.mix.refs for s in self.waiting):
+                self._slots.give_up(ref)
+
+    def _stop_gathering(self) -> None:
+        mix, self._gathering = self._gathering, None
+        if mix is not None:
+            self._slots.stop_gathering(mix.refs)
 
     def _take_turns(self, work: list[Scheduled]) -> None:
         chosen = self._turns.choose()
         if chosen is not None:
-            for seq in [s for s in reversed(self.running) if s.adapter and s.adapter.id == chosen]:
+            for seq in [s for s in reversed(self.running) if any(ref.id == chosen for ref in s.mix.refs)]:
                 self._preempt(seq, work)
 
     # drafts
@@ -377,17 +404,12 @@ class Scheduler:
     def _release(self, seq: Sequence) -> None:
         self.blocks.free(seq)
         self._turns.stop(seq)
-        if seq.adapter is not None:
-            seq.slot = -1  # before it is let go of: whatever that raises, nobody may let go of it once more
-            self._slots.release(seq.adapter)
+        self._unacquire(seq)
 
     # housekeeping
 
     def _is_queued(self, seq: Sequence) -> bool:
         return seq in self.waiting.of(seq.tenant)
-
-    def _others_want(self, adapter: AdapterRef) -> bool:
-        return any(s.adapter is not None and s.adapter.id == adapter.id for s in self.waiting)
 
     def _forget_waiting(self, seq: Sequence) -> None:
         self.num_waiting_for_adapter -= seq.status is SequenceStatus.LOADING_ADAPTER
@@ -419,11 +441,11 @@ class Scheduler:
         assert len(self.running) <= self.max_num_seqs
         for seq in self.running:
             assert seq.status is SequenceStatus.RUNNING
-            assert (seq.slot >= 0) == (seq.adapter is not None)
+            assert len(seq.slots) == len(seq.mix.parts)
         for seq in self.waiting:
             assert seq.status in (SequenceStatus.WAITING, SequenceStatus.LOADING_ADAPTER, SequenceStatus.PREEMPTED)
             assert not seq.block_table
-            assert seq.slot == -1
+            assert not seq.slots
         loading = [s for s in self.waiting if s.status is SequenceStatus.LOADING_ADAPTER]
         assert self.num_waiting_for_adapter == len(loading)
         self._turns.check_integrity()

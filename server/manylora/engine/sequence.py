@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 from manylora.engine.detokenizer import Detokenizer
-from manylora.engine.interface import AdapterRef, FinishReason, SamplingParams, Task, TokenLogprob
+from manylora.engine.interface import AdapterRef, FinishReason, Mix, SamplingParams, Task, TokenLogprob
 from manylora.engine.pooling import Pool
 from manylora.engine.token_rules import TokenRules
 from manylora.grammars.masks import Constraint
@@ -44,7 +44,8 @@ class Sequence:
     """Tokens, their place in the cache, and what became of them.
 
     `tokens` holds the prompt and then the output. The keys and values of the first `num_computed` tokens are
-    in `block_table`'s blocks; the rest is still to run. `slot` is the adapter's, -1 for none.
+    in `block_table`'s blocks; the rest is still to run. `mix`: which adapters it has; `slots`: theirs, none
+    while it does not run.
     With a `cache_salt` the cached prefixes it may use are those of all who send the same one, not its tenant's.
     Among its tenant's sequences those with the lowest `priority` come first.
     `followers` are the request's other choices: they wait until this one's prompt is in the cache.
@@ -57,7 +58,7 @@ class Sequence:
         params: SamplingParams,
         *,
         index: int = 0,
-        adapter: AdapterRef | None = None,
+        adapter: AdapterRef | Mix | None = None,
         tenant: str = "public",
         weight: float = 1.0,
         capture_logits: bool = False,
@@ -70,7 +71,7 @@ class Sequence:
         self.num_prompt_tokens = len(prompt_ids)
         self.params = params
         self.task: Task = params.task
-        self.adapter = adapter
+        self.mix = adapter if isinstance(adapter, Mix) else Mix.of(adapter)
         self.tenant = tenant
         self.weight = weight
         self.priority = priority
@@ -82,7 +83,7 @@ class Sequence:
         self.status = SequenceStatus.WAITING
         self.is_counted = False  # among its tenant's, from the time it is added until it has finished
         self.finish_reason: FinishReason | None = None
-        self.slot = -1
+        self.slots: tuple[int, ...] = ()
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []
         self.num_computed = 0

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from manylora.engine.interface import Pooling, TokenLogprob
+from manylora.engine.interface import TokenLogprob
+from manylora.kernels.rows import Parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +18,8 @@ class StepInput:
     `token_ids`, `positions`, `kv_slots` int64 [T]; `kv_slots` is block * block_size + offset, where each token's key
     and value go. `block_tables` int32 [S, most blocks], zero behind a sequence's own. `query_starts` int32 [S + 1]:
     each sequence's run of tokens. `context_lens` int32 [S]: keys to look at, this step's included. `slots` int32 [T]:
-    each token's adapter slot, -1 for none. `logit_rows` int64 [L]: the tokens whose logits are wanted; `hidden_rows`
+    each token's adapter slot, -1 for none, `kernels.rows.mix_number(i)` for `mixes[i]`, slots with a weight each.
+    `logit_rows` int64 [L]: the tokens whose logits are wanted; `hidden_rows`
     int64 [P]: those whose hidden states are, as the head of the model would get them.
     """
 
@@ -30,20 +32,7 @@ class StepInput:
     slots: np.ndarray
     logit_rows: np.ndarray
     hidden_rows: np.ndarray
-
-
-@dataclass(frozen=True, slots=True)
-class EncoderInput:
-    """Whole inputs for a model that looks in both directions, one after the other, without padding.
-
-    `token_ids` int64 [T]; of each input its number of tokens (`lens`), its adapter's slot (`slots` int32, -1 for none)
-    and how its states become one vector (`ways`).
-    """
-
-    token_ids: np.ndarray
-    lens: tuple[int, ...]
-    slots: np.ndarray
-    ways: tuple[Pooling, ...]
+    mixes: tuple[Parts, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

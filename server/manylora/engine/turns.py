@@ -48,27 +48,30 @@ class Turns:
 
     # what becomes of sequences
 
-    def may_ask(self, seq: Sequence, adapter: AdapterRef) -> bool:
-        """Whether the adapter is not making room for somebody else just now."""
-        return self._yielding.get(adapter.id, seq) is seq
+    def may_ask(self, seq: Sequence) -> bool:
+        """Whether none of its adapters is making room for somebody else just now."""
+        return all(self._yielding.get(ref.id, seq) is seq for ref in seq.mix.refs)
 
-    def pass_over(self, seq: Sequence, adapter: AdapterRef) -> None:
-        """Note that `seq` could not go on in this plan, since its adapter has no slot."""
+    def pass_over(self, seq: Sequence, *, may_lack: bool) -> None:
+        """Note that `seq` could not go on in this plan, since an adapter of it has no slot.
+
+        `may_lack`: others yield to it where it finds no place.
+        """
         seq.num_passed_over += 1
-        if self._places.lacks_room(adapter):
+        if may_lack and any(self._places.lacks_room(ref) for ref in seq.mix.refs):
             self._lacking.append(seq)
 
     def start(self, seq: Sequence) -> None:
         """Note that `seq` runs from this plan on."""
         seq.started_plan = self._num_plans
-        if seq.adapter is not None:
-            self._held_since.setdefault(seq.adapter.id, self._num_plans)
+        for ref in seq.mix.refs:
+            self._held_since.setdefault(ref.id, self._num_plans)
 
     def stop(self, seq: Sequence) -> None:
         """Note that `seq` runs no more: it was taken out of `running`."""
-        adapter = seq.adapter
-        if adapter is not None and not any(s.adapter and s.adapter.id == adapter.id for s in self._running):
-            del self._held_since[adapter.id]
+        for ref in seq.mix.refs:
+            if not any(ref in s.mix.refs for s in self._running):
+                del self._held_since[ref.id]
 
     def forget_waiting(self, seq: Sequence) -> None:
         """Note that `seq` waits no more."""
@@ -91,26 +94,30 @@ class Turns:
         held, share = self._places_held(lacking)
         at_share = {tenant for tenant, count in held.items() if count >= share}
         starving, turn_steps = self._most_urgent(lacking, at_share)
-        if starving is None or starving.adapter is None:
+        if starving is None:
             return None
         yielding = at_share
         if starving.tenant in at_share:  # it takes turns with itself, and with who has more than that
             yielding = {starving.tenant} | {tenant for tenant, count in held.items() if count > share}
         chosen = self._who_yields(turn_steps, yielding)
         if chosen is not None:
-            self._places.hurry(starving.adapter)
+            self._hurry(starving)
             starving.granted_plan = self._num_plans
             self._yielding[chosen] = starving
-        elif not any(s.adapter is not None and self._places.may_leave(s.adapter) for s in self._running):
-            self._places.hurry(starving.adapter)  # into a place that is kept for another one that waits
+        elif not any(self._places.may_leave(ref) for s in self._running for ref in s.mix.refs):
+            self._hurry(starving)  # into a place that is kept for another one that waits
         return chosen
+
+    def _hurry(self, seq: Sequence) -> None:
+        for ref in seq.mix.refs:
+            self._places.hurry(ref)
 
     def _is_granted(self, seq: Sequence) -> bool:
         return seq.granted_plan is not None and self._num_plans - seq.granted_plan < GRANT_STEPS
 
     def _places_held(self, lacking: list[Sequence]) -> tuple[Counter[str], float]:
         """How many adapters each tenant runs, and how many would be an equal share of these for all who want some."""
-        held = Counter(tenant for tenant, _ in {(s.tenant, s.adapter.id) for s in self._running if s.adapter})
+        held = Counter(tenant for tenant, _ in {(s.tenant, ref.id) for s in self._running for ref in s.mix.refs})
         return held, held.total() / max(1, len(held.keys() | {s.tenant for s in lacking}))
 
     def _most_urgent(self, lacking: list[Sequence], at_share: set[str]) -> tuple[Sequence | None, int]:
@@ -140,22 +147,24 @@ class Turns:
         It is one that these `tenants` alone use, if there are such.
         """
         users: dict[str, list[Sequence]] = {}
+        refs: dict[str, AdapterRef] = {}
         for seq in self._running:
-            if seq.adapter is not None and seq.adapter.id not in self._yielding:
-                users.setdefault(seq.adapter.id, []).append(seq)
+            for ref in seq.mix.refs:
+                if ref.id not in self._yielding:
+                    refs[ref.id] = ref
+                    users.setdefault(ref.id, []).append(seq)
         theirs = {adapter_id: seqs for adapter_id, seqs in users.items() if all(s.tenant in tenants for s in seqs)}
         longest: tuple[float, str | None] = (0.0, None)
         for adapter_id, seqs in (theirs or users).items():
             steps = self._num_plans - self._held_since[adapter_id]
             turn = min(turn_steps * len(seqs), LONGEST_TURN_STEPS)
             has_begun = all(s.num_output_tokens for s in seqs) or steps >= LONGEST_TURN_STEPS
-            adapter = seqs[0].adapter
-            if steps >= turn and has_begun and adapter is not None and self._places.may_leave(adapter):
+            if steps >= turn and has_begun and self._places.may_leave(refs[adapter_id]):
                 longest = max(longest, (steps / len(seqs), adapter_id))
         return longest[1]
 
     def check_integrity(self) -> None:
         """Adapters are counted while they run, and nobody who runs is told apart as waiting."""
-        assert self._held_since.keys() == {s.adapter.id for s in self._running if s.adapter is not None}
+        assert self._held_since.keys() == {ref.id for s in self._running for ref in s.mix.refs}
         assert all(any(w is s for w in self._waiting) for s in self._yielding.values())
         assert not any(s.num_passed_over or s.granted_plan is not None for s in self._running)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from manylora.kernels.rows import LoraRows
+from manylora.kernels.rows import LoraRows, MixedRows, Parts
 from manylora.lora.memory.device_memory import DeviceMemory
 
 if TYPE_CHECKING:
@@ -34,15 +34,20 @@ class LoraPlan(Protocol):
 
     rows: LoraRows
 
-    def add_(self, out: torch.Tensor, x: torch.Tensor, group: SiteGroup) -> None:
-        """What each row's adapter does to the product of `x` [T, in_features], in place in `out` [T, columns].
+    def add_(self, out: torch.Tensor, x: torch.Tensor, group: SiteGroup, given: torch.Tensor | None = None) -> None:
+        """What each row's adapters do to the product of `x` [T, in_features], in place in `out` [T, columns].
 
-        The delta is added (`reference.add_lora`), and then the output changed (`reference.change_output`).
+        Of a row's one adapter the delta is added (`reference.add_lora`), and then the output changed
+        (`reference.change_output`); of a mix `reference.add_mixes`. `given`: x before `change_input_`, where it was
+        called.
         """
         ...
 
-    def add_embedding_(self, out: torch.Tensor, token_ids: torch.Tensor, site: int) -> None:
-        """`out` [T, hidden] += each token's embedding delta, for `token_ids` [T]."""
+    def add_embedding_(self, out: torch.Tensor, token_ids: torch.Tensor, group: SiteGroup, scale: float) -> None:
+        """What each row's adapters do to the embeddings `out` [T, hidden] of `token_ids` [T], in place.
+
+        Some embeddings scale their rows (Gemma's), and PEFT scales the delta alike: by `scale`.
+        """
         ...
 
     def add_experts_(
@@ -55,7 +60,7 @@ class LoraPlan(Protocol):
         ...
 
     def change_output_(self, out: torch.Tensor, group: SiteGroup) -> None:
-        """The second half of `add_` alone."""
+        """The second half of `add_` alone, and what a mix does to an output to which it adds nothing."""
         ...
 
     def change_input_(self, x: torch.Tensor, group: SiteGroup) -> None:
@@ -96,18 +101,31 @@ class Attention(Protocol):
         ...
 
 
-def add_embedding_(out: torch.Tensor, token_ids: torch.Tensor, site: int, rows: LoraRows, memory: DeviceMemory) -> None:
-    """The embedding's delta, one look-up per adapter present: one such module per model, so a loop will do."""
+def add_embedding_(
+    out: torch.Tensor, token_ids: torch.Tensor, site: int, scale: float, rows: LoraRows, memory: DeviceMemory
+) -> None:
+    """The embedding's delta times `scale`, one look-up per adapter present: one such module per model."""
+    total = torch.zeros_like(out)
     for slot, mine in segments(rows):
         pair = memory.embedding_matrices(slot, site, token_ids[mine])
         if pair is not None:
             a, b = pair
-            out.index_add_(0, mine, a.to(out.dtype) @ b.to(out.dtype))
+            total.index_add_(0, mine, weighted_sums(b.to(out.dtype), a.to(out.dtype)))
         dense = memory.dense(slot, site)
         if dense is not None:
             matrix, scales = dense
             delta = matrix[token_ids[mine]].to(out.dtype)
-            out.index_add_(0, mine, delta if scales is None else delta * scales[token_ids[mine], None].to(out.dtype))
+            total.index_add_(0, mine, delta if scales is None else delta * scales[token_ids[mine], None].to(out.dtype))
+    out += total * scale
+
+
+def weighted_sums(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """`weights` [n, r] times `rows` [r, width], each of the n by itself: it does not depend on how many they are."""
+    count, rank = weights.shape
+    indices = torch.arange(rank, device=rows.device).repeat(count)
+    starts = torch.arange(0, count * rank, rank, device=rows.device)
+    found: torch.Tensor = torch.embedding_bag(rows.contiguous(), indices, starts, False, 0, False, weights.flatten())[0]
+    return found
 
 
 def add_experts_(
@@ -120,7 +138,7 @@ def add_experts_(
     memory: DeviceMemory,
 ) -> None:
     """The deltas of experts, one adapter and one expert after the other: few of each meet in a step."""
-    for slot, mine in segments(rows):
+    for slot, weight, mine in _weighted(rows):
         found = memory.experts(slot, site, len(bounds))
         if found is None:
             continue
@@ -133,7 +151,8 @@ def add_experts_(
                 own = places[begin:end]
                 low = x[own] @ a[expert].to(x.dtype).T
                 low = low if scales is None else low * scales[expert].to(x.dtype)
-                out[own] += (low @ b[expert].to(x.dtype)).to(out.dtype)
+                delta = (low @ b[expert].to(x.dtype)).to(out.dtype)
+                out[own] += delta if weight == 1.0 else delta * weight
             begin = end
 
 
@@ -164,3 +183,18 @@ def segments(rows: LoraRows) -> Iterator[tuple[int, torch.Tensor]]:
     """Each slot of a step and its rows, int64."""
     for index, slot in enumerate(rows.slots):
         yield slot, rows.order[rows.starts[index] : rows.starts[index + 1]].long()
+
+
+def _weighted(rows: LoraRows) -> Iterator[tuple[int, float, torch.Tensor]]:
+    """Each slot of a step, a weight and rows, int64: those of adapters as they are, and then those of mixes."""
+    for slot, mine in segments(rows):
+        yield slot, 1.0, mine
+    for parts, mine in mixed_segments(rows.mixes) if rows.mixes is not None else ():
+        for slot, weight in parts:
+            yield slot, weight, mine
+
+
+def mixed_segments(mixes: MixedRows) -> Iterator[tuple[Parts, torch.Tensor]]:
+    """Each mix and its rows, int64."""
+    for index, parts in enumerate(mixes.parts):
+        yield parts, mixes.order[mixes.starts[index] : mixes.starts[index + 1]].long()

@@ -129,6 +129,33 @@ def change_output_(
     torch.ops.manylora.change_output_(out, outputs, out_offsets, order, segment_slots, segment_starts)
 
 
+def add_mixes_(
+    out: torch.Tensor,
+    x: torch.Tensor | None,
+    tables: torch.Tensor | None,
+    inputs: torch.Tensor | None,
+    changes: torch.Tensor,
+    out_offsets: torch.Tensor,
+    order: torch.Tensor,
+    row_starts: torch.Tensor,
+    part_starts: torch.Tensor,
+    part_slots: torch.Tensor,
+    part_weights: torch.Tensor,
+) -> None:
+    """`reference.add_mixes` in place, for the members of `add_lora_` and rows that have several adapters.
+
+    Mix i's rows are order[row_starts[i]:row_starts[i + 1]] (no row twice), its adapters those in the slots
+    part_slots[part_starts[i]:part_starts[i + 1]], each times the float32 at its place in part_weights; the others are
+    int32. `tables` as for `add_lora_`, `inputs` and `changes` int64 [members, slots, OUTPUT_FIELDS] as the outputs of
+    `change_output_`. Without x, tables and inputs only `changes` are made.
+
+    The sum is made in float32 and rounded once. A row's result does not depend on which other rows are in the batch.
+    """
+    torch.ops.manylora.add_mixes_(
+        out, x, tables, inputs, changes, out_offsets, order, row_starts, part_starts, part_slots, part_weights
+    )
+
+
 def paged_attention(
     out: torch.Tensor,
     q: torch.Tensor,

@@ -4,7 +4,8 @@ import torch
 
 from manylora.kernels import native
 from manylora.kernels.interface import LoraPlan, SiteGroup, add_embedding_, add_experts_
-from manylora.kernels.rows import LoraRows
+from manylora.kernels.mixes import add_embedding_mixes_
+from manylora.kernels.rows import LoraRows, MixedRows
 from manylora.lora.memory.device_memory import DeviceMemory
 
 
@@ -18,28 +19,41 @@ class NativePlan(LoraPlan):
         self.outputs = memory.outputs.entries
         self._memory = memory
 
-    def add_(self, out: torch.Tensor, x: torch.Tensor, group: SiteGroup) -> None:
-        rows = self.rows
+    def add_(self, out: torch.Tensor, x: torch.Tensor, group: SiteGroup, given: torch.Tensor | None = None) -> None:
+        rows, mixes = self.rows, self.rows.mixes
         sites = group.sites
-        native.add_lora_(
-            out,
-            x,
-            self.tables[sites.start : sites.stop],
-            group.offsets_i32,
-            rows.order,
-            rows.segment_slots,
-            rows.segment_starts,
-        )
-
-        self.change_output_(out, group)
+        if rows.slots and any(rows.touched[site] for site in sites):
+            native.add_lora_(
+                out,
+                x,
+                self.tables[sites.start : sites.stop],
+                group.offsets_i32,
+                rows.order,
+                rows.segment_slots,
+                rows.segment_starts,
+            )
+            self._change_alone(out, group)
+        if mixes is not None and any(mixes.touched[site] for site in sites):
+            self._mix(out, x if given is None else given, group, mixes)
 
     def change_output_(self, out: torch.Tensor, group: SiteGroup) -> None:
+        self._change_alone(out, group)
+        changed = None if self.rows.mixes is None else self.rows.mixes.changed
+        if changed is not None and any(changed.outputs[site] for site in group.sites):
+            self._change_mixes(out, self.outputs, group.sites, group.offsets_i32)
+
+    def change_input_(self, x: torch.Tensor, group: SiteGroup) -> None:
+        rows, site = self.rows, group.first
+        offsets = torch.tensor((0, x.shape[1]), dtype=torch.int32)
+        if rows.changed is not None and rows.changed.inputs[site]:
+            self._change(x, self.inputs, group.sites, offsets)
+        if rows.mixes is not None and rows.mixes.changed is not None and rows.mixes.changed.inputs[site]:
+            self._change_mixes(x, self.inputs, group.sites, offsets)
+
+    def _change_alone(self, out: torch.Tensor, group: SiteGroup) -> None:
         changed = self.rows.changed
         if changed is not None and any(changed.outputs[site] for site in group.sites):
             self._change(out, self.outputs, group.sites, group.offsets_i32)
-
-    def change_input_(self, x: torch.Tensor, group: SiteGroup) -> None:
-        self._change(x, self.inputs, group.sites, torch.tensor((0, x.shape[1]), dtype=torch.int32))
 
     def _change(self, values: torch.Tensor, tables: torch.Tensor, sites: range, offsets: torch.Tensor) -> None:
         rows = self.rows
@@ -47,13 +61,33 @@ class NativePlan(LoraPlan):
             values, tables[sites.start : sites.stop], offsets, rows.order, rows.segment_slots, rows.segment_starts
         )
 
-    def add_embedding_(self, out: torch.Tensor, token_ids: torch.Tensor, site: int) -> None:
-        add_embedding_(out, token_ids, site, self.rows, self._memory)
+    def _mix(self, out: torch.Tensor, x: torch.Tensor, group: SiteGroup, mixes: MixedRows) -> None:
+        sites = slice(group.sites.start, group.sites.stop)
+        native.add_mixes_(
+            out, x, self.tables[sites], self.inputs[sites], self.outputs[sites], group.offsets_i32, *_arguments(mixes)
+        )
+
+    def _change_mixes(self, values: torch.Tensor, tables: torch.Tensor, sites: range, offsets: torch.Tensor) -> None:
+        assert self.rows.mixes is not None
+        found = tables[sites.start : sites.stop]
+        native.add_mixes_(values, None, None, None, found, offsets, *_arguments(self.rows.mixes))
+
+    def add_embedding_(self, out: torch.Tensor, token_ids: torch.Tensor, group: SiteGroup, scale: float) -> None:
+        rows = self.rows
+        if rows.touched[group.first]:
+            add_embedding_(out, token_ids, group.first, scale, rows, self._memory)
+            self._change_alone(out, group)
+        if rows.mixes is not None:
+            add_embedding_mixes_(out, token_ids, group.first, scale, rows.mixes, self._memory)
 
     def add_experts_(
         self, out: torch.Tensor, x: torch.Tensor, rows: torch.Tensor, bounds: list[int], site: int
     ) -> None:
         add_experts_(out, x, rows, bounds, site, self.rows, self._memory)
+
+
+def _arguments(mixes: MixedRows) -> tuple[torch.Tensor, ...]:
+    return mixes.order, mixes.row_starts, mixes.part_starts, mixes.part_slots, mixes.part_weights
 
 
 class NativeKernel:

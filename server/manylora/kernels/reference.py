@@ -14,8 +14,10 @@ from manylora.kernels.weights import Int8Weight
 __all__ = [
     "Dense",
     "LowRank",
+    "MixPart",
     "OutputChange",
     "add_lora",
+    "add_mixes",
     "attention",
     "change_output",
     "gelu_tanh_and_mul",
@@ -91,6 +93,36 @@ def change_output(out: torch.Tensor, changes: Sequence[OutputChange | None], slo
             result[t] = result[t] * change.scale.double()
         if change is not None and change.shift is not None:
             result[t] = result[t] + change.shift.double()
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class MixPart:
+    """What one adapter of a mix does to one module. `input` [in_features]: what it multiplies x by, None for 1."""
+
+    weight: float
+    delta: LowRank | Dense | None = None
+    change: OutputChange | None = None
+    input: torch.Tensor | None = None
+
+
+def add_mixes(
+    out: torch.Tensor, x: torch.Tensor, mixes: Sequence[Sequence[MixPart]], numbers: Sequence[int]
+) -> torch.Tensor:
+    """The base's output moved by what each adapter of a row's mix would move it by, times its weight.
+
+        result[t] = out[t] + sum over parts p of mixes[numbers[t]] of w_p (y_p[t] - out[t])
+        y_p[t] = scale_p (out[t] + delta_p(input_p x[t])) + shift_p
+
+    Nothing is done where `numbers[t]` is negative. A row depends on its own mix only. What is multiplied by an input is
+    rounded to x's type, as x is.
+    """
+    result = out.double().clone()
+    for t, number in enumerate(numbers):
+        for part in mixes[number] if number >= 0 else ():
+            row = x[t : t + 1] if part.input is None else (x[t : t + 1].float() * part.input).to(x.dtype)
+            alone = change_output(add_lora(out[t : t + 1], row, [part.delta], [0]), [part.change], [0])
+            result[t] += part.weight * (alone[0] - out[t].double())
     return result
 
 

@@ -20,6 +20,7 @@ from manylora.kernels.interface import (
     change_output_,
     segments,
 )
+from manylora.kernels.mixes import add_embedding_mixes_, add_mixes_, change_mixed_inputs_, change_mixed_outputs_
 from manylora.kernels.rows import LoraRows
 from manylora.lora.memory.device_memory import DeviceMemory, Slab
 from manylora.lora.memory.terms import LowRankExtent
@@ -130,7 +131,7 @@ class TorchPlan(LoraPlan):
         self._has_dense = any(slab.layout.dense for slab in slabs.values())
         self._slabs = [_slab_rows(slabs[key], segments) for key, segments in by_slab.items()]
 
-    def add_(self, out: torch.Tensor, x: torch.Tensor, group: SiteGroup) -> None:
+    def add_(self, out: torch.Tensor, x: torch.Tensor, group: SiteGroup, given: torch.Tensor | None = None) -> None:
         # A matmul of single rows in a type without instructions takes several times as long as widening the weights, a
         # few of which are in the cache by then, and multiplying them.
         wide = x if self._kernel.multiplies(x.dtype) else x.float()
@@ -147,16 +148,28 @@ class TorchPlan(LoraPlan):
 
         if self._has_dense:
             _add_dense(out, wide, group, self.rows, self._memory)
-        self.change_output_(out, group)
+        change_output_(out, group, self.rows, self._memory)
+        if self.rows.mixes is not None:
+            add_mixes_(out, x if given is None else given, group, self.rows.mixes, self._memory)
 
     def change_output_(self, out: torch.Tensor, group: SiteGroup) -> None:
         change_output_(out, group, self.rows, self._memory)
+        if self.rows.mixes is not None:
+            for member, site in enumerate(group.sites):
+                change_mixed_outputs_(_columns(out, group, member), site, self.rows.mixes, self._memory)
 
     def change_input_(self, x: torch.Tensor, group: SiteGroup) -> None:
         change_input_(x, group, self.rows, self._memory)
+        if self.rows.mixes is not None:
+            change_mixed_inputs_(x, group.first, self.rows.mixes, self._memory)
 
-    def add_embedding_(self, out: torch.Tensor, token_ids: torch.Tensor, site: int) -> None:
-        add_embedding_(out, token_ids, site, self.rows, self._memory)
+    def add_embedding_(self, out: torch.Tensor, token_ids: torch.Tensor, group: SiteGroup, scale: float) -> None:
+        rows = self.rows
+        if rows.touched[group.first]:
+            add_embedding_(out, token_ids, group.first, scale, rows, self._memory)
+            change_output_(out, group, self.rows, self._memory)
+        if rows.mixes is not None:
+            add_embedding_mixes_(out, token_ids, group.first, scale, rows.mixes, self._memory)
 
     def add_experts_(
         self, out: torch.Tensor, x: torch.Tensor, rows: torch.Tensor, bounds: list[int], site: int

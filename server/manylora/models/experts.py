@@ -94,7 +94,7 @@ class AdaptedExperts(nn.Module):
         """[T, hidden] of [T, hidden], the numbers of the experts chosen and their weights, [T, k] each."""
         batch = self._context.current()
         plan = batch.lora
-        if plan is None or not any(plan.rows.touched[site] for site in self._sites.values()):
+        if plan is None or not plan.rows.touches(self._sites.values()):
             own: torch.Tensor = self.base(hidden_states, top_k_index, top_k_weights)
             return own
         if hidden_states.shape[0] != batch.token_ids.shape[0]:
@@ -112,7 +112,7 @@ class AdaptedExperts(nn.Module):
 
         def product(x: torch.Tensor, name: str) -> torch.Tensor:
             out = self._by_expert(x, name, bounds)
-            if plan is not None and plan.rows.touched[self._sites[name]]:
+            if plan is not None and plan.rows.touches((self._sites[name],)):
                 plan.add_experts_(out, x, rows, bounds, self._sites[name])
             return out
 
@@ -174,7 +174,7 @@ class AdaptedRouter(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         batch = self._context.current()
         plan = batch.lora
-        if plan is None or not plan.rows.touched[self.group.first]:
+        if plan is None or not plan.rows.touches(self.group.sites):
             return self.base(*args, **kwargs)
 
         def add(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

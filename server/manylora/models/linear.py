@@ -35,17 +35,17 @@ class AdaptedLinear(nn.Module):
         rows = x.reshape(-1, self.in_features)
         batch = self._context.current()
         plan: LoraPlan | None = batch.logit_lora if self._on_logit_rows else batch.lora
-        if plan is None or not any(plan.rows.touched[s] for s in self.group.sites):
+        if plan is None or not plan.rows.touches(self.group.sites):
             return self.matmul(rows).view(*x.shape[:-1], self.out_features)
         expected = batch.logit_rows if self._on_logit_rows else batch.token_ids
         if rows.shape[0] != expected.shape[0]:
             raise RuntimeError(f"a linear runs on {rows.shape[0]} rows in a step of {expected.shape[0]}")
-        changed = plan.rows.changed
-        if changed is not None and changed.inputs[self.group.first]:
+        given = rows
+        if plan.rows.changes_input(self.group.first):
             rows = rows.clone()
             plan.change_input_(rows, self.group)
         out = self.matmul(rows)
-        plan.add_(out, rows, self.group)
+        plan.add_(out, rows, self.group, given)
         return out.view(*x.shape[:-1], self.out_features)
 
 
@@ -120,12 +120,8 @@ class AdaptedEmbedding(nn.Module):
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.base(token_ids)
         plan = self._context.current().lora
-        if plan is not None and plan.rows.touched[self._group.first]:
-            delta = torch.zeros_like(out).view(-1, out.shape[-1])
-            plan.add_embedding_(delta, token_ids.view(-1), self._group.first)
-            # Some embeddings scale their rows (Gemma's), and PEFT scales the delta alike.
-            out += delta.view_as(out) * self._scale
-            plan.change_output_(out.view(-1, out.shape[-1]), self._group)
+        if plan is not None and plan.rows.touches(self._group.sites):
+            plan.add_embedding_(out.view(-1, out.shape[-1]), token_ids.view(-1), self._group, self._scale)
         return out
 
 
@@ -144,8 +140,7 @@ class AdaptedNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.base(x)
         batch = self._context.current()
-        changed = batch.lora.rows.changed if batch.lora is not None else None
-        if batch.lora is not None and changed is not None and changed.outputs[self.group.first]:
+        if batch.lora is not None and batch.lora.rows.changes_output(self.group.first):
             rows = out.view(-1, out.shape[-1])
             if rows.shape[0] != batch.token_ids.shape[0]:
                 raise RuntimeError(f"a norm runs on {rows.shape[0]} rows in a step of {batch.token_ids.shape[0]}")

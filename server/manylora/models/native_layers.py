@@ -7,6 +7,7 @@ import torch
 from manylora.kernels.batch import Batch
 from manylora.kernels.matmul import NativeMatmul
 from manylora.kernels.native_lora import NativePlan
+from manylora.kernels.rows import MixedRows
 from manylora.models.layers import Layer, LayerParts, Norm
 from manylora.models.linear import AdaptedLinear
 
@@ -24,11 +25,14 @@ class NativeLayers:
         if batch.lora is not None:
             assert isinstance(batch.lora, NativePlan)
             rows = batch.lora.rows
-            touched = torch.tensor(rows.touched)
-            step.set_lora(batch.lora.tables, rows.order, rows.segment_slots, rows.segment_starts, touched)
+            if rows.slots:
+                touched = torch.tensor(rows.touched)
+                step.set_lora(batch.lora.tables, rows.order, rows.segment_slots, rows.segment_starts, touched)
             if rows.changed is not None:
                 inputs, outputs = torch.tensor(rows.changed.inputs), torch.tensor(rows.changed.outputs)
                 step.set_changes(batch.lora.inputs, inputs, batch.lora.outputs, outputs)
+            if rows.mixes is not None:
+                _set_mixes(step, batch.lora, rows.mixes)
         return step
 
     def layer(self, parts: LayerParts, keys: torch.Tensor, values: torch.Tensor) -> Layer[Handle] | None:
@@ -43,6 +47,20 @@ class NativeLayers:
         )  # fmt: skip
         forward_: Layer[Handle] = layer.forward_
         return forward_
+
+
+def _set_mixes(step: Handle, plan: NativePlan, mixes: MixedRows) -> None:
+    touched = torch.tensor(mixes.touched)
+    changed = mixes.changed
+    inputs, outputs = (
+        (torch.zeros_like(touched), torch.zeros_like(touched))
+        if changed is None
+        else (torch.tensor(changed.inputs), torch.tensor(changed.outputs))
+    )
+    step.set_mixes(
+        plan.tables, plan.inputs, plan.outputs, mixes.order, mixes.row_starts, mixes.part_starts, mixes.part_slots,
+        mixes.part_weights, touched, inputs, outputs,
+    )  # fmt: skip
 
 
 def _linear(linear: AdaptedLinear) -> Handle | None:

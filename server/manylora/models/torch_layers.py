@@ -59,7 +59,6 @@ class TorchLayers:
 def rms_norm(x: torch.Tensor, norm: Norm, batch: Batch) -> torch.Tensor:
     """[T, hidden] -> [T, hidden]."""
     out = functional.rms_norm(x, (x.shape[1],), norm.weight, norm.eps)
-    changed = batch.lora.rows.changed if batch.lora is not None else None
-    if batch.lora is not None and changed is not None and changed.outputs[norm.group.first]:
+    if batch.lora is not None and batch.lora.rows.changes_output(norm.group.first):
         batch.lora.change_output_(out, norm.group)
     return out

@@ -73,6 +73,7 @@ class Entry:
     offered: Adapter | None = None  # already read: to be taken in place of its files
     place: Place | None = None  # from FILLING on
     is_pinned: bool = False
+    is_gathered: bool = False  # one of those that are brought together: once resident it has a user more for that
     is_forgotten: bool = False
     users: int = 0
     error: ManyloraError | None = None
@@ -187,7 +188,7 @@ class DeviceTier:
         while place is None:
             victim = self._policy.victim(self._victims(is_hurried=is_hurried))
             if victim is None:
-                self._check_room_beside_pins(packed)
+                self.check_room_beside_pins(entry)
                 return False
             evicted = self._placed[victim]
             self.evict(evicted)
@@ -226,11 +227,14 @@ class DeviceTier:
         """Whether slabs hold more than their adapters take."""
         return self.book.free_bytes > self.book.budget_bytes - self.book.used_bytes
 
-    def _check_room_beside_pins(self, packed: PackedAdapter) -> None:
-        num_pinned = sum(entry.is_pinned and entry.is_resident for entry in self._placed.values())
-        if num_pinned == len(self._placed):
+    def check_room_beside_pins(self, entry: Entry) -> None:
+        """Raises AdapterLoadFailed where all that has a place stays: it is pinned, or gathered with this one."""
+        placed = self._placed.values()
+        num_fixed = sum(e.is_resident and (e.is_pinned or (entry.is_gathered and e.is_gathered)) for e in placed)
+        if num_fixed == len(placed):
+            others = " and the others of the request" if any(e.is_gathered for e in placed) else ""
             raise AdapterLoadFailed(
-                f"The pinned adapters leave no room for this one ({packed.size_bytes} bytes): "
+                f"The pinned adapters{others} leave no room for this one ({entry.size_bytes} bytes): "
                 "unpin one, or raise --adapter-memory or --max-slots."
             )
 

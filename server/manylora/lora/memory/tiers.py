@@ -12,7 +12,7 @@ request has taken it, so that those who wait do not push each other out.
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -79,6 +79,7 @@ class AdapterTiers:
         all_started = threading.Barrier(num_threads)
         for _ in range(num_threads):
             self._pool.submit(all_started.wait)
+        self._gathered: tuple[str, ...] = ()  # ids of those that are brought together
         self._closed = False
 
     # what the engine calls
@@ -91,18 +92,75 @@ class AdapterTiers:
         """
         with self._lock:
             entry = self._entry(ref)
-            if entry.error is not None:
-                error, entry.error = entry.error, None
-                self._settle(entry)
-                raise error
-            if entry.is_resident and entry.place is not None:
-                entry.users += 1
-                entry.unclaim()
-                self._device.refile(entry)
-                self._device.count_use(entry, is_on_host=ref in self._host)
-                return entry.place.slot
+            self._raise_error_of(entry)
+            if entry.is_resident:
+                return self._take(entry)
             self._want_for(entry, tenant)
             return None
+
+    def acquire_all(self, refs: Sequence[AdapterRef], tenant: str | None = None) -> tuple[int, ...] | None:
+        """The slots of several adapters, in their order, with one more user each; None while any is on its way.
+
+        All or none. Those that are there could leave while the others come, and two that wait for each other's would
+        wait for ever. So one group at a time is gathered: what is there of it stays. Who asks first while none is
+        gathered has its group gathered, until it gets all or says `stop_gathering`.
+        """
+        with self._lock:
+            entries = [self._entry(ref) for ref in refs]
+            for entry in entries:
+                self._raise_error_of(entry)
+            if all(entry.is_resident for entry in entries):
+                slots = tuple(self._take(entry) for entry in entries)
+                self.stop_gathering(refs)
+                return slots
+            if not self._gathered:
+                self._gathered = tuple(entry.ref.id for entry in entries)
+                for entry in entries:
+                    entry.is_gathered = True
+                    if entry.is_resident:
+                        self._hold(entry)
+            for entry in entries:
+                if not entry.is_resident:
+                    self._want_for(entry, tenant)
+                    if entry.is_gathered and self.lacks_room(entry.ref):
+                        self._device.check_room_beside_pins(entry)
+            return None
+
+    def gathers(self, refs: Sequence[AdapterRef]) -> bool:
+        """Whether these are what is gathered."""
+        return self._gathered == tuple(ref.id for ref in refs)
+
+    def stop_gathering(self, refs: Sequence[AdapterRef]) -> None:
+        """Let go of what is there of a group, if it is the one that is gathered. Another one may be from now on."""
+        with self._lock:
+            if not self.gathers(refs):
+                return
+            self._gathered = ()
+            for ref in refs:
+                entry = self._entries[ref.id]
+                entry.is_gathered = False
+                if entry.is_resident:
+                    self.release(ref)
+                else:
+                    self._settle(entry)
+
+    def _take(self, entry: Entry) -> int:
+        """The slot of one that is resident, with one more user."""
+        assert entry.place is not None
+        self._hold(entry)
+        self._device.count_use(entry, is_on_host=entry.ref in self._host)
+        return entry.place.slot
+
+    def _hold(self, entry: Entry) -> None:
+        entry.users += 1
+        entry.unclaim()
+        self._device.refile(entry)
+
+    def _raise_error_of(self, entry: Entry) -> None:
+        if entry.error is not None:
+            error, entry.error = entry.error, None
+            self._settle(entry)
+            raise error
 
     def prefetch(self, ref: AdapterRef, tenant: str | None = None) -> None:
         """Start bringing an adapter in, because a request for it has been queued. `tenant`: as in `acquire`."""
@@ -151,7 +209,7 @@ class AdapterTiers:
         """Whether its place could be another's once nobody uses it."""
         with self._lock:
             entry = self._entries.get(ref.id)
-            return entry is not None and entry.is_resident and not entry.is_pinned
+            return entry is not None and entry.is_resident and not entry.is_pinned and not entry.is_gathered
 
     # what the catalog calls, through the engine's interface
 
@@ -255,7 +313,7 @@ class AdapterTiers:
 
     def _settle(self, entry: Entry) -> None:
         """Drop an entry that says nothing any more, so that ten thousand adapters cost nothing here."""
-        says_nothing = entry.offered is None and entry.error is None and not entry.is_pinned
+        says_nothing = entry.offered is None and entry.error is None and not entry.is_pinned and not entry.is_gathered
         if says_nothing and entry.state is State.AWAY:
             self._entries.pop(entry.ref.id, None)
 
@@ -395,10 +453,12 @@ class AdapterTiers:
         return True
 
     def _publish(self, entry: Entry, packed: PackedAdapter) -> None:
-        is_claimed = entry.ref.id in self._waiting and not entry.is_pinned
+        is_claimed = entry.ref.id in self._waiting and not entry.is_pinned and not entry.is_gathered
         self._waiting.leave(entry.ref.id)
         entry.error = None
         self._device.publish(entry, packed, is_claimed=is_claimed)
+        if entry.is_gathered:
+            self._hold(entry)
         if self._device.has_unused_places:  # its slab may give them away now that it is filled
             self._waiting.room_appeared()
         self._device.count_use(entry, is_on_host=entry.ref in self._host)
@@ -417,6 +477,8 @@ class AdapterTiers:
                 assert entry.state is not State.AWAY or key not in self._waiting
                 assert (entry.state is State.QUEUED) == (key in self._loads)
                 assert entry.state is not State.CLAIMED or not entry.is_pinned
+            assert {key for key, entry in self._entries.items() if entry.is_gathered} == set(self._gathered)
+            assert all(not e.is_gathered or not e.is_resident or e.users for e in self._entries.values())
             assert all(key in self._entries for key in self._waiting.first(len(self._waiting)))
             assert all(self._entries.get(e.ref.id) is e for e in self._device.entries())
             self._waiting.check_integrity()
