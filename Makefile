@@ -13,12 +13,13 @@ JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count() or 1))')
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 ARGS ?=
 
-.PHONY: help serve test emulated sanitize soak clients check quick format docs clean distclean
+.PHONY: help serve lifecycle test emulated sanitize soak clients check quick format docs clean distclean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make serve    install what is needed, fetch the default model, serve it with adapters/ on port 8000"
 	@echo "              (more flags: make serve ARGS='--port 9000 --max-num-seqs 32')"
+	@echo "make lifecycle  install what train, evaluate, choose-rank and the other commands of an adapter's life need"
 	@echo "make test     install what is needed, then check and all tests (JOBS=0: one after the other)"
 	@echo "make emulated the kernels' tests on the CPU paths that this machine lacks"
 	@echo "make soak     ten minutes of load on a server that is watched, and servers that are killed at work"
@@ -32,6 +33,9 @@ help:
 
 serve: $(VENV)/.runtime
 	$(BIN)/manylora serve --adapters adapters $(ARGS)
+
+lifecycle: $(VENV)/.lifecycle
+	@echo "manylora's commands are in $(BIN): source $(BIN)/activate"
 
 # All of them together must run as much of the server as pyproject.toml says; a choice of them by ARGS need not.
 test: check
@@ -96,14 +100,18 @@ $(VENV)/.runtime: $(VENV)/.torch $(BUILD_INPUTS)
 	$(PIP) install --no-build-isolation -e .
 	@touch $@
 
+$(VENV)/.lifecycle: $(VENV)/.torch $(BUILD_INPUTS)
+	$(PIP) install --no-build-isolation -e .[lifecycle]
+	@touch $(VENV)/.runtime $@
+
 $(VENV)/.dev: $(VENV)/.torch $(BUILD_INPUTS)
 	$(PIP) install --no-build-isolation -e .[dev]
-	@touch $(VENV)/.runtime $@
+	@touch $(VENV)/.runtime $(VENV)/.lifecycle $@
 
 clean:
 	rm -rf build dist *.egg-info server/*.egg-info server/manylora/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*
 	find server tests loadtest benchmarks scripts -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
-	rm -f $(VENV)/.runtime $(VENV)/.dev
+	rm -f $(VENV)/.runtime $(VENV)/.lifecycle $(VENV)/.dev
 
 distclean: clean
 	rm -rf $(VENV)

@@ -13,8 +13,7 @@ from safetensors.numpy import save_file
 
 from manylora.catalog.blobs import Blobs
 from manylora.catalog.records import Wish
-from manylora.catalog.registry import Registry
-from manylora.catalog.service import base_signature
+from manylora.catalog.registry import Registry, base_signature
 from manylora.catalog.store import open_store
 from manylora.catalog.upload import Rules, new_version
 from manylora.cli.offline import modules_of

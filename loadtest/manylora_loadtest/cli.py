@@ -5,6 +5,7 @@ Exit codes: 0 passed (or no thresholds), 1 a threshold failed, 2 the run could n
 
 import asyncio
 import importlib
+import shlex
 import sys
 from collections.abc import Coroutine
 from datetime import UTC, datetime
@@ -16,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from manylora.packages import install_command
 from manylora_loadtest.errors import LoadTestError, ScenarioError
 from manylora_loadtest.live import LiveView
 from manylora_loadtest.record import read_run, write_run
@@ -92,6 +94,7 @@ def draw_report(
     out: Annotated[Path | None, typer.Option(help="The HTML file; beside the results if left out.")] = None,
 ) -> None:
     """Draw the report of an earlier run again."""
+    _check_drawing("the report needs {}")
     finished = read_run(results)
     path = out or results.with_name("report.html")
     write_report(path, finished, summarise(finished))
@@ -164,7 +167,7 @@ def _run(
     pid: int | None,
 ) -> None:  # fmt: skip
     if report:
-        _check_drawing()
+        _check_drawing("the report needs {}, or leave it out with --no-report")
     console = Console()
     watch = LiveView(scenario, console).watch if live else None
     finished = _asyncio_run(run_scenario(scenario, url, key=key, metrics_key=metrics_key, watch=watch, pid=pid))
@@ -173,21 +176,29 @@ def _run(
     folder.mkdir(parents=True, exist_ok=True)
     write_run(folder / "results.jsonl", finished, summary)
     if report:
-        write_report(folder / "report.html", finished, summary)
+        _draw(folder, finished, summary)
     _show(console, finished, summary)
     console.print(f"results are in {escape(str(folder))}", highlight=False)
     if not summary.is_passed:
         raise typer.Exit(1)
 
 
-def _check_drawing() -> None:
-    """Raises LoadTestError before the run, where its report could not be drawn after it."""
+def _check_drawing(needs: str) -> None:
+    """Raises LoadTestError before the work, where its report could not be drawn after it."""
     try:
         importlib.import_module("matplotlib")
     except ImportError as error:
-        raise LoadTestError(
-            "the report needs matplotlib: pip install 'manylora[loadtest]', or leave the report out with --no-report"
-        ) from error
+        raise LoadTestError(needs.format(f"matplotlib ({install_command('matplotlib')})")) from error
+
+
+def _draw(folder: Path, finished: Run, summary: Summary) -> None:
+    """Draw the report of results that are written. What goes wrong is said, and costs nobody the results."""
+    try:
+        write_report(folder / "report.html", finished, summary)
+    except Exception as error:  # noqa: BLE001 - a drawing library raises anything
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        again = f"draw it again with: manylora-loadtest report {shlex.quote(str(folder / 'results.jsonl'))}"
+        Console(stderr=True).print(escape(f"The report could not be drawn: {said}. {again}"), style="yellow")
 
 
 def _show(console: Console, run: Run, summary: Summary) -> None:

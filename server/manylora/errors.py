@@ -3,6 +3,7 @@
     ManyloraError                       500 server_error
     ├── InvalidRequest                  400 invalid_request_error
     │   ├── UnsupportedField            400 invalid_request_error  unsupported_field
+    │   ├── WrongModelType              400 invalid_request_error  wrong_model_type
     │   ├── InvalidGrammar              400 invalid_request_error  invalid_grammar
     │   ├── NothingAllowed              400 invalid_request_error  nothing_allowed
     │   ├── ContextLengthExceeded       400 invalid_request_error  context_length_exceeded
@@ -101,6 +102,12 @@ class UnsupportedField(InvalidRequest):
     """A field that this server does not know or does not support."""
 
     code = "unsupported_field"
+
+
+class WrongModelType(InvalidRequest):
+    """The route is for another kind of base model than the one that is served."""
+
+    code = "wrong_model_type"
 
 
 class InvalidGrammar(InvalidRequest):

@@ -202,8 +202,10 @@ class Settings(BaseSettings):
     """Send OpenTelemetry traces by OTLP over HTTP; where to and which ones is for the standard `OTEL_…` variables."""
 
     # embeddings
-    embedding_pooling: Literal["last", "mean"] = "last"
-    """What an embedding is of its text's tokens, unless the request says: the last one's hidden state, or the mean."""
+    embedding_pooling: Literal["cls", "last", "mean"] | None = None
+    """What an embedding is of its text's tokens, unless the request says: the hidden state of the last one, or of the
+    first one (`cls`, of encoders), or the mean; unless set, the last one's of a decoder, and of an encoder what its
+    folder says, or the mean."""
     matryoshka_dimensions: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Numbers to which embeddings may be cut (`dimensions`), for models and adapters that were trained for it; the
     model's own config may name some too."""

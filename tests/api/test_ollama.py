@@ -11,6 +11,7 @@ from manylora.engine.interface import SamplingParams
 from manylora.tenants.interface import Principal, Role
 
 from .conftest import Rig
+from .test_tools import CALL, PARAMETERS, THINKING
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 
@@ -66,8 +67,66 @@ def test_generate_asks_as_a_chat_does_or_raw(rig: Rig) -> None:
     assert rig.engine.codec.decode(rig.engine.generations[-1].prompt_ids) == "hi"
     assert params_of(rig).max_tokens == rig.engine.context_length - 3
     assert ask(rig, "generate", raw=True, system="x").status_code == 400
+    assert ask(rig, "generate", raw=True, think=True).status_code == 400
     parts = lines(ask(rig, "generate", stream=True))
     assert "".join(part["response"] for part in parts) == rig.engine.text
+
+
+WEATHER: dict[str, Any] = {"type": "function", "function": {"name": "get_weather", "parameters": PARAMETERS}}
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_calls_come_when_they_are_complete_and_go_back_as_they_came(rig: Rig, is_streamed: bool) -> None:
+    rig.engine.codec.form, rig.engine.context_length = THINKING, 4000
+    rig.engine.text = f"<think>I wonder</think>I look. {CALL}{CALL}"
+    answer = ask(rig, tools=[WEATHER], stream=is_streamed)
+
+    parts = lines(answer) if is_streamed else [answer.json()]
+    told = [part["message"] for part in parts]
+    assert "".join(each.get("thinking", "") for each in told) == "I wonder"
+    assert "".join(each["content"] for each in told) == "I look."
+    calls = [call for each in told for call in each.get("tool_calls", ())]
+    assert [call["function"] for call in calls] == [
+        {"index": index, "name": "get_weather", "arguments": {"city": "Paris"}} for index in (0, 1)
+    ]
+    assert parts[-1]["done_reason"] == "stop"
+    assert len([each for each in told if "tool_calls" in each]) == (2 if is_streamed else 1)
+
+    assistant = {"role": "assistant", "content": "I look.", "thinking": "I wonder", "tool_calls": calls}
+    result = {"role": "tool", "content": "sun", "tool_name": "get_weather"}
+    assert ask(rig, messages=[*MESSAGES, assistant, result], tools=[WEATHER]).status_code == 200
+    _, sent, returned = rig.engine.codec.rendered[-1][0]
+    assert (sent["content"], sent["reasoning_content"]) == ("I look.", "I wonder")
+    assert [call["id"] for call in sent["tool_calls"]] == [call["id"] for call in calls]
+    assert sent["tool_calls"][0]["function"] == {"name": "get_weather", "arguments": {"city": "Paris"}}
+    assert returned == {"role": "tool", "content": "sun", "name": "get_weather"}
+
+
+def test_a_call_that_was_cut_is_what_there_is(rig: Rig) -> None:
+    rig.engine.codec.form, rig.engine.context_length, rig.engine.text = THINKING, 4000, CALL
+    body = ask(rig, tools=[WEATHER], options={"num_predict": len(CALL) - 20}).json()
+    [call] = body["message"]["tool_calls"]
+    assert (call["function"]["arguments"], body["done_reason"]) == ({}, "length")
+
+
+@pytest.mark.parametrize("route", ["chat", "generate"])
+@pytest.mark.parametrize(
+    ("think", "variables"),
+    [
+        (None, {}),
+        (True, {"enable_thinking": True}),
+        (False, {"enable_thinking": False}),
+        ("high", {"enable_thinking": True, "reasoning_effort": "high"}),
+    ],
+)
+def test_what_is_thought_stands_apart(rig: Rig, route: str, think: Any, variables: dict[str, Any]) -> None:
+    rig.engine.codec.form, rig.engine.text = THINKING, "<think>so</think>Yes."
+    body = ask(rig, route, think=think).json()
+
+    assert rig.engine.codec.rendered[-1][1].variables == variables
+    told = body["message"] if route == "chat" else body
+    assert told["content" if route == "chat" else "response"] == "Yes."
+    assert told.get("thinking") == (None if think is False else "so")
 
 
 OPTIONS: list[tuple[str, Any, str, Any]] = [
@@ -122,7 +181,16 @@ def test_log_probabilities(rig: Rig) -> None:
     [
         ({"keep_alive": "5m"}, "keep_alive"),
         ({"keep_alive": 0}, "keep_alive"),
-        ({"think": True}, "think"),
+        ({"think": "always"}, "think"),
+        ({"tools": [{"function": {}}]}, "tools[0].function.name"),
+        ({"tools": [{"function": {"name": "now"}}]}, "no tools"),
+        ({"messages": [{"role": "user", "content": "a", "thinking": 5}]}, "messages[0].thinking"),
+        ({"messages": [{"role": "tool", "content": "a", "tool_name": 5}]}, "messages[0].tool_name"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"nom": "a"}}]}]},
+            "messages[0].tool_calls[0]",
+        ),
+        ({"messages": [{"role": "user", "content": "a", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
         ({"options": {"num_ctx": 4096}}, "options.num_ctx"),
         ({"options": {"mirostat": 2}}, "options.mirostat"),
         ({"options": {"temprature": 1}}, "options.temprature"),
@@ -149,6 +217,7 @@ def test_what_is_not_served_is_refused_by_name(rig: Rig, body: dict[str, Any], n
     "body",
     [
         {"keep_alive": None, "tools": None, "think": None, "format": ""},
+        {"tools": {}, "think": ""},
         {"tools": [], "think": False, "options": {"num_ctx": None, "mirostat": 0, "tfs_z": 1.0}},
     ],
 )
@@ -180,7 +249,10 @@ def test_the_list_has_the_base_and_the_callers_adapters(rig: Rig) -> None:
 def test_one_of_them(rig: Rig, name: str) -> None:
     shown = rig.client.post("/api/show", json={"model": name}).json()
     assert shown["model_info"]["manylora.context_length"] == rig.engine.context_length
-    assert "completion" in shown["capabilities"]
+    assert shown["capabilities"] == ["completion"]
+    rig.engine.codec.form = THINKING
+    shown = rig.client.post("/api/show", json={"model": name}).json()
+    assert shown["capabilities"] == ["completion", "tools", "thinking"]
 
 
 def test_what_is_not_there_is_not_shown(rig: Rig) -> None:

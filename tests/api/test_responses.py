@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from pydantic import BaseModel
 
 from manylora.engine.interface import SamplingParams
 from manylora.errors import InvalidRequest
+from manylora.tenants.interface import Principal, Role
 
 from .conftest import Rig
 from .test_tools import CALL, HERMES, PARAMETERS, THINKING
@@ -309,6 +311,25 @@ def test_instructions_and_messages_of_the_system_are_one_where_the_input_begins(
     ]
 
 
+def test_the_fewest_of_the_oldest_turns_are_dropped(rig: Rig) -> None:
+    def say(role: str, text: str) -> dict[str, str]:
+        return {"role": role, "content": text}
+
+    turns = [say(role, f"{number}" * 300) for number in range(9) for role in ("user", "assistant")]
+    asked: dict[str, Any] = {"instructions": "Be brief.", "input": [*turns, say("user", "and?")]}
+    refused = ask(rig, **asked)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
+    body = ask(rig, **asked, truncation="auto", max_output_tokens=100).json()
+
+    prompt = rig.engine.codec.decode(rig.engine.generations[-1].prompt_ids)
+    rest = "".join(f"[{role}]{number}" for number in range(3, 9) for role in ("user", "assistant"))
+    assert re.sub(r"(\d)\1+", r"\1", prompt) == f"[system]Be brief.{rest}[user]and?[assistant]"
+    assert len(prompt) <= 3900 < len(prompt) + 617, "another turn would have been too many"
+    assert (body["truncation"], body["status"]) == ("auto", "completed")
+    longest = ask(rig, input=[say("user", "a"), say("user", "x" * 4000)], truncation="auto")
+    assert (longest.status_code, longest.json()["error"]["param"]) == (400, "input")
+
+
 def test_a_turn_of_the_assistant_is_one_message(rig: Rig) -> None:
     rig.engine.codec.form = THINKING
 
@@ -381,6 +402,28 @@ def test_parallel_calls_can_be_ruled_out(rig: Rig) -> None:
     assert len(ask(rig, tools=[WEATHER]).json()["output"]) == 2
     body = ask(rig, tools=[WEATHER], parallel_tool_calls=False).json()
     assert (len(body["output"]), body["parallel_tool_calls"]) == (1, False)
+
+
+def test_what_an_adapter_has_locked_is_told_in_the_words_of_this_route(rig: Rig) -> None:
+    defaults = {"max_tokens": 5, "choices": ["Yes.", "No."], "temperature": 0, "locked": ["max_tokens", "choices"]}
+    rig.directory.defaults["alpha@1"] = json.dumps(defaults)
+    assert ask(rig, model="alpha").status_code == 200
+    assert (params_of(rig).max_tokens, params_of(rig).temperature) == (5, 0)
+    [(_, grammar)] = rig.engine.compiled
+    assert grammar.kind == "choice"
+    for body, named in (
+        ({"max_output_tokens": 6}, "max_output_tokens"),
+        ({"text": {"format": {"type": "json_object"}}}, "text.format"),
+    ):
+        refused = ask(rig, model="alpha", **body)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, named)
+
+
+def test_keys_and_quotas_hold_as_everywhere(rig: Rig) -> None:
+    rig.gate.is_used_up = True
+    assert ask(rig).json()["error"]["code"] == "quota_exceeded"
+    rig.gate.keys = {"k1": Principal("acme", Role.USER)}
+    assert ask(rig).status_code == 401
 
 
 class Order(BaseModel):

@@ -94,7 +94,9 @@ def test_parallel_calls_can_be_ruled_out(hermes: Rig) -> None:
     assert len(choice["message"]["tool_calls"]) == 1
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
+@pytest.mark.parametrize(
+    "choice", ["required", *({**kind, "function": {"name": "get_weather"}} for kind in ({"type": "function"}, {}))]
+)
 def test_a_call_that_must_be_made_is_a_grammar(hermes: Rig, choice: Any) -> None:
     assert hermes.chat(tools=[WEATHER, NOW], tool_choice=choice).status_code == 200
 

@@ -207,6 +207,20 @@ def test_promoting_and_rolling_back_change_what_the_try_it_box_answers(
     expect(drawer.locator("[data-active=true]")).to_contain_text("Version 1")
     drawer.get_by_role("button", name="Close").click()
     assert answer() == first
+    page.get_by_role("button", name="Undo").last.click()
+    expect(page.locator(".toast").last).to_contain_text("promoted@2 answers again")
+    drawer = open_adapter(page, "promoted")
+    expect(drawer.locator("[data-active=true]")).to_contain_text("Version 2")
+    drawer.get_by_role("button", name="History").click()
+    expect(drawer.locator(".history strong")).to_have_text(
+        [
+            "Rolled back to version 2",
+            "Promoted version 1",
+            "Promoted version 2",
+            "Uploaded version 2",
+            "Uploaded version 1",
+        ]
+    )
 
 
 def test_older_versions_are_fetched_when_they_are_asked_for(

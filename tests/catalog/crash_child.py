@@ -37,6 +37,7 @@ def _say(**facts: Any) -> None:
 
 async def _body(name: str, seed: float) -> AsyncIterator[bytes]:
     yield b'--b\r\nContent-Disposition: form-data; name="name"\r\n\r\n' + name.encode() + b"\r\n"
+    yield b'--b\r\nContent-Disposition: form-data; name="activate"\r\n\r\ntrue\r\n'
     yield f'--b\r\nContent-Disposition: form-data; name="{ARCHIVE_PART}"\r\n\r\n'.encode()
     yield tar_of(sound_files(seed)) + b"\r\n--b--\r\n"
 
@@ -44,7 +45,7 @@ async def _body(name: str, seed: float) -> AsyncIterator[bytes]:
 async def _step(catalog: Catalog, chance: random.Random) -> None:
     name, seed = chance.choice(NAMES), chance.choice(SEEDS)
     entry = catalog.directory.own(TENANT, name)
-    action = chance.choices(["upload", "promote", "pin", "delete", "delete version"], [6, 2, 1, 1, 1])[0]
+    action = chance.choices(["upload", "promote", "rollback", "pin", "delete", "delete version"], [6, 2, 1, 1, 1, 1])[0]
     versions = [] if entry is None else list(entry.versions)
     if action != "upload" and not versions:
         return
@@ -57,6 +58,8 @@ async def _step(catalog: Catalog, chance: random.Random) -> None:
             result = [done.version.ref.version, done.version.ref.digest]
         elif action == "promote":
             await catalog.update(TENANT, name, active_version=number)
+        elif action == "rollback":
+            result = (await catalog.rollback(TENANT, name)).active_version
         elif action == "pin":
             await catalog.update(TENANT, name, pinned=chance.random() < 0.5)
         else:

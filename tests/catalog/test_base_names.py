@@ -103,7 +103,7 @@ async def test_adapters_of_another_base_are_told_apart(settings: Settings, monke
 
     async with running(settings) as rig:
         await rig.push("x", sound_files(1.0))
-        await rig.push("x", sound_files(2.0))
+        await rig.push("x", sound_files(2.0), activate="true")
         await rig.push("y", sound_files(3.0), pinned="true")
     shallower = {path: spec for path, spec in rig_module.MODULES.items() if "layers.1" not in path}
     monkeypatch.setattr(rig_module, "MODULES", shallower)

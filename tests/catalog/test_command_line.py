@@ -63,13 +63,29 @@ def test_a_folder_is_pushed_shown_promoted_and_deleted(shell: Shell, folder: Pat
     pushed = shell.run(who, "adapters", "push", str(folder), "--description", "Bills")
     assert (pushed.exit_code, pushed.stdout) == (0, "billing@1 is ready and active\n")
     write_sound(folder, 4.0)
-    second = shell.json(who, "adapters", "push", str(folder), "--name", "billing", "--no-activate")
-    assert (second["version"], second["active"]) == (2, False)
+    second = shell.run(who, "adapters", "push", str(folder), "--name", "billing", "--note", "a longer training")
+    assert second.stdout.splitlines() == [
+        "billing@2 is ready and not active",
+        "billing@1 answers to the name billing now.",
+        '  compare: manylora ask billing@1 --compare billing@2 "…"',
+        "  promote: manylora adapters promote billing@2",
+    ]
+    again = shell.json(who, "adapters", "push", str(folder), "--name", "billing", "--no-activate")
+    assert (again["version"], again["active"], again["active_version"]) == (2, False, 1)
     shown = shell.run(who, "adapters", "show", "billing").stdout
     assert "Bills" in shown
     assert [line.split()[0] for line in shown.splitlines() if line[:1].isdigit()] == ["1", "2"]
-    assert shell.run(who, "adapters", "promote", "billing@2").stdout == "billing@2 is active\n"
+    assert shell.run(who, "adapters", "promote", "billing@2", "--note", "better").stdout == "billing@2 is active\n"
     assert shell.json(who, "adapters", "show", "billing")["active_version"] == 2
+    assert shell.run(who, "adapters", "rollback", "billing", "--note", "worse").stdout == "billing@1 is active\n"
+    assert shell.run(who, "adapters", "rollback", "billing").exit_code == 6
+    assert shell.json(who, "adapters", "promote", "billing@2")["active_version"] == 2
+    told = shell.run(who, "adapters", "history", "billing").stdout
+    assert ("rollback @1" in told, "a longer training" in told, "2 → 1" in told) == (True, True, True)
+    changes = shell.json(who, "adapters", "history", "billing")
+    assert [change["note"] for change in changes] == ["", "worse", "better", "a longer training", ""]
+    newest = shell.json(who, "adapters", "history", "billing", "--limit", "1")
+    assert [(c["action"], c["from_version"], c["to_version"]) for c in newest] == [("promote", 1, 2)]
     assert shell.run(who, "adapters", "pin", "billing").exit_code == 0
     assert shell.json(who, "adapters", "show", "billing@2")["pinned"] is True
     assert shell.run(who, "adapters", "pin", "billing", "--off").exit_code == 0

@@ -130,6 +130,8 @@ def _check_promises(
             assert active == number
         elif end["end"] == "promote":
             assert active == begin["version"]
+        elif end["end"] == "rollback" and isinstance(end["result"], int):
+            assert active == end["result"]
         elif end["end"] == "delete":
             assert name not in state
         elif end["end"] == "delete version" and end["result"] is None:

@@ -80,7 +80,7 @@ async def until_available(rig: Rig) -> None:
 async def serving(settings: Settings) -> AsyncIterator[Rig]:
     async with running(settings) as rig:
         for seed in (1.0, 2.0):
-            await rig.push("x", sound_files(seed))
+            await rig.push("x", sound_files(seed), activate="true")
         yield rig
 
 

@@ -48,7 +48,7 @@ async def test_everything_is_there_after_a_restart(settings: Settings) -> None:
 async def test_promote_roll_back_and_delete(settings: Settings) -> None:
     async with running(settings) as rig:
         for seed in (1.0, 2.0):
-            await rig.push("x", sound_files(seed))
+            await rig.push("x", sound_files(seed), activate="true")
         assert (await rig.call("PATCH", "/v1/adapters/x", json={"active_version": 1})).status_code == 200
         assert rig.catalog.directory.resolve("public", "x").version == 1
         assert (await rig.call("DELETE", "/v1/adapters/x/versions/1")).status_code == 409

@@ -12,8 +12,9 @@ from sqlalchemy import delete
 from manylora.catalog import belonging, blobs, labels
 from manylora.catalog.belonging import owner_of, registry_id
 from manylora.catalog.files import blob_of_folder as blob_of
+from manylora.catalog.registry import base_signature
 from manylora.catalog.rescan import Unnamed, rescan
-from manylora.catalog.service import Catalog, base_signature
+from manylora.catalog.service import Catalog
 from manylora.catalog.store import Store, open_store
 from manylora.catalog.upload import Rules, new_version
 from manylora.catalog.verify import verify
@@ -223,7 +224,7 @@ async def test_a_store_from_before_marks_is_not_taken_by_an_empty_database(
 async def test_a_lost_database_is_made_again_from_the_store(settings: Settings, store_of: Callable[[], Store]) -> None:
     async with running(settings, "acme:manager", "ops:admin") as rig:
         for seed in (1.0, 2.0):
-            await rig.push("x", sound_files(seed), "acme:manager", description="d")
+            await rig.push("x", sound_files(seed), "acme:manager", description="d", activate="true")
         await rig.push("y", sound_files(1.0), "ops:admin")
         before = {name: (await rig.call("GET", f"/v1/adapters/{name}", who)).json() for name, who in OWNERS}
     lose_database(settings)
@@ -280,7 +281,7 @@ async def test_a_number_that_is_another_version_by_now_is_left_out(
         await rig.push("x", sound_files(2.0))
     restore(tmp_path / "old", settings)
     async with running(settings) as rig:
-        await rig.push("x", sound_files(3.0))
+        await rig.push("x", sound_files(3.0), activate="true")
     database = open_database(settings.resolved_database_url)
     found = rescan(database, store_of())
     database.close()

@@ -33,6 +33,7 @@ async def test_two_files_become_a_version_that_can_be_named_at_once(settings: Se
             "version": 1,
             "status": "ready",
             "active": True,
+            "active_version": 1,
             "pinned": False,
             "tenant": "public",
             "kind": "lora",
@@ -86,10 +87,10 @@ async def test_the_same_content_again_is_the_existing_version(settings: Settings
         assert 'uploads_total{result="unchanged",tenant="public"} 1.0' in rig.metrics.render().decode()
 
 
-async def test_other_content_is_the_next_version_and_becomes_active(settings: Settings) -> None:
+async def test_other_content_is_the_next_version_and_becomes_active_where_that_is_asked_for(settings: Settings) -> None:
     async with running(settings) as rig:
         await rig.push("x")
-        second = (await rig.push("x", sound_files(2.0))).json()
+        second = (await rig.push("x", sound_files(2.0), activate="true")).json()
         assert (second["version"], second["active"]) == (2, True)
 
 

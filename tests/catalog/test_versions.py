@@ -19,7 +19,8 @@ pytestmark = pytest.mark.anyio
 
 
 async def _push_versions(rig: Rig, name: str, count: int) -> list[str]:
-    return [(await rig.push(name, sound_files(float(n + 1)))).json()["id"] for n in range(count)]
+    pushes = [await rig.push(name, sound_files(float(n + 1)), activate="true") for n in range(count)]
+    return [pushed.json()["id"] for pushed in pushes]
 
 
 async def test_promote_and_roll_back_change_what_the_name_means(settings: Settings) -> None:
@@ -102,7 +103,7 @@ async def test_openais_way_to_delete(settings: Settings) -> None:
             return await rig.call("DELETE", f"/v1/models/{name}", who)
 
         for seed in (1.0, 2.0):
-            await rig.push("x", sound_files(seed), "acme:manager")
+            await rig.push("x", sound_files(seed), "acme:manager", activate="true")
         assert [(await delete("x", who)).status_code for who in ("acme:user", "rival:manager")] == [403, 404]
         assert (await delete("x@1")).json() == {"id": "x@1", "object": "model", "deleted": True}
         assert (await delete("x@1")).status_code == 404
@@ -217,7 +218,7 @@ async def test_a_request_keeps_the_version_it_began_with(settings: Settings) -> 
         slow = asyncio.create_task(rig.call("POST", "/v1/completions", json=body))
         while not rig.engine.generations:
             await asyncio.sleep(0)
-        await rig.push("x", sound_files(2.0))
+        await rig.push("x", sound_files(2.0), activate="true")
         later = await rig.call("POST", "/v1/completions", json=body)
         assert (await slow).headers["x-manylora-adapter"] == "x@1"
         assert later.headers["x-manylora-adapter"] == "x@2"

@@ -209,7 +209,7 @@ class Story:
 
     async def _send_upload(self, client: httpx.AsyncClient, name: str, variant: int) -> httpx.Response:
         parts = [("files", (file, data)) for file, data in self.variants[variant].items()]
-        return _expect(await client.post("/v1/adapters", data={"name": name}, files=parts), 201)
+        return _expect(await client.post("/v1/adapters", data={"name": name, "activate": "true"}, files=parts), 201)
 
     async def _patch(
         self, client: httpx.AsyncClient, adapter: Adapter, what: str, body: dict[str, Any], wanted: State

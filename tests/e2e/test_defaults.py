@@ -42,7 +42,8 @@ def upload(server: Server, folder: Path, name: str, defaults: object) -> httpx.R
     files = [("files", (part, (folder / part).read_bytes())) for part in ADAPTER_FILES]
     if defaults is not None:
         files.append(("files", ("manylora.json", json.dumps(defaults).encode())))
-    return httpx.post(f"{server.url}/v1/adapters", data={"name": name}, files=files, timeout=120)
+    form = {"name": name, "activate": "true"}
+    return httpx.post(f"{server.url}/v1/adapters", data=form, files=files, timeout=120)
 
 
 def test_defaults_are_set_kept_over_a_kill_and_rolled_back_with_their_version(

@@ -35,8 +35,8 @@ def test_embeddings_may_be_cut_as_the_settings_say_and_no_longer_than_they_are(
     tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
     builder, _ = build(tiny_llama_dir, tmp_path, matryoshka_dimensions=(32, 16), embedding_pooling="mean")
-    info = builder._model_info()
+    info = builder.model_info()
     assert (info.hidden_size, info.dimensions, info.default_pooling) == (64, (16, 32), "mean")
     builder, _ = build(tiny_llama_dir, tmp_path, matryoshka_dimensions=(65,))
     with pytest.raises(InvalidSettings, match="64 numbers"):
-        builder._model_info()
+        builder.model_info()

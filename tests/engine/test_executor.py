@@ -10,6 +10,7 @@ import pytest
 
 from manylora.engine.executor import Executor
 from manylora.engine.interface import FinishReason, SamplingParams, Task
+from manylora.engine.model_runner import ModelRunner
 from manylora.engine.sequence import Scheduled, Sequence
 from manylora.engine.step_input import Sampled, SamplingInput, StepInput
 from tests.engine.harness import available_kernels, build_rig, load
@@ -129,6 +130,7 @@ def test_no_slot_that_a_step_reads_is_written_to_or_taken_away(
 def test_a_request_for_no_tokens_is_scored_and_nothing_is_sampled_for_it(tiny_llama_dir: Path) -> None:
     rig = build_rig(load(tiny_llama_dir), kernel=available_kernels[-1])
     asked: list[SamplingInput] = []
+    assert isinstance(rig.engine.runner, ModelRunner)
     sample = rig.engine.runner._executor.sample
     rig.engine.runner._executor.sample = lambda logits, wanted: (  # type: ignore[method-assign]
         asked.append(wanted) or sample(logits, wanted)  # type: ignore[func-returns-value]

@@ -139,6 +139,7 @@ def routes() -> Iterator[str]:
         anthropic,
         dashboard_routes,
         embeddings,
+        history,
         inspection,
         ollama,
         openai,
@@ -153,6 +154,7 @@ def routes() -> Iterator[str]:
     catalog = cast("Any", None)  # the routes are looked at, not called
     built = (
         adapters.build_router(catalog),
+        history.build_router(catalog),
         inspection.build_router(catalog, catalog),
         usage.build_router(catalog),
         dashboard_routes.build_router(),
@@ -278,6 +280,13 @@ def assert_known(words: list[str]) -> None:
     flags = {flag for param in command.params for flag in (*param.opts, *param.secondary_opts)} | {"--help", "-h"}
     used = {word.split("=")[0] for word in words if re.match(r"--?[a-zA-Z]", word)}
     assert used <= flags, used - flags
+
+
+def test_nobody_is_told_to_install_a_package_by_a_name_that_is_not_published() -> None:
+    told = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    told += [path for part in ("server", "loadtest") for path in (ROOT / part).rglob("*.py")]
+
+    assert [path for path in told if re.search(r"pip install (-\S+ )*['\"]?manylora", path.read_text("utf-8"))] == []
 
 
 def test_links_between_the_pages_lead_somewhere() -> None:

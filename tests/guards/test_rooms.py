@@ -17,6 +17,7 @@ REASONS = {
     "catalog.orphans": "a command's work without its printing; the command imports it when it runs",
     "catalog.verify": "a command's work without its printing; the command imports it when it runs",
     "engine.drafting": "the interface that a drafter implements, and the one that drafts nothing",
+    "engine.encoder_runner": "the host part of a step, without torch, as the decoders' is",
     "chat.tool_prompt": "the words in which a base hears of tools, apart from how templates are rendered",
     "kernels.native_attention": "one of two implementations of the same attention, chosen by the backend",
     "lora.memory.eviction": "arithmetic without locks and tiers, tested by itself",

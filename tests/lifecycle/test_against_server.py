@@ -10,9 +10,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+from typer.testing import CliRunner
 
+from manylora.cli.main import build
 from manylora.client.adapters import promote, publish, served_base
-from manylora.client.server import connect
+from manylora.client.server import Refused, connect
 from manylora.errors import InvalidRequest, ManyloraError
 from manylora.lifecycle.data.data import read_dataset
 from manylora.lifecycle.evaluate.command import run_evaluation
@@ -52,7 +54,7 @@ def test_recipe_of_cities_is_trained_published_and_answers(tmp_path: Path, tiny_
     )
     train(config)
     with connect(url, "") as client:
-        label = publish(client, config.out, "city-zh", description="two cities")
+        label = publish(client, config.out, "city-zh", description="two cities").label
 
     report, _ = run_evaluation(replace(_request(held_out, url, tiny_llama_dir, label), max_length=256))
     body = {"model": "city-zh", "messages": [{"role": "user", "content": held_out_text(held_out)}], "temperature": 0}
@@ -72,7 +74,7 @@ def test_server_and_this_process_give_the_same_scores(tmp_path: Path, tiny_llama
     folder = make_adapter(tiny_llama_dir, tmp_path / "same", strength=2.0)
     data = write_rows(tmp_path / "test.jsonl", label_rows()[::4])
     with connect(url, "") as client:
-        label = publish(client, folder, "same")
+        label = publish(client, folder, "same").label
     remote = _request(data, url, tiny_llama_dir, label)
 
     there, _ = run_evaluation(remote)
@@ -91,8 +93,9 @@ def test_only_a_significantly_better_version_is_promoted(tmp_path: Path, tiny_ll
     config = replace(tiny_config(data, tmp_path / "good", tiny_llama_dir, epochs=8), lora=LoraShape(rank=8))
     train(config)
     with connect(url, "") as client:
-        first = publish(client, weak, "words")
-        second = publish(client, config.out, "words", activate=False)
+        first = publish(client, weak, "words").label
+        further = publish(client, config.out, "words")
+        second = further.label
         request = replace(
             _request(data, url, tiny_llama_dir, first, second), with_base=False, promote_if_better="perplexity"
         )
@@ -103,9 +106,14 @@ def test_only_a_significantly_better_version_is_promoted(tmp_path: Path, tiny_ll
         _, refused = run_evaluation(replace(request, adapters=(first,)))
 
         versions = client.call("GET", "/v1/adapters/words")["versions"]
-    assert promoted.startswith("words@2 was promoted: perplexity gain")
-    assert refused.startswith("words@1 was not promoted: perplexity gain -")
-    assert "over words@2" in refused
+    assert (further.answering, further.is_active) == ("words@1", False)
+    assert promoted is not None
+    assert refused is not None
+    assert promoted.is_done
+    assert promoted.said.startswith("words@2 was promoted: perplexity gain")
+    assert not refused.is_done
+    assert refused.said.startswith("words@1 was not promoted: perplexity gain -")
+    assert "over words@2" in refused.said
     assert [v["version"] for v in versions if v["active"]] == [2]
 
 
@@ -116,14 +124,27 @@ def test_candidate_is_compared_with_the_active_version_by_itself(
     with connect(url, "") as client:
         for seed in (1, 2):
             folder = make_adapter(tiny_llama_dir, tmp_path / f"seed{seed}", seed=seed)
-            publish(client, folder, "twins", activate=seed == 1)
-        request = replace(_request(data, url, tiny_llama_dir, "twins@2"), promote_if_better="accuracy")
+            publish(client, folder, "twins")
+        request = _request(data, url, tiny_llama_dir, "twins", "twins@2")
 
-        report, said = run_evaluation(request)
-        named, _ = run_evaluation(replace(request, adapters=("twins", "twins@2"), promote_if_better=""))
+        words = ["evaluate", "--data", str(data), "--server", url, "--model", str(tiny_llama_dir), "--base", "--json"]
+        words += [
+            "--adapter",
+            "twins@2",
+            "--max-tokens",
+            "12",
+            "--max-length",
+            "128",
+            "--promote-if-better",
+            "accuracy",
+        ]
+        scored = CliRunner().invoke(build(), words)
+        report = json.loads(scored.stdout)
+        named, _ = run_evaluation(request)
 
     assert (report["reference"], list(report["contenders"])) == ("twins@1", ["twins@1", "base", "twins@2"])
-    assert said.startswith("twins@2 was not promoted: accuracy gain +0 over twins@1")
+    assert (scored.exit_code, report["promoted"]) == (9, False)
+    assert report["promotion"].startswith("twins@2 was not promoted: accuracy gain +0 over twins@1")
     assert list(named["contenders"]) == ["base", "twins@1", "twins@2"]
 
 
@@ -159,6 +180,18 @@ def test_only_versions_can_be_promoted(url: str) -> None:
         assert served_base(client) == "tiny"
         with pytest.raises(InvalidRequest, match="NAME@VERSION"):
             promote(client, "words")
+
+
+def test_a_version_that_another_took_the_place_of_meanwhile_is_not_replaced(
+    tmp_path: Path, tiny_llama_dir: Path, url: str
+) -> None:
+    with connect(url, "") as client:
+        for seed in (1, 2, 3):
+            publish(client, make_adapter(tiny_llama_dir, tmp_path / f"seed{seed}", seed=seed), "raced")
+        promote(client, "raced@2", instead_of="raced@1")
+        with pytest.raises(Refused) as refused:
+            promote(client, "raced@3", instead_of="raced@1")
+    assert refused.value.answered == 409
 
 
 def test_server_that_is_not_there_is_said() -> None:

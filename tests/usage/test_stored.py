@@ -27,7 +27,7 @@ async def test_versions_count_until_they_are_deleted(tmp_path: Path) -> None:
         assert await stored(rig) == {"sql": size}
         await rig.push("sql")  # the same again is no new version
         assert await stored(rig) == {"sql": size}
-        await rig.push("sql", sound_files(2.0))
+        await rig.push("sql", sound_files(2.0), activate="true")
         await rig.push("other")
         assert await stored(rig) == {"sql": 2 * size, "other": size}
         await rig.call("DELETE", "/v1/adapters/sql/versions/1")

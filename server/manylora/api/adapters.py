@@ -2,13 +2,14 @@
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import IO, Annotated, Any, Final, TypeVar
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from manylora.api.auth import Admin, Caller, Manager, has_role
+from manylora.api.auth import Admin, Caller, Manager, author_of, has_role
 from manylora.api.errors import invalid_from
 from manylora.api.fields import wanted
 from manylora.api.json_body import is_json, parse_json, require_json
@@ -17,13 +18,23 @@ from manylora.api.naming import parse_model
 from manylora.api.ownership import not_found, owner_of, target_tenant, version_number
 from manylora.api.state import ServicesDep
 from manylora.catalog.defaults import shown
-from manylora.catalog.records import MAX_DESCRIPTION, AdapterRecord, Payer, Published, VersionRecord, Wish
+from manylora.catalog.records import MAX_DESCRIPTION, MAX_NOTE, AdapterRecord, Payer, Published, VersionRecord, Wish
 from manylora.catalog.service import Catalog
 from manylora.errors import AdapterNotFound, InvalidRequest, PermissionDenied, TooLarge, quoted
 from manylora.identity import PUBLIC_TENANT
 from manylora.tenants.interface import Principal, Role
 
-__all__ = ["build_router", "version_of"]
+__all__ = [
+    "Body",
+    "Note",
+    "TenantQuery",
+    "VersionNumber",
+    "adapter_view",
+    "as_asked",
+    "build_router",
+    "read_body",
+    "version_of",
+]
 
 MAX_JSON_BYTES: Final = 2**20
 MAX_VERSIONS: Final = 1000
@@ -31,16 +42,18 @@ _INLINE_BYTES: Final = 16_384
 _CHUNK_BYTES: Final = 2**18
 # The status of a version made for a base of other shapes than the one that runs; it comes back with that base.
 _OTHER_BASE: Final = "other_base"
-_TenantQuery = Annotated[str | None, Query(description="Another tenant's adapter: for admin keys.")]
+TenantQuery = Annotated[str | None, Query(description="Another tenant's adapter: for admin keys.")]
+VersionNumber = Annotated[int, Field(ge=1, lt=2**31)]
+Note = Annotated[str, Field(max_length=MAX_NOTE)]
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
     """A JSON body: unknown fields are refused, null is absent, a string is not a number."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class ImportBody(_Body):
+class ImportBody(Body):
     """`POST /v1/adapters` as JSON."""
 
     name: str
@@ -48,24 +61,27 @@ class ImportBody(_Body):
     description: Annotated[str, Field(max_length=MAX_DESCRIPTION)] | None = None
     pinned: bool | None = None
     activate: bool | None = None
+    note: Note | None = None
 
 
-class PatchBody(_Body):
-    """`PATCH /v1/adapters/{name}`: at least one of the fields."""
+class PatchBody(Body):
+    """`PATCH /v1/adapters/{name}`: at least one of the fields that change something."""
 
-    active_version: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    active_version: VersionNumber | None = None
     pinned: bool | None = None
     description: Annotated[str, Field(max_length=MAX_DESCRIPTION)] | None = None
     defaults: dict[str, Any] | None = None
+    if_active: VersionNumber | None = None
+    note: Note | None = None
 
     @model_validator(mode="after")
     def _not_empty(self) -> "PatchBody":
-        if self == PatchBody.model_construct():
+        if self == PatchBody.model_construct(if_active=self.if_active, note=self.note):
             raise ValueError("Send at least one of active_version, pinned, description and defaults.")
         return self
 
 
-class LoadBody(_Body):
+class LoadBody(Body):
     """vLLM's `load_lora_adapter`."""
 
     lora_name: str
@@ -73,14 +89,14 @@ class LoadBody(_Body):
     load_inplace: bool | None = None
 
 
-class UnloadBody(_Body):
+class UnloadBody(Body):
     """vLLM's `unload_lora_adapter`; its `lora_int_id` may be sent as null only."""
 
     lora_name: str
     lora_int_id: None = None
 
 
-B = TypeVar("B", bound=_Body)
+B = TypeVar("B", bound=Body)
 
 
 async def read_body(request: Request, schema: type[B]) -> B:
@@ -119,20 +135,22 @@ def build_router(catalog: Catalog) -> APIRouter:
 
 def _add_uploads(router: APIRouter, catalog: Catalog) -> None:
     @router.post("/v1/adapters", status_code=201)
-    async def create_adapter(request: Request, caller: Manager, tenant: _TenantQuery = None) -> Response:
+    async def create_adapter(request: Request, caller: Manager, tenant: TenantQuery = None) -> Response:
         """Upload an adapter (multipart), or import one from an allowed source (JSON, admin keys)."""
         owner = target_tenant(caller, tenant)
         if is_json(request):
             _require_admin(caller)
             body = await read_body(request, ImportBody)
-            activate = True if body.activate is None else body.activate
-            wish = Wish(owner, body.name, body.description, body.pinned, activate, _payer(caller))
+            wish = Wish(owner, body.name, body.description, body.pinned, body.activate, _payer(caller))
+            wish = replace(wish, author=author_of(caller, body.note))
             done = await catalog.import_from(wish, body.source)
         else:
             length = request.headers.get("content-length", "")
             announced = int(length) if length.isascii() and length.isdigit() else None
             kind = request.headers.get("content-type", "")
-            done = await catalog.upload(owner, _stream(request), kind, announced, payer=_payer(caller))
+            done = await catalog.upload(
+                owner, _stream(request), kind, announced, payer=_payer(caller), author=author_of(caller)
+            )
         return _published(request, catalog, done)
 
 
@@ -163,11 +181,11 @@ def _add_reads(router: APIRouter, catalog: Catalog) -> None:
         caller: Caller,
         limit: Annotated[int, Query(ge=1, le=1000)] = 50,
         after: str | None = None,
-        tenant: _TenantQuery = None,
+        tenant: TenantQuery = None,
     ) -> Response:
         """The adapters that the caller may use, newest first; an admin sees all tenants'."""
         records, has_more = await catalog.page(_listed_tenants(caller, tenant), limit, after)
-        data = [_adapter_view(catalog, record) for record in records]
+        data = [adapter_view(catalog, record) for record in records]
         ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
         return JSONResponse({"object": "list", "data": data, **ends, "has_more": has_more})
 
@@ -177,24 +195,24 @@ def _add_reads(router: APIRouter, catalog: Catalog) -> None:
         caller: Caller,
         limit: Annotated[int, Query(ge=1, le=MAX_VERSIONS)] = MAX_VERSIONS,
         before: Annotated[int | None, Query(ge=1, lt=2**31)] = None,
-        tenant: _TenantQuery = None,
+        tenant: TenantQuery = None,
     ) -> Response:
         """One adapter with its newest versions and the active one, or with those older than `before`; oldest first."""
-        with _as_asked(name):
+        with as_asked(name):
             owner = owner_of(catalog.directory, caller, name, tenant)
             record, page = await catalog.versions(owner, name, limit, before)
         versions = [_version_view(catalog, record, version) for version in page.versions]
         shown = {"versions": versions, "next_before": page.next_before}
-        return JSONResponse({**_adapter_view(catalog, record), **shown})
+        return JSONResponse({**adapter_view(catalog, record), **shown})
 
     @router.get("/v1/adapters/{name}/versions/{n}")
-    async def get_version(name: str, n: str, caller: Caller, tenant: _TenantQuery = None) -> Response:
+    async def get_version(name: str, n: str, caller: Caller, tenant: TenantQuery = None) -> Response:
         """One version with its validation report."""
         record, version = await version_of(catalog, caller, name, n, tenant)
         return JSONResponse(_version_view(catalog, record, version))
 
     @router.get("/v1/adapters/{name}/versions/{n}/download")
-    async def download_version(name: str, n: str, caller: Manager, tenant: _TenantQuery = None) -> Response:
+    async def download_version(name: str, n: str, caller: Manager, tenant: TenantQuery = None) -> Response:
         """The version as a .tar.gz in PEFT layout, its files byte for byte as they came in."""
         _, version = await version_of(catalog, caller, name, n, tenant)
         file = await catalog.download(version)
@@ -220,7 +238,7 @@ def _listed_tenants(caller: Principal, tenant: str | None) -> list[str] | None:
 
 
 @contextmanager
-def _as_asked(label: str) -> Iterator[None]:
+def as_asked(label: str) -> Iterator[None]:
     """What is missing is called as the caller wrote it."""
     try:
         yield
@@ -233,13 +251,13 @@ async def version_of(
 ) -> tuple[AdapterRecord, VersionRecord]:
     """The version that a path names, if the caller may see it. Raises AdapterNotFound."""
     number = version_number(name, n)
-    with _as_asked(f"{name}@{n}"):
+    with as_asked(f"{name}@{n}"):
         return await catalog.get_version(owner_of(catalog.directory, caller, name, tenant), name, number)
 
 
 def _add_changes(router: APIRouter, catalog: Catalog) -> None:
     @router.patch("/v1/adapters/{name}")
-    async def change_adapter(request: Request, name: str, caller: Manager, tenant: _TenantQuery = None) -> Response:
+    async def change_adapter(request: Request, name: str, caller: Manager, tenant: TenantQuery = None) -> Response:
         """Promote or roll back, pin, describe, set the active version's defaults: all in one step.
 
         Running requests keep what they began with.
@@ -253,22 +271,24 @@ def _add_changes(router: APIRouter, catalog: Catalog) -> None:
             pinned=body.pinned,
             description=body.description,
             defaults=body.defaults,
+            if_active=body.if_active,
+            author=author_of(caller, body.note),
         )
-        return JSONResponse(_adapter_view(catalog, record))
+        return JSONResponse(adapter_view(catalog, record))
 
     @router.delete("/v1/adapters/{name}", status_code=204)
-    async def delete_adapter(name: str, caller: Manager, tenant: _TenantQuery = None) -> Response:
+    async def delete_adapter(name: str, caller: Manager, tenant: TenantQuery = None) -> Response:
         """Unpublish every version at once; running requests finish."""
         owner = owner_of(catalog.directory, caller, name, tenant, for_change=True)
-        await catalog.delete(owner, name)
+        await catalog.delete(owner, name, author=author_of(caller))
         return Response(status_code=204)
 
     @router.delete("/v1/adapters/{name}/versions/{n}", status_code=204)
-    async def delete_version(name: str, n: str, caller: Manager, tenant: _TenantQuery = None) -> Response:
+    async def delete_version(name: str, n: str, caller: Manager, tenant: TenantQuery = None) -> Response:
         """Unpublish one version; 409 for the active one of several."""
         number = version_number(name, n)
         owner = owner_of(catalog.directory, caller, name, tenant, version=number, for_change=True)
-        await catalog.delete(owner, name, number)
+        await catalog.delete(owner, name, number, author=author_of(caller))
         return Response(status_code=204)
 
 
@@ -280,7 +300,7 @@ def _add_openai(router: APIRouter, catalog: Catalog) -> None:
         if named is None:
             raise PermissionDenied(f"'{quoted(model_id)}' is the base that this server serves. It is not deleted.")
         owner = owner_of(catalog.directory, caller, named.name, None, version=named.version, for_change=True)
-        await catalog.delete(owner, named.name, named.version)
+        await catalog.delete(owner, named.name, named.version, author=author_of(caller))
         return JSONResponse({"id": model_id, "object": "model", "deleted": True})
 
 
@@ -296,7 +316,7 @@ def _add_vllm(router: APIRouter, catalog: Catalog) -> None:
                 param="lora_name",
             )
         with _as_vllm_names_them():
-            wish = Wish(caller.tenant, body.lora_name, payer=_payer(caller))
+            wish = Wish(caller.tenant, body.lora_name, activate=True, payer=_payer(caller), author=author_of(caller))
             done = await catalog.import_from(wish, _source_of(body.lora_path))
         return PlainTextResponse(f"Success: LoRA adapter '{done.version.ref.name}' added successfully.")
 
@@ -305,7 +325,7 @@ def _add_vllm(router: APIRouter, catalog: Catalog) -> None:
         """As vLLM's: delete the adapter with all its versions."""
         body = await read_body(request, UnloadBody)
         owner = owner_of(catalog.directory, caller, body.lora_name, None, for_change=True)
-        await catalog.delete(owner, body.lora_name)
+        await catalog.delete(owner, body.lora_name, author=author_of(caller))
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
@@ -347,6 +367,7 @@ def _version_view(catalog: Catalog, adapter: AdapterRecord, version: VersionReco
         "digest": version.ref.digest,
         "status": _status(version),
         "active": is_active,
+        "active_version": adapter.active_version,
         "pinned": adapter.pinned and is_active,
         "tenant": version.ref.tenant,
         "kind": version.kind,
@@ -365,7 +386,7 @@ def _status(version: VersionRecord) -> str:
     return "ready" if version.is_ready else _OTHER_BASE
 
 
-def _adapter_view(catalog: Catalog, adapter: AdapterRecord) -> dict[str, Any]:
+def adapter_view(catalog: Catalog, adapter: AdapterRecord) -> dict[str, Any]:
     """`adapter`: a name with what its active version is; the facts of it are null where none is active."""
     active = adapter.active
     return {

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 import orjson
-from pydantic_core import from_json
 
 from manylora.api.answers import extension
 from manylora.api.errors import anthropic_error
 from manylora.api.run import Deltas, Run
-from manylora.api.said import Splitter
+from manylora.api.said import Splitter, arguments_of
 from manylora.api.schemas import ChatRequest
 from manylora.api.sse import TypedEventStream
 from manylora.chat.pieces import Arguments, CallStart, Piece, Text
@@ -51,17 +50,8 @@ class Block:
         """The block as it stands."""
         text = "".join(self.texts)
         if self.kind == "tool_use":
-            return {**self.begun, "input": _input_of(text)}
+            return {**self.begun, "input": arguments_of(text)}
         return {**self.begun, _DELTAS[self.kind][1]: text}
-
-
-def _input_of(text: str) -> dict[str, Any]:
-    """A call's arguments as an object: of those that were cut, what there is; of what is no JSON, nothing."""
-    try:
-        found = from_json(text, allow_partial=True)
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 class Blocks:

@@ -10,10 +10,11 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from manylora.api.state import ServicesDep
+from manylora.catalog.records import Author
 from manylora.errors import AuthenticationFailed, PermissionDenied
 from manylora.tenants.interface import Principal, Role
 
-__all__ = ["Admin", "Caller", "Manager", "at_least", "current_principal", "has_role"]
+__all__ = ["Admin", "Caller", "Manager", "at_least", "author_of", "current_principal", "has_role"]
 
 _ORDER = {role: rank for rank, role in enumerate(Role)}
 
@@ -21,6 +22,11 @@ _ORDER = {role: rank for rank, role in enumerate(Role)}
 def has_role(principal: Principal, role: Role) -> bool:
     """Roles are ordered; each includes the ones before it."""
     return _ORDER[principal.role] >= _ORDER[role]
+
+
+def author_of(principal: Principal, note: str | None = None) -> Author:
+    """The caller, as the history of what is changed names it."""
+    return Author(principal.tenant, principal.role, principal.key_id, note or "")
 
 
 async def current_principal(request: Request, services: ServicesDep) -> Principal:

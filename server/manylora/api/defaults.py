@@ -226,7 +226,9 @@ def _problem_of(name: str, value: Any, raw: Mapping[str, Any], engine: EngineCli
     if name not in FIELDS:
         return _problem(quoted(name), f"'{quoted(name)}' cannot be a default. These can: {', '.join(FIELDS)}, locked.")
     if name == "pooling":
-        return None if value in ("last", "mean") else _problem(name, "'pooling' must be 'last' or 'mean'.")
+        ways = ("last", "mean", "cls") if engine.model.kind == "pool" else ("last", "mean")
+        named = " or ".join(f"'{each}'" for each in ways)
+        return None if value in ways else _problem(name, f"'pooling' must be {named}.")
     if name == "system_prompt":
         if isinstance(value, str) and 0 < len(value) <= MAX_SYSTEM_PROMPT:
             return None

@@ -43,7 +43,7 @@ class EmbeddingRequest(PoolRequest):
     openapi_extra=documented("EmbeddingRequest"),
 )
 async def create_embeddings(request: Request, caller: Caller, services: ServicesDep) -> Response:
-    """One vector of length 1 for each text: OpenAI's embeddings."""
+    """One vector for each text: OpenAI's embeddings. They have length 1, unless the base's folder says otherwise."""
 
     def read(data: bytes) -> Asked:
         body = parse(EmbeddingRequest, data)
@@ -71,6 +71,7 @@ class EmbeddingAnswer:
         self._run = run
         self._label = body.model or body.adapter_id or run.label
         self._dimensions = body.dimensions
+        self._normalizes = run.services.engine.model.normalizes
         self._is_base64 = body.encoding_format == "base64"
         self._found: list[orjson.Fragment | str | None] = [None] * run.num_choices
 
@@ -79,7 +80,9 @@ class EmbeddingAnswer:
 
     def add(self, choice: int, delta: Delta) -> None:
         assert delta.pooled is not None, "a prompt that is pooled has one delta"
-        vector = _of_length_one(delta.pooled[: self._dimensions])
+        vector = delta.pooled[: self._dimensions]
+        if self._normalizes:
+            vector = _of_length_one(vector)
         if self._is_base64:
             self._found[choice] = base64.b64encode(vector.astype(_LITTLE_ENDIAN).tobytes()).decode()
         else:

@@ -6,16 +6,15 @@ streams, which are the default, are lines of JSON.
 
 from datetime import UTC, datetime
 from itertools import islice
-from typing import Annotated, Any, ClassVar, Final, TypeVar
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from manylora import __version__
 from manylora.api.auth import Caller
-from manylora.api.errors import invalid_from
-from manylora.api.fields import NOTHING, Unsupported, renamed, wanted
+from manylora.api.fields import NOTHING, Unsupported, asks_for_nothing, renamed, wanted
 from manylora.api.json_body import documented, parse_json
 from manylora.api.lanes import PYTHON, beside_loop
 from manylora.api.naming import parse_model, resolve, without_alias
@@ -26,14 +25,15 @@ from manylora.api.run import Asked, answered
 from manylora.api.schemas import ChatRequest, CompletionRequest, Int, checked
 from manylora.api.sse import LineStream
 from manylora.api.state import Services, ServicesDep
+from manylora.api.translation import Strict, valid
+from manylora.chat.format import ChatFormat
 from manylora.engine.interface import AdapterRef
 from manylora.errors import InvalidRequest
 
 __all__ = ["OllamaChatRequest", "OllamaGenerateRequest", "router"]
 
 _TAG: Final = ":latest"
-_BOTH: Final[Unsupported] = {"keep_alive": NOTHING, "think": NOTHING}
-_CHAT: Final[Unsupported] = {"tools": NOTHING, **_BOTH}
+_CHAT: Final[Unsupported] = {"keep_alive": NOTHING}
 _GENERATE: Final[Unsupported] = {
     "suffix": NOTHING,
     "images": NOTHING,
@@ -42,9 +42,18 @@ _GENERATE: Final[Unsupported] = {
     "width": NOTHING,
     "height": NOTHING,
     "steps": NOTHING,
-    **_BOTH,
+    **_CHAT,
 }
-_MESSAGE: Final[Unsupported] = {"images": NOTHING, "tool_calls": NOTHING, "tool_name": NOTHING, "thinking": NOTHING}
+_MESSAGE: Final[Unsupported] = {"images": NOTHING}
+# What a message's fields are called in this server's own chats.
+_OURS: Final = {
+    "role": "role",
+    "content": "content",
+    "thinking": "reasoning_content",
+    "tool_calls": "tool_calls",
+    "tool_name": "name",
+    "tool_call_id": "tool_call_id",
+}
 # Of the model's start, which is the server's here: `manylora serve` has settings for it.
 _OPTIONS: Final[Unsupported] = {
     **dict.fromkeys(("numa", "num_batch", "num_gpu", "main_gpu", "num_thread", "num_ctx", "num_keep"), NOTHING),
@@ -63,21 +72,13 @@ _NAMES: Final = {
     **{name: f"options.{name}" for name in ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed", "stop")},
     **{name: f"options.{name}" for name in ("presence_penalty", "frequency_penalty")},
     "repetition_penalty": "options.repeat_penalty",
+    "reasoning_effort": "think",
     "structured_outputs.json": "format",
     "structured_outputs": "format",
 }
 
 
-T = TypeVar("T", bound=BaseModel)
-
-
-class _Strict(BaseModel):
-    """Unknown fields are refused, and a string is not a number."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
-
-
-class Options(_Strict):
+class Options(Strict):
     """`options`: how to choose tokens. What is left out is the model's own."""
 
     num_predict: Int | None = Field(default=None, ge=-2, description="-1 and -2: the rest of the context.")
@@ -93,7 +94,7 @@ class Options(_Strict):
     frequency_penalty: float | None = None
 
 
-class _Asked(_Strict):
+class _Asked(Strict):
     """What both routes have in common."""
 
     model: Annotated[str, Field(min_length=1)]
@@ -102,12 +103,16 @@ class _Asked(_Strict):
     options: Options = Options()
     logprobs: bool = False
     top_logprobs: Int | None = Field(default=None, ge=0)
+    think: bool | Literal["low", "medium", "high", "max"] | None = Field(
+        default=None, description="Whether the base thinks, and how much, as far as its template asks."
+    )
 
 
 class OllamaChatRequest(_Asked):
     """`POST /api/chat`."""
 
     messages: list[dict[str, Any]] = Field(min_length=1)
+    tools: list[dict[str, Any]] = Field(default=[], description="As OpenAI describes them.")
 
 
 class OllamaGenerateRequest(_Asked):
@@ -118,7 +123,7 @@ class OllamaGenerateRequest(_Asked):
     raw: bool = Field(default=False, description="The prompt as it is, and not as a chat's message.")
 
 
-class ShowRequest(_Strict):
+class ShowRequest(Strict):
     """`POST /api/show`."""
 
     model: str | None = None
@@ -136,15 +141,18 @@ def _read_chat(data: bytes) -> Asked:
     raw = _cleaned(parse_json(data), OllamaChatRequest, _CHAT)
     if isinstance(raw.get("messages"), list):
         raw["messages"] = [_cleaned_message(each, number) for number, each in enumerate(raw["messages"])]
-    body = _checked(OllamaChatRequest, raw)
-    return _in_our_words(body, {"messages": body.messages}, ChatShape(body.model))
+    body = valid(OllamaChatRequest, raw)
+    tools = [{"type": "function", **tool} for tool in body.tools]
+    return _in_our_words(body, {"messages": body.messages, "tools": tools}, ChatShape(body.model))
 
 
 def _read_generate(data: bytes) -> Asked:
-    body = _checked(OllamaGenerateRequest, _cleaned(parse_json(data), OllamaGenerateRequest, _GENERATE))
+    body = valid(OllamaGenerateRequest, _cleaned(parse_json(data), OllamaGenerateRequest, _GENERATE))
     if body.raw:
         if body.system is not None:
             raise InvalidRequest("'system' has no place in a raw prompt. Leave it out.", param="system")
+        if body.think:
+            raise InvalidRequest("'think' has no place in a raw prompt. Leave it out.", param="think")
         return _in_our_words(body, {"prompt": body.prompt}, GenerateShape(body.model))
     system = [] if body.system is None else [{"role": "system", "content": body.system}]
     messages = [*system, {"role": "user", "content": body.prompt}]
@@ -157,20 +165,26 @@ def _cleaned(raw: Any, schema: type[BaseModel], unsupported: Unsupported) -> dic
     kept = wanted(raw, schema.model_fields, unsupported)
     if isinstance(kept.get("options"), dict):
         kept["options"] = wanted(kept["options"], Options.model_fields, _OPTIONS, where="options.")
+    for name in ("tools", "think"):
+        if name in kept and kept[name] is not False and asks_for_nothing(kept[name]):
+            del kept[name]
     return kept
 
 
 def _cleaned_message(message: Any, number: int) -> Any:
     if not isinstance(message, dict):
         return message
-    return wanted(message, ("role", "content"), _MESSAGE, where=f"messages[{number}].")
+    kept = wanted(message, _OURS, _MESSAGE, where=f"messages[{number}].")
+    if isinstance(kept.get("tool_calls"), list):
+        kept["tool_calls"] = [_cleaned_call(call) for call in kept["tool_calls"]]
+    return {_OURS[name]: value for name, value in kept.items()}
 
 
-def _checked(schema: type[T], raw: dict[str, Any]) -> T:
-    try:
-        return schema.model_validate(raw)
-    except ValidationError as error:
-        raise invalid_from(error.errors(include_url=False, include_input=False)) from None
+def _cleaned_call(call: Any) -> Any:
+    """A call without the number that answers give it."""
+    if not isinstance(call, dict) or not isinstance(call.get("function"), dict):
+        return call
+    return {**call, "function": {name: value for name, value in call["function"].items() if name != "index"}}
 
 
 def _in_our_words(body: _Asked, text: dict[str, Any], shape: ChatShape) -> Asked:
@@ -189,12 +203,33 @@ def _in_our_words(body: _Asked, text: dict[str, Any], shape: ChatShape) -> Asked
         "repetition_penalty": options.repeat_penalty,
         "structured_outputs": _structure(body.format),
         **(top if body.logprobs else {}),
+        **(_thinking(body.think) if is_chat else {}),
     }
+    names = {**_names_of_messages(len(asked.get("messages", ()))), **_NAMES}
     try:
         ours = checked(ChatRequest, asked) if is_chat else checked(_Completion, asked)
     except InvalidRequest as error:
-        raise renamed(error, _NAMES) from None
-    return Asked(ours, lambda run: OllamaAnswer(run, shape), names=_NAMES, stream=LineStream)
+        raise renamed(error, names) from None
+    has_thoughts = body.think is not False
+    return Asked(ours, lambda run: OllamaAnswer(run, shape, has_thoughts=has_thoughts), names=names, stream=LineStream)
+
+
+def _thinking(think: bool | str | None) -> dict[str, Any]:
+    """What a template is told of it, where anything is."""
+    if think is None:
+        return {}
+    effort = think if isinstance(think, str) else None
+    return {"chat_template_kwargs": {"enable_thinking": think is not False}, "reasoning_effort": effort}
+
+
+def _names_of_messages(num_messages: int) -> dict[str, str]:
+    """What is called otherwise in each message."""
+    renamed_fields = [(ours, own) for own, ours in _OURS.items() if ours != own]
+    return {
+        f"messages[{number}].{ours}": f"messages[{number}].{own}"
+        for number in range(num_messages)
+        for ours, own in renamed_fields
+    }
 
 
 def _structure(form: dict[str, Any] | str | None) -> dict[str, Any] | None:
@@ -269,7 +304,7 @@ def _details(services: Services, ref: AdapterRef | None) -> dict[str, Any]:
 )
 async def show(request: Request, caller: Caller, services: ServicesDep) -> dict[str, Any]:
     """One of them."""
-    body = await read_body(request, lambda data: _checked(ShowRequest, _cleaned(parse_json(data), ShowRequest, {})))
+    body = await read_body(request, lambda data: valid(ShowRequest, _cleaned(parse_json(data), ShowRequest, {})))
     name = body.model or body.name
     if name is None:
         raise InvalidRequest("The field 'model' is required.", param="model")
@@ -290,5 +325,12 @@ async def show(request: Request, caller: Caller, services: ServicesDep) -> dict[
             "manylora.context_length": model.context_length,
             "manylora.vocab_size": model.vocab_size,
         },
-        "capabilities": ["completion"],
+        "capabilities": _capabilities(services.engine.codec.chat_format()),
     }
+
+
+def _capabilities(form: ChatFormat) -> list[str]:
+    """What the base's template has a place for."""
+    has_calls = form.takes_tools and (form.syntax is not None or form.has_response_template)
+    found = {"completion": True, "tools": has_calls, "thinking": form.reasoning is not None}
+    return [name for name, is_there in found.items() if is_there]

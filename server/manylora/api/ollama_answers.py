@@ -12,7 +12,9 @@ import orjson
 from manylora.api.answers import extension
 from manylora.api.errors import ollama_error
 from manylora.api.run import Deltas, Run
+from manylora.api.said import Splitter, arguments_of
 from manylora.api.token_details import logprob_json
+from manylora.chat.pieces import Arguments, CallStart, Text
 from manylora.engine.interface import Delta, FinishReason, TokenLogprob
 from manylora.errors import ManyloraError
 
@@ -25,30 +27,40 @@ _LOGPROBS_AT_ONCE: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class ChatShape:
-    """Of `/api/chat`: where the text stands. `model` is the name that the client wrote."""
+    """Of `/api/chat`: where it stands what was said. `model` is the name that the client wrote."""
 
     model: str
 
-    def text(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text}}
+    def said(self, text: str, thoughts: str, calls: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, **_more(thoughts, calls)}}
 
 
 class GenerateShape(ChatShape):
     """Of `/api/generate`."""
 
-    def text(self, text: str) -> dict[str, Any]:
-        return {"response": text}
+    def said(self, text: str, thoughts: str, calls: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"response": text, **_more(thoughts, calls)}
+
+
+def _more(thoughts: str, calls: list[dict[str, Any]]) -> dict[str, Any]:
+    return {**({"thinking": thoughts} if thoughts else {}), **({"tool_calls": calls} if calls else {})}
 
 
 class OllamaAnswer:
-    """Implements `run.Renderer`. There is one choice."""
+    """Implements `run.Renderer`. There is one choice. A call is told of once it is complete."""
 
-    def __init__(self, run: Run, shape: ChatShape) -> None:
+    def __init__(self, run: Run, shape: ChatShape, *, has_thoughts: bool) -> None:
+        make = run.prompts[0].reader
         self._run = run
         self._shape = shape
         self._codec = run.services.engine.codec
         self._has_logprobs = run.prompts[0].params.logprobs is not None
+        self._splitter = Splitter(None if make is None else make(), has_reasoning=has_thoughts)
         self._texts: list[str] = []
+        self._thoughts: list[str] = []
+        self._call: CallStart | None = None  # that is being written
+        self._arguments: list[str] = []
+        self._calls: list[dict[str, Any]] = []
         self._logprobs: list[bytes] = []  # JSON, since the last line
         self._done_reason = ""
 
@@ -64,18 +76,18 @@ class OllamaAnswer:
                 await asyncio.sleep(time.perf_counter() - began)
 
     def add(self, choice: int, delta: Delta) -> None:
-        self._texts.append(delta.text)
         self._take(delta)
 
     def whole(self) -> bytes:
-        return self._line("".join(self._texts), is_done=True)
+        return self._line(is_done=True)
 
     def events(self, choice: int, delta: Delta) -> Sequence[bytes]:
         self._take(delta)
-        return (self._line(delta.text),) if delta.text or self._logprobs else ()
+        has_news = self._texts or self._thoughts or self._calls or self._logprobs
+        return (self._line(),) if has_news else ()
 
     def last_events(self) -> Sequence[bytes]:
-        return (self._line("", is_done=True),)
+        return (self._line(is_done=True),)
 
     def failed(self, error: ManyloraError) -> Sequence[bytes]:
         return (orjson.dumps(ollama_error(error)),)
@@ -83,16 +95,35 @@ class OllamaAnswer:
     # parts
 
     def _take(self, delta: Delta) -> None:
+        for piece in self._splitter.split(delta):
+            if isinstance(piece, Arguments):
+                self._arguments.append(piece.text)
+                continue
+            self._end_call()
+            if isinstance(piece, CallStart):
+                self._call = piece
+            else:
+                (self._texts if isinstance(piece, Text) else self._thoughts).append(piece.text)
         if delta.finish_reason is not None:
+            self._end_call()
             self._done_reason = "length" if delta.finish_reason is FinishReason.LENGTH else "stop"
 
-    def _line(self, text: str, *, is_done: bool = False) -> bytes:
+    def _end_call(self) -> None:
+        call, self._call = self._call, None
+        if call is not None:
+            arguments, self._arguments = arguments_of("".join(self._arguments)), []
+            function = {"index": call.index, "name": call.name, "arguments": arguments}
+            self._calls.append({"id": call.id, "function": function})
+
+    def _line(self, *, is_done: bool = False) -> bytes:
+        """All that was said since the last one."""
         line: dict[str, Any] = {
             "model": self._shape.model,
             "created_at": datetime.now(UTC).isoformat(),
-            **self._shape.text(text),
+            **self._shape.said("".join(self._texts), "".join(self._thoughts), self._calls),
             "done": is_done,
         }
+        self._texts, self._thoughts, self._calls = [], [], []
         if self._has_logprobs:
             line["logprobs"] = orjson.Fragment(b"[" + b",".join(self._logprobs) + b"]")
             self._logprobs = []

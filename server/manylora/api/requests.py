@@ -4,6 +4,7 @@ The one place for it, whichever route the body came by. What surely does not fit
 every id is checked, wherever it comes from: a tokenizer can have tokens that the model has no row for.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -28,13 +29,14 @@ from manylora.api.schemas import (
 from manylora.api.structured import ANSWER_FIELDS, asked_for
 from manylora.chat.pieces import Reader
 from manylora.engine.interface import CompiledGrammar, EngineClient, ModelInfo, SamplingParams, TextCodec
-from manylora.errors import ContextLengthExceeded, InvalidGrammar, InvalidRequest, quoted
+from manylora.errors import ContextLengthExceeded, InvalidGrammar, InvalidRequest, WrongModelType, quoted
 
 __all__ = [
     "INLINE_CHARACTERS",
     "INLINE_IDS",
     "Prompt",
     "check_connected",
+    "check_kind",
     "counted_ids",
     "lane_of",
     "num_chat_tokens",
@@ -80,6 +82,15 @@ async def check_connected(request: Request) -> None:
         raise ClientGone
 
 
+def check_kind(body: InferenceRequest, model: ModelInfo) -> None:
+    """Raises WrongModelType where the body is for another kind of base than the one that is served."""
+    if model.kind == "pool" and not isinstance(body, PoolRequest):
+        raise WrongModelType(
+            "This server's model is an encoder: it turns texts into vectors and writes none. Ask /v1/embeddings, or a "
+            "server of a decoder."
+        )
+
+
 # prompts
 
 
@@ -117,8 +128,8 @@ async def prompts_of(
     else:
         assert isinstance(body, ChatRequest)
         _check_num_choices(body, 1, params.n, engine.max_choices)
-        chat = await _rendered(body, engine.codec)
-        encoded = [await _encode_chat(body, chat.text, engine)]
+        chat, ids = await _chat_prompt(body, engine)
+        encoded = [(ids, "")]
     _check_size(params, body, encoded)
     if body.bad_words:
         params = replace(params, bad_words=await _bad_words(body.bad_words, engine))
@@ -139,6 +150,11 @@ async def _pooled_prompts(body: PoolRequest, engine: EngineClient) -> tuple[Prom
     if not engine.model.hidden_size:
         raise InvalidRequest("This server's base model gives no hidden states, so it has no embeddings.", param="model")
     _check_num_choices(body, len(body.prompts), 1, engine.max_choices)
+    if body.pooling == "cls" and engine.model.kind == "generate":
+        raise InvalidRequest(
+            "'pooling' is 'cls', and the first token of this server's model has seen no other. Use 'last' or 'mean'.",
+            param="pooling",
+        )
     params = SamplingParams(max_tokens=0, pooling=body.pooling or engine.model.default_pooling)
     return tuple(Prompt(ids, params) for ids, _ in await _encode_prompts(body, engine))
 
@@ -199,7 +215,7 @@ def _given(request: InferenceRequest, engine: EngineClient, is_repeated: bool) -
     prompts = []
     for prompt in request.prompts:
         assert isinstance(prompt, list), "prompts are all text or all ids"
-        kept = _truncated(prompt, request, engine.model)
+        kept = _truncated(prompt, request, engine, is_text=False)
         _room_for_answer(request, len(kept), engine.model)
         prompts.append(check_token_ids(kept, engine.model, request.prompt_field))
     decode = engine.codec.decode
@@ -270,12 +286,40 @@ def counted_ids(text: str, engine: EngineClient, *, special: bool, param: str) -
     return ids
 
 
-async def _encode_chat(request: ChatRequest, text: str, engine: EngineClient) -> _Encoded:
-    """The ids of a rendered chat. Raises InvalidRequest."""
-    [ids] = await _encode(request, [text], len(text), engine)
+async def _chat_prompt(request: ChatRequest, engine: EngineClient) -> tuple[RenderedChat, tuple[int, ...]]:
+    """A rendered chat and its ids. Raises InvalidRequest.
+
+    Of a chat that drops its oldest turns, the fewest are dropped that have to be: what follows the instructions with
+    which it begins, up to some message of the user's.
+    """
+    try:
+        return await _encode_chat(request, engine)
+    except ContextLengthExceeded:
+        if not request.drops_oldest:
+            raise
+        messages = request.messages
+        first = next((at for at, each in enumerate(messages) if each.role not in ("system", "developer")), 0)
+        starts = [at for at, each in enumerate(messages) if each.role == "user" and at > first]
+        found, low, high = None, 0, len(starts)
+        while low < high:
+            middle = (low + high) // 2
+            kept = [*messages[:first], *messages[starts[middle] :]]
+            try:
+                found = await _encode_chat(request.model_copy(update={"messages": kept}), engine)
+                high = middle
+            except ContextLengthExceeded:
+                low = middle + 1
+        if found is None:
+            raise
+        return found
+
+
+async def _encode_chat(request: ChatRequest, engine: EngineClient) -> tuple[RenderedChat, tuple[int, ...]]:
+    chat = await _rendered(request, engine.codec)
+    [ids] = await _encode(request, [chat.text], len(chat.text), engine)
     if not ids:
         raise InvalidRequest("'messages' have no tokens for this model.", param="messages")
-    return ids, ""
+    return chat, ids
 
 
 async def _encode(
@@ -318,7 +362,7 @@ def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
 
 def _checked(ids: list[int], request: InferenceRequest, engine: EngineClient) -> tuple[int, ...]:
     """The ids of a text, those that are kept, if the model has a row for each and room for them."""
-    ids = _truncated(ids, request, engine.model)
+    ids = _truncated(ids, request, engine)
     _room_for_answer(request, len(ids), engine.model)
     highest = max(ids, default=0)
     if highest >= engine.model.vocab_size:
@@ -361,12 +405,27 @@ def _most_kept(request: InferenceRequest, model: ModelInfo) -> int | None:
     if most != -1:
         return most
     asked = request.token_limit
-    return max(1, model.context_length - (DEFAULT_MAX_TOKENS if asked is None else max(asked, 1)))
+    if asked == 0:
+        return model.most_prompt_tokens
+    return max(1, model.context_length - (DEFAULT_MAX_TOKENS if asked is None else asked))
 
 
-def _truncated(ids: list[int], request: InferenceRequest, model: ModelInfo) -> list[int]:
-    most = _most_kept(request, model)
-    return ids if most is None else ids[-most:]
+def _truncated(ids: list[int], request: InferenceRequest, engine: EngineClient, *, is_text: bool = True) -> list[int]:
+    """What is kept of a prompt: its end, or of what an encoder reads its beginning, within its special tokens."""
+    most = _most_kept(request, engine.model)
+    if most is None or len(ids) <= most:
+        return ids
+    if engine.model.kind == "generate":
+        return ids[-most:]
+    behind = _num_behind(engine.codec) if is_text and request.has_special_tokens and most > 1 else 0
+    return [*ids[: most - behind], *ids[len(ids) - behind :]]
+
+
+def _num_behind(codec: TextCodec) -> int:
+    """How many special tokens the tokenizer puts behind a text."""
+    bare, longer = codec.encode(""), codec.encode("a")
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(reversed(bare), reversed(longer), strict=False))
+    return len(list(same))
 
 
 def _fit_to_context(
@@ -392,7 +451,7 @@ def _room_for_answer(request: InferenceRequest, num_prompt_tokens: int, model: M
     room = model.context_length - num_prompt_tokens
     asked = request.token_limit
     is_filled = isinstance(request, GenerationRequest) and request.may_fill_context
-    if room < 1 or (asked is not None and asked > room and not is_filled):
+    if num_prompt_tokens > model.most_prompt_tokens or (asked is not None and asked > room and not is_filled):
         raise _too_long(request, str(num_prompt_tokens), model)
     return room
 
@@ -400,10 +459,13 @@ def _room_for_answer(request: InferenceRequest, num_prompt_tokens: int, model: M
 def _too_long(request: InferenceRequest, taken: str, model: ModelInfo) -> ContextLengthExceeded:
     """The refusal of a prompt that takes `taken` of the context."""
     asked = request.token_limit
-    completion = f", the answer up to {asked}" if asked else " and leaves no room for an answer"
+    if model.kind == "pool":
+        completion, remedy = "", "Shorten it, or have it cut with 'truncate_prompt_tokens': -1."
+    else:
+        completion = f", the answer up to {asked}" if asked else " and leaves no room for an answer"
+        remedy = "Shorten the prompt or ask for fewer tokens."
     return ContextLengthExceeded(
-        f"The model's context is {model.context_length} tokens; the prompt takes {taken}{completion}. "
-        "Shorten the prompt or ask for fewer tokens.",
+        f"The model's context is {model.context_length} tokens; the prompt takes {taken}{completion}. {remedy}",
         param=request.prompt_field,
     )
 

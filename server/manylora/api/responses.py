@@ -114,7 +114,7 @@ class ResponseRequest(Strict):
     reasoning: dict[str, Any] = Field(default={}, description="`effort` and `summary`.")
     include: list[Literal["reasoning.encrypted_content", "message.output_text.logprobs"]] = Field(default=[])
     top_logprobs: Int | None = Field(default=None, ge=0)
-    truncation: Literal["disabled"] | None = None
+    truncation: Literal["auto", "disabled"] | None = Field(default=None, description="`auto`: old turns are dropped.")
     store: bool | None = Field(default=None, description="Nothing is stored in any case.")
     safety_identifier: str | None = Field(default=None, max_length=MAX_USER)
     prompt_cache_key: str | None = Field(default=None, max_length=MAX_USER)
@@ -150,6 +150,12 @@ class _Chat(ChatRequest):
         return {**super().annotations(), **self.model_dump(include=set(_NOTED), exclude_none=True)}
 
 
+class _CutChat(_Chat):
+    """One whose oldest turns are dropped where the context has no room for them."""
+
+    drops_oldest: ClassVar[bool] = True
+
+
 def asked_by(raw: Any) -> Asked:
     """What a body, parsed, asks for. Raises InvalidRequest."""
     own, passed = parted(raw, ResponseRequest, _UNSUPPORTED, _PASSED)
@@ -163,7 +169,7 @@ def asked_by(raw: Any) -> Asked:
     names = _names(chat, offered)
     try:
         ours = checked(
-            _Chat,
+            _CutChat if body.truncation == "auto" else _Chat,
             {
                 **passed,
                 "messages": chat.messages,
@@ -284,7 +290,7 @@ def _echoed(
         "tool_choice": body.tool_choice or "auto",
         "tools": [tool.model_dump() for tool in tools],
         "top_logprobs": body.top_logprobs or 0,
-        "truncation": "disabled",
+        "truncation": body.truncation or "disabled",
         "user": chat.user,
     }
 

@@ -15,7 +15,7 @@ from manylora.api.defaults import with_defaults
 from manylora.api.fields import renamed
 from manylora.api.naming import missing, mix_of
 from manylora.api.record import Counts, RequestRecord
-from manylora.api.requests import Prompt, check_connected, prompts_of, read_body
+from manylora.api.requests import Prompt, check_connected, check_kind, prompts_of, read_body
 from manylora.api.schemas import InferenceRequest
 from manylora.api.sse import Event, EventStream, while_connected
 from manylora.api.state import Services
@@ -97,6 +97,7 @@ async def answered(
     async with run.ends_on_error():
         asked = await read_body(request, read)
         body = asked.body
+        check_kind(body, services.engine.model)
         run.log.update(body.annotations())
         aliases = services.settings.resolved_model_aliases
         try:

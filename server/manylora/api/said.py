@@ -2,10 +2,12 @@
 
 from typing import Any
 
+from pydantic_core import from_json
+
 from manylora.chat.pieces import Arguments, CallStart, Piece, Reader, Reasoning, Text, joined
 from manylora.engine.interface import Delta, FinishReason
 
-__all__ = ["Said", "Splitter"]
+__all__ = ["Said", "Splitter", "arguments_of"]
 
 
 class Splitter:
@@ -34,6 +36,15 @@ class Splitter:
         if self._has_reasoning:
             return found
         return [piece for piece in found if not isinstance(piece, Reasoning)]
+
+
+def arguments_of(text: str) -> dict[str, Any]:
+    """A call's arguments as an object: of those that were cut, what there is; of what is no JSON, nothing."""
+    try:
+        found = from_json(text, allow_partial=True)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 class Said:

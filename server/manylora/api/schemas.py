@@ -134,7 +134,9 @@ class InferenceRequest(Body):
         default=[], max_length=MAX_MIXED, fail_fast=True, description="llama.cpp's way to say the same."
     )
     truncate_prompt_tokens: Int | None = Field(
-        default=None, ge=-1, description="The prompt's last so many tokens; -1: what the context has room for."
+        default=None,
+        ge=-1,
+        description="The prompt's last so many tokens, an encoder's first; -1: what there is room for.",
     )
     add_special_tokens: bool | None = None
     priority: Int = Field(
@@ -386,6 +388,7 @@ class ChatRequest(GenerationRequest):
     unsupported: ClassVar[Unsupported] = CHAT_UNSUPPORTED
     adds_special_tokens: ClassVar[bool] = False  # the chat template has written them
     prompt_field: ClassVar[str] = "messages"
+    drops_oldest: ClassVar[bool] = False  # turns that the context has no room for
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     logprobs: bool = False

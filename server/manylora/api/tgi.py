@@ -8,12 +8,11 @@ import secrets
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 from starlette.responses import Response
 
 from manylora import __version__
 from manylora.api.auth import Caller
-from manylora.api.errors import invalid_from
 from manylora.api.fields import NOTHING, Unsupported, renamed, unsupported_field, wanted
 from manylora.api.json_body import documented, parse_json
 from manylora.api.requests import MAX_ECHO_CHARACTERS
@@ -21,6 +20,7 @@ from manylora.api.run import Asked, answered
 from manylora.api.schemas import MAX_N, MAX_STOPS, CompletionRequest, Int, checked
 from manylora.api.state import ServicesDep
 from manylora.api.tgi_answers import GenerateAnswer, Shape
+from manylora.api.translation import Strict, valid
 from manylora.errors import InvalidRequest, quoted
 from manylora.identity import MAX_MIX_WEIGHT, MAX_MIXED
 
@@ -55,27 +55,21 @@ _NAMES: Final = {
 _UINT64: Final = 2**64
 
 
-class _Strict(BaseModel):
-    """Unknown fields are refused, and a string is not a number."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=(), populate_by_name=True)
-
-
-class Grammar(_Strict):
+class Grammar(Strict):
     """`parameters.grammar`, as TGI has it."""
 
     type: Literal["json", "regex", "json_schema"]
     value: Any = Field(description="A schema, a regular expression, or `{name, schema}`.")
 
 
-class ResponseFormat(_Strict):
+class ResponseFormat(Strict):
     """`parameters.response_format`, as LoRAX has it."""
 
     type: Literal["json_object", "json_schema", "text"]
     schema_: dict[str, Any] | None = Field(default=None, alias="schema")
 
 
-class MergedAdapters(_Strict):
+class MergedAdapters(Strict):
     """`parameters.merged_adapters`, as LoRAX has it."""
 
     ids: list[str] = Field(min_length=1, max_length=MAX_MIXED, description="Adapters of this server.")
@@ -90,7 +84,7 @@ class MergedAdapters(_Strict):
         return [{"name": n, "weight": w} for n, w in zip(self.ids, self.weights, strict=True)]
 
 
-class Parameters(_Strict):
+class Parameters(Strict):
     """`parameters` of both protocols."""
 
     adapter_id: str | None = Field(default=None, description="An adapter of this server; `__base_model__` for none.")
@@ -126,7 +120,7 @@ class Parameters(_Strict):
         return self.temperature != 0 and (self.do_sample or cuts or self.temperature not in (None, 1))
 
 
-class GenerateRequest(_Strict):
+class GenerateRequest(Strict):
     """`POST /generate`, `POST /generate_stream` and `POST /`."""
 
     inputs: Annotated[str, Field(min_length=1)]
@@ -171,10 +165,7 @@ def _checked(raw: Any) -> GenerateRequest:
     if isinstance(kept.get("parameters"), dict):
         known = [field.alias or name for name, field in Parameters.model_fields.items()]
         kept["parameters"] = wanted(kept["parameters"], known, _UNSUPPORTED, where="parameters.")
-    try:
-        return GenerateRequest.model_validate(kept)
-    except ValidationError as error:
-        raise invalid_from(error.errors(include_url=False, include_input=False)) from None
+    return valid(GenerateRequest, kept)
 
 
 def _check_together(body: GenerateRequest, is_streamed: bool) -> None:

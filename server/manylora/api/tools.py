@@ -65,16 +65,20 @@ class FunctionName(_Strict):
 
 
 class NamedTool(_Strict):
-    """`tool_choice` of one function."""
+    """`tool_choice` of one function. Clients of TGI leave the type out."""
 
-    type: Literal["function"]
+    type: Literal["function"] = "function"
     function: FunctionName
 
 
 def _choice(value: Any) -> Any:
     if value in ("none", "auto", "required"):
         return value
-    if isinstance(value, dict) and value.get("type") == "function" and isinstance(value.get("function"), dict):
+    if (
+        isinstance(value, dict)
+        and isinstance(value.get("function"), dict)
+        and value.get("type", "function") == "function"
+    ):
         return NamedTool.model_validate(value)
     raise ValueError('must be "none", "auto", "required" or {"type": "function", "function": {"name": …}}')
 

@@ -18,6 +18,7 @@ from manylora.api.middleware import POLLED_PATHS
 from manylora.api.record import RequestRecord
 from manylora.engine.interface import Progress
 from manylora.errors import InvalidSettings, StartupError
+from manylora.packages import install_command
 from manylora.settings import Settings
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ def open_tracing(settings: Settings) -> "Tracing | None":
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ModuleNotFoundError as error:
-        raise StartupError("Tracing needs OpenTelemetry's SDK: pip install 'manylora[tracing]'.") from error
+        command = install_command("opentelemetry.sdk", "opentelemetry.exporter")
+        raise StartupError(f"Tracing needs OpenTelemetry's SDK. Install it with: {command}") from error
     provider = TracerProvider(resource=_resource(), shutdown_on_exit=False)
     if exporter == "otlp":
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))

@@ -20,7 +20,7 @@ from manylora.identity import BROUGHT_FILES
 
 ARCHIVE_PART: Final = "archive"
 FILES_PART: Final = "files"
-FIELDS: Final = frozenset({"name", "description", "pinned", "activate"})
+FIELDS: Final = frozenset({"name", "description", "pinned", "activate", "note"})
 _MAX_FIELD_BYTES: Final = 64 * 1024
 _MAX_HEADER_BYTES: Final = 16 * 1024
 _MAX_PARTS: Final = 1024

@@ -8,6 +8,7 @@ from manylora.database.tables import MICROSECONDS, AdapterRow, VersionRow
 from manylora.identity import AdapterRef
 
 MAX_DESCRIPTION: Final = 4096  # characters
+MAX_NOTE: Final = 1024  # characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +20,23 @@ class Payer:
 
 
 @dataclass(frozen=True, slots=True)
+class Author:
+    """Who changes something, and what they note about it; without a tenant it is the server itself."""
+
+    tenant: str | None
+    role: str
+    key_id: str | None = None
+    note: str = ""
+
+
+SERVER: Final = Author(None, "server")
+
+
+@dataclass(frozen=True, slots=True)
 class Wish:
     """Where an upload goes and what else it asks for; None leaves what is there.
+
+    `activate` None makes the first version of a name the active one, and leaves a name that has versions as it is.
 
     `defaults` is the canonical text of what came as `manylora.json`. The same content with others is a new version.
 
@@ -31,9 +47,10 @@ class Wish:
     name: str
     description: str | None = None
     pinned: bool | None = None
-    activate: bool = True
+    activate: bool | None = None
     payer: Payer | None = None
     defaults: str | None = None
+    author: Author = SERVER
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +135,39 @@ class VersionPage:
     """Some of an adapter's versions, oldest first; the next page is of those before `next_before`, if there is one."""
 
     versions: tuple[VersionRecord, ...]
+    next_before: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One change to an adapter (`kind` "adapter"), or to something else of a tenant's. `at` is in Unix microseconds.
+
+    The versions before and after are those that were active, None and None where the change left that alone.
+    """
+
+    id: int
+    at: int
+    kind: str
+    tenant: str
+    name: str
+    action: str
+    version: int | None
+    from_version: int | None
+    to_version: int | None
+    fields: tuple[str, ...]
+    author: Author
+
+    @property
+    def at_s(self) -> int:
+        """`at` in whole Unix seconds."""
+        return self.at // MICROSECONDS
+
+
+@dataclass(frozen=True, slots=True)
+class ChangePage:
+    """Some changes, newest first; the next page is of those before `next_before`, if there is one."""
+
+    changes: tuple[Change, ...]
     next_before: int | None
 
 

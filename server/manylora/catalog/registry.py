@@ -8,7 +8,7 @@ import heapq
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import sha256
@@ -16,12 +16,15 @@ from hashlib import sha256
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
-from manylora.catalog import queries
+from manylora.catalog import history, queries
 from manylora.catalog.defaults import NO_DEFAULTS
 from manylora.catalog.directory import Directory, Entry, missing
 from manylora.catalog.labels import Label
 from manylora.catalog.records import (
+    SERVER,
     AdapterRecord,
+    Author,
+    ChangePage,
     Folder,
     NewVersion,
     Published,
@@ -34,6 +37,7 @@ from manylora.database.database import Database
 from manylora.database.tables import AdapterRow, FolderContentRow, FolderRow, VersionRow
 from manylora.errors import Conflict
 from manylora.identity import AdapterRef
+from manylora.lora.format.reader import ModuleSpec
 from manylora.usage.store import note_stored
 
 
@@ -44,6 +48,17 @@ def new_id(kind: str) -> str:
 
 def now_us() -> int:
     return time.time_ns() // 1000
+
+
+def base_signature(modules: Mapping[str, ModuleSpec]) -> str:
+    """Names and shapes of the base's modules as a hash: adapters fit a base with the same, and no other.
+
+    Linears and embeddings tell bases apart. What else adapters may touch grows with versions of the server, which must
+    know their adapters again.
+    """
+    named = (m for m in modules.values() if m.kind in ("linear", "conv1d", "embedding") and not m.is_parameter)
+    lines = sorted(f"{m.path} {m.kind} {m.in_features} {m.out_features}" for m in named)
+    return sha256("\n".join(lines).encode()).hexdigest()
 
 
 class _Transaction:
@@ -117,6 +132,16 @@ class Registry:
             rows = list(heapq.merge(*found, key=lambda row: (row.created, row.id), reverse=True))[: limit + 1]
             return queries.load_records(session, rows[:limit], self._base), len(rows) > limit
 
+    def history(self, tenant: str, name: str, limit: int, before: int | None) -> ChangePage:
+        """The newest `limit` changes to the tenant's adapter before the change `before`. Raises AdapterNotFound."""
+        with self._database.read() as session:
+            return history.of_adapter(session, queries.get_adapter(session, tenant, name), limit, before)
+
+    def changes(self, tenant: str | None, limit: int, before: int | None) -> ChangePage:
+        """The newest changes to all that is one tenant's, None: to everything, what is deleted by now included."""
+        with self._database.read() as session:
+            return history.of_tenants(session, tenant, limit, before)
+
     def folders(self) -> dict[str, tuple[Folder, bool]]:
         """What `--adapters` registered, by path, and whether that version still exists."""
         query = select(FolderRow, VersionRow.id).outerjoin(VersionRow, VersionRow.id == FolderRow.version_id)
@@ -151,7 +176,7 @@ class Registry:
     def publish(self, wish: Wish, new: NewVersion, *, folder: Folder | None = None) -> Published:
         """Add a version, or take the newest one where it has the same digest; either becomes active if asked.
 
-        Raises QuotaExceeded.
+        The first version of a name becomes active unless it may not. Raises QuotaExceeded.
         """
         with self._write() as transaction:
             session = transaction.session
@@ -159,6 +184,8 @@ class Registry:
             newest = self._newest(session, row, new.digest, wish)
             is_new = newest is None
             if newest is None:
+                if wish.activate is None:
+                    wish = replace(wish, activate=row is None or row.is_deleted)
                 queries.check_kept(session, wish.tenant, row, new.size_bytes)
                 row = _revived_adapter(session, row, wish.tenant, wish.name)
                 newest = _add_version(session, row, new, self._base, wish.defaults or NO_DEFAULTS)
@@ -210,15 +237,17 @@ class Registry:
         is_new: bool,
         folder: Folder | None,
     ) -> Published:
+        session, was = transaction.session, row.active_version
         if wish.activate:
             row.active_version = newest.version
-        _change(transaction.session, row, wish.pinned, wish.description)
+        fields = _change(session, row, wish.pinned, wish.description)
+        if is_new or row.active_version != was or fields:
+            action = "upload" if is_new else "change" if row.active_version == was else "promote"
+            history.note(session, row, wish.author, action, was=was, version=newest.version, fields=fields)
         if folder is not None:
             found = FolderRow(path=folder.path, fingerprint=folder.fingerprint, version_id=newest.id)
-            transaction.session.merge(found)
-            transaction.session.merge(
-                FolderContentRow(name=row.name, digest=_content_key(newest.digest, wish), base=newest.base)
-            )
+            session.merge(found)
+            session.merge(FolderContentRow(name=row.name, digest=_content_key(newest.digest, wish), base=newest.base))
         record = transaction.mirror(row)
         return Published(record, version_record(row, newest, self._base), is_new)
 
@@ -231,27 +260,51 @@ class Registry:
         pinned: bool | None = None,
         description: str | None = None,
         defaults: str | None = None,
+        if_active: int | None = None,
+        author: Author = SERVER,
     ) -> AdapterRecord:
         """Change what is given, all in one step; `defaults` are those of the version that is active after it.
 
-        Raises AdapterNotFound, QuotaExceeded, or Conflict (another base, or no active version).
+        Raises AdapterNotFound, QuotaExceeded, or Conflict (another base, no active version, or not `if_active`).
         """
         with self._write() as transaction:
-            row = queries.get_adapter(transaction.session, tenant, name)
+            session = transaction.session
+            row = _expected(queries.get_adapter(session, tenant, name), if_active)
+            was = row.active_version
             if active_version is not None:
-                version = queries.get_version(transaction.session, row, active_version)
+                version = queries.get_version(session, row, active_version)
                 if version.base != self._base:
                     raise Conflict(
                         f"'{name}@{active_version}' was made for a base of other shapes than the one that is served "
                         "here, so it cannot become active. Promote a version whose status is 'ready'."
                     )
                 row.active_version = active_version
+            fields: list[str] = []
             if defaults is not None:
-                active = queries.find_version(transaction.session, row, row.active_version)
+                active = queries.find_version(session, row, row.active_version)
                 if active is None:
                     raise Conflict(f"'{name}' has no active version whose defaults could be set. Promote one.")
-                active.defaults = defaults
-            _change(transaction.session, row, pinned, description)
+                fields, active.defaults = ["defaults"] if active.defaults != defaults else [], defaults
+            fields += _change(session, row, pinned, description)
+            if row.active_version != was or fields:
+                action = "change" if row.active_version == was else "promote"
+                history.note(session, row, author, action, was=was, version=row.active_version, fields=fields)
+            return transaction.mirror(row)
+
+    def rollback(
+        self, tenant: str, name: str, *, if_active: int | None = None, author: Author = SERVER
+    ) -> AdapterRecord:
+        """Make that version active again which was before the present one; a further call goes back one more.
+
+        Versions that were deleted since, or are for another base, are passed over. Raises AdapterNotFound, or
+        Conflict: no such version is known, or not `if_active` is active.
+        """
+        with self._write() as transaction:
+            session = transaction.session
+            row = _expected(queries.get_adapter(session, tenant, name), if_active)
+            version, before = history.earlier(session, row, self._base)
+            was, row.active_version = row.active_version, version.version
+            history.note(session, row, author, "rollback", was=was, version=version.version, before=before)
             return transaction.mirror(row)
 
     def adopt(self, labels: Sequence[Label]) -> list[Label]:
@@ -272,9 +325,11 @@ class Registry:
                 row = _revived_adapter(session, row, label.tenant, label.name)
                 session.flush()  # the adapter's row first: there is no relationship that would order the two
                 session.add(_adopted_version(row, label))
+                was = row.active_version
                 if row.active_version is None or row.id in rows:
                     rows[row.id], row.active_version = row, label.version
                 row.next_version = max(row.next_version, label.version + 1)
+                history.note(session, row, SERVER, "recover", was=was, version=label.version)
                 session.flush()
                 added.append(label)
                 transaction.mirror(row)
@@ -290,7 +345,9 @@ class Registry:
             for adapter_id in sorted({version.adapter_id for version in found}):
                 transaction.mirror(session.get_one(AdapterRow, adapter_id))
 
-    def delete(self, tenant: str, name: str, version: int | None = None) -> list[AdapterRef]:
+    def delete(
+        self, tenant: str, name: str, version: int | None = None, *, author: Author = SERVER
+    ) -> list[AdapterRef]:
         """Unpublish one version, or all, and give those that are gone.
 
         Raises AdapterNotFound, or Conflict for the active one of several.
@@ -310,8 +367,10 @@ class Registry:
                 )
             those = VersionRow.adapter_id == row.id
             session.execute(delete(VersionRow).where(those if is_last else those & (VersionRow.version == version)))
+            was = row.active_version
             if is_last:
                 row.is_deleted, row.active_version, row.pinned, row.description = True, None, False, ""
+            history.note(session, row, author, "delete", was=was, version=version)
             transaction.mirror(row)
         return gone
 
@@ -336,6 +395,7 @@ class Registry:
             versions = queries.all_versions(session)
             rows = session.execute(select(AdapterRow)).scalars().all()
             queries.check_counts(session, rows, versions)
+            history.check(session, rows)
             for row in rows:
                 numbers = [v.version for v in versions.get(row.id, [])]
                 assert bool(numbers) != row.is_deleted
@@ -413,10 +473,23 @@ def _adopted_version(row: AdapterRow, label: Label) -> VersionRow:
     return VersionRow(id=label.version_id, adapter_id=row.id, **{**facts, "target_modules": list(label.target_modules)})
 
 
-def _change(session: Session, row: AdapterRow, pinned: bool | None, description: str | None) -> None:
+def _expected(row: AdapterRow, active_version: int | None) -> AdapterRow:
+    """The row. Raises Conflict where another version is active than somebody believes; None believes nothing."""
+    if active_version not in (None, row.active_version):
+        now = "none" if row.active_version is None else f"'{row.name}@{row.active_version}'"
+        raise Conflict(
+            f"'{row.name}@{active_version}' is not the active version any more, but {now}. "
+            f"GET /v1/adapters/{row.name}/history says who changed that; decide again."
+        )
+    return row
+
+
+def _change(session: Session, row: AdapterRow, pinned: bool | None, description: str | None) -> list[str]:
+    """Change what is given; the names of what is another now."""
     if pinned and not row.pinned:
         queries.check_pins(session, row.tenant)
-    if pinned is not None:
-        row.pinned = pinned
-    if description is not None:
-        row.description = description
+    given = {"pinned": pinned, "description": description}
+    changed = [name for name, value in given.items() if value is not None and value != getattr(row, name)]
+    for name in changed:
+        setattr(row, name, given[name])
+    return changed

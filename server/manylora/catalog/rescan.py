@@ -104,7 +104,7 @@ def _register_nameless(
         except (InvalidAdapter, TooLarge) as error:
             found.refused[blob] = error.message
             continue
-        done = registry.publish(Wish(unnamed.tenant, f"recovered-{blob[:12]}"), new)
+        done = registry.publish(Wish(unnamed.tenant, f"recovered-{blob[:12]}", activate=True), new)
         found.registered += _labelled(database, store, done)
         found.nameless.remove(blob)
 

@@ -5,7 +5,6 @@ visible. A crash at any point leaves either nothing or the whole adapter; `Catal
 """
 
 import asyncio
-import hashlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -24,11 +23,32 @@ from manylora.catalog.defaults import DefaultsCheck, canonical, read_file
 from manylora.catalog.directory import Directory, Listed, missing
 from manylora.catalog.files import FolderLock
 from manylora.catalog.receive import receive_form
-from manylora.catalog.records import AdapterRecord, Folder, Payer, Published, VersionPage, VersionRecord, Wish
-from manylora.catalog.registry import Registry
+from manylora.catalog.records import (
+    SERVER,
+    AdapterRecord,
+    Author,
+    ChangePage,
+    Folder,
+    Payer,
+    Published,
+    VersionPage,
+    VersionRecord,
+    Wish,
+)
+from manylora.catalog.registry import Registry, base_signature
 from manylora.catalog.residency import Pins, Retirement
 from manylora.catalog.store import Store, open_store
-from manylora.catalog.upload import Brought, Charge, Quarantine, Rules, check_description, new_version, tried, wish_of
+from manylora.catalog.upload import (
+    Brought,
+    Charge,
+    Quarantine,
+    Rules,
+    check_description,
+    check_note,
+    new_version,
+    tried,
+    wish_of,
+)
 from manylora.database.database import Database, open_database
 from manylora.engine.interface import AdapterRef, EngineClient, Tier
 from manylora.errors import InvalidAdapter, InvalidSettings, ManyloraError, Problem, Unavailable
@@ -179,13 +199,14 @@ class Catalog:
         content_length: int | None,
         *,
         payer: Payer | None = None,
+        author: Author = SERVER,
     ) -> Published:
         """A multipart upload, for `tenant`. Raises InvalidAdapter, TooLarge, QuotaExceeded, InvalidRequest."""
 
         async def receive(folder: Path) -> tuple[Wish, Brought]:
             limit = self._rules.max_bytes
             received = await receive_form(body, content_type, folder, max_bytes=limit, content_length=content_length)
-            wish = self._checked(replace(wish_of(received.fields, tenant), payer=payer))
+            wish = self._checked(replace(wish_of(received.fields, tenant, author), payer=payer))
             return wish, await self._quarantine.unpack(received)
 
         return await self._counted(tenant, self._add(receive))
@@ -212,7 +233,7 @@ class Catalog:
         return await folders.register(root, self._base, self._registry.folders, self._add_folder)
 
     async def _add_folder(self, found: folders.FoundFolder) -> Published | None:
-        wish = self._checked(Wish(PUBLIC_TENANT, found.name))
+        wish = self._checked(Wish(PUBLIC_TENANT, found.name, activate=True))
         async with self._quarantine.folder() as folder:
             files = {name: found.path / name for name in BROUGHT_FILES if (found.path / name).is_file()}
             if not files.keys() >= set(ADAPTER_FILES):
@@ -295,6 +316,7 @@ class Catalog:
     def _checked(self, wish: Wish) -> Wish:
         check_name(wish.name, reserved=self._attached.model.name)
         check_description(wish.description)
+        check_note(wish.author.note)
         return wish
 
     async def _counted(self, tenant: str, adding: Awaitable[Published]) -> Published:
@@ -330,6 +352,14 @@ class Catalog:
         """Adapters of these tenants (None: of all) newest first, and whether there are more."""
         return await self.database.run(partial(self._registry.page, tenants, limit, after))
 
+    async def history(self, tenant: str, name: str, limit: int, before: int | None) -> ChangePage:
+        """The newest changes to the tenant's own adapter, before the change `before`. Raises AdapterNotFound."""
+        return await self.database.run(partial(self._registry.history, tenant, name, limit, before))
+
+    async def changes(self, tenant: str | None, limit: int, before: int | None) -> ChangePage:
+        """The newest changes to all that is one tenant's, None: to everything."""
+        return await self.database.run(partial(self._registry.changes, tenant, limit, before))
+
     async def download(self, version: VersionRecord) -> IO[bytes]:
         """The version as a .tar.gz, an open file that the caller closes. Raises AdapterNotFound if it went away."""
         if self.directory.blob_of(version.ref.id) is None:
@@ -354,37 +384,57 @@ class Catalog:
         pinned: bool | None = None,
         description: str | None = None,
         defaults: Mapping[str, Any] | None = None,
+        if_active: int | None = None,
+        author: Author = SERVER,
     ) -> AdapterRecord:
         """Promote, pin, describe and set defaults in one step. Requests that run keep what they began with.
 
-        Raises AdapterNotFound, Conflict, QuotaExceeded, InvalidRequest for a description that cannot be stored, or
-        InvalidAdapter with every reason against the defaults.
+        `if_active` is the version that the caller believes to be active before. Raises AdapterNotFound, Conflict,
+        QuotaExceeded, InvalidRequest for a description that cannot be stored, or InvalidAdapter with every reason
+        against the defaults.
         """
         check_description(description)
+        check_note(author.note)
         text = None if defaults is None else await self._checked_defaults(defaults, tenant)
-        change = partial(self._registry.update, tenant, name)
-        changed = partial(change, active_version=active_version, pinned=pinned, description=description, defaults=text)
+        update = partial(self._registry.update, tenant, name, if_active=if_active, author=author)
+        changed = partial(update, active_version=active_version, pinned=pinned, description=description, defaults=text)
         record = await self.database.run(changed)
         if text is not None and record.active is not None:
             await asyncio.to_thread(self._blobs.relabel, record.active)
+        await self._sync_pin(tenant, name)
+        return record
+
+    async def rollback(
+        self, tenant: str, name: str, *, if_active: int | None = None, author: Author = SERVER
+    ) -> AdapterRecord:
+        """Make the version active again that was before the present one.
+
+        Raises AdapterNotFound, InvalidRequest for a note that cannot be stored, or Conflict.
+        """
+        check_note(author.note)
+        back = partial(self._registry.rollback, tenant, name, if_active=if_active, author=author)
+        record = await self.database.run(back)
+        await self._sync_pin(tenant, name)
+        return record
+
+    async def _sync_pin(self, tenant: str, name: str) -> None:
         try:
             self._pins_attached.sync(tenant, name)
         except ManyloraError:
-            await self.database.run(partial(change, pinned=False))
+            await self.database.run(partial(self._registry.update, tenant, name, pinned=False))
             raise
-        return record
 
     async def _checked_defaults(self, defaults: Mapping[str, Any], tenant: str) -> str:
         text = canonical(defaults)
         await self._check_defaults(defaults, tenant)
         return text
 
-    async def delete(self, tenant: str, name: str, version: int | None = None) -> None:
+    async def delete(self, tenant: str, name: str, version: int | None = None, *, author: Author = SERVER) -> None:
         """Unpublish now; memory and files go once no running request needs them.
 
         Raises AdapterNotFound, or Conflict for the active version while there are others.
         """
-        gone = await self.database.run(partial(self._registry.delete, tenant, name, version))
+        gone = await self.database.run(partial(self._registry.delete, tenant, name, version, author=author))
         self._pins_attached.sync(tenant, name)
         for ref in gone:
             self._retirements.begin(ref, with_files=True)
@@ -430,17 +480,6 @@ class Catalog:
         self._registry.check_integrity()
         for blob in self._registry.blobs():
             assert self._store.has(blob), f"the files of blob {blob} are missing"
-
-
-def base_signature(modules: Mapping[str, ModuleSpec]) -> str:
-    """Names and shapes of the base's modules as a hash: adapters fit a base with the same, and no other.
-
-    Linears and embeddings tell bases apart. What else adapters may touch grows with versions of the server, which must
-    know their adapters again.
-    """
-    named = (m for m in modules.values() if m.kind in ("linear", "conv1d", "embedding") and not m.is_parameter)
-    lines = sorted(f"{m.path} {m.kind} {m.in_features} {m.out_features}" for m in named)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _ignore(_tenant: str, _result: str) -> None:

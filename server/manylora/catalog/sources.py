@@ -158,7 +158,8 @@ def _fetch_s3(source: str, target: Path, max_bytes: int) -> list[str]:
         entries = filesystem.ls(root, detail=True)
         return [entry["name"].rpartition("/")[2] + "/" * (entry["type"] == "directory") for entry in entries]
     except ImportError as error:
-        raise InvalidRequest("This server cannot read s3://: install 'manylora[s3]'.", param="source") from error
+        message = "This server cannot read s3://. Its operator installs what is missing with: pip install s3fs"
+        raise InvalidRequest(message, param="source") from error
     except OSError as error:
         if is_local(error):
             raise

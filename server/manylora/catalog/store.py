@@ -27,6 +27,7 @@ from manylora.catalog.local_store import LocalStore
 from manylora.catalog.remote_store import RemoteStore
 from manylora.errors import StartupError, Unavailable, quoted
 from manylora.faults import cause_of
+from manylora.packages import install_command
 
 __all__ = ["LocalStore", "RemoteStore", "Store", "check_store_exists", "open_store"]
 
@@ -109,16 +110,29 @@ def open_store(url: str, cache: Path, *, is_exclusive: bool = True, is_shared: b
         return LocalStore(_folder_of(url), is_locked=is_exclusive, is_shared=is_shared)
     if url.startswith("local://"):
         raise StartupError(f"store_url {quoted(url)}: a folder is written as file:///PATH.")
+    check_reachable(url)
     try:
         filesystem, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
-    except ImportError as error:
-        raise StartupError(f"store_url {quoted(url)}: {error}. For s3:// install 'manylora[s3]'.") from error
     except Exception as error:  # fsspec's file systems promise no class
         raise StartupError(f"store_url {quoted(url)} is not usable: {cause_of(error)}") from error
     store = RemoteStore(filesystem, stringify_path(root), DownloadCache(cache))
     if is_exclusive:
         _prove(store, url)
     return store
+
+
+def check_reachable(url: str) -> None:
+    """Raises StartupError where the package that reaches such a store is missing. Cheap: it asks no store."""
+    protocol = url.partition("://")[0]
+    if protocol == url or _is_folder(url):
+        return
+    try:
+        fsspec.get_filesystem_class(protocol)
+    except ImportError as error:
+        command = install_command("s3fs")
+        raise StartupError(f"store_url {quoted(url)}: {error}. Install what s3:// needs with: {command}") from error
+    except ValueError as error:
+        raise StartupError(f"store_url {quoted(url)} is not usable: {cause_of(error)}") from error
 
 
 def check_store_exists(url: str) -> None:

@@ -10,7 +10,7 @@ import math
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,7 +18,7 @@ from manylora.catalog.archive import unpack
 from manylora.catalog.base_names import BaseNames
 from manylora.catalog.files import blob_of_folder
 from manylora.catalog.receive import Received
-from manylora.catalog.records import MAX_DESCRIPTION, NewVersion, Payer, Wish
+from manylora.catalog.records import MAX_DESCRIPTION, MAX_NOTE, Author, NewVersion, Payer, Wish
 from manylora.catalog.registry import new_id
 from manylora.engine.interface import AdapterRef, Effect, EngineClient
 from manylora.errors import InvalidAdapter, InvalidRequest, ManyloraError, Problem, quoted
@@ -204,21 +204,31 @@ def report_of(adapter: Adapter, effect: Effect | None) -> dict[str, Any]:
     }
 
 
-def wish_of(fields: Mapping[str, str], tenant: str) -> Wish:
+def wish_of(fields: Mapping[str, str], tenant: str, author: Author) -> Wish:
     """What the form's text fields ask for. Raises InvalidRequest."""
     if "name" not in fields:
         raise InvalidRequest("The field 'name' is required.", param="name")
     pinned, activate = (_boolean(fields, key) for key in ("pinned", "activate"))
-    return Wish(tenant, fields["name"], fields.get("description"), pinned, True if activate is None else activate)
+    author = replace(author, note=fields.get("note", ""))
+    return Wish(tenant, fields["name"], fields.get("description"), pinned, activate, author=author)
 
 
 def check_description(text: str | None) -> None:
     """Raises InvalidRequest for one that is too long, or that not every database can store."""
-    if text is not None and len(text) > MAX_DESCRIPTION:
-        raise InvalidRequest(f"'description' is longer than {MAX_DESCRIPTION} characters.", param="description")
-    if text is not None and "\0" in text:
+    _check_text("description", text or "", MAX_DESCRIPTION)
+
+
+def check_note(text: str) -> None:
+    """As `check_description`, for what somebody notes about a change."""
+    _check_text("note", text, MAX_NOTE)
+
+
+def _check_text(param: str, text: str, longest: int) -> None:
+    if len(text) > longest:
+        raise InvalidRequest(f"'{param}' is longer than {longest} characters.", param=param)
+    if "\0" in text:
         raise InvalidRequest(
-            "'description' holds the character U+0000, which cannot be stored. Leave it out.", param="description"
+            f"'{param}' holds the character U+0000, which cannot be stored. Leave it out.", param=param
         )
 
 

@@ -22,11 +22,13 @@ from manylora.cli.answers import (
     console,
     fail,
     in_bytes,
+    next_steps,
     print_json,
     server,
     show_problems,
     table,
 )
+from manylora.client.adapters import publication_of
 from manylora.identity import ADAPTER_FILES, BROUGHT_FILES
 from manylora.lora.format.folder import left_aside, names_in, warning_of
 
@@ -39,6 +41,7 @@ app = typer.Typer(
 AsJson = Annotated[bool, typer.Option("--json", help="JSON for scripts instead of a table.")]
 OfTenant = Annotated[str | None, typer.Option("--tenant", help="Another tenant's, with an admin key.")]
 Label = Annotated[str, typer.Argument(metavar="NAME[@VERSION]")]
+Note = Annotated[str | None, typer.Option(help="Why, for the history.")]
 Name = Annotated[str, typer.Argument(metavar="NAME")]
 _LABEL = re.compile(r"([^@/?#]+)(?:@([0-9]+))?")
 
@@ -55,13 +58,24 @@ def push(
     name: Annotated[str | None, typer.Option(help="The adapter's name; default: the folder's or file's.")] = None,
     description: Annotated[str | None, typer.Option(help="A line about it.")] = None,
     pin: Annotated[bool, typer.Option("--pin", help="Keep it on the device.")] = False,
-    activate: Annotated[bool, typer.Option("--activate/--no-activate", help="Make it the active version.")] = True,
+    activate: Annotated[
+        bool | None,
+        typer.Option(
+            "--activate/--no-activate",
+            help="Whether it answers to the bare name at once; unsaid, only the first version of a name does.",
+        ),
+    ] = None,
+    note: Note = None,
     tenant: OfTenant = None,
     as_json: AsJson = False,
 ) -> None:
-    """Upload an adapter as a new version of NAME. The same content again is the version that is there."""
+    """Upload an adapter as a new version of NAME. The same content again is the version that is there.
+
+    A further version answers as NAME@VERSION, and to the bare NAME once it is promoted.
+    """
     chosen = name or path.name.removesuffix(".gz").removesuffix(".tgz").removesuffix(".tar").removesuffix(".zip")
-    fields = {"name": chosen, "activate": "true" if activate else "false"}
+    fields = {"name": chosen} | _noted(note)
+    fields |= {"activate": "true" if activate else "false"} if activate is not None else {}
     fields |= {"description": description} if description is not None else {}
     fields |= {"pinned": "true"} if pin else {}
     aside = warning_of(left_aside(names_in(path)))  # of a folder the two files are sent, so the server cannot know
@@ -74,6 +88,8 @@ def push(
     else:
         active = "active" if version["active"] else "not active"
         console.print(f"{version['name']}@{version['version']} is {version['status']} and {active}", markup=False)
+        for line in next_steps(publication_of(version), tenant=tenant):
+            console.print(line, markup=False, soft_wrap=True)
         _show_warnings(version["report"]["warnings"])
 
 
@@ -269,10 +285,68 @@ def _effect(effect: dict[str, float] | None) -> str:
 
 
 @app.command()
-def promote(label: Label, tenant: OfTenant = None, as_json: AsJson = False) -> None:
-    """Make NAME@VERSION the active version; rolling back is the same. Running requests keep theirs."""
+def promote(label: Label, note: Note = None, tenant: OfTenant = None, as_json: AsJson = False) -> None:
+    """Make NAME@VERSION the active version; `rollback` undoes it. Running requests keep theirs."""
     name, number = _split(label, needs_version=True)
-    _change(name, tenant, {"active_version": int(number or 0)}, f"{name}@{number} is active", as_json=as_json)
+    body = {"active_version": int(number or 0), **_noted(note)}
+    _change(name, tenant, body, f"{name}@{number} is active", as_json=as_json)
+
+
+@app.command()
+def rollback(name: Name, note: Note = None, tenant: OfTenant = None, as_json: AsJson = False) -> None:
+    """Make the version active again that was before the present one; once more goes back one further."""
+    path = f"/v1/adapters/{_split(name)[0]}/rollback"
+    with server(as_json=as_json) as remote:
+        found = remote.call("POST", path, json=_noted(note), params=_tenant(tenant))
+    if as_json:
+        print_json(found)
+    else:
+        console.print(f"{name}@{found['active_version']} is active", markup=False)
+
+
+@app.command()
+def history(
+    name: Name,
+    limit: Annotated[int, typer.Option(min=1, help="At most this many, newest first.")] = 50,
+    tenant: OfTenant = None,
+    as_json: AsJson = False,
+) -> None:
+    """Who changed NAME and when, and which version was active before and after."""
+    path, found = f"/v1/adapters/{_split(name)[0]}/history", list[dict[str, Any]]()
+    with server(as_json=as_json) as remote:
+        before: dict[str, str] = {}
+        while True:
+            params = {"limit": str(min(limit - len(found), 1000)), **before, **_tenant(tenant)}
+            page = remote.call("GET", path, params=params)
+            found += page["data"]
+            if page["next_before"] is None or len(found) >= limit:
+                break
+            before = {"before": str(page["next_before"])}
+    if as_json:
+        print_json(found)
+        return
+    rows = [[as_time(c["at"]), _done(c), _switch(c), _by(c["by"]), c["note"]] for c in found]
+    console.print(table(["when", "what", "active", "by", "note"], rows))
+
+
+def _done(change: dict[str, Any]) -> str:
+    """`upload @2`, `change @1: pinned`, `delete`."""
+    version = "" if change["version"] is None else f" @{change['version']}"
+    return f"{change['action']}{version}" + (f": {', '.join(change['fields'])}" if change["fields"] else "")
+
+
+def _switch(change: dict[str, Any]) -> str:
+    before, after = change["from_version"], change["to_version"]
+    return "" if before == after else f"{_or_dash(before)} → {_or_dash(after)}"
+
+
+def _by(by: dict[str, Any]) -> str:
+    """Whose key it was, as far as the server tells."""
+    return " ".join(filter(None, (by["tenant"], by["role"], by["key_id"])))
+
+
+def _noted(note: str | None) -> dict[str, str]:
+    return {} if note is None else {"note": note}
 
 
 @app.command()

@@ -2,10 +2,11 @@
 
 Exit codes: 0 done · 1 the server failed · 2 wrong usage or request · 3 the adapter was refused · 4 there is no such
 adapter · 5 the key is wrong or may not do this · 6 the state does not allow it · 7 a quota is used up or the server
-is busy, come back later · 8 the server cannot be reached.
+is busy, come back later · 8 the server cannot be reached · 9 nothing was promoted, since it was not better.
 """
 
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -18,10 +19,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from manylora.client.adapters import Publication
 from manylora.client.server import BrokenOff, Refused, Server, Unreachable, connect
 from manylora.errors import InvalidRequest
 
-FAILED, USAGE, REFUSED, NOT_FOUND, DENIED, CONFLICT, LATER, UNREACHABLE = range(1, 9)
+FAILED, USAGE, REFUSED, NOT_FOUND, DENIED, CONFLICT, LATER, UNREACHABLE, NOT_PROMOTED = range(1, 10)
 _DEFAULT_URL: Final = "http://127.0.0.1:8000"
 _EXIT_CODES: Final = {400: USAGE, 401: DENIED, 403: DENIED, 404: NOT_FOUND, 405: USAGE, 409: CONFLICT, 413: REFUSED,
                       422: REFUSED, 429: LATER, 503: LATER}  # fmt: skip
@@ -83,6 +85,20 @@ def server(*, as_json: bool) -> Iterator[Remote]:
         except InvalidRequest as error:
             fail(error.message.replace("`server`", "MANYLORA_URL"), USAGE)
         yield Remote(found, as_json=as_json)
+
+
+def next_steps(done: Publication, address: str = "", tenant: str | None = None) -> list[str]:
+    """What an uploaded version that is not active leaves to do, as lines; `address` is that of the server, if given."""
+    if done.is_active:
+        return []
+    known = os.environ.get("MANYLORA_URL") or _DEFAULT_URL
+    where = [] if address.rstrip("/") in ("", known.rstrip("/")) else [f"MANYLORA_URL={shlex.quote(address)}"]
+    manylora = " ".join([*where, "manylora"])
+    of_tenant = "" if tenant is None else f" --tenant {shlex.quote(tenant)}"
+    lines = [f"{done.answering or 'No version'} answers to the name {done.name} now."]
+    if done.answering is not None and tenant is None:
+        lines.append(f'  compare: {manylora} ask {done.answering} --compare {done.label} "…"')
+    return [*lines, f"  promote: {manylora} adapters promote {done.label}{of_tenant}"]
 
 
 def fail(message: str, code: int) -> NoReturn:

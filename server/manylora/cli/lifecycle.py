@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from manylora.cli.answers import NOT_PROMOTED, next_steps
 from manylora.cli.flags import Flags, Spelling, words_of
 from manylora.cli.tables import print_ranks, print_scores
 from manylora.cli.terminal import INTERRUPTED, command, console, errors, progress, stop_on_interrupt
@@ -22,6 +23,13 @@ from manylora.lifecycle.train.config import ChooseConfig, TrainConfig
 
 _Name = Annotated[str, typer.Option(help="Upload it under this name when it is done")]
 _Server = Annotated[str, typer.Option(help="Server to publish to", envvar="MANYLORA_URL")]
+_Activate = Annotated[
+    bool | None,
+    typer.Option(
+        "--activate/--no-activate",
+        help="Whether the published version answers to the bare name at once; unsaid, only its first version does",
+    ),
+]
 _Key = Annotated[str, typer.Option(envvar="MANYLORA_KEY", help="API key for --publish")]
 
 _TRAINING = Flags(
@@ -140,6 +148,7 @@ def train(
     key: _Key = "",
     resume: Annotated[bool, typer.Option(help="Go on where an interrupted training stopped")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace --out")] = False,
+    activate: _Activate = None,
 ) -> None:
     """Train a LoRA adapter on the frozen base; write it in PEFT layout with its loss curve, report and card."""
     from manylora.client.adapters import check_name
@@ -158,20 +167,24 @@ def train(
         raise typer.Exit(INTERRUPTED)
     print(f"{config.out}: {result.report['steps']} steps, {result.report['size_bytes'] / 1e6:.2f} MB")
     if publish:
-        _publish(config, publish, server, key)
+        _publish(config, publish, server, key, activate=activate)
 
 
-def _publish(config: TrainConfig, name: str, server: str, key: str) -> None:
+def _publish(config: TrainConfig, name: str, server: str, key: str, *, activate: bool | None) -> None:
     from manylora.client.adapters import publish
     from manylora.client.server import connect
 
     try:
         with connect(server, key, is_patient=True) as client:
-            print(f"published as {publish(client, config.out, name, description=config.title)}")
+            done = publish(client, config.out, name, description=config.title, activate=activate)
     except ManyloraError:
-        again = shlex.join(["manylora", "adapters", "push", str(config.out), "--name", name])
+        wish = [] if activate is None else ["--activate" if activate else "--no-activate"]
+        again = shlex.join(["manylora", "adapters", "push", str(config.out), "--name", name, *wish])
         console.print(f"The adapter is whole in {config.out}. Publish it with: {again}", highlight=False)
         raise
+    print(f"published as {done.label}")
+    for line in next_steps(done, server):
+        print(line)
 
 
 @_CHOOSING.command
@@ -201,14 +214,20 @@ def evaluate(
     request: EvaluateRequest,
     as_json: Annotated[bool, typer.Option("--json", help="The whole report as JSON on stdout")] = False,
 ) -> None:
-    """Score adapters and the base side by side, with intervals and a paired test against the first."""
+    """Score adapters and the base side by side, with intervals and a paired test against the first.
+
+    Exit code 9: it was asked to promote if better, and did not.
+    """
     from manylora.lifecycle.evaluate.command import run_evaluation
 
     with progress(_EVALUATION.rendered) as listen:
         report, promotion = run_evaluation(request, listen)
     if as_json:
-        print(json.dumps(report | {"promotion": promotion or None}, ensure_ascii=False, indent=2))
-        return
-    print_scores(report)
-    if promotion:
-        print(promotion)
+        told = {"promotion": promotion.said, "promoted": promotion.is_done} if promotion else {"promotion": None}
+        print(json.dumps(report | told, ensure_ascii=False, indent=2))
+    else:
+        print_scores(report)
+        if promotion:
+            print(promotion.said)
+    if promotion and not promotion.is_done:
+        raise typer.Exit(NOT_PROMOTED)

@@ -62,11 +62,14 @@ def modules_of(model: str | None) -> Mapping[str, ModuleSpec]:
     from transformers import AutoModelForCausalLM
 
     from manylora.models import checkpoint
+    from manylora.models.encoder_loading import is_encoder, offered_modules
     from manylora.models.experts import adaptable_experts
     from manylora.models.loading import resolve_model
     from manylora.models.modules import adaptable_modules, adaptable_norms
 
     folder = resolve_model(model)
+    if is_encoder(folder):
+        return offered_modules(folder)
     config = checkpoint.read_config(folder)
     try:
         with torch.device("meta"):

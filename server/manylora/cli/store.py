@@ -141,8 +141,8 @@ def rescan(
 
 
 def _unnamed(tenant: str, settings: "Settings") -> "Unnamed":
+    from manylora.catalog.registry import base_signature
     from manylora.catalog.rescan import Unnamed
-    from manylora.catalog.service import base_signature
     from manylora.cli.offline import modules_of, validated
     from manylora.tenants.keys import check_tenant
 

@@ -1,6 +1,8 @@
 """A server's adapters for a program: upload one, find versions, promote."""
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,17 @@ from manylora.client.server import Server
 from manylora.errors import InvalidRequest, ManyloraError
 from manylora.identity import BROUGHT_FILES
 
-__all__ = ["active_version", "check_may_manage", "check_name", "pinned", "promote", "publish", "served_base"]
+__all__ = [
+    "Publication",
+    "active_version",
+    "check_may_manage",
+    "check_name",
+    "pinned",
+    "promote",
+    "publication_of",
+    "publish",
+    "served_base",
+]
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
@@ -31,12 +43,39 @@ def check_may_manage(server: Server) -> None:
         raise InvalidRequest("This key has the role 'user': publishing and promoting need 'manager' or 'admin'.")
 
 
-def publish(server: Server, folder: Path, name: str, *, description: str = "", activate: bool = True) -> str:
-    """Upload a PEFT folder; `name@version` of the result. Raises ManyloraError with the server's reasons."""
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """An uploaded version as `name@version`, and the one that answers to the bare name now; None where none does."""
+
+    label: str
+    answering: str | None
+
+    @property
+    def is_active(self) -> bool:
+        return self.answering == self.label
+
+    @property
+    def name(self) -> str:
+        return self.label.partition("@")[0]
+
+
+def publication_of(version: Mapping[str, Any]) -> Publication:
+    """What a server says of an upload."""
+    name, number = version["name"], version["version"] if version["active"] else version.get("active_version")
+    return Publication(f"{name}@{version['version']}", None if number is None else f"{name}@{number}")
+
+
+def publish(
+    server: Server, folder: Path, name: str, *, description: str = "", activate: bool | None = None
+) -> Publication:
+    """Upload a PEFT folder. Without `activate` only the first version of a name becomes active.
+
+    Raises ManyloraError with the server's reasons.
+    """
     files = [("files", (part, (folder / part).read_bytes())) for part in BROUGHT_FILES if (folder / part).is_file()]
-    form = {"name": name, "description": description, "activate": "true" if activate else "false"}
-    version = server.call("POST", "/v1/adapters", data=form, files=files)
-    return f"{version['name']}@{version['version']}"
+    form = {"name": name, "description": description}
+    form |= {} if activate is None else {"activate": "true" if activate else "false"}
+    return publication_of(server.call("POST", "/v1/adapters", data=form, files=files))
 
 
 def active_version(server: Server, name: str) -> str | None:
@@ -52,12 +91,17 @@ def pinned(server: Server, adapter: str) -> str:
     return active_version(server, adapter) or adapter
 
 
-def promote(server: Server, adapter: str) -> None:
-    """Make `name@version` its name's active version."""
+def promote(server: Server, adapter: str, *, instead_of: str | None = None) -> None:
+    """Make `name@version` its name's active version.
+
+    Raises Refused (409) where `instead_of`, the `name@version` that it takes the place of, is not active any more.
+    """
     name, _, version = adapter.partition("@")
     if not version.isdigit():
         raise InvalidRequest(f"Only a version can be promoted: {adapter!r} should be NAME@VERSION.")
-    server.call("PATCH", f"/v1/adapters/{name}", json={"active_version": int(version)})
+    body = {"active_version": int(version)}
+    body |= {} if instead_of is None else {"if_active": int(instead_of.partition("@")[2])}
+    server.call("PATCH", f"/v1/adapters/{name}", json=body)
 
 
 def served_base(server: Server) -> str:

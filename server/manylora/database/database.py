@@ -23,6 +23,7 @@ from manylora.database.sqlite_journal import check_journal
 from manylora.database.tables import RevisionRow
 from manylora.errors import DatabaseUnavailable, StartupError, Unavailable, quoted
 from manylora.faults import NoAnswer, cause_of, database_error, database_errors, file_error
+from manylora.packages import install_command
 
 Topic = Literal["catalog", "tenants"]
 R = TypeVar("R")
@@ -243,7 +244,7 @@ def open_database(url: str, timeout_s: float = TIMEOUT_S) -> Database:
     except (ArgumentError, NoSuchModuleError) as error:
         raise StartupError(f"database_url is not usable: {error}. Write sqlite:///PATH or postgresql://…") from error
     except ModuleNotFoundError as error:
-        raise StartupError("PostgreSQL needs its driver: pip install 'manylora[postgres]'.") from error
+        raise StartupError(f"PostgreSQL needs its driver. Install it with: {install_command('psycopg')}") from error
     database = Database(engines[0], engines[1], timeout_s)
     try:
         _migrate(engines[0])

@@ -90,6 +90,36 @@ class VersionRow(Base):
     defaults: Mapped[str] = mapped_column(server_default="", default="")
 
 
+class ChangeRow(Base):
+    """One change to something of a tenant's, such as an adapter: written in the transaction that makes it, and kept.
+
+    `from_version` and `to_version` are set where it made another version active, and `before` is then the change that a
+    rollback goes back to: the one that made the earlier version active. `by_tenant` NULL is the server itself.
+    """
+
+    __tablename__ = "changes"
+    __table_args__ = (
+        Index("ix_changes_subject", "kind", "tenant", "name", "id"),
+        Index("ix_changes_tenant", "tenant", "id"),
+    )
+
+    id: Mapped[int] = mapped_column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True)
+    at: Mapped[int]
+    kind: Mapped[str]
+    tenant: Mapped[str]
+    name: Mapped[str]
+    action: Mapped[str]
+    version: Mapped[int | None]
+    from_version: Mapped[int | None]
+    to_version: Mapped[int | None]
+    before: Mapped[int | None]
+    fields: Mapped[list[str]]
+    by_tenant: Mapped[str | None]
+    by_role: Mapped[str]
+    by_key: Mapped[str | None]
+    note: Mapped[str]
+
+
 class KeptRow(Base):
     """What a tenant keeps now, for its quotas. Written with each change to one of its adapters."""
 

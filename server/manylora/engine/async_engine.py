@@ -65,6 +65,13 @@ def effect_of(without: np.ndarray, with_it: np.ndarray) -> Effect:
     return Effect(len(a), float((a - b).abs().max()), float(kl))
 
 
+def vector_effect_of(num_tokens: int, without: np.ndarray | None, with_it: np.ndarray | None) -> Effect:
+    """What an adapter changes of a text's vector [hidden] without it and with it. Vectors have no probabilities."""
+    assert without is not None
+    assert with_it is not None
+    return Effect(num_tokens, float(np.abs(without - with_it).max()), 0.0)
+
+
 class RunningGeneration:
     """One request as its caller sees it; see `interface.Generation`."""
 
@@ -223,7 +230,7 @@ class AsyncEngine:
                 "Send fewer, or raise --max-slots.",
                 param="adapters",
             )
-        if len(prompt_ids) + 1 > self.model.context_length:
+        if len(prompt_ids) > self.model.most_prompt_tokens:
             raise ContextLengthExceeded(
                 f"The prompt has {len(prompt_ids)} tokens and the model's context is {self.model.context_length}."
             )
@@ -303,14 +310,18 @@ class AsyncEngine:
         self._check_open()
         prompt = [i for i in self.codec.encode(PROBE_TEXT) if i < self.model.vocab_size]
         # An adapter of some tokens does nothing where they do not come.
-        prompt = [*adapter.token_ids[:MAX_PROBED_TOKENS], *prompt][: self.model.context_length - 1]
+        prompt = [*adapter.token_ids[:MAX_PROBED_TOKENS], *prompt][: self.model.most_prompt_tokens]
         self._num_probes += 1
-        params = SamplingParams(max_tokens=0)
+        is_pooled = self.model.kind == "pool"
+        params = SamplingParams(max_tokens=0, pooling="mean" if is_pooled else None)
         self._tiers.offer(ref, adapter)
 
         def probe(name: str, tried: AdapterRef | None) -> RunningGeneration:
             """A probe runs at the expense of the tenant's fair share."""
-            seq = Sequence(name, list(prompt), params, adapter=tried, tenant=tenant, weight=weight, capture_logits=True)
+            captures = not is_pooled
+            seq = Sequence(
+                name, list(prompt), params, adapter=tried, tenant=tenant, weight=weight, capture_logits=captures
+            )
             return self._submit([seq])
 
         base, tuned = probe(f"probe-{self._num_probes}-base", None), probe(f"probe-{self._num_probes}", ref)
@@ -320,6 +331,8 @@ class AsyncEngine:
             await base.aclose()
             await tuned.aclose()
             self._tiers.offer(ref, None)
+        if is_pooled:
+            return vector_effect_of(len(prompt), without.delta.pooled, with_it.delta.pooled)
         a, b = without.captured, with_it.captured
         if a is None or b is None:
             raise AdapterLoadFailed("The adapter's effect could not be measured.")

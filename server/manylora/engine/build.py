@@ -1,7 +1,8 @@
 """From settings to a running engine: the base is loaded, wrapped and checked, memory is laid out."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 
@@ -9,7 +10,7 @@ from manylora.engine.async_engine import AsyncEngine
 from manylora.engine.block_manager import BlockManager
 from manylora.engine.engine import Engine
 from manylora.engine.executor import LocalExecutor
-from manylora.engine.interface import AdapterSource, ModelInfo
+from manylora.engine.interface import AdapterSource, ModelInfo, Pooling
 from manylora.engine.lookup import LookupDrafter
 from manylora.engine.model_runner import ModelRunner
 from manylora.engine.recovery import FaultEvents
@@ -29,11 +30,13 @@ from manylora.lora.memory.slots import SlotBook
 from manylora.lora.memory.tiers import AdapterTiers, TierEvents
 from manylora.metrics import Metrics
 from manylora.models import fused
-from manylora.models.backends import free_bytes
+from manylora.models.backends import Backend, free_bytes
+from manylora.models.codec import HuggingFaceCodec
 from manylora.models.kv_cache import KVCache, bytes_per_block
 from manylora.models.loading import LoadedBase
 from manylora.models.positions import UNSTATED_LIMIT, batch_limit, position_limit
 from manylora.models.selfcheck import SelfCheck
+from manylora.models.served_base import ServedModule
 from manylora.models.wrapping import WrappedModel, wrap
 from manylora.settings import Settings
 
@@ -43,6 +46,19 @@ _ATTENTION_RATE = (
     0.55  # multiplications per second of a prompt's attention, over those of matmuls; measured in bfloat16
 )
 _MOST_OF_FREE = 0.5  # memory that one sequence may take where the cache's share of it would be less
+
+
+class Base(Protocol):
+    """A base in memory, of whatever kind."""
+
+    @property
+    def model(self) -> Any: ...
+
+    @property
+    def codec(self) -> HuggingFaceCodec: ...
+
+    @property
+    def backend(self) -> Backend: ...
 
 
 class _TierMetrics(TierEvents):
@@ -66,7 +82,9 @@ class _TierMetrics(TierEvents):
         self._occupancy.leave(ref)
 
 
-class _FaultMetrics(FaultEvents):
+class FaultMetrics(FaultEvents):
+    """Faults as metrics count them."""
+
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
 
@@ -88,17 +106,113 @@ class _GrammarMetrics(GrammarEvents):
         self._metrics.observe_grammar_compile(seconds, result)
 
 
-class EngineBuilder:
-    """Builds in two steps, since the catalog must know the base's modules before the engine can ask it for files."""
+class Builder:
+    """What the engines of all kinds of models have in common.
 
-    def __init__(self, settings: Settings, base: LoadedBase) -> None:
+    Builds in two steps, since the catalog must know the base's modules before the engine can ask it for files.
+    """
+
+    def __init__(self, settings: Settings, base: Base) -> None:
         self.settings = settings
-        self.base = base
         if settings.num_threads:
             torch.set_num_threads(settings.num_threads)
         self.backend = base.backend
         self.device = base.backend.device
         self.dtype: torch.dtype = base.model.dtype
+        self._codec = base.codec
+
+    def build_core(
+        self, source: AdapterSource, metrics: Metrics, occupancy: Occupancy | None = None
+    ) -> tuple[Engine, AdapterTiers]:
+        """Lay out memory, check the model against itself, and put the parts together. Raises StartupError."""
+        raise NotImplementedError
+
+    def model_info(self) -> ModelInfo:
+        """The base as callers see it."""
+        raise NotImplementedError
+
+    def build(self, source: AdapterSource, metrics: Metrics, occupancy: Occupancy | None = None) -> AsyncEngine:
+        """The engine with its bridge to asyncio, not started yet. `occupancy` hears who is in a slot."""
+        engine, tiers = self.build_core(source, metrics, occupancy)
+        model = self.model_info()
+        for fault in self._codec.faults(model.vocab_size):
+            _log.warning("tokenizer", fault=fault)
+        max_open = self.settings.max_num_seqs + self.settings.max_queue
+        return AsyncEngine(
+            engine,
+            tiers,
+            model,
+            self._codec,
+            self._grammars(metrics, model.vocab_size),
+            max_open=max_open,
+            tenant_share=self.settings.tenant_queue_share,
+            before_step=self.backend.before_step,
+        )
+
+    def _memory(self, num_sites: int) -> DeviceMemory:
+        return DeviceMemory(num_sites, self.settings.max_slots, self.device, self.backend.allocate)
+
+    def _tiers(
+        self,
+        memory: DeviceMemory,
+        read: Callable[[AdapterRef], Adapter],
+        pack: Callable[[Adapter], PackedAdapter],
+        metrics: Metrics,
+        occupancy: Occupancy | None,
+    ) -> AdapterTiers:
+        settings = self.settings
+        budget = in_bytes(settings.adapter_memory, self.device)
+        book = SlotBook(settings.max_slots, budget, self.backend.lora.places_per_slab)
+        return AdapterTiers(
+            book,
+            memory,
+            host_bytes=in_bytes(settings.host_tier_memory, torch.device("cpu")),
+            read=read,
+            pack=pack,
+            events=_TierMetrics(metrics, occupancy or Occupancy()),
+            num_threads=NUM_LOADERS,
+        )
+
+    def _grammars(self, metrics: Metrics, vocab_size: int) -> GrammarCompiler:
+        codec = self._codec
+        return GrammarCompiler(
+            lambda: Vocabulary(codec.compiled_json(), vocab_size, tuple(sorted(codec.eos_ids))),
+            in_bytes(self.settings.grammar_memory, torch.device("cpu")),
+            _GrammarMetrics(metrics),
+        )
+
+    def _packer(
+        self, sites: Mapping[str, int], served: Mapping[str, ServedModule]
+    ) -> Callable[[Adapter], PackedAdapter]:
+        backend = self.backend
+        keep = KeepAs.choose(
+            self.settings.lora_dtype,
+            self.dtype,
+            beside=backend.format.beside(self.dtype),
+            mixes_dtypes=backend.lora.mixes_dtypes,
+        )
+
+        def packer(adapter: Adapter) -> PackedAdapter:
+            dtype = keep.dtype_of(adapter)
+            return pack(adapter, sites, dtype, base=served.__getitem__, has_scales=keep.has_scales(dtype))
+
+        return packer
+
+    def _dimensions(self, whole: int, config: object) -> tuple[int, ...]:
+        """To how many numbers embeddings may be cut, as the settings and the model's config say."""
+        wanted = self.settings.matryoshka_dimensions
+        if max(wanted, default=0) > whole:
+            raise InvalidSettings(f"matryoshka_dimensions: an embedding of this model has {whole} numbers.")
+        stated = getattr(config, "matryoshka_dimensions", None) or ()
+        return tuple(sorted({*wanted, *(int(size) for size in stated if 0 < int(size) <= whole)}))
+
+
+class EngineBuilder(Builder):
+    """The engine of a decoder."""
+
+    def __init__(self, settings: Settings, base: LoadedBase) -> None:
+        super().__init__(settings, base)
+        self.base = base
         self.context_length = self._context_length()
         self.wrapped: WrappedModel = wrap(base.model, base.backend, context_length=self.context_length)
 
@@ -106,24 +220,6 @@ class EngineBuilder:
     def modules(self) -> dict[str, ModuleSpec]:
         """What an adapter may touch, by path."""
         return self.wrapped.modules
-
-    def build(self, source: AdapterSource, metrics: Metrics, occupancy: Occupancy | None = None) -> AsyncEngine:
-        """The engine with its bridge to asyncio, not started yet. `occupancy` hears who is in a slot."""
-        engine, tiers = self.build_core(source, metrics, occupancy)
-        model = self._model_info()
-        for fault in self.base.codec.faults(model.vocab_size):
-            _log.warning("tokenizer", fault=fault)
-        max_open = self.settings.max_num_seqs + self.settings.max_queue
-        return AsyncEngine(
-            engine,
-            tiers,
-            model,
-            self.base.codec,
-            self._grammars(metrics),
-            max_open=max_open,
-            tenant_share=self.settings.tenant_queue_share,
-            before_step=self.backend.before_step,
-        )
 
     def build_core(
         self, source: AdapterSource, metrics: Metrics, occupancy: Occupancy | None = None
@@ -133,19 +229,9 @@ class EngineBuilder:
         cache = self._cache()
         self.wrapped.attach_cache(cache)
         self._prove(cache)
-        kernel = self.backend.lora
-        budget = in_bytes(settings.adapter_memory, self.device)
-        book = SlotBook(settings.max_slots, budget, kernel.places_per_slab)
-        memory = DeviceMemory(len(self.modules), settings.max_slots, self.device, self.backend.allocate)
-        tiers = AdapterTiers(
-            book,
-            memory,
-            host_bytes=in_bytes(settings.host_tier_memory, torch.device("cpu")),
-            read=self._reader(source),
-            pack=self._packer(),
-            events=_TierMetrics(metrics, occupancy or Occupancy()),
-            num_threads=NUM_LOADERS,
-        )
+        memory = self._memory(len(self.modules))
+        packer = self._packer(self.wrapped.sites, self.wrapped.served)
+        tiers = self._tiers(memory, self._reader(source), packer, metrics, occupancy)
         scheduler = Scheduler(
             BlockManager(
                 cache.num_blocks,
@@ -162,26 +248,15 @@ class EngineBuilder:
         )
         engine = Engine(
             scheduler,
-            ModelRunner(LocalExecutor(self.wrapped, cache, memory, kernel)),
+            ModelRunner(LocalExecutor(self.wrapped, cache, memory, self.backend.lora)),
             decode=self.base.codec.decode,
             eos_ids=frozenset(self.base.codec.eos_ids),
             max_model_len=self.context_length,
             observe=metrics.observe_step,
-            faults=_FaultMetrics(metrics),
+            faults=FaultMetrics(metrics),
             masks=MaskMaker(self.base.codec.eos_ids),
         )
         return engine, tiers
-
-    def _grammars(self, metrics: Metrics) -> GrammarCompiler:
-        return GrammarCompiler(
-            self._vocabulary,
-            in_bytes(self.settings.grammar_memory, torch.device("cpu")),
-            _GrammarMetrics(metrics),
-        )
-
-    def _vocabulary(self) -> Vocabulary:
-        codec = self.base.codec
-        return Vocabulary(codec.compiled_json(), self.wrapped.vocab_size, tuple(sorted(codec.eos_ids)))
 
     def _prove(self, cache: KVCache) -> None:
         """Check the model against itself: every fused layer before it takes a layer's place, then all together."""
@@ -199,21 +274,6 @@ class EngineBuilder:
     def _reader(self, source: AdapterSource) -> Callable[[AdapterRef], Adapter]:
         modules = self.modules
         return lambda ref: read_trusted(source.local_folder(ref), modules)
-
-    def _packer(self) -> Callable[[Adapter], PackedAdapter]:
-        sites, base, backend = self.wrapped.sites, self.wrapped.served.__getitem__, self.backend
-        keep = KeepAs.choose(
-            self.settings.lora_dtype,
-            self.dtype,
-            beside=backend.format.beside(self.dtype),
-            mixes_dtypes=backend.lora.mixes_dtypes,
-        )
-
-        def packer(adapter: Adapter) -> PackedAdapter:
-            dtype = keep.dtype_of(adapter)
-            return pack(adapter, sites, dtype, base=base, has_scales=keep.has_scales(dtype))
-
-        return packer
 
     def _max_prompt_logits(self) -> int:
         """Of how many tokens of prompts a step may make the logits; of one at least."""
@@ -259,7 +319,14 @@ class EngineBuilder:
             )
         return KVCache(shapes, num_blocks, settings.block_size, self.dtype, self.device)
 
-    def _model_info(self) -> ModelInfo:
+    def _default_pooling(self) -> Pooling:
+        wanted = self.settings.embedding_pooling
+        if wanted == "cls":
+            raise InvalidSettings("embedding_pooling: a decoder's first token has seen no other. Use last or mean.")
+        return wanted or "last"
+
+    def model_info(self) -> ModelInfo:
+        """The base as callers see it."""
         generation = self.base.generation
         return ModelInfo(
             name=self.base.name,
@@ -270,18 +337,10 @@ class EngineBuilder:
             default_top_p=generation.top_p,
             default_top_k=generation.top_k,
             default_repetition_penalty=generation.repetition_penalty,
-            default_pooling=self.settings.embedding_pooling,
+            default_pooling=self._default_pooling(),
             hidden_size=self.wrapped.hidden_size,
-            dimensions=self._dimensions(),
+            dimensions=self._dimensions(self.wrapped.hidden_size, self.base.model.config.get_text_config()),
         )
-
-    def _dimensions(self) -> tuple[int, ...]:
-        """To how many numbers embeddings may be cut, as the settings and the model's config say."""
-        wanted, whole = self.settings.matryoshka_dimensions, self.wrapped.hidden_size
-        if max(wanted, default=0) > whole:
-            raise InvalidSettings(f"matryoshka_dimensions: an embedding of this model has {whole} numbers.")
-        stated = getattr(self.base.model.config.get_text_config(), "matryoshka_dimensions", None) or ()
-        return tuple(sorted({*wanted, *(int(size) for size in stated if 0 < int(size) <= whole)}))
 
 
 def in_bytes(size: int | float, device: torch.device) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 from manylora.engine.constraints import Constraints, is_late
 from manylora.engine.detokenizer import Decode, Detokenizer
 from manylora.engine.interface import Delta, FinishReason, Task, TokenLogprob
-from manylora.engine.model_runner import ModelRunner, Outcome, allowed_bits
+from manylora.engine.model_runner import Outcome, Runner, allowed_bits
 from manylora.engine.pooling import Pool
 from manylora.engine.recovery import (
     Fault,
@@ -49,7 +49,7 @@ class Engine:
     def __init__(
         self,
         scheduler: Scheduler,
-        runner: ModelRunner,
+        runner: Runner,
         *,
         decode: Decode,
         eos_ids: frozenset[int],
@@ -215,7 +215,7 @@ class Engine:
     def _take_prompt(self, item: Scheduled, outcome: Outcome) -> None:
         """What the logits of its prompt told, where they were asked for."""
         seq = item.seq
-        if seq.params.pooling is not None:
+        if seq.params.pooling is not None and outcome.pooled is None:
             if not item.start or seq.pool is None:
                 seq.pool = Pool(seq.params.pooling)
             seq.pool.add(outcome.hidden)
@@ -237,7 +237,7 @@ class Engine:
             case Task.SCORE:
                 return self._end_scored(seq)
             case Task.POOL:
-                return self._end_pooled(seq)
+                return self._end_pooled(seq, outcome)
 
     def _advance(self, item: Scheduled, outcome: Outcome) -> Output:
         """Give a sequence its new tokens, and end it where a stop condition holds."""
@@ -339,10 +339,12 @@ class Engine:
         is_named = last in seq.params.stop_token_ids and (last not in self._eos_ids or seq.params.ignore_eos)
         return last if is_named else None
 
-    def _end_pooled(self, seq: Sequence) -> Output:
+    def _end_pooled(self, seq: Sequence, outcome: Outcome) -> Output:
         """One vector was asked for."""
-        assert seq.pool is not None
-        vector = seq.pool.vector
+        vector = outcome.pooled
+        if vector is None:
+            assert seq.pool is not None
+            vector = seq.pool.vector
         if not np.isfinite(vector).all():
             return self._end_not_finite(seq)
         self.scheduler.finish(seq, FinishReason.STOP)

@@ -33,6 +33,7 @@ __all__ = [
     "Grammar",
     "Mix",
     "ModelInfo",
+    "ModelKind",
     "Pooling",
     "Progress",
     "RequestTiming",
@@ -45,7 +46,11 @@ __all__ = [
 ]
 
 
-Pooling: TypeAlias = Literal["last", "mean"]
+Pooling: TypeAlias = Literal["cls", "last", "mean"]
+"""What becomes of a text's tokens: the first one's hidden state (of encoders), the last one's, or the mean of all."""
+
+ModelKind: TypeAlias = Literal["generate", "pool"]
+"""What a base does: write text on, or turn whole texts into vectors."""
 
 
 class FinishReason(StrEnum):
@@ -82,7 +87,7 @@ class SamplingParams:
     False, and what the answer stopped at with `include_stop`. With `prompt_ranks` the prompt's log-probabilities have
     their ranks.
 
-    With `pooling` nothing is generated: the answer is the last token's hidden state, or the mean of all.
+    With `pooling` nothing is generated: the answer is one vector of hidden states.
     """
 
     max_tokens: int
@@ -208,7 +213,8 @@ class Generation(Protocol):
 class ModelInfo:
     """The base model as callers see it.
 
-    `hidden_size`: numbers of an embedding, 0 where the model gives none; `dimensions`: to how many it may be cut.
+    `hidden_size`: numbers of an embedding, 0 where the model gives none; `dimensions`: to how many it may be cut;
+    `normalizes`: whether it gets length 1.
     """
 
     name: str
@@ -223,6 +229,13 @@ class ModelInfo:
     max_logprobs: int = 20
     hidden_size: int = 0
     dimensions: tuple[int, ...] = ()
+    kind: ModelKind = "generate"
+    normalizes: bool = True
+
+    @property
+    def most_prompt_tokens(self) -> int:
+        """Tokens that a prompt may have: where text is written on, one is left for the answer."""
+        return self.context_length if self.kind == "pool" else self.context_length - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +262,10 @@ class EngineStats:
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """How much an adapter changes the base's answer to a fixed prompt (KL in nats, at the last position)."""
+    """How much an adapter changes the base's answer to a fixed prompt (KL in nats, at the last position).
+
+    Of an encoder, `max_abs_logit_delta` is of the text's vector and `kl` 0.
+    """
 
     prompt_tokens: int
     max_abs_logit_delta: float

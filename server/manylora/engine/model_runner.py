@@ -9,7 +9,7 @@ far longer than its numbers do.
 from collections import Counter
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -34,8 +34,8 @@ class Outcome:
 
     The first `num_accepted` tokens are the draft's, which have run already; behind them comes at least one that has
     not. `logprobs` has an entry for each token, or none. `prompt_logprobs`, `captured` (logits [rows, vocab], in
-    pieces) and `hidden` (hidden states [rows, hidden], in pieces) are of the step's own part of a prompt. `is_finite`:
-    False where its logits hold NaN or infinity.
+    pieces) and `hidden` (hidden states [rows, hidden], in pieces) are of the step's own part of a prompt. `pooled` is
+    the whole answer of an input that an encoder ran. `is_finite`: False where what was computed holds NaN or infinity.
     """
 
     token_ids: SequenceOf[int] = ()
@@ -44,6 +44,7 @@ class Outcome:
     prompt_logprobs: SequenceOf[TokenLogprob] = ()
     captured: SequenceOf[np.ndarray] = ()
     hidden: SequenceOf[np.ndarray] = ()
+    pooled: np.ndarray | None = None
     is_finite: bool = True
 
     def add(self, later: "Outcome") -> None:
@@ -52,11 +53,34 @@ class Outcome:
         self.prompt_logprobs = (*self.prompt_logprobs, *later.prompt_logprobs)
         self.captured = (*self.captured, *later.captured)
         self.hidden = (*self.hidden, *later.hidden)
+        self.pooled = later.pooled
         self.is_finite &= later.is_finite
 
 
+class Runner(Protocol):
+    """Runs plans, on the engine's thread. What it runs may be run again, and no sequence changes.
+
+    `spare_block`: the block of the cache that no sequence has; None where there is no cache, so that an input runs
+    whole or not at all. `vocab_size`: token ids are below it.
+    """
+
+    @property
+    def spare_block(self) -> int | None: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def forward(self, scheduled: SequenceOf[Scheduled]) -> Any:
+        """Run the model once; what `sample` is handed."""
+        ...
+
+    def sample(self, scheduled: SequenceOf[Scheduled], logits: Any) -> list[Outcome]:
+        """What each item gets."""
+        ...
+
+
 class ModelRunner:
-    """Runs plans. Lives on the engine's thread.
+    """Runs plans of a decoder. Lives on the engine's thread. Implements `Runner`.
 
     What it runs may be run again, as a whole or in parts: the keys and values are written to the same places, and
     no sequence changes.
@@ -135,7 +159,7 @@ class ModelRunner:
         first = np.array([s.start for s in scheduled])
         owner = np.repeat(np.arange(len(scheduled)), counts)
         positions = first[owner] + np.arange(starts[-1]) - starts[owner]
-        slots, mixes = _slots(scheduled)
+        slots, mixes = slots_of(scheduled)
         return StepInput(
             token_ids=np.array(tokens),
             positions=positions,
@@ -150,7 +174,7 @@ class ModelRunner:
         )
 
 
-def _slots(scheduled: SequenceOf[Scheduled]) -> tuple[np.ndarray, tuple[Parts, ...]]:
+def slots_of(scheduled: SequenceOf[Scheduled]) -> tuple[np.ndarray, tuple[Parts, ...]]:
     """Each item's slot or number of its mix, int32 [S], and the mixes."""
     numbers: dict[str, int] = {}
     mixes: list[Parts] = []

@@ -14,7 +14,7 @@ _ROWS_AT_ONCE: Final = 64  # made float64 together
 
 
 class Pool:
-    """One prompt's pool. It is told rows float32 [n, hidden] in the order of the prompt's tokens.
+    """The pool of a decoder's prompt. It is told rows float32 [n, hidden] in the order of the prompt's tokens.
 
     A mean's sum goes from one row to the next, so it is the same to the last bit whatever pieces the rows come in.
     """

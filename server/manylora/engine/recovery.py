@@ -119,12 +119,12 @@ class Recovery:
         scheduler: Scheduler,
         attempt: Callable[[list[Scheduled]], list[Outcome] | Fault],
         *,
-        spare_block: int,
+        spare_block: int | None,
         events: FaultEvents,
     ) -> None:
         self._scheduler = scheduler
         self._attempt = attempt
-        self._spare_block = spare_block  # of the cache, which no sequence is ever given
+        self._spare_block = spare_block  # of the cache, which no sequence is ever given; None: inputs run whole
         self._events = events
 
     # a step
@@ -136,7 +136,7 @@ class Recovery:
             gc.collect()
             torch.cuda.empty_cache()  # does nothing where CUDA is not in use
         whole = [(i, replace(item, draft=())) for i, item in enumerate(scheduled)]
-        open_parts = _smaller(whole, fault) or [whole]
+        open_parts = self._smaller(whole, fault) or [whole]
         is_proven = False
         while open_parts:
             part = open_parts.pop()
@@ -152,7 +152,7 @@ class Recovery:
             if not is_proven:
                 self._prove(done)
                 is_proven = True
-            smaller = _smaller(part, done)
+            smaller = self._smaller(part, done)
             if smaller:
                 open_parts += smaller
                 continue
@@ -165,12 +165,30 @@ class Recovery:
     def _prove(self, fault: Fault) -> None:
         """Run one token of nobody's. Raises Unrecoverable where that fails, too."""
         for _ in range(_PROOFS):
-            seq = Sequence("proof", [0], SamplingParams(max_tokens=1, temperature=1.0, seed=0, logprobs=1))
-            seq.block_table = [self._spare_block]
+            if self._spare_block is None:
+                seq = Sequence("proof", [0], SamplingParams(max_tokens=0, pooling="mean"))
+            else:
+                seq = Sequence("proof", [0], SamplingParams(max_tokens=1, temperature=1.0, seed=0, logprobs=1))
+                seq.block_table = [self._spare_block]
             if not isinstance(self._attempt([Scheduled(seq, 0, 1)]), Fault):
                 return
         self._events.on_step_failure(fault.phase, "fatal")
         raise Unrecoverable from fault.error
+
+    def _smaller(self, part: _Part, fault: Fault) -> list[_Part]:
+        """A part in two, the one to run first last.
+
+        One sequence only where memory is short, which its parts may not be, and where it may be cut at all.
+        """
+        half = len(part) // 2
+        if half:
+            return [part[half:], part[:half]]
+        number, item = part[0]
+        first = item.num_tokens // 2
+        if not first or not fault.is_memory or self._spare_block is None:
+            return []
+        rest = Scheduled(item.seq, item.start + first, item.num_tokens - first)
+        return [[(number, rest)], [(number, Scheduled(item.seq, item.start, first))]]
 
     # a plan
 
@@ -233,16 +251,3 @@ def log_ended(seq: Sequence, error: SequenceFailed) -> None:
 
 def _named(seq: Sequence) -> dict[str, str | int]:
     return {"job_id": seq.request_id, "choice": seq.index, "tenant": seq.tenant, "adapter": seq.mix.label}
-
-
-def _smaller(part: _Part, fault: Fault) -> list[_Part]:
-    """A part in two, the one to run first last; one sequence only where memory is short, which its parts may not be."""
-    half = len(part) // 2
-    if half:
-        return [part[half:], part[:half]]
-    number, item = part[0]
-    first = item.num_tokens // 2
-    if not first or not fault.is_memory:
-        return []
-    rest = Scheduled(item.seq, item.start + first, item.num_tokens - first)
-    return [[(number, rest)], [(number, Scheduled(item.seq, item.start, first))]]

@@ -54,7 +54,8 @@ class Plan:
 class Scheduler:
     """Owns the waiting and the running sequences.
 
-    Of prompts whose logits are wanted, and of drafts, a step runs at most `max_prompt_logits` tokens.
+    Of prompts whose logits are wanted, and of drafts, a step runs at most `max_prompt_logits` tokens. With `runs_whole`
+    an input runs in one step, as a model that looks in both directions needs it.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Scheduler:
         max_prompt_logits: int | None = None,
         prompt_cost: PromptCost | None = None,
         drafter: Drafter | None = None,
+        runs_whole: bool = False,
     ) -> None:
         self.blocks = blocks
         self.waiting = FairQueue()
@@ -79,6 +81,7 @@ class Scheduler:
         self._max_prompt_logits = max_prompt_logits or max_num_batched_tokens
         self._prompt_cost = prompt_cost or PromptCost()
         self._drafter = drafter
+        self._runs_whole = runs_whole
         self._turns = Turns(self.running, self.waiting, slots, max_num_seqs)
         self._gathering: Mix | None = None  # whose adapters are brought together
         self._only: Collection[Sequence] | None = None  # the sequences that the plan may name, None for all
@@ -209,7 +212,7 @@ class Scheduler:
             if seq is None:
                 return
             try:
-                if self._make_seat(seq, work):
+                if self._has_room(seq, room) and self._make_seat(seq, work):
                     self._start(seq)
             finally:
                 if seq.status is not SequenceStatus.RUNNING:
@@ -221,6 +224,10 @@ class Scheduler:
             if count:
                 work.append(Scheduled(seq, seq.num_computed, count))
                 room.take(seq, count)
+
+    def _has_room(self, seq: Sequence, room: Room) -> bool:
+        """Whether a sequence may begin in what is left of the step."""
+        return not self._runs_whole or room.fits(seq) >= seq.num_uncomputed
 
     def _start(self, seq: Sequence) -> None:
         self.waiting.remove(seq)

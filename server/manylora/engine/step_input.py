@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from manylora.engine.interface import TokenLogprob
+from manylora.engine.interface import Pooling, TokenLogprob
 from manylora.kernels.rows import Parts
 
 
@@ -32,6 +32,21 @@ class StepInput:
     slots: np.ndarray
     logit_rows: np.ndarray
     hidden_rows: np.ndarray
+    mixes: tuple[Parts, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderInput:
+    """Whole inputs for a model that looks in both directions, one after the other, without padding.
+
+    `token_ids` int64 [T]; of each input its number of tokens (`lens`), its adapter's slot (`slots` int32, as
+    `StepInput` has them) and how its states become one vector (`ways`).
+    """
+
+    token_ids: np.ndarray
+    lens: tuple[int, ...]
+    slots: np.ndarray
+    ways: tuple[Pooling, ...]
     mixes: tuple[Parts, ...] = ()
 
 

@@ -6,11 +6,9 @@ from contextlib import contextmanager
 
 from manylora.errors import InvalidRequest
 from manylora.lifecycle.progress import Listener, Progress
+from manylora.packages import install_command, package_of
 
 __all__ = ["decoration", "need"]
-
-# What pip calls what is imported by another name.
-_PACKAGES = {"sklearn": "scikit-learn"}
 
 
 def need(*modules: str) -> None:
@@ -20,11 +18,11 @@ def need(*modules: str) -> None:
         try:
             importlib.import_module(module)
         except ImportError:
-            missing.append(_PACKAGES.get(module, module))
+            missing.append(module)
     if missing:
         raise InvalidRequest(
-            f"This needs {' and '.join(missing)}, which cannot be imported here. Install it with: "
-            "pip install 'manylora[lifecycle]'."
+            f"This needs {' and '.join(map(package_of, missing))}, which cannot be imported here. Install it with: "
+            f"{install_command(*missing)}"
         )
 
 

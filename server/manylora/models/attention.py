@@ -23,6 +23,7 @@ _HARMLESS = frozenset(
         "cache_position",
         "cu_seq_lens_k",
         "cu_seq_lens_q",
+        "deterministic",
         "dropout",
         "is_causal",
         "layer_past",

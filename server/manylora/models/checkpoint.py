@@ -19,10 +19,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "StoredTensor",
+    "causal_class_names",
+    "config_json",
     "load_model",
     "load_tokenizer",
     "num_parameters",
     "read_config",
+    "read_encoder_config",
+    "refuse_coded",
+    "some",
     "stored_tensors",
     "weight_files",
 ]
@@ -45,9 +50,20 @@ _OLD_MASK = re.compile(r"(^|\.)(attn|attention)\.bias$")
 
 def read_config(folder: Path) -> "PretrainedConfig":
     """The config of a causal language model. Raises ModelUnusable for anything else."""
+    config = _read(folder)
+    _require_causal(folder, config)
+    return config
+
+
+def read_encoder_config(folder: Path) -> "PretrainedConfig":
+    """The config of a model of any kind that is not encoder and decoder in one. Raises ModelUnusable."""
+    return _read(folder)
+
+
+def _read(folder: Path) -> "PretrainedConfig":
     import transformers
 
-    raw = _config_json(folder)
+    raw = config_json(folder)
     _refuse_others(folder, raw)
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -58,11 +74,11 @@ def read_config(folder: Path) -> "PretrainedConfig":
                 "and code shipped with a model is never run. Choose another model, or a newer transformers."
             ) from error
         raise ModelUnusable(f"{folder / 'config.json'} is not usable: {error}") from error
-    _require_causal(folder, config)
     return config
 
 
-def _config_json(folder: Path) -> dict[str, Any]:
+def config_json(folder: Path) -> dict[str, Any]:
+    """The config's JSON object. Raises ModelUnusable."""
     path = folder / "config.json"
     if not path.is_file():
         if (folder / CONFIG_FILE).is_file():
@@ -100,9 +116,14 @@ def _is_known(model_type: object) -> bool:
 
 def _causal_classes(config: Any) -> set[str]:
     """The classes of causal language models that transformers has for a config's type."""
+    return causal_class_names(config.model_type)
+
+
+def causal_class_names(model_type: str) -> set[str]:
+    """The classes of causal language models that transformers has for a type of model."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    wanted = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    wanted = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
     return {wanted} if isinstance(wanted, str) else set(wanted or ())
 
 
@@ -159,7 +180,7 @@ def weight_files(folder: Path) -> list[Path]:
             raise ModelUnusable(f"{folder / _INDEX} is not usable: {error}") from error
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
-            raise ModelUnusable(f"{folder} lacks {_some(missing)}. Fetch the checkpoint again.")
+            raise ModelUnusable(f"{folder} lacks {some(missing)}. Fetch the checkpoint again.")
         return [folder / name for name in names]
     if (folder / _SINGLE).is_file():
         return [folder / _SINGLE]
@@ -219,7 +240,7 @@ def load_model(folder: Path, config: "PretrainedConfig", dtype: "torch.dtype") -
     import transformers
 
     stored = stored_tensors(folder)
-    _refuse_coded(folder, stored)
+    refuse_coded(folder, stored)
     try:
         with quiet():
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -235,13 +256,13 @@ def load_model(folder: Path, config: "PretrainedConfig", dtype: "torch.dtype") -
         raise ModelUnusable(f"The model in {folder} cannot be loaded: {error}") from error
     # transformers fills what the files lack with random numbers and goes on.
     if missing := sorted(str(name) for name in info["missing_keys"]):
-        raise ModelUnusable(f"The weights in {folder} lack {_some(missing)}. Fetch the checkpoint again.")
+        raise ModelUnusable(f"The weights in {folder} lack {some(missing)}. Fetch the checkpoint again.")
     if mismatched := sorted(str(entry[0]) for entry in info.get("mismatched_keys", ())):
-        raise ModelUnusable(f"The weights in {folder} do not fit its config.json: {_some(mismatched)}.")
+        raise ModelUnusable(f"The weights in {folder} do not fit its config.json: {some(mismatched)}.")
     unused = sorted(str(name) for name in info["unexpected_keys"])
     if unused := [name for name in unused if name not in stored or not stored[name].is_harmless(name)]:
         raise ModelUnusable(
-            f"No part of {_kind(config)} uses {_some(unused)} of the weights in {folder}, so its answers would be "
+            f"No part of {_kind(config)} uses {some(unused)} of the weights in {folder}, so its answers would be "
             "others than those the checkpoint was made for. Give the original, unquantised checkpoint."
         )
     if getattr(config, "is_decoder", True) is False and _looks_ahead(model):
@@ -249,13 +270,16 @@ def load_model(folder: Path, config: "PretrainedConfig", dtype: "torch.dtype") -
     return model
 
 
-def _refuse_coded(folder: Path, stored: dict[str, StoredTensor]) -> None:
-    """Numbers of 8 bits and fewer mean something by their scales only, and a cast would leave those out."""
+def refuse_coded(folder: Path, stored: dict[str, StoredTensor]) -> None:
+    """Raises ModelUnusable for numbers of 8 bits and fewer.
+
+    They mean something by their scales only, and a cast would leave those out.
+    """
     coded = sorted(n for n, tensor in stored.items() if tensor.dtype not in _NUMBERS and not tensor.is_harmless(n))
     if coded:
         kinds = ", ".join(sorted({stored[name].dtype for name in coded}))
         raise ModelUnusable(
-            f"{folder} stores {_some(coded)} as {kinds}: it is quantised, in a form that is not supported. "
+            f"{folder} stores {some(coded)} as {kinds}: it is quantised, in a form that is not supported. "
             "Give the unquantised checkpoint."
         )
 
@@ -274,6 +298,7 @@ def _looks_ahead(model: "PreTrainedModel") -> bool:
     return float((first - second).abs().max()) > tolerance
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first few names, and how many more there are."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from manylora.models.codec import HuggingFaceCodec
     from manylora.settings import Settings
 
-__all__ = ["GenerationDefaults", "LoadedBase", "load_base", "resolve_model"]
+__all__ = ["GenerationDefaults", "LoadedBase", "base_name", "check_memory", "load_base", "resolve_model"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
@@ -100,7 +100,7 @@ def load_base(settings: "Settings") -> LoadedBase:
     folder = resolve_model(settings.model)
     config = checkpoint.read_config(folder)
     dtype = backends.select_dtype(settings.dtype, backend.device, getattr(config, "dtype", None))
-    _check_memory(folder, dtype, backend.device)
+    check_memory(folder, dtype, backend.device)
     tokenizer = checkpoint.load_tokenizer(folder)
     model = checkpoint.load_model(folder, config, dtype).to(backend.device)
     model.requires_grad_(False)
@@ -132,7 +132,8 @@ def base_name(model: str | None) -> str:
     return path.stem if path.suffix == ".gguf" else path.name.partition("@")[0]
 
 
-def _check_memory(folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+def check_memory(folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+    """Raises NotEnoughMemory where the checkpoint's weights are more than what is free."""
     needed = checkpoint.num_parameters(folder) * dtype.itemsize
     free = backends.free_bytes(device)
     if needed > free:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from manylora.lora.format import tensors as safetensors_file
+from manylora.lora.format.encoders import EncoderModules
 from manylora.lora.format.problems import Problems
 from manylora.lora.format.spec import ModuleSpec
 from manylora.lora.format.targets import output_head
@@ -21,6 +22,7 @@ class StoredWeights:
         self._folder = folder
         self._head = output_head(modules)
         self._embedding = next((path for path, spec in modules.items() if spec.kind == "embedding"), None)
+        self._before = f"{modules.prefix}." if isinstance(modules, EncoderModules) else ""
         self._tensors: dict[str, TensorView] | None = None
         self._lock = threading.Lock()
 
@@ -32,11 +34,12 @@ class StoredWeights:
         return found
 
     def _named(self, name: str) -> TensorView | None:
-        """The tensor under its name, or without the model's own prefix: `wte.weight` for `transformer.wte.weight`."""
+        """The tensor under its name, with the model's own prefix or without: `transformer.wte.weight`, `wte.weight`."""
         with self._lock:
             if self._tensors is None:
                 self._tensors = self._mapped()
-            return self._tensors.get(name) or self._tensors.get(name.partition(".")[2])
+            names = (name, name.partition(".")[2], f"{self._before}{name}")
+            return next((self._tensors[each] for each in names if each in self._tensors), None)
 
     def _mapped(self) -> dict[str, TensorView]:
         tensors: dict[str, TensorView] = {}

@@ -29,7 +29,7 @@ from manylora.models.positions import probe_starts
 from manylora.models.probes import PROBE_LENGTH, PROBE_STRENGTH, PretendedPast, Probe, ProbeAdapter
 from manylora.models.refusals import refusing
 
-__all__ = ["Survey", "survey"]
+__all__ = ["SAME", "Survey", "survey", "survey_linears"]
 
 # Of two correct ways to compute the same in one number format, as a share of the logits' spread.
 SAME: Final = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -139,12 +139,7 @@ class _Surveyor:
                 "logits_to_keep), so it cannot be served in batches."
             )
         self._require_same(kept, own[:, rows], "computes attention that this server does not reproduce")
-        specs = adaptable_modules(self._model)
-        self._found.left = watch.strangers(self._count, len(rows))
-        self._found.modules = {path: spec for path, spec in specs.items() if path not in self._found.left}
-        self._found.kept = watch.kept - self._found.left
-        self._found.on_logit_rows = watch.running_on(len(rows))
-        self._found.groups = watch.groups
+        self._found = watch.survey(self._model, self._count, len(rows))
 
     def _require_attention(self, recorder: "_Recorder") -> None:
         if not recorder.kv_shapes:
@@ -154,6 +149,16 @@ class _Surveyor:
         apart = float((found - wanted).square().mean().sqrt() / wanted.std().clamp(min=1e-6))
         if not apart <= self._tolerance:
             raise ModelUnusable(f"{self._name} {otherwise} (logits differ by {apart:.3g} of their spread).")
+
+
+def survey_linears(
+    model: PreTrainedModel, run: Callable[[], object], *, num_tokens: int, num_logit_rows: int
+) -> Survey:
+    """What a pass of `run` shows of the linears: over `num_tokens` rows, or on `num_logit_rows` of them."""
+    watch = _Linears(model)
+    with watch:
+        run()
+    return watch.survey(model, num_tokens, num_logit_rows)
 
 
 @contextmanager
@@ -351,6 +356,17 @@ class _Linears(TorchFunctionMode):
                 self._running.remove(path)
 
         return begin, end
+
+    def survey(self, model: PreTrainedModel, num_tokens: int, num_logit_rows: int) -> Survey:
+        """What was seen, of a pass over so many tokens in which the logits of so many rows were asked for."""
+        left = self.strangers(num_tokens, num_logit_rows)
+        return Survey(
+            groups=self.groups,
+            modules={path: spec for path, spec in adaptable_modules(model).items() if path not in left},
+            kept=self.kept - left,
+            on_logit_rows=self.running_on(num_logit_rows),
+            left=left,
+        )
 
     @property
     def groups(self) -> list[list[str]]:

@@ -36,7 +36,7 @@ from manylora.models.refusals import refusing
 from manylora.models.served_base import ServedEmbedding, ServedLinear, ServedModule, ServedNorm
 from manylora.models.survey import SAME, Survey, survey
 
-__all__ = ["WrappedModel", "adaptable_modules", "weight_of", "wrap"]
+__all__ = ["WrappedModel", "adaptable_modules", "weight_of", "wrap", "wrap_surveyed"]
 
 _numbers = itertools.count()
 
@@ -84,10 +84,11 @@ def wrap(model: PreTrainedModel, backend: Backend, *, context_length: int | None
     """
     found = survey(model, context_length or position_limit(model.config) or UNSTATED_LIMIT)
     with refusing(model, "its parts were replaced"), torch.inference_mode():
-        return _wrap(model, backend, found)
+        return wrap_surveyed(model, backend, found)
 
 
-def _wrap(model: PreTrainedModel, backend: Backend, found: Survey) -> WrappedModel:
+def wrap_surveyed(model: PreTrainedModel, backend: Backend, found: Survey) -> WrappedModel:
+    """Replace linears, norms and embedding by ours, in place. Attention is left to the caller."""
     specs = found.modules
     groups = _complete_groups(found.groups, specs)
     norms, experts = adaptable_norms(model), _served_experts(model)

@@ -12,13 +12,14 @@ from typing import Protocol
 
 from fastapi import FastAPI
 
-from manylora.api import adapters, dashboard_routes, defaults, inspection
+from manylora.api import adapters, dashboard_routes, defaults, history, inspection
 from manylora.api import usage as usage_routes
 from manylora.api.inspection import Inspect
 from manylora.api.state import Departure
 from manylora.api.tracing import Tracing, open_tracing
 from manylora.catalog.interface import AdapterDirectory
 from manylora.catalog.service import Catalog
+from manylora.catalog.store import check_reachable
 from manylora.engine.interface import AdapterSource, EngineClient
 from manylora.errors import EngineDead
 from manylora.identity import AdapterRef
@@ -95,6 +96,7 @@ class Parts:
             self.metrics,
             extra_routers=(
                 adapters.build_router(self.catalog),
+                history.build_router(self.catalog),
                 inspection.build_router(self.catalog, self.inspect),
                 usage_routes.build_router(self.usage),
                 dashboard_routes.build_router(self.settings.root_path),
@@ -115,6 +117,7 @@ async def open_parts(settings: Settings, load: Callable[[Settings], Foundation] 
     """
     metrics = Metrics() if settings.metrics else NoMetrics()
     tracing = open_tracing(settings)
+    check_reachable(settings.resolved_store_url)
     foundation = (load or load_foundation)(settings)
     async with AsyncExitStack() as stack:
         if tracing is not None:
@@ -154,12 +157,19 @@ async def _charge_probe(metrics: Metrics, usage: UsageSink, tenant: str, adapter
 def load_foundation(settings: Settings) -> Foundation:
     """The base that the settings name, with the engine that the settings describe. Raises StartupError."""
     from manylora.engine.build import EngineBuilder  # not before it is needed: torch takes seconds to import
+    from manylora.engine.pool_build import PoolBuilder
     from manylora.lifecycle.weights.served import Inspector
-    from manylora.models.loading import load_base
+    from manylora.models.encoder_loading import is_encoder, load_encoder
+    from manylora.models.loading import load_base, resolve_model
     from manylora.models.stored_weights import StoredWeights
 
-    base = load_base(settings)
-    builder = EngineBuilder(settings, base)
+    folder = resolve_model(settings.model)
+    builder: EngineBuilder | PoolBuilder
+    if is_encoder(folder):
+        builder = PoolBuilder(settings, load_encoder(settings, folder))
+    else:
+        builder = EngineBuilder(settings, load_base(settings))
+    base = builder.base
     return Foundation(
         modules=builder.modules,
         inspect=Inspector(base.folder, builder.modules),

@@ -25,7 +25,7 @@ async def warm_up(engine: EngineClient, adapters: Sequence[AdapterRef]) -> None:
     with suppress(InvalidRequest):  # a base without a chat template
         prompt = engine.codec.chat([{"role": "user", "content": _TEXT}])
     # A tokenizer can put a token in front that the model has not.
-    prompt = [i for i in prompt if i < engine.model.vocab_size][: engine.model.context_length - 1]
+    prompt = [i for i in prompt if i < engine.model.vocab_size][: engine.model.most_prompt_tokens]
     slots = engine.stats().slots_total
     with suppress(TimeoutError):
         async with asyncio.timeout(_ADAPTERS_S):
@@ -42,7 +42,10 @@ async def _try(engine: EngineClient, prompt: Sequence[int], adapter: AdapterRef)
 
 
 async def _answer(engine: EngineClient, prompt: Sequence[int], adapter: AdapterRef | None) -> None:
-    params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+    if engine.model.kind == "pool":
+        params = SamplingParams(max_tokens=0, pooling=engine.model.default_pooling)
+    else:
+        params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
     generation = engine.generate("warm-up", prompt, params, adapter=adapter)
     try:
         async for _ in generation:

@@ -4,6 +4,7 @@ import { download, getJson, send } from "./api.js";
 import { baseRemark } from "./adapters.js";
 import { byId, confirmed, h, toast } from "./dom.js";
 import { bytes, day } from "./format.js";
+import { historyView } from "./history.js";
 import { Inspection } from "./inspect.js";
 import { reportView } from "./report.js";
 
@@ -57,12 +58,29 @@ export class Detail {
     }
   }
 
-  /** Change the adapter, then show it as it is now. */
-  async change(body, done) {
+  /** Change the adapter, then show it as it is now; `action` goes into the note that it is done. */
+  async change(body, done, action = null) {
     await this.guarded(async () => {
       await send("PATCH", this.path(this.adapter), body);
-      toast(done);
+      toast(done, "good", action);
       await this.open(this.adapter);
+      this.onchange();
+    });
+  }
+
+  /** Make a version active; what that took the place of is one click away. */
+  async promote(number) {
+    const { adapter } = this;
+    const undo = adapter.active_version === null ? null : { label: "Undo", run: () => this.rollBack(adapter, number) };
+    await this.change({ active_version: number }, `${adapter.name}@${number} answers from now on.`, undo);
+  }
+
+  /** Undo a promotion, unless somebody has made another version active since. */
+  async rollBack(adapter, from) {
+    await this.guarded(async () => {
+      const { active_version: number } = await send("POST", this.path(adapter, "/rollback"), { if_active: from });
+      toast(`${adapter.name}@${number} answers again.`);
+      if (this.dialog.open && this.adapter.id === adapter.id) await this.open(adapter);
       this.onchange();
     });
   }
@@ -82,6 +100,7 @@ export class Detail {
       h("h3", {}, adapter.num_versions === 1 ? "1 version" : `${adapter.num_versions} versions`),
       h("ol", { class: "versions" }, versions.map((version) => this.version(version, may))),
       h("div", { class: "actions" }, older),
+      ...this.history(),
     );
   }
 
@@ -108,7 +127,7 @@ export class Detail {
     const remark = baseRemark(version);
     const label = `${adapter.name}@${version.version}`;
     const place = h("div", { class: "version-report" });
-    const fold = (text, show) => h("button", { type: "button", class: "quiet", "aria-expanded": "false", onclick: (event) => this.fold(event.currentTarget, place, show) }, text);
+    const fold = (text, show) => this.folded(text, place, show);
     const path = `/versions/${version.version}`;
     const buttons = [
       fold("Report", async () => ({ element: reportView(await getJson(this.path(adapter, path))) })),
@@ -116,8 +135,7 @@ export class Detail {
     ];
     if (may && !isActive && isReady) {
       const isOlder = adapter.active_version !== null && version.version < adapter.active_version;
-      const promote = () => this.change({ active_version: version.version }, `${label} answers from now on.`);
-      buttons.push(h("button", { type: "button", class: "quiet", onclick: promote }, isOlder ? "Roll back to this" : "Promote"));
+      buttons.push(h("button", { type: "button", class: "quiet", onclick: () => this.promote(version.version) }, isOlder ? "Roll back to this" : "Promote"));
     }
     if (!isActive && isReady && this.session.mayUse(adapter.tenant)) buttons.push(h("button", { type: "button", class: "quiet", onclick: () => this.tryIt(label) }, "Try"));
     if (this.session.has("manager")) buttons.push(h("button", { type: "button", class: "quiet", onclick: () => this.guarded(() => download(this.path(adapter, `/versions/${version.version}/download`), `${label}.tar.gz`)) }, "Download"));
@@ -131,6 +149,20 @@ export class Detail {
       h("p", { class: "hint" }, `${version.kind}, rank ${version.rank} · ${bytes(version.size_bytes)} · ${day(version.created)}${isReady ? "" : " · made for another base model"}`),
       h("div", { class: "version-actions" }, buttons),
       place);
+  }
+
+  /** A button for who changed the adapter and when, where the visitor may know. */
+  history() {
+    const { adapter } = this;
+    if (!this.session.has("admin") && this.session.you?.tenant !== adapter.tenant) return [];
+    const place = h("div", { class: "version-report" });
+    const show = async () => ({ element: historyView(await getJson(this.path(adapter, "/history"))) });
+    return [h("div", { class: "version-actions" }, this.folded("History", place, show)), place];
+  }
+
+  /** A button that shows something in a place, and folds it away again. */
+  folded(text, place, show) {
+    return h("button", { type: "button", class: "quiet", "aria-expanded": "false", onclick: (event) => this.fold(event.currentTarget, place, show) }, text);
   }
 
   /** Show something below a version, or fold it away again; only one thing is open. */

@@ -36,17 +36,28 @@ export function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
-/** A note that goes away by itself. Above an open dialog, too: the newest popover is the topmost. */
-export function toast(text, kind = "good") {
-  const note = h("p", { class: "toast", data: { kind } }, text);
+/**
+ * A note that goes away by itself, with a button where `action` is {label, run}. Above an open dialog, too: the newest
+ * popover is the topmost.
+ */
+export function toast(text, kind = "good", action = null) {
   const shelf = byId("toasts");
+  const note = h("div", { class: "toast", data: { kind } }, h("p", {}, text));
+  const remove = () => {
+    note.remove();
+    if (!shelf.childElementCount && shelf.matches(":popover-open")) shelf.hidePopover();
+  };
+  if (action) {
+    const run = () => {
+      remove();
+      action.run();
+    };
+    note.append(h("button", { type: "button", class: "quiet", onclick: run }, action.label));
+  }
   if (shelf.matches(":popover-open")) shelf.hidePopover();
   shelf.append(note);
   shelf.showPopover();
-  setTimeout(() => {
-    note.remove();
-    if (!shelf.childElementCount && shelf.matches(":popover-open")) shelf.hidePopover();
-  }, kind === "bad" ? 9000 : 5000);
+  setTimeout(remove, action ? 20000 : kind === "bad" ? 9000 : 5000);
 }
 
 /** Resolves to true when the person confirms. Escape and "Cancel" are no. */

@@ -81,7 +81,10 @@ export class Uploader {
       this.browse, files);
     this.name = h("input", { id: "upload-name", required: true, pattern: NAME, maxlength: 64, autocomplete: "off", spellcheck: "false", placeholder: "legal-contracts", title: "lower-case letters, digits, dot, dash and underscore; up to 64" });
     this.about = h("input", { id: "upload-description", maxlength: 400, autocomplete: "off", placeholder: "optional" });
-    this.activate = h("input", { type: "checkbox", checked: true });
+    this.activate = h("select", {},
+      h("option", { value: "" }, "if it is the first version of its name"),
+      h("option", { value: "true" }, "at once"),
+      h("option", { value: "false" }, "not yet"));
     this.pinned = h("input", { type: "checkbox" });
     this.list = h("ul", { class: "staged" });
     this.submit = h("button", { type: "submit", class: "primary", disabled: true }, "Upload");
@@ -95,7 +98,7 @@ export class Uploader {
         h("label", {}, h("span", {}, "Name"), this.name),
         h("label", { class: "grow" }, h("span", {}, "Description"), this.about)),
       h("div", { class: "checks" },
-        h("label", {}, this.activate, "Make it the active version"),
+        h("label", {}, "Make it active", this.activate),
         h("label", {}, this.pinned, "Pin to the device")),
       h("div", { class: "actions" }, this.submit, this.cancel, this.bar, this.state));
     this.host.replaceChildren(this.zone, this.form, this.result);
@@ -144,7 +147,7 @@ export class Uploader {
     const form = new FormData();
     form.append("name", this.name.value.trim());
     if (this.about.value.trim()) form.append("description", this.about.value.trim());
-    form.append("activate", String(this.activate.checked));
+    if (this.activate.value) form.append("activate", this.activate.value);
     if (this.pinned.checked) form.append("pinned", "true");
     for (const [field, file, filename] of this.staged) form.append(field, file, filename);
     return form;
@@ -180,7 +183,9 @@ export class Uploader {
 
   accepted(status, version) {
     const label = `${version.name}@${version.version}`;
-    const text = status === 200 ? `${label} has exactly this content already. Nothing new was stored.` : `${label} is ready${version.active ? " and active" : ", not yet active"}.`;
+    const stays = version.active_version === null ? "Nothing answers to the name yet" : `${version.name}@${version.active_version} goes on answering to the name`;
+    const ready = version.active ? `${label} is ready and active.` : `${label} is ready. ${stays}: compare them in Try it, then promote it in the adapter's drawer.`;
+    const text = status === 200 ? `${label} has exactly this content already. Nothing new was stored.` : ready;
     setText(this.state, "");
     this.result.replaceChildren(h("p", { class: "good-line", role: "status" }, text), reportView(version));
     this.staged = null;

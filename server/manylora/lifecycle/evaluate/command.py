@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from manylora.client.adapters import active_version, check_may_manage, pinned, promote, served_base
-from manylora.client.server import Server, connect
+from manylora.client.server import Refused, Server, connect
 from manylora.errors import InvalidRequest
 from manylora.identity import TENSOR_FILE
 from manylora.lifecycle.adapter_files import read_adapter_files
@@ -32,9 +32,19 @@ from manylora.lifecycle.output import refuse_existing
 from manylora.lifecycle.parameters import InvalidParameter
 from manylora.lifecycle.progress import Listener, Progress, ignore
 
+_CONFLICT: Final = 409
 
-def run_evaluation(request: EvaluateRequest, listen: Listener = ignore) -> tuple[dict[str, Any], str]:
-    """The report, and a sentence about the promotion when one was asked for.
+
+@dataclass(frozen=True, slots=True)
+class Promotion:
+    """Whether the candidate became active, and why, as a sentence."""
+
+    is_done: bool
+    said: str
+
+
+def run_evaluation(request: EvaluateRequest, listen: Listener = ignore) -> tuple[dict[str, Any], Promotion | None]:
+    """The report, and what came of the promotion when one was asked for.
 
     Raises InvalidRequest for bad input before any model is loaded, ManyloraError when the server fails.
     """
@@ -52,7 +62,7 @@ def run_evaluation(request: EvaluateRequest, listen: Listener = ignore) -> tuple
     check_known(encoded, base.num_embeddings)
     with memory_faults("Evaluate fewer adapters at once, or shorten `max_length`."):
         local = LocalContenders(base, encoder, _names_of(request.adapters), with_base=request.with_base)
-        return run.score(local), ""
+        return run.score(local), None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,16 +89,16 @@ class _Run:
         return report
 
 
-def _on_server(run: _Run) -> tuple[dict[str, Any], str]:
+def _on_server(run: _Run) -> tuple[dict[str, Any], Promotion | None]:
     request = run.request
     with connect(request.server, request.key, is_patient=True) as server:
         if request.promote_if_better:
             return _promote_if_better(run, server)
         names = tuple(pinned(server, adapter) for adapter in request.adapters)
-        return run.score(_server_contenders(run, server, names)), ""
+        return run.score(_server_contenders(run, server, names)), None
 
 
-def _promote_if_better(run: _Run, server: Server) -> tuple[dict[str, Any], str]:
+def _promote_if_better(run: _Run, server: Server) -> tuple[dict[str, Any], Promotion]:
     """Score the candidate, the last adapter, against what its name serves now; promote it if it is better."""
     request, metric = run.request, run.request.promote_if_better
     check_may_manage(server)
@@ -106,11 +116,23 @@ def _promote_if_better(run: _Run, server: Server) -> tuple[dict[str, Any], str]:
     test = comparison(report, candidate, metric)
     facts = f"{metric} gain {test.gain:+.4g} over {report['reference']} (p = {test.p:.2g})"
     if not deserves_promotion(test, request.min_gain):
-        return report, f"{candidate} was not promoted: {facts}, needed at least {request.min_gain:g} with p < 0.05."
-    if active_version(server, name) != active:
-        return report, f"{candidate} was not promoted: another version of {name} became active meanwhile. Run it again."
-    promote(server, candidate)
-    return report, f"{candidate} was promoted: {facts}."
+        needed = f"needed at least {request.min_gain:g} with p < 0.05"
+        return report, Promotion(False, f"{candidate} was not promoted: {facts}, {needed}.")
+    if active_version(server, name) != active or not _promoted(server, candidate, active):
+        why = f"another version of {name} became active meanwhile. Run it again"
+        return report, Promotion(False, f"{candidate} was not promoted: {why}.")
+    return report, Promotion(True, f"{candidate} was promoted: {facts}.")
+
+
+def _promoted(server: Server, candidate: str, active: str | None) -> bool:
+    """Promote the candidate in the place of the active version; False where another one is active by now."""
+    try:
+        promote(server, candidate, instead_of=active)
+    except Refused as refused:
+        if refused.answered != _CONFLICT:
+            raise
+        return False
+    return True
 
 
 def _server_contenders(

@@ -78,7 +78,7 @@ MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 KNOWN_PARTS = frozenset({"pissa", "olora"})
 HARMLESS_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
 
-OTHER_TASKS = frozenset({"SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"})
+TASKS = frozenset({"CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"})
 
 
 @dataclass(frozen=True)
@@ -204,19 +204,18 @@ def _check_features(raw: dict[str, Any], problems: Problems) -> None:
         )
     elif not (init is None or isinstance(init, bool) or (isinstance(init, str) and init in HARMLESS_INITS)):
         problems.add("bad_config", f"{CONFIG_FILE}: init_lora_weights", f"{shown(init)} is not one of PEFT's values.")
-    check_task(raw, problems)
 
 
-def check_task(raw: dict[str, Any], problems: Problems) -> None:
-    """Refuse what was trained for another task than generating text."""
+def check_task(raw: dict[str, Any], served: Set[str], problems: Problems) -> None:
+    """Refuse what was trained for another task than those that this kind of base serves."""
     task = raw.get("task_type")
-    if isinstance(task, str) and task in OTHER_TASKS:
+    if isinstance(task, str) and task in TASKS - served:
         problems.add(
             "unsupported_feature",
             f"{CONFIG_FILE}: task_type",
-            f"Trained for {task}; only text generation (CAUSAL_LM) is served.",
+            f"Trained for {task}; this base serves {' and '.join(sorted(served))} alone.",
         )
-    elif task not in (None, "CAUSAL_LM"):
+    elif not (task is None or (isinstance(task, str) and task in served)):
         problems.add("bad_config", f"{CONFIG_FILE}: task_type", f"{shown(task)} is not one of PEFT's task types.")
 
 

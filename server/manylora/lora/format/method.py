@@ -198,7 +198,6 @@ class MethodReading:
     def of(cls, method: Method, raw: dict[str, Any], problems: Problems, warnings: list[str]) -> Self | None:
         """From the config's JSON object; None, with the reasons in `problems`, where it is unusable."""
         config.check_keys(raw, method.known, problems, warnings)
-        config.check_task(raw, problems)
         for key, reason in method.refused.items():
             if not config.is_off(raw.get(key)):
                 problems.add("unsupported_feature", f"{CONFIG_FILE}: {key}", f"Not served: {reason}.")

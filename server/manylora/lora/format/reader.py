@@ -18,6 +18,7 @@ from manylora.lora.format import config as peft_config
 from manylora.lora.format import contents, kinds
 from manylora.lora.format import folder as listing
 from manylora.lora.format import tensors as safetensors_file
+from manylora.lora.format.encoders import naming_of, tasks_of
 from manylora.lora.format.kinds import Reading
 from manylora.lora.format.problems import Problems, shown
 from manylora.lora.format.spec import AdaptedModule, Adapter, Base, BaseWeights, LowRank, ModuleKind, ModuleSpec
@@ -64,6 +65,16 @@ def _open(folder: Path, problems: Problems) -> _Files:
     return _Files(config, tensors)
 
 
+def _reading(
+    files: _Files, modules: Mapping[str, ModuleSpec], problems: Problems, warnings: list[str]
+) -> Reading | None:
+    """The config, read; None, with the reasons in `problems`, where that is not possible."""
+    if files.config is None:
+        return None
+    peft_config.check_task(files.config, tasks_of(modules), problems)
+    return kinds.reading_of(files.config, problems, warnings)
+
+
 def _build(
     reading: Reading, modules: tuple[AdaptedModule, ...], digest: str, size_bytes: int, warnings: list[str]
 ) -> Adapter:
@@ -104,12 +115,14 @@ def read(
         warnings.append(said)
     listing.check_listing(folder, aside, problems)
     files = _open(folder, problems)
-    reading = None if files.config is None else kinds.reading_of(files.config, problems, warnings)
+    reading = _reading(files, modules, problems, warnings)
     found: tuple[AdaptedModule, ...] = ()
     if files.tensors is not None:
         contents.check_values(files.tensors, problems, _index_test(reading))
         if reading is not None:
-            found = reading.modules(files.tensors, Base(modules, max_rank, base), problems, warnings)
+            naming = naming_of(modules, files.tensors)
+            offered = Base(naming.outside(modules), max_rank, naming.weights(base))
+            found = naming.inside(reading.modules(files.tensors, offered, problems, warnings))
         if not problems.has("wrong_dtype", "wrong_shape"):
             contents.check_effect(found, problems, warnings)
     _check_memory(found, max_memory, problems)
@@ -149,10 +162,11 @@ def read_trusted(folder: Path, modules: Mapping[str, ModuleSpec], *, digest: str
     """
     problems, warnings = Problems(), list[str]()
     files = _open(folder, problems)
-    reading = None if files.config is None else kinds.reading_of(files.config, problems, warnings)
+    reading = _reading(files, modules, problems, warnings)
     found: tuple[AdaptedModule, ...] = ()
     if reading is not None and files.tensors is not None:
-        found = reading.accepted(files.tensors, modules, problems, warnings)
+        naming = naming_of(modules, files.tensors)
+        found = naming.inside(reading.accepted(files.tensors, naming.outside(modules), problems, warnings))
         is_index = _index_test(reading)
         for name, view in files.tensors.items():
             if view.dtype not in contents.SERVED_DTYPES and not is_index(name):

@@ -1,0 +1,69 @@
+"""What an encoder offers to adapters beside its modules.
+
+An adapter may have been trained on the bare encoder or on the encoder inside a model with a head, which puts a name
+before every path: `bert.encoder.layer.0…` for `encoder.layer.0…`. Its tensors say which, and what its config names is
+looked for under the same names.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Final
+
+from manylora.lora.format.spec import AdaptedModule, BaseWeights, ModuleSpec
+from manylora.lora.format.tensors import TensorView
+
+__all__ = ["EncoderModules", "Naming", "naming_of", "tasks_of"]
+
+_PREFIX: Final = "base_model.model."
+
+
+class EncoderModules(dict[str, ModuleSpec]):
+    """An encoder's modules by path. `prefix`: the name that it has inside a model with a head, such as "bert"."""
+
+    def __init__(self, modules: Mapping[str, ModuleSpec], prefix: str) -> None:
+        super().__init__(modules)
+        self.prefix = prefix
+
+
+class Naming:
+    """How one adapter calls the base's modules: with `before` in front of each path."""
+
+    def __init__(self, before: str) -> None:
+        self._before = before
+
+    def outside(self, modules: Mapping[str, ModuleSpec]) -> Mapping[str, ModuleSpec]:
+        """The modules under the adapter's names."""
+        if not self._before:
+            return modules
+        return {f"{self._before}{path}": replace(spec, path=f"{self._before}{path}") for path, spec in modules.items()}
+
+    def weights(self, base: BaseWeights | None) -> BaseWeights | None:
+        """The base's numbers under the adapter's names."""
+        return base if base is None or not self._before else _Renamed(base, self._before)
+
+    def inside(self, modules: Iterable[AdaptedModule]) -> tuple[AdaptedModule, ...]:
+        """The adapted modules under the base's own names."""
+        return tuple(replace(module, path=module.path.removeprefix(self._before)) for module in modules)
+
+
+class _Renamed:
+    def __init__(self, base: BaseWeights, before: str) -> None:
+        self._base = base
+        self._before = before
+
+    def find(self, path: str, part: str) -> TensorView | None:
+        return self._base.find(path.removeprefix(self._before), part)
+
+
+def tasks_of(modules: Mapping[str, ModuleSpec]) -> frozenset[str]:
+    """What adapters for a base with these modules may have been trained for, in PEFT's words."""
+    return frozenset({"FEATURE_EXTRACTION"} if isinstance(modules, EncoderModules) else {"CAUSAL_LM"})
+
+
+def naming_of(modules: Mapping[str, ModuleSpec], tensors: Iterable[str]) -> Naming:
+    """How an adapter with these tensors calls the modules."""
+    if isinstance(modules, EncoderModules):
+        before = f"{modules.prefix}."
+        if any(name.startswith(f"{_PREFIX}{before}") for name in tensors):
+            return Naming(before)
+    return Naming("")

@@ -1,0 +1,158 @@
+"""From what the user calls a model to a frozen encoder in memory, with its tokenizer."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from manylora.chat.format import FormatOverrides
+from manylora.errors import InvalidSettings, ModelUnusable
+from manylora.lora.format.encoders import EncoderModules
+from manylora.models import backends, checkpoint
+from manylora.models.loading import base_name, check_memory
+from manylora.models.sentence import SentenceSettings, sentence_settings
+from manylora.models.stages import quiet
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from manylora.models.codec import HuggingFaceCodec
+    from manylora.settings import Settings
+
+__all__ = ["LoadedEncoder", "is_encoder", "load_encoder", "offered_modules"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedEncoder:
+    """A frozen encoder in eval mode on its device, without a head, and what belongs to it.
+
+    `name` is the served one; `sentence` is what a folder of sentence-transformers says of it.
+    """
+
+    model: "PreTrainedModel"
+    codec: "HuggingFaceCodec"
+    config: "PretrainedConfig"
+    sentence: SentenceSettings
+    name: str
+    folder: Path
+    backend: backends.Backend
+
+
+def is_encoder(folder: Path) -> bool:
+    """Whether a checkpoint is an encoder of texts, as its config says: a type that fills masks, and no decoder.
+
+    False as well for what cannot be read, which whoever loads it says better.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    try:
+        raw = checkpoint.config_json(folder)
+    except ModelUnusable:
+        return False
+    classes = checkpoint.causal_class_names(str(raw.get("model_type")))
+    is_stated_causal = bool(classes & {str(name) for name in raw.get("architectures") or ()})
+    is_decoder = raw.get("is_decoder") is True or raw.get("is_encoder_decoder") is True or is_stated_causal
+    return raw.get("model_type") in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not is_decoder
+
+
+def load_encoder(settings: "Settings", folder: Path) -> LoadedEncoder:
+    """Check and load the encoder in a folder. Raises ModelUnusable, NotEnoughMemory or InvalidSettings."""
+    backend = backends.choose(settings)
+    if settings.quantization != "none":
+        raise InvalidSettings("quantization: encoders are served as they are. Leave it out.")
+    config = checkpoint.read_encoder_config(folder)
+    sentence = sentence_settings(folder)
+    dtype = backends.select_dtype(settings.dtype, backend.device, getattr(config, "dtype", None))
+    check_memory(folder, dtype, backend.device)
+    tokenizer = checkpoint.load_tokenizer(folder)
+    model = _load(folder, config, dtype).to(backend.device)
+    model.requires_grad_(False)
+    model.eval()
+    from manylora.models.codec import HuggingFaceCodec
+
+    return LoadedEncoder(
+        model=model,
+        codec=HuggingFaceCodec(tokenizer, (), FormatOverrides()),
+        config=config,
+        sentence=sentence,
+        name=settings.served_name or base_name(settings.model),
+        folder=folder,
+        backend=backend,
+    )
+
+
+def offered_modules(folder: Path) -> EncoderModules:
+    """What an adapter may touch of the encoder in a folder, from its headers alone. Raises ModelUnusable."""
+    import torch
+    import transformers
+
+    from manylora.models.modules import adaptable_modules, adaptable_norms
+
+    config = checkpoint.read_encoder_config(folder)
+    try:
+        with torch.device("meta"):
+            model = transformers.AutoModel.from_config(config)
+    except (OSError, ValueError) as error:
+        raise ModelUnusable(f"The config of {folder} cannot be used: {error}") from error
+    prefix = str(model.base_model_prefix)
+    stored = {name.removeprefix(f"{prefix}.") for name in checkpoint.stored_tensors(folder)}
+    found = adaptable_modules(model) | adaptable_norms(model)
+    has_pooler = any(name.startswith("pooler.") for name in stored)
+    return EncoderModules(
+        {path: s for path, s in found.items() if has_pooler or not path.startswith("pooler.")}, prefix
+    )
+
+
+def _load(folder: Path, config: "PretrainedConfig", dtype: Any) -> "PreTrainedModel":
+    """The encoder on the CPU, without a head, every weight from the files. Raises ModelUnusable."""
+    import transformers
+
+    checkpoint.refuse_coded(folder, checkpoint.stored_tensors(folder))
+    try:
+        with quiet(), _unreported():
+            model, info = transformers.AutoModel.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except Exception as error:  # of a model's own code
+        raise ModelUnusable(f"The model in {folder} cannot be loaded: {error}") from error
+    missing = sorted(str(name) for name in info["missing_keys"])
+    if missing and all(name.startswith("pooler.") for name in missing):
+        model.pooler = None  # checkpoints of pretraining have none, and transformers filled it with random numbers
+    elif missing:
+        raise ModelUnusable(f"The weights in {folder} lack {checkpoint.some(missing)}. Fetch the checkpoint again.")
+    if mismatched := sorted(str(entry[0]) for entry in info.get("mismatched_keys", ())):
+        raise ModelUnusable(f"The weights in {folder} do not fit its config.json: {checkpoint.some(mismatched)}.")
+    parts = {name for name, _ in model.named_children()}
+    strange = [name for name in sorted(map(str, info["unexpected_keys"])) if _is_of(name, model, parts)]
+    if strange:
+        raise ModelUnusable(
+            f"No part of {type(model).__name__} uses {checkpoint.some(strange)} of the weights in {folder}, so its "
+            "answers would be others than those the checkpoint was made for. Give the original checkpoint."
+        )
+    return model
+
+
+@contextmanager
+def _unreported() -> Iterator[None]:
+    """Without transformers' table of tensors that are missing or left over: what matters of it is said here."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _is_of(name: str, model: "PreTrainedModel", parts: set[str]) -> bool:
+    """Whether a tensor is of the encoder itself, and not of a head that the checkpoint has as well."""
+    own = name.removeprefix(f"{model.base_model_prefix}.")
+    return own.partition(".")[0] in parts and not own.endswith("position_ids")
