@@ -141,6 +141,9 @@ class Settings(BaseSettings):
     reasoning_marks: Annotated[str, AfterValidator(parse_marks)] = "auto"
     """What stands before and after what the base thinks, which answers then have in `reasoning_content`: two marks with
     a space between, such as `<think> </think>`; `auto` finds them in its chat template, `none` leaves answers whole."""
+    allow_request_chat_template: bool = False
+    """Take a `chat_template` from requests, too. Those of requests and of adapters are rendered in processes that can
+    be spared, with bounds on their time and memory."""
     num_threads: int | None = Field(default=None, ge=1)
     """CPU threads of the model's operations; unset: one for each core."""
 

@@ -104,6 +104,9 @@ class FakeCodec:
     def chat_format(self, template: str | None = None) -> ChatFormat:
         return self.form
 
+    def close(self) -> None:
+        """It has started nothing."""
+
     def response_reader(self, prompt: str, tools: Sequence[Mapping[str, Any]], *, only_one: bool) -> Reader:
         names = tuple(tool["function"]["name"] for tool in tools)
         return Reading(syntax="hermes", tools=names, only_one=only_one).reader()

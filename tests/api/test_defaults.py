@@ -47,7 +47,7 @@ def test_every_field_reaches_the_engine_as_one_of_a_request_does(
 
 
 def test_every_field_that_can_be_a_default_is_covered_here() -> None:
-    elsewhere = {"system_prompt", "choices", "pooling", "truncate_prompt_tokens", *ANSWER_FIELDS}
+    elsewhere = {"system_prompt", "chat_template", "choices", "pooling", "truncate_prompt_tokens", *ANSWER_FIELDS}
     assert set(FIELDS) == {each[0] for each in SET} | elsewhere
 
 
@@ -100,6 +100,30 @@ def test_the_system_prompt_is_put_before_chats_without_one(
     says(rig, system_prompt="Be brief.")
     rig.chat(model="alpha", messages=[{"role": role, "content": content} for role, content in messages])
     assert rig.engine.codec.decode(rig.engine.generations[0].prompt_ids) == expected
+
+
+def test_a_template_stands_in_for_the_bases(rig: Rig) -> None:
+    says(rig, chat_template="{{ mine }}", system_prompt="Be brief.")
+    rig.chat(model="alpha")
+    rig.chat(model="alpha@2")
+    rig.client.post("/tokenize", json={"model": "alpha", "messages": [{"role": "user", "content": "hi"}]})
+    rig.client.post("/tokenize", json={"model": "base-model", "messages": [{"role": "user", "content": "hi"}]})
+    templates = [options.template for _, options in rig.engine.codec.rendered]
+    assert templates == ["{{ mine }}", None, "{{ mine }}", None]
+
+
+def test_a_requests_own_template_is_taken_only_where_the_server_says_so(settings: Any) -> None:
+    for allowed in (False, True):
+        rig = Rig(settings.model_copy(update={"allow_request_chat_template": allowed, "max_body": 2**20}))
+        assert rig.chat(chat_template=None).status_code == 200
+        answer = rig.chat(chat_template="{{ own }}")
+        assert answer.status_code == (200 if allowed else 400)
+    assert [options.template for _, options in rig.engine.codec.rendered] == [None, "{{ own }}"]
+    says(rig, chat_template="{{ mine }}", locked=["chat_template"])
+    assert rig.chat(model="alpha", chat_template="{{ mine }}").status_code == 200
+    assert rig.chat(model="alpha", chat_template="{{ own }}").json()["error"]["param"] == "chat_template"
+    answer = rig.chat(chat_template="x" * 65_537)
+    assert answer.json()["error"]["param"] == "chat_template"
 
 
 def test_embeddings_are_pooled_as_the_adapter_says(rig: Rig) -> None:

@@ -94,6 +94,47 @@ def test_defaults_that_do_not_go_are_refused_with_every_reason(server: Server, a
     assert httpx.get(f"{server.url}/v1/adapters/wrong").status_code == 404
 
 
+SHOUT = "{% for m in messages %}{{ m.role | upper }}: {{ m.content }}\n{% endfor %}"
+FOREVER = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}" + "{% endfor %}" * 3
+
+
+def test_an_adapters_own_template_is_what_its_chats_are_written_with(
+    own_server: Callable[..., Any], adapters_dir: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "served" / "loud"
+    shutil.copytree(adapters_dir / "small", folder)
+    (folder / "manylora.json").write_text('{"chat_template": "chat_template.jinja", "temperature": 0}')
+    (folder / "chat_template.jinja").write_text(SHOUT)
+    shutil.copytree(folder, folder.with_name("usual"))
+    (folder.with_name("usual") / "manylora.json").unlink()
+    chat: dict[str, Any] = {"model": "loud", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 8}
+    with own_server(adapters=str(folder.parent)) as server:
+        assert shown(server, "loud")["defaults"] == {"chat_template": SHOUT, "temperature": 0}
+        assert shown(server, "usual")["defaults"] == {}
+        wanted = {"model": "loud", "prompt": "USER: hello\n", "max_tokens": 8, "add_special_tokens": False}
+        plain = httpx.post(f"{server.url}/v1/completions", json=wanted, timeout=120).json()
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=chat, timeout=120).json()
+        assert answer["choices"][0]["message"]["content"] == plain["choices"][0]["text"]
+        assert answer["usage"] == plain["usage"]
+        tokens = httpx.post(f"{server.url}/tokenize", json={k: chat[k] for k in ("model", "messages")}).json()
+        assert tokens["count"] == plain["usage"]["prompt_tokens"]
+        refused = httpx.post(f"{server.url}/v1/chat/completions", json={**chat, "chat_template": SHOUT}, timeout=120)
+        assert "allow_request_chat_template" in refused.json()["error"]["message"]
+        assert server.stderr.read_text().count("chat_template.jinja") == 1, "of the folder that does not name it"
+        for template, said in ((FOREVER, "takes too much time"), ("{{ x", "fails"), ("Hello!", "leaves out")):
+            [problem] = patch(server, "loud", defaults={"chat_template": template}).json()["error"]["problems"]
+            assert (problem["where"], said in problem["message"]) == ("chat_template", True), problem
+        upload(server, adapters_dir / "small", "missing", {"chat_template": "chat_template.jinja"})
+        assert httpx.get(f"{server.url}/v1/adapters/missing").status_code == 404
+        only_later = (
+            "{% for m in messages %}{{ m.content }}{% if m.content == 'now' %}" + FOREVER + "{% endif %}{% endfor %}"
+        )
+        assert patch(server, "usual", defaults={"chat_template": only_later}).status_code == 200
+        later = ask(server, "usual", messages=[{"role": "user", "content": "now"}])
+        assert (later.status_code, later.json()["error"]["param"]) == (400, "messages")
+        assert ask(server, "usual", max_tokens=2).status_code == 200
+
+
 def run(server: Server, *words: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "MANYLORA_URL": server.url, "COLUMNS": "200"}
     return subprocess.run(

@@ -9,6 +9,7 @@ from typing import Any
 import psutil
 import pytest
 
+from manylora.children import Helper
 from manylora.errors import InvalidGrammar, InvalidRequest, QueueFull, Unavailable
 from manylora.grammars import compiler as module
 from manylora.grammars.compiler import Compiled, GrammarCompiler, GrammarEvents
@@ -192,14 +193,14 @@ def test_a_tenant_waits_behind_itself_and_has_no_end_of_grammars_waiting(
     own: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     may_go_on = threading.Event()
-    run = module._Trial.run
+    run = Helper.ask
 
-    def held_back(self: Any, grammar: Grammar) -> Any:
-        if grammar.source.startswith('["flood'):
+    def held_back(self: Any, request: dict[str, Any]) -> Any:
+        if request["source"].startswith('["flood'):
             may_go_on.wait(PATIENCE_S)
-        return run(self, grammar)
+        return run(self, request)
 
-    monkeypatch.setattr(module._Trial, "run", held_back)
+    monkeypatch.setattr(Helper, "ask", held_back)
     flood = [own.compile(Grammar.choice([f"flood{i}"]), "noisy") for i in range(module.MAX_GRAMMARS_WAITING)]
     with pytest.raises(QueueFull):
         own.compile(Grammar.choice(["one more"]), "noisy")

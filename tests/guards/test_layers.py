@@ -10,7 +10,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[2] / "server"
 PACKAGE = SOURCE / "manylora"
-GROUND = ("errors", "faults", "files", "identity", "log", "metrics", "packages", "settings", "threads")
+GROUND = ("children", "errors", "faults", "files", "identity", "log", "metrics", "packages", "settings", "threads")
 FOUNDATION = {"manylora", *(f"manylora.{name}" for name in GROUND)}
 
 # For each part: prefixes of what else of ours it may import. `engine` here is its interface alone.

@@ -283,7 +283,7 @@ async def count_tokens(request: Request, caller: Caller, services: ServicesDep) 
     try:
         completed, _ = with_defaults(body, services.directory, Mix.of(adapter))
         assert isinstance(completed, ChatRequest), "it is the same body with more fields"
-        count = await num_chat_tokens(completed, services.engine)
+        count = await num_chat_tokens(completed, services.engine, caller.tenant)
     except InvalidRequest as error:
         raise renamed(error, names) from None
     return Response(orjson.dumps({"input_tokens": count}), media_type="application/json")

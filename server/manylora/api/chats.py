@@ -1,10 +1,11 @@
 """A checked chat becomes the text that the model gets; how answers are read, and what calls they are held to."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final, TypeVar
 
-from manylora.api.schemas import ChatRequest
+from manylora.api.lanes import INLINE_CHARACTERS, PYTHON, TEMPLATES, beside_loop
+from manylora.api.schemas import ChatRequest, Message
 from manylora.api.structured import Asked
 from manylora.chat.format import ChatFormat, ChatOptions
 from manylora.chat.pieces import Reader
@@ -12,7 +13,10 @@ from manylora.chat.reading import Reading
 from manylora.engine.interface import Grammar, TextCodec
 from manylora.errors import InvalidRequest
 
-__all__ = ["RenderedChat", "rendered_chat"]
+__all__ = ["RenderedChat", "rendered", "rendered_beside", "rendered_chat"]
+
+R = TypeVar("R")
+_INLINE_MESSAGES: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +70,14 @@ class RenderedChat:
 
 def rendered_chat(request: ChatRequest, codec: TextCodec) -> RenderedChat:
     """Raises InvalidRequest when the model's template refuses the messages or knows nothing of what came with them."""
-    form, tools = codec.chat_format(), request.used_tools
+    form, tools = codec.chat_format(request.chat_template), request.used_tools
     _check_takes(request, form)
     described = tools.for_template()
     options = ChatOptions(
         tools=described,
         documents=request.documents,
         variables=_variables(request),
+        template=request.chat_template,
         for_answer=request.add_generation_prompt is not False,
         continue_final=request.continue_final_message,
     )
@@ -85,6 +90,40 @@ def rendered_chat(request: ChatRequest, codec: TextCodec) -> RenderedChat:
         return RenderedChat(text, form)
     reading = Reading(form.reasoning, is_thinking, form.syntax, tools.names, tools.only_one)
     return RenderedChat(text, form, reading.reader, ending)
+
+
+async def rendered_beside(request: ChatRequest, codec: TextCodec, tenant: str) -> RenderedChat:
+    """What `rendered_chat` gives, beside the event loop where that takes long. Raises InvalidRequest and QueueFull."""
+    is_plain = not (request.tools or request.documents or request.chat_template_kwargs)
+    owner = None if request.chat_template is None else tenant
+    return await _in_turn(owner, is_plain, request.messages, rendered_chat, request, codec)
+
+
+async def rendered(
+    messages: Sequence[Message], codec: TextCodec, *, template: str | None = None, tenant: str = ""
+) -> str:
+    """The text of a chat, by the base's template or a stranger's for this tenant. Raises InvalidRequest as it does."""
+    owner = None if template is None else tenant
+    return await _in_turn(owner, True, messages, _render, messages, codec, template)
+
+
+async def _in_turn(
+    owner: str | None, is_plain: bool, messages: Sequence[Message], render: Callable[..., R], *args: Any
+) -> R:
+    """What `render` gives; with much to do, beside the event loop. `owner`: whose turn a stranger's template takes."""
+    size = sum(len(message.content) for message in messages)
+    try:
+        if owner is not None:
+            return await TEMPLATES.run(owner, render, *args)
+        if is_plain and size <= INLINE_CHARACTERS and len(messages) <= _INLINE_MESSAGES:
+            return render(*args)
+        return await beside_loop(PYTHON, render, *args)
+    except InvalidRequest as error:
+        raise InvalidRequest(error.message, param=error.param or "messages") from None
+
+
+def _render(messages: Sequence[Message], codec: TextCodec, template: str | None) -> str:
+    return codec.render_chat([message.for_template() for message in messages], ChatOptions(template=template))
 
 
 def _check_takes(request: ChatRequest, form: ChatFormat) -> None:

@@ -10,9 +10,11 @@ from typing import Any, Final
 
 import orjson
 
+from manylora.api.chats import rendered
 from manylora.api.lanes import PYTHON, beside_loop
 from manylora.api.sampling import sampling_params
 from manylora.api.schemas import (
+    MAX_CHAT_TEMPLATE,
     ChatRequest,
     CompletionRequest,
     GenerationRequest,
@@ -27,9 +29,10 @@ from manylora.engine.interface import AdapterRef, EngineClient, Grammar, Mix
 from manylora.errors import InvalidAdapter, InvalidGrammar, InvalidRequest, Problem, quoted
 from manylora.identity import DEFAULTS_FILE
 
-__all__ = ["FIELDS", "check", "with_defaults"]
+__all__ = ["FIELDS", "chat_template_of", "check", "check_template_allowed", "with_defaults"]
 
 MAX_SYSTEM_PROMPT: Final = 16_384
+_HELLO: Final = Message(role="user", content="hi")  # that every template has to take
 _SAMPLING: Final = (
     "temperature",
     "top_p",
@@ -51,7 +54,7 @@ _SAMPLING: Final = (
     "include_stop_str_in_output",
     "truncate_prompt_tokens",
 )
-FIELDS: Final = ("system_prompt", "choices", "max_tokens", "pooling", *ANSWER_FIELDS, *_SAMPLING)
+FIELDS: Final = ("system_prompt", "chat_template", "choices", "max_tokens", "pooling", *ANSWER_FIELDS, *_SAMPLING)
 """What may be a default; `choices` is a short way to write `guided_choice`."""
 
 
@@ -67,11 +70,22 @@ class _Defaults:
     grammar: Grammar | None
     max_tokens: int | None
     system_prompt: str | None
+    chat_template: str | None
     pooling: Any
     locked: frozenset[str]
 
 
 # a request
+
+
+def check_template_allowed(body: InferenceRequest, *, is_allowed: bool) -> None:
+    """Raises InvalidRequest for a request with a template of its own, where these are not taken."""
+    if isinstance(body, ChatRequest) and body.chat_template is not None and not is_allowed:
+        raise InvalidRequest(
+            "This server takes no 'chat_template' from requests (its setting allow_request_chat_template). Leave it "
+            "out, or give the adapter one of its own.",
+            param="chat_template",
+        )
 
 
 def with_defaults(body: InferenceRequest, directory: AdapterDirectory, mix: Mix) -> tuple[InferenceRequest, int | None]:
@@ -98,6 +112,8 @@ def with_defaults(body: InferenceRequest, directory: AdapterDirectory, mix: Mix)
         found |= defaults.answer
     if isinstance(body, ChatRequest) and defaults.system_prompt is not None and not _system_messages(body):
         found["messages"] = [Message(role="system", content=defaults.system_prompt), *body.messages]
+    if isinstance(body, ChatRequest) and defaults.chat_template is not None and "chat_template" not in given:
+        found["chat_template"] = defaults.chat_template
     return body.model_copy(update=found), defaults.max_tokens
 
 
@@ -109,6 +125,12 @@ def _check_unlocked(body: InferenceRequest, directory: AdapterDirectory, mix: Mi
                 f"The adapter {ref.label} has fields locked for all requests that name it, so it is not mixed.",
                 param=body.mixed.field,
             )
+
+
+def chat_template_of(directory: AdapterDirectory, adapter: AdapterRef | None) -> str | None:
+    """The template that the adapter's version has in place of the base's."""
+    text = "" if adapter is None else directory.defaults_of(adapter)
+    return _parsed(text).chat_template if text else None
 
 
 def _check_locked(body: InferenceRequest, defaults: _Defaults, adapter: AdapterRef) -> None:
@@ -135,6 +157,8 @@ def _at_odds(body: InferenceRequest, defaults: _Defaults) -> Iterable[str]:
         asked = asked_for(fields) if fields else None
         if asked is not None and asked.grammar != defaults.grammar:
             yield next(name for name in ANSWER_FIELDS if name in fields)
+    if "chat_template" in locked & given and getattr(body, "chat_template", None) != defaults.chat_template:
+        yield "chat_template"
     if "system_prompt" in locked and isinstance(body, ChatRequest):
         sent = _system_messages(body)
         if sent and [message.content for message in sent] != [defaults.system_prompt]:
@@ -158,6 +182,7 @@ def _parsed(text: str) -> _Defaults:
         grammar=None if asked is None else asked.grammar,
         max_tokens=raw.get("max_tokens"),
         system_prompt=raw.get("system_prompt"),
+        chat_template=raw.get("chat_template"),
         pooling=raw.get("pooling"),
         locked=frozenset(raw.get("locked", ())),
     )
@@ -178,6 +203,12 @@ def _choices(raw: Mapping[str, Any]) -> dict[str, Any]:
 async def check(engine: EngineClient, raw: Mapping[str, Any], tenant: str) -> None:
     """Whether requests can be completed by it, its grammar ready to use. Raises InvalidAdapter with every reason."""
     problems = await beside_loop(PYTHON, _problems, raw, engine)
+    template = raw.get("chat_template")
+    if template is not None and not problems:
+        try:
+            await rendered([_HELLO], engine.codec, template=template, tenant=tenant)
+        except InvalidRequest as error:
+            problems.append(_problem("chat_template", error.message))
     fields = {name: raw[name] for name in ANSWER_FIELDS if raw.get(name) is not None} | _choices(raw)
     if fields and not problems:
         try:
@@ -229,6 +260,10 @@ def _problem_of(name: str, value: Any, raw: Mapping[str, Any], engine: EngineCli
         ways = ("last", "mean", "cls") if engine.model.kind == "pool" else ("last", "mean")
         named = " or ".join(f"'{each}'" for each in ways)
         return None if value in ways else _problem(name, f"'pooling' must be {named}.")
+    if name == "chat_template":
+        if isinstance(value, str) and 0 < len(value) <= MAX_CHAT_TEMPLATE:
+            return None
+        return _problem(name, f"'chat_template' must be text of 1 to {MAX_CHAT_TEMPLATE} characters.")
     if name == "system_prompt":
         if isinstance(value, str) and 0 < len(value) <= MAX_SYSTEM_PROMPT:
             return None

@@ -75,7 +75,6 @@ CHAT_UNSUPPORTED: Final[Unsupported] = {
     "function_call": ("auto", "none", *_NOTHING),
     **_BOTH,
     "audio": _NOTHING,
-    "chat_template": _NOTHING,
     "echo": _NOTHING,
     "media_io_kwargs": _NOTHING,
     "modalities": (["text"], *_NOTHING),

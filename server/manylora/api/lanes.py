@@ -2,21 +2,60 @@
 
 Work of Python's own takes turns with the event loop and the engine for the interpreter's lock, so there is one lane for
 all of it. What runs without that lock takes a CPU from the engine: one long text at a time, short ones beside it.
+Templates of strangers run in other processes, as long as these are let; there tenants take turns.
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Final, TypeVar
 
-__all__ = ["LONG_TEXT", "PYTHON", "SHORT_TEXT", "beside_loop"]
+from manylora.chat.strangers import NUM_RENDERERS
+from manylora.errors import QueueFull
+
+__all__ = ["INLINE_CHARACTERS", "LONG_TEXT", "PYTHON", "SHORT_TEXT", "TEMPLATES", "Turns", "beside_loop"]
+
+MAX_TEMPLATES_WAITING: Final = 64
+# Up to here the work takes a millisecond, and a thread's turn is not worth waiting for.
+INLINE_CHARACTERS: Final = 4096
 
 T = TypeVar("T")
 
 PYTHON: Final = ThreadPoolExecutor(1, "parser")
 SHORT_TEXT: Final = ThreadPoolExecutor(2, "tokenizer")
 LONG_TEXT: Final = ThreadPoolExecutor(1, "tokenizer-long")
+
+
+class Turns:
+    """A lane in which each tenant has one piece of work at a time, so that none waits for more than one of each other.
+
+    On the event loop's thread.
+    """
+
+    def __init__(self, lane: ThreadPoolExecutor, most_waiting: int) -> None:
+        self._lane = lane
+        self._most_waiting = most_waiting
+        self._turns: dict[str, asyncio.Lock] = {}
+        self._waiting: Counter[str] = Counter()
+
+    async def run(self, tenant: str, work: Callable[..., T], *args: Any, **named: Any) -> T:
+        """The work's result, once it is the tenant's turn. Raises QueueFull where too much of the tenant's waits."""
+        if self._waiting[tenant] >= self._most_waiting:
+            raise QueueFull(f"{self._most_waiting} chats of yours wait for their templates. Come back soon.")
+        self._waiting[tenant] += 1
+        turn = self._turns.setdefault(tenant, asyncio.Lock())
+        try:
+            async with turn:
+                return await beside_loop(self._lane, work, *args, **named)
+        finally:
+            self._waiting[tenant] -= 1
+            if not self._waiting[tenant]:
+                del self._waiting[tenant], self._turns[tenant]
+
+
+TEMPLATES: Final = Turns(ThreadPoolExecutor(NUM_RENDERERS, "templates"), MAX_TEMPLATES_WAITING)
 
 
 async def beside_loop(lane: ThreadPoolExecutor, work: Callable[..., T], *args: Any, **named: Any) -> T:

@@ -8,13 +8,13 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
-from manylora.api.chats import RenderedChat, rendered_chat
+from manylora.api.chats import RenderedChat, rendered_beside
 from manylora.api.json_body import require_json
-from manylora.api.lanes import LONG_TEXT, PYTHON, SHORT_TEXT, beside_loop
+from manylora.api.lanes import INLINE_CHARACTERS, LONG_TEXT, PYTHON, SHORT_TEXT, beside_loop
 from manylora.api.record import ClientGone
 from manylora.api.sampling import check_token_ids, sampling_params
 from manylora.api.schemas import (
@@ -23,7 +23,6 @@ from manylora.api.schemas import (
     CompletionRequest,
     GenerationRequest,
     InferenceRequest,
-    Message,
     PoolRequest,
 )
 from manylora.api.structured import ANSWER_FIELDS, asked_for
@@ -32,7 +31,6 @@ from manylora.engine.interface import CompiledGrammar, EngineClient, ModelInfo, 
 from manylora.errors import ContextLengthExceeded, InvalidGrammar, InvalidRequest, WrongModelType, quoted
 
 __all__ = [
-    "INLINE_CHARACTERS",
     "INLINE_IDS",
     "Prompt",
     "check_connected",
@@ -42,17 +40,13 @@ __all__ = [
     "num_chat_tokens",
     "prompts_of",
     "read_body",
-    "rendered",
 ]
 
 MAX_ECHO_LOGPROBS: Final = 1_048_576
 MAX_ECHO_CHARACTERS: Final = 8_388_608
 MAX_ENCODED_CHARACTERS: Final = 1_048_576
 _INLINE_BYTES: Final = 65_536
-# Up to here the work takes a millisecond, and a thread's turn is not worth waiting for.
-INLINE_CHARACTERS: Final = 4096
 INLINE_IDS: Final = 16_384
-_INLINE_MESSAGES: Final = 32
 # Up to here it is done soon, so it need not stand behind the long ones.
 _SHORT_CHARACTERS: Final = 2**18
 # Encodings take a hundred bytes for a character, so that many prompts are encoded some at a time.
@@ -128,7 +122,7 @@ async def prompts_of(
     else:
         assert isinstance(body, ChatRequest)
         _check_num_choices(body, 1, params.n, engine.max_choices)
-        chat, ids = await _chat_prompt(body, engine)
+        chat, ids = await _chat_prompt(body, engine, tenant)
         encoded = [(ids, "")]
     _check_size(params, body, encoded)
     if body.bad_words:
@@ -232,38 +226,12 @@ def _echoed(
     ]
 
 
-async def _rendered(request: ChatRequest, codec: TextCodec) -> RenderedChat:
-    """The rendered chat. Raises InvalidRequest when the model's template refuses the messages."""
-    is_plain = not (request.tools or request.documents or request.chat_template_kwargs)
-    return await _in_turn(is_plain, request.messages, rendered_chat, request, codec)
-
-
-async def rendered(messages: Sequence[Message], codec: TextCodec) -> str:
-    """The text of a chat. Raises InvalidRequest when the model's template refuses the messages."""
-    return await _in_turn(True, messages, _render, messages, codec)
-
-
-async def _in_turn(is_plain: bool, messages: Sequence[Message], render: Callable[..., R], *args: Any) -> R:
-    """What `render` gives; with much to do, beside the event loop."""
-    size = sum(len(message.content) for message in messages)
-    try:
-        if is_plain and size <= INLINE_CHARACTERS and len(messages) <= _INLINE_MESSAGES:
-            return render(*args)
-        return await beside_loop(PYTHON, render, *args)
-    except InvalidRequest as error:
-        raise InvalidRequest(error.message, param=error.param or "messages") from None
-
-
-def _render(messages: Sequence[Message], codec: TextCodec) -> str:
-    return codec.render_chat([message.for_template() for message in messages])
-
-
-async def num_chat_tokens(request: ChatRequest, engine: EngineClient) -> int:
-    """How many tokens a chat's prompt has, whether or not the context has room for them.
+async def num_chat_tokens(request: ChatRequest, engine: EngineClient, tenant: str) -> int:
+    """How many tokens the prompt of a tenant's chat has, whether or not the context has room for them.
 
     Raises InvalidRequest, and ContextLengthExceeded for a text that is too long to be encoded only to be counted.
     """
-    text = (await _rendered(request, engine.codec)).text
+    text = (await rendered_beside(request, engine.codec, tenant)).text
     special = request.has_special_tokens
     return len(await beside_loop(lane_of(text), counted_ids, text, engine, special=special, param=request.prompt_field))
 
@@ -286,14 +254,14 @@ def counted_ids(text: str, engine: EngineClient, *, special: bool, param: str) -
     return ids
 
 
-async def _chat_prompt(request: ChatRequest, engine: EngineClient) -> tuple[RenderedChat, tuple[int, ...]]:
+async def _chat_prompt(request: ChatRequest, engine: EngineClient, tenant: str) -> tuple[RenderedChat, tuple[int, ...]]:
     """A rendered chat and its ids. Raises InvalidRequest.
 
     Of a chat that drops its oldest turns, the fewest are dropped that have to be: what follows the instructions with
     which it begins, up to some message of the user's.
     """
     try:
-        return await _encode_chat(request, engine)
+        return await _encode_chat(request, engine, tenant)
     except ContextLengthExceeded:
         if not request.drops_oldest:
             raise
@@ -305,7 +273,7 @@ async def _chat_prompt(request: ChatRequest, engine: EngineClient) -> tuple[Rend
             middle = (low + high) // 2
             kept = [*messages[:first], *messages[starts[middle] :]]
             try:
-                found = await _encode_chat(request.model_copy(update={"messages": kept}), engine)
+                found = await _encode_chat(request.model_copy(update={"messages": kept}), engine, tenant)
                 high = middle
             except ContextLengthExceeded:
                 low = middle + 1
@@ -314,8 +282,8 @@ async def _chat_prompt(request: ChatRequest, engine: EngineClient) -> tuple[Rend
         return found
 
 
-async def _encode_chat(request: ChatRequest, engine: EngineClient) -> tuple[RenderedChat, tuple[int, ...]]:
-    chat = await _rendered(request, engine.codec)
+async def _encode_chat(request: ChatRequest, engine: EngineClient, tenant: str) -> tuple[RenderedChat, tuple[int, ...]]:
+    chat = await rendered_beside(request, engine.codec, tenant)
     [ids] = await _encode(request, [chat.text], len(chat.text), engine)
     if not ids:
         raise InvalidRequest("'messages' have no tokens for this model.", param="messages")

@@ -11,7 +11,7 @@ from typing import Any, Final, Protocol, TypeAlias
 from starlette.requests import Request
 from starlette.responses import Response
 
-from manylora.api.defaults import with_defaults
+from manylora.api.defaults import check_template_allowed, with_defaults
 from manylora.api.fields import renamed
 from manylora.api.naming import missing, mix_of
 from manylora.api.record import Counts, RequestRecord
@@ -102,6 +102,7 @@ async def answered(
         aliases = services.settings.resolved_model_aliases
         try:
             run.mix = mix_of(body, services.directory, principal.tenant, services.engine.model.name, aliases)
+            check_template_allowed(body, is_allowed=services.settings.allow_request_chat_template)
             body, max_tokens = with_defaults(body, services.directory, run.mix)
             prompts = await prompts_of(body, services.engine, principal.tenant, max_tokens=max_tokens)
         except InvalidRequest as error:

@@ -51,6 +51,7 @@ __all__ = [
 
 DEFAULT_MAX_TOKENS: Final = 16  # OpenAI's, of completions
 MAX_N: Final = 128
+MAX_CHAT_TEMPLATE: Final = 65_536
 MAX_PROMPTS: Final = 256
 MAX_INPUTS: Final = 2048
 MAX_STOPS: Final = 32
@@ -396,6 +397,9 @@ class ChatRequest(GenerationRequest):
     tools: list[Tool] = Field(default=[], max_length=MAX_TOOLS, fail_fast=True)
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool = Field(default=True, description="Whether an answer may have more than one call.")
+    chat_template: str | None = Field(
+        default=None, max_length=MAX_CHAT_TEMPLATE, description="In place of the base's, where the server allows it."
+    )
     chat_template_kwargs: dict[str, Any] = Field(default={}, description="Variables of the model's chat template.")
     add_generation_prompt: bool | None = Field(default=None, description="Begin the assistant's turn; the default.")
     continue_final_message: bool = Field(default=False, description="Go on with the last message, the assistant's.")
@@ -442,7 +446,7 @@ _MAY_BE_NOTHING: Final = frozenset(
     [
         *("adapters", "lora"),
         *(*_SWITCHES, *ANSWER_FIELDS, *_TOKEN_FIELDS),
-        *("tools", "tool_choice", "chat_template_kwargs", "documents", "reasoning_effort"),
+        *("tools", "tool_choice", "chat_template", "chat_template_kwargs", "documents", "reasoning_effort"),
     ]
 )
 

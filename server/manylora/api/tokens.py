@@ -9,15 +9,17 @@ from pydantic import Field, model_validator
 from starlette.responses import Response
 
 from manylora.api.auth import Caller
+from manylora.api.chats import rendered
+from manylora.api.defaults import chat_template_of
 from manylora.api.fields import TOKENIZE_UNSUPPORTED, Unsupported
 from manylora.api.json_body import documented
-from manylora.api.lanes import PYTHON, beside_loop
+from manylora.api.lanes import INLINE_CHARACTERS, PYTHON, beside_loop
 from manylora.api.naming import adapter_of
-from manylora.api.requests import INLINE_CHARACTERS, INLINE_IDS, counted_ids, lane_of, read_body, rendered
+from manylora.api.requests import INLINE_IDS, counted_ids, lane_of, read_body
 from manylora.api.sampling import check_token_ids
 from manylora.api.schemas import MAX_MESSAGES, Body, Int, Message, parse
 from manylora.api.state import Services, ServicesDep
-from manylora.engine.interface import EngineClient
+from manylora.engine.interface import AdapterRef, EngineClient
 from manylora.errors import InvalidRequest
 from manylora.tenants.interface import Principal
 
@@ -62,9 +64,12 @@ class DetokenizeRequest(Body):
 async def tokenize(request: Request, caller: Caller, services: ServicesDep) -> Response:
     """The token ids of a text or a chat, and how many there are."""
     body = await read_body(request, partial(parse, TokenizeRequest))
-    _check_named(body, caller, services)
+    adapter = _named(body, caller, services)
     engine = services.engine
-    text = body.prompt if body.messages is None else await rendered(body.messages, engine.codec)
+    text = body.prompt
+    if body.messages is not None:
+        template = chat_template_of(services.directory, adapter)
+        text = await rendered(body.messages, engine.codec, template=template, tenant=caller.tenant)
     assert text is not None, "the schema asks for one of the two"
     if len(text) <= INLINE_CHARACTERS:
         return _json(_tokens_of(text, body, engine))
@@ -87,7 +92,7 @@ def _tokens_of(text: str, body: TokenizeRequest, engine: EngineClient) -> bytes:
 async def detokenize(request: Request, caller: Caller, services: ServicesDep) -> Response:
     """The text of token ids, special tokens included."""
     body = await read_body(request, partial(parse, DetokenizeRequest))
-    _check_named(body, caller, services)
+    _named(body, caller, services)
     if len(body.tokens) <= INLINE_IDS:
         return _json(_text_of(body, services.engine))
     return _json(await beside_loop(PYTHON, _text_of, body, services.engine))
@@ -104,10 +109,10 @@ async def tokenizer_info(caller: Caller, services: ServicesDep) -> dict[str, Any
     return dict(services.engine.codec.info)
 
 
-def _check_named(body: Body, caller: Principal, services: Services) -> None:
-    """Raises AdapterNotFound where the body names a model that the caller may not name."""
+def _named(body: Body, caller: Principal, services: Services) -> AdapterRef | None:
+    """The adapter that the body names. Raises AdapterNotFound for a model that the caller may not name."""
     base, aliases = services.engine.model.name, services.settings.resolved_model_aliases
-    adapter_of(body, services.directory, caller.tenant, base, aliases)
+    return adapter_of(body, services.directory, caller.tenant, base, aliases)
 
 
 def _json(content: bytes) -> Response:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from manylora.catalog.defaults import not_used
 from manylora.catalog.records import Folder, Published
 from manylora.errors import InvalidAdapter, ManyloraError, StartupError
-from manylora.identity import ADAPTER_FILES, CONFIG_FILE, DEFAULTS_FILE
+from manylora.identity import ADAPTER_FILES, CONFIG_FILE, OPTIONAL_FILES
 from manylora.lora.format.folder import left_aside, names_in, warning_of
 
 _CHECKPOINT: Final = re.compile(r"checkpoint-[0-9]+")
@@ -53,9 +54,10 @@ def _fingerprint(folder: Path) -> str:
             parts.append(f"{info.st_size}:{info.st_mtime_ns}:{info.st_ino}")
         except FileNotFoundError:
             parts.append("missing")
-    with suppress(FileNotFoundError):  # of a folder without one the fingerprint is as it has always been
-        info = (folder / DEFAULTS_FILE).stat()
-        parts.append(f"{info.st_size}:{info.st_mtime_ns}:{info.st_ino}")
+    for name in OPTIONAL_FILES:
+        with suppress(FileNotFoundError):  # of a folder without one the fingerprint is as it has always been
+            info = (folder / name).stat()
+            parts.append(f"{info.st_size}:{info.st_mtime_ns}:{info.st_ino}")
     return "/".join(parts)
 
 
@@ -87,7 +89,7 @@ async def register(
 
 def _warn(folder: FoundFolder) -> None:
     """Log a report's warnings, since nobody reads reports at start."""
-    said = warning_of(left_aside(names_in(folder.path)))
+    said = warning_of(left_aside(not_used(folder.path, names_in(folder.path))))
     if said is not None:
         _log.warning("%s: %s", folder.path, said)
 

@@ -19,7 +19,7 @@ from manylora.catalog import folders, sources
 from manylora.catalog.base_names import BaseNames
 from manylora.catalog.belonging import check_owner
 from manylora.catalog.blobs import Blobs
-from manylora.catalog.defaults import DefaultsCheck, canonical, read_file
+from manylora.catalog.defaults import DefaultsCheck, canonical, not_used, read_file
 from manylora.catalog.directory import Directory, Listed, missing
 from manylora.catalog.files import FolderLock
 from manylora.catalog.receive import receive_form
@@ -265,7 +265,8 @@ class Catalog:
         problems: list[Problem] = []
         adapter, text = None, None
         try:
-            adapter = await self._quarantine.validate(brought)
+            beside = await asyncio.to_thread(not_used, brought.folder, brought.left_aside)
+            adapter = await self._quarantine.validate(replace(brought, left_aside=beside))
         except InvalidAdapter as error:
             problems += error.problems
         try:

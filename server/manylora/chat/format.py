@@ -41,7 +41,8 @@ class ChatOptions:
     """What a chat is rendered with.
 
     `tools` are as OpenAI describes them. `variables` are the template's own, such as `enable_thinking`. `template`
-    stands in for the base's. `for_answer` begins the assistant's turn; `continue_final` leaves the last message open.
+    stands in for the base's, and is a stranger's. `for_answer` begins the assistant's turn; `continue_final` leaves the
+    last message open.
     """
 
     tools: Sequence[Mapping[str, Any]] = ()

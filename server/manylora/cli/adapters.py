@@ -29,6 +29,7 @@ from manylora.cli.answers import (
     table,
 )
 from manylora.client.adapters import publication_of
+from manylora.errors import InvalidAdapter
 from manylora.identity import ADAPTER_FILES, BROUGHT_FILES
 from manylora.lora.format.folder import left_aside, names_in, warning_of
 
@@ -78,7 +79,8 @@ def push(
     fields |= {"activate": "true" if activate else "false"} if activate is not None else {}
     fields |= {"description": description} if description is not None else {}
     fields |= {"pinned": "true"} if pin else {}
-    aside = warning_of(left_aside(names_in(path)))  # of a folder the two files are sent, so the server cannot know
+    # Of a folder only these files are sent, so the server cannot know of others.
+    aside = warning_of(left_aside(name for name in names_in(path) if name not in BROUGHT_FILES))
     with server(as_json=as_json) as remote, _parts(path) as parts:
         version = remote.call("POST", "/v1/adapters", data=fields, files=parts, params=_tenant(tenant))
     if aside is not None:
@@ -413,7 +415,12 @@ def _object_in(file: Path) -> dict[str, Any]:
         fail(f"{file} cannot be read as JSON: {error}", USAGE)
     if not isinstance(found, dict):
         fail(f"{file} holds no JSON object.", USAGE)
-    return found
+    from manylora.catalog.defaults import with_template
+
+    try:
+        return with_template(found, file.parent)
+    except InvalidAdapter as error:
+        fail(f"{file}: {error.problems[0].message}", USAGE)
 
 
 def _change(name: str, tenant: str | None, body: dict[str, Any], said: str, *, as_json: bool) -> None:

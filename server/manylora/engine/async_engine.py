@@ -426,6 +426,7 @@ class AsyncEngine:
         self._engine.close()
         await asyncio.to_thread(self._tiers.close)
         await asyncio.to_thread(self._grammars.close)
+        await asyncio.to_thread(self.codec.close)
 
     # the engine's thread
 

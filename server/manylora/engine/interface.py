@@ -321,7 +321,15 @@ class TextCodec(Protocol):
         ...
 
     def chat_format(self, template: str | None = None) -> ChatFormat:
-        """How chats are written with the base's template, or with another in its place."""
+        """How chats are written with the base's template, or with another in its place.
+
+        Both this and a chat with `options.template` run a stranger's program, within bounds: they take a while, and
+        raise Unavailable where that cannot be done.
+        """
+        ...
+
+    def close(self) -> None:
+        """End what it has started beside this process."""
         ...
 
     def response_reader(self, prompt: str, tools: Sequence[Mapping[str, Any]], *, only_one: bool) -> Reader:

@@ -5,26 +5,23 @@ grammar that many requests have in common is made once, and has a budget of byte
 """
 
 import json
-import os
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import IO, Any, BinaryIO, Final, cast
+from typing import Any, Final
 
 import llguidance
 
-from manylora.errors import InvalidGrammar, ManyloraError, QueueFull, Unavailable
+from manylora.children import Helper
+from manylora.errors import InvalidGrammar, ManyloraError, QueueFull
 from manylora.grammars.grammar import MAX_GRAMMAR_BYTES, Grammar
 from manylora.grammars.language import mask_words, new_matcher
 from manylora.grammars.threads import start_thread
-from manylora.grammars.trial import MAX_COMPILE_BYTES, MAX_COMPILE_S, read_frame, write_frame
+from manylora.grammars.trial import MAX_COMPILE_BYTES, MAX_COMPILE_S
 from manylora.grammars.vocabulary import Vocabulary
 from manylora.log import get_logger
 from manylora.lora.memory.line import LoadLine
@@ -34,6 +31,7 @@ __all__ = ["Compiled", "GrammarCompiler", "GrammarEvents", "fault_for_caller"]
 NUM_COMPILERS: Final = 2
 MAX_GRAMMARS_WAITING: Final = 64
 _LEAST_BYTES: Final = 2**16
+_TRIAL: Final = "manylora.grammars.trial"
 _MAX_REFUSED: Final = 256  # grammars whose refusal is remembered
 # In what the library says where one of `language.LIMITS` is reached.
 _LIMIT_WORDS: Final = (
@@ -100,68 +98,6 @@ class Compiled:
             return fresh.deep_copy()
 
 
-class _Trial:
-    """The other end of `trial`: a process that is started when it is first needed, and again where it has ended."""
-
-    def __init__(self, vocabulary: Callable[[], Vocabulary]) -> None:
-        self._vocabulary = vocabulary
-        self._process: subprocess.Popen[bytes] | None = None
-        self._is_closed = False
-
-    def run(self, grammar: Grammar) -> dict[str, Any]:
-        request = json.dumps({"kind": grammar.kind, "source": grammar.source}).encode()
-        for _ in range(2):
-            if self._is_closed:
-                break
-            try:
-                process = self._started()
-                write_frame(_pipe(process.stdin), request)
-                answer = read_frame(_pipe(process.stdout))
-            except OSError:
-                answer = None
-            if answer is not None:
-                found: dict[str, Any] = json.loads(answer)
-                return found
-            self.end()
-        raise Unavailable("Grammars cannot be tried now: the process for it does not run. The log has the details.")
-
-    def _started(self) -> subprocess.Popen[bytes]:
-        if self._process is None:
-            # It is as nice as the thread that starts it.
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "manylora.grammars.trial"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                start_new_session=True,  # a key pressed in the server's terminal is not meant for it
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-            )
-            write_frame(_pipe(self._process.stdin), self._vocabulary().to_json())
-        return self._process
-
-    def close(self) -> None:
-        """Ends what it is at, from any thread."""
-        self._is_closed = True
-        process = self._process
-        if process is not None:
-            process.kill()
-
-    def end(self) -> None:
-        process, self._process = self._process, None
-        if process is None:
-            return
-        process.kill()
-        process.wait()
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                with suppress(OSError):  # of what was written and not read
-                    pipe.close()
-
-
-def _pipe(stream: IO[bytes] | None) -> BinaryIO:
-    assert stream is not None
-    return cast("BinaryIO", stream)
-
-
 @dataclass(slots=True)
 class _Job:
     """A grammar that somebody waits for, at whose expense, and who is told."""
@@ -188,7 +124,7 @@ class GrammarCompiler:
         self._jobs: dict[bytes, _Job] = {}
         self._kept: OrderedDict[bytes, Compiled] = OrderedDict()  # least recently used first
         self._refused: OrderedDict[bytes, tuple[str, tuple[str, ...]]] = OrderedDict()
-        self._trials = [_Trial(vocabulary) for _ in range(NUM_COMPILERS)]
+        self._trials = [Helper(_TRIAL, lambda: vocabulary().to_json()) for _ in range(NUM_COMPILERS)]
         self._threads: list[threading.Thread] = []
         self._built: llguidance.LLTokenizer | None = None
         self._building = threading.Lock()
@@ -266,7 +202,7 @@ class GrammarCompiler:
                 start_thread(partial(self._serve, trial), "grammar-compiler", is_nice=True) for trial in self._trials
             ]
 
-    def _serve(self, trial: _Trial) -> None:
+    def _serve(self, trial: Helper) -> None:
         try:
             while (taken := self._take()) is not None:
                 key, tenant = taken
@@ -285,7 +221,7 @@ class GrammarCompiler:
                 self._work.wait()
         return None
 
-    def _made(self, trial: _Trial, grammar: Grammar) -> "Compiled | Exception":
+    def _made(self, trial: Helper, grammar: Grammar) -> "Compiled | Exception":
         began = time.perf_counter()
         made: Compiled | Exception
         try:
@@ -298,9 +234,9 @@ class GrammarCompiler:
         self._events.on_compile(time.perf_counter() - began, "ok" if isinstance(made, Compiled) else "refused")
         return made
 
-    def _make(self, trial: _Trial, grammar: Grammar) -> Compiled:
+    def _make(self, trial: Helper, grammar: Grammar) -> Compiled:
         tokenizer = self.tokenizer()
-        found = trial.run(grammar)
+        found = trial.ask({"kind": grammar.kind, "source": grammar.source})
         if "text" not in found:
             raise _refusal(found)
         compiled = Compiled(grammar, found["text"], tokenizer, found["num_bytes"])

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from manylora.chat import tool_prompt
 from manylora.chat.format import PLAIN_CHAT, ChatFormat, ChatOptions, Syntax, reasoning_of, syntax_of
+from manylora.chat.strangers import StrangersTemplates
 from manylora.errors import InvalidRequest, quoted
 
 __all__ = ["ChatTemplate"]
@@ -24,6 +25,7 @@ _MARKER = re.compile("probe([0-9]+)probe")
 _NUM_REMEMBERED = 1024
 _REMEMBERED_LENGTH = 64  # messages
 _FORMATS_REMEMBERED = 64
+_STRANGERS_REMEMBERED = 128  # each may hold a template on
 _MARK = "probe0probe"
 _PROBE_TOOL: Final[dict[str, Any]] = {
     "type": "function",
@@ -58,13 +60,17 @@ class ChatTemplate:
 
     Thread-safe. Raises InvalidRequest where there is no template, where it refuses the messages and where it would
     leave one of them out. An assistant's message may have `tool_calls`, whose arguments are objects; of such a message
-    it is enough that the calls appear. `with_tool_prompt` tells a template that knows no tools of them in words.
+    it is enough that the calls appear. `ChatOptions.template` is a stranger's and rendered in a process that can be
+    spared, which takes a while and raises Unavailable where that process does not run. `with_tool_prompt` tells a
+    template that knows no tools of them in words.
     """
 
     def __init__(self, tokenizer: Any, *, with_tool_prompt: bool = False) -> None:
         self._tokenizer = tokenizer
         self._with_tool_prompt = with_tool_prompt
+        self._strangers = StrangersTemplates()
         self._remembered = lru_cache(_NUM_REMEMBERED)(self._in_parts)
+        self._remembered_of_strangers = lru_cache(_STRANGERS_REMEMBERED)(self._in_parts)
         self.format = lru_cache(_FORMATS_REMEMBERED)(self._format)
         named = set(signature(tokenizer.apply_chat_template).parameters) | set(tokenizer.SPECIAL_TOKENS_ATTRIBUTES)
         self._not_variables = named | {"messages"}
@@ -99,7 +105,7 @@ class ChatTemplate:
             reasoning=reasoning_of(source, added),
             syntax=syntax,
             special_marks=frozenset(text for text, (_, is_special) in added.items() if is_special),
-            has_response_template=bool(getattr(self._tokenizer, "response_template", None)),
+            has_response_template=template is None and bool(getattr(self._tokenizer, "response_template", None)),
         )
 
     def _shows(self, options: ChatOptions) -> bool:
@@ -110,8 +116,10 @@ class ChatTemplate:
             return False
 
     def _source(self, template: str | None, has_tools: bool) -> str:
+        if template is not None:
+            return template
         try:
-            return str(self._tokenizer.get_chat_template(template, [_PROBE_TOOL] if has_tools else None))
+            return str(self._tokenizer.get_chat_template(None, [_PROBE_TOOL] if has_tools else None))
         except ValueError:  # several, none of them for this
             return ""
 
@@ -131,7 +139,8 @@ class ChatTemplate:
             messages = [_with_mistral_ids(message) for message in messages]
         shapes = tuple(map(_Shape.of, messages))
         is_usual = len(shapes) <= _REMEMBERED_LENGTH and not options.variables
-        in_parts = (self._remembered if is_usual else self._in_parts)(shapes, _Probed.of(options))
+        remembered = self._remembered if options.template is None else self._remembered_of_strangers
+        in_parts = (remembered if is_usual else self._in_parts)(shapes, _Probed.of(options))
         given = [{**m, "content": _part(m["content"])} if m.get("role") in in_parts else m for m in messages]
         return self._apply(given, options)
 
@@ -169,14 +178,19 @@ class ChatTemplate:
         seen = set(map(int, _MARKER.findall(text)))
         return [number for number in range(len(shapes)) if number not in seen]
 
+    def close(self) -> None:
+        """End the processes that strangers' templates are rendered in."""
+        self._strangers.close()
+
     def _apply(self, messages: list[dict[str, Any]], options: ChatOptions) -> str:
+        if options.template is not None:
+            return self._strangers.render(messages, options, self._tokenizer.special_tokens_map)
         try:
             return str(
                 self._tokenizer.apply_chat_template(
                     messages,
                     tools=list(options.tools) or None,
                     documents=list(options.documents) or None,
-                    chat_template=options.template,
                     tokenize=False,
                     add_generation_prompt=options.for_answer and not options.continue_final,
                     continue_final_message=options.continue_final,

@@ -157,6 +157,10 @@ class HuggingFaceCodec:
         """How chats are written with the base's template, or with another in its place."""
         return self._overrides.applied(self._template.format(template))
 
+    def close(self) -> None:
+        """End the processes that templates of others than the base are rendered in; they start again when needed."""
+        self._template.close()
+
     def response_reader(self, prompt: str, tools: Sequence[Mapping[str, Any]], *, only_one: bool) -> ResponseReader:
         """What reads one answer to a prompt, for a format with `has_response_template`."""
         return ResponseReader(self._tokenizer, prompt, tools, only_one=only_one, new_id=lambda: new_call_id(None))

@@ -131,6 +131,7 @@ export class Detail {
     const path = `/versions/${version.version}`;
     const buttons = [
       fold("Report", async () => ({ element: reportView(await getJson(this.path(adapter, path))) })),
+      ...(Object.keys(version.defaults).length ? [fold("Defaults", () => ({ element: defaultsView(version.defaults) }))] : []),
       fold("Inspect", () => Inspection.load(this.path(adapter, `${path}/inspection`))),
     ];
     if (may && !isActive && isReady) {
@@ -222,4 +223,14 @@ export class Detail {
       await this.open(adapter);
     });
   }
+}
+
+/** What requests that name a version get where they do not say it themselves. */
+function defaultsView({ locked = [], ...fields }) {
+  const shown = (value) => (typeof value === "string" ? value : JSON.stringify(value));
+  return h("dl", { class: "facts defaults" },
+    Object.entries(fields).flatMap(([name, value]) => [
+      h("dt", {}, locked.includes(name) ? `${name} (locked)` : name),
+      h("dd", {}, shown(value)),
+    ]));
 }

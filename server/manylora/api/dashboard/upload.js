@@ -7,6 +7,7 @@ import { problemList, reportView } from "./report.js";
 
 const CONFIG = "adapter_config.json";
 const WEIGHTS = "adapter_model.safetensors";
+const BESIDE = ["manylora.json", "chat_template.jinja"];
 const ARCHIVE = /\.(zip|tar|tar\.gz|tgz)$/i;
 const NAME = "[a-z0-9][a-z0-9._\\-]{0,63}";
 
@@ -42,7 +43,9 @@ function stage(found) {
   const weights = found.find(({ file }) => file.name === WEIGHTS) ?? found.find(({ file }) => file.name.startsWith("adapter_model."));
   if (config && weights) {
     const parent = weights.path.split("/").at(-2) ?? "";
-    return { parts: [["files", config.file, CONFIG], ["files", weights.file, weights.file.name]], name: proposed(parent) };
+    const beside = found.filter(({ file, path }) => BESIDE.includes(file.name) && path === config.path.replace(CONFIG, file.name));
+    const files = [config, weights, ...beside].map(({ file }) => ["files", file, file.name]);
+    return { parts: files, name: proposed(parent) };
   }
   return { fault: `An adapter is one archive (.zip, .tar, .tar.gz, .tgz), or the two files ${CONFIG} and ${WEIGHTS}. This was: ${found.map(({ file }) => file.name).join(", ") || "nothing"}.` };
 }

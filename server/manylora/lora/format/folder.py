@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from manylora.errors import TooLarge
-from manylora.identity import BROUGHT_FILES, CONFIG_FILE, TENSOR_FILE
+from manylora.identity import ADAPTER_FILES, CONFIG_FILE, DEFAULTS_FILE, TENSOR_FILE
 from manylora.lora.format.problems import Problems, listed, shown
 
 NEEDED = frozenset({CONFIG_FILE, TENSOR_FILE})
@@ -34,7 +34,7 @@ def left_aside(names: Iterable[str]) -> list[str]:
         first, slash, _ = name.partition("/")
         if slash:
             found.add(f"{first}/")
-        elif name not in BROUGHT_FILES and not _is_descriptive(name.lower()):
+        elif name not in (*ADAPTER_FILES, DEFAULTS_FILE) and not _is_descriptive(name.lower()):
             found.add(name)
     return sorted(found)
 
