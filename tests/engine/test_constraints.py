@@ -190,6 +190,43 @@ def test_rows_with_their_own_grammars_and_adapters_answer_as_each_does_alone(
         assert answer(rig, f"together{number}") == answer(rig, f"alone{number}")
 
 
+def test_a_batch_of_32_adapters_with_32_schemas_answers_as_each_does_alone(
+    tiny_llama_dir: Path, tmp_path: Path, compiler: GrammarCompiler
+) -> None:
+    names = [f"tenant{number}" for number in range(32)]
+    fleet = {
+        name: make_adapter(tiny_llama_dir, tmp_path / name, rank=4, seed=number) for number, name in enumerate(names)
+    }
+    schemas = [random_schema(3000 + number) for number in range(32)]
+    assert len({str(schema) for schema in schemas}) == 32
+    rig = build(tiny_llama_dir, fleet, max_num_batched_tokens=512)
+    for name in names:
+        rig.add(f"load {name}", PROMPT, name, max_tokens=1)
+    rig.run()
+
+    def ask_one(run: str, number: int) -> None:
+        grammar = made(compiler, Grammar.json_schema(schemas[number]))
+        ask(rig, f"{run}{number}", grammar, names[number], seed=number, max_tokens=100, temperature=number % 3 / 2)
+
+    for number in range(32):
+        ask_one("together", number)
+    rig.step()
+    assert len(rig.scheduler.running) > 24  # who has said all in one step is not among them
+    rig.run()
+    for number in range(32):
+        ask_one("alone", number)
+        rig.run()
+    assert rig.is_exact
+    whole = 0
+    for number, schema in enumerate(schemas):
+        assert answer(rig, f"together{number}") == answer(rig, f"alone{number}")
+        if answer(rig, f"alone{number}")[2] is FinishReason.STOP:
+            check_conforms(schema, rig.text(f"alone{number}"))
+            whole += 1
+    assert whole > 16  # the others were cut
+    rig.close()
+
+
 def test_what_must_come_is_taken_without_the_model(rig: Rig, compiler: GrammarCompiler) -> None:
     grammar = made(compiler, Grammar.json_schema(PERSON))
     before = rig.engine.num_steps

@@ -128,7 +128,7 @@ def syntax_of(template: str) -> Syntax | None:
         return "mistral_args" if "[ARGS]" in template else "mistral"
     if "<tool_call>" in template:
         return None if any(mark in template for mark in _OTHER_MARKUP) else "hermes"
-    if "[func_name1(params_name1=" in template:
+    if "[func_name1(" in template:  # of Llama 3.2, Llama 4 and those tuned as they are
         return "pythonic"
     if '"parameters": ' in template and "tool_call" in template:
         return "llama3_json"
