@@ -284,6 +284,23 @@ def test_pinning_brings_the_adapter_to_the_device_and_marks_it(
     assert httpx.get(f"{server.url}/v1/adapters/kept").json()["pinned"] is False
 
 
+def test_a_versions_defaults_are_shown(open_page: OpenPage, server: Server, folders: dict[str, Path]) -> None:
+    upload(server.url, folders["spare"], "told")
+    defaults = {"system_prompt": "Be brief.", "choices": ["yes", "no"], "locked": ["choices"]}
+    path = f"{server.url}/v1/adapters/told"
+    assert httpx.patch(path, json={"defaults": defaults}, timeout=120).status_code == 200
+    page = open_page().page
+    drawer = open_adapter(page, "told")
+    drawer.get_by_role("button", name="Defaults").click()
+    expect(drawer.locator(".defaults dt")).to_have_text(["choices (locked)", "system_prompt"])
+    expect(drawer.locator(".defaults dd")).to_have_text(['["yes","no"]', "Be brief."])
+    assert httpx.patch(path, json={"defaults": {}}).status_code == 200
+    drawer.get_by_role("button", name="Close").click()
+    drawer = open_adapter(page, "told")
+    expect(drawer.get_by_role("button", name="Report")).to_be_visible()
+    expect(drawer.get_by_role("button", name="Defaults")).to_have_count(0)
+
+
 def test_deleting_asks_first_and_then_is_final(open_page: OpenPage, server: Server, folders: dict[str, Path]) -> None:
     upload(server.url, folders["spare"], "doomed")
     page = open_page().page

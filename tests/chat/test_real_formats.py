@@ -101,7 +101,7 @@ FAMILIES: dict[str, tuple[str, Syntax | None, str, list[tuple[str, Any]], str, s
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("is_cut", [False, True])
-def test_a_familys_answers_are_read_as_its_template_writes_them(family: str, is_cut: bool) -> None:
+def test_answers_of_a_family_are_read_as_its_template_writes_them(family: str, is_cut: bool) -> None:
     template, syntax, answer, calls, said, thought = FAMILIES[family]
     assert syntax_of(template) == syntax
     reasoning = reasoning_of(template, ())

@@ -115,7 +115,7 @@ def test_an_adapters_own_template_is_what_its_chats_are_written_with(
         plain = httpx.post(f"{server.url}/v1/completions", json=wanted, timeout=120).json()
         answer = httpx.post(f"{server.url}/v1/chat/completions", json=chat, timeout=120).json()
         assert answer["choices"][0]["message"]["content"] == plain["choices"][0]["text"]
-        assert answer["usage"] == plain["usage"]
+        assert answer["usage"]["prompt_tokens"] == plain["usage"]["prompt_tokens"]
         tokens = httpx.post(f"{server.url}/tokenize", json={k: chat[k] for k in ("model", "messages")}).json()
         assert tokens["count"] == plain["usage"]["prompt_tokens"]
         refused = httpx.post(f"{server.url}/v1/chat/completions", json={**chat, "chat_template": SHOUT}, timeout=120)
