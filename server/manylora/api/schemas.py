@@ -6,15 +6,7 @@ thing wrong is the answer: a body can be wrong a million times over, and nobody 
 
 from typing import Annotated, Any, ClassVar, Final, Literal, Self, TypeAlias, TypeVar
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from manylora.api.errors import invalid_from
 from manylora.api.fields import (
@@ -397,9 +389,7 @@ class ChatRequest(GenerationRequest):
     tools: list[Tool] = Field(default=[], max_length=MAX_TOOLS, fail_fast=True)
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool = Field(default=True, description="Whether an answer may have more than one call.")
-    chat_template: str | None = Field(
-        default=None, max_length=MAX_CHAT_TEMPLATE, description="In place of the base's, where the server allows it."
-    )
+    chat_template: str | None = Field(default=None, max_length=MAX_CHAT_TEMPLATE, description="In place of the base's.")
     chat_template_kwargs: dict[str, Any] = Field(default={}, description="Variables of the model's chat template.")
     add_generation_prompt: bool | None = Field(default=None, description="Begin the assistant's turn; the default.")
     continue_final_message: bool = Field(default=False, description="Go on with the last message, the assistant's.")
