@@ -244,7 +244,8 @@ class Items:
 class ResponseAnswer:
     """Implements `run.Renderer`. There is one choice.
 
-    Log-probabilities belong to a message's text: those of tokens that become thoughts or a call are left out.
+    Log-probabilities belong to a message's text: those of tokens that become thoughts or a call are left out. Where one
+    step brings both, all of its tokens count as text.
     """
 
     def __init__(self, run: Run, body: ChatRequest, told: Told) -> None:
@@ -298,9 +299,14 @@ class ResponseAnswer:
 
     def _take(self, delta: Delta) -> list[Event]:
         events: list[Event] = []
-        for piece in self._splitter.split(delta):
-            taken, self._logprobs = self._logprobs, []
+        pieces = self._splitter.split(delta)
+        for piece in pieces:
+            taken: list[bytes] = []
+            if isinstance(piece, Text):
+                taken, self._logprobs = self._logprobs, []
             events += self._items.add(piece, taken)
+        if pieces:
+            self._logprobs = []
         if delta.finish_reason is not None:
             self._finish_reason = delta.finish_reason
             events += self._items.end(self._status, self._logprobs)
