@@ -18,7 +18,7 @@ from manylora.errors import InvalidRequest
 from manylora.tenants.interface import Principal, Role
 
 from .conftest import Rig
-from .test_tools import CALL, HERMES, PARAMETERS, THINKING
+from .test_tools import CALL, PARAMETERS, THINKING
 
 WEATHER: dict[str, Any] = {"type": "function", "name": "get_weather", "parameters": PARAMETERS}
 NOW: dict[str, Any] = {"type": "function", "name": "now"}
@@ -369,39 +369,6 @@ def test_a_turn_of_the_assistant_is_one_message(rig: Rig) -> None:
         ("assistant", "", "5", []),
     ]
     assert messages_of(rig)[2]["name"] == "a"
-
-
-def test_tools_go_to_the_template_and_what_must_be_called_is_a_grammar(rig: Rig) -> None:
-    rig.engine.codec.form, rig.engine.text = HERMES, CALL
-    strict = {**WEATHER, "description": "Of a city", "strict": True}
-    for choice in ("required", {"type": "function", "name": "now"}, None, "none"):
-        assert ask(rig, tools=[strict, NOW], tool_choice=choice).status_code == 200
-
-    tools = [tool["function"] for tool in rig.engine.codec.rendered[0][1].tools]
-    assert [(tool["name"], tool["description"]) for tool in tools] == [("get_weather", "Of a city"), ("now", "")]
-    sources = [grammar.source for _, grammar in rig.engine.compiled]
-    assert ["get_weather" in source for source in sources] == [True, False, True]
-    assert list(rig.engine.codec.rendered[-1][1].tools) == []
-
-
-@pytest.mark.parametrize("mode", ["auto", "required"])
-def test_allowed_tools_are_those_that_are_offered(rig: Rig, mode: str) -> None:
-    rig.engine.codec.form, rig.engine.text = HERMES, CALL
-    allowed = {"type": "allowed_tools", "mode": mode, "tools": [{"type": "function", "name": "now"}]}
-    body = ask(rig, tools=[WEATHER, NOW], tool_choice=allowed).json()
-
-    assert [tool["function"]["name"] for tool in rig.engine.codec.rendered[-1][1].tools] == ["now"]
-    assert len(rig.engine.compiled) == (mode == "required")
-    assert body["tool_choice"] == allowed
-    assert [tool["name"] for tool in body["tools"]] == ["get_weather", "now"]
-    assert [item["type"] for item in body["output"]] == ["message"]
-
-
-def test_parallel_calls_can_be_ruled_out(rig: Rig) -> None:
-    rig.engine.codec.form, rig.engine.text = HERMES, CALL * 2
-    assert len(ask(rig, tools=[WEATHER]).json()["output"]) == 2
-    body = ask(rig, tools=[WEATHER], parallel_tool_calls=False).json()
-    assert (len(body["output"]), body["parallel_tool_calls"]) == (1, False)
 
 
 def test_what_an_adapter_has_locked_is_told_in_the_words_of_this_route(rig: Rig) -> None:

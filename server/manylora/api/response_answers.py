@@ -2,7 +2,7 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, TypeAlias
 
@@ -31,10 +31,11 @@ class Told:
     """What an answer has besides what was said. `echoed` is what it repeats of its request.
 
     With `has_summary` thoughts are the item's `summary`, otherwise its `content`; with `has_sealed` they are its
-    `encrypted_content`, too.
+    `encrypted_content`, too. `namespaces` has, by what the model calls them, the functions that stand in one.
     """
 
     echoed: dict[str, Any]
+    namespaces: Mapping[str, tuple[str, str]]
     has_summary: bool
     has_sealed: bool
 
@@ -116,17 +117,20 @@ class CallItem(Item):
 
     prefix = "fc"
 
-    def __init__(self, answer_id: str, index: int, start: CallStart) -> None:
+    def __init__(self, answer_id: str, index: int, start: CallStart, told: Told) -> None:
         super().__init__(answer_id, index)
-        self._start = start
+        self._call_id = start.id
+        namespace, self._name = told.namespaces.get(start.name, (None, start.name))
+        self._namespace = {} if namespace is None else {"namespace": namespace}
 
     def shown(self, status: str, *, is_begun: bool = False) -> dict[str, Any]:
         return {
             "id": self.id,
             "type": "function_call",
             "status": status,
-            "call_id": self._start.id,
-            "name": self._start.name,
+            "call_id": self._call_id,
+            "name": self._name,
+            **self._namespace,
             "arguments": "" if is_begun else self.text,
         }
 
@@ -137,7 +141,7 @@ class CallItem(Item):
         return self._event("function_call_arguments.delta", delta=text)
 
     def closed(self) -> list[Event]:
-        return [self._event("function_call_arguments.done", name=self._start.name, arguments=self.text)]
+        return [self._event("function_call_arguments.done", name=self._name, arguments=self.text)]
 
 
 class ReasoningItem(Item):
@@ -199,7 +203,7 @@ class Items:
     def add(self, piece: Piece, logprobs: list[bytes]) -> list[Event]:
         item = self._last
         if isinstance(piece, CallStart):
-            return self._begin(CallItem(self._answer_id, self._next, piece))
+            return self._begin(CallItem(self._answer_id, self._next, piece, self._told))
         kind = CallItem if isinstance(piece, Arguments) else MessageItem if isinstance(piece, Text) else ReasoningItem
         if isinstance(item, kind):
             return [item.grow(piece.text, logprobs)]

@@ -14,6 +14,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from manylora.api.fields import NOTHING, Unsupported, wanted
 from manylora.api.messages import MAX_NAME
+from manylora.api.response_tools import told_as
 from manylora.api.schemas import MAX_MESSAGES
 from manylora.api.tools import CalledFunction
 from manylora.api.translation import Strict, valid
@@ -26,7 +27,7 @@ _SEAL: Final = "manylora."
 # only when told to.
 _PART_FIELDS: Final = frozenset({"type", "text", "refusal", "logprobs", "prompt_cache_breakpoint"})
 _ITEM: Final[Unsupported] = {"phase": NOTHING, "created_by": NOTHING}
-_CALL: Final[Unsupported] = {"namespace": NOTHING, "caller": ({"type": "direct"}, *NOTHING), "async": NOTHING, **_ITEM}
+_CALL: Final[Unsupported] = {"caller": ({"type": "direct"}, *NOTHING), "async": NOTHING, **_ITEM}
 
 
 def _content(value: Any, info: ValidationInfo) -> str:
@@ -78,6 +79,7 @@ class CallItem(_Item, CalledFunction):
 
     type: Literal["function_call"]
     call_id: Annotated[str, Field(max_length=MAX_NAME)]
+    namespace: Annotated[str, Field(min_length=1, max_length=MAX_NAME)] | None = None
 
 
 class OutputItem(_Item):
@@ -87,6 +89,7 @@ class OutputItem(_Item):
     call_id: Annotated[str, Field(max_length=MAX_NAME)]
     output: str
     name: Annotated[str, Field(max_length=MAX_NAME)] | None = None
+    namespace: Annotated[str, Field(min_length=1, max_length=MAX_NAME)] | None = None
 
     _check_output = field_validator("output", mode="plain")(_content)
 
@@ -224,7 +227,9 @@ def _add_item(chat: Chat, item: Any, number: int) -> None:
     add(chat, place, valid(schema, wanted(item, schema.model_fields, unsupported, where=f"{place}."), "input", number))
 
 
-_WHY_NOT: Final = {"item_reference": " Nothing is stored here, so that items are sent whole."}
+_WHY_NOT: Final = {
+    "item_reference": " Nothing is stored here: have your client send items whole, as many do with 'store': false."
+}
 
 
 def _add_message(chat: Chat, place: str, item: Any) -> None:
@@ -235,11 +240,13 @@ def _add_message(chat: Chat, place: str, item: Any) -> None:
 
 
 def _add_call(chat: Chat, place: str, item: Any) -> None:
-    chat.call(place, {"id": item.call_id, "function": {"name": item.name, "arguments": item.arguments}})
+    function = {"name": told_as(item.name, item.namespace), "arguments": item.arguments}
+    chat.call(place, {"id": item.call_id, "function": function})
 
 
 def _add_output(chat: Chat, place: str, item: Any) -> None:
-    chat.add(place, {"role": "tool", "tool_call_id": item.call_id, "content": item.output, "name": item.name})
+    name = None if item.name is None else told_as(item.name, item.namespace)
+    chat.add(place, {"role": "tool", "tool_call_id": item.call_id, "content": item.output, "name": name})
 
 
 def _add_thoughts(chat: Chat, place: str, item: Any) -> None:

@@ -14,18 +14,19 @@ from manylora.api.auth import Caller
 from manylora.api.fields import NOTHING, Unsupported, renamed, wanted
 from manylora.api.json_body import documented, parse_json
 from manylora.api.response_answers import ResponseAnswer, Told
-from manylora.api.response_items import Chat, chat_of
+from manylora.api.response_items import chat_of
+from manylora.api.response_tools import chosen, offered
 from manylora.api.run import Asked, answered
 from manylora.api.schemas import MAX_METADATA, MAX_USER, ChatRequest, Int, ReasoningEffort, checked
 from manylora.api.sse import TypedEventStream
 from manylora.api.state import ServicesDep
 from manylora.api.tools import MAX_TOOLS
 from manylora.api.translation import EXTENSIONS, Strict, documents, parted, valid
-from manylora.errors import InvalidRequest, quoted
+from manylora.errors import InvalidRequest
 
 __all__ = ["ResponseRequest", "router"]
 
-MAX_CLIENT_METADATA_VALUE: Final = 4096
+MAX_CLIENT_METADATA_LENGTH: Final = 16_384
 
 # What goes on to a chat under its own name.
 _PASSED: Final = (
@@ -49,12 +50,6 @@ _UNSUPPORTED: Final[Unsupported] = {
 }
 _TEXT: Final[Unsupported] = {"verbosity": ("medium", *NOTHING)}
 _REASONING: Final[Unsupported] = {"context": ("auto", *NOTHING), "mode": ("standard", *NOTHING)}
-_TOOL: Final[Unsupported] = {
-    "allowed_callers": (["direct"], *NOTHING),
-    "async": NOTHING,
-    "defer_loading": NOTHING,
-    "output_schema": NOTHING,
-}
 _NOTED: Final = ("safety_identifier", "prompt_cache_key", "client_metadata")
 # What a chat calls each field, and what it is called here.
 _NAMES: Final = {
@@ -90,16 +85,6 @@ class ReasoningOptions(Strict):
     generate_summary: Literal["auto", "detailed"] | None = Field(default=None, description="Older name of `summary`.")
 
 
-class FunctionTool(Strict):
-    """A function that the model may call."""
-
-    type: Literal["function"]
-    name: str
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = Field(default=None, description="Whether arguments are held to the schema; only if true.")
-
-
 class ResponseRequest(Strict):
     """`POST /v1/responses`."""
 
@@ -130,8 +115,8 @@ class ResponseRequest(Strict):
     @field_validator("client_metadata")
     @classmethod
     def _check_client_metadata(cls, value: dict[str, str] | None) -> dict[str, str] | None:
-        if any(len(each) > MAX_CLIENT_METADATA_VALUE for pair in (value or {}).items() for each in pair):
-            raise ValueError(f"must have keys and values of at most {MAX_CLIENT_METADATA_VALUE} characters")
+        if sum(len(key) + len(each) for key, each in (value or {}).items()) > MAX_CLIENT_METADATA_LENGTH:
+            raise ValueError(f"must have at most {MAX_CLIENT_METADATA_LENGTH} characters in its keys and values")
         return value
 
 
@@ -162,11 +147,11 @@ def asked_by(raw: Any) -> Asked:
     body = valid(ResponseRequest, own)
     text = _of_object(TextOptions, body.text, _TEXT, "text")
     reasoning = _of_object(ReasoningOptions, body.reasoning, _REASONING, "reasoning")
-    tools = [_tool(tool, number) for number, tool in enumerate(body.tools)]
+    tools = offered(body.tools)
     chat = chat_of(body.input, body.instructions)
-    choice, offered = _choice(body.tool_choice, tools)
+    choice, callable_tools = chosen(body.tool_choice, tools)
     has_logprobs = bool(body.top_logprobs) or "message.output_text.logprobs" in body.include
-    names = _names(chat, offered)
+    names = {**chat.names, **{f"tools[{at}].function": tool.place for at, tool in enumerate(callable_tools)}, **_NAMES}
     try:
         ours = checked(
             _CutChat if body.truncation == "auto" else _Chat,
@@ -174,7 +159,7 @@ def asked_by(raw: Any) -> Asked:
                 **passed,
                 "messages": chat.messages,
                 "max_tokens": body.max_output_tokens,
-                "tools": [_function(tools[number]) for number in offered],
+                "tools": [tool.for_chat() for tool in callable_tools],
                 "tool_choice": choice,
                 "response_format": None if text.format is None else _response_format(text.format),
                 "reasoning_effort": reasoning.effort,
@@ -187,7 +172,8 @@ def asked_by(raw: Any) -> Asked:
     except InvalidRequest as error:
         raise renamed(error, names) from None
     told = Told(
-        echoed=_echoed(body, ours, tools, text, reasoning),
+        echoed=_echoed(body, ours, text, reasoning),
+        namespaces={tool.name: (tool.namespace, tool.function.name) for tool in tools if tool.namespace is not None},
         has_summary=(reasoning.summary or reasoning.generate_summary) is not None,
         has_sealed="reasoning.encrypted_content" in body.include,
     )
@@ -201,65 +187,6 @@ def _of_object(schema: Any, raw: dict[str, Any], unsupported: Unsupported, name:
     return valid(schema, kept, name)
 
 
-def _names(chat: Chat, offered: list[int]) -> dict[str, str]:
-    """What a chat's fields are called here. `offered` are the numbers of the tools that may be called."""
-    tools = {f"tools[{number}].function": f"tools[{own}]" for number, own in enumerate(offered)}
-    return {**chat.names, **tools, **_NAMES}
-
-
-# tools
-
-
-def _tool(raw: dict[str, Any], number: int) -> FunctionTool:
-    place = f"tools[{number}]"
-    kind = raw.get("type")
-    if kind != "function":
-        raise InvalidRequest(
-            f"'{place}' is of the type '{quoted(str(kind))}', which is not supported: this server runs no tools of its "
-            "own. Send functions, and leave this one out.",
-            param=f"{place}.type",
-        )
-    return valid(FunctionTool, wanted(raw, FunctionTool.model_fields, _TOOL, where=f"{place}."), "tools", number)
-
-
-def _function(tool: FunctionTool) -> dict[str, Any]:
-    return {"type": "function", "function": tool.model_dump(exclude={"type"}, exclude_none=True)}
-
-
-def _choice(value: Any, tools: list[FunctionTool]) -> tuple[Any, list[int]]:
-    """A chat's `tool_choice`, and the numbers of the tools that may be called. Raises InvalidRequest."""
-    every = list(range(len(tools)))
-    if isinstance(value, dict):
-        if value.get("type") == "function" and set(value) == {"type", "name"} and isinstance(value["name"], str):
-            return {"type": "function", "function": {"name": value["name"]}}, every
-        allowed = _allowed(value.get("tools"))
-        is_mode = value.get("mode") in ("auto", "required") and set(value) == {"type", "mode", "tools"}
-        if value.get("type") == "allowed_tools" and is_mode and allowed:
-            names = {tool.name for tool in tools}
-            missing = next((name for name in allowed if name not in names), None)
-            if missing is not None:
-                raise InvalidRequest(
-                    f"'tool_choice' allows '{quoted(missing)}', which is not among 'tools'.", param="tool_choice"
-                )
-            return value["mode"], [number for number in every if tools[number].name in allowed]
-    elif value in (None, "none", "auto", "required"):
-        return value, every
-    raise InvalidRequest(
-        '\'tool_choice\' must be "none", "auto", "required", {"type": "function", "name": …} or {"type": '
-        '"allowed_tools", "mode": "auto" or "required", "tools": [{"type": "function", "name": …}]}.',
-        param="tool_choice",
-    )
-
-
-def _allowed(value: Any) -> list[str]:
-    """The names in a list of functions; none where it is anything else."""
-    if not isinstance(value, list) or len(value) > MAX_TOOLS:
-        return []
-    functions = [each for each in value if isinstance(each, dict) and each.get("type") == "function"]
-    names = [name for each in functions if isinstance(name := each.get("name"), str)]
-    return names if len(names) == len(value) else []
-
-
 # what is echoed
 
 
@@ -268,9 +195,7 @@ def _response_format(form: Format) -> dict[str, Any]:
     return {"type": form.type, **({"json_schema": described} if form.type == "json_schema" else {})}
 
 
-def _echoed(
-    body: ResponseRequest, chat: ChatRequest, tools: list[FunctionTool], text: TextOptions, reasoning: ReasoningOptions
-) -> dict[str, Any]:
+def _echoed(body: ResponseRequest, chat: ChatRequest, text: TextOptions, reasoning: ReasoningOptions) -> dict[str, Any]:
     """What an answer repeats of its request."""
     form = {"type": "text"} if text.format is None else text.format.model_dump(by_alias=True, exclude_none=True)
     return {
@@ -288,7 +213,7 @@ def _echoed(
         "store": False,
         "text": {"format": form},
         "tool_choice": body.tool_choice or "auto",
-        "tools": [tool.model_dump() for tool in tools],
+        "tools": body.tools,
         "top_logprobs": body.top_logprobs or 0,
         "truncation": body.truncation or "disabled",
         "user": chat.user,
