@@ -366,6 +366,7 @@ def test_what_clients_always_send_is_taken(client: anthropic.Anthropic, rig: Rig
         metadata={"user_id": "u"},
         cache_control={"type": "ephemeral"},
         betas=["interleaved-thinking-2025-05-14"],
+        context_management={"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
     )
     assert answer.content[0].text == "The q"
     assert rig.client.post("/v1/messages?alpha=true", json={}).status_code == 400

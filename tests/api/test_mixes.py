@@ -25,7 +25,9 @@ def acme(rig: Rig) -> Rig:
 
 def post(rig: Rig, route: str, **body: Any) -> Any:
     given: dict[str, dict[str, Any]] = {"/v1/completions": {"prompt": "hi"}, "/v1/embeddings": {"input": "hi"},
-             "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}]}}  # fmt: skip
+             "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}]},
+             "/v1/messages": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 9},
+             "/v1/responses": {"input": "hi"}}  # fmt: skip
     return rig.client.post(route, json={**given[route], **body})
 
 
@@ -41,7 +43,9 @@ def refused(rig: Rig, param: str, words: str, *, status: int = 400, **body: Any)
     assert words in answer.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("route", ["/v1/completions", "/v1/chat/completions", "/v1/embeddings"])
+@pytest.mark.parametrize(
+    "route", ["/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/messages", "/v1/responses"]
+)
 @pytest.mark.parametrize(
     "fields",
     [

@@ -30,7 +30,7 @@ _PASSED: Final = ("model", "stream", "temperature", "top_p", *EXTENSIONS)
 _COUNTED: Final = ("model", "adapter_id", "chat_template_kwargs", "documents", "add_special_tokens")
 _UNSUPPORTED: Final[Unsupported] = {
     "container": NOTHING,
-    "context_management": NOTHING,
+    "context_management": ({"edits": []}, {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}, *NOTHING),
     "diagnostics": NOTHING,
     "inference_geo": NOTHING,
     "mcp_servers": NOTHING,

@@ -119,7 +119,7 @@ class MessageAnswer:
             "id": f"msg_{run.id}",
             "type": "message",
             "role": "assistant",
-            "model": body.model or body.adapter_id or run.services.engine.model.name,
+            "model": body.model or body.adapter_id or run.label,
         }
 
     def arranged(self, deltas: Deltas) -> Deltas:

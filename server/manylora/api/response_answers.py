@@ -266,7 +266,7 @@ class ResponseAnswer:
             "id": f"resp_{run.id}",
             "object": "response",
             "created_at": int(time.time()),
-            "model": body.model or body.adapter_id or engine.model.name,
+            "model": body.model or body.adapter_id or run.label,
             "temperature": params.temperature,
             "top_p": params.top_p,
             **told.echoed,

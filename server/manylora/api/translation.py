@@ -17,6 +17,8 @@ T = TypeVar("T", bound=BaseModel)
 
 EXTENSIONS: Final = (
     "adapter_id",
+    "adapters",
+    "lora",
     "top_k",
     "min_p",
     "typical_p",
