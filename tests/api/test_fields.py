@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import typing
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from openai.types.chat import (
 from manylora.api import fields, schemas
 from manylora.api.schemas import MAX_CACHE_SALT_LENGTH, MIN_CACHE_SALT_LENGTH
 from manylora.engine.interface import SamplingParams
+from manylora.settings import Settings
 
 from .conftest import Rig
 from .fakes import VOCAB_SIZE
@@ -53,6 +55,21 @@ REACH: list[tuple[str, Any, str, Any]] = [
     ("prompt_logprobs", 2, "prompt_logprobs", 2),
     ("prompt_logprobs", 0, "prompt_ranks", True),
 ]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    """One application, with one event loop, for all of these cases: it takes longer to make than a request."""
+    rig = Rig(Settings(data_dir=tmp_path_factory.mktemp("fields"), max_body=64 * 1024))
+    with rig.client:
+        yield rig
+
+
+@pytest.fixture
+def rig(shared: Rig) -> Rig:
+    """The shared application, whose engine was asked for nothing yet."""
+    shared.engine.generations.clear()
+    return shared
 
 
 @pytest.mark.parametrize("route", ["complete", "chat"])
@@ -209,8 +226,8 @@ def test_no_tokens_at_all_can_be_asked_for_of_completions_only(rig: Rig) -> None
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "max_tokens")
 
 
-def test_more_answers_than_can_ever_be_queued_are_refused_at_once(rig: Rig) -> None:
-    rig.engine.max_choices = 10
+def test_more_answers_than_can_ever_be_queued_are_refused_at_once(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rig.engine, "max_choices", 10)
     assert rig.complete(prompt=["a", "b"], n=5).status_code == 200
     for body, param in (({"prompt": ["a", "b"], "n": 6}, "n"), ({"prompt": ["a"] * 11}, "prompt")):
         answer = rig.complete(**body)
