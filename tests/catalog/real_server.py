@@ -1,8 +1,5 @@
 """A real server process on a tiny model, for tests that go over HTTP."""
 
-import json
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +8,8 @@ from typing import Any
 
 import httpx
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.server_process import ServerProcess
+
 START_S = 180.0
 
 
@@ -19,7 +17,7 @@ START_S = 180.0
 class Server:
     """A server process that is up."""
 
-    process: "subprocess.Popen[str]"
+    process: ServerProcess
     client: httpx.Client
     data: Path
 
@@ -48,18 +46,11 @@ def serving(model: Path, folder: Path, **settings: Any) -> Iterator[Server]:
         "adapter_memory": "64MiB", "host_tier_memory": "64MiB", "num_threads": 1, "data_dir": str(folder / "data"),
         "max_adapter_size": "4MiB", **settings,
     }  # fmt: skip
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.e2e.serve_once", json.dumps(wanted)],
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True,
-        )  # fmt: skip
-    assert process.stdout is not None
+    process = ServerProcess(wanted, folder / "log")
     try:
-        line = process.stdout.readline()
-        assert line, (folder / "log").read_text()
-        with httpx.Client(base_url=json.loads(line)["url"], timeout=START_S) as client:
+        announcement = process.announcement()
+        assert announcement is not None, (folder / "log").read_text()
+        with httpx.Client(base_url=announcement["url"], timeout=START_S) as client:
             yield Server(process, client, folder / "data")
     finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
+        process.close()

@@ -1,8 +1,5 @@
 """A real server process on a tiny model with three adapters."""
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +10,7 @@ import httpx
 import openai
 import pytest
 
+from tests.server_process import ServerProcess
 from tests.tiny_adapters import make_adapter
 
 ROOT = Path(__file__).parent.parent.parent
@@ -23,7 +21,7 @@ ADAPTERS = {"small": 4, "middle": 8, "large": 64}  # name: rank
 class Server:
     """A running process and how to talk to it."""
 
-    process: subprocess.Popen[str]
+    process: ServerProcess
     url: str
     announcement: dict[str, Any]
     stderr: Path
@@ -39,30 +37,15 @@ class Server:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=120)
 
 
-def start(settings: dict[str, Any], stderr: Path) -> subprocess.Popen[str]:
-    with stderr.open("w") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "tests.e2e.serve_once", json.dumps(settings)],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-        )
-
-
 @contextmanager
 def running(settings: dict[str, Any], stderr: Path) -> Iterator[Server]:
-    process = start(settings, stderr)
-    assert process.stdout is not None
+    process = ServerProcess(settings, stderr)
     try:
-        line = process.stdout.readline()
-        assert line, stderr.read_text()
-        announcement = json.loads(line)
+        announcement = process.announcement()
+        assert announcement is not None, stderr.read_text()
         yield Server(process, announcement["url"], announcement, stderr)
     finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
+        process.close()
 
 
 @pytest.fixture(scope="session")
@@ -111,9 +94,8 @@ def failing_start(settings: dict[str, Any], tmp_path: Path) -> Callable[..., tup
     """`failing_start(**changes)`: exit status and standard error of a server that cannot start."""
 
     def run(**changes: Any) -> tuple[int, str]:
-        process = start({**settings, "data_dir": str(tmp_path / "data"), **changes}, tmp_path / "log")
-        process.communicate(timeout=120)
-        return process.returncode, (tmp_path / "log").read_text()
+        process = ServerProcess({**settings, "data_dir": str(tmp_path / "data"), **changes}, tmp_path / "log")
+        return process.wait(120), (tmp_path / "log").read_text()
 
     return run
 

@@ -38,7 +38,7 @@ from manylora.settings import load_settings
 from manylora.tenants.interface import Role
 from manylora.tenants.keys import KeyStore
 from manylora_loadtest.fleet import make_fleet
-from tests.e2e.conftest import start
+from tests.e2e.conftest import ROOT
 from tests.e2e.kill_records import NUM_TOKENS, Adapter, Bill, Kill, State, sums_of
 from tests.tiny_models import make_tiny_model
 
@@ -57,6 +57,18 @@ SHARE_KILLED_AT_START = 0.15
 PATIENCE_S = 300.0
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 ENDS = (httpx.HTTPError, OSError)
+
+
+def start(settings: Mapping[str, Any], stderr: Path) -> "subprocess.Popen[str]":
+    """A server in a new interpreter, which starts: to be killed while it does is part of the story."""
+    with stderr.open("w") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.e2e.serve_once", json.dumps(settings)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
 
 
 class Story:
