@@ -70,6 +70,14 @@ def rig(settings: Settings) -> Rig:
     return Rig(settings)
 
 
+@pytest.fixture(scope="module")
+def shared_rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    """One application, with one event loop, for many cases: it takes longer to make than a request."""
+    rig = Rig(Settings(data_dir=tmp_path_factory.mktemp("shared"), max_body=64 * 1024))
+    with rig.client:
+        yield rig
+
+
 @contextmanager
 def served(app: FastAPI) -> Iterator[str]:
     """The application behind a real uvicorn on a free port; gives its address."""

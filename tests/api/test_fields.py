@@ -3,7 +3,6 @@
 import dataclasses
 import inspect
 import typing
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,7 +18,6 @@ from openai.types.chat import (
 from manylora.api import fields, schemas
 from manylora.api.schemas import MAX_CACHE_SALT_LENGTH, MIN_CACHE_SALT_LENGTH
 from manylora.engine.interface import SamplingParams
-from manylora.settings import Settings
 
 from .conftest import Rig
 from .fakes import VOCAB_SIZE
@@ -57,19 +55,11 @@ REACH: list[tuple[str, Any, str, Any]] = [
 ]
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    """One application, with one event loop, for all of these cases: it takes longer to make than a request."""
-    rig = Rig(Settings(data_dir=tmp_path_factory.mktemp("fields"), max_body=64 * 1024))
-    with rig.client:
-        yield rig
-
-
 @pytest.fixture
-def rig(shared: Rig) -> Rig:
+def rig(shared_rig: Rig) -> Rig:
     """The shared application, whose engine was asked for nothing yet."""
-    shared.engine.generations.clear()
-    return shared
+    shared_rig.engine.generations.clear()
+    return shared_rig
 
 
 @pytest.mark.parametrize("route", ["complete", "chat"])
