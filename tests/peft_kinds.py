@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from manylora.identity import TENSOR_FILE
 from manylora.lora.format import tensors as safetensors_file
 from manylora.lora.format.problems import Problems
-from manylora.lora.format.spec import Adapter, Dense, Input, LowRank, Output
+from manylora.lora.format.spec import Adapter, Dense, Input, LowRank, Output, Prefix
 from manylora.lora.format.tensors import TensorView
 
 # Linears of a small Llama, whose sizes are 64 (hidden), 32 (keys, values) and 96 (inside the MLP).
@@ -163,21 +163,13 @@ KINDS: Final[Mapping[str, Kind]] = {
 REFUSED: Final[Mapping[str, str]] = {
     "PiSSA, fast": "path_initial_model_for_weight_conversion",
     "LoRA with repeated layers": "repeated layers",
-    "aLoRA": "in the middle of a prompt",
     "BD-LoRA": "another layout",
     "AdaMSS": "not in the file",
     "Lily": "hidden states",
     "PSOFT": "signs of a decomposition",
     "UniLoRA without its indices": "save_indices=True",
     "VeRA without its projections": "save_projection=True",
-    "Prompt tuning": "virtual tokens",
-    "P-tuning": "virtual tokens",
-    "P-tuning with an LSTM": "virtual tokens",
-    "Prefix tuning": "keys and values of its own",
-    "Prefix tuning, projected": "keys and values of its own",
     "Multitask prompt tuning": "virtual tokens",
-    "Cartridge": "keys and values of its own",
-    "CPT": "virtual tokens",
     "Llama-Adapter": "inside the attention",
     "Poly": "mixes skills",
     "Shadow": "a model of its own",
@@ -198,7 +190,7 @@ def outcome_of(name: str, adapter: Adapter | None, size_bytes: int) -> dict[str,
     if adapter is None:
         return {"method": KINDS[name].method, "becomes": "", "memory": ""}
     terms = [term for module in adapter.modules for term in module.terms]
-    words = {LowRank: "low rank", Dense: "dense", Input: "input", Output: "output"}
+    words = {LowRank: "low rank", Dense: "dense", Input: "input", Output: "output", Prefix: "virtual tokens"}
     found = {type(term) for term in terms}
     taken = sum(matrix.num_bytes for term in terms for matrix in term.matrices)
     return {

@@ -1,7 +1,7 @@
 """Who an adapter is: its reference, what it may be called, and what its files are called."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, Self
 
@@ -20,6 +20,7 @@ MAX_MIXED: Final = 8
 MAX_MIX_WEIGHT: Final = 4.0
 _NAME: Final = re.compile(NAME_PATTERN)
 Tier = Literal["device", "host", "disk"]
+NEVER: Final = 2**62  # a place behind every token
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,9 @@ class AdapterRef:
     """One version of one adapter.
 
     `id` is unique for ever: a name uploaded again makes a new version with a new id, so nothing that is
-    keyed by the id (slots, prefix-cache hashes, counts) can answer for another version.
+    keyed by the id (slots, prefix-cache hashes, counts) can answer for another version. `num_virtual_tokens`: positions
+    that it takes before each prompt. `invocation`: token ids from whose last run in a prompt on it acts; none: it acts
+    everywhere.
     """
 
     id: str
@@ -35,6 +38,16 @@ class AdapterRef:
     name: str
     version: int
     digest: str
+    num_virtual_tokens: int = 0
+    invocation: tuple[int, ...] = ()
+
+    def acts_from(self, prompt_ids: Sequence[int]) -> int:
+        """The place of the first token of a prompt that the adapter acts on, `NEVER` where it is not invoked."""
+        wanted, count = list(self.invocation), len(self.invocation)
+        if not count:
+            return 0
+        starts = range(len(prompt_ids) - count, -1, -1)
+        return next((at for at in starts if list(prompt_ids[at : at + count]) == wanted), NEVER)
 
     @property
     def label(self) -> str:
@@ -74,6 +87,20 @@ class Mix:
     def key(self) -> str:
         """Equal for the same adapters with the same weights, in whatever order, and for no others."""
         return repr(sorted((ref.id, weight) for ref, weight in self.parts))
+
+    @property
+    def unmixable(self) -> AdapterRef | None:
+        """One of several, or with a weight, that does more to a prompt than to the rows of a step."""
+        return None if self.is_plain else next((r for r in self.refs if r.num_virtual_tokens or r.invocation), None)
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Positions before each prompt."""
+        return sum(ref.num_virtual_tokens for ref in self.refs)
+
+    def acts_from(self, prompt_ids: Sequence[int]) -> int:
+        """The place of the first token of a prompt that any adapter acts on."""
+        return min((ref.acts_from(prompt_ids) for ref in self.refs), default=0)
 
     @property
     def label(self) -> str:

@@ -24,6 +24,8 @@ NAMES = {
     "ia3": "IA3",
     "norms": "LN tuning",
     "oft": "OFT",
+    "prompt": "Prompt tuning",
+    "prefix": "Prefix tuning",
 }
 
 
@@ -40,7 +42,27 @@ async def answer(client: httpx2.AsyncClient, model: str, prompt: list[int]) -> l
     return tokens
 
 
+async def check_room(client: httpx2.AsyncClient, model: str, *, num_virtual: int) -> None:
+    """Virtual tokens are no tokens of the caller's prompt, and take their part of the context."""
+    asked = {"model": model, "prompt": [5] * 20, "max_tokens": 2, "temperature": 0}
+    response = await client.post("/v1/completions", json=asked)
+    assert response.json()["usage"]["prompt_tokens"] == 20
+    asked |= {"prompt": [5] * (512 - num_virtual - 2)}
+    assert (await client.post("/v1/completions", json=asked)).status_code == 200
+    asked |= {"prompt": [5] * (512 - num_virtual - 1)}
+    response = await client.post("/v1/completions", json=asked)
+    assert response.status_code == 400
+    assert f"behind {num_virtual} virtual ones" in response.json()["error"]["message"]
+    mixed = {**asked, "model": "tiny", "prompt": "hi", "adapters": [{"name": model, "weight": 0.5}]}
+    response = await client.post("/v1/completions", json=mixed)
+    assert response.status_code == 400
+    assert "served alone" in response.json()["error"]["message"]
+    asked |= {"truncate_prompt_tokens": -1}
+    assert (await client.post("/v1/completions", json=asked)).status_code == 200
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning:peft.*")
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
 async def test_each_kind_is_measured_served_and_kept(tiny_llama_dir: Path, tmp_path: Path) -> None:
     folders = {
         name: make_kind(tiny_llama_dir, tmp_path / name, kind, seed=n) for n, (name, kind) in enumerate(NAMES.items())
@@ -58,6 +80,7 @@ async def test_each_kind_is_measured_served_and_kept(tiny_llama_dir: Path, tmp_p
                 tuned = with_adapter(tiny_llama_dir, folder)
             check_greedy(tuned, prompt, found[name])
         assert (await catalog.get_version("public", "oft", 1))[1].kind == "oft"
+        await check_room(client, "prompt", num_virtual=3)
         archive = await client.get("/v1/adapters/saved/versions/1/download")
         assert archive.status_code == 200
         with tarfile.open(fileobj=io.BytesIO(archive.content)) as members:

@@ -1,5 +1,6 @@
 """A whole engine on a tiny model, stepped by hand, for tests that compare it with Hugging Face and PEFT."""
 
+import json
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,7 @@ from manylora.engine.scheduler import Scheduler
 from manylora.engine.sequence import Sequence
 from manylora.grammars.compiler import GrammarCompiler
 from manylora.grammars.vocabulary import Vocabulary
+from manylora.identity import CONFIG_FILE
 from manylora.kernels import native
 from manylora.kernels.batch import Batch
 from manylora.lora.format.reader import Adapter, read_trusted
@@ -144,6 +146,12 @@ class Rig:
         self.tiers.close()
 
 
+def done_to_prompts(folder: Path) -> tuple[int, tuple[int, ...]]:
+    """An adapter's virtual tokens and those that invoke it, as its config says."""
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    return config.get("num_virtual_tokens") or 0, tuple(config.get("alora_invocation_tokens") or ())
+
+
 def packer_of(wrapped: WrappedModel, keep: KeepAs) -> Callable[[Adapter], PackedAdapter]:
     def packer(adapter: Adapter) -> PackedAdapter:
         dtype = keep.dtype_of(adapter)
@@ -210,5 +218,8 @@ def build_rig(
         eos_ids=eos_ids,
         max_model_len=num_blocks * block_size,
     )
-    refs = {name: AdapterRef(f"id-{name}", "public", name, 1, name) for name in adapters or {}}
+    refs = {
+        name: AdapterRef(f"id-{name}", "public", name, 1, name, *done_to_prompts(folder))
+        for name, folder in (adapters or {}).items()
+    }
     return Rig(engine, scheduler, tiers, wrapped, refs, loaded=loaded, is_exact=backend is not TORCH)

@@ -169,10 +169,10 @@ def test_cut_prompts_are_scored_alike_on_the_server_and_here(tmp_path: Path, tin
 
 
 def test_refused_upload_says_why(tmp_path: Path, tiny_llama_dir: Path, url: str) -> None:
-    folder = make_adapter(tiny_llama_dir, tmp_path / "alora", alora_invocation_tokens=[1])
+    folder = make_adapter(tiny_llama_dir, tmp_path / "deeper", layer_replication=[[0, 2], [1, 2]])
 
     with connect(url, "") as client, pytest.raises(ManyloraError, match="422"):
-        publish(client, folder, "alora")
+        publish(client, folder, "deeper")
 
 
 def test_only_versions_can_be_promoted(url: str) -> None:

@@ -244,7 +244,7 @@ def test_switched_off_key_of_a_later_peft_is_a_warning_only(tmp_path: Path) -> N
     ("changes", "named"),
     [
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights"),
-        ({"alora_invocation_tokens": [3, 4]}, "alora_invocation_tokens"),
+        ({"alora_invocation_tokens": [3, 4], "modules_to_save": ["o_proj"]}, "alora_invocation_tokens"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")

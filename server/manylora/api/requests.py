@@ -16,6 +16,7 @@ from manylora.api.chats import RenderedChat, rendered_beside
 from manylora.api.json_body import require_json
 from manylora.api.lanes import INLINE_CHARACTERS, LONG_TEXT, PYTHON, SHORT_TEXT, beside_loop
 from manylora.api.record import ClientGone
+from manylora.api.room import Behind, PromptEngine, fit_to_context, room_for_answer, too_long
 from manylora.api.sampling import check_token_ids, sampling_params
 from manylora.api.schemas import (
     DEFAULT_MAX_TOKENS,
@@ -102,15 +103,22 @@ class Prompt:
 
 
 async def prompts_of(
-    body: InferenceRequest, engine: EngineClient, tenant: str, *, max_tokens: int | None = None
+    body: InferenceRequest,
+    client: EngineClient,
+    tenant: str,
+    *,
+    max_tokens: int | None = None,
+    num_virtual_tokens: int = 0,
 ) -> tuple[Prompt, ...]:
     """Every prompt of the body; all have the same number of choices. What is quick to check is checked first.
 
     `max_tokens`: what an answer may have where the body does not say and the context leaves so much.
+    `num_virtual_tokens`: what the adapter takes of the context before each prompt.
 
     Raises InvalidRequest, also where the model's chat template refuses the messages or no answer can be held to the
     grammar, ContextLengthExceeded, and what `EngineClient.compile` does.
     """
+    engine: PromptEngine = Behind.of(client, num_virtual_tokens) if num_virtual_tokens else client
     if isinstance(body, PoolRequest):
         return await _pooled_prompts(body, engine)
     assert isinstance(body, GenerationRequest)
@@ -134,12 +142,12 @@ async def prompts_of(
         params = replace(params, grammar=grammar)
     reader = None if chat is None else chat.reader
     return tuple(
-        Prompt(ids, _fit_to_context(params, body, len(ids), engine.model, max_tokens), text, reader)
+        Prompt(ids, fit_to_context(params, body, len(ids), engine.model, max_tokens), text, reader)
         for ids, text in encoded
     )
 
 
-async def _pooled_prompts(body: PoolRequest, engine: EngineClient) -> tuple[Prompt, ...]:
+async def _pooled_prompts(body: PoolRequest, engine: PromptEngine) -> tuple[Prompt, ...]:
     """Every prompt of a body whose prompts become vectors."""
     if not engine.model.hidden_size:
         raise InvalidRequest("This server's base model gives no hidden states, so it has no embeddings.", param="model")
@@ -154,7 +162,7 @@ async def _pooled_prompts(body: PoolRequest, engine: EngineClient) -> tuple[Prom
 
 
 async def _grammar_of(
-    body: GenerationRequest, engine: EngineClient, tenant: str, chat: RenderedChat | None
+    body: GenerationRequest, engine: PromptEngine, tenant: str, chat: RenderedChat | None
 ) -> CompiledGrammar | None:
     """What the answer must look like, ready for use, where the body says so."""
     fields = {name: value for name in ANSWER_FIELDS if (value := getattr(body, name)) is not None}
@@ -180,7 +188,7 @@ def _check_num_choices(body: InferenceRequest, num_prompts: int, n: int, most: i
 # token ids
 
 
-async def _encode_prompts(request: InferenceRequest, engine: EngineClient) -> list[_Encoded]:
+async def _encode_prompts(request: InferenceRequest, engine: PromptEngine) -> list[_Encoded]:
     """Every prompt of a body. Raises InvalidRequest."""
     prompts, name = request.prompts, request.prompt_field
     is_repeated = isinstance(request, CompletionRequest) and request.echo
@@ -204,13 +212,13 @@ async def _encode_prompts(request: InferenceRequest, engine: EngineClient) -> li
     return await beside_loop(PYTHON, _given, request, engine, is_repeated)
 
 
-def _given(request: InferenceRequest, engine: EngineClient, is_repeated: bool) -> list[_Encoded]:
+def _given(request: InferenceRequest, engine: PromptEngine, is_repeated: bool) -> list[_Encoded]:
     """Prompts that came as ids. Those of all are checked before the first is decoded for `echo`."""
     prompts = []
     for prompt in request.prompts:
         assert isinstance(prompt, list), "prompts are all text or all ids"
         kept = _truncated(prompt, request, engine, is_text=False)
-        _room_for_answer(request, len(kept), engine.model)
+        room_for_answer(request, len(kept), engine.model)
         prompts.append(check_token_ids(kept, engine.model, request.prompt_field))
     decode = engine.codec.decode
     return [(ids, decode(ids, skip_special_tokens=False) if is_repeated else "") for ids in prompts]
@@ -254,7 +262,7 @@ def counted_ids(text: str, engine: EngineClient, *, special: bool, param: str) -
     return ids
 
 
-async def _chat_prompt(request: ChatRequest, engine: EngineClient, tenant: str) -> tuple[RenderedChat, tuple[int, ...]]:
+async def _chat_prompt(request: ChatRequest, engine: PromptEngine, tenant: str) -> tuple[RenderedChat, tuple[int, ...]]:
     """A rendered chat and its ids. Raises InvalidRequest.
 
     Of a chat that drops its oldest turns, the fewest are dropped that have to be: what follows the instructions with
@@ -282,7 +290,7 @@ async def _chat_prompt(request: ChatRequest, engine: EngineClient, tenant: str) 
         return found
 
 
-async def _encode_chat(request: ChatRequest, engine: EngineClient, tenant: str) -> tuple[RenderedChat, tuple[int, ...]]:
+async def _encode_chat(request: ChatRequest, engine: PromptEngine, tenant: str) -> tuple[RenderedChat, tuple[int, ...]]:
     chat = await rendered_beside(request, engine.codec, tenant)
     [ids] = await _encode(request, [chat.text], len(chat.text), engine)
     if not ids:
@@ -291,7 +299,7 @@ async def _encode_chat(request: ChatRequest, engine: EngineClient, tenant: str) 
 
 
 async def _encode(
-    request: InferenceRequest, texts: Sequence[str], num_characters: int, engine: EngineClient
+    request: InferenceRequest, texts: Sequence[str], num_characters: int, engine: PromptEngine
 ) -> list[tuple[int, ...]]:
     """The ids of each text; `num_characters` is the length of all."""
     if num_characters <= INLINE_CHARACTERS:
@@ -301,14 +309,14 @@ async def _encode(
     return await beside_loop(lane, _encode_long, request, texts, engine)
 
 
-def _encode_long(request: InferenceRequest, texts: Sequence[str], engine: EngineClient) -> list[tuple[int, ...]]:
+def _encode_long(request: InferenceRequest, texts: Sequence[str], engine: PromptEngine) -> list[tuple[int, ...]]:
     codec, special = engine.codec, request.has_special_tokens
     is_cut = request.truncate_prompt_tokens is not None
     for text in texts:
         if not (is_cut and len(text) <= MAX_ENCODED_CHARACTERS) and codec.surely_exceeds(
             text, engine.model.context_length
         ):
-            raise _too_long(request, f"more than that with {len(text)} characters", engine.model)
+            raise too_long(request, f"more than that with {len(text)} characters", engine.model)
     return [
         _checked(ids, request, engine)
         for batch in _batches(texts)
@@ -328,10 +336,10 @@ def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
     yield batch
 
 
-def _checked(ids: list[int], request: InferenceRequest, engine: EngineClient) -> tuple[int, ...]:
+def _checked(ids: list[int], request: InferenceRequest, engine: PromptEngine) -> tuple[int, ...]:
     """The ids of a text, those that are kept, if the model has a row for each and room for them."""
     ids = _truncated(ids, request, engine)
-    _room_for_answer(request, len(ids), engine.model)
+    room_for_answer(request, len(ids), engine.model)
     highest = max(ids, default=0)
     if highest >= engine.model.vocab_size:
         param = request.prompt_field
@@ -343,14 +351,14 @@ def _checked(ids: list[int], request: InferenceRequest, engine: EngineClient) ->
     return tuple(ids)
 
 
-async def _bad_words(words: Sequence[str], engine: EngineClient) -> tuple[tuple[int, ...], ...]:
+async def _bad_words(words: Sequence[str], engine: PromptEngine) -> tuple[tuple[int, ...], ...]:
     """The runs of tokens that spell each word, at the beginning of a text and behind a space. Raises InvalidRequest."""
     if sum(map(len, words)) <= INLINE_CHARACTERS:
         return _spelled(words, engine)
     return await beside_loop(SHORT_TEXT, _spelled, words, engine)
 
 
-def _spelled(words: Sequence[str], engine: EngineClient) -> tuple[tuple[int, ...], ...]:
+def _spelled(words: Sequence[str], engine: PromptEngine) -> tuple[tuple[int, ...], ...]:
     bare = [word.lstrip() for word in words]
     encode = engine.codec.encode_many
     found: dict[tuple[int, ...], None] = {}
@@ -378,7 +386,7 @@ def _most_kept(request: InferenceRequest, model: ModelInfo) -> int | None:
     return max(1, model.context_length - (DEFAULT_MAX_TOKENS if asked is None else asked))
 
 
-def _truncated(ids: list[int], request: InferenceRequest, engine: EngineClient, *, is_text: bool = True) -> list[int]:
+def _truncated(ids: list[int], request: InferenceRequest, engine: PromptEngine, *, is_text: bool = True) -> list[int]:
     """What is kept of a prompt: its end, or of what an encoder reads its beginning, within its special tokens."""
     most = _most_kept(request, engine.model)
     if most is None or len(ids) <= most:
@@ -394,48 +402,6 @@ def _num_behind(codec: TextCodec) -> int:
     bare, longer = codec.encode(""), codec.encode("a")
     same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(reversed(bare), reversed(longer), strict=False))
     return len(list(same))
-
-
-def _fit_to_context(
-    params: SamplingParams, request: GenerationRequest, num_prompt_tokens: int, model: ModelInfo, unasked: int | None
-) -> SamplingParams:
-    """`params` with the `max_tokens` asked for, or the default. Raises ContextLengthExceeded."""
-    room = _room_for_answer(request, num_prompt_tokens, model)
-    asked = request.token_limit
-    most_unasked = request.default_max_tokens if unasked is None else unasked
-    default = room if most_unasked is None else most_unasked
-    most = default if asked is None else asked
-    if asked is None or request.may_fill_context:
-        most = min(most, room)
-    if params.min_tokens > most:
-        raise InvalidRequest(
-            f"'min_tokens' is {params.min_tokens} and the answer has at most {most} tokens.", param="min_tokens"
-        )
-    return replace(params, max_tokens=most)
-
-
-def _room_for_answer(request: InferenceRequest, num_prompt_tokens: int, model: ModelInfo) -> int:
-    """Tokens that the context leaves for the answer, at least 1. Raises ContextLengthExceeded."""
-    room = model.context_length - num_prompt_tokens
-    asked = request.token_limit
-    is_filled = isinstance(request, GenerationRequest) and request.may_fill_context
-    if num_prompt_tokens > model.most_prompt_tokens or (asked is not None and asked > room and not is_filled):
-        raise _too_long(request, str(num_prompt_tokens), model)
-    return room
-
-
-def _too_long(request: InferenceRequest, taken: str, model: ModelInfo) -> ContextLengthExceeded:
-    """The refusal of a prompt that takes `taken` of the context."""
-    asked = request.token_limit
-    if model.kind == "pool":
-        completion, remedy = "", "Shorten it, or have it cut with 'truncate_prompt_tokens': -1."
-    else:
-        completion = f", the answer up to {asked}" if asked else " and leaves no room for an answer"
-        remedy = "Shorten the prompt or ask for fewer tokens."
-    return ContextLengthExceeded(
-        f"The model's context is {model.context_length} tokens; the prompt takes {taken}{completion}. {remedy}",
-        param=request.prompt_field,
-    )
 
 
 def _check_size(params: SamplingParams, body: GenerationRequest, prompts: Sequence[_Encoded]) -> None:

@@ -104,7 +104,13 @@ async def answered(
             run.mix = mix_of(body, services.directory, principal.tenant, services.engine.model.name, aliases)
             check_template_allowed(body, is_allowed=services.settings.allow_request_chat_template)
             body, max_tokens = with_defaults(body, services.directory, run.mix)
-            prompts = await prompts_of(body, services.engine, principal.tenant, max_tokens=max_tokens)
+            prompts = await prompts_of(
+                body,
+                services.engine,
+                principal.tenant,
+                max_tokens=max_tokens,
+                num_virtual_tokens=run.mix.num_virtual_tokens,
+            )
         except InvalidRequest as error:
             raise renamed(error, asked.names) from None
         await check_connected(request)

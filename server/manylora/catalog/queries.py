@@ -7,10 +7,9 @@ from sqlalchemy import Select, func, select, tuple_
 from sqlalchemy.orm import Session
 
 from manylora.catalog.directory import Entry, Listed, missing
-from manylora.catalog.records import AdapterRecord, VersionSums, adapter_record
+from manylora.catalog.records import AdapterRecord, VersionSums, adapter_record, ref_of
 from manylora.database.tables import AdapterRow, KeptRow, RevisionRow, VersionRow
 from manylora.errors import InvalidRequest, QuotaExceeded
-from manylora.identity import AdapterRef
 from manylora.tenants.limits import exceeded, limits_in
 
 # A quota on what is kept frees up by somebody's decision, not by time: come back in a minute, not in a second.
@@ -84,8 +83,9 @@ def entries(session: Session, base: str, adapter_id: str | None = None) -> list[
     """
     a, v = AdapterRow, VersionRow
     query = select(
-        a.tenant, a.name, a.pinned, a.active_version, v.id, v.version, v.digest, v.blob, v.created, v.base, v.defaults
-    ).join(v, v.adapter_id == a.id)
+        a.tenant, a.name, a.pinned, a.active_version, v.id, v.version, v.digest, v.blob, v.created, v.base, v.defaults,
+        v.virtual_tokens, v.invocation,
+    ).join(v, v.adapter_id == a.id)  # fmt: skip
     if adapter_id is not None:
         query = query.where(a.id == adapter_id)
     facts: dict[tuple[str, str], tuple[bool, int | None]] = {}
@@ -93,7 +93,7 @@ def entries(session: Session, base: str, adapter_id: str | None = None) -> list[
     for row in session.execute(query.order_by(a.created, a.id, v.version)):
         key = (row.tenant, row.name)
         facts[key] = (row.pinned, row.active_version)
-        ref = AdapterRef(row.id, row.tenant, row.name, row.version, row.digest)
+        ref = ref_of(row, row)
         versions.setdefault(key, {})[row.version] = Listed(ref, row.blob, row.created, row.base == base, row.defaults)
     return [Entry(*key, *facts[key], MappingProxyType(versions[key])) for key in facts]
 

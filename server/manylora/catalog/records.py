@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from manylora.database.tables import MICROSECONDS, AdapterRow, VersionRow
 from manylora.identity import AdapterRef
@@ -66,6 +66,8 @@ class NewVersion:
     target_modules: tuple[str, ...]
     size_bytes: int
     report: Mapping[str, Any]
+    virtual_tokens: int = 0
+    invocation: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,10 +197,33 @@ def adapter_record(row: AdapterRow, active: VersionRow | None, sums: VersionSums
     )
 
 
+class _Owned(Protocol):
+    """What says whose a version is."""
+
+    tenant: Any
+    name: Any
+
+
+class _Versioned(Protocol):
+    """What of a version is its identity."""
+
+    id: Any
+    version: Any
+    digest: Any
+    virtual_tokens: Any
+    invocation: Any
+
+
+def ref_of(adapter: _Owned, row: _Versioned) -> AdapterRef:
+    """The identity of a version, of its columns and its adapter's."""
+    invocation = tuple(map(int, row.invocation.split())) if row.invocation else ()
+    return AdapterRef(row.id, adapter.tenant, adapter.name, row.version, row.digest, row.virtual_tokens, invocation)
+
+
 def version_record(adapter: AdapterRow, row: VersionRow, base: str) -> VersionRecord:
     """One version of the adapter as a server with this base model sees it."""
     return VersionRecord(
-        ref=AdapterRef(row.id, adapter.tenant, adapter.name, row.version, row.digest),
+        ref=ref_of(adapter, row),
         blob=row.blob,
         is_ready=row.base == base,
         kind=row.kind,

@@ -456,6 +456,8 @@ def _add_version(session: Session, row: AdapterRow, new: NewVersion, base: str, 
         report=dict(new.report),
         created=now_us(),
         defaults=defaults,
+        virtual_tokens=new.virtual_tokens,
+        invocation=" ".join(map(str, new.invocation)),
     )
     row.next_version += 1
     session.flush()  # the adapter's row first: there is no relationship that would order the two

@@ -143,7 +143,8 @@ async def tried(engine: EngineClient, adapter: Adapter, wish: Wish, charge: Char
 
     Raises InvalidAdapter (`no_effect`, `not_finite`).
     """
-    ref = AdapterRef(new_id("probe"), wish.tenant, wish.name, 0, adapter.digest)
+    virtual, invocation = adapter.num_virtual_tokens, adapter.invocation
+    ref = AdapterRef(new_id("probe"), wish.tenant, wish.name, 0, adapter.digest, virtual, invocation)
     published: AdapterRef | None = None
     try:
         trial = Trial(await _measured(engine, ref, adapter, wish.payer, charge))
@@ -189,6 +190,8 @@ def new_version(folder: Path, adapter: Adapter, effect: Effect | None, *, blob: 
         target_modules=tuple(adapter.target_modules),
         size_bytes=sum((folder / name).stat().st_size for name in ADAPTER_FILES),
         report=report_of(adapter, effect),
+        virtual_tokens=adapter.num_virtual_tokens,
+        invocation=adapter.invocation,
     )
 
 

@@ -65,7 +65,7 @@ def modules_of(model: str | None) -> Mapping[str, ModuleSpec]:
     from manylora.models.encoder_loading import is_encoder, offered_modules
     from manylora.models.experts import adaptable_experts
     from manylora.models.loading import resolve_model
-    from manylora.models.modules import adaptable_modules, adaptable_norms
+    from manylora.models.modules import adaptable_modules, adaptable_norms, stated_shapes, with_past
 
     folder = resolve_model(model)
     if is_encoder(folder):
@@ -76,4 +76,5 @@ def modules_of(model: str | None) -> Mapping[str, ModuleSpec]:
             base = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError) as error:
         raise ModelUnusable(f"The config of {folder} cannot be used: {error}") from error
-    return adaptable_modules(base) | adaptable_experts(base) | adaptable_norms(base)
+    modules = with_past(adaptable_modules(base), stated_shapes(config))
+    return modules | adaptable_experts(base) | adaptable_norms(base)

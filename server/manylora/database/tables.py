@@ -65,7 +65,8 @@ class VersionRow(Base):
     """One immutable version.
 
     `digest` is the canonical content's hash, `blob` addresses the bytes in the store, `base` says which shapes of
-    base model it was validated against.
+    base model it was validated against. `virtual_tokens` are the positions that it takes before each prompt,
+    `invocation` the token ids, with spaces between them, from which on it acts.
     """
 
     __tablename__ = "versions"
@@ -88,6 +89,8 @@ class VersionRow(Base):
     report: Mapped[dict[str, Any]]
     created: Mapped[int]
     defaults: Mapped[str] = mapped_column(server_default="", default="")
+    virtual_tokens: Mapped[int] = mapped_column(server_default="0", default=0)
+    invocation: Mapped[str] = mapped_column(server_default="", default="")
 
 
 class ChangeRow(Base):

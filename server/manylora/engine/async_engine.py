@@ -41,8 +41,10 @@ from manylora.errors import (
     ContextLengthExceeded,
     Draining,
     EngineDead,
+    InvalidAdapter,
     InvalidRequest,
     ManyloraError,
+    Problem,
 )
 from manylora.grammars.compiler import GrammarCompiler
 from manylora.log import get_logger
@@ -230,9 +232,19 @@ class AsyncEngine:
                 "Send fewer, or raise --max-slots.",
                 param="adapters",
             )
-        if len(prompt_ids) > self.model.most_prompt_tokens:
+        mix = adapter if isinstance(adapter, Mix) else Mix.of(adapter)
+        if (unmixable := mix.unmixable) is not None:
+            raise InvalidRequest(
+                f"The adapter '{unmixable.label}' has virtual tokens or is invoked in the middle of a prompt, which is "
+                "served alone and with weight 1. Take it out of the mix.",
+                param="adapters",
+            )
+        num_virtual = mix.num_virtual_tokens
+        if num_virtual + len(prompt_ids) > self.model.most_prompt_tokens:
+            virtual = f" behind {num_virtual} virtual ones of its adapter" if num_virtual else ""
             raise ContextLengthExceeded(
-                f"The prompt has {len(prompt_ids)} tokens and the model's context is {self.model.context_length}."
+                f"The prompt has {len(prompt_ids)} tokens{virtual} and the model's context is "
+                f"{self.model.context_length}."
             )
         if not prompt_ids:
             raise InvalidRequest("The prompt is empty. Send at least one token.", param="prompt")
@@ -309,8 +321,12 @@ class AsyncEngine:
         """Logits of a fixed prompt with the adapter against those without; see `interface.EngineClient`."""
         self._check_open()
         prompt = [i for i in self.codec.encode(PROBE_TEXT) if i < self.model.vocab_size]
-        # An adapter of some tokens does nothing where they do not come.
-        prompt = [*adapter.token_ids[:MAX_PROBED_TOKENS], *prompt][: self.model.most_prompt_tokens]
+        # An adapter of some tokens does nothing where they do not come, and one that is invoked nothing before that.
+        room = self.model.most_prompt_tokens - ref.num_virtual_tokens
+        if room < 1:
+            fault = f"Its virtual tokens leave no room in the model's context of {self.model.context_length}."
+            raise InvalidAdapter([Problem("unsupported_feature", "adapter_config.json: num_virtual_tokens", fault)])
+        prompt = [*ref.invocation, *adapter.token_ids[:MAX_PROBED_TOKENS], *prompt][:room]
         self._num_probes += 1
         is_pooled = self.model.kind == "pool"
         params = SamplingParams(max_tokens=0, pooling="mean" if is_pooled else None)

@@ -10,9 +10,12 @@ from array import array
 from collections import OrderedDict
 from hashlib import blake2b
 from secrets import token_bytes
+from typing import Final
 
 from manylora.engine.interface import Mix
 from manylora.engine.sequence import Sequence
+
+_VIRTUAL: Final = -1  # stands for a virtual token
 
 
 class BlockManager:
@@ -46,7 +49,11 @@ class BlockManager:
 
     def blocks_needed(self, seq: Sequence, num_tokens: int) -> int:
         """New blocks so that `num_tokens` tokens have room."""
-        return max(0, -(-num_tokens // self.block_size) - len(seq.block_table))
+        return max(0, self._blocks_of(seq, num_tokens) - len(seq.block_table))
+
+    def _blocks_of(self, seq: Sequence, num_tokens: int) -> int:
+        """Blocks of the sequence's first `num_tokens` tokens and the virtual ones before them."""
+        return -(-(seq.num_virtual + num_tokens) // self.block_size)
 
     def take_prefix(self, seq: Sequence) -> int:
         """Give a sequence without blocks what the cache knows of its tokens; returns how many tokens that are.
@@ -56,7 +63,7 @@ class BlockManager:
         assert not seq.block_table
         if seq.needs_whole_prompt:
             return 0
-        for i in range((seq.num_tokens - 1) // self.block_size):
+        for i in range((seq.num_virtual + seq.num_tokens - 1) // self.block_size):
             block = self._block_of.get(self._hash(seq, i))
             if block is None:
                 break
@@ -64,7 +71,7 @@ class BlockManager:
                 del self._free[block]
             self._ref_counts[block] += 1
             seq.block_table.append(block)
-        seq.num_computed = len(seq.block_table) * self.block_size
+        seq.num_computed = max(0, len(seq.block_table) * self.block_size - seq.num_virtual)
         return seq.num_computed
 
     def allocate(self, seq: Sequence, num_tokens: int) -> bool:
@@ -81,7 +88,7 @@ class BlockManager:
 
     def mark_computed(self, seq: Sequence) -> None:
         """Make the sequence's full blocks known, now that their keys and values are written."""
-        known = seq.num_computed // self.block_size
+        known = (seq.num_virtual + seq.num_computed) // self.block_size
         for i in range(len(seq.block_hashes), known):
             self._hash(seq, i)
         for i in range(known - 1, -1, -1):
@@ -105,7 +112,7 @@ class BlockManager:
 
     def shrink(self, seq: Sequence, num_tokens: int) -> None:
         """Take back the blocks behind those of the sequence's first `num_tokens` tokens."""
-        kept = -(-num_tokens // self.block_size)
+        kept = self._blocks_of(seq, num_tokens) if num_tokens else 0
         for block in reversed(seq.block_table[kept:]):
             self._ref_counts[block] -= 1
             if not self._ref_counts[block]:
@@ -116,16 +123,21 @@ class BlockManager:
         del seq.block_table[kept:]
 
     def _hash(self, seq: Sequence, i: int) -> bytes:
-        """Hash of the sequence's block i, which must be full of tokens."""
+        """Hash of the sequence's block i, which must be full of tokens. Virtual ones are known by their adapter."""
         while len(seq.block_hashes) <= i:
             n = len(seq.block_hashes)
             before = seq.block_hashes[-1] if n else self._root(seq)
-            tokens = array("q", seq.tokens[n * self.block_size : (n + 1) * self.block_size])
+            if seq.acts_from and n * self.block_size <= seq.acts_from < (n + 1) * self.block_size:
+                before += seq.mix.key.encode("utf-8", "surrogatepass")  # what was the base's ends here
+            begin, end = n * self.block_size - seq.num_virtual, (n + 1) * self.block_size - seq.num_virtual
+            virtual = [_VIRTUAL] * (min(end, 0) - min(begin, 0))
+            tokens = array("q", virtual + seq.tokens[max(begin, 0) : max(end, 0)])
             seq.block_hashes.append(blake2b(before + tokens.tobytes(), digest_size=16).digest())
         return seq.block_hashes[i]
 
     def _root(self, seq: Sequence) -> bytes:
-        parts = (seq.mix.key, *self._sharers(seq, seq.mix))
+        mix = Mix() if seq.acts_from else seq.mix
+        parts = (mix.key, *self._sharers(seq, mix))
         return self._secret + "".join(f"{len(part)}:{part}" for part in parts).encode("utf-8", "surrogatepass")
 
     def _sharers(self, seq: Sequence, mix: Mix) -> tuple[str, str]:
@@ -149,7 +161,7 @@ class BlockManager:
         held = [0] * self.num_blocks
         for seq in sequences:
             assert len(set(seq.block_table)) == len(seq.block_table)
-            assert seq.num_computed <= len(seq.block_table) * self.block_size
+            assert not seq.num_computed or self._blocks_of(seq, seq.num_computed) <= len(seq.block_table)
             for block in seq.block_table:
                 held[block] += 1
         assert held == self._ref_counts

@@ -81,7 +81,7 @@ class Engine:
         assert self._home.is_here()
         for each in (seq, *seq.followers):
             each.detokenizer = self._detokenizer(each)
-            each.max_num_tokens = min(each.max_num_tokens, self._max_model_len)
+            each.max_num_tokens = min(each.max_num_tokens, self._max_model_len - each.num_virtual)
             each.rules = TokenRules.of(each.params, self._eos_ids, self._vocab_size)
             self._constraints.add(each)
         self.scheduler.add(seq)

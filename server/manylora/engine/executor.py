@@ -1,20 +1,22 @@
 """The device part of a step: the model runs once over what the host part laid out, and its logits become tokens."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
 from manylora.engine.sampler import sample
-from manylora.engine.step_input import Sampled, SamplingInput, StepInput
+from manylora.engine.step_input import PrefixInput, Sampled, SamplingInput, StepInput
 from manylora.kernels.batch import Batch
 from manylora.kernels.interface import LoraKernel, LoraPlan
 from manylora.kernels.rows import Parts, group_rows
 from manylora.lora.memory.device_memory import DeviceMemory
 from manylora.models.kv_cache import KVCache
 from manylora.models.wrapping import WrappedModel
+
+_ROWS_AT_ONCE: Final = 64  # of virtual tokens
 
 
 class Executor(Protocol):
@@ -73,6 +75,8 @@ class LocalExecutor:
     @torch.inference_mode()
     def forward(self, step: StepInput) -> torch.Tensor:
         """Logits [L, vocab] of the rows that are wanted."""
+        for prefix in step.prefixes:
+            self._place(prefix)
         batch = self._batch(step)
         self._hidden = None
         context = self._wrapped.context
@@ -99,6 +103,58 @@ class LocalExecutor:
     @torch.inference_mode()
     def sample(self, logits: torch.Tensor, wanted: SamplingInput) -> Sampled:
         return sample(logits, wanted)
+
+    def _place(self, prefix: PrefixInput) -> None:
+        """Bring virtual tokens into the cache: what was kept of them, or what the model makes of them at first."""
+        held = self._memory.prefix(prefix.slot)
+        slots = self._tensor(prefix.kv_slots)
+        blocks, offsets = slots // self._cache.block_size, slots % self._cache.block_size
+        if not held.is_ready:
+            assert held.embeddings is not None
+            self._run_embeddings(held.embeddings, slots)
+        at = 0
+        for keys, values in zip(self._cache.keys, self._cache.values, strict=True):
+            for room in (keys, values):
+                heads, size = room.shape[1], room.shape[3]
+                kept = held.past[:, at : at + heads * size].unflatten(1, (heads, size))  # type: ignore[no-untyped-call]
+                at += heads * size
+                if held.is_ready:
+                    room[blocks, :, offsets] = kept.to(room.dtype)
+                else:
+                    kept.copy_(room[blocks, :, offsets])
+        if not held.is_ready:
+            self._memory.prefix_is_ready(prefix.slot, held)
+
+    def _run_embeddings(self, embeddings: torch.Tensor, kv_slots: torch.Tensor) -> None:
+        """Run the model over embeddings [n, hidden] from position 0 on, for their keys and values alone."""
+        size, count = self._cache.block_size, len(embeddings)
+        table = (kv_slots[::size] // size).to(torch.int32)[None]
+        context = self._wrapped.context
+        for begin in range(0, count, _ROWS_AT_ONCE):
+            rows = range(begin, min(begin + _ROWS_AT_ONCE, count))
+            positions = torch.arange(rows.start, rows.stop, device=self._device)
+            context.batch = Batch(
+                token_ids=torch.zeros_like(positions),
+                positions=positions,
+                kv_slots=kv_slots[rows.start : rows.stop],
+                block_tables=table,
+                query_starts=torch.tensor([0, len(rows)], dtype=torch.int32, device=self._device),
+                context_lens=torch.tensor([rows.stop], dtype=torch.int32, device=self._device),
+                num_decode=int(len(rows) == 1),
+                starts=(0, len(rows)),
+                lens=(rows.stop,),
+                logit_rows=torch.tensor([len(rows) - 1], device=self._device),
+                embeddings=embeddings[rows.start : rows.stop].to(self._wrapped.model.dtype),
+            )
+            try:
+                self._wrapped.model(
+                    input_ids=context.batch.token_ids[None],
+                    position_ids=positions[None],
+                    use_cache=False,
+                    logits_to_keep=context.batch.logit_rows,
+                )
+            finally:
+                context.batch = None
 
     def _keep(self, _module: nn.Module, _given: Any, output: Any) -> None:
         self._hidden = output[0][0]

@@ -214,7 +214,8 @@ class ModelInfo:
     """The base model as callers see it.
 
     `hidden_size`: numbers of an embedding, 0 where the model gives none; `dimensions`: to how many it may be cut;
-    `normalizes`: whether it gets length 1.
+    `normalizes`: whether it gets length 1;
+    `num_virtual_tokens`: of a request's adapter, by which its context is shorter than the base's.
     """
 
     name: str
@@ -231,6 +232,7 @@ class ModelInfo:
     dimensions: tuple[int, ...] = ()
     kind: ModelKind = "generate"
     normalizes: bool = True
+    num_virtual_tokens: int = 0
 
     @property
     def most_prompt_tokens(self) -> int:

@@ -16,7 +16,17 @@ import numpy as np
 from manylora.engine.executor import Executor
 from manylora.engine.interface import Task, TokenLogprob
 from manylora.engine.sequence import Draws, Scheduled, Sequence
-from manylora.engine.step_input import Adjustment, Allowed, Draw, Sampled, SamplingInput, Scored, ScoredRows, StepInput
+from manylora.engine.step_input import (
+    Adjustment,
+    Allowed,
+    Draw,
+    PrefixInput,
+    Sampled,
+    SamplingInput,
+    Scored,
+    ScoredRows,
+    StepInput,
+)
 from manylora.engine.token_rules import Bits
 from manylora.kernels.rows import Parts, mix_number
 
@@ -156,7 +166,7 @@ class ModelRunner:
             end += item.num_rows
             logit_rows += range(end - item.num_logits, end)
             hidden_rows += range(end - item.num_hidden, end)
-        first = np.array([s.start for s in scheduled])
+        first = np.array([s.seq.num_virtual + s.start for s in scheduled])
         owner = np.repeat(np.arange(len(scheduled)), counts)
         positions = first[owner] + np.arange(starts[-1]) - starts[owner]
         slots, mixes = slots_of(scheduled)
@@ -167,11 +177,27 @@ class ModelRunner:
             block_tables=tables,
             query_starts=starts.astype(np.int32),
             context_lens=(first + counts).astype(np.int32),
-            slots=slots[owner],
+            slots=_row_slots(slots, scheduled, owner, positions),
             logit_rows=np.array(logit_rows, dtype=np.int64),
             hidden_rows=np.array(hidden_rows, dtype=np.int64),
+            prefixes=tuple(self._prefix(s.seq) for s in scheduled if s.seq.num_virtual and not s.start),
             mixes=mixes,
         )
+
+    def _prefix(self, seq: Sequence) -> PrefixInput:
+        """Its virtual tokens, which are there before its first one runs."""
+        at, size = np.arange(seq.num_virtual), self._block_size
+        return PrefixInput(seq.slots[0], np.array(seq.block_table, dtype=np.int64)[at // size] * size + at % size)
+
+
+def _row_slots(
+    slots: np.ndarray, scheduled: SequenceOf[Scheduled], owner: np.ndarray, positions: np.ndarray
+) -> np.ndarray:
+    """Each row's slot, int32, of each item's: of tokens before those that invoke a sequence's adapter none."""
+    found: np.ndarray = slots[owner]
+    if any(s.seq.acts_from > s.start for s in scheduled):
+        found[positions < np.array([s.seq.acts_from for s in scheduled])[owner]] = -1
+    return found
 
 
 def slots_of(scheduled: SequenceOf[Scheduled]) -> tuple[np.ndarray, tuple[Parts, ...]]:

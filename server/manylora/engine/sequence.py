@@ -44,8 +44,8 @@ class Sequence:
     """Tokens, their place in the cache, and what became of them.
 
     `tokens` holds the prompt and then the output. The keys and values of the first `num_computed` tokens are
-    in `block_table`'s blocks; the rest is still to run. `mix`: which adapters it has; `slots`: theirs, none
-    while it does not run.
+    in `block_table`'s blocks, behind those of its adapter's `num_virtual` tokens; the rest is still to run. `mix`:
+    which adapters it has; `slots`: theirs, none while it does not run.
     With a `cache_salt` the cached prefixes it may use are those of all who send the same one, not its tenant's.
     Among its tenant's sequences those with the lowest `priority` come first.
     `followers` are the request's other choices: they wait until this one's prompt is in the cache.
@@ -72,9 +72,9 @@ class Sequence:
         self.params = params
         self.task: Task = params.task
         self.mix = adapter if isinstance(adapter, Mix) else Mix.of(adapter)
-        self.tenant = tenant
-        self.weight = weight
-        self.priority = priority
+        self.num_virtual = self.mix.num_virtual_tokens  # before its tokens
+        self.acts_from = self.mix.acts_from(prompt_ids)  # tokens before it are the base's
+        self.tenant, self.weight, self.priority = tenant, weight, priority
         self.capture_logits = capture_logits
         # None of the prompt may come from the cache, since the logits of all of it are asked for.
         self.wants_prompt_logits = capture_logits or params.prompt_logprobs is not None

@@ -12,6 +12,17 @@ from manylora.kernels.rows import Parts
 
 
 @dataclass(frozen=True, slots=True)
+class PrefixInput:
+    """Virtual tokens that a sequence's first tokens look back at: the slot of their adapter, and where they go.
+
+    `kv_slots` int64 [virtual tokens], as of a step's tokens.
+    """
+
+    slot: int
+    kv_slots: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
 class StepInput:
     """T tokens of S sequences, one sequence after the other, without padding; those with one token first.
 
@@ -20,7 +31,8 @@ class StepInput:
     each sequence's run of tokens. `context_lens` int32 [S]: keys to look at, this step's included. `slots` int32 [T]:
     each token's adapter slot, -1 for none, `kernels.rows.mix_number(i)` for `mixes[i]`, slots with a weight each.
     `logit_rows` int64 [L]: the tokens whose logits are wanted; `hidden_rows`
-    int64 [P]: those whose hidden states are, as the head of the model would get them.
+    int64 [P]: those whose hidden states are, as the head of the model would get them. `prefixes`: virtual
+    tokens that have to be in the cache before the step.
     """
 
     token_ids: np.ndarray
@@ -33,6 +45,7 @@ class StepInput:
     logit_rows: np.ndarray
     hidden_rows: np.ndarray
     mixes: tuple[Parts, ...] = ()
+    prefixes: tuple[PrefixInput, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

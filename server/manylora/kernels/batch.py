@@ -16,7 +16,7 @@ class Batch:
     `query_starts` int32 [S + 1]: each sequence's run of tokens. `context_lens` int32 [S]: keys to look at,
     this step's included. The first `num_decode` sequences have exactly one token. `logit_rows` int64 [L]: the
     tokens whose logits are wanted. `lora` groups the T rows by adapter, `logit_lora` the L rows; None when
-    none has one.
+    none has one. `embeddings` [T, hidden]: what stands in place of the tokens' own, where they are virtual.
     """
 
     token_ids: torch.Tensor
@@ -31,6 +31,7 @@ class Batch:
     logit_rows: torch.Tensor
     lora: LoraPlan | None = None
     logit_lora: LoraPlan | None = None
+    embeddings: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,8 +118,11 @@ class AdaptedEmbedding(nn.Module):
         self._scale = scale
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        batch = self._context.current()
+        if batch.embeddings is not None:
+            return batch.embeddings.view(*token_ids.shape, -1)
         out: torch.Tensor = self.base(token_ids)
-        plan = self._context.current().lora
+        plan = batch.lora
         if plan is not None and plan.rows.touches(self._group.sites):
             plan.add_embedding_(out.view(-1, out.shape[-1]), token_ids.view(-1), self._group, self._scale)
         return out

@@ -1,5 +1,7 @@
 """Which modules of a model an adapter may touch, and what they are."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from manylora.lora.format.reader import ModuleSpec
+from manylora.models.kv_cache import KVShape
 
 __all__ = [
     "adaptable_modules",
@@ -15,8 +18,10 @@ __all__ = [
     "embedding_scale",
     "is_linear",
     "is_plain",
+    "stated_shapes",
     "token_embedding",
     "weight_of",
+    "with_past",
 ]
 
 
@@ -60,6 +65,24 @@ def adaptable_modules(model: PreTrainedModel) -> dict[str, ModuleSpec]:
             tied = is_tied and module is head
             found[path] = ModuleSpec(path, "linear", module.in_features, module.out_features, is_tied=tied)
     return found
+
+
+def with_past(modules: Mapping[str, ModuleSpec], shapes: Sequence[KVShape]) -> dict[str, ModuleSpec]:
+    """The modules, of which the embedding knows the keys and values of a token, where all layers have the same."""
+    one = shapes[0] if shapes and len(set(shapes)) == 1 else None
+    past = None if one is None else (len(shapes), one.num_heads, one.head_dim)
+    return {path: replace(spec, past=past) if spec.kind == "embedding" else spec for path, spec in modules.items()}
+
+
+def stated_shapes(config: Any) -> list[KVShape]:
+    """Each layer's keys and values as a Hugging Face config has them; none where it does not say."""
+    text = config.get_text_config()
+    layers, heads = getattr(text, "num_hidden_layers", None), getattr(text, "num_attention_heads", None)
+    hidden = getattr(text, "hidden_size", None)
+    if not (isinstance(layers, int) and isinstance(heads, int) and isinstance(hidden, int)):
+        return []
+    size, own = getattr(text, "head_dim", None) or hidden // heads, getattr(text, "num_key_value_heads", None) or heads
+    return [KVShape(own, size)] * layers
 
 
 def adaptable_norms(model: PreTrainedModel) -> dict[str, ModuleSpec]:

@@ -30,7 +30,7 @@ from manylora.models.linear import (
     FusedMember,
     KeptLinear,
 )
-from manylora.models.modules import adaptable_modules, adaptable_norms, embedding_scale, weight_of
+from manylora.models.modules import adaptable_modules, adaptable_norms, embedding_scale, weight_of, with_past
 from manylora.models.positions import UNSTATED_LIMIT, position_limit
 from manylora.models.refusals import refusing
 from manylora.models.served_base import ServedEmbedding, ServedLinear, ServedModule, ServedNorm
@@ -93,7 +93,7 @@ def wrap_surveyed(model: PreTrainedModel, backend: Backend, found: Survey) -> Wr
     groups = _complete_groups(found.groups, specs)
     norms, experts = adaptable_norms(model), _served_experts(model)
     modules = {path: replace(specs[path], shares_input=len(group) > 1) for group in groups for path in group}
-    modules = modules | experts | norms
+    modules = with_past(modules, found.kv_shapes) | experts | norms
     sites = {path: site for site, path in enumerate(modules)}
     wrapped = WrappedModel(model, backend, ForwardContext(), found, modules, sites, {})
     _adapt_experts(wrapped, experts)

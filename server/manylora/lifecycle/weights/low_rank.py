@@ -19,13 +19,16 @@ from manylora.errors import InvalidRequest
 from manylora.lifecycle.adapter_files import read_adapter_files
 from manylora.lifecycle.parameters import InvalidParameter
 from manylora.lora.format.config import KNOWN_PARTS
-from manylora.lora.format.kinds import METHODS, NOT_SERVED
+from manylora.lora.format.kinds import KINDS, NOT_SERVED
 from manylora.lora.format.pairing import PREFIX, parse_name
 from manylora.lora.format.reader import AdaptedModule, LowRank, TensorView, read
 from manylora.lora.format.spec import ModuleKind, ModuleSpec
 
 _NO_LIMIT = 2**62
-_MORE_THAN_LOW_RANK: Final = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices")
+_MORE_THAN_LOW_RANK: Final = (
+    "alora_invocation_tokens", "lora_bias", "modules_to_save", "target_parameters", "trainable_token_indices",
+    "use_dora",
+)  # fmt: skip
 _WAY_OUT: Final = (
     "PEFT's merge_and_unload makes a checkpoint of it, of which `manylora extract` makes a low-rank adapter."
 )
@@ -93,7 +96,7 @@ def _require_plain(config: Mapping[str, Any]) -> None:
     more = [key for key in _MORE_THAN_LOW_RANK if config.get(key)]
     if config.get("init_lora_weights") in KNOWN_PARTS:
         more.append("init_lora_weights")
-    if kind in METHODS or kind in NOT_SERVED or more:
+    if (kind != "LORA" and kind in KINDS) or kind in NOT_SERVED or more:
         what = f"has {', '.join(more)}" if more else f"is of the type {kind}"
         raise InvalidRequest(f"This is for plain low-rank adapters, and this one {what}. {_WAY_OUT}")
 

@@ -5,19 +5,25 @@ import math
 from collections.abc import Callable, Set, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from manylora.identity import CONFIG_FILE
 from manylora.lora.format import strict_json
 from manylora.lora.format.patterns import is_order_free
-from manylora.lora.format.problems import Problems, shown
+from manylora.lora.format.problems import Problems, listed, shown
 from manylora.lora.format.tensors import read_bytes
 
 MAX_CONFIG_BYTES = 2**20
 # Of one list or one table; the models with the most adaptable modules have some eighteen thousand.
 MAX_NAMES = 20_000
 MAX_LAYERS_PATTERNS = 16
+MAX_INVOCATION_TOKENS: Final = 64
 ALL_LINEAR = "all-linear"
+# What an invoked adapter may not have beside its linears' A and B.
+_EVERYWHERE = (
+    "bias", "lora_bias", "modules_to_save", "target_parameters", "trainable_token_indices", "use_dora", "use_qalora",
+)  # fmt: skip
+_OFF: Final[tuple[object, ...]] = (None, False, "", "none", [], {})
 # Sets to PEFT, which therefore writes them in any order.
 _SETS = ("target_modules", "exclude_modules")
 # In which the first key that means a module counts.
@@ -29,7 +35,8 @@ _TABLES = ("rank_pattern", "alpha_pattern")
 # Read, and honoured in full.
 SERVED = frozenset(
     {
-        "peft_type", "task_type", "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules",
+        "alora_invocation_tokens", "peft_type", "task_type", "r", "lora_alpha", "use_rslora", "target_modules",
+        "exclude_modules",
         "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "init_lora_weights",
         "base_model_name_or_path", "bias", "ensure_weight_tying", "lora_bias", "modules_to_save", "target_parameters",
         "trainable_token_indices", "use_dora", "use_qalora",
@@ -57,7 +64,6 @@ NEUTRAL = {
 
 # Changes what the adapter computes in a way that is not served: refused unless absent, null, false or empty.
 REFUSED = {
-    "alora_invocation_tokens": "activated LoRA (aLoRA) switches on in the middle of a prompt",
     "arrow_config": "Arrow routes between several adapters",
     "enable_lora": "merged projections of PEFT before 0.3 have another layout; convert it with a newer PEFT",
     "kasa_config": "KaSA changes the base's weights",
@@ -101,6 +107,7 @@ class LoraSettings:
     use_dora: bool = False
     lora_bias: bool = False
     ties_weights: bool = False
+    invocation: tuple[int, ...] = ()
 
     def scale(self, rank: int, alpha: float) -> float:
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
@@ -235,6 +242,10 @@ def _is_share(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value <= 1
 
 
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(each) is int and 0 <= each < 2**31 for each in value)
+
+
 def _is_bool(value: Any) -> bool:
     return isinstance(value, bool)
 
@@ -309,6 +320,22 @@ class _Fields:
         init = self._raw.get("init_lora_weights")
         return init.lower() if isinstance(init, str) and init.lower() in KNOWN_PARTS else None
 
+    def _invocation(self) -> tuple[int, ...]:
+        """aLoRA's tokens, with which nothing may come that PEFT applies to the tokens before them as well."""
+        key, most = "alora_invocation_tokens", MAX_INVOCATION_TOKENS
+        found = self.take(key, (), lambda v: _is_ids(v) and len(v) <= most, f"a list of at most {most} token ids")
+        others = [each for each in _EVERYWHERE if found and self._raw.get(each) not in _OFF]
+        if self._initial() is not None and found:
+            others.append("init_lora_weights")
+        if others:
+            self._problems.add(
+                "unsupported_feature",
+                f"{CONFIG_FILE}: {key}",
+                f"Not served: an adapter that is invoked in the middle of a prompt, with {listed(others)}, which would "
+                "act before that. Train it as plain LoRA on linears.",
+            )
+        return tuple(found)
+
     def settings(self) -> LoraSettings:
         bias = self._raw.get("bias")
         if bias not in (None, "none", "all", "lora_only"):
@@ -345,4 +372,5 @@ class _Fields:
             use_dora=self.take("use_dora", False, _is_bool, "true or false"),
             lora_bias=self.take("lora_bias", False, _is_bool, "true or false"),
             ties_weights=self.take("ensure_weight_tying", False, _is_bool, "true or false"),
+            invocation=self._invocation(),
         )

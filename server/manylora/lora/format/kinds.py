@@ -10,10 +10,11 @@ from typing import Any, Final, Protocol, Self
 from manylora.identity import CONFIG_FILE
 from manylora.lora.format import config, targets
 from manylora.lora.format.config import LoraSettings
+from manylora.lora.format.encoders import tasks_of
 from manylora.lora.format.experts import arranged
 from manylora.lora.format.extras import Extras
 from manylora.lora.format.method import Method
-from manylora.lora.format.methods import dense, low_rank, rotations, vectors
+from manylora.lora.format.methods import dense, low_rank, prompts, rotations, vectors
 from manylora.lora.format.pairing import Pairing, ranks_of, refuse_experts
 from manylora.lora.format.problems import Problems, shown
 from manylora.lora.format.spec import AdaptedModule, Base, BaseWeights, ModuleSpec
@@ -32,6 +33,7 @@ class Reading(Protocol):
     alpha: float
     target_modules: list[str]
     base_model_name_or_path: str | None
+    invocation: tuple[int, ...]  # tokens from which on it acts; none: it acts everywhere
 
     def modules(
         self, tensors: Tensors, base: Base, problems: Problems, warnings: list[str]
@@ -67,6 +69,7 @@ class LoraReading:
         self.alpha = float(settings.alpha)
         self.target_modules = [names] if isinstance(names, str) else sorted(names)
         self.base_model_name_or_path = settings.base_model_name_or_path
+        self.invocation = settings.invocation
 
     @classmethod
     def of(cls, raw: dict[str, Any], problems: Problems, warnings: list[str]) -> Self | None:
@@ -83,7 +86,24 @@ class LoraReading:
             return ()
         modules = without_norms(base.modules)
         planned = targets.resolve(self._settings, modules, base.max_rank, problems, warnings, ready.targets)
+        self._check_invocation(planned or {}, base.modules, problems)
         return self._paired(ready.tensors, base.modules, planned, problems, warnings, base.weights)
+
+    def _check_invocation(
+        self, planned: Mapping[str, Target], modules: Mapping[str, ModuleSpec], problems: Problems
+    ) -> None:
+        """In the middle of a prompt linears are switched on, and in PEFT nothing else is."""
+        others = [path for path, target in planned.items() if target.spec.kind == "embedding"]
+        vocabulary = max((spec.in_features for spec in modules.values() if spec.kind == "embedding"), default=0)
+        where = f"{CONFIG_FILE}: alora_invocation_tokens"
+        if self.invocation and others:
+            message = f"Not served: an embedding ({shown(others[0])}) that is invoked in the middle of a prompt."
+            problems.add("unsupported_feature", where, f"{message} Train it on linears.")
+        if self.invocation and "CAUSAL_LM" not in tasks_of(modules):
+            message = "Not served: on an encoder, whose tokens before the invocation look at those behind it."
+            problems.add("unsupported_feature", where, f"{message} Train it as plain LoRA.")
+        if vocabulary and any(each >= vocabulary for each in self.invocation):
+            problems.add("base_mismatch", where, f"It names a token that this base's {vocabulary} tokens have not.")
 
     def accepted(
         self, tensors: Tensors, modules: Mapping[str, ModuleSpec], problems: Problems, warnings: list[str]
@@ -157,18 +177,14 @@ METHODS: Final[Mapping[str, Method]] = {
 KINDS: Final[dict[str, ReadConfig]] = {"LORA": LoraReading.of} | {
     name: method.reading for name, method in METHODS.items()
 }
+KINDS.update(dict.fromkeys(prompts.PROMPTS, prompts.PromptReading.of))
 # PEFT's other methods, and why none of their adapters is served.
 NOT_SERVED: Final[Mapping[str, str]] = {
     "ADAMSS": "which outputs its subspaces are is not in the file; merge it with PEFT, or train a LoRA adapter",
     "ADAPTION_PROMPT": "it adds prompts inside the attention of some layers; train a LoRA adapter",
-    "CARTRIDGE": "it brings keys and values of its own; train a LoRA adapter",
-    "CPT": "it brings virtual tokens; put its text into the prompt, or train a LoRA adapter",
     "LILY": "it chooses its weights by the whole batch's hidden states; train a LoRA adapter",
     "MULTITASK_PROMPT_TUNING": "it brings virtual tokens for a task named with each request; train a LoRA adapter",
-    "P_TUNING": "it brings virtual tokens; train a LoRA adapter",
     "POLY": "it mixes skills for a task that is named with each request; train a LoRA adapter for each task",
-    "PREFIX_TUNING": "it brings keys and values of its own; train a LoRA adapter",
-    "PROMPT_TUNING": "it brings virtual tokens; train a LoRA adapter",
     "PSOFT": "its meaning depends on the signs of a decomposition that are not in the file; merge it with PEFT",
     "SHADOW": "it is a model of its own beside the base; serve a merged checkpoint",
     "XLORA": "it routes between several adapters by hidden state; serve these adapters one by one",

@@ -193,6 +193,7 @@ class MethodReading:
         names = settings.target_modules
         self.target_modules = [names] if isinstance(names, str) else sorted(names)
         self.base_model_name_or_path = settings.base_model_name_or_path
+        self.invocation: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, method: Method, raw: dict[str, Any], problems: Problems, warnings: list[str]) -> Self | None:

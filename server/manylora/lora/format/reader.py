@@ -21,7 +21,7 @@ from manylora.lora.format import tensors as safetensors_file
 from manylora.lora.format.encoders import naming_of, tasks_of
 from manylora.lora.format.kinds import Reading
 from manylora.lora.format.problems import Problems, shown
-from manylora.lora.format.spec import AdaptedModule, Adapter, Base, BaseWeights, LowRank, ModuleKind, ModuleSpec
+from manylora.lora.format.spec import AdaptedModule, Adapter, Base, BaseWeights, LowRank, ModuleKind, ModuleSpec, Prefix
 from manylora.lora.format.tensors import TensorView
 
 __all__ = [
@@ -89,6 +89,7 @@ def _build(
         matched=[module.path for module in modules],
         warnings=warnings,
         kind=reading.kind,
+        invocation=reading.invocation,
     )
 
 
@@ -137,7 +138,9 @@ def read(
 
 def _check_memory(modules: Sequence[AdaptedModule], most: int | None, problems: Problems) -> None:
     """What is made of a small file can be as large as the base."""
-    taken = sum(matrix.num_bytes for module in modules for term in module.terms for matrix in term.matrices)
+    terms = [term for module in modules for term in module.terms]
+    taken = sum(matrix.num_bytes for term in terms for matrix in term.matrices)
+    taken += sum(4 * term.count * term.past_width for term in terms if isinstance(term, Prefix) and term.past is None)
     if most is not None and taken > most:
         problems.add(
             "unsupported_feature",

@@ -24,7 +24,8 @@ class ModuleSpec:
     `shares_input`: whether other linears are computed with the very same input, as q, k and v are. `is_tied`: of an
     embedding and a head that have one weight. `is_parameter`: of what adapters name by its parameter and not by its
     module (`target_parameters`): a router, or the experts of a layer, whose path ends in the parameter's name and whose
-    sizes are those of each of `num_experts`.
+    sizes are those of each of `num_experts`. `past`: of the embedding, how many layers, heads and numbers of a head the
+    keys of a token have, and its values alike; None where layers differ.
     """
 
     path: str
@@ -35,6 +36,7 @@ class ModuleSpec:
     is_tied: bool = False
     is_parameter: bool = False
     num_experts: int = 1
+    past: tuple[int, int, int] | None = None
 
     @property
     def parameter(self) -> str:
@@ -224,7 +226,26 @@ class Output:
         return tuple(each for each in (self.scale, self.shift) if each is not None)
 
 
-Term = LowRank | Dense | Input | Output  # one class for each thing that an adapter may do to a module
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """A term of the embedding: `count` virtual tokens before each prompt.
+
+    Either `embeddings` [count, hidden] or what layers would make of them, `past` [count, past_width]: the keys and the
+    values of layer after layer, each [heads, head size].
+    """
+
+    count: int
+    past_width: int
+    embeddings: Matrix | None
+    past: Matrix | None
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """Everything that the term is made of."""
+        return tuple(each for each in (self.embeddings, self.past) if each is not None)
+
+
+Term = LowRank | Dense | Input | Output | Prefix  # one class for each thing that an adapter may do to a module
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +265,7 @@ class Adapter:
     `lora_alpha`; `target_modules` is the config's list (sorted), or its one pattern. `digest` is the sha256 of the
     canonical content: the config as sorted JSON and the tensors by name, whatever the layout of the file; "" where a
     trusted read was not given it. `size_bytes` is that of the two files. `matched` are the adapted modules' paths.
+    `invocation`: tokens from which on it acts, where it does not act everywhere.
     """
 
     rank: int
@@ -256,6 +278,12 @@ class Adapter:
     matched: list[str]
     warnings: list[str]
     kind: str
+    invocation: tuple[int, ...] = ()
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Positions that it takes before each prompt."""
+        return sum(term.count for module in self.modules for term in module.terms if isinstance(term, Prefix))
 
     @property
     def token_ids(self) -> list[int]:

@@ -11,7 +11,7 @@ from manylora.lora.memory.layout import Layout
 from manylora.lora.memory.packing import TORCH_DTYPES, PackedAdapter
 from manylora.lora.memory.pages import zeros
 from manylora.lora.memory.slots import Place
-from manylora.lora.memory.terms import DenseExtent, InputExtent, LowRankExtent, OutputExtent
+from manylora.lora.memory.terms import DenseExtent, InputExtent, LowRankExtent, OutputExtent, PrefixExtent
 
 # How kernels are told an adapter's number format; `DType` of csrc/kernels.h has the same.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
@@ -93,6 +93,11 @@ class Slab:
         """One of a place's vectors, `scale` or `shift`: float32 [width]."""
         return self._room(at, extent.width * extent.float_elements, row).view(torch.float32)
 
+    def floats(self, at: int, width: int, extent: PrefixExtent, row: int) -> torch.Tensor:
+        """One of a place's matrices of virtual tokens: float32 [count, width]."""
+        room = self._room(at, extent.count * width * extent.float_elements, row)
+        return room.view(torch.float32).view(extent.count, width)
+
     def _stack(self, offset: int, rows: int, columns: int) -> torch.Tensor:
         view = self.views.get(offset)
         if view is None:
@@ -156,6 +161,19 @@ def _output_entry(slab: Slab, extent: OutputExtent, row: int) -> OutputEntry:
     return OutputEntry(scale, shift, extent.width)
 
 
+@dataclass(frozen=True, slots=True)
+class HeldPrefix:
+    """Virtual tokens in a slot. `embeddings` float32 [count, hidden], or None; `past` float32 [count, past width].
+
+    `is_ready`: whether `past` holds what layers make of them yet.
+    """
+
+    embeddings: torch.Tensor | None
+    past: torch.Tensor
+    is_ready: bool
+    slab: Slab
+
+
 class DeviceMemory:
     """Slabs by number, and per site and slot where the weights are.
 
@@ -181,6 +199,7 @@ class DeviceMemory:
         self.places: dict[int, Place] = {}
         self._located: dict[int, tuple[Slab, int]] = {}
         self.named: tuple[int, ...] = ()
+        self._ready: dict[int, Slab] = {}  # where the virtual tokens of a slot were computed: it may have moved since
 
     def allocate(self, place: Place, layout: Layout, num_places: int) -> None:
         """Make the slab that `place` is the first of. On a CPU untouched rows cost no memory."""
@@ -247,6 +266,7 @@ class DeviceMemory:
         self.touches[:, slot] = False
         self.inputs.withdraw(slot)
         self.outputs.withdraw(slot)
+        self._ready.pop(slot, None)
         self.places.pop(slot, None)
         self._located.pop(slot, None)
 
@@ -317,6 +337,19 @@ class DeviceMemory:
             return None
         scale, shift = (None if at is None else slab.vector(at, extent, row) for at in (extent.scale, extent.shift))
         return scale, shift
+
+    def prefix(self, slot: int) -> "HeldPrefix":
+        """The virtual tokens of one slot, which has some."""
+        slab, row = self._located[slot]
+        extent = slab.layout.prefix
+        assert extent is not None, "the slot's adapter has virtual tokens"
+        embeddings = None if extent.embeddings is None else slab.floats(extent.embeddings, extent.width, extent, row)
+        past = slab.floats(extent.past, extent.past_width, extent, row)
+        return HeldPrefix(embeddings, past, embeddings is None or self._ready.get(slot) is slab, slab)
+
+    def prefix_is_ready(self, slot: int, prefix: "HeldPrefix") -> None:
+        """What layers make of the virtual tokens was written where it is kept."""
+        self._ready[slot] = prefix.slab
 
     def locate(self, slot: int) -> tuple[Slab, int]:
         """The slab and the place in it where a published adapter is."""

@@ -17,6 +17,7 @@ from manylora.lora.memory.terms import (
     LowRankRoom,
     NumberFormat,
     OutputExtent,
+    PrefixExtent,
     Room,
     padded_rank,
 )
@@ -52,8 +53,8 @@ class Layout:
 
     @property
     def sites(self) -> list[int]:
-        """Every site that it touches, once for each term."""
-        return [site for site, _ in self.rooms]
+        """Every site that it touches, once for each term; virtual tokens touch none."""
+        return [site for site, extent in self.placed if not isinstance(extent, PrefixExtent)]
 
     @property
     def float_elements(self) -> int:
@@ -90,6 +91,11 @@ class Layout:
     def outputs(self) -> dict[int, OutputExtent]:
         """Where what changes each site's output lies, of those that have such a term."""
         return self._of(OutputExtent)
+
+    @cached_property
+    def prefix(self) -> PrefixExtent | None:
+        """Where its virtual tokens lie, if it has some."""
+        return next((extent for _, extent in self.placed if isinstance(extent, PrefixExtent)), None)
 
     def _of(self, kind: type[E]) -> dict[int, E]:
         return {site: extent for site, extent in self.placed if isinstance(extent, kind)}

@@ -17,6 +17,7 @@ from manylora.lora.format.spec import (
     Matrix,
     ModuleKind,
     Output,
+    Prefix,
     Reordered,
     Term,
 )
@@ -34,6 +35,8 @@ from manylora.lora.memory.terms import (
     NumberFormat,
     OutputExtent,
     OutputRoom,
+    PrefixExtent,
+    PrefixRoom,
     Room,
     padded_rank,
 )
@@ -142,6 +145,8 @@ def _room(kind: ModuleKind, term: Term) -> Room:
             return DenseRoom(columns, rows) if kind == "embedding" else DenseRoom(rows, columns)
         case Input():
             return InputRoom(term.scale.shape[0])
+        case Prefix():
+            return PrefixRoom(term.count, 0 if term.embeddings is None else term.embeddings.shape[1], term.past_width)
         case Output():
             width = term.matrices[0].shape[0]
             return OutputRoom(width, term.scale is not None, term.shift is not None)
@@ -159,6 +164,11 @@ def _write(data: torch.Tensor, layout: Layout, extent: Extent, kind: ModuleKind,
             for at, vector in ((extent.scale, term.scale), (extent.shift, term.shift)):
                 if at is not None and vector is not None:
                     _write_vector(data, at, extent, vector, base)
+        case Prefix(), PrefixExtent():
+            for at, matrix in ((extent.embeddings, term.embeddings), (extent.past, term.past)):
+                if at is not None and matrix is not None:
+                    room = data[at : at + matrix.shape[0] * matrix.shape[1] * extent.float_elements]
+                    room.view(torch.float32).copy_(_tensor(matrix, base).flatten())
 
 
 def _write_vector(data: torch.Tensor, at: int, extent: InputExtent | OutputExtent, vector: Matrix, base: _Base) -> None:

@@ -182,3 +182,42 @@ class OutputRoom:
         return OutputExtent(
             start if self.has_scale else None, shift if self.has_shift else None, self.width, float_elements, end
         )
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixExtent:
+    """Virtual tokens: their `embeddings` float32 [count, width], or None, and at `past` what layers make of them.
+
+    `past` is float32 [count, past_width].
+    """
+
+    embeddings: int | None
+    past: int
+    count: int
+    width: int
+    past_width: int
+    float_elements: int
+
+    @property
+    def end(self) -> int:
+        return aligned(self.past + self.count * self.past_width * self.float_elements)
+
+    def parts(self) -> Iterator[tuple[int, int]]:
+        """The embeddings where there are, and the past."""
+        if self.embeddings is not None:
+            yield self.embeddings, self.count * self.width * self.float_elements
+        yield self.past, self.count * self.past_width * self.float_elements
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixRoom:
+    """Of virtual tokens, float32 in every buffer. `width`: of their embeddings, 0 where they bring their past."""
+
+    count: int
+    width: int
+    past_width: int
+
+    def place(self, start: int, float_elements: int, *, has_scales: bool) -> PrefixExtent:
+        past = aligned(start + self.count * self.width * float_elements)
+        at = start if self.width else None
+        return PrefixExtent(at, past, self.count, self.width, self.past_width, float_elements)
