@@ -20,11 +20,14 @@ from manylora.lifecycle.output import report_folder
 from manylora.lifecycle.progress import Progress, ignore
 from manylora.lifecycle.train.checkpoint import checkpoint_path
 from manylora.lifecycle.train.config import LoraShape, TrainConfig
-from manylora.lifecycle.train.train import encode, prepare, train
+from manylora.lifecycle.train.train import _fingerprint, _settings, encode, prepare, train
 from manylora.lifecycle.train.training import Trainer
 from manylora.lora.format.reader import read
 from manylora.models.wrapping import adaptable_modules
 from tests.conftest import ModelMaker
+from tests.engine.harness import build_rig, load
+from tests.engine.oracle import with_adapter
+from tests.engine.test_peft_kinds import apart, run
 from tests.lifecycle.helpers import label_rows, tiny_config, with_a_token_more, write_rows
 from tests.tiny_models import make_tiny_model
 
@@ -228,6 +231,7 @@ def test_existing_folder_is_not_replaced_unless_told(config: TrainConfig) -> Non
     [
         ({"lora": LoraShape(rank=0)}, "`rank` must be positive"),
         ({"lora": LoraShape(dropout=1.0)}, "`dropout`"),
+        ({"lora": LoraShape(trained_tokens=("nothing_like_it",))}, "'nothing_like_it' is no token"),
         ({"lora": LoraShape(targets=("nothing_like_it",))}, "`targets` nothing_like_it"),
         ({"lr": 30.0}, "`lr` must be at most 1"),
         ({"eval_data": None, "early": 2}, "`early_stop` watches the evaluation loss"),
@@ -379,6 +383,61 @@ def test_other_architectures_train_too(config: TrainConfig, tiny_model_dir: Mode
     report = train(replace(config, base=str(tiny_model_dir(architecture)))).report
 
     assert report["eval_loss"][-1][1] < report["train_loss"][0][1]
+
+
+@pytest.mark.parametrize(
+    ("shape", "written"),
+    [
+        ({"dora": True, "rslora": True}, {"use_dora": True, "use_rslora": True}),
+        ({"init": "pissa"}, {"init_lora_weights": "pissa"}),
+        ({"trained_tokens": ("<|im_start|>", "a")}, {"trainable_token_indices": [1, 67]}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning:peft.*")
+def test_other_kinds_learn_and_are_served_as_they_were_trained(
+    shape: dict[str, Any], written: dict[str, Any], config: TrainConfig
+) -> None:
+    lora = LoraShape(rank=4, **shape)
+    schedule = replace(config.schedule, epochs=6, lr_ratio=4.0)
+    result = train(replace(config, lora=lora, schedule=schedule))
+
+    losses = [loss for _, loss in result.report["eval_loss"]]
+    assert losses[-1] < losses[0] * 0.7
+    found = json.loads((config.out / "adapter_config.json").read_text())
+    assert {key: found[key] for key in written} == written
+    base = Path(config.base or "")
+    rig = build_rig(load(base), {"new": config.out})
+    logits = run(rig, {"new": [5, 1, 67, 8]}, max_tokens=1)["new"]
+    rig.close()
+    with torch.inference_mode():
+        wanted = with_adapter(base, config.out)(torch.tensor([[5, 1, 67, 8]])).logits[0]
+    assert apart(logits, wanted) < 1e-3
+
+
+def test_b_learns_faster_by_the_ratio(config: TrainConfig) -> None:
+    base = load_base(config.base, device="cpu", dtype="float32")
+    trainer = _trainer(replace(config, schedule=replace(config.schedule, lr_ratio=16.0)), base)
+    trainer._step()
+    rates = {group["ratio"]: group["lr"] for group in trainer.optimizer.param_groups}
+    assert rates.keys() == {1.0, 16.0}
+    assert rates[16.0] == pytest.approx(16 * rates[1.0])
+    of_b = {id(p) for name, p in trainer.parameters.items() if ".lora_B." in name}
+    for group in trainer.optimizer.param_groups:
+        assert all((id(p) in of_b) == (group["ratio"] == 16.0) for p in group["params"])
+
+
+def test_a_checkpoint_of_before_there_were_other_kinds_is_gone_on_from(config: TrainConfig) -> None:
+    """What a setting that is left alone is called is not in what a checkpoint belongs to."""
+    values = _settings(config)
+    for part, names in {"lora": ("dora", "init", "trained_tokens"), "schedule": ("lr_ratio",)}.items():
+        for name in names:
+            del values[part][name]
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
+    for path in (config.data, config.eval_data):
+        assert path is not None
+        digest.update(path.read_bytes())
+    assert _fingerprint(config) == digest.hexdigest()
+    assert _fingerprint(replace(config, lora=LoraShape(rank=4, dora=True))) != digest.hexdigest()
 
 
 def test_rslora_and_alpha_reach_the_config(config: TrainConfig) -> None:

@@ -22,7 +22,7 @@ class Card:
         alpha = 2 * lora["rank"] if lora["alpha"] is None else lora["alpha"]
         facts = [
             ("Base", report["base"]),
-            ("Rank, alpha", f"{lora['rank']}, {alpha:g}" + (" (rsLoRA)" if lora["rslora"] else "")),
+            ("Rank, alpha", f"{lora['rank']}, {alpha:g}{_kind(lora)}"),
             ("Targets", ", ".join(lora["targets"]) or "every linear but the head"),
             ("Parameters", f"{report['num_parameters']:,} ({report['size_bytes'] / 1e6:.2f} MB)"),
             ("Data", f"{lengths['num_examples']} examples, {lengths['num_tokens']:,} tokens an epoch"),
@@ -58,3 +58,11 @@ def with_section(markdown: str, heading: str, text: str, *, before: str) -> str:
 
 def write_card(folder: Path, card: Card) -> None:
     (folder / CARD).write_text(card.markdown(), encoding="utf-8")
+
+
+def _kind(lora: dict[str, Any]) -> str:
+    """How the shape differs from plain LoRA: " (rsLoRA, DoRA)", or nothing."""
+    names = {"rslora": "rsLoRA", "dora": "DoRA", "trained_tokens": "trained tokens"}
+    found = [said for name, said in names.items() if lora.get(name)]
+    found += ["PiSSA"] if lora.get("init") == "pissa" else []
+    return f" ({', '.join(found)})" if found else ""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from manylora.lifecycle.data.data import Dataset, read_dataset
 from manylora.lifecycle.output import refuse_existing
-from manylora.lifecycle.parameters import DeviceName, DtypeName, InvalidParameter, Render
+from manylora.lifecycle.parameters import DeviceName, DtypeName, Init, InvalidParameter, Render
 from manylora.lifecycle.progress import Listener, Progress
 
 
@@ -20,6 +20,11 @@ class LoraShape:
     targets: Annotated[tuple[str, ...], "Linears by name, comma-separated; all but the head when left out"] = ()
     dropout: Annotated[float, "Dropout before A"] = 0.0
     rslora: Annotated[bool, "Scale by alpha/sqrt(rank) instead of alpha/rank"] = False
+    dora: Annotated[bool, "DoRA: the length of each output's weights is learned apart from their direction"] = False
+    init: Annotated[Init, "What the matrices begin as: zero (no effect), or pissa (the base's largest parts)"] = "zero"
+    trained_tokens: Annotated[
+        tuple[str, ...], "Tokens whose embeddings are trained too, as the vocabulary has them, comma-separated"
+    ] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +35,7 @@ class Schedule:
     batch_size: Annotated[int, "Rows in one forward pass"] = 8
     accumulate: Annotated[int, "Batches per optimizer step"] = 1
     lr: Annotated[float, "Highest learning rate, after the warm-up; then a cosine to zero"] = 5e-4
+    lr_ratio: Annotated[float, "LoRA+: B's learning rate as a multiple of A's"] = 1.0
     warmup: Annotated[float, "Share of the steps with rising learning rate"] = 0.06
     weight_decay: Annotated[float, "AdamW's weight decay"] = 0.01
     max_grad_norm: Annotated[float, "Longest gradient; a longer one is clipped"] = 1.0
@@ -86,6 +92,7 @@ def check_settings(lora: LoraShape, schedule: Schedule, max_length: int, threads
         "accumulate": schedule.accumulate, "lr": schedule.lr, "max_length": max_length,
         "checkpoint_every": schedule.checkpoint_every, "max_grad_norm": schedule.max_grad_norm,
         "alpha": 1.0 if lora.alpha is None else lora.alpha, "threads": 1 if threads is None else threads,
+        "lr_ratio": schedule.lr_ratio,
     }  # fmt: skip
     for name, value in positive.items():
         if not (math.isfinite(value) and value > 0):

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -22,13 +22,16 @@ from manylora.lifecycle.parameters import InvalidParameter
 from manylora.lifecycle.plots import loss_curve
 from manylora.lifecycle.progress import Listener, ignore
 from manylora.lifecycle.train.checkpoint import checkpoint_path, discard_checkpoint, load_checkpoint, save_checkpoint
-from manylora.lifecycle.train.config import LoraShape, TrainConfig, check, check_checkpoint
+from manylora.lifecycle.train.config import LoraShape, Schedule, TrainConfig, check, check_checkpoint
 from manylora.lifecycle.train.training import Diverged, Trainer
 
 __all__ = ["LoraShape", "TrainConfig", "TrainResult", "add_lora", "encode", "prepare", "report_folder", "train"]
 
 REPORT = "train.json"
 CURVE = "loss.png"
+_LATER: Final = {"lora": ("dora", "init", "trained_tokens"), "schedule": ("lr_ratio",)}
+# What is not small beside the base's own numbers, and so would carry the rounding to 16 bits into them.
+_WHOLE: Final = ("lora_magnitude_vector", "trainable_tokens_delta")
 MEMORY_ADVICE = "Lower `batch_size` (and raise `accumulate` as much, for the same result), or `max_length`."
 
 
@@ -136,6 +139,9 @@ def add_lora(base: Base, shape: LoraShape) -> Any:
         lora_alpha=shape.rank * 2 if shape.alpha is None else shape.alpha,
         lora_dropout=shape.dropout,
         use_rslora=shape.rslora,
+        use_dora=shape.dora,
+        init_lora_weights="pissa" if shape.init == "pissa" else True,
+        trainable_token_indices=_token_ids(base, shape.trained_tokens) or None,
         target_modules=list(shape.targets) or "all-linear",
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.model.modules()),
     )
@@ -146,9 +152,26 @@ def add_lora(base: Base, shape: LoraShape) -> Any:
         raise InvalidParameter(f"`targets` {','.join(shape.targets)}: {error}") from error
 
 
+def _token_ids(base: Base, names: tuple[str, ...]) -> list[int]:
+    """Raises InvalidParameter for a name that is no token of the base."""
+    known = base.tokenizer.get_vocab()
+    strange = [name for name in names if known.get(name, base.num_embeddings) >= base.num_embeddings]
+    if strange:
+        raise InvalidParameter(
+            f"`trained_tokens`: {', '.join(map(repr, strange))} is no token of the base. Name tokens that it has, as "
+            "its vocabulary spells them, such as <|im_start|>."
+        )
+    return sorted({known[name] for name in names})
+
+
 def _fingerprint(config: TrainConfig) -> str:
     """What a checkpoint belongs to: the settings and the bytes of the data."""
-    digest = hashlib.sha256(json.dumps(_settings(config), sort_keys=True).encode())
+    settings = _settings(config)
+    for part, default in (("lora", LoraShape()), ("schedule", Schedule())):
+        for name in _LATER[part]:  # so that a checkpoint of before there was such a setting can be gone on from
+            if getattr(default, name) == getattr(getattr(config, part), name):
+                del settings[part][name]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for path in (config.data, config.eval_data):
         if path is not None:
             digest.update(path.read_bytes())
@@ -193,7 +216,11 @@ def _write(config: TrainConfig, base: Base, trainer: Trainer, report: dict[str, 
     from peft import get_peft_model_state_dict
 
     model: Any = trainer.model
-    tensors = {k: v.detach().to("cpu", torch.bfloat16) for k, v in get_peft_model_state_dict(model).items()}
+    is_whole = config.lora.init == "pissa"
+    tensors = {
+        name: value.detach().to("cpu", torch.float32 if is_whole or any(w in name for w in _WHOLE) else torch.bfloat16)
+        for name, value in get_peft_model_state_dict(model).items()
+    }
     with result_and_report(config.out) as (result, beside):
         report["size_bytes"] = write_adapter(result, plain_config(model.peft_config["default"], base.name), tensors)
         write_card(result, Card.of_training(config.title or config.out.name, config.command, report))

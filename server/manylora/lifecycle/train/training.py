@@ -2,8 +2,9 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -84,7 +85,7 @@ class Trainer:
         self._keeps_logits = accepts_logits_to_keep(base.model)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=schedule.lr, weight_decay=schedule.weight_decay)
+        self.optimizer = torch.optim.AdamW(_groups(self.parameters, schedule), lr=schedule.lr)
 
     @property
     def num_steps(self) -> int:
@@ -166,7 +167,7 @@ class Trainer:
         norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.schedule.max_grad_norm))
         self._check(loss, norm, [self._train[i].example.row for indices in group for i in indices])
         for parameters in self.optimizer.param_groups:
-            parameters["lr"] = self.learning_rate(self.history.step)
+            parameters["lr"] = self.learning_rate(self.history.step) * parameters["ratio"]
         self.optimizer.step()
         self.history.step += 1
         return loss
@@ -238,6 +239,16 @@ class Trainer:
         every = self._evaluation_interval
         at_the_end = self.num_steps % every != 0
         return self.num_steps // every - self.history.step // every + at_the_end
+
+
+def _groups(parameters: Mapping[str, nn.Parameter], schedule: Schedule) -> list[dict[str, Any]]:
+    """The parameters by learning rate and decay: DoRA's lengths and rows of tokens, the base's at first, have none."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        ratio = schedule.lr_ratio if ".lora_B." in name or ".lora_embedding_B." in name else 1.0
+        decay = schedule.weight_decay if ".lora_A." in name or ".lora_B." in name else 0.0
+        groups.setdefault((ratio, decay), []).append(parameter)
+    return [{"params": own, "ratio": ratio, "weight_decay": decay} for (ratio, decay), own in groups.items()]
 
 
 def in_words(seconds: float) -> str:
