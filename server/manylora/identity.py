@@ -88,10 +88,21 @@ class Mix:
         """Equal for the same adapters with the same weights, in whatever order, and for no others."""
         return repr(sorted((ref.id, weight) for ref, weight in self.parts))
 
-    @property
-    def unmixable(self) -> AdapterRef | None:
-        """One of several, or with a weight, that does more to a prompt than to the rows of a step."""
-        return None if self.is_plain else next((r for r in self.refs if r.num_virtual_tokens or r.invocation), None)
+    def check(self, num_slots: int) -> None:
+        """Raises InvalidRequest for one that has no slots, or whose adapter does more than change rows of a step."""
+        if len(self.parts) > num_slots:
+            raise InvalidRequest(
+                f"The mix has {len(self.parts)} adapters and the server has slots for {num_slots}. Send fewer, or "
+                "raise --max-slots.",
+                param="adapters",
+            )
+        alone = next((ref for ref in self.refs if ref.num_virtual_tokens or ref.invocation), None)
+        if alone is not None and not self.is_plain:
+            raise InvalidRequest(
+                f"The adapter '{alone.label}' has virtual tokens or is invoked in the middle of a prompt, which is "
+                "served alone and with weight 1. Take it out of the mix.",
+                param="adapters",
+            )
 
     @property
     def num_virtual_tokens(self) -> int:

@@ -227,7 +227,7 @@ class AsyncEngine:
         self._check_open()
         self._admission.check(tenant, params.n)
         mix = adapter if isinstance(adapter, Mix) else Mix.of(adapter)
-        self._check_mix(mix)
+        mix.check(self._tiers.book.num_slots)
         num_virtual = mix.num_virtual_tokens
         if num_virtual + len(prompt_ids) > self.model.most_prompt_tokens:
             virtual = f" behind {num_virtual} virtual ones of its adapter" if num_virtual else ""
@@ -261,21 +261,6 @@ class AsyncEngine:
             seq.seed = seqs[0].seed
         seqs[0].followers = seqs[1:]
         return self._submit(seqs)
-
-    def _check_mix(self, mix: Mix) -> None:
-        """Raises InvalidRequest for one that has no slots, or whose adapters do more than change rows of a step."""
-        if len(mix.parts) > self._tiers.book.num_slots:
-            raise InvalidRequest(
-                f"The mix has {len(mix.parts)} adapters and the server has slots for {self._tiers.book.num_slots}. "
-                "Send fewer, or raise --max-slots.",
-                param="adapters",
-            )
-        if (unmixable := mix.unmixable) is not None:
-            raise InvalidRequest(
-                f"The adapter '{unmixable.label}' has virtual tokens or is invoked in the middle of a prompt, which is "
-                "served alone and with weight 1. Take it out of the mix.",
-                param="adapters",
-            )
 
     def _submit(self, seqs: list[Sequence]) -> RunningGeneration:
         assert on_event_loop()
