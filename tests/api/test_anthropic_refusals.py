@@ -6,10 +6,17 @@ import pytest
 
 from manylora.chat.format import ChatFormat
 from manylora.errors import Draining, InvalidGrammar
+from manylora.settings import Settings
 from manylora.tenants.interface import Principal, Role
 
 from .conftest import Rig
 from .test_anthropic import HI, NOW, WEATHER, ask
+
+
+@pytest.fixture(scope="module")
+def refusing(tmp_path_factory: pytest.TempPathFactory) -> Rig:
+    """One for all that is refused, since nothing of that is left."""
+    return Rig(Settings(data_dir=tmp_path_factory.mktemp("data"), max_body=64 * 1024))
 
 
 def turn(*blocks: Any, role: str = "user") -> dict[str, Any]:
@@ -104,18 +111,18 @@ OF_ANSWERS: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("body", "named"), [*BODIES, *OF_ANSWERS])
-def test_what_is_not_served_is_refused_by_name(rig: Rig, body: dict[str, Any], named: str) -> None:
-    answer = ask(rig, **body)
+def test_what_is_not_served_is_refused_by_name(refusing: Rig, body: dict[str, Any], named: str) -> None:
+    answer = ask(refusing, **body)
     assert answer.status_code == 400
     error = answer.json()["error"]
     assert answer.json() == {"type": "error", "error": {"type": "invalid_request_error", "message": error["message"]}}
     assert f"'{named}" in error["message"] or error["message"].startswith(f"{named}:")
-    assert rig.engine.generations == []
+    assert refusing.engine.generations == []
 
 
 @pytest.mark.parametrize(("body", "named"), BODIES[::7])
-def test_what_is_counted_is_checked_as_what_is_answered(rig: Rig, body: dict[str, Any], named: str) -> None:
-    answer = ask(rig, "/count_tokens", **body)
+def test_what_is_counted_is_checked_as_what_is_answered(refusing: Rig, body: dict[str, Any], named: str) -> None:
+    answer = ask(refusing, "/count_tokens", **body)
     assert answer.status_code == 400
     assert named in answer.json()["error"]["message"]
 

@@ -6,9 +6,17 @@ import pytest
 
 from manylora.chat.format import ChatFormat
 from manylora.errors import InvalidGrammar
+from manylora.settings import Settings
 
 from .conftest import Rig
 from .test_responses import NOW, TOLD, WEATHER, ask
+
+
+@pytest.fixture(scope="module")
+def refusing(tmp_path_factory: pytest.TempPathFactory) -> Rig:
+    """One for all that is refused, since nothing of that is left."""
+    return Rig(Settings(data_dir=tmp_path_factory.mktemp("data"), max_body=64 * 1024))
+
 
 HISTORY: list[dict[str, Any]] = [TOLD, {"type": "function_call", "call_id": "c", "name": "n", "arguments": "{}"}]
 
@@ -116,12 +124,12 @@ HISTORY: list[dict[str, Any]] = [TOLD, {"type": "function_call", "call_id": "c",
         ({"nonsense": 1}, "nonsense"),
     ],
 )
-def test_what_is_not_served_is_refused_by_name(rig: Rig, body: dict[str, Any], named: str) -> None:
-    answer = ask(rig, **body)
+def test_what_is_not_served_is_refused_by_name(refusing: Rig, body: dict[str, Any], named: str) -> None:
+    answer = ask(refusing, **body)
     assert answer.status_code == (404 if body.get("model") == "nobody" else 400)
     assert answer.json()["error"]["param"] == named
     assert len(answer.content) < 1500
-    assert rig.engine.generations == []
+    assert refusing.engine.generations == []
 
 
 def test_errors_of_a_chat_are_told_in_the_words_of_this_route(rig: Rig) -> None:
