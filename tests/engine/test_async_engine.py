@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from manylora.engine.async_engine import PROBE_TEXT, AsyncEngine, RunningGeneration, effect_of
+from manylora.engine.async_engine import PROBE_TEXT, AsyncEngine, RunningGeneration
+from manylora.engine.effect import effect_of
 from manylora.engine.interface import Delta, Effect, FinishReason, ModelInfo, SamplingParams
 from manylora.engine.sequence import Sequence
 from manylora.errors import (

@@ -137,6 +137,7 @@ def routes() -> Iterator[str]:
     from manylora.api import (
         adapters,
         anthropic,
+        classify,
         dashboard_routes,
         embeddings,
         history,
@@ -159,7 +160,7 @@ def routes() -> Iterator[str]:
         usage.build_router(catalog),
         dashboard_routes.build_router(),
     )
-    inference = (openai, responses, anthropic, embeddings, tokens, tgi, ollama, sagemaker)
+    inference = (openai, responses, anthropic, embeddings, classify, tokens, tgi, ollama, sagemaker)
     for router in (ops.router, *(each.router for each in inference), *built):
         for route in router.routes:
             if isinstance(route, APIRoute) and "assets" not in route.path:

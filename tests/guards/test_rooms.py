@@ -12,17 +12,17 @@ from .test_layers import MODULES, PACKAGE, imports
 SMALL_LINES = 60
 # Modules below so many lines with one importer, and why they are not a part of it.
 REASONS = {
+    "api.mixed": "a field of several bodies with checks of its own; their module is long enough without it",
     "api.query": "a dependency of all routes, put in front of them in one place",
     "api.usage": "a router: all routers are put together in one place",
     "catalog.orphans": "a command's work without its printing; the command imports it when it runs",
     "catalog.verify": "a command's work without its printing; the command imports it when it runs",
     "engine.drafting": "the interface that a drafter implements, and the one that drafts nothing",
-    "engine.encoder_runner": "the host part of a step, without torch, as the decoders' is",
+    "engine.effect": "arithmetic on two answers, beside the bridge to asyncio",
     "chat.tool_prompt": "the words in which a base hears of tools, apart from how templates are rendered",
     "kernels.native_attention": "one of two implementations of the same attention, chosen by the backend",
     "lora.memory.eviction": "arithmetic without locks and tiers, tested by itself",
     "models.masks": "what a mask comes to, told without a model; the survey is long enough without it",
-    "models.native_layers": "one of two implementations of the same layers, chosen where the engine is built",
     "serving.warm_up": "talks to an engine by its interface alone, tested by itself",
 }
 

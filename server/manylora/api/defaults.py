@@ -11,6 +11,7 @@ from typing import Any, Final
 import orjson
 
 from manylora.api.chats import rendered
+from manylora.api.inputs import PoolRequest
 from manylora.api.lanes import PYTHON, beside_loop
 from manylora.api.sampling import sampling_params
 from manylora.api.schemas import (
@@ -20,7 +21,6 @@ from manylora.api.schemas import (
     GenerationRequest,
     InferenceRequest,
     Message,
-    PoolRequest,
     checked,
 )
 from manylora.api.structured import ANSWER_FIELDS, asked_for
@@ -105,7 +105,8 @@ def with_defaults(body: InferenceRequest, directory: AdapterDirectory, mix: Mix)
     _check_locked(body, defaults, adapter)
     if isinstance(body, PoolRequest):
         return body.model_copy(update={"pooling": body.pooling or defaults.pooling}), None
-    assert isinstance(body, GenerationRequest)
+    if not isinstance(body, GenerationRequest):
+        return body, None
     given = body.model_fields_set
     found = {name: value for name, value in defaults.values.items() if name not in given}
     if not given.intersection(ANSWER_FIELDS):
@@ -147,7 +148,7 @@ def _at_odds(body: InferenceRequest, defaults: _Defaults) -> Iterable[str]:
     for name in locked & given & defaults.values.keys():
         if getattr(body, name) != defaults.values[name]:
             yield name
-    if "pooling" in locked & given and getattr(body, "pooling", None) != defaults.pooling:
+    if isinstance(body, PoolRequest) and "pooling" in locked & given and body.pooling != defaults.pooling:
         yield "pooling"
     is_generation = isinstance(body, GenerationRequest)
     if "max_tokens" in locked and is_generation and body.token_limit not in (None, defaults.max_tokens):

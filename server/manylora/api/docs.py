@@ -12,6 +12,7 @@ from pydantic.json_schema import models_json_schema
 from starlette.responses import RedirectResponse, Response
 
 from manylora.api.anthropic import CountRequest, MessagesRequest
+from manylora.api.classify import ClassifyRequest
 from manylora.api.embeddings import EmbeddingRequest
 from manylora.api.ollama import OllamaChatRequest, OllamaGenerateRequest
 from manylora.api.responses import ResponseRequest
@@ -30,6 +31,7 @@ _BODIES: Final = (
     MessagesRequest,
     CountRequest,
     EmbeddingRequest,
+    ClassifyRequest,
     TokenizeRequest,
     DetokenizeRequest,
     GenerateRequest,

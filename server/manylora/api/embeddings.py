@@ -15,9 +15,10 @@ from starlette.responses import Response
 from manylora.api.answers import extension
 from manylora.api.auth import Caller
 from manylora.api.fields import EMBEDDING_UNSUPPORTED, Unsupported
+from manylora.api.inputs import PoolRequest
 from manylora.api.json_body import documented
 from manylora.api.run import Asked, Deltas, Run, answered
-from manylora.api.schemas import Int, PoolRequest, parse
+from manylora.api.schemas import Int, parse
 from manylora.api.sse import Event
 from manylora.api.state import ServicesDep
 from manylora.engine.interface import Delta, ModelInfo, TokenLogprob

@@ -12,6 +12,7 @@ from manylora.errors import InvalidRequest, UnsupportedField, quoted
 
 __all__ = [
     "CHAT_UNSUPPORTED",
+    "CLASSIFY_UNSUPPORTED",
     "COMPLETION_UNSUPPORTED",
     "EMBEDDING_UNSUPPORTED",
     "MESSAGE_UNSUPPORTED",
@@ -110,6 +111,12 @@ EMBEDDING_UNSUPPORTED: Final[Unsupported] = {
     "rid": _NOTHING,
     "safety_identifier": _NOTHING,
     "use_activation": _ON,
+}
+CLASSIFY_UNSUPPORTED: Final[Unsupported] = {
+    "messages": _NOTHING,
+    "mm_processor_kwargs": _NOTHING,
+    "prompt_name": _NOTHING,
+    "request_id": _NOTHING,
 }
 TOKENIZE_UNSUPPORTED: Final[Unsupported] = {
     "tools": _NOTHING,

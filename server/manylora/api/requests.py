@@ -13,6 +13,7 @@ from typing import Final, TypeVar
 from starlette.requests import ClientDisconnect, Request
 
 from manylora.api.chats import RenderedChat, rendered_beside
+from manylora.api.inputs import InputsRequest, PoolRequest
 from manylora.api.json_body import require_json
 from manylora.api.lanes import INLINE_CHARACTERS, LONG_TEXT, PYTHON, SHORT_TEXT, beside_loop
 from manylora.api.record import ClientGone
@@ -24,18 +25,16 @@ from manylora.api.schemas import (
     CompletionRequest,
     GenerationRequest,
     InferenceRequest,
-    PoolRequest,
 )
 from manylora.api.structured import ANSWER_FIELDS, asked_for
 from manylora.chat.pieces import Reader
 from manylora.engine.interface import CompiledGrammar, EngineClient, ModelInfo, SamplingParams, TextCodec
-from manylora.errors import ContextLengthExceeded, InvalidGrammar, InvalidRequest, WrongModelType, quoted
+from manylora.errors import ContextLengthExceeded, InvalidGrammar, InvalidRequest, quoted
 
 __all__ = [
     "INLINE_IDS",
     "Prompt",
     "check_connected",
-    "check_kind",
     "counted_ids",
     "lane_of",
     "num_chat_tokens",
@@ -77,15 +76,6 @@ async def check_connected(request: Request) -> None:
         raise ClientGone
 
 
-def check_kind(body: InferenceRequest, model: ModelInfo) -> None:
-    """Raises WrongModelType where the body is for another kind of base than the one that is served."""
-    if model.kind == "pool" and not isinstance(body, PoolRequest):
-        raise WrongModelType(
-            "This server's model is an encoder: it turns texts into vectors and writes none. Ask /v1/embeddings, or a "
-            "server of a decoder."
-        )
-
-
 # prompts
 
 
@@ -119,7 +109,7 @@ async def prompts_of(
     grammar, ContextLengthExceeded, and what `EngineClient.compile` does.
     """
     engine: PromptEngine = Behind.of(client, num_virtual_tokens) if num_virtual_tokens else client
-    if isinstance(body, PoolRequest):
+    if isinstance(body, InputsRequest):
         return await _pooled_prompts(body, engine)
     assert isinstance(body, GenerationRequest)
     params = sampling_params(body, engine.model)
@@ -147,17 +137,21 @@ async def prompts_of(
     )
 
 
-async def _pooled_prompts(body: PoolRequest, engine: PromptEngine) -> tuple[Prompt, ...]:
-    """Every prompt of a body whose prompts become vectors."""
+async def _pooled_prompts(body: InputsRequest, engine: PromptEngine) -> tuple[Prompt, ...]:
+    """Every prompt of a body whose prompts become vectors or scores."""
     if not engine.model.hidden_size:
         raise InvalidRequest("This server's base model gives no hidden states, so it has no embeddings.", param="model")
     _check_num_choices(body, len(body.prompts), 1, engine.max_choices)
-    if body.pooling == "cls" and engine.model.kind == "generate":
+    pooling = body.pooling if isinstance(body, PoolRequest) else None
+    if pooling == "cls" and engine.model.kind == "generate":
         raise InvalidRequest(
             "'pooling' is 'cls', and the first token of this server's model has seen no other. Use 'last' or 'mean'.",
             param="pooling",
         )
-    params = SamplingParams(max_tokens=0, pooling=body.pooling or engine.model.default_pooling)
+    if body.reads_head:
+        params = SamplingParams(max_tokens=0, reads_head=True)
+    else:
+        params = SamplingParams(max_tokens=0, pooling=pooling or engine.model.default_pooling)
     return tuple(Prompt(ids, params) for ids, _ in await _encode_prompts(body, engine))
 
 

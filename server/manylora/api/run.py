@@ -13,9 +13,10 @@ from starlette.responses import Response
 
 from manylora.api.defaults import check_template_allowed, with_defaults
 from manylora.api.fields import renamed
+from manylora.api.inputs import InputsRequest
 from manylora.api.naming import missing, mix_of
 from manylora.api.record import Counts, RequestRecord
-from manylora.api.requests import Prompt, check_connected, check_kind, prompts_of, read_body
+from manylora.api.requests import Prompt, check_connected, prompts_of, read_body
 from manylora.api.schemas import InferenceRequest
 from manylora.api.sse import Event, EventStream, while_connected
 from manylora.api.state import Services
@@ -26,10 +27,11 @@ from manylora.engine.interface import (
     FinishReason,
     Generation,
     Mix,
+    ModelInfo,
     Progress,
     TokenLogprob,
 )
-from manylora.errors import AdapterNotFound, Draining, InvalidRequest, ManyloraError
+from manylora.errors import AdapterNotFound, Draining, InvalidRequest, ManyloraError, WrongModelType
 from manylora.tenants.interface import Lease, Principal
 
 __all__ = ["ADAPTER_HEADER", "Asked", "Deltas", "Renderer", "Run", "answered"]
@@ -97,7 +99,7 @@ async def answered(
     async with run.ends_on_error():
         asked = await read_body(request, read)
         body = asked.body
-        check_kind(body, services.engine.model)
+        _check_kind(body, services.engine.model)
         run.log.update(body.annotations())
         aliases = services.settings.resolved_model_aliases
         try:
@@ -116,6 +118,20 @@ async def answered(
         await check_connected(request)
         run.ask(prompts, gone=missing(body), cache_salt=body.cache_salt, priority=body.priority)
         return await run.answer(asked.renderer(run), is_streamed=body.is_streamed, stream=asked.stream)
+
+
+def _check_kind(body: InferenceRequest, model: ModelInfo) -> None:
+    """Raises WrongModelType where the body is for another kind of base than the one that is served."""
+    if model.kind == "generate" and isinstance(body, InputsRequest) and body.reads_head:
+        raise WrongModelType(
+            "This server's model is a decoder: its adapters have no labels of their own. Ask a server of an encoder, "
+            "or /v1/completions with 'guided_choice'."
+        )
+    if model.kind == "pool" and not isinstance(body, InputsRequest):
+        raise WrongModelType(
+            "This server's model is an encoder: it turns texts into vectors and writes none. Ask /v1/embeddings, or a "
+            "server of a decoder."
+        )
 
 
 class Run:

@@ -23,7 +23,6 @@ from manylora.api.messages import Message, cleaned_message
 from manylora.api.mixed import LoraScale, Mixed, MixedAdapter
 from manylora.api.structured import ANSWER_FIELDS, ResponseFormat, StructuredOutputs
 from manylora.api.tools import MAX_TOOLS, Tool, ToolChoice, Tools
-from manylora.engine.interface import Pooling
 from manylora.errors import InvalidRequest, quoted
 from manylora.identity import MAX_MIXED
 
@@ -34,10 +33,11 @@ __all__ = [
     "GenerationRequest",
     "InferenceRequest",
     "Message",
-    "PoolRequest",
     "Prompt",
     "StreamOptions",
     "checked",
+    "checked_prompts",
+    "one_by_one",
     "parse",
 ]
 
@@ -317,11 +317,11 @@ class CompletionRequest(GenerationRequest):
     @field_validator("prompt", mode="plain", json_schema_input_type=str | list[str] | list[int] | list[list[int]])
     @classmethod
     def _check_prompt(cls, value: Any) -> Any:
-        return _checked_prompts(value)
+        return checked_prompts(value)
 
     @property
     def prompts(self) -> list[Prompt]:
-        return _one_by_one(self.prompt)
+        return one_by_one(self.prompt)
 
     @model_validator(mode="after")
     def _check_count(self) -> Self:
@@ -330,35 +330,8 @@ class CompletionRequest(GenerationRequest):
         return self
 
 
-class PoolRequest(InferenceRequest):
-    """A body whose prompts become one vector each."""
-
-    prompt_field: ClassVar[str] = "input"
-
-    input: str | list[str] | list[int] | list[list[int]]
-    pooling: Pooling | None = Field(default=None, description="What becomes of a prompt's tokens.")
-
-    @field_validator("input", mode="plain", json_schema_input_type=str | list[str] | list[int] | list[list[int]])
-    @classmethod
-    def _check_input(cls, value: Any) -> Any:
-        return _checked_prompts(value)
-
-    @model_validator(mode="after")
-    def _check_count(self) -> Self:
-        if len(self.prompts) > MAX_INPUTS:
-            raise InvalidRequest(f"'input' holds more than {MAX_INPUTS} inputs. Send fewer.", param="input")
-        return self
-
-    @property
-    def prompts(self) -> list[Prompt]:
-        return _one_by_one(self.input)
-
-    @property
-    def token_limit(self) -> int:
-        return 0
-
-
-def _checked_prompts(value: Any) -> Any:
+def checked_prompts(value: Any) -> Any:
+    """A prompt or prompts, as text or as ids. Raises ValueError."""
     if isinstance(value, str):
         return value
     kinds = set(map(type, value)) if isinstance(value, list) else set()
@@ -369,7 +342,8 @@ def _checked_prompts(value: Any) -> Any:
     )
 
 
-def _one_by_one(prompts: Any) -> list[Prompt]:
+def one_by_one(prompts: Any) -> list[Prompt]:
+    """Each prompt, of what may be one alone."""
     if isinstance(prompts, str):
         return [prompts]
     return [prompts] if isinstance(prompts[0], int) else prompts

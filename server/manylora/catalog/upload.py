@@ -171,7 +171,9 @@ async def _measured(
         raise InvalidAdapter([Problem("not_finite", "effect", message)])
     if effect.max_abs_logit_delta == 0:
         message = (
-            "The logits with this adapter equal the base model's, so it would do nothing. "
+            "Its head gives different texts the same scores, so it would tell nothing. Was it saved before training?"
+            if adapter.head is not None
+            else "The logits with this adapter equal the base model's, so it would do nothing. "
             "Was it saved before training (B is zero), or is its alpha 0?"
         )
         raise InvalidAdapter([Problem("no_effect", "effect", message)])

@@ -5,6 +5,7 @@ the thread empties between steps; what a step produced comes back in one call to
 """
 
 import asyncio
+import math
 import threading
 import time
 from collections import Counter, deque
@@ -13,10 +14,8 @@ from collections.abc import Sequence as SequenceOf
 from functools import partial
 from typing import Final
 
-import numpy as np
-import torch
-
 from manylora.engine.admission import Admission
+from manylora.engine.effect import effect_of, probes_of, vector_effect_of
 from manylora.engine.engine import Engine, Output
 from manylora.engine.interface import (
     PUBLIC_TENANT,
@@ -31,6 +30,7 @@ from manylora.engine.interface import (
     Progress,
     RequestTiming,
     SamplingParams,
+    Task,
     TextCodec,
     Tier,
 )
@@ -38,6 +38,7 @@ from manylora.engine.recovery import Unrecoverable
 from manylora.engine.sequence import Sequence, SequenceStatus
 from manylora.errors import (
     AdapterLoadFailed,
+    AdapterNotFinite,
     ContextLengthExceeded,
     Draining,
     EngineDead,
@@ -56,22 +57,6 @@ MAX_PROBED_TOKENS: Final = 16  # of those that an adapter trains
 PROBE_TEXT = "The quick brown fox jumps over the lazy dog. Question: what is the capital of France? Answer:"
 _IDLE_WAIT_S = 0.5
 _TIERS: Final[tuple[Tier, ...]] = ("device", "host", "disk")  # from the nearest
-
-
-def effect_of(without: np.ndarray, with_it: np.ndarray) -> Effect:
-    """What an adapter changes, from a prompt's logits [positions, vocab] without it and with it."""
-    a, b = torch.from_numpy(without), torch.from_numpy(with_it)
-    kl = torch.nn.functional.kl_div(
-        torch.log_softmax(b[-1], -1), torch.log_softmax(a[-1], -1), reduction="sum", log_target=True
-    )
-    return Effect(len(a), float((a - b).abs().max()), float(kl))
-
-
-def vector_effect_of(num_tokens: int, without: np.ndarray | None, with_it: np.ndarray | None) -> Effect:
-    """What an adapter changes of a text's vector [hidden] without it and with it. Vectors have no probabilities."""
-    assert without is not None
-    assert with_it is not None
-    return Effect(num_tokens, float(np.abs(without - with_it).max()), 0.0)
 
 
 class RunningGeneration:
@@ -317,31 +302,39 @@ class AsyncEngine:
             raise InvalidAdapter([Problem("unsupported_feature", "adapter_config.json: num_virtual_tokens", fault)])
         prompt = [*ref.invocation, *adapter.token_ids[:MAX_PROBED_TOKENS], *prompt][:room]
         self._num_probes += 1
-        is_pooled = self.model.kind == "pool"
-        params = SamplingParams(max_tokens=0, pooling="mean" if is_pooled else None)
         self._tiers.offer(ref, adapter)
-
-        def probe(name: str, tried: AdapterRef | None) -> RunningGeneration:
-            """A probe runs at the expense of the tenant's fair share."""
-            captures = not is_pooled
-            seq = Sequence(
-                name, list(prompt), params, adapter=tried, tenant=tenant, weight=weight, capture_logits=captures
-            )
-            return self._submit([seq])
-
-        base, tuned = probe(f"probe-{self._num_probes}-base", None), probe(f"probe-{self._num_probes}", ref)
+        asked = [
+            self._probe(f"probe-{self._num_probes}-{number}", *each, tenant, weight)
+            for number, each in enumerate(probes_of(self.model, prompt, ref, adapter))
+        ]
         try:
-            without, with_it = await base.output(), await tuned.output()
+            first, second = [await probe.output() for probe in asked]
+        except AdapterNotFinite:
+            return Effect(len(prompt), math.inf, 0.0)
         finally:
-            await base.aclose()
-            await tuned.aclose()
+            for probe in asked:
+                await probe.aclose()
             self._tiers.offer(ref, None)
-        if is_pooled:
-            return vector_effect_of(len(prompt), without.delta.pooled, with_it.delta.pooled)
-        a, b = without.captured, with_it.captured
+        if self.model.kind == "pool":
+            return vector_effect_of(len(prompt), first.delta.pooled, second.delta.pooled)
+        a, b = first.captured, second.captured
         if a is None or b is None:
             raise AdapterLoadFailed("The adapter's effect could not be measured.")
         return await asyncio.to_thread(effect_of, a, b)
+
+    def _probe(
+        self,
+        name: str,
+        prompt: list[int],
+        params: SamplingParams,
+        tried: AdapterRef | None,
+        tenant: str,
+        weight: float,
+    ) -> RunningGeneration:
+        """A probe runs at the expense of the tenant's fair share."""
+        captures = params.task is Task.SCORE
+        seq = Sequence(name, list(prompt), params, adapter=tried, tenant=tenant, weight=weight, capture_logits=captures)
+        return self._submit([seq])
 
     def tier_of(self, ref: AdapterRef) -> Tier:
         return self._tiers.tier_of(ref)

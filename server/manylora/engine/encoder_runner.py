@@ -9,6 +9,8 @@ from manylora.engine.encoder_executor import EncoderExecutor
 from manylora.engine.model_runner import Outcome, slots_of
 from manylora.engine.sequence import Scheduled
 from manylora.engine.step_input import EncoderInput
+from manylora.errors import InvalidRequest
+from manylora.identity import Mix
 
 __all__ = ["EncoderRunner"]
 
@@ -31,9 +33,13 @@ class EncoderRunner:
         return self._executor.forward(_input(scheduled))
 
     def sample(self, scheduled: SequenceOf[Scheduled], found: Any) -> list[Outcome]:
-        """One array for each item."""
-        arrays = self._executor.arrays(found)
-        return [Outcome(pooled=array, is_finite=bool(np.isfinite(array).all())) for array in arrays]
+        """One array for each item, or why there is none."""
+        return [
+            Outcome(error=no_head(item.seq.mix))
+            if array is None
+            else Outcome(pooled=array, head=head, is_finite=bool(np.isfinite(array).all()))
+            for item, (array, head) in zip(scheduled, self._executor.arrays(found), strict=True)
+        ]
 
 
 def _input(scheduled: SequenceOf[Scheduled]) -> EncoderInput:
@@ -44,6 +50,16 @@ def _input(scheduled: SequenceOf[Scheduled]) -> EncoderInput:
         token_ids=np.concatenate([np.array(item.seq.tokens, dtype=np.int64) for item in scheduled]),
         lens=tuple(lens),
         slots=slots,
-        ways=tuple(item.seq.params.pooling or "mean" for item in scheduled),
+        ways=tuple("head" if item.seq.params.reads_head else item.seq.params.pooling or "mean" for item in scheduled),
         mixes=mixes,
+    )
+
+
+def no_head(mix: Mix) -> InvalidRequest:
+    """What a caller is told who asks for the labels of what has none."""
+    if not mix.is_plain:
+        return InvalidRequest(f"{mix.label} is a mix, which has no labels of its own. Name one adapter.", param="model")
+    named = f"The adapter {mix.label} has" if mix.parts else "The base model has"
+    return InvalidRequest(
+        f"{named} no labels. Name an adapter that was trained as a classifier (SEQ_CLS or TOKEN_CLS).", param="model"
     )

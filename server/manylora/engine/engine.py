@@ -190,6 +190,8 @@ class Engine:
     def _commit(self, item: Scheduled, outcome: Outcome) -> Output | None:
         """Give a sequence what the step found for it."""
         seq = item.seq
+        if outcome.error is not None:
+            return self._end(seq, outcome.error)
         if not outcome.is_finite and _is_dead_end(seq):
             return self._end(seq, nothing_may_come(seq))
         if not outcome.is_finite and not seq.capture_logits:
@@ -349,7 +351,8 @@ class Engine:
             return self._end_not_finite(seq)
         self.scheduler.finish(seq, FinishReason.STOP)
         cached = seq.num_cached_tokens
-        delta = Delta(seq.index, "", (), finish_reason=FinishReason.STOP, num_cached_tokens=cached, pooled=vector)
+        stop = FinishReason.STOP
+        delta = Delta(seq.index, "", (), finish_reason=stop, num_cached_tokens=cached, pooled=vector, head=outcome.head)
         return Output(seq, delta)
 
     def _stop_reason(self, seq: Sequence, token_id: int) -> FinishReason | None:

@@ -17,7 +17,7 @@ from manylora.chat.format import PLAIN_CHAT, ChatFormat, ChatOptions
 from manylora.chat.pieces import Reader
 from manylora.grammars.grammar import CompiledGrammar, Grammar, Whitespace
 from manylora.identity import PUBLIC_TENANT, AdapterRef, Mix, Tier
-from manylora.lora.format.spec import Adapter
+from manylora.lora.format.spec import Adapter, Head
 
 __all__ = [
     "PUBLIC_TENANT",
@@ -31,6 +31,7 @@ __all__ = [
     "FinishReason",
     "Generation",
     "Grammar",
+    "Head",
     "Mix",
     "ModelInfo",
     "ModelKind",
@@ -87,7 +88,8 @@ class SamplingParams:
     False, and what the answer stopped at with `include_stop`. With `prompt_ranks` the prompt's log-probabilities have
     their ranks.
 
-    With `pooling` nothing is generated: the answer is one vector of hidden states.
+    With `pooling` nothing is generated: the answer is one vector of hidden states. With `reads_head`, on encoders
+    alone, it is the scores of the adapter's labels.
     """
 
     max_tokens: int
@@ -115,10 +117,11 @@ class SamplingParams:
     include_stop: bool = False
     prompt_ranks: bool = False
     pooling: Pooling | None = None
+    reads_head: bool = False
 
     @property
     def task(self) -> Task:
-        if self.pooling is not None:
+        if self.pooling is not None or self.reads_head:
             return Task.POOL
         return Task.GENERATE if self.max_tokens else Task.SCORE
 
@@ -170,8 +173,9 @@ class Delta:
     incomplete, so the texts of all deltas joined are the answer. `num_cached_tokens` (prompt tokens taken
     from the prefix cache) and `prompt_logprobs` come with the first delta of choice 0. `stop_reason` comes with a
     choice's last one: what of the request ended it, a stop string or one of `stop_token_ids`; None where
-    the model or the length did. `pooled` [hidden] is the whole answer of a prompt that was pooled. `num_drafted`:
-    tokens that the step guessed and ran, of which `num_accepted` are among `token_ids`.
+    the model or the length did. `pooled` is the whole answer of a prompt that was pooled: [hidden], or with
+    its `head` the scores of its labels, [labels] of a text or [tokens, labels] of its tokens. `num_drafted`: tokens
+    that the step guessed and ran, of which `num_accepted` are among `token_ids`.
     """
 
     index: int
@@ -183,6 +187,7 @@ class Delta:
     num_cached_tokens: int = 0
     stop_reason: str | int | None = None
     pooled: npt.NDArray[np.float32] | None = field(default=None, compare=False)
+    head: Head | None = None
     num_drafted: int = 0
     num_accepted: int = 0
 
@@ -266,7 +271,8 @@ class EngineStats:
 class Effect:
     """How much an adapter changes the base's answer to a fixed prompt (KL in nats, at the last position).
 
-    Of an encoder, `max_abs_logit_delta` is of the text's vector and `kl` 0.
+    Of an encoder, `max_abs_logit_delta` is of the text's vector, or of a head the difference of two texts' scores, and
+    `kl` 0.
     """
 
     prompt_tokens: int

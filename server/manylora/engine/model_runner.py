@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from manylora.engine.executor import Executor
-from manylora.engine.interface import Task, TokenLogprob
+from manylora.engine.interface import Head, Task, TokenLogprob
 from manylora.engine.sequence import Draws, Scheduled, Sequence
 from manylora.engine.step_input import (
     Adjustment,
@@ -28,6 +28,7 @@ from manylora.engine.step_input import (
     StepInput,
 )
 from manylora.engine.token_rules import Bits
+from manylora.errors import ManyloraError
 from manylora.kernels.rows import Parts, mix_number
 
 DRAWS_AHEAD = 64  # places of a sequence whose random numbers are made together
@@ -45,7 +46,8 @@ class Outcome:
     The first `num_accepted` tokens are the draft's, which have run already; behind them comes at least one that has
     not. `logprobs` has an entry for each token, or none. `prompt_logprobs`, `captured` (logits [rows, vocab], in
     pieces) and `hidden` (hidden states [rows, hidden], in pieces) are of the step's own part of a prompt. `pooled` is
-    the whole answer of an input that an encoder ran. `is_finite`: False where what was computed holds NaN or infinity.
+    the whole answer of an input that an encoder ran, with the `head` that gave it; `error`, why there is none.
+    `is_finite`: False where what was computed holds NaN or infinity.
     """
 
     token_ids: SequenceOf[int] = ()
@@ -55,6 +57,8 @@ class Outcome:
     captured: SequenceOf[np.ndarray] = ()
     hidden: SequenceOf[np.ndarray] = ()
     pooled: np.ndarray | None = None
+    head: Head | None = None
+    error: ManyloraError | None = None
     is_finite: bool = True
 
     def add(self, later: "Outcome") -> None:
@@ -63,7 +67,7 @@ class Outcome:
         self.prompt_logprobs = (*self.prompt_logprobs, *later.prompt_logprobs)
         self.captured = (*self.captured, *later.captured)
         self.hidden = (*self.hidden, *later.hidden)
-        self.pooled = later.pooled
+        self.pooled, self.head, self.error = later.pooled, later.head, later.error
         self.is_finite &= later.is_finite
 
 

@@ -19,7 +19,9 @@ from manylora.lora.memory.tiers import AdapterTiers
 from manylora.metrics import Metrics
 from manylora.models.encoder import EncoderModel, first_position, wrap_encoder
 from manylora.models.encoder_loading import LoadedEncoder
+from manylora.models.heads import head_plans
 from manylora.models.positions import UNSTATED_LIMIT, position_limit
+from manylora.models.stored_weights import StoredWeights
 from manylora.settings import Settings
 
 __all__ = ["PoolBuilder"]
@@ -32,20 +34,26 @@ class PoolBuilder(Builder):
         super().__init__(settings, base)
         self.base = base
         self.context_length = self._context_length()
+        stored = StoredWeights(base.folder, EncoderModules({}, base.model.base_model_prefix))
+        plans = head_plans(base.model, stored)
         self.encoder: EncoderModel = wrap_encoder(base.model, base.backend, context_length=self.context_length)
+        self._modules = EncoderModules(self.encoder.modules, base.model.base_model_prefix, plans)
 
     @property
     def modules(self) -> EncoderModules:
         """What an adapter may touch, by path."""
-        return EncoderModules(self.encoder.modules, self.base.model.base_model_prefix)
+        return self._modules
 
     def build_core(
         self, source: AdapterSource, metrics: Metrics, occupancy: Occupancy | None = None
     ) -> tuple[Engine, AdapterTiers]:
         """Lay out memory and put the parts together. Raises StartupError."""
         settings, wrapped = self.settings, self.encoder.wrapped
-        memory = self._memory(len(wrapped.sites))
-        packer = self._packer(wrapped.sites, wrapped.served)
+        plans = self._modules.heads
+        layers = [site for plan in plans.values() for site in plan.sites]
+        sites = wrapped.sites | {site: len(wrapped.sites) + number for number, site in enumerate(layers)}
+        memory = self._memory(len(sites))
+        packer = self._packer(sites, wrapped.served)
         tiers = self._tiers(memory, self._reader(source), packer, metrics, occupancy)
         scheduler = Scheduler(
             # One block for each place in the batch: inputs leave nothing behind that others could use.
@@ -57,7 +65,7 @@ class PoolBuilder(Builder):
         )
         engine = Engine(
             scheduler,
-            EncoderRunner(EncoderExecutor(self.encoder, memory, self.backend.lora)),
+            EncoderRunner(EncoderExecutor(self.encoder, memory, self.backend.lora, plans, sites)),
             decode=self.base.codec.decode,
             eos_ids=frozenset(),
             max_model_len=self.context_length,

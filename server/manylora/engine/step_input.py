@@ -4,6 +4,7 @@
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -53,13 +54,13 @@ class EncoderInput:
     """Whole inputs for a model that looks in both directions, one after the other, without padding.
 
     `token_ids` int64 [T]; of each input its number of tokens (`lens`), its adapter's slot (`slots` int32, as
-    `StepInput` has them) and how its states become one vector (`ways`).
+    `StepInput` has them) and what becomes of its states (`ways`): one vector, or the scores of its adapter's head.
     """
 
     token_ids: np.ndarray
     lens: tuple[int, ...]
     slots: np.ndarray
-    ways: tuple[Pooling, ...]
+    ways: tuple[Pooling | Literal["head"], ...]
     mixes: tuple[Parts, ...] = ()
 
 

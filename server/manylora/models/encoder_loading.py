@@ -14,6 +14,7 @@ from manylora.models import backends, checkpoint
 from manylora.models.loading import base_name, check_memory
 from manylora.models.sentence import SentenceSettings, sentence_settings
 from manylora.models.stages import quiet
+from manylora.models.stored_weights import StoredWeights
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -88,6 +89,7 @@ def offered_modules(folder: Path) -> EncoderModules:
     import torch
     import transformers
 
+    from manylora.models.heads import head_plans
     from manylora.models.modules import adaptable_modules, adaptable_norms
 
     config = checkpoint.read_encoder_config(folder)
@@ -98,11 +100,10 @@ def offered_modules(folder: Path) -> EncoderModules:
         raise ModelUnusable(f"The config of {folder} cannot be used: {error}") from error
     prefix = str(model.base_model_prefix)
     stored = {name.removeprefix(f"{prefix}.") for name in checkpoint.stored_tensors(folder)}
-    found = adaptable_modules(model) | adaptable_norms(model)
-    has_pooler = any(name.startswith("pooler.") for name in stored)
-    return EncoderModules(
-        {path: s for path, s in found.items() if has_pooler or not path.startswith("pooler.")}, prefix
-    )
+    if not any(name.startswith("pooler.") for name in stored):
+        model.pooler = None
+    plans = head_plans(model, StoredWeights(folder, EncoderModules({}, prefix)))
+    return EncoderModules(adaptable_modules(model) | adaptable_norms(model), prefix, plans)
 
 
 def _load(folder: Path, config: "PretrainedConfig", dtype: Any) -> "PreTrainedModel":

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Depends, FastAPI
 from starlette.types import Scope
 
 from manylora import __version__
-from manylora.api import anthropic, embeddings, ollama, openai, ops, responses, sagemaker, tgi, tokens
+from manylora.api import anthropic, classify, embeddings, ollama, openai, ops, responses, sagemaker, tgi, tokens
 from manylora.api.docs import install_docs
 from manylora.api.errors import install_error_handlers
 from manylora.api.middleware import (
@@ -82,7 +82,7 @@ def create_app(
         may_run_open=may_run_open,
         departure=departure or Departure(),
     )
-    inference = (openai, responses, anthropic, embeddings, tokens, tgi, ollama, sagemaker)
+    inference = (openai, responses, anthropic, embeddings, classify, tokens, tgi, ollama, sagemaker)
     for router in (ops.router, *(each.router for each in inference), *extra_routers):
         app.include_router(router)
     install_docs(app)

@@ -7,32 +7,46 @@ looked for under the same names.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 
+from manylora.lora.format.heads import HeadPlan
 from manylora.lora.format.spec import AdaptedModule, BaseWeights, ModuleSpec
 from manylora.lora.format.tensors import TensorView
 
-__all__ = ["EncoderModules", "Naming", "naming_of", "tasks_of"]
+__all__ = ["EncoderModules", "Naming", "naming_of", "plan_of", "tasks_of"]
 
 _PREFIX: Final = "base_model.model."
+_POOLER: Final = "pooler."
 
 
 class EncoderModules(dict[str, ModuleSpec]):
-    """An encoder's modules by path. `prefix`: the name that it has inside a model with a head, such as "bert"."""
+    """An encoder's modules by path.
 
-    def __init__(self, modules: Mapping[str, ModuleSpec], prefix: str) -> None:
+    `prefix`: the name that it has inside a model with a head, such as "bert". `heads`: how the heads of tasks compute.
+    """
+
+    def __init__(
+        self, modules: Mapping[str, ModuleSpec], prefix: str, heads: Mapping[str, HeadPlan] | None = None
+    ) -> None:
         super().__init__(modules)
         self.prefix = prefix
+        self.heads = heads or {}
 
 
 class Naming:
-    """How one adapter calls the base's modules: with `before` in front of each path."""
+    """How one adapter calls the base's modules: with `before` in front of each path.
 
-    def __init__(self, before: str) -> None:
+    `has_pooler`: whether the model that it was trained in had one; most with a head of their own have none.
+    """
+
+    def __init__(self, before: str, *, has_pooler: bool = True) -> None:
         self._before = before
+        self._has_pooler = has_pooler
 
     def outside(self, modules: Mapping[str, ModuleSpec]) -> Mapping[str, ModuleSpec]:
         """The modules under the adapter's names."""
+        if not self._has_pooler:
+            modules = {path: spec for path, spec in modules.items() if not path.startswith(_POOLER)}
         if not self._before:
             return modules
         return {f"{self._before}{path}": replace(spec, path=f"{self._before}{path}") for path, spec in modules.items()}
@@ -57,13 +71,21 @@ class _Renamed:
 
 def tasks_of(modules: Mapping[str, ModuleSpec]) -> frozenset[str]:
     """What adapters for a base with these modules may have been trained for, in PEFT's words."""
-    return frozenset({"FEATURE_EXTRACTION"} if isinstance(modules, EncoderModules) else {"CAUSAL_LM"})
+    return frozenset({"FEATURE_EXTRACTION", *modules.heads} if isinstance(modules, EncoderModules) else {"CAUSAL_LM"})
+
+
+def plan_of(config: Mapping[str, Any], modules: Mapping[str, ModuleSpec]) -> HeadPlan | None:
+    """How the head computes that an adapter with this config has; None for one without."""
+    task = config.get("task_type")
+    return modules.heads.get(task) if isinstance(modules, EncoderModules) and isinstance(task, str) else None
 
 
 def naming_of(modules: Mapping[str, ModuleSpec], tensors: Iterable[str]) -> Naming:
     """How an adapter with these tensors calls the modules."""
-    if isinstance(modules, EncoderModules):
-        before = f"{modules.prefix}."
-        if any(name.startswith(f"{_PREFIX}{before}") for name in tensors):
-            return Naming(before)
-    return Naming("")
+    if not isinstance(modules, EncoderModules):
+        return Naming("")
+    names = [name.removeprefix(_PREFIX) for name in tensors]
+    before = f"{modules.prefix}."
+    if not any(name.startswith(before) for name in names):
+        before = ""
+    return Naming(before, has_pooler=any(name.startswith(f"{before}{_POOLER}") for name in names))

@@ -18,7 +18,8 @@ from manylora.lora.format import config as peft_config
 from manylora.lora.format import contents, kinds
 from manylora.lora.format import folder as listing
 from manylora.lora.format import tensors as safetensors_file
-from manylora.lora.format.encoders import naming_of, tasks_of
+from manylora.lora.format.encoders import naming_of, plan_of, tasks_of
+from manylora.lora.format.heads import HeadPart, read_head
 from manylora.lora.format.kinds import Reading
 from manylora.lora.format.problems import Problems, shown
 from manylora.lora.format.spec import AdaptedModule, Adapter, Base, BaseWeights, LowRank, ModuleKind, ModuleSpec, Prefix
@@ -44,7 +45,7 @@ class _Files:
     """The two files, parsed; None for one that could not be."""
 
     config: dict[str, Any] | None
-    tensors: dict[str, TensorView] | None
+    tensors: Mapping[str, TensorView] | None
 
 
 # Errors of this machine, which say nothing of the adapter.
@@ -65,6 +66,17 @@ def _open(folder: Path, problems: Problems) -> _Files:
     return _Files(config, tensors)
 
 
+def _beheaded(
+    files: _Files, modules: Mapping[str, ModuleSpec], problems: Problems, warnings: list[str]
+) -> tuple[_Files, HeadPart | None]:
+    """The files without the head that their task has, and the head."""
+    plan = None if files.config is None else plan_of(files.config, modules)
+    if plan is None or files.config is None or files.tensors is None:
+        return files, None
+    part = read_head(files.config, files.tensors, plan, problems, warnings)
+    return _Files(part.config, part.tensors), part
+
+
 def _reading(
     files: _Files, modules: Mapping[str, ModuleSpec], problems: Problems, warnings: list[str]
 ) -> Reading | None:
@@ -76,8 +88,14 @@ def _reading(
 
 
 def _build(
-    reading: Reading, modules: tuple[AdaptedModule, ...], digest: str, size_bytes: int, warnings: list[str]
+    reading: Reading,
+    modules: tuple[AdaptedModule, ...],
+    part: HeadPart | None,
+    digest: str,
+    size_bytes: int,
+    warnings: list[str],
 ) -> Adapter:
+    modules = modules if part is None else (*modules, *part.modules)
     return Adapter(
         rank=max((t.rank // t.num_experts for m in modules for t in m.terms if isinstance(t, LowRank)), default=0),
         alpha=reading.alpha,
@@ -90,6 +108,7 @@ def _build(
         warnings=warnings,
         kind=reading.kind,
         invocation=reading.invocation,
+        head=None if part is None else part.head,
     )
 
 
@@ -115,25 +134,26 @@ def read(
     if said := listing.warning_of(aside):
         warnings.append(said)
     listing.check_listing(folder, aside, problems)
-    files = _open(folder, problems)
+    whole = _open(folder, problems)
+    files, head = _beheaded(whole, modules, problems, warnings)
     reading = _reading(files, modules, problems, warnings)
     found: tuple[AdaptedModule, ...] = ()
-    if files.tensors is not None:
-        contents.check_values(files.tensors, problems, _index_test(reading))
+    if whole.tensors is not None and files.tensors is not None:
+        contents.check_values(whole.tensors, problems, _index_test(reading))
         if reading is not None:
             naming = naming_of(modules, files.tensors)
             offered = Base(naming.outside(modules), max_rank, naming.weights(base))
             found = naming.inside(reading.modules(files.tensors, offered, problems, warnings))
         if not problems.has("wrong_dtype", "wrong_shape"):
             contents.check_effect(found, problems, warnings)
-    _check_memory(found, max_memory, problems)
+    _check_memory((*found, *(() if head is None else head.modules)), max_memory, problems)
     problems.raise_if_any()
     # What could not be read is a problem, so everything is there from here on.
     assert reading is not None
-    assert files.config is not None
-    assert files.tensors is not None
-    digest = contents.digest(peft_config.canonical(files.config), files.tensors)
-    return _build(reading, found, digest, size_bytes, warnings)
+    assert whole.config is not None
+    assert whole.tensors is not None
+    digest = contents.digest(peft_config.canonical(whole.config), whole.tensors)
+    return _build(reading, found, head, digest, size_bytes, warnings)
 
 
 def _check_memory(modules: Sequence[AdaptedModule], most: int | None, problems: Problems) -> None:
@@ -164,14 +184,15 @@ def read_trusted(folder: Path, modules: Mapping[str, ModuleSpec], *, digest: str
     say: the config's lists and patterns were held against them by `read`. `digest` is passed on.
     """
     problems, warnings = Problems(), list[str]()
-    files = _open(folder, problems)
+    whole = _open(folder, problems)
+    files, head = _beheaded(whole, modules, problems, warnings)
     reading = _reading(files, modules, problems, warnings)
     found: tuple[AdaptedModule, ...] = ()
     if reading is not None and files.tensors is not None:
         naming = naming_of(modules, files.tensors)
         found = naming.inside(reading.accepted(files.tensors, naming.outside(modules), problems, warnings))
         is_index = _index_test(reading)
-        for name, view in files.tensors.items():
+        for name, view in (whole.tensors or {}).items():
             if view.dtype not in contents.SERVED_DTYPES and not is_index(name):
                 problems.add("wrong_dtype", f"{TENSOR_FILE}: {shown(name)}", f"It is {view.dtype}.")
     if not problems and (reading is None or not found):
@@ -180,7 +201,7 @@ def read_trusted(folder: Path, modules: Mapping[str, ModuleSpec], *, digest: str
             problems.add("missing_tensor", TENSOR_FILE, "It has none of the tensors that the config asks for.")
     problems.raise_if_any()
     assert reading is not None
-    return _build(reading, found, digest, listing.size_of(folder), warnings)
+    return _build(reading, found, head, digest, listing.size_of(folder), warnings)
 
 
 def digest_of(folder: Path) -> str:

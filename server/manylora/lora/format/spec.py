@@ -257,6 +257,21 @@ class AdaptedModule:
     terms: tuple[Term, ...]
 
 
+ProblemType = Literal["single", "multi", "regression"]
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What an adapter's head says: one score for each of `labels`, of a text (SEQ_CLS) or of each token (TOKEN_CLS).
+
+    `problem`: one of the labels holds, any number of them do, or the scores are numbers in themselves.
+    """
+
+    task: str
+    labels: tuple[str, ...]
+    problem: ProblemType = "single"
+
+
 @dataclass(frozen=True)
 class Adapter:
     """A validated adapter. `modules` are in the order of the base's modules.
@@ -279,6 +294,7 @@ class Adapter:
     warnings: list[str]
     kind: str
     invocation: tuple[int, ...] = ()
+    head: Head | None = None
 
     @property
     def num_virtual_tokens(self) -> int:

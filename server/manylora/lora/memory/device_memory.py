@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from manylora.lora.format.spec import Head
 from manylora.lora.memory.layout import Layout
 from manylora.lora.memory.packing import TORCH_DTYPES, PackedAdapter
 from manylora.lora.memory.pages import zeros
@@ -181,6 +182,7 @@ class DeviceMemory:
     `tables` int64 [sites, slots, TABLE_FIELDS] on the device, a `TableEntry` for each low-rank or dense term, and
     `ranks` int32 [sites, slots] on the host, the low-rank ones' ranks.
     `inputs`, `outputs`: how the slots change what goes into each site and what comes out.
+    `heads`: what the scores of a slot's adapter mean, of those that have some.
     `named`: slots that the step under way reads; whoever runs it says so. `allocate`, `fill` and `publish` may run
     beside a step, since it does not name the slot yet, and `withdraw`, since it does not any more. `move` may too:
     where a slot's weights are is read as one value (`locate`), and who has read it keeps the old slab, in which they
@@ -198,6 +200,7 @@ class DeviceMemory:
         self.slabs: dict[int, Slab] = {}
         self.places: dict[int, Place] = {}
         self._located: dict[int, tuple[Slab, int]] = {}
+        self.heads: dict[int, Head] = {}
         self.named: tuple[int, ...] = ()
         self._ready: dict[int, Slab] = {}  # where the virtual tokens of a slot were computed: it may have moved since
 
@@ -217,6 +220,8 @@ class DeviceMemory:
         self._point(place, ranks)
         self.ranks[:, place.slot] = ranks
         self.touches[packed.layout.sites, place.slot] = True
+        if packed.head is not None:
+            self.heads[place.slot] = packed.head
 
     def _point(self, place: Place, ranks: np.ndarray) -> None:
         slab = self.slabs[place.slab]
@@ -269,6 +274,7 @@ class DeviceMemory:
         self._ready.pop(slot, None)
         self.places.pop(slot, None)
         self._located.pop(slot, None)
+        self.heads.pop(slot, None)
 
     def free(self, slab: int) -> None:
         self.slabs.pop(slab, None)

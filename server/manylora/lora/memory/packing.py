@@ -12,6 +12,7 @@ from manylora.lora.format.spec import (
     Adapter,
     BaseLinear,
     Dense,
+    Head,
     Input,
     LowRank,
     Matrix,
@@ -90,11 +91,12 @@ class KeepAs:
 
 @dataclass(frozen=True, slots=True)
 class PackedAdapter:
-    """`data`: one dimension, `layout.numel` elements; `ranks`: true rank of each site's low-rank term."""
+    """`data`: one dimension, `layout.numel` elements; `ranks`: true rank of each site's low-rank term; its `head`."""
 
     layout: Layout
     ranks: dict[int, int]
     data: torch.Tensor
+    head: Head | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -133,7 +135,8 @@ def pack(
     data = zeros(layout.numel, dtype)
     for (_, module, term), (_, extent) in zip(terms, layout.placed, strict=True):
         _write(data, layout, extent, module.kind, term, partial(base, module.path))
-    return PackedAdapter(layout, {site: term.rank for site, _, term in terms if isinstance(term, LowRank)}, data)
+    ranks = {site: term.rank for site, _, term in terms if isinstance(term, LowRank)}
+    return PackedAdapter(layout, ranks, data, adapter.head)
 
 
 def _room(kind: ModuleKind, term: Term) -> Room:

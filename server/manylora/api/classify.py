@@ -1,0 +1,220 @@
+"""`/v1/classify` and `/classify`: scores of an adapter's labels, as vLLM and text-embeddings-inference give them."""
+
+import time
+from collections.abc import Sequence
+from typing import Any, ClassVar, Final
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+from fastapi import APIRouter, Request
+from pydantic import Field
+from starlette.responses import Response
+
+from manylora.api.answers import extension
+from manylora.api.auth import Caller
+from manylora.api.fields import CLASSIFY_UNSUPPORTED, Unsupported
+from manylora.api.inputs import InputsRequest
+from manylora.api.json_body import documented, parse_json
+from manylora.api.run import Asked, Deltas, Run, answered
+from manylora.api.schemas import checked, parse
+from manylora.api.sse import Event
+from manylora.api.state import ServicesDep
+from manylora.engine.interface import Delta, Head, TokenLogprob
+from manylora.errors import InvalidRequest, ManyloraError
+
+__all__ = ["ClassifyRequest", "router", "shares"]
+
+Scores = npt.NDArray[np.float32]
+router = APIRouter(tags=["inference"])
+_TEI_NAMES: Final = {"input": "inputs", "truncate_prompt_tokens": "truncate"}
+
+
+class ClassifyRequest(InputsRequest):
+    """`POST /v1/classify`."""
+
+    unsupported: ClassVar[Unsupported] = CLASSIFY_UNSUPPORTED
+
+    reads_head: ClassVar[bool] = True
+
+    threshold: float | None = Field(
+        default=None, ge=0, le=1, description="Of a head of which several labels may hold: from which share one does."
+    )
+    use_activation: bool = Field(default=True, description="Shares of one; false: the head's scores as they are.")
+
+
+@router.post("/v1/classify", openapi_extra=documented("ClassifyRequest"))
+async def create_classification(request: Request, caller: Caller, services: ServicesDep) -> Response:
+    """The label of each text, and every label's share."""
+
+    def read(data: bytes) -> Asked:
+        body = parse(ClassifyRequest, data)
+        return Asked(body, lambda run: ClassifyAnswer(run, body))
+
+    return await answered(request, caller, services, read)
+
+
+@router.post("/classify", openapi_extra=documented("ClassifyRequest"))
+async def classify(request: Request, caller: Caller, services: ServicesDep) -> Response:
+    """As `/v1/classify` where the body has `input`; in text-embeddings-inference's words where it has `inputs`."""
+
+    def read(data: bytes) -> Asked:
+        raw = parse_json(data)
+        if isinstance(raw, dict) and "inputs" in raw:
+            return _tei(raw)
+        body = checked(ClassifyRequest, raw)
+        return Asked(body, lambda run: ClassifyAnswer(run, body))
+
+    return await answered(request, caller, services, read)
+
+
+def _tei(raw: dict[str, Any]) -> Asked:
+    """A body of text-embeddings-inference. Raises InvalidRequest."""
+    fields = {name: value for name, value in raw.items() if value is not None}
+    inputs = fields.pop("inputs", None)
+    is_cut, direction = fields.pop("truncate", False), fields.pop("truncation_direction", "right")
+    raw_scores = fields.pop("raw_scores", False)
+    if not isinstance(is_cut, bool) or not isinstance(raw_scores, bool):
+        raise InvalidRequest("'truncate' and 'raw_scores' are true or false.", param="truncate")
+    if str(direction).lower() != "right":
+        raise InvalidRequest(
+            "Inputs are cut on the right; leave 'truncation_direction' out.", param="truncation_direction"
+        )
+    is_text = isinstance(inputs, str)
+    is_list = isinstance(inputs, list) and bool(inputs) and all(isinstance(each, str) for each in inputs)
+    if not (is_text or is_list):
+        raise InvalidRequest("'inputs' must be a string or a list of strings, and not empty.", param="inputs")
+    body = checked(
+        ClassifyRequest,
+        {
+            "adapter_id": None,
+            **fields,
+            "input": inputs,
+            "use_activation": not raw_scores,
+            **({"truncate_prompt_tokens": -1} if is_cut else {}),
+        },
+    )
+    return Asked(body, lambda run: TeiAnswer(run, body, is_single=is_text), names=_TEI_NAMES)
+
+
+def shares(scores: Scores, head: Head, *, is_activated: bool = True) -> npt.NDArray[np.float64]:
+    """What the scores [..., labels] come to: shares of one, each label's own, or numbers as they are; float64."""
+    wide = scores.astype(np.float64)
+    if not is_activated or head.problem == "regression":
+        return wide
+    if head.problem == "multi" or len(head.labels) == 1:
+        return 1.0 / (1.0 + np.exp(-wide))
+    powers = np.exp(wide - wide.max(axis=-1, keepdims=True))
+    found: npt.NDArray[np.float64] = powers / powers.sum(axis=-1, keepdims=True)
+    return found
+
+
+class _Answer:
+    """Takes the scores of each input in. Implements what is common of `run.Renderer`."""
+
+    def __init__(self, run: Run, body: ClassifyRequest) -> None:
+        self._run = run
+        self._label = body.model or body.adapter_id or run.services.engine.model.name
+        self._is_activated = body.use_activation
+        self._threshold = 0.5 if body.threshold is None else body.threshold
+        self._asked_threshold = body.threshold is not None
+        self._found: list[tuple[npt.NDArray[np.float64], Head] | None] = [None] * run.num_choices
+
+    def arranged(self, deltas: Deltas) -> Deltas:
+        return deltas
+
+    def add(self, choice: int, delta: Delta) -> None:
+        assert delta.pooled is not None, "an input whose head was asked for has one delta"
+        assert delta.head is not None
+        if self._asked_threshold and delta.head.problem != "multi":
+            raise InvalidRequest(
+                "'threshold' is for adapters of which several labels may hold at once. Leave it out.", param="threshold"
+            )
+        self._found[choice] = shares(delta.pooled, delta.head, is_activated=self._is_activated), delta.head
+
+    def whole(self) -> bytes:
+        raise NotImplementedError
+
+    async def keep(self, choice: int, logprobs: Sequence[TokenLogprob]) -> None:
+        """Scores have none."""
+
+    def events(self, choice: int, delta: Delta) -> Sequence[Event]:
+        """None: a body cannot ask for a stream."""
+        return ()
+
+    def last_events(self) -> Sequence[Event]:
+        return ()
+
+    def failed(self, error: ManyloraError) -> Sequence[Event]:
+        return ()
+
+    def _entries(self) -> list[tuple[npt.NDArray[np.float64], Head]]:
+        return [each for each in self._found if each is not None]
+
+
+class ClassifyAnswer(_Answer):
+    """vLLM's answer, with `labels` beside it: every label's name and share."""
+
+    def whole(self) -> bytes:
+        counts = self._run.counts
+        return orjson.dumps(
+            {
+                "id": f"classify-{self._run.id}",
+                "object": "list",
+                "created": int(time.time()),
+                "model": self._label,
+                "data": [self._entry(number, *each) for number, each in enumerate(self._entries())],
+                "usage": {
+                    "prompt_tokens": counts.prompt_tokens,
+                    "total_tokens": counts.prompt_tokens,
+                    "completion_tokens": 0,
+                    "prompt_tokens_details": {"cached_tokens": counts.cached_tokens},
+                },
+                "manylora": extension(self._run),
+            }
+        )
+
+    def _entry(self, index: int, found: npt.NDArray[np.float64], head: Head) -> dict[str, Any]:
+        named: dict[str, Any] = {"index": index, "num_classes": len(head.labels)}
+        if found.ndim > 1:
+            prompt = self._run.prompts[index].ids
+            return named | {"tokens": _tokens(found, head, prompt, self._run), "label": None, "probs": None}
+        ranked = sorted(zip(head.labels, found.tolist(), strict=True), key=lambda pair: -pair[1])
+        named |= {"label": ranked[0][0], "probs": found.tolist()}
+        named["labels"] = [{"label": label, "score": score} for label, score in ranked]
+        if head.problem == "multi":
+            named["chosen"] = [label for label, score in ranked if score >= self._threshold]
+        return named
+
+
+def _tokens(found: npt.NDArray[np.float64], head: Head, ids: Sequence[int], run: Run) -> list[dict[str, Any]]:
+    """The likeliest label of each token."""
+    best = found.argmax(axis=-1)
+    token_name = run.services.engine.codec.token_name
+    return [
+        {
+            "index": place,
+            "word": token_name(ids[place]),
+            "entity": head.labels[label],
+            "score": float(found[place, label]),
+        }
+        for place, label in enumerate(best.tolist())
+    ]
+
+
+class TeiAnswer(_Answer):
+    """A list of labels with their scores for each input, the best first; for a single text its list alone."""
+
+    def __init__(self, run: Run, body: ClassifyRequest, *, is_single: bool) -> None:
+        super().__init__(run, body)
+        self._is_single = is_single
+
+    def whole(self) -> bytes:
+        lists = [self._entry(number, *each) for number, each in enumerate(self._entries())]
+        return orjson.dumps(lists[0] if self._is_single else lists, option=orjson.OPT_SERIALIZE_NUMPY)
+
+    def _entry(self, index: int, found: npt.NDArray[np.float64], head: Head) -> list[dict[str, Any]]:
+        if found.ndim > 1:
+            return _tokens(found, head, self._run.prompts[index].ids, self._run)
+        ranked = sorted(zip(head.labels, found.tolist(), strict=True), key=lambda pair: -pair[1])
+        return [{"label": label, "score": score} for label, score in ranked]

@@ -1,0 +1,45 @@
+"""Bodies whose prompts are read and not written on."""
+
+from typing import Any, ClassVar, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from manylora.api.schemas import MAX_INPUTS, InferenceRequest, Prompt, checked_prompts, one_by_one
+from manylora.engine.interface import Pooling
+from manylora.errors import InvalidRequest
+
+__all__ = ["InputsRequest", "PoolRequest"]
+
+
+class InputsRequest(InferenceRequest):
+    """A body whose prompts are read and not written on. `reads_head`: by the adapter's head."""
+
+    prompt_field: ClassVar[str] = "input"
+    reads_head: ClassVar[bool] = False
+
+    input: str | list[str] | list[int] | list[list[int]]
+
+    @field_validator("input", mode="plain", json_schema_input_type=str | list[str] | list[int] | list[list[int]])
+    @classmethod
+    def _check_input(cls, value: Any) -> Any:
+        return checked_prompts(value)
+
+    @model_validator(mode="after")
+    def _check_count(self) -> Self:
+        if len(self.prompts) > MAX_INPUTS:
+            raise InvalidRequest(f"'input' holds more than {MAX_INPUTS} inputs. Send fewer.", param="input")
+        return self
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        return one_by_one(self.input)
+
+    @property
+    def token_limit(self) -> int:
+        return 0
+
+
+class PoolRequest(InputsRequest):
+    """A body whose prompts become one vector each."""
+
+    pooling: Pooling | None = Field(default=None, description="What becomes of a prompt's tokens.")

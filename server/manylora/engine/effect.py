@@ -1,0 +1,43 @@
+"""What an upload does to the base: which texts are run to find out, and what their answers say."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from manylora.engine.interface import AdapterRef, Effect, ModelInfo, SamplingParams
+from manylora.lora.format.spec import Adapter
+
+__all__ = ["effect_of", "probes_of", "vector_effect_of"]
+
+
+def probes_of(
+    model: ModelInfo, prompt: Sequence[int], ref: AdapterRef, adapter: Adapter
+) -> list[tuple[list[int], SamplingParams, AdapterRef | None]]:
+    """The two runs whose answers must differ: a prompt without the adapter and with it, or of a head two texts."""
+    ids = list(prompt)
+    if model.kind == "generate":
+        params = SamplingParams(max_tokens=0)
+    elif adapter.head is None:
+        params = SamplingParams(max_tokens=0, pooling="mean")
+    else:
+        params = SamplingParams(max_tokens=0, reads_head=True)
+        return [(ids, params, ref), (ids[::-1], params, ref)]
+    return [(ids, params, None), (ids, params, ref)]
+
+
+def effect_of(without: np.ndarray, with_it: np.ndarray) -> Effect:
+    """What an adapter changes, from a prompt's logits [positions, vocab] without it and with it."""
+    a, b = torch.from_numpy(without), torch.from_numpy(with_it)
+    kl = torch.nn.functional.kl_div(
+        torch.log_softmax(b[-1], -1), torch.log_softmax(a[-1], -1), reduction="sum", log_target=True
+    )
+    return Effect(len(a), float((a - b).abs().max()), float(kl))
+
+
+def vector_effect_of(num_tokens: int, first: np.ndarray | None, second: np.ndarray | None) -> Effect:
+    """How far two vectors are apart, or the scores of two texts' first tokens. They have no probabilities."""
+    assert first is not None
+    assert second is not None
+    a, b = (each[0] if each.ndim > 1 else each for each in (first, second))
+    return Effect(num_tokens, float(np.abs(a - b).max()), 0.0)
