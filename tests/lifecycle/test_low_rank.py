@@ -155,6 +155,17 @@ def test_adapter_with_features_that_are_not_low_rank_is_refused(tmp_path: Path, 
         read_lora(make_adapter(tiny_llama_dir, tmp_path / "a", use_dora=True))
 
 
+@pytest.mark.parametrize("config", [{"peft_type": "PREFIX_TUNING"}, {"alora_invocation_tokens": [5]}])
+def test_what_acts_on_prompts_is_refused_without_a_way_that_there_is_not(
+    config: dict[str, object], tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    folder = make_adapter(tiny_llama_dir, tmp_path / "a")
+    known = json.loads((folder / CONFIG_FILE).read_text())
+    (folder / CONFIG_FILE).write_text(json.dumps({**known, **config}))
+    with pytest.raises(InvalidRequest, match="serve it as it is"):
+        read_lora(folder)
+
+
 @pytest.mark.parametrize(
     ("config", "named"),
     [
@@ -163,6 +174,7 @@ def test_adapter_with_features_that_are_not_low_rank_is_refused(tmp_path: Path, 
         ({"peft_type": "LORA", "use_dora": True, "modules_to_save": ["lm_head"]}, "has use_dora, modules_to_save"),
         ({"peft_type": "LORA", "trainable_token_indices": [3]}, "has trainable_token_indices"),
         ({"peft_type": "LORA", "init_lora_weights": "pissa"}, "has init_lora_weights"),
+        ({"peft_type": "LORA", "target_parameters": ["experts.down_proj"]}, "has target_parameters"),
     ],
 )
 def test_another_kind_is_refused_by_its_name_and_with_the_way_out(

@@ -20,18 +20,20 @@ from manylora.lifecycle.adapter_files import read_adapter_files
 from manylora.lifecycle.parameters import InvalidParameter
 from manylora.lora.format.config import KNOWN_PARTS
 from manylora.lora.format.kinds import KINDS, NOT_SERVED
+from manylora.lora.format.methods.prompts import PROMPTS
 from manylora.lora.format.pairing import PREFIX, parse_name
 from manylora.lora.format.reader import AdaptedModule, LowRank, TensorView, read
 from manylora.lora.format.spec import ModuleKind, ModuleSpec
 
 _NO_LIMIT = 2**62
 _MORE_THAN_LOW_RANK: Final = (
-    "alora_invocation_tokens", "lora_bias", "modules_to_save", "target_parameters", "trainable_token_indices",
-    "use_dora",
+    "use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters",
+    "alora_invocation_tokens",
 )  # fmt: skip
 _WAY_OUT: Final = (
     "PEFT's merge_and_unload makes a checkpoint of it, of which `manylora extract` makes a low-rank adapter."
 )
+_OF_PROMPTS: Final = "What it does depends on where a token stands, so no checkpoint can have it: serve it as it is."
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +100,9 @@ def _require_plain(config: Mapping[str, Any]) -> None:
         more.append("init_lora_weights")
     if (kind != "LORA" and kind in KINDS) or kind in NOT_SERVED or more:
         what = f"has {', '.join(more)}" if more else f"is of the type {kind}"
-        raise InvalidRequest(f"This is for plain low-rank adapters, and this one {what}. {_WAY_OUT}")
+        is_of_prompts = kind in PROMPTS or bool(config.get("alora_invocation_tokens"))
+        way_out = _OF_PROMPTS if is_of_prompts else _WAY_OUT
+        raise InvalidRequest(f"This is for plain low-rank adapters, and this one {what}. {way_out}")
 
 
 def _pair(module: AdaptedModule, kind: str) -> Pair:

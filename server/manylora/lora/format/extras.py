@@ -136,7 +136,9 @@ class Extras:
                     "base_mismatch",
                     name,
                     f"The adapter's own {shown(path)} has the shape {shown(list(view.shape))}, this base's is "
-                    f"{shown(list(shapes[part]))}. Train it on this base, without resizing the vocabulary.",
+                    f"{shown(list(shapes[part]))}. Train it on this base. Tokens that the base has not are not served: "
+                    "train some that it does not use (trainable_token_indices) in their place, or merge the adapter "
+                    "and serve that checkpoint.",
                 )
                 return ()
         weight, bias = (parts[part][1] if part in parts else None for part in ("weight", "bias"))

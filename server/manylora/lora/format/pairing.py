@@ -181,7 +181,9 @@ class Pairing:
                 "base_mismatch",
                 name,
                 f"The adapter was trained on a {shown(parsed.path)} of shape {shown(list(view.shape))}, this base has "
-                f"{shown(list(shape))}. Train it on this base, without resizing the vocabulary.",
+                f"{shown(list(shape))}. Train it on this base. Tokens that the base has not are not served: train some "
+                "that it does not use (trainable_token_indices) in their place, or merge the adapter and serve that "
+                "checkpoint.",
             )
             return
         known = self.base is not None and self.base.find(parsed.path, "weight") is not None
