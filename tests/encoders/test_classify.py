@@ -178,6 +178,7 @@ def test_numbers_stay_as_they_are(served: Served) -> None:
     [
         ({"model": "base", "input": "x"}, "model"),
         ({"model": "plain", "input": "x"}, "model"),
+        ({"adapters": [{"name": "mood", "weight": 0.5}, {"name": "plain", "weight": 0.5}], "input": "x"}, "model"),
         ({"model": "mood", "input": "x", "threshold": 0.5}, "threshold"),
         ({"model": "mood", "input": "x", "pooling": "mean"}, "pooling"),
         ({"model": "mood", "input": []}, "input"),
