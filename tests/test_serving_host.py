@@ -1,12 +1,14 @@
 """Where the server listens, and what it says about it."""
 
+import platform
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from manylora.database.database import open_database
-from manylora.serving.process import safe_host, url_of
+from manylora.serving.process import return_freed_memory, safe_host, url_of
 from manylora.settings import Settings
 from manylora.tenants.interface import Role
 from manylora.tenants.keys import KeyStore
@@ -51,3 +53,14 @@ def test_loopback_is_always_used_as_asked_for(tmp_path: Path) -> None:
 )
 def test_the_address_can_be_opened_in_a_browser(host: str, url: str) -> None:
     assert url_of(host, 80) == url
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+def test_what_start_up_has_freed_goes_back_to_the_system() -> None:
+    freed = [b"x" * 100_000 for _ in range(1000)]
+    above = b"y" * 100_000  # in the way of what glibc gives back by itself
+    del freed
+    before = psutil.Process().memory_info().rss
+    return_freed_memory()
+    assert before - psutil.Process().memory_info().rss > 50_000_000
+    assert len(above) == 100_000

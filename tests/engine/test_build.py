@@ -6,8 +6,18 @@ import pytest
 
 from manylora.engine.build import EngineBuilder, in_bytes
 from manylora.errors import InvalidSettings, NotEnoughMemory
+from manylora.identity import AdapterRef
+from manylora.metrics import Metrics
 from manylora.models.loading import load_base
 from manylora.settings import Settings, load_settings
+from tests.tiny_models import VOCAB_SIZE
+
+
+class NoFolders:
+    """A source of adapters that is asked for none."""
+
+    def local_folder(self, ref: AdapterRef) -> Path:
+        raise AssertionError(ref)
 
 
 def build(folder: Path, data: Path, **options: object) -> tuple[EngineBuilder, Settings]:
@@ -40,3 +50,12 @@ def test_embeddings_may_be_cut_as_the_settings_say_and_no_longer_than_they_are(
     builder, _ = build(tiny_llama_dir, tmp_path, matryoshka_dimensions=(65,))
     with pytest.raises(InvalidSettings, match="64 numbers"):
         builder.model_info()
+
+
+def test_the_logits_that_the_model_was_checked_with_are_not_kept(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    builder, _ = build(tiny_llama_dir, tmp_path, kv_cache_memory="4MiB", adapter_memory="16MiB")
+    assert builder.wrapped.survey.probes
+    _, tiers = builder.build_core(NoFolders(), Metrics())
+    tiers.close()
+    assert builder.wrapped.survey.probes == []
+    assert builder.wrapped.vocab_size == VOCAB_SIZE

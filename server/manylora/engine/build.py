@@ -270,6 +270,7 @@ class EngineBuilder(Builder):
                 raise
             fused.exchange(self.wrapped, originals)
             check.check()
+        self.wrapped.survey.probes.clear()  # tens of megabytes of logits, which nobody asks for any more
 
     def _reader(self, source: AdapterSource) -> Callable[[AdapterRef], Adapter]:
         modules = self.modules

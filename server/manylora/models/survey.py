@@ -44,6 +44,7 @@ class Survey:
     """`groups`: paths of linears that read the same input. `modules`: what an adapter may touch. `kept`: linears that
     stay in the model because they do more than multiply, or because others read their weight. `on_logit_rows`: those
     that run on the rows whose logits are asked for, and on no others. `left`: linears that must be left alone.
+    `num_logits`: of each token. `probes` hold megabytes of logits, and are only for the check at start.
     """
 
     kv_shapes: list[KVShape] = field(default_factory=list)
@@ -53,6 +54,7 @@ class Survey:
     kept: set[str] = field(default_factory=set)
     on_logit_rows: set[str] = field(default_factory=set)
     left: set[str] = field(default_factory=set)
+    num_logits: int = 0
     probes: list[Probe] = field(default_factory=list)
 
 
@@ -115,6 +117,7 @@ class _Surveyor:
                 self._found.probes.append(Probe(start, self._token_ids, *both.unbind(0)))
         self._found.options = recorder.settled()
         self._found.kv_shapes = recorder.kv_shapes
+        self._found.num_logits = int(own.shape[-1])
         return self._found
 
     def _logits(self, num_rows: int, *, start: int = 0, stride: int = 1, **inputs: Any) -> torch.Tensor:

@@ -60,7 +60,7 @@ class WrappedModel:
     def vocab_size(self) -> int:
         """Ids below this are tokens: they have a row of the embedding and a logit."""
         rows = int(self.model.get_input_embeddings().weight.shape[0])
-        return min(rows, int(self.survey.probes[0].base.shape[-1]))
+        return min(rows, self.survey.num_logits)
 
     @property
     def hidden_size(self) -> int:
