@@ -146,6 +146,15 @@ def cases(context: int) -> list[Case]:
         Case("chat with 20 log-probabilities for 32 choices", CHAT, lambda: json.dumps({
             "model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "n": 32, "max_tokens": 16,
             "logprobs": True, "top_logprobs": 20, "ignore_eos": True}).encode(), is_computed=True),
+        Case("schema with an enum of 5,000", COMPLETIONS, completion(
+            prompt="Hi", max_tokens=8, guided_json={"enum": [f"number {n} of many" for n in range(5000)]}),
+            is_computed=True),
+        Case("schema of 5,000 references in a row", COMPLETIONS, completion(prompt="Hi", guided_json={
+            "$ref": "#/$defs/n0", "$defs": {f"n{n}": {"$ref": f"#/$defs/n{(n + 1) % 5000}"} for n in range(5000)}})),
+        Case("schema that nests without end", COMPLETIONS, completion(prompt="Hi", max_tokens=64, guided_json={
+            "$ref": "#/$defs/tree", "$defs": {"tree": {"type": "array", "items": {"$ref": "#/$defs/tree"}}}}),
+            is_computed=True),
+        Case("pattern (a?){500}a{500}", COMPLETIONS, completion(prompt="Hi", guided_regex="(a?){500}a{500}")),
         Case("upload of 64 MiB that is no adapter", "/v1/adapters", lambda: multipart(64 * MIB),
              "multipart/form-data; boundary=limit"),
         Case("import with 60,000 unknown fields", "/v1/adapters", lambda: json.dumps(
