@@ -1,0 +1,1 @@
+"""A simulated cluster, to compare ways of choosing a request's server: `python -m manylora_loadtest.cluster`."""
