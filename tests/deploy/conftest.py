@@ -43,6 +43,16 @@ def hadolint() -> Tool:
 
 
 @pytest.fixture(scope="session")
+def helm() -> Tool:
+    """Helm as `make build/helm/helm` brings it, or the machine's own."""
+    brought = Path(__file__).parents[2] / "build" / "helm" / "helm"
+    found = str(brought) if brought.exists() else shutil.which("helm")
+    if found is None:
+        pytest.skip("needs helm: make build/helm/helm")
+    return _tool(found)
+
+
+@pytest.fixture(scope="session")
 def docker_compose() -> Tool:
     """The real one, which needs no engine to read a file and check it against its schema."""
     return _tool(from_pip("docker-compose"))
