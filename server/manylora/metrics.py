@@ -299,6 +299,9 @@ class Metrics:
         self.adapter_orphans = Gauge(
             f"{_PREFIX}_adapter_orphans", "Adapters whose files were set aside.", registry=self.registry
         )
+        self.quota_fallback = self._counter(
+            "quota_fallback", "Requests admitted by this server's part of a quota, as the database did not answer.", ()
+        )
         self.connections_ended = self._counter("connections_ended", "Connections that a bound ended.", ("reason",))
 
     def _count_tokens(self) -> None:
@@ -404,6 +407,10 @@ class Metrics:
         """An adapter's stored files were read and are gone or not those that were stored."""
         self.adapter_files_damaged.inc()
 
+    def count_quota_fallback(self) -> None:
+        """The quotas of all servers together could not be asked."""
+        self.quota_fallback.inc()
+
     def show_orphans(self, count: int) -> None:
         """So many adapters' files lie in `orphans/`."""
         self.adapter_orphans.set(count)
@@ -441,6 +448,8 @@ class NoMetrics(Metrics):
     def count_probe(self, tenant: str, adapter: str, prompt_tokens: int) -> None: ...
 
     def count_damaged(self) -> None: ...
+
+    def count_quota_fallback(self) -> None: ...
 
     def show_orphans(self, count: int) -> None: ...
 

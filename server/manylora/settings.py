@@ -195,6 +195,9 @@ class Settings(BaseSettings):
     starts it again; off, it stays and answers 503."""
     metrics: bool = True
     """Count and time what happens, for `GET /metrics`; off, that route is not there."""
+    router_metrics: Literal["keys", "open", "off"] = "keys"
+    """Who may read `GET /metrics/router`, which tells a router in front of several servers what is in memory here:
+    `keys`: admin keys, `open`: everybody who can connect, for routers that send no key, `off`: nobody."""
     log_json: bool = False
     """Log JSON lines instead of text."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

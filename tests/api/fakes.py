@@ -24,6 +24,7 @@ from manylora.engine.interface import (
     ModelInfo,
     Progress,
     RequestTiming,
+    Residency,
     SamplingParams,
     Tier,
     TokenLogprob,
@@ -218,6 +219,7 @@ class FakeEngine:
     max_choices: int = 10_000
     is_ready: bool = True
     is_draining: bool = False
+    resident: Residency = field(default_factory=Residency)
     codec: FakeCodec = field(default_factory=FakeCodec)
     generations: list[FakeGeneration] = field(default_factory=list)
     choice_order: Callable[[range], Sequence[int]] = list
@@ -301,6 +303,9 @@ class FakeEngine:
 
     async def forget(self, ref: AdapterRef, *, heir: AdapterRef | None = None) -> None: ...
 
+    def residency(self) -> Residency:
+        return self.resident
+
     def stats(self, tenant: str | None = None) -> EngineStats:
         mine = [g for g in self.open if tenant in (None, g.tenant)]
         residents = [{"id": "a1", "tenant": "acme", "slot": 0}, {"id": "b1", "tenant": "rival", "slot": 1}]
@@ -336,6 +341,9 @@ class FakeDirectory:
     refs: tuple[AdapterRef, ...] = (make_ref("alpha", 1), make_ref("alpha", 2), make_ref("beta", 1, "acme"))
     active: dict[str, int] = field(default_factory=lambda: {"alpha": 1, "beta": 1})
     defaults: dict[str, str] = field(default_factory=dict)  # by label
+
+    def rank_of(self, ref: AdapterRef) -> int:
+        return 8 if ref in self.refs else 0
 
     def defaults_of(self, ref: AdapterRef) -> str:
         return self.defaults.get(ref.label, "")
@@ -386,7 +394,7 @@ class FakeGate:
             raise AuthenticationFailed("No valid API key. Send 'Authorization: Bearer <key>'.")
         return principal
 
-    def admit(self, principal: Principal, prompt_tokens: int, max_completion_tokens: int) -> FakeLease:
+    async def admit(self, principal: Principal, prompt_tokens: int, max_completion_tokens: int) -> FakeLease:
         if self.is_used_up:
             raise QuotaExceeded("The quota of 10 requests per minute is used up.", retry_after_s=12.2)
         lease = FakeLease(self, (prompt_tokens, max_completion_tokens))

@@ -35,6 +35,10 @@ def named(model: str | None = None, adapter_id: str | None = None, tenant: str =
         ("alpha", "alpha@1", make_ref("alpha", 1)),
         (f"{BASE}:alpha@1", "alpha", make_ref("alpha", 1)),
         ("beta", None, make_ref("beta", 1, "acme")),
+        ("acme/beta@1", None, make_ref("beta", 1, "acme")),
+        (f"{BASE}:acme/beta", "beta", make_ref("beta", 1, "acme")),
+        ("public/alpha@2", None, make_ref("alpha", 2)),
+        ("alpha", "public/alpha", make_ref("alpha", 1)),
     ],
 )
 def test_every_form_names_the_same_adapter(
@@ -72,6 +76,12 @@ def test_two_fields_that_name_different_adapters_are_refused(model: str, adapter
         "alpha@" + "9" * 400,
         "a" * 5000,
         "alpha\n",
+        "acme/alpha",
+        "public/beta",
+        "rival/beta",
+        "acme/",
+        "/beta",
+        "acme/acme/beta",
         "älpha",
     ],
 )

@@ -11,7 +11,7 @@ from manylora.settings import Settings
 from manylora.tenants.limits import TenantLimits, TenantStore
 
 from . import postgres
-from .rig import running, sound_files
+from .rig import files_of, running, sound_files
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
@@ -150,10 +150,16 @@ async def test_what_was_deleted_on_one_server_and_is_cold_on_the_other_is_not_fo
         damaged: list[str] = []
         b.catalog._blobs.count_damaged = lambda: damaged.append("x")
         ref = b.catalog.directory.resolve("public", "x")
+        over = asyncio.Event()
+        b.engine.users = lambda _: over.wait()  # a request that is under way
         await a.call("DELETE", "/v1/adapters/x")
         await a.settle()
+        folder = await asyncio.to_thread(b.catalog.local_folder, ref)
+        assert files_of(folder).keys() == sound_files().keys()
+        b.catalog._blobs._store.remove(folder.name)  # as after a time in which this server was not heard of
         with pytest.raises(AdapterNotFound):
             await asyncio.to_thread(b.catalog.local_folder, ref)
+        over.set()
         assert damaged == []
         for path in ("", "/versions/1", "/versions/1/download"):
             assert (await b.call("GET", f"/v1/adapters/x{path}")).status_code == 404

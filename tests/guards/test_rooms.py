@@ -16,6 +16,7 @@ REASONS = {
     "api.query": "a dependency of all routes, put in front of them in one place",
     "api.usage": "a router: all routers are put together in one place",
     "catalog.orphans": "a command's work without its printing; the command imports it when it runs",
+    "catalog.retired": "the rows of deleted versions, apart from the files that go with them",
     "catalog.verify": "a command's work without its printing; the command imports it when it runs",
     "engine.drafting": "the interface that a drafter implements, and the one that drafts nothing",
     "engine.effect": "arithmetic on two answers, beside the bridge to asyncio",

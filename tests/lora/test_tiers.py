@@ -7,6 +7,7 @@ import threading
 import pytest
 
 from manylora.engine.build import NUM_LOADERS
+from manylora.engine.interface import Residency
 from tests.lora.packed import random_packed
 from tests.lora.tier_setup import SHAPES, SMALL, Disk, Setup, numbered, ref, weights
 
@@ -150,6 +151,23 @@ def test_residents_say_who_sits_where(setup: Setup) -> None:
             "pinned": True,
         }
     ]
+
+
+def test_residency_says_who_is_where_and_what_for() -> None:
+    setup = Setup(slots=2, threads=2)
+    for number in (0, 1):
+        setup.get(number)
+    setup.tiers.release(ref(0))
+    setup.tiers.set_pinned(ref(1), True)
+    setup.disk.slow[2] = threading.Event()
+    setup.tiers.prefetch(ref(2))
+    found = Residency(**setup.tiers.residency())
+    assert (found.num_slots, found.device, found.running) == (2, (ref(0), ref(1)), (ref(1),))
+    assert set(found.host) == {ref(0), ref(1)}
+    assert found.waiting == (ref(2),)
+    assert found.pinned == {"id-1"}
+    setup.disk.slow[2].set()
+    setup.tiers.close()
 
 
 def test_one_whose_files_come_slowly_holds_up_nobody_else() -> None:

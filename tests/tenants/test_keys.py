@@ -142,7 +142,7 @@ async def test_a_look_at_the_database_that_fails_is_not_the_last_one(
     error: Exception, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Or a key that was taken back would be good for ever."""
-    monkeypatch.setattr("manylora.tenants.gate._POLL_S", 0.001)
+    monkeypatch.setattr("manylora.database.notices._POLL_S", 0.001)
     gate = TenantGate(database)
     key, text = KeyStore(database).create("acme", Role.USER)
     await gate.refresh()

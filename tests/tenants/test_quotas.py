@@ -186,10 +186,10 @@ def test_a_limit_out_of_range_changes_nothing(database: Database, change: dict[s
 async def test_limits_set_elsewhere_are_noticed_by_a_running_gate(database: Database) -> None:
     gate = TenantGate(database)
     caller = Principal("public", Role.USER)
-    gate.admit(caller, 5, 5)
+    await gate.admit(caller, 5, 5)
     TenantStore(database).change("public", max_concurrent=0, weight=3.0)
     await gate.refresh()
     assert gate.authenticate(None).weight == 3.0
     with pytest.raises(QuotaExceeded):
-        gate.admit(caller, 5, 5)
+        await gate.admit(caller, 5, 5)
     gate.check_integrity()

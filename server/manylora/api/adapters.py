@@ -1,20 +1,22 @@
 """The adapter routes: upload, import, list, show, download, promote, pin, delete, and vLLM's two."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import IO, Annotated, Any, Final, TypeVar
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from manylora.api.auth import Admin, Caller, Manager, author_of, has_role
+from manylora.api.auth import REVISION_HEADER, Admin, Caller, Manager, author_of, has_role
 from manylora.api.errors import invalid_from
 from manylora.api.fields import wanted
 from manylora.api.json_body import is_json, parse_json, require_json
 from manylora.api.lanes import PYTHON, beside_loop
-from manylora.api.naming import parse_model
+from manylora.api.naming import looked_up, parse_model
 from manylora.api.ownership import not_found, owner_of, target_tenant, version_number
 from manylora.api.state import ServicesDep
 from manylora.catalog.defaults import shown
@@ -32,7 +34,9 @@ __all__ = [
     "adapter_view",
     "as_asked",
     "build_router",
+    "owner_for",
     "read_body",
+    "revised_by",
     "version_of",
 ]
 
@@ -124,13 +128,33 @@ def _parsed(data: bytes, schema: type[B]) -> B:
 
 def build_router(catalog: Catalog) -> APIRouter:
     """The routes over one catalog. Needs `app.state.services` for authentication (see `api.auth`)."""
-    router = APIRouter(tags=["adapters"])
+    router = APIRouter(tags=["adapters"], route_class=revised_by(catalog))
     _add_uploads(router, catalog)
     _add_reads(router, catalog)
     _add_changes(router, catalog)
     _add_openai(router, catalog)
     _add_vllm(router, catalog)
     return router
+
+
+def revised_by(catalog: Catalog) -> type[APIRoute]:
+    """Routes that say, where they have changed something, of which revision that is (see `api.auth`)."""
+
+    class Revised(APIRoute):
+        """One such route."""
+
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            handle = super().get_route_handler()
+
+            async def handle_and_tell(request: Request) -> Response:
+                response = await handle(request)
+                if request.method not in ("GET", "HEAD"):
+                    response.headers[REVISION_HEADER] = str(catalog.revision)
+                return response
+
+            return handle_and_tell
+
+    return Revised
 
 
 def _add_uploads(router: APIRouter, catalog: Catalog) -> None:
@@ -199,7 +223,7 @@ def _add_reads(router: APIRouter, catalog: Catalog) -> None:
     ) -> Response:
         """One adapter with its newest versions and the active one, or with those older than `before`; oldest first."""
         with as_asked(name):
-            owner = owner_of(catalog.directory, caller, name, tenant)
+            owner = await owner_for(catalog, caller, name, tenant)
             record, page = await catalog.versions(owner, name, limit, before)
         versions = [_version_view(catalog, record, version) for version in page.versions]
         shown = {"versions": versions, "next_before": page.next_before}
@@ -230,6 +254,20 @@ def _chunks(file: IO[bytes]) -> Iterator[bytes]:
             yield chunk
 
 
+async def owner_for(
+    catalog: Catalog,
+    caller: Principal,
+    name: str,
+    tenant: str | None,
+    *,
+    version: int | None = None,
+    for_change: bool = False,
+) -> str:
+    """`owner_of`, with a look at what other servers have published where it is not known here."""
+    find = partial(owner_of, catalog.directory, caller, name, tenant, version=version, for_change=for_change)
+    return await looked_up(find, catalog.following)
+
+
 def _listed_tenants(caller: Principal, tenant: str | None) -> list[str] | None:
     if has_role(caller, Role.ADMIN):
         return None if tenant is None else [tenant]
@@ -252,7 +290,7 @@ async def version_of(
     """The version that a path names, if the caller may see it. Raises AdapterNotFound."""
     number = version_number(name, n)
     with as_asked(f"{name}@{n}"):
-        return await catalog.get_version(owner_of(catalog.directory, caller, name, tenant), name, number)
+        return await catalog.get_version(await owner_for(catalog, caller, name, tenant), name, number)
 
 
 def _add_changes(router: APIRouter, catalog: Catalog) -> None:
@@ -263,7 +301,7 @@ def _add_changes(router: APIRouter, catalog: Catalog) -> None:
         Running requests keep what they began with.
         """
         body = await read_body(request, PatchBody)
-        owner = owner_of(catalog.directory, caller, name, tenant, for_change=True)
+        owner = await owner_for(catalog, caller, name, tenant, for_change=True)
         record = await catalog.update(
             owner,
             name,
@@ -279,7 +317,7 @@ def _add_changes(router: APIRouter, catalog: Catalog) -> None:
     @router.delete("/v1/adapters/{name}", status_code=204)
     async def delete_adapter(name: str, caller: Manager, tenant: TenantQuery = None) -> Response:
         """Unpublish every version at once; running requests finish."""
-        owner = owner_of(catalog.directory, caller, name, tenant, for_change=True)
+        owner = await owner_for(catalog, caller, name, tenant, for_change=True)
         await catalog.delete(owner, name, author=author_of(caller))
         return Response(status_code=204)
 
@@ -287,7 +325,7 @@ def _add_changes(router: APIRouter, catalog: Catalog) -> None:
     async def delete_version(name: str, n: str, caller: Manager, tenant: TenantQuery = None) -> Response:
         """Unpublish one version; 409 for the active one of several."""
         number = version_number(name, n)
-        owner = owner_of(catalog.directory, caller, name, tenant, version=number, for_change=True)
+        owner = await owner_for(catalog, caller, name, tenant, version=number, for_change=True)
         await catalog.delete(owner, name, number, author=author_of(caller))
         return Response(status_code=204)
 
@@ -299,7 +337,7 @@ def _add_openai(router: APIRouter, catalog: Catalog) -> None:
         named = parse_model(model_id, services.engine.model.name)
         if named is None:
             raise PermissionDenied(f"'{quoted(model_id)}' is the base that this server serves. It is not deleted.")
-        owner = owner_of(catalog.directory, caller, named.name, None, version=named.version, for_change=True)
+        owner = await owner_for(catalog, caller, named.name, named.owner, version=named.version, for_change=True)
         await catalog.delete(owner, named.name, named.version, author=author_of(caller))
         return JSONResponse({"id": model_id, "object": "model", "deleted": True})
 
@@ -324,7 +362,7 @@ def _add_vllm(router: APIRouter, catalog: Catalog) -> None:
     async def unload_lora_adapter(request: Request, caller: Admin) -> Response:
         """As vLLM's: delete the adapter with all its versions."""
         body = await read_body(request, UnloadBody)
-        owner = owner_of(catalog.directory, caller, body.lora_name, None, for_change=True)
+        owner = await owner_for(catalog, caller, body.lora_name, None, for_change=True)
         await catalog.delete(owner, body.lora_name, author=author_of(caller))
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 

@@ -1,5 +1,6 @@
 """`/v1/messages` and `/v1/messages/count_tokens`: Anthropic's protocol. A body becomes a chat of this server's own."""
 
+from functools import partial
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 import orjson
@@ -13,7 +14,7 @@ from manylora.api.auth import Caller
 from manylora.api.defaults import with_defaults
 from manylora.api.fields import NOTHING, Unsupported, renamed, wanted
 from manylora.api.json_body import documented, parse_json
-from manylora.api.naming import adapter_of
+from manylora.api.naming import adapter_of, looked_up
 from manylora.api.requests import num_chat_tokens, read_body
 from manylora.api.run import Asked, answered
 from manylora.api.schemas import ChatRequest, Int, checked
@@ -279,7 +280,8 @@ async def count_tokens(request: Request, caller: Caller, services: ServicesDep) 
     """How many tokens the prompt of such messages has. It is no usage."""
     body, names = await read_body(request, _counted_by)
     base, aliases = services.engine.model.name, services.settings.resolved_model_aliases
-    adapter = adapter_of(body, services.directory, caller.tenant, base, aliases)
+    find = partial(adapter_of, body, services.directory, caller.tenant, base, aliases)
+    adapter = await looked_up(find, services.following)
     try:
         completed, _ = with_defaults(body, services.directory, Mix.of(adapter))
         assert isinstance(completed, ChatRequest), "it is the same body with more fields"

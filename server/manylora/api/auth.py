@@ -4,18 +4,22 @@
 async def create(caller: Manager) -> ...:      # a Principal with role manager or admin, else 401 or 403
 """
 
+import re
 from collections.abc import Awaitable, Callable
-from typing import Annotated
+from typing import Annotated, Final
 
 from fastapi import Depends, Request
 
-from manylora.api.state import ServicesDep
+from manylora.api.state import Services, ServicesDep
 from manylora.catalog.records import Author
-from manylora.errors import AuthenticationFailed, PermissionDenied
+from manylora.errors import AuthenticationFailed, InvalidRequest, PermissionDenied
 from manylora.tenants.interface import Principal, Role
 
-__all__ = ["Admin", "Caller", "Manager", "at_least", "author_of", "current_principal", "has_role"]
+__all__ = ["REVISION_HEADER", "Admin", "Caller", "Manager", "at_least", "author_of", "current_principal", "has_role"]
 
+REVISION_HEADER: Final = "x-manylora-revision"
+MAX_REVISION_DIGITS: Final = 18
+_REVISION: Final = re.compile(rf"[0-9]{{1,{MAX_REVISION_DIGITS}}}", re.ASCII)
 _ORDER = {role: rank for rank, role in enumerate(Role)}
 
 
@@ -30,7 +34,10 @@ def author_of(principal: Principal, note: str | None = None) -> Author:
 
 
 async def current_principal(request: Request, services: ServicesDep) -> Principal:
-    """The caller, from the `Authorization` or `x-api-key` header. Raises AuthenticationFailed or RateLimited."""
+    """The caller, from the `Authorization` or `x-api-key` header; what it has changed elsewhere is known here by then.
+
+    Raises AuthenticationFailed or RateLimited.
+    """
     if services.gate.is_open and not services.may_run_open:
         raise AuthenticationFailed(
             "This server has no API key and is reachable from other machines. "
@@ -42,7 +49,21 @@ async def current_principal(request: Request, services: ServicesDep) -> Principa
     fields["tenant"] = principal.tenant
     if principal.key_id is not None:
         fields["key_id"] = principal.key_id
+    await _reach(request.headers.get(REVISION_HEADER), services)
     return principal
+
+
+async def _reach(text: str | None, services: Services) -> None:
+    """Let the caller see what a server of this database has told it that it changed.
+
+    Raises InvalidRequest or Unavailable.
+    """
+    if text is None:
+        return
+    if not _REVISION.fullmatch(text):
+        raise InvalidRequest(f"The header {REVISION_HEADER} must be a number that a change was answered with.")
+    if services.following is not None:
+        await services.following.reach(int(text))
 
 
 def _authorization(request: Request) -> str | None:

@@ -5,9 +5,18 @@ from typing import Annotated, Any, Final
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 
-from manylora.api.adapters import Body, Note, TenantQuery, VersionNumber, adapter_view, as_asked, read_body
+from manylora.api.adapters import (
+    Body,
+    Note,
+    TenantQuery,
+    VersionNumber,
+    adapter_view,
+    as_asked,
+    owner_for,
+    read_body,
+    revised_by,
+)
 from manylora.api.auth import Admin, Caller, Manager, author_of, has_role
-from manylora.api.ownership import owner_of
 from manylora.catalog.records import Change, ChangePage
 from manylora.catalog.service import Catalog
 from manylora.errors import PermissionDenied
@@ -29,7 +38,7 @@ class RollbackBody(Body):
 
 def build_router(catalog: Catalog) -> APIRouter:
     """The routes over one catalog. Needs `app.state.services` for authentication (see `api.auth`)."""
-    router = APIRouter(tags=["adapters"])
+    router = APIRouter(tags=["adapters"], route_class=revised_by(catalog))
 
     @router.get("/v1/adapters/{name}/history")
     async def adapter_history(
@@ -37,7 +46,7 @@ def build_router(catalog: Catalog) -> APIRouter:
     ) -> Response:
         """Who changed the adapter, when, and which version was active before and after; newest first."""
         with as_asked(name):
-            owner = owner_of(catalog.directory, caller, name, tenant)
+            owner = await owner_for(catalog, caller, name, tenant)
             if owner != caller.tenant and not has_role(caller, Role.ADMIN):
                 raise PermissionDenied(f"'{name}' belongs to everybody: its history is for keys with the role 'admin'.")
             page = await catalog.history(owner, name, limit, before)
@@ -50,7 +59,7 @@ def build_router(catalog: Catalog) -> APIRouter:
         With `if_active`, only while that version is the active one. Running requests keep what they began with.
         """
         body = await read_body(request, RollbackBody)
-        owner = owner_of(catalog.directory, caller, name, tenant, for_change=True)
+        owner = await owner_for(catalog, caller, name, tenant, for_change=True)
         author = author_of(caller, body.note)
         record = await catalog.rollback(owner, name, if_active=body.if_active, author=author)
         return JSONResponse(adapter_view(catalog, record))

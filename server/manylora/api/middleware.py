@@ -36,7 +36,7 @@ __all__ = [
 REQUEST_ID_HEADER: Final = "x-request-id"
 _SANE_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # Asked for every few seconds by machines; their lines are for debugging only, and they are not traced.
-POLLED_PATHS: Final = frozenset({"/health", "/ready", "/ping", "/metrics", "/v1/stats"})
+POLLED_PATHS: Final = frozenset({"/health", "/ready", "/ping", "/metrics", "/metrics/router", "/v1/stats"})
 # Pages whose links are relative to them: a slash more would break those, so they redirect.
 _PAGES: Final = frozenset({"/", "/dashboard/", "/docs/"})
 _DISCARD_BYTES: Final = 256 * 2**20

@@ -2,38 +2,44 @@
 
 An adapter is named in five forms: `<base>` · `<adapter>` · `<adapter>@<n>` · `<base>:<adapter>` ·
 `<base>:<adapter>@<n>` in `model`, and `<adapter>` or `<adapter>@<n>` in `adapter_id`; several, each with a weight, in
-`adapters`.
+`adapters`. Wherever `<adapter>` stands, `<tenant>/<adapter>` says whose is meant: the caller's own or one of `public`.
+So a router, which sees `model` and not the key, can tell adapters of one name apart.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 from manylora.api.schemas import Body, InferenceRequest
-from manylora.catalog.interface import AdapterDirectory
+from manylora.catalog.interface import AdapterDirectory, Following
 from manylora.errors import AdapterNotFound, InvalidRequest, quoted
-from manylora.identity import NAME_PATTERN, AdapterRef, Mix
+from manylora.identity import NAME_PATTERN, PUBLIC_TENANT, AdapterRef, Mix
 
-__all__ = ["AdapterName", "adapter_of", "missing", "mix_of", "parse_model", "resolve", "without_alias"]
+__all__ = ["AdapterName", "adapter_of", "looked_up", "missing", "mix_of", "parse_model", "resolve", "without_alias"]
 
-_NAMED: Final = re.compile(rf"({NAME_PATTERN})(?:@([1-9][0-9]{{0,8}}))?")
+T = TypeVar("T")
+_NAMED: Final = re.compile(rf"(?:({NAME_PATTERN})/)?({NAME_PATTERN})(?:@([1-9][0-9]{{0,8}}))?")
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterName:
-    """A name as written: `version` None means the active one."""
+    """A name as written: `version` None means the active one, `owner` None the caller's own or else the public one."""
 
     name: str
     version: int | None = None
+    owner: str | None = None
 
 
 def _parse_adapter(text: str, *, param: str) -> AdapterName:
-    """`<adapter>` or `<adapter>@<n>`. Raises AdapterNotFound, since no adapter can have another name."""
+    """`<adapter>` or `<adapter>@<n>`, perhaps behind `<tenant>/`.
+
+    Raises AdapterNotFound, since no adapter can have another name.
+    """
     match = _NAMED.fullmatch(text)
     if match is None:
         raise _not_found(text, param)
-    return AdapterName(match[1], int(match[2]) if match[2] else None)
+    return AdapterName(match[2], int(match[3]) if match[3] else None, match[1])
 
 
 def parse_model(text: str, base: str) -> AdapterName | None:
@@ -48,10 +54,15 @@ def parse_model(text: str, base: str) -> AdapterName | None:
 
 def resolve(directory: AdapterDirectory, tenant: str, wanted: AdapterName, *, written: str, param: str) -> AdapterRef:
     """The adapter's identity. Raises one and the same AdapterNotFound for missing, not ready and foreign."""
+    if wanted.owner not in (None, tenant, PUBLIC_TENANT):
+        raise _not_found(written, param)
     try:
-        return directory.resolve(tenant, wanted.name, wanted.version)
+        ref = directory.resolve(wanted.owner or tenant, wanted.name, wanted.version)
     except AdapterNotFound:
         raise _not_found(written, param) from None
+    if wanted.owner not in (None, ref.tenant):
+        raise _not_found(written, param)
+    return ref
 
 
 def without_alias(directory: AdapterDirectory, tenant: str, base: str, aliases: Mapping[str, str], model: str) -> str:
@@ -84,7 +95,7 @@ def adapter_of(
     if by_model is not None and by_model.name != by_id.name:
         raise _conflict(model, adapter_id)
     ref = resolve(directory, tenant, by_id, written=adapter_id, param="adapter_id")
-    if by_model is not None and model is not None and by_model.version != by_id.version:
+    if by_model is not None and model is not None and by_model != by_id:
         other = resolve(directory, tenant, by_model, written=model, param="model")
         if other != ref:
             raise _conflict(model, adapter_id)
@@ -113,6 +124,19 @@ def mix_of(
             raise InvalidRequest(f"'{named.field}' names {part.label} more than once. Add its weights up.", param=param)
         found[part] = weight
     return Mix.weighted(found.items())
+
+
+async def looked_up(find: Callable[[], T], following: Following | None) -> T:
+    """What `find` gives; where it knows no such adapter, once more after a look at what other servers have published.
+
+    Raises what `find` raises.
+    """
+    try:
+        return find()
+    except AdapterNotFound:
+        if following is None or not await following.look_again():
+            raise
+    return find()
 
 
 def missing(body: Body) -> AdapterNotFound:

@@ -5,6 +5,7 @@ streams, which are the default, are lines of JSON.
 """
 
 from datetime import UTC, datetime
+from functools import partial
 from itertools import islice
 from typing import Annotated, Any, ClassVar, Final, Literal
 
@@ -17,7 +18,7 @@ from manylora.api.auth import Caller
 from manylora.api.fields import NOTHING, Unsupported, asks_for_nothing, renamed, wanted
 from manylora.api.json_body import documented, parse_json
 from manylora.api.lanes import PYTHON, beside_loop
-from manylora.api.naming import parse_model, resolve, without_alias
+from manylora.api.naming import looked_up, parse_model, resolve, without_alias
 from manylora.api.ollama_answers import ChatShape, GenerateShape, OllamaAnswer
 from manylora.api.openai import MAX_MODELS, published
 from manylora.api.requests import read_body
@@ -313,7 +314,8 @@ async def show(request: Request, caller: Caller, services: ServicesDep) -> dict[
     wanted_adapter = parse_model(named, model.name)
     ref, created = None, model.created
     if wanted_adapter is not None:
-        ref = resolve(services.directory, caller.tenant, wanted_adapter, written=name, param="model")
+        find = partial(resolve, services.directory, caller.tenant, wanted_adapter, written=name, param="model")
+        ref = await looked_up(find, services.following)
         found = published(services, caller.tenant, ref.name)
         created = found.created if found is not None else created
     return {

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from itertools import islice
 from typing import Annotated, Any, Final
 
@@ -13,7 +14,7 @@ from manylora.api.answers import ChatAnswer, CompletionAnswer
 from manylora.api.auth import Caller
 from manylora.api.json_body import documented, parse_json
 from manylora.api.lanes import PYTHON, beside_loop
-from manylora.api.naming import parse_model, resolve, without_alias
+from manylora.api.naming import looked_up, parse_model, resolve, without_alias
 from manylora.api.run import Asked, answered
 from manylora.api.schemas import ChatRequest, CompletionRequest, checked
 from manylora.api.state import Services, ServicesDep
@@ -113,7 +114,8 @@ async def get_model(model_id: str, caller: Caller, services: ServicesDep) -> dic
     wanted = parse_model(named, base.name)
     if wanted is None:
         return _base_entry(services, base.created) | {"id": model_id}
-    ref = resolve(services.directory, caller.tenant, wanted, written=model_id, param="model")
+    find = partial(resolve, services.directory, caller.tenant, wanted, written=model_id, param="model")
+    ref = await looked_up(find, services.following)
     found = published(services, caller.tenant, ref.name)
     return _adapter_entry(services, ref, base.created if found is None else found.created, model_id)
 

@@ -1,16 +1,16 @@
-"""`/health`, `/ready`, `/version`, `/metrics` and `/v1/stats`."""
+"""`/health`, `/ready`, `/version`, `/metrics`, `/metrics/router` and `/v1/stats`."""
 
 import platform
 from dataclasses import asdict
 from typing import Annotated, Any
 
 import anyio.to_thread
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Request
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.responses import Response
 
 from manylora import __version__
-from manylora.api.auth import Admin, Caller, has_role
+from manylora.api.auth import Admin, Caller, current_principal, has_role
 from manylora.api.state import Services, ServicesDep
 from manylora.errors import Draining, NotFound, PermissionDenied, Unavailable
 from manylora.tenants.interface import Role
@@ -49,6 +49,17 @@ async def metrics(caller: Admin, services: ServicesDep) -> Response:
         raise NotFound("Metrics are switched off on this server (--no-metrics).")
     text = await anyio.to_thread.run_sync(services.metrics.render)
     return Response(text, media_type=CONTENT_TYPE_PLAIN_0_0_4)
+
+
+@router.get("/metrics/router")
+async def router_metrics(request: Request, services: ServicesDep) -> Response:
+    """What a router in front of several servers reads; 404 where that is switched off."""
+    mode = services.settings.router_metrics
+    if mode == "off":
+        raise NotFound("Metrics for routers are switched off on this server (--router-metrics).")
+    if mode == "keys" and not has_role(await current_principal(request, services), Role.ADMIN):
+        raise PermissionDenied("This names every tenant's adapters: it needs a key with the role 'admin'.")
+    return Response(services.router_metrics.render(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
 @router.get("/v1/stats")

@@ -24,7 +24,14 @@ __all__ = ["Cors", "OpenRules", "OwnHosts"]
 
 _METHODS: Final = ("GET", "HEAD", "POST", "PATCH", "DELETE")
 _SAFE: Final = frozenset({"GET", "HEAD", "OPTIONS"})
-_EXPOSED: Final = ("x-request-id", "x-manylora-adapter", "retry-after", "content-disposition", "www-authenticate")
+_EXPOSED: Final = (
+    "x-request-id",
+    "x-manylora-adapter",
+    "x-manylora-revision",
+    "retry-after",
+    "content-disposition",
+    "www-authenticate",
+)
 # They tell nothing, and balancers ask them by whatever name they have.
 _PROBES: Final = frozenset({"/health", "/ready", "/ping"})
 # A `Host` header is a name, an IPv4 address or an IPv6 address in brackets, and perhaps a port: nothing behind those.

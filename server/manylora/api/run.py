@@ -6,6 +6,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, Protocol, TypeAlias
 
 from starlette.requests import Request
@@ -14,7 +15,7 @@ from starlette.responses import Response
 from manylora.api.defaults import check_template_allowed, with_defaults
 from manylora.api.fields import renamed
 from manylora.api.inputs import InputsRequest
-from manylora.api.naming import missing, mix_of
+from manylora.api.naming import looked_up, missing, mix_of
 from manylora.api.record import Counts, RequestRecord
 from manylora.api.requests import Prompt, check_connected, prompts_of, read_body
 from manylora.api.schemas import InferenceRequest
@@ -102,8 +103,10 @@ async def answered(
         _check_kind(body, services.engine.model)
         run.log.update(body.annotations())
         aliases = services.settings.resolved_model_aliases
+        base = services.engine.model.name
+        find = partial(mix_of, body, services.directory, principal.tenant, base, aliases)
         try:
-            run.mix = mix_of(body, services.directory, principal.tenant, services.engine.model.name, aliases)
+            run.mix = await looked_up(find, services.following)
             check_template_allowed(body, is_allowed=services.settings.allow_request_chat_template)
             body, max_tokens = with_defaults(body, services.directory, run.mix)
             prompts = await prompts_of(
@@ -235,7 +238,7 @@ class Run:
     async def _whole(self, renderer: Renderer) -> bytes:
         with self._missing_once_gone():
             async with self.ends_on_error():
-                self._start()
+                await self._start()
                 async with aclosing(renderer.arranged(self._deltas())) as deltas:
                     async for choice, delta in deltas:
                         if delta.logprobs:
@@ -248,7 +251,7 @@ class Run:
         """What is sent together, time after time."""
         with self._missing_once_gone():
             async with self.ends_on_error():
-                self._start()
+                await self._start()
                 async with aclosing(renderer.arranged(self._deltas())) as deltas:
                     async for choice, delta in deltas:
                         if delta.logprobs:
@@ -266,11 +269,11 @@ class Run:
         except AdapterNotFound as error:
             raise (self._gone or error) from None
 
-    def _start(self) -> None:
+    async def _start(self) -> None:
         """Charge the quota and queue the prompts."""
         most = sum(prompt.params.max_tokens * prompt.params.n for prompt in self.prompts)
         num_prompt_tokens = sum(len(prompt.ids) for prompt in self.prompts)
-        self._lease = self.services.gate.admit(self._principal, num_prompt_tokens, most)
+        self._lease = await self.services.gate.admit(self._principal, num_prompt_tokens, most)
         for number, prompt in enumerate(self.prompts):
             generation = self.services.engine.generate(
                 f"{self.id}-{number}",

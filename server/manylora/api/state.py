@@ -6,8 +6,9 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from manylora.api.record import Recorder
+from manylora.api.router_metrics import RouterMetrics
 from manylora.api.traffic import Traffic
-from manylora.catalog.interface import AdapterDirectory
+from manylora.catalog.interface import AdapterDirectory, Following
 from manylora.engine.interface import EngineClient
 from manylora.metrics import Metrics
 from manylora.settings import Settings
@@ -31,6 +32,8 @@ class Services:
 
     `usage`, where there is one, counts them for good.
 
+    `following`, where there is one, knows what other servers on the same database change.
+
     `may_run_open` is False where an open server would be reachable from elsewhere unasked.
     """
 
@@ -41,10 +44,12 @@ class Services:
     metrics: Metrics
     traffic: Traffic
     presence: Presence
+    router_metrics: RouterMetrics
     recorders: tuple[Recorder, ...] = ()
     usage: UsageSink | None = None
     may_run_open: bool = True
     departure: Departure = field(default_factory=Departure)
+    following: Following | None = None
 
 
 def services_of(request: Request) -> Services:

@@ -14,7 +14,7 @@ from manylora.api.defaults import chat_template_of
 from manylora.api.fields import TOKENIZE_UNSUPPORTED, Unsupported
 from manylora.api.json_body import documented
 from manylora.api.lanes import INLINE_CHARACTERS, PYTHON, beside_loop
-from manylora.api.naming import adapter_of
+from manylora.api.naming import adapter_of, looked_up
 from manylora.api.requests import INLINE_IDS, counted_ids, lane_of, read_body
 from manylora.api.sampling import check_token_ids
 from manylora.api.schemas import MAX_MESSAGES, Body, Int, Message, parse
@@ -64,7 +64,7 @@ class DetokenizeRequest(Body):
 async def tokenize(request: Request, caller: Caller, services: ServicesDep) -> Response:
     """The token ids of a text or a chat, and how many there are."""
     body = await read_body(request, partial(parse, TokenizeRequest))
-    adapter = _named(body, caller, services)
+    adapter = await _named(body, caller, services)
     engine = services.engine
     text = body.prompt
     if body.messages is not None:
@@ -92,7 +92,7 @@ def _tokens_of(text: str, body: TokenizeRequest, engine: EngineClient) -> bytes:
 async def detokenize(request: Request, caller: Caller, services: ServicesDep) -> Response:
     """The text of token ids, special tokens included."""
     body = await read_body(request, partial(parse, DetokenizeRequest))
-    _named(body, caller, services)
+    await _named(body, caller, services)
     if len(body.tokens) <= INLINE_IDS:
         return _json(_text_of(body, services.engine))
     return _json(await beside_loop(PYTHON, _text_of, body, services.engine))
@@ -109,10 +109,11 @@ async def tokenizer_info(caller: Caller, services: ServicesDep) -> dict[str, Any
     return dict(services.engine.codec.info)
 
 
-def _named(body: Body, caller: Principal, services: Services) -> AdapterRef | None:
+async def _named(body: Body, caller: Principal, services: Services) -> AdapterRef | None:
     """The adapter that the body names. Raises AdapterNotFound for a model that the caller may not name."""
     base, aliases = services.engine.model.name, services.settings.resolved_model_aliases
-    return adapter_of(body, services.directory, caller.tenant, base, aliases)
+    find = partial(adapter_of, body, services.directory, caller.tenant, base, aliases)
+    return await looked_up(find, services.following)
 
 
 def _json(content: bytes) -> Response:

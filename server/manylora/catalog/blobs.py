@@ -1,7 +1,8 @@
 """Files and rows together: a blob is written before a row names it, and removed after the last one is gone.
 
-Deleted for good is only what somebody asked to delete here, and what an upload wrote that did not come to its end. What
-the database merely does not know is set aside, for days, and comes back once it is known again.
+Deleted for good is only what somebody asked to delete, once no server needs it (`catalog.freeing`), and what an upload
+wrote that did not come to its end. What the database merely does not know is set aside, for days, and comes back once
+it is known again.
 """
 
 import logging
@@ -20,6 +21,7 @@ from manylora.catalog.directory import missing
 from manylora.catalog.files import blob_of_folder
 from manylora.catalog.records import Published, VersionRecord
 from manylora.catalog.registry import Registry
+from manylora.catalog.retired import RetiredVersions
 from manylora.catalog.store import Store
 from manylora.database.database import Database
 from manylora.errors import AdapterLoadFailed, ManyloraError
@@ -28,6 +30,8 @@ from manylora.identity import AdapterRef
 _DAY_S: Final = 86_400.0
 # Several servers can share an object store; a blob that was just written may belong to an upload of another server.
 _SHARED_GRACE_S: Final = 3600.0
+# Files of a version that was deleted so long ago go, even if a server does not say that it has let go of it.
+LONGEST_HELD_S: Final = 900.0
 _log = logging.getLogger(__name__)
 
 
@@ -40,6 +44,7 @@ class Blobs:
         self.count_damaged: Callable[[], None] = lambda: None
         self._database = database
         self._registry = registry
+        self.retired = RetiredVersions(database)
         self._store = store
         self._mutex = threading.Lock()
         self._locks: dict[str, tuple[threading.Lock, int]] = {}  # blob -> its lock, and who holds or awaits it
@@ -72,17 +77,19 @@ class Blobs:
             _log.warning("The label of %s was not written: %s", version.ref.label, error.message)
 
     def free(self, blob: str, version_id: str) -> None:
-        """Remove a deleted version's files unless another version, or a request that began with one, needs them."""
+        """Remove a retired version's files unless another version, or a request that began with one, needs them."""
         with self._locked(blob):
-            self._store.erase(labels.file_of(blob, version_id))
-            self._remove_if_free(blob)
+            if self.retired.has(version_id):  # else another server was quicker
+                self._store.erase(labels.file_of(blob, version_id))
+                self._remove_if_free(blob, but=version_id)
+                self.retired.forget(version_id)
 
-    def _remove_if_free(self, blob: str) -> None:
-        if not self._is_needed(blob):
+    def _remove_if_free(self, blob: str, *, but: str | None = None) -> None:
+        if not self._is_needed(blob, but=but):
             self._store.remove(blob)
 
-    def _is_needed(self, blob: str) -> bool:
-        return self._registry.is_referenced(blob) or self._registry.directory.is_retired(blob)
+    def _is_needed(self, blob: str, *, but: str | None = None) -> bool:
+        return self._registry.is_referenced(blob, but=but) or self._registry.directory.is_retired(blob)
 
     def local_folder(self, ref: AdapterRef) -> Path:
         """The folder of an adapter's two files. Implements `engine.interface.AdapterSource`."""
@@ -156,6 +163,7 @@ class Blobs:
     def sweep(self, orphan_days: float) -> None:
         """At start, before anything is served: put store and registry in order. Nothing is deleted but old orphans."""
         self._store.tidy()
+        self._forget_retired()
         stored, referenced, aside = self._store.blobs(), self._registry.blobs(), self._store.orphans()
         for orphan in aside:
             if orphan.blob in referenced and orphan.blob not in stored:
@@ -166,7 +174,8 @@ class Blobs:
         old = [o.blob for o in aside if time.time() - o.since > orphan_days * _DAY_S and o.blob not in needed]
         self._drop(old)
         grace_s = _SHARED_GRACE_S if self._store.is_shared else 0.0
-        unknown = [blob for blob in stored.keys() - referenced if time.time() - stored[blob] > grace_s]
+        known = referenced | self.retired.blobs()
+        unknown = [blob for blob in stored.keys() - known if time.time() - stored[blob] > grace_s]
         num_moved = sum(self._set_aside(blob) for blob in unknown)
         if num_moved:
             until = datetime.fromtimestamp(time.time() + orphan_days * _DAY_S, UTC)
@@ -185,6 +194,11 @@ class Blobs:
                 "backup? `manylora adapters verify` names them; --repair-from DIR brings them back from a backup.",
                 len(self.missing),
             )
+
+    def _forget_retired(self) -> None:
+        """What a server did not get to before it ended is set aside; what others may be at is left to them."""
+        others_s = 0.0 if self._database.is_sqlite else 2 * LONGEST_HELD_S
+        self.retired.forget_older(time.time() - others_s)
 
     def _drop(self, old: list[str]) -> None:
         for blob in old:

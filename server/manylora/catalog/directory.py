@@ -2,7 +2,7 @@
 
 import heapq
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from manylora.catalog.interface import PublishedAdapter
@@ -20,6 +20,7 @@ class Listed:
     created: int
     is_ready: bool
     defaults: str = ""
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ class Directory:
         self._tenants: dict[str, dict[str, Entry]] = {}
         self._names: dict[str, tuple[str, ...]] = {}  # sorted; replaced and never changed, as readers hold no lock
         self._blobs: dict[str, str] = {}  # version id -> blob
-        self._retired: dict[str, str] = {}  # the same for removed versions
+        self._retired: dict[str, tuple[str, int]] = {}  # version id -> blob, and revision: the same for removed ones
 
     def __len__(self) -> int:
         return sum(len(entries) for entries in self._tenants.values())
@@ -79,6 +80,12 @@ class Directory:
         entry = self.own(ref.tenant, ref.name)
         listed = None if entry is None else entry.versions.get(ref.version)
         return listed.defaults if listed is not None and listed.ref.id == ref.id else ""
+
+    def rank_of(self, ref: AdapterRef) -> int:
+        """The version's highest rank; 0 for one that was removed meanwhile."""
+        entry = self.own(ref.tenant, ref.name)
+        listed = None if entry is None else entry.versions.get(ref.version)
+        return listed.rank if listed is not None and listed.ref.id == ref.id else 0
 
     def visible_to(self, tenant: str, start: str = "") -> Iterator[PublishedAdapter]:
         """Own adapters and those public ones that no own adapter hides, by name, from `start` on; only active ones.
@@ -115,10 +122,15 @@ class Directory:
 
     def blob_of(self, version_id: str) -> str | None:
         """The blob of a version that is registered or retired."""
-        return self._blobs.get(version_id) or self._retired.get(version_id)
+        blob = self._blobs.get(version_id)
+        return blob if blob is not None else self._retired.get(version_id, (None, 0))[0]
 
     def is_retired(self, blob: str) -> bool:
-        return blob in list(self._retired.values())
+        return any(retired == blob for retired, _ in list(self._retired.values()))
+
+    def let_go(self, seen: int) -> int:
+        """The revision, at most `seen`, up to which every version that was removed has been released."""
+        return min((revision - 1 for _, revision in list(self._retired.values())), default=seen)
 
     def release(self, version_id: str) -> None:
         """Forget a retired version: no request needs its files any more."""
@@ -128,39 +140,55 @@ class Directory:
         return [entry for entries in list(self._tenants.values()) for entry in list(entries.values())]
 
     def put(self, entry: Entry) -> None:
-        old = self._tenants.get(entry.tenant, {}).get(entry.name)
-        self._blobs.update({v.ref.id: v.blob for v in entry.versions.values()})
-        self._tenants.setdefault(entry.tenant, {})[entry.name] = entry
-        if old is None:
-            names = self._names.get(entry.tenant, ())
-            place = bisect_left(names, entry.name)
-            self._names[entry.tenant] = (*names[:place], entry.name, *names[place:])
-        self._retire_gone(old, entry)
+        self.apply({(entry.tenant, entry.name): entry})
 
     def remove(self, tenant: str, name: str) -> None:
-        old = self._tenants.get(tenant, {}).pop(name, None)
-        if old is not None:
-            names = self._names[tenant]
-            place = bisect_left(names, name)
-            self._names[tenant] = (*names[:place], *names[place + 1 :])
-        self._retire_gone(old, None)
+        self.apply({(tenant, name): None})
 
-    def _retire_gone(self, old: Entry | None, new: Entry | None) -> None:
+    def apply(self, changes: Mapping[tuple[str, str], Entry | None], revision: int = 0) -> list[AdapterRef]:
+        """Take over what these adapters, by tenant and name, are at `revision`; the versions that are now retired."""
+        gone: list[AdapterRef] = []
+        renamed: dict[str, list[str]] = {}
+        for (tenant, name), entry in changes.items():
+            old = self.own(tenant, name)
+            if entry is not None:
+                self._blobs.update({v.ref.id: v.blob for v in entry.versions.values()})
+                self._tenants.setdefault(tenant, {})[name] = entry
+            elif old is not None:
+                del self._tenants[tenant][name]
+            if (old is None) != (entry is None):
+                renamed.setdefault(tenant, []).append(name)
+            gone += self._retire_gone(old, entry, revision)
+        for tenant, names in renamed.items():
+            self._names[tenant] = self._names_with(tenant, names)
+        return gone
+
+    def _names_with(self, tenant: str, changed: Sequence[str]) -> tuple[str, ...]:
+        """The tenant's names, of which `changed` are new or gone. One more or less of many takes no sorting."""
+        entries, names = self._tenants[tenant], self._names.get(tenant, ())
+        if len(changed) > 1:
+            return tuple(sorted(entries))
+        (name,) = changed
+        place = bisect_left(names, name)
+        return (*names[:place], name, *names[place:]) if name in entries else (*names[:place], *names[place + 1 :])
+
+    def _retire_gone(self, old: Entry | None, new: Entry | None, revision: int) -> list[AdapterRef]:
         kept = set() if new is None else {v.ref.id for v in new.versions.values()}
-        for listed in [] if old is None else old.versions.values():
-            if listed.ref.id not in kept:
-                self._retired[listed.ref.id] = listed.blob
-                self._blobs.pop(listed.ref.id, None)
+        gone = [listed for listed in ([] if old is None else old.versions.values()) if listed.ref.id not in kept]
+        for listed in gone:
+            self._retired[listed.ref.id] = listed.blob, revision
+            self._blobs.pop(listed.ref.id, None)
+        return [listed.ref for listed in gone]
 
-    def replace(self, entries: Iterable[Entry]) -> list[AdapterRef]:
-        """Take over the database's state whole; the versions that are gone and now retired."""
+    def replace(self, entries: Iterable[Entry], revision: int = 0) -> list[AdapterRef]:
+        """Take over the database's state at `revision` whole; the versions that are gone and now retired."""
         tenants: dict[str, dict[str, Entry]] = {}
         for entry in entries:
             tenants.setdefault(entry.tenant, {})[entry.name] = entry
         before = [v for e in self.entries() for v in e.versions.values()]
         blobs = {v.ref.id: v.blob for es in tenants.values() for e in es.values() for v in e.versions.values()}
         gone = [listed for listed in before if listed.ref.id not in blobs]
-        self._retired.update({listed.ref.id: listed.blob for listed in gone})
+        self._retired.update({listed.ref.id: (listed.blob, revision) for listed in gone})
         self._blobs = blobs
         self._tenants = tenants
         self._names = {tenant: tuple(sorted(entries)) for tenant, entries in tenants.items()}

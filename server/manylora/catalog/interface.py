@@ -6,7 +6,7 @@ from typing import Protocol
 
 from manylora.identity import AdapterRef
 
-__all__ = ["AdapterDirectory", "PublishedAdapter"]
+__all__ = ["AdapterDirectory", "Following", "PublishedAdapter"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,27 @@ class AdapterDirectory(Protocol):
         """
         ...
 
+    def rank_of(self, ref: AdapterRef) -> int:
+        """The version's highest rank; 0 for one that was removed meanwhile."""
+        ...
+
     def visible_to(self, tenant: str, start: str = "") -> Iterator[PublishedAdapter]:
         """The active versions that the tenant may name, in order of name, from `start` on."""
+        ...
+
+
+class Following(Protocol):
+    """How this server keeps up with others on the same database. Used on the event loop."""
+
+    @property
+    def revision(self) -> int:
+        """The number of the last change to the catalog that is known here."""
+        ...
+
+    async def look_again(self) -> bool:
+        """Take over what was committed anywhere before this call; False where the database did not answer in time."""
+        ...
+
+    async def reach(self, revision: int) -> None:
+        """Return once this server knows of the revision. Raises Unavailable where it cannot find out in time."""
         ...

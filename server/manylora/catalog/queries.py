@@ -2,18 +2,22 @@
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import Final
 
 from sqlalchemy import Select, func, select, tuple_
 from sqlalchemy.orm import Session
 
 from manylora.catalog.directory import Entry, Listed, missing
-from manylora.catalog.records import AdapterRecord, VersionSums, adapter_record, ref_of
+from manylora.catalog.labels import Label
+from manylora.catalog.records import AdapterRecord, NewVersion, VersionSums, adapter_record, new_id, now_us, ref_of
 from manylora.database.tables import AdapterRow, KeptRow, RevisionRow, VersionRow
 from manylora.errors import InvalidRequest, QuotaExceeded
 from manylora.tenants.limits import exceeded, limits_in
 
 # A quota on what is kept frees up by somebody's decision, not by time: come back in a minute, not in a second.
 _KEPT_RETRY_S = 60.0
+_ROWS_AT_ONCE: Final = 1000
+_IDS_AT_ONCE: Final = 1000
 
 
 def find_adapter(session: Session, tenant: str, name: str) -> AdapterRow | None:
@@ -76,25 +80,42 @@ def all_versions(session: Session) -> dict[str, list[VersionRow]]:
     return found
 
 
-def entries(session: Session, base: str, adapter_id: str | None = None) -> list[Entry]:
-    """Adapters that have versions, as the directory knows them: one of them, or all.
+def changed_names(session: Session, since: int) -> dict[str, tuple[str, str]]:
+    """Tenant and name of every adapter that was written after revision `since`, deleted ones too, by the row's id."""
+    a = AdapterRow
+    found = session.execute(select(a.id, a.tenant, a.name).where(a.revision > since).order_by(a.revision))
+    return {row.id: (row.tenant, row.name) for row in found}
 
-    Reads the columns that the directory needs, and not the reports, which are most of a database.
+
+def entries(session: Session, base: str, ids: Sequence[str] | None = None) -> list[Entry]:
+    """Adapters that have versions, as the directory knows them: those with these ids, or all.
+
+    Reads the columns that the directory needs, and not the reports, which are most of a database; many rows come piece
+    by piece, so that no other thread waits for a driver that makes all of them at once.
     """
+    if ids is None:
+        return _entries(session, base, None)
+    pieces = (ids[start : start + _IDS_AT_ONCE] for start in range(0, len(ids), _IDS_AT_ONCE))
+    return [entry for piece in pieces for entry in _entries(session, base, piece)]
+
+
+def _entries(session: Session, base: str, ids: Sequence[str] | None) -> list[Entry]:
     a, v = AdapterRow, VersionRow
     query = select(
         a.tenant, a.name, a.pinned, a.active_version, v.id, v.version, v.digest, v.blob, v.created, v.base, v.defaults,
-        v.virtual_tokens, v.invocation,
+        v.virtual_tokens, v.invocation, v.rank,
     ).join(v, v.adapter_id == a.id)  # fmt: skip
-    if adapter_id is not None:
-        query = query.where(a.id == adapter_id)
+    if ids is not None:
+        query = query.where(a.id.in_(ids))
     facts: dict[tuple[str, str], tuple[bool, int | None]] = {}
     versions: dict[tuple[str, str], dict[int, Listed]] = {}
-    for row in session.execute(query.order_by(a.created, a.id, v.version)):
+    pieces = query.order_by(a.created, a.id, v.version).execution_options(yield_per=_ROWS_AT_ONCE)
+    for row in session.execute(pieces):
         key = (row.tenant, row.name)
         facts[key] = (row.pinned, row.active_version)
-        ref = ref_of(row, row)
-        versions.setdefault(key, {})[row.version] = Listed(ref, row.blob, row.created, row.base == base, row.defaults)
+        ref, is_ready = ref_of(row, row), row.base == base
+        listed = Listed(ref, row.blob, row.created, is_ready, row.defaults, row.rank)
+        versions.setdefault(key, {})[row.version] = listed
     return [Entry(*key, *facts[key], MappingProxyType(versions[key])) for key in facts]
 
 
@@ -111,8 +132,9 @@ def version_with(session: Session, row: AdapterRow, digest: str, base: str) -> V
     return session.execute(query.order_by(VersionRow.version.desc()).limit(1)).scalar_one_or_none()
 
 
-def revision_query() -> Select[int]:
-    return select(RevisionRow.value).where(RevisionRow.topic == "catalog")
+def revision_query() -> Select[int, int]:
+    """The catalog's revision, and how far it has gone without a trace in the adapters' rows."""
+    return select(RevisionRow.value, RevisionRow.value - RevisionRow.noted).where(RevisionRow.topic == "catalog")
 
 
 def page_query(tenant: str | None, start: tuple[int, str] | None, limit: int) -> Select[AdapterRow]:
@@ -194,3 +216,53 @@ def check_counts(session: Session, rows: Sequence[AdapterRow], versions: Mapping
 
 def _exceeded(tenant: str, what: str, remedy: str) -> QuotaExceeded:
     return exceeded(tenant, what, f"{remedy}, or ask for a higher quota.", _KEPT_RETRY_S)
+
+
+def revived_adapter(session: Session, row: AdapterRow | None, tenant: str, name: str) -> AdapterRow:
+    """The row to put a new version under: new, or that of a deleted adapter, whose version numbers go on."""
+    if row is None:
+        row = AdapterRow(
+            id=new_id("adapter"),
+            tenant=tenant,
+            name=name,
+            description="",
+            active_version=None,
+            next_version=1,
+            pinned=False,
+            is_deleted=False,
+            created=now_us(),
+        )
+        session.add(row)
+    elif row.is_deleted:
+        row.is_deleted, row.created = False, now_us()
+    return row
+
+
+def add_version(session: Session, row: AdapterRow, new: NewVersion, base: str, defaults: str) -> VersionRow:
+    version = VersionRow(
+        id=new.id,
+        adapter_id=row.id,
+        version=row.next_version,
+        digest=new.digest,
+        blob=new.blob,
+        base=base,
+        kind=new.kind,
+        rank=new.rank,
+        alpha=new.alpha,
+        target_modules=list(new.target_modules),
+        size_bytes=new.size_bytes,
+        report=dict(new.report),
+        created=now_us(),
+        defaults=defaults,
+        virtual_tokens=new.virtual_tokens,
+        invocation=" ".join(map(str, new.invocation)),
+    )
+    row.next_version += 1
+    session.flush()  # the adapter's row first: there is no relationship that would order the two
+    session.add(version)
+    return version
+
+
+def adopted_version(row: AdapterRow, label: Label) -> VersionRow:
+    facts = label.model_dump(exclude={"version_id", "tenant", "name"})
+    return VersionRow(id=label.version_id, adapter_id=row.id, **{**facts, "target_modules": list(label.target_modules)})

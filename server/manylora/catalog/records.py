@@ -1,5 +1,7 @@
 """What the registry hands out: frozen copies of rows, and what an upload adds."""
 
+import secrets
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -235,3 +237,12 @@ def version_record(adapter: AdapterRow, row: VersionRow, base: str) -> VersionRe
         created=row.created,
         defaults=row.defaults,
     )
+
+
+def new_id(kind: str) -> str:
+    """`adapter_…`, `version_…`: 96 random bits, unique for ever."""
+    return f"{kind}_{secrets.token_hex(12)}"
+
+
+def now_us() -> int:
+    return time.time_ns() // 1000

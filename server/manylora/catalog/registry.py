@@ -5,12 +5,10 @@ so the directory goes through the same states in the same order as the database.
 """
 
 import heapq
-import secrets
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from hashlib import sha256
 
 from sqlalchemy import delete, select
@@ -31,23 +29,15 @@ from manylora.catalog.records import (
     VersionPage,
     VersionRecord,
     Wish,
+    now_us,
     version_record,
 )
 from manylora.database.database import Database
-from manylora.database.tables import AdapterRow, FolderContentRow, FolderRow, VersionRow
+from manylora.database.tables import AdapterRow, FolderContentRow, FolderRow, RetiredRow, VersionRow
 from manylora.errors import Conflict
 from manylora.identity import AdapterRef
 from manylora.lora.format.reader import ModuleSpec
 from manylora.usage.store import note_stored
-
-
-def new_id(kind: str) -> str:
-    """`adapter_…`, `version_…`: 96 random bits, unique for ever."""
-    return f"{kind}_{secrets.token_hex(12)}"
-
-
-def now_us() -> int:
-    return time.time_ns() // 1000
 
 
 def base_signature(modules: Mapping[str, ModuleSpec]) -> str:
@@ -62,22 +52,32 @@ def base_signature(modules: Mapping[str, ModuleSpec]) -> str:
 
 
 class _Transaction:
-    """One write: its session, and what the directory has to take over once it is committed."""
+    """One write: its session, its revision, and what the directory has to take over once it is committed."""
 
     def __init__(self, session: Session, base: str) -> None:
         self.session = session
+        self.revision, self.num_untraced = session.execute(queries.revision_query()).one()
         self._base = base
-        self.changed: list[tuple[str, str, Entry | None]] = []
+        self.changed: dict[tuple[str, str], Entry | None] = {}
 
     def mirror(self, row: AdapterRow) -> AdapterRecord:
         """Note the adapter, as the transaction has it by now, for the directory."""
+        row.revision = self.revision
         self.session.flush()
         (record,) = queries.load_records(self.session, [row], self._base)
         note_stored(self.session, record.tenant, record.name, record.sums.size_bytes, now_us())
         queries.count_kept(self.session, row, record.sums.size_bytes)
-        entry = next(iter(queries.entries(self.session, self._base, row.id)), None)
-        self.changed.append((record.tenant, record.name, entry))
+        entry = next(iter(queries.entries(self.session, self._base, [row.id])), None)
+        self.changed[record.tenant, record.name] = entry
         return record
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What a look at the database brought: adapters by tenant and name (None: perhaps all), versions that are gone."""
+
+    names: tuple[tuple[str, str], ...] | None
+    gone: list[AdapterRef]
 
 
 class Registry:
@@ -92,9 +92,27 @@ class Registry:
         self._base = base
         self._lock = threading.Lock()
         self._seen = -1
+        self._made = -1
+        self._num_untraced = -1
         self.refresh()
 
     # reading
+
+    @property
+    def seen(self) -> int:
+        """The catalog's revision up to which the directory has every server's changes."""
+        return self._seen
+
+    @property
+    def revision(self) -> int:
+        """The last revision that is known here: seen, or made by this server after changes that it has not seen."""
+        return max(self._seen, self._made)
+
+    @property
+    def let_go(self) -> int:
+        """The revision up to which every deleted version has been released here."""
+        with self._lock:
+            return self.directory.let_go(self._seen)
 
     def get_version(self, tenant: str, name: str, number: int) -> tuple[AdapterRecord, VersionRecord]:
         """The tenant's adapter and one version of it. Raises AdapterNotFound."""
@@ -159,9 +177,12 @@ class Registry:
         with self._database.read() as session:
             return session.get(VersionRow, version_id) is not None
 
-    def is_referenced(self, blob: str) -> bool:
+    def is_referenced(self, blob: str, *, but: str | None = None) -> bool:
+        """Whether a version has these files, one that was deleted and not yet freed among them, other than `but`."""
+        kept = select(VersionRow.id).where(VersionRow.blob == blob)
+        held = select(RetiredRow.version_id).where(RetiredRow.blob == blob, RetiredRow.version_id != (but or ""))
         with self._database.read() as session:
-            return session.execute(select(VersionRow.id).where(VersionRow.blob == blob).limit(1)).first() is not None
+            return session.execute(kept.union_all(held).limit(1)).first() is not None
 
     def check_quota(self, tenant: str, name: str, size_bytes: int, *, pinned: bool) -> None:
         """Whether one more version may be kept. Raises QuotaExceeded. `publish` checks again, in its transaction."""
@@ -187,8 +208,8 @@ class Registry:
                 if wish.activate is None:
                     wish = replace(wish, activate=row is None or row.is_deleted)
                 queries.check_kept(session, wish.tenant, row, new.size_bytes)
-                row = _revived_adapter(session, row, wish.tenant, wish.name)
-                newest = _add_version(session, row, new, self._base, wish.defaults or NO_DEFAULTS)
+                row = queries.revived_adapter(session, row, wish.tenant, wish.name)
+                newest = queries.add_version(session, row, new, self._base, wish.defaults or NO_DEFAULTS)
             assert row is not None
             return self._finish(transaction, wish, row, newest, is_new=is_new, folder=folder)
 
@@ -322,10 +343,11 @@ class Registry:
                 is_taken = row is not None and queries.find_version(session, row, label.version) is not None
                 if label.version_id in known or is_taken:
                     continue
-                row = _revived_adapter(session, row, label.tenant, label.name)
+                row = queries.revived_adapter(session, row, label.tenant, label.name)
                 session.flush()  # the adapter's row first: there is no relationship that would order the two
-                session.add(_adopted_version(row, label))
+                session.add(queries.adopted_version(row, label))
                 was = row.active_version
+                session.execute(delete(RetiredRow).where(RetiredRow.version_id == label.version_id))
                 if row.active_version is None or row.id in rows:
                     rows[row.id], row.active_version = row, label.version
                 row.next_version = max(row.next_version, label.version + 1)
@@ -355,8 +377,9 @@ class Registry:
         with self._write() as transaction:
             session = transaction.session
             row = queries.get_adapter(session, tenant, name)
-            (entry,) = queries.entries(session, self._base, row.id)
-            gone = [listed.ref for number, listed in entry.versions.items() if version in {None, number}]
+            (entry,) = queries.entries(session, self._base, [row.id])
+            removed = [listed for number, listed in entry.versions.items() if version in {None, number}]
+            gone = [listed.ref for listed in removed]
             if not gone:
                 raise missing(name, version)
             is_last = len(gone) == len(entry.versions)
@@ -371,22 +394,32 @@ class Registry:
             if is_last:
                 row.is_deleted, row.active_version, row.pinned, row.description = True, None, False, ""
             history.note(session, row, author, "delete", was=was, version=version)
+            for listed in removed:
+                facts = {"blob": listed.blob, "revision": transaction.revision, "at": now_us()}
+                session.add(RetiredRow(version_id=listed.ref.id, **facts))
             transaction.mirror(row)
         return gone
 
-    def refresh(self) -> list[AdapterRef] | None:
+    def refresh(self) -> Changes | None:
         """Take over what other processes changed; one small query, and None, when nothing did.
 
-        Returns the versions that are gone and now retired.
+        Only what changed is read. All is read at first, where the database went back (a backup was restored), and
+        where something changed it that left no trace of what.
         """
         with self._lock:
             if self._database.revision("catalog") == self._seen:
                 return None
             with self._database.read(is_long=True) as session:
-                seen = session.execute(queries.revision_query()).scalar_one()
-                entries = queries.entries(session, self._base)
-            self._seen = seen
-            return self.directory.replace(entries)
+                seen, num_untraced = session.execute(queries.revision_query()).one()
+                is_traced = seen >= self._seen and num_untraced == self._num_untraced
+                changed = queries.changed_names(session, self._seen) if is_traced else {}
+                entries = queries.entries(session, self._base, list(changed) if is_traced else None)
+            before, self._seen, self._num_untraced = self._seen, seen, num_untraced
+            if not is_traced:
+                return Changes(None, self.directory.replace(entries, seen))
+            now: dict[tuple[str, str], Entry | None] = dict.fromkeys(changed.values())
+            now.update({(entry.tenant, entry.name): entry for entry in entries})
+            return Changes(tuple(now), self.directory.apply(now, before + 1))
 
     def check_integrity(self) -> None:
         """Assert that the directory equals the database, and that the rows make sense together."""
@@ -410,69 +443,16 @@ class Registry:
             with self._database.write("catalog") as session:
                 transaction = _Transaction(session, self._base)
                 yield transaction
-                revision = session.execute(queries.revision_query()).scalar_one()
-            if revision == self._seen + 1:  # else another process wrote in between, and `refresh` will look
-                self._seen = revision
-            for tenant, name, entry in transaction.changed:
-                if entry is None:
-                    self.directory.remove(tenant, name)
-                else:
-                    self.directory.put(entry)
-
-
-def _revived_adapter(session: Session, row: AdapterRow | None, tenant: str, name: str) -> AdapterRow:
-    """The row to put a new version under: new, or that of a deleted adapter, whose version numbers go on."""
-    if row is None:
-        row = AdapterRow(
-            id=new_id("adapter"),
-            tenant=tenant,
-            name=name,
-            description="",
-            active_version=None,
-            next_version=1,
-            pinned=False,
-            is_deleted=False,
-            created=now_us(),
-        )
-        session.add(row)
-    elif row.is_deleted:
-        row.is_deleted, row.created = False, now_us()
-    return row
-
-
-def _add_version(session: Session, row: AdapterRow, new: NewVersion, base: str, defaults: str) -> VersionRow:
-    version = VersionRow(
-        id=new.id,
-        adapter_id=row.id,
-        version=row.next_version,
-        digest=new.digest,
-        blob=new.blob,
-        base=base,
-        kind=new.kind,
-        rank=new.rank,
-        alpha=new.alpha,
-        target_modules=list(new.target_modules),
-        size_bytes=new.size_bytes,
-        report=dict(new.report),
-        created=now_us(),
-        defaults=defaults,
-        virtual_tokens=new.virtual_tokens,
-        invocation=" ".join(map(str, new.invocation)),
-    )
-    row.next_version += 1
-    session.flush()  # the adapter's row first: there is no relationship that would order the two
-    session.add(version)
-    return version
+            self._made = transaction.revision
+            # Else another process wrote in between, and `refresh` will look.
+            if transaction.revision == self._seen + 1 and transaction.num_untraced == self._num_untraced:
+                self._seen = transaction.revision
+            self.directory.apply(transaction.changed, transaction.revision)
 
 
 def _content_key(digest: str, wish: Wish) -> str:
     """What a folder's content is known by: with other defaults it is another."""
     return digest if not wish.defaults else f"{digest}+{sha256(wish.defaults.encode()).hexdigest()[:16]}"
-
-
-def _adopted_version(row: AdapterRow, label: Label) -> VersionRow:
-    facts = label.model_dump(exclude={"version_id", "tenant", "name"})
-    return VersionRow(id=label.version_id, adapter_id=row.id, **{**facts, "target_modules": list(label.target_modules)})
 
 
 def _expected(row: AdapterRow, active_version: int | None) -> AdapterRow:

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Collection
 
 from manylora.catalog.directory import Directory, Entry
 from manylora.engine.interface import AdapterRef, EngineClient
@@ -37,10 +37,11 @@ class Pins:
             if held is not None and held != wanted:
                 self._engine.unpin(held)
 
-    def sync_all(self) -> None:
-        """`sync` for everything, after the directory was replaced. What cannot be pinned is logged."""
-        wanted = {(e.tenant, e.name) for e in self._directory.entries() if _wanted(e) is not None}
-        for tenant, name in wanted | set(self._held):
+    def sync_all(self, names: Collection[tuple[str, str]] | None = None) -> None:
+        """`sync` for these adapters, or all, after the directory has changed. What cannot be pinned is logged."""
+        if names is None:
+            names = {(e.tenant, e.name) for e in self._directory.entries() if _wanted(e) is not None} | set(self._held)
+        for tenant, name in names:
             try:
                 self.sync(tenant, name)
             except ManyloraError as error:
@@ -54,34 +55,31 @@ def _wanted(entry: Entry | None) -> AdapterRef | None:
 class Retirement:
     """What happens to a deleted version: its users finish, the engine forgets it, its files go.
 
-    One background task each. `free` removes the files of a blob and a version, on a worker thread.
+    One background task each. `free` removes the files that no server needs any more.
     """
 
-    def __init__(self, engine: EngineClient, directory: Directory, free: Callable[[str, str], None]) -> None:
+    def __init__(self, engine: EngineClient, directory: Directory, free: Callable[[], Awaitable[None]]) -> None:
         self._engine = engine
         self._directory = directory
         self._free = free
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def begin(self, ref: AdapterRef, *, with_files: bool) -> None:
-        """`ref` has just been unpublished. `with_files`: here, on somebody's word, so that its files go as well.
+    def begin(self, ref: AdapterRef) -> None:
+        """`ref` is gone from the database. Its files go only where somebody said so, here or on another server.
 
-        A version that is only seen to be gone from the database keeps its files: another server was told to delete
-        them, or the database was restored from a backup that does not know the version.
+        A database that was restored from a backup may just not know the version.
         """
-        task = asyncio.create_task(self._retire(ref, with_files=with_files), name=f"retire {ref.id}")
+        task = asyncio.create_task(self._retire(ref), name=f"retire {ref.id}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _retire(self, ref: AdapterRef, *, with_files: bool) -> None:
-        blob = self._directory.blob_of(ref.id)
+    async def _retire(self, ref: AdapterRef) -> None:
         try:
             await self._engine.forget(ref)
             self._directory.release(ref.id)
-            if blob is not None and with_files:
-                await asyncio.to_thread(self._free, blob, ref.id)
+            await self._free()
         except ManyloraError as error:
-            _log.warning("The files of %s/%s stay until the next start: %s", ref.tenant, ref.label, error)
+            _log.warning("The files of %s/%s stay for now: %s", ref.tenant, ref.label, error)
 
     async def settled(self) -> None:
         """Wait until every version deleted so far is gone."""

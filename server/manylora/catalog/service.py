@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, Any
 
 from starlette.requests import ClientDisconnect
 
@@ -22,6 +22,8 @@ from manylora.catalog.blobs import Blobs
 from manylora.catalog.defaults import DefaultsCheck, canonical, not_used, read_file
 from manylora.catalog.directory import Directory, Listed, missing
 from manylora.catalog.files import FolderLock
+from manylora.catalog.following import Follower
+from manylora.catalog.freeing import Freeing
 from manylora.catalog.receive import receive_form
 from manylora.catalog.records import (
     SERVER,
@@ -50,15 +52,16 @@ from manylora.catalog.upload import (
     wish_of,
 )
 from manylora.database.database import Database, open_database
+from manylora.database.notices import Notices
+from manylora.database.replicas import Replicas
 from manylora.engine.interface import AdapterRef, EngineClient, Tier
-from manylora.errors import InvalidAdapter, InvalidSettings, ManyloraError, Problem, Unavailable
+from manylora.errors import InvalidAdapter, InvalidSettings, ManyloraError, Problem
 from manylora.identity import ADAPTER_FILES, BROUGHT_FILES, PUBLIC_TENANT, check_name
 from manylora.lora.format.folder import names_in
 from manylora.lora.format.reader import Adapter, ModuleSpec
 from manylora.lora.format.spec import BaseWeights
 from manylora.settings import Settings
 
-_POLL_S: Final = 1.0
 _log = logging.getLogger(__name__)
 
 
@@ -78,12 +81,14 @@ class Catalog:
         self._base = base_signature(rules.modules)
         self._registry = Registry(database, self._base)
         self._blobs = Blobs(database, self._registry, store)
+        self.replicas = Replicas(database, self._base)
+        self._freeing = Freeing(database, self._registry, self._blobs, self.replicas)
         self._scratch = settings.data_dir / "quarantine"
         self._quarantine = Quarantine(self._scratch, rules)
         self._engine: EngineClient | None = None
         self._retirement: Retirement | None = None
         self._pins: Pins | None = None
-        self._watching: asyncio.Task[None] | None = None
+        self.following = Follower(database, self._registry, self.refresh)
         self._labelling: asyncio.Task[None] | None = None
         self._is_closing = False
         self._count_upload: Callable[[str, str], None] = _ignore
@@ -130,6 +135,11 @@ class Catalog:
         return self._registry.directory
 
     @property
+    def revision(self) -> int:
+        """The number of the last change to the catalog that is known here."""
+        return self._registry.revision
+
+    @property
     def store(self) -> Store:
         """The store of the adapters' files, where other facts that have to outlive the database are kept too."""
         return self._store
@@ -155,12 +165,13 @@ class Catalog:
         count_damaged: Callable[[], None] | None = None,
         charge_probe: Charge | None = None,
         check_defaults: DefaultsCheck | None = None,
+        notices: Notices | None = None,
     ) -> None:
         """Work with this engine from now on: pin what is pinned, follow other processes' changes.
 
         `count_upload` hears of every upload's tenant and result, `count_damaged` of stored files that are not sound,
         `charge_probe` of what was run to find an upload's effect; the upload goes on once it has returned.
-        `check_defaults` says what is wrong with a version's defaults.
+        `check_defaults` says what is wrong with a version's defaults, `notices` when other processes changed something.
         """
         self._engine = engine
         self._count_upload = count_upload or _ignore
@@ -168,9 +179,10 @@ class Catalog:
         self._check_defaults = check_defaults or _take_any
         self._blobs.count_damaged = count_damaged or self._blobs.count_damaged
         self._pins = Pins(engine, self.directory)
-        self._retirement = Retirement(engine, self.directory, self._blobs.free)
+        self._retirement = Retirement(engine, self.directory, self._freeing.free)
+        await self._freeing.start()
         self._pins.sync_all()
-        self._watching = asyncio.create_task(self._watch(), name="catalog-watch")
+        self.following.start(notices or Notices(self.database))
         write_labels = asyncio.to_thread(self._blobs.write_missing_labels, lambda: self._is_closing)
         self._labelling = asyncio.create_task(write_labels, name="catalog-labels")
 
@@ -179,11 +191,10 @@ class Catalog:
         self._is_closing = True
         if self._labelling is not None:
             await self._labelling
-        if self._watching is not None:
-            self._watching.cancel()
-            await asyncio.gather(self._watching, return_exceptions=True)
+        await self.following.aclose()
         if self._retirement is not None:
             await self._retirement.aclose()
+            await self._freeing.aclose()
         await self._quarantine.aclose()
         await asyncio.to_thread(self.database.close)
         self._store.close()
@@ -438,28 +449,18 @@ class Catalog:
         gone = await self.database.run(partial(self._registry.delete, tenant, name, version, author=author))
         self._pins_attached.sync(tenant, name)
         for ref in gone:
-            self._retirements.begin(ref, with_files=True)
+            self._retirements.begin(ref)
 
     # beside the requests
 
     async def refresh(self) -> None:
         """Take over what other processes changed in the database."""
-        gone = await self.database.run(self._registry.refresh)
-        if gone is None:
+        changes = await self.database.run(self._registry.refresh)
+        if changes is None:
             return
-        self._pins_attached.sync_all()
-        for ref in gone:
-            self._retirements.begin(ref, with_files=False)
-
-    async def _watch(self) -> None:
-        while True:
-            await asyncio.sleep(_POLL_S)
-            try:
-                await self.refresh()
-            except Unavailable:
-                continue  # which the database has said
-            except Exception:  # noqa: BLE001 - whatever it is, this goes on looking
-                _log.exception("The adapters stay as they were, and are looked at again")
+        self._pins_attached.sync_all(changes.names)
+        for ref in changes.gone:
+            self._retirements.begin(ref)
 
     @property
     def _attached(self) -> EngineClient:

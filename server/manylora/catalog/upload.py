@@ -18,8 +18,7 @@ from manylora.catalog.archive import unpack
 from manylora.catalog.base_names import BaseNames
 from manylora.catalog.files import blob_of_folder
 from manylora.catalog.receive import Received
-from manylora.catalog.records import MAX_DESCRIPTION, MAX_NOTE, Author, NewVersion, Payer, Wish
-from manylora.catalog.registry import new_id
+from manylora.catalog.records import MAX_DESCRIPTION, MAX_NOTE, Author, NewVersion, Payer, Wish, new_id
 from manylora.engine.interface import AdapterRef, Effect, EngineClient
 from manylora.errors import InvalidAdapter, InvalidRequest, ManyloraError, Problem, quoted
 from manylora.faults import file_errors

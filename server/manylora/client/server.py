@@ -17,6 +17,7 @@ from manylora.errors import InvalidRequest, ManyloraError, quoted
 __all__ = ["BrokenOff", "Refused", "Server", "Unreachable", "connect"]
 
 _TIMEOUT: Final = httpx.Timeout(10.0, read=600.0, write=600.0)  # an upload is answered once it was validated
+_REVISION_HEADER: Final = "x-manylora-revision"
 _ATTEMPTS: Final = 20
 _LONGEST_WAIT_S: Final = 30.0  # a longer Retry-After is a quota, not a busy moment
 
@@ -70,12 +71,19 @@ class Server:
             except (httpx.HTTPError, httpx.InvalidURL) as error:
                 raise Unreachable(f"The server at {self._client.base_url} cannot be reached: {error}.") from error
             if response.is_success:
+                self._remember(response)
                 return _json_of(response)
             wait_s = _wait_s(response)
             if wait_s is None or attempt == self._attempts:
                 raise Refused(response)
             time.sleep(wait_s)
         raise AssertionError
+
+    def _remember(self, response: httpx.Response) -> None:
+        """What was changed is asked for from then on: whichever of several servers answers next knows of it."""
+        revision = response.headers.get(_REVISION_HEADER)
+        if revision is not None:
+            self._client.headers[_REVISION_HEADER] = revision
 
     def events(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The events of a stream that a body asks for, up to its `[DONE]`.

@@ -5,16 +5,16 @@ import contextvars
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
 from alembic import command
 from alembic.config import Config
 from alembic.util import CommandError
-from sqlalchemy import Connection, Engine, create_engine, event, select, text, update
+from sqlalchemy import Connection, Engine, TextClause, create_engine, event, select, text, update
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.orm import Session
@@ -73,6 +73,12 @@ class Database:
         context = contextvars.copy_context()
         return await asyncio.get_running_loop().run_in_executor(self._threads, context.run, query)
 
+    def listening(self, channels: Sequence[str]) -> AbstractAsyncContextManager[AsyncIterator[str]]:
+        """The channels that PostgreSQL tells of, on a connection of its own. Raises ConnectionError."""
+        from manylora.database.postgresql import listening
+
+        return listening(self._engine, channels, self._timeout_s)
+
     @contextmanager
     def read(self, *, is_long: bool = False) -> Iterator[Session]:
         """One consistent view; nothing is written. `is_long` has twelve times the time. Raises DatabaseUnavailable."""
@@ -93,10 +99,11 @@ class Database:
         """
         with self._in_use(), Session(self._writing, expire_on_commit=False) as session, session.begin():
             if topic is not None:
-                session.execute(
-                    update(RevisionRow).where(RevisionRow.topic == topic).values(value=RevisionRow.value + 1)
-                )
+                raised = update(RevisionRow).where(RevisionRow.topic == topic)
+                session.execute(raised.values(value=RevisionRow.value + 1, noted=RevisionRow.noted + 1))
             yield session
+            if topic is not None and not self.is_sqlite:
+                session.execute(tell(topic))
 
     @contextmanager
     def _more_time(self, session: Session) -> Iterator[None]:
@@ -209,6 +216,15 @@ class Database:
         for engine in (self._engine, self._lock_engine):
             if engine is not None:
                 engine.dispose()
+
+
+def tell(topic: Topic) -> TextClause:
+    """What makes PostgreSQL tell whoever listens (`database.notices`) of the topic, once the transaction has ended."""
+    return text("SELECT pg_notify(:channel, '')").bindparams(channel=channel_of(topic))
+
+
+def channel_of(topic: Topic) -> str:
+    return f"manylora_{topic}"
 
 
 def revision_in(session: Session, topic: Topic) -> int:

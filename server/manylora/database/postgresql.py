@@ -7,6 +7,8 @@ connection is given up. The server's end is told to give up as well, so that it 
 
 import math
 import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, Final, TypeVar
 
 import psycopg
@@ -15,10 +17,11 @@ from sqlalchemy import Engine, event
 
 from manylora.faults import NoAnswer
 
-__all__ = ["Connection", "connect_in_time"]
+__all__ = ["Connection", "connect_in_time", "listening"]
 
 R = TypeVar("R")
 _LEAST_CONNECT_S: Final = 2  # libpq's own
+_KEEP_ALIVE: Final = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}
 
 
 class Silence(psycopg.OperationalError, NoAnswer):
@@ -49,6 +52,26 @@ class Connection(psycopg.Connection[Any]):
                 wanted = gen.send(is_ready)
         except StopIteration as done:
             return done.value
+
+
+@asynccontextmanager
+async def listening(engine: Engine, channels: Sequence[str], timeout_s: float) -> AsyncIterator[AsyncIterator[str]]:
+    """The channels that are notified, as they are, on a connection outside the pool; a dead network ends it.
+
+    Raises ConnectionError where none can be made, or the one that there was is gone.
+    """
+    args, options = engine.dialect.create_connect_args(engine.url)
+    limits = {"connect_timeout": max(_LEAST_CONNECT_S, math.ceil(timeout_s)), **_KEEP_ALIVE}
+    try:
+        connection = await psycopg.AsyncConnection.connect(*args, **{**limits, **options}, autocommit=True)
+        try:
+            for channel in channels:
+                await connection.execute(f"LISTEN {channel}".encode())
+            yield (notice.channel async for notice in connection.notifies())
+        finally:
+            await connection.close()
+    except psycopg.Error as error:
+        raise ConnectionError("the database cannot be listened to") from error
 
 
 def connect_in_time(engine: Engine, timeout_s: float) -> None:

@@ -44,6 +44,7 @@ class AdapterRow(Base):
         UniqueConstraint("tenant", "name", name="uq_adapters_tenant_name"),
         Index("ix_adapters_tenant_page", "tenant", "is_deleted", "created", "id"),
         Index("ix_adapters_page", "is_deleted", "created", "id"),
+        Index("ix_adapters_revision", "revision"),
     )
 
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -59,6 +60,7 @@ class AdapterRow(Base):
     counted_adapters: Mapped[int] = mapped_column(server_default="0")
     counted_pins: Mapped[int] = mapped_column(server_default="0")
     counted_bytes: Mapped[int] = mapped_column(server_default="0")
+    revision: Mapped[int] = mapped_column(server_default="0", default=0)
 
 
 class VersionRow(Base):
@@ -191,14 +193,63 @@ class TenantRow(Base):
 class RevisionRow(Base):
     """A counter per topic (`catalog`, `tenants`), raised by each writing transaction.
 
-    Other processes read it once a second to notice changes; the row's lock also puts writers in one order. Keys and
-    tenants carry the value at which they were written last, so that only these are read again.
+    Other processes read it to notice changes; the row's lock also puts writers in one order. Adapters, keys and tenants
+    carry the value at which they were written last, so that only these are read again. `noted` is raised with it by
+    whoever leaves that trace: where the two grow apart, an older version wrote, or a hand, and all is to be read.
     """
 
     __tablename__ = "revisions"
 
     topic: Mapped[str] = mapped_column(primary_key=True)
     value: Mapped[int]
+    noted: Mapped[int] = mapped_column(server_default="0", default=0)
+
+
+class ReplicaRow(Base):
+    """One server of this database, which says every few seconds that it is there (`database.replicas`).
+
+    It holds no version that was deleted up to the catalog's revision `let_go`.
+    """
+
+    __tablename__ = "replicas"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    base: Mapped[str]
+    last_seen: Mapped[int]
+    let_go: Mapped[int]
+
+
+class BucketRow(Base):
+    """What was left of one of a tenant's quotas at a time; for all servers (`tenants.buckets`). Not kept in a crash."""
+
+    __tablename__ = "buckets"
+
+    tenant: Mapped[str] = mapped_column(primary_key=True)
+    kind: Mapped[str] = mapped_column(primary_key=True)
+    level: Mapped[float]
+    at: Mapped[int]
+
+
+class SeatRow(Base):
+    """How many of the requests that a tenant may have under way at once are one server's to give. As above."""
+
+    __tablename__ = "seats"
+
+    tenant: Mapped[str] = mapped_column(primary_key=True)
+    replica: Mapped[str] = mapped_column(primary_key=True)
+    held: Mapped[int]
+
+
+class RetiredRow(Base):
+    """A version that was deleted, at a time and with a revision of the catalog, and whose files are still there."""
+
+    __tablename__ = "retired"
+    __table_args__ = (Index("ix_retired_blob", "blob"),)
+
+    version_id: Mapped[str] = mapped_column(primary_key=True)
+    blob: Mapped[str]
+    revision: Mapped[int]
+    at: Mapped[int]
 
 
 class UsageRow(Base):

@@ -29,6 +29,7 @@ from manylora.engine.interface import (
     ModelInfo,
     Progress,
     RequestTiming,
+    Residency,
     SamplingParams,
     Task,
     TextCodec,
@@ -399,6 +400,10 @@ class AsyncEngine:
             preemptions=scheduler.num_preemptions_of(tenant),
             resident=tuple(visible),
         )
+
+    def residency(self) -> Residency:
+        """Which adapters are in memory now."""
+        return Residency(**self._tiers.residency())
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new requests, wait for the running ones, abort what is left; see `interface.EngineClient`."""

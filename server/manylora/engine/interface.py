@@ -38,6 +38,7 @@ __all__ = [
     "Pooling",
     "Progress",
     "RequestTiming",
+    "Residency",
     "SamplingParams",
     "Task",
     "TextCodec",
@@ -268,6 +269,29 @@ class EngineStats:
 
 
 @dataclass(frozen=True, slots=True)
+class Residency:
+    """Which adapters are in memory, in `num_slots` slots of the device and beside it, and what requests ask for.
+
+    `running` are those that sequences of the batch use, `waiting` those that are waited for; `pinned` are ids.
+    """
+
+    num_slots: int = 0
+    device: tuple[AdapterRef, ...] = ()
+    host: tuple[AdapterRef, ...] = ()
+    running: tuple[AdapterRef, ...] = ()
+    waiting: tuple[AdapterRef, ...] = ()
+    pinned: frozenset[str] = frozenset()
+
+    @property
+    def activity(self) -> tuple[tuple[AdapterRef, ...], tuple[AdapterRef, ...]]:
+        return self.running, self.waiting
+
+    def refs(self) -> set[AdapterRef]:
+        """All of them."""
+        return {*self.device, *self.host, *self.waiting}
+
+
+@dataclass(frozen=True, slots=True)
 class Effect:
     """How much an adapter changes the base's answer to a fixed prompt (KL in nats, at the last position).
 
@@ -430,6 +454,10 @@ class EngineClient(Protocol):
 
     def stats(self, tenant: str | None = None) -> EngineStats:
         """Of everybody, or with a tenant of its own sequences and adapters alone."""
+        ...
+
+    def residency(self) -> Residency:
+        """Which adapters are in memory now."""
         ...
 
     async def drain(self, timeout_s: float) -> None:

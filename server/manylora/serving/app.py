@@ -20,10 +20,11 @@ from manylora.api.middleware import (
 from manylora.api.origins import Cors, OpenRules, OwnHosts
 from manylora.api.query import check_query
 from manylora.api.record import Recorder
+from manylora.api.router_metrics import RouterMetrics
 from manylora.api.state import Departure, Services
 from manylora.api.tracing import NO_TRACING, Tracing
 from manylora.api.traffic import Traffic
-from manylora.catalog.interface import AdapterDirectory
+from manylora.catalog.interface import AdapterDirectory, Following
 from manylora.engine.interface import EngineClient
 from manylora.errors import InvalidSettings
 from manylora.metrics import Metrics
@@ -52,8 +53,12 @@ def create_app(
     tracing: Tracing | None = None,
     may_run_open: bool = True,
     departure: Departure | None = None,
+    following: Following | None = None,
 ) -> FastAPI:
-    """The HTTP application. `recorders` hear of every finished inference request, `usage` counts them for good."""
+    """The HTTP application. `recorders` hear of every finished inference request, `usage` counts them for good.
+
+    `following` knows what other servers change; None where there are none.
+    """
     app = FastAPI(
         title="manylora",
         version=__version__,
@@ -77,10 +82,12 @@ def create_app(
         metrics=metrics,
         traffic=Traffic(),
         presence=presence,
+        router_metrics=RouterMetrics(engine, directory, following, settings.block_size),
         recorders=(*recorders, *(() if tracing is None else (tracing.record,))),
         usage=usage,
         may_run_open=may_run_open,
         departure=departure or Departure(),
+        following=following,
     )
     inference = (openai, responses, anthropic, embeddings, classify, tokens, tgi, ollama, sagemaker)
     for router in (ops.router, *(each.router for each in inference), *extra_routers):

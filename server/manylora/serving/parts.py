@@ -20,6 +20,7 @@ from manylora.api.tracing import Tracing, open_tracing
 from manylora.catalog.interface import AdapterDirectory
 from manylora.catalog.service import Catalog
 from manylora.catalog.store import check_reachable
+from manylora.database.notices import Notices
 from manylora.engine.interface import AdapterSource, EngineClient
 from manylora.errors import EngineDead
 from manylora.identity import AdapterRef
@@ -105,6 +106,7 @@ class Parts:
             tracing=self.tracing,
             may_run_open=may_run_open,
             departure=departure,
+            following=self.catalog.following,
         )
 
 
@@ -124,7 +126,12 @@ async def open_parts(settings: Settings, load: Callable[[Settings], Foundation] 
             stack.push_async_callback(asyncio.to_thread, tracing.close)
         catalog = Catalog.open(settings, foundation.modules, foundation.weights, base_name=foundation.name)
         stack.push_async_callback(catalog.aclose)
-        gate = TenantGate(catalog.database, Seal(settings.data_dir, catalog.store))
+        gate = TenantGate(
+            catalog.database,
+            Seal(settings.data_dir, catalog.store),
+            replicas=catalog.replicas,
+            count_fallback=metrics.count_quota_fallback,
+        )
         occupancy = Occupancy()
         usage = UsageLedger(catalog.database, occupancy, settings.data_dir / "usage", wait_s=settings.usage_wait_s)
         usage.start()
@@ -132,7 +139,10 @@ async def open_parts(settings: Settings, load: Callable[[Settings], Foundation] 
         engine = foundation.build_engine(catalog, metrics, occupancy)
         await engine.start()
         stack.push_async_callback(engine.close)
-        gate.start()
+        notices = Notices(catalog.database)
+        notices.start()
+        stack.push_async_callback(notices.aclose)
+        gate.start(notices)
         stack.push_async_callback(gate.aclose)
         await catalog.attach(
             engine,
@@ -140,6 +150,7 @@ async def open_parts(settings: Settings, load: Callable[[Settings], Foundation] 
             count_damaged=metrics.count_damaged,
             charge_probe=partial(_charge_probe, metrics, usage),
             check_defaults=partial(defaults.check, engine),
+            notices=notices,
         )
         metrics.show_orphans(catalog.num_orphans)
         if settings.adapters is not None:

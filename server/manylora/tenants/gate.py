@@ -8,15 +8,18 @@ from functools import partial
 from typing import Final
 
 from manylora.database.database import Database
+from manylora.database.notices import Notices
+from manylora.database.replicas import Replicas
 from manylora.errors import AuthenticationFailed, ManyloraError, Unavailable
 from manylora.identity import PUBLIC_TENANT
-from manylora.tenants.interface import Principal, Role
+from manylora.tenants.buckets import SharedBuckets
+from manylora.tenants.interface import Lease, Principal, Role
 from manylora.tenants.keys import Key, KeyStore, is_secret_of, parse_key
 from manylora.tenants.limits import TenantStore
-from manylora.tenants.quotas import QuotaLease, Quotas
+from manylora.tenants.quotas import Quotas
 from manylora.tenants.seal import Seal, reopened
+from manylora.tenants.shared_quotas import SharedQuotas
 
-_POLL_S: Final = 1.0
 # Last-used times are written together, this often.
 _FLUSH_S: Final = 15.0
 _log = logging.getLogger(__name__)
@@ -25,13 +28,23 @@ _log = logging.getLogger(__name__)
 class TenantGate:
     """Implements `tenants.interface.Gate`. Used on the event loop's thread; queries run on worker threads.
 
-    Other processes (`manylora keys create`, another server) change the same database: `start` looks every second.
+    Other processes (`manylora keys create`, another server) change the same database: `start` follows them.
     """
 
     def __init__(
-        self, database: Database, seal: Seal | None = None, *, clock: Callable[[], float] = time.monotonic
+        self,
+        database: Database,
+        seal: Seal | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        replicas: Replicas | None = None,
+        count_fallback: Callable[[], None] = lambda: None,
     ) -> None:
-        """Raises StartupError where there was a key once and there is none now."""
+        """With `replicas`, the servers on a database that several can use, quotas hold for all of them together.
+
+        `count_fallback` hears of each request that was admitted without them, as the database did not answer. Raises
+        StartupError where there was a key once and there is none now.
+        """
         self._database = database
         self._seal = seal
         self._is_sealed = False
@@ -39,6 +52,10 @@ class TenantGate:
         self._key_store = KeyStore(database)
         self._tenant_store = TenantStore(database)
         self._quotas = Quotas(clock)
+        self._shared: SharedQuotas | None = None
+        if replicas is not None and not database.is_sqlite:
+            buckets = SharedBuckets(database, replicas)
+            self._shared = SharedQuotas(database, buckets, self._quotas, clock=clock, count_fallback=count_fallback)
         self._keys: dict[str, Key] = {}
         self._used: dict[str, int] = {}
         self._seen = -1
@@ -67,19 +84,27 @@ class TenantGate:
         self._used[key.id] = time.time_ns() // 1000
         return Principal(key.tenant, key.role, key.id, self._quotas.limits_of(key.tenant).weight)
 
-    def admit(self, principal: Principal, prompt_tokens: int, max_completion_tokens: int) -> QuotaLease:
+    async def admit(self, principal: Principal, prompt_tokens: int, max_completion_tokens: int) -> Lease:
         """Charge a request to its tenant's quotas. Raises QuotaExceeded."""
-        return self._quotas.admit(principal.tenant, prompt_tokens + max_completion_tokens)
+        tokens = prompt_tokens + max_completion_tokens
+        if self._shared is not None:
+            return await self._shared.admit(principal.tenant, tokens)
+        return self._quotas.admit(principal.tenant, tokens)
 
-    def start(self) -> None:
-        """Follow the database until `aclose`."""
-        self._task = asyncio.create_task(self._watch(), name="tenants-watch")
+    def start(self, notices: Notices | None = None) -> None:
+        """Follow the database until `aclose`; `notices` say when other processes changed something."""
+        watching = self._watch(notices or Notices(self._database))
+        self._task = asyncio.create_task(watching, name="tenants-watch")
+        if self._shared is not None:
+            self._shared.start()
 
     async def aclose(self) -> None:
         """Stop following, and write the last-used times that are still to write."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        if self._shared is not None:
+            await self._shared.aclose()
         try:
             await self._flush()
         except ManyloraError as error:
@@ -135,10 +160,10 @@ class TenantGate:
             self._used = used | self._used  # later ones stay; written again with the next
             raise
 
-    async def _watch(self) -> None:
+    async def _watch(self, notices: Notices) -> None:
         flushed = time.monotonic()
         while True:
-            await asyncio.sleep(_POLL_S)
+            await notices.wait("tenants")
             try:
                 await self.refresh()
                 if time.monotonic() - flushed >= _FLUSH_S:
@@ -151,3 +176,5 @@ class TenantGate:
 
     def check_integrity(self) -> None:
         self._quotas.check_integrity()
+        if self._shared is not None:
+            self._shared.check_integrity()

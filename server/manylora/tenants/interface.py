@@ -43,6 +43,6 @@ class Gate(Protocol):
         """The caller behind an `Authorization` header. Raises AuthenticationFailed."""
         ...
 
-    def admit(self, principal: Principal, prompt_tokens: int, max_completion_tokens: int) -> Lease:
+    async def admit(self, principal: Principal, prompt_tokens: int, max_completion_tokens: int) -> Lease:
         """Charge a request before it is queued. Raises QuotaExceeded, which says which quota and when to return."""
         ...

@@ -8,16 +8,17 @@ Requests are admitted and settled on the event loop's thread; limits are replace
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Final
+from typing import Final, Literal
 
 from manylora.errors import QuotaExceeded
 from manylora.tenants.limits import TenantLimits, exceeded
 
-_MINUTE_S: Final = 60.0
+Kind = Literal["requests", "tokens", "seats"]
+MINUTE_S: Final = 60.0
 # When nothing says how soon: a running request has to end first.
-_BUSY_RETRY_S: Final = 1.0
+BUSY_RETRY_S: Final = 1.0
 # A quota of nothing does not fill up by waiting.
-_NEVER_RETRY_S: Final = 3600.0
+NEVER_RETRY_S: Final = 3600.0
 # Above this many remembered tenants, those whose buckets are full again and who run nothing are forgotten.
 _MAX_IDLE_ACCOUNTS: Final = 1024
 
@@ -31,17 +32,17 @@ class Bucket:
         self._updated = now
 
     def refill(self, now: float) -> None:
-        gained = (now - self._updated) * self.capacity / _MINUTE_S
+        gained = (now - self._updated) * self.capacity / MINUTE_S
         self.level = min(self.level + max(gained, 0.0), float(self.capacity))
         self._updated = now
 
     def wait_s(self, amount: float) -> float:
         """Seconds until `amount` can be taken; 0 if now. More than the capacity needs a full bucket."""
         if self.capacity == 0:
-            return _NEVER_RETRY_S
+            return NEVER_RETRY_S
         short = min(amount, self.capacity) - self.level
         # Who comes back exactly when told must not fail on the last bit of a sum of floats.
-        return short * _MINUTE_S / self.capacity if short > self.capacity * 1e-9 else 0.0
+        return short * MINUTE_S / self.capacity if short > self.capacity * 1e-9 else 0.0
 
     def take(self, amount: float) -> None:
         """Take `amount`, into debt if need be. A negative amount gives back."""
@@ -123,12 +124,11 @@ class Quotas:
         account = self._accounts.setdefault(tenant, _Account())
         account.update(limits, now)
         if limits.max_concurrent is not None and account.running >= limits.max_concurrent:
-            raise _exceeded(tenant, f"concurrent requests ({limits.max_concurrent})", _BUSY_RETRY_S)
+            raise refused(tenant, "seats", limits, tokens, BUSY_RETRY_S)
         if account.requests is not None and (wait := account.requests.wait_s(1)) > 0:
-            raise _exceeded(tenant, f"requests per minute ({limits.requests_per_minute})", wait)
+            raise refused(tenant, "requests", limits, tokens, wait)
         if account.tokens is not None and (wait := account.tokens.wait_s(tokens)) > 0:
-            what = f"tokens per minute ({limits.tokens_per_minute}; this request may use {tokens})"
-            raise _exceeded(tenant, what, wait)
+            raise refused(tenant, "tokens", limits, tokens, wait)
         if account.requests is not None:
             account.requests.take(1)
         if account.tokens is not None:
@@ -153,5 +153,11 @@ class Quotas:
                 assert bucket is None or math.isfinite(bucket.level)
 
 
-def _exceeded(tenant: str, what: str, wait_s: float) -> QuotaExceeded:
+def refused(tenant: str, kind: Kind, limits: TenantLimits, tokens: int, wait_s: float) -> QuotaExceeded:
+    """What a tenant is told whose quota of `kind` has too little for a request of at most `tokens` tokens."""
+    what = {
+        "seats": f"concurrent requests ({limits.max_concurrent})",
+        "requests": f"requests per minute ({limits.requests_per_minute})",
+        "tokens": f"tokens per minute ({limits.tokens_per_minute}; this request may use {tokens})",
+    }[kind]
     return exceeded(tenant, what, f"Try again in {math.ceil(wait_s)} s.", wait_s)

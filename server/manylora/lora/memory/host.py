@@ -1,7 +1,7 @@
 """The host tier: packed adapters in memory beside the device, least recently asked for out first."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
 
 from manylora.identity import AdapterRef
 from manylora.lora.memory.packing import PackedAdapter
@@ -21,6 +21,9 @@ class HostCache:
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    def __iter__(self) -> Iterator[AdapterRef]:
+        return iter(self._kept)
 
     def __contains__(self, ref: AdapterRef) -> bool:
         return ref in self._kept

@@ -298,6 +298,20 @@ class AdapterTiers:
                 if e.is_resident and e.place is not None
             ]
 
+    def residency(self) -> dict[str, Any]:
+        """The fields of `engine.interface.Residency`."""
+        with self._lock:
+            placed = sorted((e for e in self._device.entries() if e.is_resident), key=lambda entry: entry.ref.id)
+            waiting = [entry for entry in self._entries.values() if entry.ref.id in self._waiting]
+            return {
+                "num_slots": self.book.num_slots,
+                "device": tuple(entry.ref for entry in placed),
+                "host": tuple(self._host),
+                "running": tuple(entry.ref for entry in placed if entry.users),
+                "waiting": tuple(entry.ref for entry in waiting),
+                "pinned": frozenset(entry.ref.id for entry in self._entries.values() if entry.is_pinned),
+            }
+
     def close(self) -> None:
         with self._lock:
             self._closed = True

@@ -1,0 +1,62 @@
+"""Files of deleted versions go once no server needs them, whichever server finds that out."""
+
+import asyncio
+import logging
+import time
+
+from manylora.catalog.blobs import LONGEST_HELD_S, Blobs
+from manylora.catalog.registry import Registry
+from manylora.database.database import Database
+from manylora.database.replicas import BEAT_S, Replicas
+from manylora.errors import ManyloraError, Unavailable
+
+__all__ = ["Freeing"]
+
+_log = logging.getLogger(__name__)
+
+
+class Freeing:
+    """Used on the event loop."""
+
+    def __init__(self, database: Database, registry: Registry, blobs: Blobs, replicas: Replicas) -> None:
+        self._database = database
+        self._registry = registry
+        self._blobs = blobs
+        self._replicas = replicas
+        self._freeing = asyncio.Lock()
+        self._beating: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Be known to the other servers until `aclose`. Raises DatabaseUnavailable."""
+        await self._database.run(lambda: self._replicas.join(self._registry.let_go))
+        if not self._database.is_sqlite:
+            self._beating = asyncio.create_task(self._beat(), name="catalog-beat")
+
+    async def aclose(self) -> None:
+        if self._beating is not None:
+            self._beating.cancel()
+            await asyncio.gather(self._beating, return_exceptions=True)
+        try:
+            await self._database.run(self._replicas.leave)
+        except ManyloraError as error:
+            _log.warning("That this server has left is not known to others for a while: %s", error.message)
+
+    async def free(self) -> None:
+        """Say what this server has let go of, and remove the files that no server needs. Raises ManyloraError."""
+        async with self._freeing:
+            for blob, version_id in await self._database.run(self._find):
+                await asyncio.to_thread(self._blobs.free, blob, version_id)
+
+    def _find(self) -> list[tuple[str, str]]:
+        everywhere = self._replicas.beat(self._registry.let_go)
+        return self._blobs.retired.let_go(everywhere, before=time.time() - LONGEST_HELD_S)
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(BEAT_S)
+            try:
+                await self.free()
+            except Unavailable:
+                continue  # which the database has said
+            except Exception:  # noqa: BLE001 - whatever it is, this server has to be known to the others
+                _log.exception("Files of deleted adapters stay, and are looked at again")
