@@ -264,6 +264,8 @@ class Settings(BaseSettings):
     """Largest adapter upload."""
     max_adapter_memory: Size = 2**30
     """Most memory that one adapter may take once it is ready for use: for some kinds, far more than its files."""
+    pin_replicas: int | None = Field(default=None, ge=1)
+    """Servers of those on one database that keep a pinned adapter on the device, each adapter others; unset: all."""
     import_allow: tuple[str, ...] = ()
     """Prefixes that `source` of an import and `lora_path` may begin with, such as `file:///srv/adapters/` or `hf://my-org/`."""
 

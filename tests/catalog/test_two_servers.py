@@ -223,6 +223,36 @@ async def test_a_server_that_is_gone_holds_back_nothing(
     assert not a.catalog.store.has(blob)
 
 
+async def test_a_pinned_adapter_is_pinned_on_as_many_servers_as_are_to_pin_it(
+    pair: tuple[Rig, Rig], bucket: str, tmp_path: Path
+) -> None:
+    a, _ = pair
+    for number in range(8):
+        await a.push(f"pinned-{number}", some_files(), "acme:manager", pinned="true")
+    url = a.settings.resolved_database_url
+    one = [settings_in(tmp_path / name, url, bucket).model_copy(update={"pin_replicas": 1}) for name in "cd"]
+    async with running(one[0]) as c:
+        async with running(one[1]) as d:
+            servers = (*pair, c, d)
+            for rig in servers:
+                await rig.catalog._freeing.free()  # each knows of all
+            live = {rig.catalog.replicas.live for rig in servers}
+            assert live == {frozenset(rig.catalog.replicas.id for rig in servers)}
+            keys = {f"pinned-{number}@1" for number in range(8)}
+            for ref in a.engine.pinned.values():  # without the setting, all
+                keys.discard(ref.label)
+                holders = [rig for rig in servers if rig.catalog.replicas.is_among(1, ref.id)]
+                assert len(holders) == 1
+                for rig in (c, d):
+                    assert (ref.id in rig.engine.pinned) == (rig in holders)
+            assert not keys
+        await c.catalog._freeing.free()
+        mine = {ref.id for ref in a.engine.pinned.values() if c.catalog.replicas.is_among(1, ref.id)}
+        assert c.engine.pinned.keys() == mine  # its share of what the other one had, too
+    for number in range(8):
+        await a.call("DELETE", f"/v1/adapters/pinned-{number}", "acme:manager")
+
+
 async def test_guessed_names_cost_few_looks(pair: tuple[Rig, Rig], monkeypatch: pytest.MonkeyPatch) -> None:
     _, b = pair
     looks = 0

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 
 from manylora.catalog.blobs import LONGEST_HELD_S, Blobs
 from manylora.catalog.registry import Registry
@@ -18,11 +19,20 @@ _log = logging.getLogger(__name__)
 class Freeing:
     """Used on the event loop."""
 
-    def __init__(self, database: Database, registry: Registry, blobs: Blobs, replicas: Replicas) -> None:
+    def __init__(
+        self,
+        database: Database,
+        registry: Registry,
+        blobs: Blobs,
+        replicas: Replicas,
+        on_servers: Callable[[], None],
+    ) -> None:
+        """`on_servers` is called once a server is there or gone."""
         self._database = database
         self._registry = registry
         self._blobs = blobs
         self._replicas = replicas
+        self._on_servers = on_servers
         self._freeing = asyncio.Lock()
         self._beating: asyncio.Task[None] | None = None
 
@@ -44,7 +54,11 @@ class Freeing:
     async def free(self) -> None:
         """Say what this server has let go of, and remove the files that no server needs. Raises ManyloraError."""
         async with self._freeing:
-            for blob, version_id in await self._database.run(self._find):
+            before = self._replicas.live
+            found = await self._database.run(self._find)
+            if self._replicas.live != before:
+                self._on_servers()
+            for blob, version_id in found:
                 await asyncio.to_thread(self._blobs.free, blob, version_id)
 
     def _find(self) -> list[tuple[str, str]]:

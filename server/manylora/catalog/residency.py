@@ -13,11 +13,17 @@ _log = logging.getLogger(__name__)
 
 
 class Pins:
-    """Keeps the engine's pins equal to the directory's: the active version of every pinned adapter."""
+    """Keeps the engine's pins equal to the directory's: the active version of every pinned adapter.
 
-    def __init__(self, engine: EngineClient, directory: Directory) -> None:
+    `is_mine` says of a version's id whether this server is to pin it, or another one.
+    """
+
+    def __init__(
+        self, engine: EngineClient, directory: Directory, is_mine: Callable[[str], bool] = lambda _: True
+    ) -> None:
         self._engine = engine
         self._directory = directory
+        self._is_mine = is_mine
         self._held: dict[tuple[str, str], AdapterRef] = {}
 
     def sync(self, tenant: str, name: str) -> None:
@@ -26,7 +32,7 @@ class Pins:
         Raises what `EngineClient.pin` raises, after the old pin was given up.
         """
         assert on_event_loop()
-        wanted = _wanted(self._directory.own(tenant, name))
+        wanted = self._wanted(self._directory.own(tenant, name))
         held = self._held.pop((tenant, name), None)
         try:
             if wanted is not None:
@@ -40,16 +46,18 @@ class Pins:
     def sync_all(self, names: Collection[tuple[str, str]] | None = None) -> None:
         """`sync` for these adapters, or all, after the directory has changed. What cannot be pinned is logged."""
         if names is None:
-            names = {(e.tenant, e.name) for e in self._directory.entries() if _wanted(e) is not None} | set(self._held)
+            wanted = {(e.tenant, e.name) for e in self._directory.entries() if self._wanted(e) is not None}
+            names = wanted | set(self._held)
         for tenant, name in names:
             try:
                 self.sync(tenant, name)
             except ManyloraError as error:
                 _log.warning("%s/%s cannot be pinned: %s", tenant, name, error.message)
 
-
-def _wanted(entry: Entry | None) -> AdapterRef | None:
-    return entry.active.ref if entry is not None and entry.pinned and entry.active is not None else None
+    def _wanted(self, entry: Entry | None) -> AdapterRef | None:
+        if entry is None or not entry.pinned or entry.active is None:
+            return None
+        return entry.active.ref if self._is_mine(entry.active.ref.id) else None
 
 
 class Retirement:

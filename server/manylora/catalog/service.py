@@ -78,11 +78,12 @@ class Catalog:
         self._lock = lock
         self._rules = rules
         self._import_allow = settings.import_allow
+        self._pin_replicas = settings.pin_replicas
         self._base = base_signature(rules.modules)
         self._registry = Registry(database, self._base)
         self._blobs = Blobs(database, self._registry, store)
         self.replicas = Replicas(database, self._base)
-        self._freeing = Freeing(database, self._registry, self._blobs, self.replicas)
+        self._freeing = Freeing(database, self._registry, self._blobs, self.replicas, self._share_pins)
         self._scratch = settings.data_dir / "quarantine"
         self._quarantine = Quarantine(self._scratch, rules)
         self._engine: EngineClient | None = None
@@ -178,7 +179,7 @@ class Catalog:
         self._charge_probe = charge_probe or _charge_nobody
         self._check_defaults = check_defaults or _take_any
         self._blobs.count_damaged = count_damaged or self._blobs.count_damaged
-        self._pins = Pins(engine, self.directory)
+        self._pins = Pins(engine, self.directory, self._is_pinned_here)
         self._retirement = Retirement(engine, self.directory, self._freeing.free)
         await self._freeing.start()
         self._pins.sync_all()
@@ -461,6 +462,14 @@ class Catalog:
         self._pins_attached.sync_all(changes.names)
         for ref in changes.gone:
             self._retirements.begin(ref)
+
+    def _is_pinned_here(self, version_id: str) -> bool:
+        return self._pin_replicas is None or self.replicas.is_among(self._pin_replicas, version_id)
+
+    def _share_pins(self) -> None:
+        """Servers have come or gone: some pins are others' now."""
+        if self._pin_replicas is not None:
+            self._pins_attached.sync_all()
 
     @property
     def _attached(self) -> EngineClient:

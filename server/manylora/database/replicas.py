@@ -2,6 +2,7 @@
 
 import logging
 import secrets
+from hashlib import sha256
 from typing import Final
 
 from sqlalchemy import BigInteger, cast, delete, func, select
@@ -26,10 +27,23 @@ class Replicas:
     """This server among them; a SQLite database has one. `base` names the base model that it serves. Methods block."""
 
     def __init__(self, database: Database, base: str) -> None:
-        self.num_live = 1  # at the last beat, with this one
+        self.id = f"replica_{secrets.token_hex(12)}"
+        self.live: frozenset[str] = frozenset({self.id})  # at the last beat
         self._database = database
         self._base = base
-        self.id = f"replica_{secrets.token_hex(12)}"
+
+    @property
+    def num_live(self) -> int:
+        """Servers at the last beat, this one among them."""
+        return len(self.live)
+
+    def is_among(self, count: int, key: str) -> bool:
+        """Whether this is one of the `count` servers that the key falls to, by rendezvous hashing.
+
+        All servers that know of each other agree, and one more or less moves its own keys only.
+        """
+        ranked = sorted(self.live, key=lambda server: sha256(f"{server}/{key}".encode()).digest())
+        return self.id in ranked[:count]
 
     def join(self, let_go: int) -> None:
         """The first beat. Says where another server serves another base."""
@@ -57,10 +71,10 @@ class Replicas:
             seen = {"last_seen": NOW, "let_go": let_go}
             row = insert(ReplicaRow).values(id=self.id, base=self._base, **seen)
             session.execute(row.on_conflict_do_update(index_elements=["id"], set_=seen))
-            self.num_live, everywhere = session.execute(
-                select(func.count(), func.min(ReplicaRow.let_go)).where(IS_LIVE)
-            ).one()
-        return int(everywhere)
+            rows = session.execute(select(ReplicaRow.id, ReplicaRow.let_go).where(IS_LIVE))
+            found: dict[str, int] = {row.id: row.let_go for row in rows}
+        self.live = frozenset(found)
+        return min(found.values())
 
     def leave(self) -> None:
         """Say that it is there no more."""
