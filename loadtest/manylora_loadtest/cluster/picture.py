@@ -34,6 +34,6 @@ def draw(found: Mapping[str, Mapping[str, Outcome]], path: Path) -> None:
         waits.barh(names, seconds, color=_WAIT_COLOUR)
         waits.set(title="p99 of queue and load", xscale="log", xlim=(_SHORTEST_S, None), xlabel="s")
         shares.invert_yaxis()
-    axes[0][0].legend(loc="lower right", fontsize=8)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=len(_TIERS))
     figure.savefig(path, dpi=110, facecolor="white", metadata={"Software": None} if path.suffix == ".png" else None)
     pyplot.close(figure)

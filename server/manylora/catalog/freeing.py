@@ -19,25 +19,21 @@ _log = logging.getLogger(__name__)
 class Freeing:
     """Used on the event loop."""
 
-    def __init__(
-        self,
-        database: Database,
-        registry: Registry,
-        blobs: Blobs,
-        replicas: Replicas,
-        on_servers: Callable[[], None],
-    ) -> None:
-        """`on_servers` is called once a server is there or gone."""
+    def __init__(self, database: Database, registry: Registry, blobs: Blobs, replicas: Replicas) -> None:
         self._database = database
         self._registry = registry
         self._blobs = blobs
         self._replicas = replicas
-        self._on_servers = on_servers
+        self._on_servers: Callable[[], None] = lambda: None
         self._freeing = asyncio.Lock()
         self._beating: asyncio.Task[None] | None = None
 
-    async def start(self) -> None:
-        """Be known to the other servers until `aclose`. Raises DatabaseUnavailable."""
+    async def start(self, on_servers: Callable[[], None]) -> None:
+        """Be known to the other servers until `aclose`; `on_servers` is called once one is there or gone.
+
+        Raises DatabaseUnavailable.
+        """
+        self._on_servers = on_servers
         await self._database.run(lambda: self._replicas.join(self._registry.let_go))
         if not self._database.is_sqlite:
             self._beating = asyncio.create_task(self._beat(), name="catalog-beat")

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Awaitable, Callable, Collection
 
 from manylora.catalog.directory import Directory, Entry
+from manylora.database.replicas import Replicas
 from manylora.engine.interface import AdapterRef, EngineClient
 from manylora.errors import ManyloraError
 from manylora.threads import on_event_loop
@@ -15,15 +16,14 @@ _log = logging.getLogger(__name__)
 class Pins:
     """Keeps the engine's pins equal to the directory's: the active version of every pinned adapter.
 
-    `is_mine` says of a version's id whether this server is to pin it, or another one.
+    With `num_servers`, so many of the servers on one database pin each of them, and the others do not.
     """
 
-    def __init__(
-        self, engine: EngineClient, directory: Directory, is_mine: Callable[[str], bool] = lambda _: True
-    ) -> None:
+    def __init__(self, engine: EngineClient, directory: Directory, replicas: Replicas, num_servers: int | None) -> None:
         self._engine = engine
         self._directory = directory
-        self._is_mine = is_mine
+        self._replicas = replicas
+        self._num_servers = num_servers
         self._held: dict[tuple[str, str], AdapterRef] = {}
 
     def sync(self, tenant: str, name: str) -> None:
@@ -57,7 +57,13 @@ class Pins:
     def _wanted(self, entry: Entry | None) -> AdapterRef | None:
         if entry is None or not entry.pinned or entry.active is None:
             return None
-        return entry.active.ref if self._is_mine(entry.active.ref.id) else None
+        ref, num = entry.active.ref, self._num_servers
+        return ref if num is None or self._replicas.is_among(num, ref.id) else None
+
+    def share(self) -> None:
+        """Servers have come or gone: some pins are others' now, and some of theirs are this one's."""
+        if self._num_servers is not None:
+            self.sync_all()
 
 
 class Retirement:

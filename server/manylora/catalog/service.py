@@ -83,7 +83,7 @@ class Catalog:
         self._registry = Registry(database, self._base)
         self._blobs = Blobs(database, self._registry, store)
         self.replicas = Replicas(database, self._base)
-        self._freeing = Freeing(database, self._registry, self._blobs, self.replicas, self._share_pins)
+        self._freeing = Freeing(database, self._registry, self._blobs, self.replicas)
         self._scratch = settings.data_dir / "quarantine"
         self._quarantine = Quarantine(self._scratch, rules)
         self._engine: EngineClient | None = None
@@ -179,9 +179,9 @@ class Catalog:
         self._charge_probe = charge_probe or _charge_nobody
         self._check_defaults = check_defaults or _take_any
         self._blobs.count_damaged = count_damaged or self._blobs.count_damaged
-        self._pins = Pins(engine, self.directory, self._is_pinned_here)
+        self._pins = Pins(engine, self.directory, self.replicas, self._pin_replicas)
         self._retirement = Retirement(engine, self.directory, self._freeing.free)
-        await self._freeing.start()
+        await self._freeing.start(self._pins.share)
         self._pins.sync_all()
         self.following.start(notices or Notices(self.database))
         write_labels = asyncio.to_thread(self._blobs.write_missing_labels, lambda: self._is_closing)
@@ -462,14 +462,6 @@ class Catalog:
         self._pins_attached.sync_all(changes.names)
         for ref in changes.gone:
             self._retirements.begin(ref)
-
-    def _is_pinned_here(self, version_id: str) -> bool:
-        return self._pin_replicas is None or self.replicas.is_among(self._pin_replicas, version_id)
-
-    def _share_pins(self) -> None:
-        """Servers have come or gone: some pins are others' now."""
-        if self._pin_replicas is not None:
-            self._pins_attached.sync_all()
 
     @property
     def _attached(self) -> EngineClient:
