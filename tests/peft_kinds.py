@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from manylora.identity import TENSOR_FILE
 from manylora.lora.format import tensors as safetensors_file
+from manylora.lora.format.methods.prompts import PROMPTS
 from manylora.lora.format.problems import Problems
 from manylora.lora.format.spec import Adapter, Dense, Input, LowRank, Output, Prefix
 from manylora.lora.format.tensors import TensorView
@@ -37,6 +38,11 @@ class Kind:
     method: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     strength: float = 0.3
+
+    @property
+    def acts_on_prompts(self) -> bool:
+        """Whether it does more than change the rows of a step, so that it is served alone and in no mix."""
+        return self.method in PROMPTS or "alora_invocation_tokens" in self.settings
 
     @property
     def has_more_than_low_rank(self) -> bool:

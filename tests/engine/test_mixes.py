@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft.*")
 PROMPT = [7, 33, 250, 12, 5, 91, 180, 44, 3]
 LONGER = [*PROMPT, *range(100, 140)]  # more than a step takes, so it is cut into pieces
 MOST = 1e-4  # of the logits' spread
-SERVED = [name for name in KINDS if name not in REFUSED]
+SERVED = [name for name, kind in KINDS.items() if name not in REFUSED and not kind.acts_on_prompts]
 NUM_PLAIN = 64
 
 Made = Mapping[str, Path]
