@@ -13,11 +13,14 @@ ROOT = Path(__file__).parents[1]
 
 
 @contextmanager
-def default_server(folder: Path, patience_s: float) -> Iterator[str]:
-    """Its address, once it is ready, its data below `folder`. Raises RuntimeError with its log if it does not start."""
+def default_server(folder: Path, patience_s: float, *flags: str) -> Iterator[str]:
+    """Its address, once it is ready, its data below `folder`. Raises RuntimeError with its log if it does not start.
+
+    `flags` are what stands in `ARGS` of `make serve`.
+    """
     said = folder / "said"
     command = [sys.executable, "-m", "manylora", "serve", "--adapters", str(ROOT / "adapters"), "--port", "0"]
-    command += ["--data-dir", str(folder / "data"), "--kv-cache-memory", "512MiB"]
+    command += ["--data-dir", str(folder / "data"), "--kv-cache-memory", "512MiB", *flags]
     with said.open("w") as out, subprocess.Popen(command, stdout=out, stderr=out, cwd=ROOT) as process:
         try:
             yield _address(process, said, patience_s)

@@ -28,6 +28,10 @@ CLIENTS = (
     Client("llama-index", "LlamaIndex", ("llama-index-llms-openai-like==0.8.1",)),
     Client("instructor", "instructor", ("instructor==1.17.0",)),
     Client("openai-agents", "openai-agents", ("openai-agents==0.24.0",)),
+    Client("anthropic", "anthropic", ("anthropic==2.14.0",), is_quick=True),
+    Client("pydantic-ai", "pydantic-ai", ("pydantic-ai-slim[openai]==2.68.0",)),
+    Client("litellm", "litellm", ("litellm==1.110.2",)),
+    Client("vercel-ai", "Vercel AI SDK", ("ai@7.0.173", "@ai-sdk/openai-compatible@3.0.92", "zod@4.6.7"), is_node=True),
     Client("outlines", "outlines", ("outlines==1.3.3", "openai==3.57.0")),
     Client("lorax-client", "lorax-client", ("lorax-client==0.6.3",), is_quick=True),
     Client("text-generation", "text-generation", ("text-generation==0.7.0",), is_quick=True),
@@ -36,6 +40,7 @@ CLIENTS = (
 )
 
 LEFT_OUT = {
+    "litellm proxy": "its extra `proxy` wants `litellm-proxy` of the same version, which the package index has not",
     "vllm bench serve": "the package `vllm` insists on a torch of its own with CUDA, gigabytes of it",
 }
 """Clients that are not installed, and why."""

@@ -82,7 +82,9 @@ def register(app: typer.Typer) -> None:
 
 
 def recipe(
-    name: Annotated[str, typer.Argument(help="city-zh, sentiment-en, sql, order-json or devil; `list` shows them")],
+    name: Annotated[
+        str, typer.Argument(help="city-zh, sentiment-en, sql, order-json, devil, calls; `list` shows them")
+    ],
     out: Annotated[Path | None, typer.Option(help="Folder for train.jsonl, valid.jsonl and test.jsonl")] = None,
     source: Annotated[Path | None, typer.Option(help="The package's file, instead of downloading it")] = None,
     seed: int = 0,

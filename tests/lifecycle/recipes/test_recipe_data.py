@@ -7,11 +7,12 @@ import sqlite3
 from collections import Counter
 from pathlib import Path
 
+import jsonschema
 import pytest
 
 from manylora.errors import InvalidRequest
 from manylora.lifecycle.data.data import read_dataset
-from manylora.lifecycle.recipes import RECIPES, city, devil, order_json, sentiment, sql, write_splits
+from manylora.lifecycle.recipes import RECIPES, calls, city, devil, order_json, sentiment, sql, write_splits
 from tests.lifecycle.recipes.conftest import EXCERPT, SplitsOf
 
 NAMES = [pytest.param(name, marks=[pytest.mark.slow] if name == "sentiment-en" else []) for name in RECIPES]
@@ -26,9 +27,8 @@ def test_same_seed_gives_the_same_rows_and_another_seed_others(name: str, splits
 @pytest.mark.parametrize("name", NAMES)
 def test_no_question_is_in_two_splits(name: str, splits_of: SplitsOf) -> None:
     splits = splits_of(name)
-    questions = [
-        row.get("prompt", row.get("text")) for rows in (splits.train, splits.valid, splits.test) for row in rows
-    ]
+    rows = [row for each in (splits.train, splits.valid, splits.test) for row in each]
+    questions = [row.get("prompt") or row.get("text") or json.dumps(row["messages"][:2]) for row in rows]
 
     assert len(set(questions)) == len(questions)
 
@@ -84,6 +84,27 @@ def test_items_customers_and_cities_of_the_test_are_new() -> None:
     for field in ("item", "customer", "city"):
         seen, asked = ({json.loads(row["completion"])[field] for row in rows} for rows in (splits.train, splits.test))
         assert seen & asked <= {None}
+
+
+def test_functions_of_the_test_are_new_and_calls_are_of_functions_that_are_offered() -> None:
+    assert {each.name for each in calls.TRAINED}.isdisjoint(each.name for each in calls.HELD_OUT)
+    splits = calls.make(0)
+    for rows, functions in ((splits.train, calls.TRAINED), (splits.test, calls.HELD_OUT)):
+        by_name = {each.name: each.described()["function"]["parameters"] for each in functions}
+        num_calls = 0
+        for row in rows:
+            system, _, answer, *rest = row["messages"]
+            if answer["content"] == calls.NO_CALL:
+                assert not rest
+                continue
+            called = json.loads(answer["content"].removeprefix("<tool_call>").removesuffix("</tool_call>"))
+            assert f'"name": "{called["name"]}"' in system["content"]
+            jsonschema.validate(called["arguments"], by_name[called["name"]])
+            num_calls += 1
+            if rest:
+                result, said = rest
+                assert said["content"].removeprefix("The answer: ") in result["content"]
+        assert num_calls > len(rows) / 2
 
 
 @pytest.mark.parametrize("part", ["train", "test"])

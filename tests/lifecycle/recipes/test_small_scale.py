@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,14 @@ def keep_few(folder: Path) -> None:
         path.write_text("\n".join(kept) + "\n", encoding="utf-8")
 
 
+def with_room(base: Path, folder: Path) -> Path:
+    """The base with a longer context: it reads bytes, and functions are described at length."""
+    shutil.copytree(base, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 4096}))
+    return folder
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_commands_make_an_adapter_that_is_better_than_its_base(
     name: str, tmp_path: Path, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
@@ -41,7 +50,8 @@ def test_commands_make_an_adapter_that_is_better_than_its_base(
     monkeypatch.chdir(tmp_path)
     data, train, score, told, ship = all_commands(RECIPES[name])
     source = ["--source", str(request.getfixturevalue(SOURCES[name]))] if name in SOURCES else []
-    base = ["--model", str(tiny_llama_dir), "--dtype", "float32", "--device", "cpu"]
+    model = with_room(tiny_llama_dir, tmp_path / "base") if name == "calls" else tiny_llama_dir
+    base = ["--model", str(model), "--dtype", "float32", "--device", "cpu"]
 
     run(data, *source)
     keep_few(Path("data") / name)

@@ -28,6 +28,7 @@ class Recipe:
     `package_file` names that download; empty: the data is generated and there is none.
     `instruction` tells a bare base the task, for a fair comparison; the adapter is trained without it.
     `defaults` become the shipped folder's `manylora.json`; with `choices`, the card says what these change.
+    `asked_with` are further fields of the request in the card.
     `shown` are the metrics in the card's table; empty: all. `limits` says what the adapter is not good at.
     """
 
@@ -46,6 +47,7 @@ class Recipe:
     limits: str = ""
     package_file: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    asked_with: Mapping[str, Any] = field(default_factory=dict)
 
     def splits(self, seed: int, source: Path | None = None) -> Splits:
         """The data. Raises InvalidRequest for a `source` that is missing, wrong, or not asked for."""

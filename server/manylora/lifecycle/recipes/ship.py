@@ -163,6 +163,7 @@ def _ask(recipe: Recipe) -> str:
         "messages": [{"role": "user", "content": recipe.example}],
         "temperature": 0,
         "max_tokens": recipe.max_tokens,
+        **recipe.asked_with,
     }
     return (
         f"{recipe.summary} Send the sentence as one user message, without a system message:\n\n"
