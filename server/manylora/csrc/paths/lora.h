@@ -131,25 +131,32 @@ void shrink(const LoraUnit& unit, const Rows<const void*>& x, int64_t in, int64_
       for (int64_t rank = begin; rank < end; ++rank) unit.low[row * unit.low_stride + rank] *= unit.scales[rank];
 }
 
-// out += B^T low for R rows and NV vectors of columns, the last vector with `count` of its columns.
-template <int R, int NV, class T, class Weight>
-ML_INLINE void expand_tile(const LoraUnit& unit, const Rows<void*>& out, int64_t row, int64_t column, int64_t count) {
-  const Weight* b = static_cast<const Weight*>(unit.b) + column;
-  const float* low = unit.low + row * unit.low_stride;
+using One = std::integral_constant<int64_t, 1>;
+
+// out += the sum of B^T low over units of the same rows and columns, for R rows and NV vectors of columns, the last
+// vector with `count` of its columns. `num_units` is One but for mixes.
+template <int R, int NV, class T, class Weight, class Count>
+ML_INLINE void expand_tile(const LoraUnit* units, Count num_units, const Rows<void*>& out, int64_t row, int64_t column,
+                           int64_t count) {
   vf sums[R][NV] = {};
-  for (int64_t rank = 0; rank < unit.rank; ++rank, b += unit.width) {
-    vf b_values[NV];
+  for (int64_t u = 0; u < num_units; ++u) {
+    const LoraUnit& unit = units[u];
+    const Weight* b = static_cast<const Weight*>(unit.b) + column;
+    const float* low = unit.low + row * unit.low_stride;
+    for (int64_t rank = 0; rank < unit.rank; ++rank, b += unit.width) {
+      vf b_values[NV];
 #pragma GCC unroll 16
-    for (int v = 0; v < NV; ++v) b_values[v] = count == W ? load(b + v * W) : load(b + v * W, count);
+      for (int v = 0; v < NV; ++v) b_values[v] = count == W ? load(b + v * W) : load(b + v * W, count);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      vf factor = splat(low[r * unit.low_stride + rank]);
+      for (int r = 0; r < R; ++r) {
+        vf factor = splat(low[r * unit.low_stride + rank]);
 #pragma GCC unroll 16
-      for (int v = 0; v < NV; ++v) sums[r][v] = fused_multiply_add(factor, b_values[v], sums[r][v]);
+        for (int v = 0; v < NV; ++v) sums[r][v] = fused_multiply_add(factor, b_values[v], sums[r][v]);
+      }
     }
   }
   for (int r = 0; r < R; ++r) {
-    T* target = static_cast<T*>(out.data) + unit.rows[row + r] * out.stride + unit.first_column + column;
+    T* target = static_cast<T*>(out.data) + units->rows[row + r] * out.stride + units->first_column + column;
     for (int v = 0; v < NV; ++v) {
       if (count == W)
         store(target + v * W, load(target + v * W) + sums[r][v]);
@@ -186,20 +193,25 @@ ML_INLINE void add_ranks(float* sums, const Weight* b, int64_t width, const floa
 }
 
 // The same for one row: B's rows are read to their end one after the other, a few at a time, as the memory likes it.
-template <class T, class Weight>
-void expand_row(const LoraUnit& unit, const Rows<void*>& out, int64_t row, int64_t begin, int64_t end, Ahead& ahead) {
+template <class T, class Weight, class Count>
+void expand_row(const LoraUnit* units, Count num_units, const Rows<void*>& out, int64_t row, int64_t begin, int64_t end,
+                Ahead& ahead) {
   constexpr int64_t kColumns = 2048;  // their sums stay in the nearest cache
   constexpr int N = 4;
   alignas(64) float sums[kColumns];
-  const float* low = unit.low + row * unit.low_stride;
   for (; begin < end; begin += kColumns) {
-    int64_t count = std::min(kColumns, end - begin), rank = 0;
-    const Weight* b = static_cast<const Weight*>(unit.b) + begin;
-    for (; rank + N <= unit.rank; rank += N)
-      add_ranks<N>(sums, b + rank * unit.width, unit.width, low + rank, count, rank == 0, ahead);
-    for (; rank < unit.rank; ++rank)
-      add_ranks<1>(sums, b + rank * unit.width, unit.width, low + rank, count, rank == 0, ahead);
-    T* target = static_cast<T*>(out.data) + unit.rows[row] * out.stride + unit.first_column + begin;
+    int64_t count = std::min(kColumns, end - begin);
+    for (int64_t u = 0; u < num_units; ++u) {
+      const LoraUnit& unit = units[u];
+      const float* low = unit.low + row * unit.low_stride;
+      const Weight* b = static_cast<const Weight*>(unit.b) + begin;
+      int64_t rank = 0;
+      for (; rank + N <= unit.rank; rank += N)
+        add_ranks<N>(sums, b + rank * unit.width, unit.width, low + rank, count, u + rank == 0, ahead);
+      for (; rank < unit.rank; ++rank)
+        add_ranks<1>(sums, b + rank * unit.width, unit.width, low + rank, count, u + rank == 0, ahead);
+    }
+    T* target = static_cast<T*>(out.data) + units->rows[row] * out.stride + units->first_column + begin;
     int64_t column = 0;
     for (; column + W <= count; column += W) store(target + column, load(target + column) + load(sums + column));
     if (int64_t rest = count - column; rest > 0)
@@ -221,20 +233,28 @@ void add_low(const LoraUnit& unit, const Rows<void*>& out, int64_t begin, int64_
 
 constexpr int64_t kExpandStrip = W == 16 ? 64 : 16;  // columns that several rows take at a time
 
-template <class T, class Weight>
-void expand(const LoraUnit& unit, const Rows<void*>& out, int64_t begin, int64_t end, Ahead ahead) {
-  if (!unit.b) {
-    add_low<T>(unit, out, begin, end);
-    return;
-  }
+// Units of the same rows and columns, each with a B.
+template <class T, class Weight, class Count>
+void expand_all(const LoraUnit* units, Count num_units, const Rows<void*>& out, int64_t begin, int64_t end,
+                Ahead ahead) {
   constexpr int R = 4, NV = kExpandStrip / W;
-  int64_t tiled_rows = unit.num_rows / R * R, column = begin;
+  int64_t tiled_rows = units->num_rows / R * R, column = begin;
   for (; tiled_rows && column + kExpandStrip <= end; column += kExpandStrip)
-    for (int64_t row = 0; row < tiled_rows; row += R) expand_tile<R, NV, T, Weight>(unit, out, row, column, W);
+    for (int64_t row = 0; row < tiled_rows; row += R)
+      expand_tile<R, NV, T, Weight>(units, num_units, out, row, column, W);
   for (; tiled_rows && column < end; column += W)
     for (int64_t row = 0; row < tiled_rows; row += R)
-      expand_tile<R, 1, T, Weight>(unit, out, row, column, std::min<int64_t>(W, end - column));
-  for (int64_t row = tiled_rows; row < unit.num_rows; ++row) expand_row<T, Weight>(unit, out, row, begin, end, ahead);
+      expand_tile<R, 1, T, Weight>(units, num_units, out, row, column, std::min<int64_t>(W, end - column));
+  for (int64_t row = tiled_rows; row < units->num_rows; ++row)
+    expand_row<T, Weight>(units, num_units, out, row, begin, end, ahead);
+}
+
+template <class T, class Weight>
+void expand(const LoraUnit& unit, const Rows<void*>& out, int64_t begin, int64_t end, Ahead ahead) {
+  if (unit.b)
+    expand_all<T, Weight>(&unit, One{}, out, begin, end, ahead);
+  else
+    add_low<T>(unit, out, begin, end);
 }
 
 // A unit for each kRowsPerUnit of a segment's rows.

@@ -36,6 +36,7 @@ constexpr int32_t kOwnRows[kRowsPerUnit] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  
                                             16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
 constexpr int64_t kStripElements = 16 * 1024;  // of sums that stay in the second cache
 constexpr int64_t kMaxStrip = 2048;            // columns
+constexpr int64_t kMaxPlainParts = 16;
 
 int64_t low_size(const MixUnit& unit) {
   int64_t size = 0;
@@ -111,9 +112,36 @@ void sum_parts(const MixUnit& unit, float* delta, float* own, int64_t begin, int
   });
 }
 
+// Whether all that the parts do is to add low ranks in one number format: then their sum is made in registers.
+bool is_plain_sum(const MixUnit& unit) {
+  for (int64_t p = 0; p < unit.num_parts; ++p) {
+    const MixPart& part = unit.parts[p];
+    if (!part.low_rank.rank || !part.low_rank.b || part.low_rank.dtype != unit.parts->low_rank.dtype) return false;
+    if (part.scale || part.shift) return false;
+  }
+  return unit.num_parts <= kMaxPlainParts;
+}
+
+template <class T>
+void finish_plain(const MixArgs& args, const MixUnit& unit, int64_t begin, int64_t end) {
+  LoraUnit products[kMaxPlainParts];
+  int64_t count = 0;
+  for_parts(unit, [&](const MixPart&, const LoraUnit& product) {
+    products[count] = product;
+    products[count++].first_column = unit.first_column;
+  });
+  with_weight_dtype(products->dtype, [&](auto type) {
+    expand_all<T, decltype(type)>(products, count, args.out, begin, end, Ahead{});
+  });
+}
+
 // The columns [begin, end) of the unit's rows of out.
 template <class T>
 void finish(const MixArgs& args, const MixUnit& unit, int64_t begin, int64_t end) {
+  if (is_plain_sum(unit)) {
+    finish_plain<T>(args, unit, begin, end);
+    return;
+  }
   alignas(64) float delta[kStripElements], own[kStripElements];
   int64_t strip = std::min(kMaxStrip, kStripElements / unit.num_rows / kSplitColumns * kSplitColumns);
   for (; begin < end; begin += strip) {
