@@ -161,7 +161,7 @@ class HeaderTooLarge(InvalidRequest):
 
 
 class AuthenticationFailed(ManyloraError):
-    """No key, or a key that is not known or was revoked."""
+    """No key, or a key that is not known, has expired or was revoked."""
 
     status = 401
     type = "authentication_error"

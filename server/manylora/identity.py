@@ -1,4 +1,4 @@
-"""Who an adapter is: its reference, what it may be called, and what its files are called."""
+"""Who an adapter is: its reference, what it may be called, and what its files are called; and who changes it."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -53,6 +53,20 @@ class AdapterRef:
     def label(self) -> str:
         """`name@version`, as people write it."""
         return f"{self.name}@{self.version}" if self.version else self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Author:
+    """Who changes something, and what they note about it; without a tenant it is the server or its operator."""
+
+    tenant: str | None
+    role: str
+    key_id: str | None = None
+    note: str = ""
+
+
+SERVER: Final = Author(None, "server")
+OPERATOR: Final = Author(None, "command line")
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,6 +147,7 @@ def routes() -> Iterator[str]:
         ops,
         responses,
         sagemaker,
+        tenants,
         tgi,
         tokens,
         usage,
@@ -157,6 +158,7 @@ def routes() -> Iterator[str]:
         adapters.build_router(catalog),
         history.build_router(catalog),
         inspection.build_router(catalog, catalog),
+        tenants.build_router(catalog),
         usage.build_router(catalog),
         dashboard_routes.build_router(),
     )

@@ -66,7 +66,7 @@ def test_a_key_with_any_flaw_is_refused_in_the_same_words(database: Database, sp
     gate = TenantGate(database)
     with pytest.raises(AuthenticationFailed) as caught:
         gate.authenticate(f"Bearer {spoil(text)}x")  # type: ignore[operator]
-    assert caught.value.message == "The API key is not known or was revoked."
+    assert caught.value.message == "The API key is not known, has expired or was revoked."
 
 
 @pytest.mark.parametrize("scheme", ["Basic", "", "Token", "BearerX"])

@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import IO, Annotated, Any, Final, TypeVar
+from typing import IO, Annotated, Any, ClassVar, Final, TypeVar
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from manylora.api.auth import REVISION_HEADER, Admin, Caller, Manager, author_of, has_role
 from manylora.api.errors import invalid_from
 from manylora.api.fields import wanted
-from manylora.api.json_body import is_json, parse_json, require_json
+from manylora.api.json_body import documented, is_json, parse_json, require_json
 from manylora.api.lanes import PYTHON, beside_loop
 from manylora.api.naming import looked_up, parse_model
 from manylora.api.ownership import not_found, owner_of, target_tenant, version_number
@@ -51,10 +51,37 @@ VersionNumber = Annotated[int, Field(ge=1, lt=2**31)]
 Note = Annotated[str, Field(max_length=MAX_NOTE)]
 
 
+_FILE: Final = {"type": "string", "format": "binary"}
+_UPLOAD: Final = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            **documented("ImportBody")["requestBody"]["content"],
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["name"],
+                    "properties": {
+                        "name": {"type": "string"},
+                        "description": {"type": "string"},
+                        "pinned": {"type": "boolean"},
+                        "activate": {"type": "boolean"},
+                        "note": {"type": "string"},
+                        "files": {"type": "array", "items": _FILE, "description": "The files of a PEFT folder"},
+                        "archive": {**_FILE, "description": "Or one .zip, .tar, .tar.gz or .tgz of it"},
+                    },
+                }
+            },
+        },
+    }
+}
+
+
 class Body(BaseModel):
-    """A JSON body: unknown fields are refused, null is absent, a string is not a number."""
+    """A JSON body: unknown fields are refused, a string is no number, null is absent or, as in a merge, a value."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    null_is_a_value: ClassVar[bool] = False
 
 
 class ImportBody(Body):
@@ -121,7 +148,9 @@ def _parsed(data: bytes, schema: type[B]) -> B:
     if not isinstance(raw, dict):
         raise InvalidRequest("The body must be a JSON object.")
     try:
-        return schema.model_validate(wanted(raw, schema.model_fields, {}))
+        given = wanted(raw, schema.model_fields, {})
+        nulls = [name for name in raw if raw[name] is None and name in schema.model_fields]
+        return schema.model_validate(given | (dict.fromkeys(nulls) if schema.null_is_a_value else {}))
     except ValidationError as error:
         raise invalid_from(error.errors(include_url=False, include_input=False)) from None
 
@@ -158,7 +187,7 @@ def revised_by(catalog: Catalog) -> type[APIRoute]:
 
 
 def _add_uploads(router: APIRouter, catalog: Catalog) -> None:
-    @router.post("/v1/adapters", status_code=201)
+    @router.post("/v1/adapters", status_code=201, openapi_extra=_UPLOAD)
     async def create_adapter(request: Request, caller: Manager, tenant: TenantQuery = None) -> Response:
         """Upload an adapter (multipart), or import one from an allowed source (JSON, admin keys)."""
         owner = target_tenant(caller, tenant)
@@ -294,7 +323,7 @@ async def version_of(
 
 
 def _add_changes(router: APIRouter, catalog: Catalog) -> None:
-    @router.patch("/v1/adapters/{name}")
+    @router.patch("/v1/adapters/{name}", openapi_extra=documented("PatchBody"))
     async def change_adapter(request: Request, name: str, caller: Manager, tenant: TenantQuery = None) -> Response:
         """Promote or roll back, pin, describe, set the active version's defaults: all in one step.
 
@@ -343,7 +372,7 @@ def _add_openai(router: APIRouter, catalog: Catalog) -> None:
 
 
 def _add_vllm(router: APIRouter, catalog: Catalog) -> None:
-    @router.post("/v1/load_lora_adapter")
+    @router.post("/v1/load_lora_adapter", openapi_extra=documented("LoadBody"))
     async def load_lora_adapter(request: Request, caller: Admin) -> Response:
         """As vLLM's: register the folder `lora_path`, which must be inside the allow-list."""
         body = await read_body(request, LoadBody)
@@ -358,7 +387,7 @@ def _add_vllm(router: APIRouter, catalog: Catalog) -> None:
             done = await catalog.import_from(wish, _source_of(body.lora_path))
         return PlainTextResponse(f"Success: LoRA adapter '{done.version.ref.name}' added successfully.")
 
-    @router.post("/v1/unload_lora_adapter")
+    @router.post("/v1/unload_lora_adapter", openapi_extra=documented("UnloadBody"))
     async def unload_lora_adapter(request: Request, caller: Admin) -> Response:
         """As vLLM's: delete the adapter with all its versions."""
         body = await read_body(request, UnloadBody)

@@ -11,8 +11,8 @@ from typing import Annotated, Final
 from fastapi import Depends, Request
 
 from manylora.api.state import Services, ServicesDep
-from manylora.catalog.records import Author
 from manylora.errors import AuthenticationFailed, InvalidRequest, PermissionDenied
+from manylora.identity import Author
 from manylora.tenants.interface import Principal, Role
 
 __all__ = ["REVISION_HEADER", "Admin", "Caller", "Manager", "at_least", "author_of", "current_principal", "has_role"]

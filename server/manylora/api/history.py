@@ -17,6 +17,7 @@ from manylora.api.adapters import (
     revised_by,
 )
 from manylora.api.auth import Admin, Caller, Manager, author_of, has_role
+from manylora.api.json_body import documented
 from manylora.catalog.records import Change, ChangePage
 from manylora.catalog.service import Catalog
 from manylora.errors import PermissionDenied
@@ -52,7 +53,7 @@ def build_router(catalog: Catalog) -> APIRouter:
             page = await catalog.history(owner, name, limit, before)
         return _answer(page, caller)
 
-    @router.post("/v1/adapters/{name}/rollback")
+    @router.post("/v1/adapters/{name}/rollback", openapi_extra=documented("RollbackBody"))
     async def roll_back(request: Request, name: str, caller: Manager, tenant: TenantQuery = None) -> Response:
         """Make the version active again that was before the present one; once more goes back one further.
 

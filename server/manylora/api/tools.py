@@ -90,7 +90,7 @@ class CalledFunction(_Strict):
     """What was called; `arguments` come as JSON in a string and go on as an object."""
 
     name: Annotated[str, Field(min_length=1, max_length=256)]
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("arguments", mode="plain", json_schema_input_type=str)
     @classmethod

@@ -4,7 +4,6 @@ The changes that made a version active form a list for each adapter, by `before`
 that was active before in one step, and a second rollback goes back one further.
 """
 
-import time
 from collections.abc import Sequence
 from typing import Final
 
@@ -12,9 +11,11 @@ from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
 from manylora.catalog import queries
-from manylora.catalog.records import Author, Change, ChangePage
+from manylora.catalog.records import Change, ChangePage
+from manylora.database.changes import add_change
 from manylora.database.tables import AdapterRow, ChangeRow, VersionRow
 from manylora.errors import Conflict
+from manylora.identity import Author
 
 ADAPTER: Final = "adapter"
 _LOOK_BACK: Final = 1000  # changes
@@ -39,24 +40,10 @@ def note(
     if is_switch and was is not None and before is None and action != "rollback":
         last = _last_switch(session, row)
         before = None if last is None else last.id
-    session.add(
-        ChangeRow(
-            at=time.time_ns() // 1000,
-            kind=ADAPTER,
-            tenant=row.tenant,
-            name=row.name,
-            action=action,
-            version=version,
-            from_version=was if is_switch else None,
-            to_version=row.active_version if is_switch else None,
-            before=before,
-            fields=list(fields),
-            by_tenant=author.tenant,
-            by_role=author.role,
-            by_key=author.key_id,
-            note=author.note,
-        )
-    )
+    add_change(
+        session, author, ADAPTER, row.tenant, row.name, action, version=version, before=before, fields=fields,
+        switch=(was, row.active_version) if is_switch else (None, None),
+    )  # fmt: skip
 
 
 def earlier(session: Session, row: AdapterRow, base: str) -> tuple[VersionRow, int | None]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from manylora.database.tables import MICROSECONDS, AdapterRow, VersionRow
-from manylora.identity import AdapterRef
+from manylora.identity import SERVER, AdapterRef, Author
 
 MAX_DESCRIPTION: Final = 4096  # characters
 MAX_NOTE: Final = 1024  # characters
@@ -19,19 +19,6 @@ class Payer:
 
     tenant: str
     weight: float = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Author:
-    """Who changes something, and what they note about it; without a tenant it is the server itself."""
-
-    tenant: str | None
-    role: str
-    key_id: str | None = None
-    note: str = ""
-
-
-SERVER: Final = Author(None, "server")
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,9 +19,7 @@ from manylora.catalog.defaults import NO_DEFAULTS
 from manylora.catalog.directory import Directory, Entry, missing
 from manylora.catalog.labels import Label
 from manylora.catalog.records import (
-    SERVER,
     AdapterRecord,
-    Author,
     ChangePage,
     Folder,
     NewVersion,
@@ -35,7 +33,7 @@ from manylora.catalog.records import (
 from manylora.database.database import Database
 from manylora.database.tables import AdapterRow, FolderContentRow, FolderRow, RetiredRow, VersionRow
 from manylora.errors import Conflict
-from manylora.identity import AdapterRef
+from manylora.identity import SERVER, AdapterRef, Author
 from manylora.lora.format.reader import ModuleSpec
 from manylora.usage.store import note_stored
 

@@ -26,9 +26,7 @@ from manylora.catalog.following import Follower
 from manylora.catalog.freeing import Freeing
 from manylora.catalog.receive import receive_form
 from manylora.catalog.records import (
-    SERVER,
     AdapterRecord,
-    Author,
     ChangePage,
     Folder,
     Payer,
@@ -56,7 +54,7 @@ from manylora.database.notices import Notices
 from manylora.database.replicas import Replicas
 from manylora.engine.interface import AdapterRef, EngineClient, Tier
 from manylora.errors import InvalidAdapter, InvalidSettings, ManyloraError, Problem
-from manylora.identity import ADAPTER_FILES, BROUGHT_FILES, PUBLIC_TENANT, check_name
+from manylora.identity import ADAPTER_FILES, BROUGHT_FILES, PUBLIC_TENANT, SERVER, Author, check_name
 from manylora.lora.format.folder import names_in
 from manylora.lora.format.reader import Adapter, ModuleSpec
 from manylora.lora.format.spec import BaseWeights

@@ -18,12 +18,12 @@ from manylora.catalog.archive import unpack
 from manylora.catalog.base_names import BaseNames
 from manylora.catalog.files import blob_of_folder
 from manylora.catalog.receive import Received
-from manylora.catalog.records import MAX_DESCRIPTION, MAX_NOTE, Author, NewVersion, Payer, Wish, new_id
+from manylora.catalog.records import MAX_DESCRIPTION, MAX_NOTE, NewVersion, Payer, Wish, new_id
 from manylora.engine.interface import AdapterRef, Effect, EngineClient
 from manylora.errors import InvalidAdapter, InvalidRequest, ManyloraError, Problem, quoted
 from manylora.faults import file_errors
 from manylora.files import clear_folder, remove_tree
-from manylora.identity import ADAPTER_FILES
+from manylora.identity import ADAPTER_FILES, Author
 from manylora.lora.format import reader as lora_format
 from manylora.lora.format.reader import Adapter, ModuleSpec
 from manylora.lora.format.spec import BaseWeights

@@ -1,5 +1,6 @@
 """`manylora keys …` and `manylora tenants …` change the server's database; a running server notices in a second."""
 
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict
@@ -52,6 +53,10 @@ def _database(data_dir: Path | None, database_url: str | None, *, must_exist: bo
 def create(
     tenant: Annotated[str, typer.Option(help="Whose key it is.")],
     role: Annotated[Role, typer.Option(help="user: inference. manager: also adapters. admin: everything.")] = Role.USER,
+    name: Annotated[str, typer.Option(help="What it is for; shown in lists.")] = "",
+    expires_days: Annotated[
+        int | None, typer.Option(min=1, max=36_500, help="It ends by itself after so many.")
+    ] = None,
     data_dir: DataDir = None,
     database_url: DatabaseUrl = None,
     as_json: AsJson = False,
@@ -59,14 +64,25 @@ def create(
     """Make a key and print it, this once: only its hash is kept."""
     from manylora.tenants.keys import KeyStore
 
+    expires = None if expires_days is None else time.time_ns() // 1000 + expires_days * 86_400 * _MICROSECONDS
     with _database(data_dir, database_url, must_exist=False) as database:
-        key, text = KeyStore(database).create(tenant, role)
+        store = KeyStore(database)
+        is_first = not store.page(None, 1, None)[0]
+        key, text = store.create(tenant, role, name=name, expires=expires)
     _note_keys(data_dir, database_url)
     if as_json:
-        print_json({"id": key.id, "tenant": key.tenant, "role": key.role, "prefix": key.prefix, "key": text})
-    else:
-        complaints.print(f"{key.role} key of {key.tenant}; it is not shown again:", markup=False)
-        print(text)
+        facts = {"id": key.id, "tenant": key.tenant, "role": key.role, "prefix": key.prefix}
+        print_json({**facts, "name": key.name, "expires": _seconds(key.expires), "key": text})
+        return
+    if is_first:
+        complaints.print(
+            "This is the first key. The server was open to all who reach it, and asks everybody for a key from now on.",
+            markup=False,
+        )
+        if role is not Role.ADMIN:
+            complaints.print("It is not an admin's: make one for yourself, too, with --role admin.", markup=False)
+    complaints.print(f"{key.role} key of {key.tenant}; it is not shown again:", markup=False)
+    print(text)
 
 
 def _note_keys(data_dir: Path | None, database_url: str | None) -> None:
@@ -115,17 +131,19 @@ def list_keys(data_dir: DataDir = None, database_url: DatabaseUrl = None, as_jso
 
     with _database(data_dir, database_url) as database:
         found = KeyStore(database).list()
-    times = [{name: _seconds(getattr(k, name)) for name in ("created", "last_used", "revoked")} for k in found]
+    times = [
+        {name: _seconds(getattr(k, name)) for name in ("created", "last_used", "expires", "revoked")} for k in found
+    ]
     if as_json:
-        facts = [{"id": k.id, "tenant": k.tenant, "role": k.role, "prefix": k.prefix} for k in found]
+        facts = [{"id": k.id, "tenant": k.tenant, "role": k.role, "name": k.name, "prefix": k.prefix} for k in found]
         print_json([{**fact, **when} for fact, when in zip(facts, times, strict=True)])
         return
     rows = [
-        [k.id, k.tenant, k.role, f"ml_{k.prefix}_…", as_time(t["created"]), as_time(t["last_used"]),
-         as_time(t["revoked"]) if t["revoked"] else ""]
+        [k.id, k.tenant, k.role, k.name, f"ml_{k.prefix}_…", as_time(t["created"]), as_time(t["last_used"]),
+         *(as_time(t[when]) if t[when] else "" for when in ("expires", "revoked"))]
         for k, t in zip(found, times, strict=True)
     ]  # fmt: skip
-    console.print(table(["id", "tenant", "role", "key", "created", "last used", "revoked"], rows))
+    console.print(table(["id", "tenant", "role", "name", "key", "created", "last used", "expires", "revoked"], rows))
 
 
 def _seconds(microseconds: int | None) -> int | None:

@@ -160,7 +160,12 @@ class KeyRow(Base):
     """An API key. `secret_hash` is the only trace of the secret."""
 
     __tablename__ = "keys"
-    __table_args__ = (UniqueConstraint("prefix", name="uq_keys_prefix"), Index("ix_keys_revision", "revision"))
+    __table_args__ = (
+        UniqueConstraint("prefix", name="uq_keys_prefix"),
+        Index("ix_keys_revision", "revision"),
+        Index("ix_keys_page", "created", "id"),
+        Index("ix_keys_tenant_page", "tenant", "created", "id"),
+    )
 
     id: Mapped[str] = mapped_column(primary_key=True)
     tenant: Mapped[str]
@@ -170,6 +175,8 @@ class KeyRow(Base):
     created: Mapped[int]
     last_used: Mapped[int | None]
     revoked: Mapped[int | None]
+    expires: Mapped[int | None]
+    name: Mapped[str] = mapped_column(server_default="", default="")
     revision: Mapped[int] = mapped_column(server_default="0")
 
 

@@ -90,9 +90,10 @@ def create_app(
         following=following,
     )
     inference = (openai, responses, anthropic, embeddings, classify, tokens, tgi, ollama, sagemaker)
-    for router in (ops.router, *(each.router for each in inference), *extra_routers):
+    routers = (ops.router, *(each.router for each in inference), *extra_routers)
+    for router in routers:
         app.include_router(router)
-    install_docs(app)
+    install_docs(app, routers)
     install_error_handlers(app)
     _add_layers(app, settings, body_limit, presence, is_open=lambda: gate.is_open and may_run_open)
     metrics.watch_engine(engine.stats, lambda: engine.is_ready)

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from fastapi import FastAPI
 
-from manylora.api import adapters, dashboard_routes, defaults, history, inspection
+from manylora.api import adapters, dashboard_routes, defaults, history, inspection, tenants
 from manylora.api import usage as usage_routes
 from manylora.api.inspection import Inspect
 from manylora.api.state import Departure
@@ -99,6 +99,7 @@ class Parts:
                 adapters.build_router(self.catalog),
                 history.build_router(self.catalog),
                 inspection.build_router(self.catalog, self.inspect),
+                tenants.build_router(self.gate),
                 usage_routes.build_router(self.usage),
                 dashboard_routes.build_router(self.settings.root_path),
             ),

@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Final
+from typing import Final, TypeVar
 
 from manylora.database.database import Database
 from manylora.database.notices import Notices
@@ -22,6 +22,7 @@ from manylora.tenants.shared_quotas import SharedQuotas
 
 # Last-used times are written together, this often.
 _FLUSH_S: Final = 15.0
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 
@@ -49,8 +50,8 @@ class TenantGate:
         self._seal = seal
         self._is_sealed = False
         self._was_closed = seal is not None and seal.is_set()
-        self._key_store = KeyStore(database)
-        self._tenant_store = TenantStore(database)
+        self.key_store = KeyStore(database)
+        self.tenant_store = TenantStore(database)
         self._quotas = Quotas(clock)
         self._shared: SharedQuotas | None = None
         if replicas is not None and not database.is_sqlite:
@@ -70,7 +71,7 @@ class TenantGate:
         return not self._keys and not self._was_closed
 
     def authenticate(self, authorization: str | None) -> Principal:
-        """The caller behind `Bearer <key>`. Raises one AuthenticationFailed for unknown, wrong and revoked keys."""
+        """The caller behind `Bearer <key>`. Raises one AuthenticationFailed whatever is wrong with a key."""
         if self.is_open:
             return Principal(PUBLIC_TENANT, Role.ADMIN, weight=self._quotas.limits_of(PUBLIC_TENANT).weight)
         if not authorization or authorization.isspace():
@@ -80,7 +81,7 @@ class TenantGate:
         key = None if parsed is None else self._keys.get(parsed[0])
         is_valid = is_secret_of(key, "" if parsed is None else parsed[1])
         if key is None or not is_valid:
-            raise AuthenticationFailed("The API key is not known or was revoked.")
+            raise AuthenticationFailed("The API key is not known, has expired or was revoked.")
         self._used[key.id] = time.time_ns() // 1000
         return Principal(key.tenant, key.role, key.id, self._quotas.limits_of(key.tenant).weight)
 
@@ -114,6 +115,16 @@ class TenantGate:
         """Look at the database now."""
         await self._database.run(self._load)
 
+    async def run(self, query: Callable[[], T]) -> T:
+        """What a query of `key_store` or `tenant_store` gives, run on a worker thread."""
+        return await self._database.run(query)
+
+    async def change(self, change: Callable[[], T]) -> T:
+        """`run` for what changes keys or quotas, which hold here when it returns."""
+        done = await self._database.run(change)
+        await self.refresh()
+        return done
+
     def _load(self) -> None:
         revision = self._database.revision("tenants")
         if revision != self._seen:
@@ -125,8 +136,8 @@ class TenantGate:
 
     def _load_changes(self, revision: int) -> bool:
         """Take over what changed since the last look. False where an older version, or a hand, left no trace of it."""
-        keys, last_key = self._key_store.changed(self._seen)
-        limits, last_tenant = self._tenant_store.changed(self._seen)
+        keys, last_key = self.key_store.changed(self._seen)
+        limits, last_tenant = self.tenant_store.changed(self._seen)
         if max(last_key, last_tenant) < revision:
             return False
         self._keys.update({key.prefix: key for key in keys})
@@ -134,8 +145,8 @@ class TenantGate:
         return True
 
     def _load_all(self) -> None:
-        keys = {key.prefix: key for key in self._key_store.changed(-1)[0]}
-        self._quotas.set_limits(self._tenant_store.changed(-1)[0])
+        keys = {key.prefix: key for key in self.key_store.changed(-1)[0]}
+        self._quotas.set_limits(self.tenant_store.changed(-1)[0])
         if self._keys and not keys:
             _log.error("The database has lost its API keys: nobody is let in until it has some again")
         self._keys = keys
@@ -155,7 +166,7 @@ class TenantGate:
         if not used:
             return
         try:
-            await self._database.run(partial(self._key_store.note_used, used))
+            await self._database.run(partial(self.key_store.note_used, used))
         except ManyloraError:
             self._used = used | self._used  # later ones stay; written again with the next
             raise

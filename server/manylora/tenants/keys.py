@@ -9,16 +9,20 @@ import hmac
 import re
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from sqlalchemy import BindParameter, bindparam, select, update
+from sqlalchemy import BindParameter, bindparam, select, tuple_, update
 
+from manylora.database.changes import add_change
 from manylora.database.database import Database, revision_in
 from manylora.database.tables import KeyRow
-from manylora.errors import InvalidRequest, NotFound, quoted
+from manylora.errors import Conflict, InvalidRequest, NotFound, quoted
+from manylora.identity import OPERATOR, Author
 from manylora.tenants.interface import Role
 
+MAX_KEY_NAME: Final = 100  # characters
 _KEY: Final = re.compile(r"ml_([0-9a-f]{12})_([A-Za-z0-9_-]{43})")
 _TENANT: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 # Compared with when no such key exists, so that the answer takes as long as for a wrong secret.
@@ -40,6 +44,12 @@ class Key:
     created: int
     last_used: int | None
     revoked: int | None
+    expires: int | None = None
+    name: str = ""
+
+    def is_over(self, now_us: int) -> bool:
+        """Whether it was revoked, or its time has come."""
+        return self.revoked is not None or (self.expires is not None and self.expires <= now_us)
 
 
 def parse_key(text: str) -> tuple[str, str] | None:
@@ -53,10 +63,10 @@ def hash_secret(secret: str) -> str:
 
 
 def is_secret_of(key: Key | None, secret: str) -> bool:
-    """Whether the secret is the key's, in a time that tells nothing of either."""
+    """Whether the secret is that of a key which holds still, in a time that tells nothing of either."""
     expected = _NO_HASH if key is None else key.secret_hash
     is_same = hmac.compare_digest(expected, hash_secret(secret))
-    return is_same and key is not None and key.revoked is None
+    return is_same and key is not None and not key.is_over(time.time_ns() // 1000)
 
 
 def check_tenant(tenant: str) -> None:
@@ -75,9 +85,23 @@ class KeyStore:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def create(self, tenant: str, role: Role) -> tuple[Key, str]:
-        """A new key and its full text, which cannot be had again. Raises InvalidRequest."""
+    def create(
+        self,
+        tenant: str,
+        role: Role,
+        *,
+        name: str = "",
+        expires: int | None = None,
+        author: Author = OPERATOR,
+        must_keep_admin: bool = False,
+    ) -> tuple[Key, str]:
+        """A new key and its full text, which cannot be had again. `expires`: in Unix microseconds.
+
+        Raises InvalidRequest; or Conflict with `must_keep_admin`, where it is the first key and no admin's, so that
+        nobody could make another one over HTTP.
+        """
         check_tenant(tenant)
+        check_key_name(name)
         prefix, secret = secrets.token_hex(6), secrets.token_urlsafe(32)
         row = KeyRow(
             id=f"key_{secrets.token_hex(12)}",
@@ -88,10 +112,19 @@ class KeyStore:
             created=time.time_ns() // 1000,
             last_used=None,
             revoked=None,
+            expires=expires,
+            name=name,
         )
         with self._database.write("tenants") as session:
             row.revision = revision_in(session, "tenants")
+            is_first = session.execute(select(KeyRow.id).limit(1)).first() is None
+            if must_keep_admin and is_first and role is not Role.ADMIN:
+                raise Conflict(
+                    "This would be the first key, after which nobody is let in without one: make one with the role "
+                    "'admin' first, or no other could be made over HTTP."
+                )
             session.add(row)
+            add_change(session, author, "key", tenant, row.id, "create")
         return _key(row), f"ml_{prefix}_{secret}"
 
     def changed(self, since: int) -> tuple[list[Key], int]:
@@ -105,7 +138,34 @@ class KeyStore:
         with self._database.read(is_long=True) as session:
             return [_key(row) for row in session.execute(select(KeyRow).order_by(KeyRow.created)).scalars()]
 
-    def revoke(self, name: str) -> Key:
+    def get(self, key_id: str) -> Key:
+        """The key with this id. Raises NotFound."""
+        with self._database.read() as session:
+            row = session.get(KeyRow, key_id)
+            if row is None:
+                raise _missing_key("GET /v1/keys lists them.")
+            return _key(row)
+
+    def page(self, tenant: str | None, limit: int, after: str | None) -> tuple[Sequence[Key], bool]:
+        """At most `limit` keys of a tenant (None: of all) behind the key `after`, newest first; are there more?
+
+        One range of an index, so a page costs the same at any depth. Raises InvalidRequest for an `after` that is no
+        key's id.
+        """
+        query = select(KeyRow)
+        if tenant is not None:
+            query = query.where(KeyRow.tenant == tenant)
+        with self._database.read() as session:
+            if after is not None:
+                last = session.get(KeyRow, after)
+                if last is None:
+                    raise InvalidRequest("'after' must be the id of the last key of the page before.", param="after")
+                query = query.where(tuple_(KeyRow.created, KeyRow.id) < tuple_(last.created, last.id))
+            query = query.order_by(KeyRow.created.desc(), KeyRow.id.desc()).limit(limit + 1)
+            rows = session.execute(query).scalars().all()
+            return [_key(row) for row in rows[:limit]], len(rows) > limit
+
+    def revoke(self, name: str, *, author: Author = OPERATOR) -> Key:
         """End a key, named by id, prefix or in full. Revoking again changes nothing. Raises NotFound."""
         parsed = parse_key(name)
         prefix = parsed[0] if parsed else name.removeprefix("ml_")
@@ -113,9 +173,10 @@ class KeyStore:
             query = select(KeyRow).where((KeyRow.id == name) | (KeyRow.prefix == prefix))
             row = session.execute(query).scalar_one_or_none()
             if row is None:
-                raise NotFound("There is no such key. `manylora keys list` shows ids and prefixes.")
+                raise _missing_key("`manylora keys list` shows ids and prefixes.")
             if row.revoked is None:
                 row.revoked = time.time_ns() // 1000
+                add_change(session, author, "key", row.tenant, row.id, "revoke")
             row.revision = revision_in(session, "tenants")
         return _key(row)
 
@@ -135,6 +196,16 @@ class KeyStore:
                 session.connection().execute(later.values(last_used=used), rows[start : start + _NOTED_AT_ONCE])
 
 
+def check_key_name(name: str) -> None:
+    """Raises InvalidRequest for one that is too long or cannot be shown in one line."""
+    if len(name) > MAX_KEY_NAME or not name.isprintable():
+        raise InvalidRequest(f"A key's name has up to {MAX_KEY_NAME} printable characters.", param="name")
+
+
+def _missing_key(advice: str) -> NotFound:
+    return NotFound(f"There is no such key. {advice}")
+
+
 def _key(row: KeyRow) -> Key:
     return Key(
         id=row.id,
@@ -145,4 +216,6 @@ def _key(row: KeyRow) -> Key:
         created=row.created,
         last_used=row.last_used,
         revoked=row.revoked,
+        expires=row.expires,
+        name=row.name,
     )

@@ -1,0 +1,50 @@
+"""One request for each route that runs as it stands, for `/docs`: against a server with an adapter `billing`."""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+__all__ = ["BODIES", "PARAMETERS"]
+
+_CHAT: Final = {"model": "billing", "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 16}
+_TGI: Final = {"inputs": "Once upon a time", "parameters": {"max_new_tokens": 16, "adapter_id": "billing"}}
+
+# What stands in a path.
+PARAMETERS: Final[Mapping[str, str]] = {
+    "name": "billing",
+    "n": "1",
+    "model_id": "billing",
+    "tenant": "acme",
+    "key_id": "key_0123456789abcdef01234567",
+}
+
+BODIES: Final[Mapping[str, Mapping[str, Any]]] = {
+    "POST /v1/completions": {"model": "billing", "prompt": "Once upon a time", "max_tokens": 16},
+    "POST /v1/chat/completions": _CHAT,
+    "POST /v1/responses": {"model": "billing", "input": "Hello!", "max_output_tokens": 16},
+    "POST /v1/messages": _CHAT,
+    "POST /v1/messages/count_tokens": {"model": "billing", "messages": _CHAT["messages"]},
+    "POST /v1/embeddings": {"model": "billing", "input": ["a text", "another one"]},
+    "POST /v1/classify": {"model": "billing", "input": "a text"},
+    "POST /classify": {"model": "billing", "input": "a text"},
+    "POST /tokenize": {"model": "billing", "prompt": "Once upon a time"},
+    "POST /detokenize": {"model": "billing", "tokens": [1, 2, 3]},
+    "POST /generate": _TGI,
+    "POST /generate_stream": _TGI,
+    "POST /": _TGI,
+    "POST /api/chat": {
+        "model": "billing",
+        "messages": _CHAT["messages"],
+        "options": {"num_predict": 16},
+        "stream": False,
+    },
+    "POST /api/generate": {"model": "billing", "prompt": "Hello!", "options": {"num_predict": 16}, "stream": False},
+    "POST /api/show": {"model": "billing"},
+    "POST /invocations": _CHAT,
+    "POST /v1/adapters": {"name": "imported", "source": "hf://owner/repository", "note": "first try"},
+    "PATCH /v1/adapters/{name}": {"active_version": 2, "note": "better on the March letters"},
+    "POST /v1/adapters/{name}/rollback": {"note": "worse than before"},
+    "POST /v1/load_lora_adapter": {"lora_name": "loaded", "lora_path": "/adapters/loaded"},
+    "POST /v1/unload_lora_adapter": {"lora_name": "billing"},
+    "PATCH /v1/tenants/{tenant}": {"weight": 2, "requests_per_minute": 600, "max_adapters": None},
+    "POST /v1/keys": {"tenant": "acme", "role": "manager", "name": "nightly training"},
+}
