@@ -152,6 +152,15 @@ def test_an_exit_code_says_what_went_wrong(
     assert said in result.stderr
 
 
+def test_each_problem_of_a_push_is_said_once(shell: Shell, tmp_path: Path) -> None:
+    bad = write_sound(tmp_path / "bad", r=0)
+    refused = shell.run("acme:manager", "adapters", "push", str(bad), "--json")
+    (problem, *_) = json.loads(refused.stdout)["error"]["problems"]
+    said = shell.run("acme:manager", "adapters", "push", str(bad)).stderr
+    assert said.count(problem["message"]) == 1
+    assert "error: The adapter was refused: 1 problem, above." in said
+
+
 @pytest.mark.parametrize(("url", "code"), [("http://127.0.0.1:1", 8), ("127.0.0.1:8000", 2)])
 def test_a_server_that_cannot_be_reached_has_its_own_exit_code(shell: Shell, url: str, code: int) -> None:
     result = shell.run("acme:manager", "adapters", "list", url=url)

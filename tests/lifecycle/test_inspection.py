@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from manylora.cli.tables import print_inspection
 from manylora.errors import InvalidRequest
 from manylora.lifecycle.adapter_files import write_adapter
 from manylora.lifecycle.weights.config import InspectConfig
@@ -101,3 +102,25 @@ def test_pictures_are_drawn(tmp_path: Path, tiny_llama_dir: Path) -> None:
         assert (tmp_path / "png" / name).read_bytes().startswith(b"\x89PNG")
     with pytest.raises(InvalidRequest, match="exists"):
         draw(inspect_adapter(InspectConfig(folder)), tmp_path / "png")
+
+
+def test_many_modules_are_shown_by_kind_or_one_by_one(capsys: pytest.CaptureFixture[str]) -> None:
+    def module(rank: int, relative: float | None) -> dict[str, object]:
+        spectrum = {"effective_rank": rank / 2, "norm": rank / 4, "singular_values": [rank / 8]}
+        return {"rank": rank, "num_used": rank, "relative_norm": relative, **spectrum}
+
+    modules = {f"layers.{n}.q_proj": module(8, None) for n in range(40)}
+    modules |= {f"layers.{n}.v_proj": module(4 if n else 16, 0.5) for n in range(2)}
+    facts = {"adapter": "a", "base": "b", "rank": 8, "alpha": 8, "num_parameters": 1, "size_bytes": 2}
+    report = {**facts, "dtype": "float32", "rslora": False, "target_modules": ["q_proj", "v_proj"], "modules": modules}
+
+    def rows(*, is_by_kind: bool) -> list[list[str]]:
+        print_inspection(report, is_by_kind=is_by_kind)
+        lines = capsys.readouterr().out.splitlines()
+        return [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
+
+    assert rows(is_by_kind=True) == [
+        ["q_proj", "40", "8", "4.00", "2", "", "1"],
+        ["v_proj", "2", "4 to 16", "2.00 to 8.00", "1 to 4", "0.5", "0.5 to 2"],
+    ]
+    assert [row[0] for row in rows(is_by_kind=False)] == list(modules)

@@ -70,7 +70,10 @@ class Remote:
         if self._as_json:
             print_json({"error": refused.error})
             raise typer.Exit(code)
-        show_problems(refused.error.get("problems", []))
+        problems = refused.error.get("problems", [])
+        show_problems(problems)
+        if problems:  # of which the message has the first one
+            fail(f"The adapter was refused: {len(problems)} problem{'s' * (len(problems) > 1)}, above.", code)
         later = "" if refused.retry_after is None else f" (Retry-After: {refused.retry_after} s)"
         fail(f"{refused.error['message']}{later}", code)
 

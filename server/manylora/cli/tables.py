@@ -75,23 +75,54 @@ def _print_kinds(modules: Mapping[str, Mapping[str, float]]) -> None:
     print("Module by module in the report.")
 
 
-def print_inspection(report: dict[str, Any]) -> None:
-    """An adapter's facts, its modules, and how like the other one it is."""
+def print_inspection(report: dict[str, Any], *, is_by_kind: bool) -> None:
+    """An adapter's facts, its modules (many of them by kind, if that may be), and how like the other one it is."""
     size = f"{report['num_parameters']:,} parameters, {report['size_bytes'] / 1e6:.2f} MB"
     scale = "alpha/sqrt(rank)" if report["rslora"] else "alpha/rank"
     print(f"{report['adapter']}: rank {report['rank']}, alpha {report['alpha']} ({scale}), {report['dtype']}, {size}")
     targets = report["target_modules"]
     print(f"base {report['base']}; targets {targets if isinstance(targets, str) else ', '.join(targets or ())}")
+    if is_by_kind and len(report["modules"]) > _MANY:
+        _print_inspected_kinds(report["modules"])
+    else:
+        _print_inspected(report["modules"])
+    if "against" in report:
+        _print_similarity(report["against"])
+
+
+def _print_inspected(modules: Mapping[str, Mapping[str, Any]]) -> None:
     table = Table("module", "rank", "used", "effective", "‖ΔW‖", "‖ΔW‖/‖W‖", "σ₁")
-    for path, m in report["modules"].items():
+    for path, m in modules.items():
         relative = "" if m["relative_norm"] is None else f"{m['relative_norm']:.3g}"
         table.add_row(
             path, str(m["rank"]), str(m["num_used"]), f"{m['effective_rank']:.2f}", f"{m['norm']:.3g}", relative,
             f"{m['singular_values'][0]:.3g}",
         )  # fmt: skip
     _console().print(table)
-    if "against" in report:
-        _print_similarity(report["against"])
+
+
+def _print_inspected_kinds(modules: Mapping[str, Mapping[str, Any]]) -> None:
+    table = Table("kind", "modules", "ranks", "effective", "‖ΔW‖", "‖ΔW‖/‖W‖", "σ₁")
+    for kind, found in by_kind(modules).items():
+        relative = [m["relative_norm"] for m in found if m["relative_norm"] is not None]
+        columns: list[tuple[list[float], str]] = [
+            ([m["rank"] for m in found], "d"),
+            ([m["effective_rank"] for m in found], ".2f"),
+            ([m["norm"] for m in found], ".3g"),
+            (relative, ".3g"),
+            ([m["singular_values"][0] for m in found], ".3g"),
+        ]
+        table.add_row(kind, str(len(found)), *(_span(values, form) for values, form in columns))
+    _console().print(table)
+    print("Module by module with --modules, and in the report (--json).")
+
+
+def _span(values: list[float], form: str) -> str:
+    """`4`, or `2 to 8`; empty for none."""
+    if not values:
+        return ""
+    least, most = format(min(values), form), format(max(values), form)
+    return least if least == most else f"{least} to {most}"
 
 
 def _print_similarity(against: dict[str, Any]) -> None:

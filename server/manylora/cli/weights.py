@@ -88,6 +88,7 @@ def inspect(
     png: Annotated[Path | None, typer.Option(help="Folder for the pictures and inspect.json")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The whole report as JSON on stdout")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace --png")] = False,
+    modules: Annotated[bool, typer.Option("--modules", help="A line for each module, however many there are")] = False,
 ) -> None:
     """Show what an adapter changes, how much of its rank it uses, and how like another one it is."""
     from manylora.lifecycle.extras import need
@@ -104,7 +105,7 @@ def inspect(
     if as_json:
         print(json.dumps(report, ensure_ascii=False, indent=2))
         return
-    print_inspection(report)
+    print_inspection(report, is_by_kind=not modules)
     for warning in report["warnings"]:
         console.print(warning, style="yellow", markup=False)
 

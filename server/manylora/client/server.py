@@ -43,6 +43,8 @@ class Refused(ManyloraError):
         self.error = _error_of(response)
         said = response.text[:200] if self.error is None else self.error["message"]
         problems = [] if self.error is None else self.error.get("problems", [])
+        if problems:  # of which the message has the first one
+            said = "The adapter was refused:"
         lines = "".join(f"\n  {problem.get('where')}: {problem.get('message')}" for problem in problems)
         super().__init__(f"{response.request.url.path}: {self.answered} {said}{lines}")
 
