@@ -153,7 +153,7 @@ def _complete(operation: dict[str, Any], route: str, *, needs_key: bool) -> None
     if route.partition(" ")[2].startswith("/v1/") and not route.startswith("POST /v1/messages"):
         operation["responses"]["default"] = {"$ref": "#/components/responses/Error"}
     if not needs_key:
-        operation["security"] = []
+        operation.setdefault("security", [])
     for parameter in operation.get("parameters", ()):
         if parameter["in"] == "path":
             parameter["example"] = PARAMETERS[parameter["name"]]

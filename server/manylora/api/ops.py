@@ -51,7 +51,7 @@ async def metrics(caller: Admin, services: ServicesDep) -> Response:
     return Response(text, media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
-@router.get("/metrics/router")
+@router.get("/metrics/router", openapi_extra={"security": [{"key": []}, {"x-api-key": []}, {}]})  # {}: as it is set
 async def router_metrics(request: Request, services: ServicesDep) -> Response:
     """What a router in front of several servers reads; 404 where that is switched off."""
     mode = services.settings.router_metrics
