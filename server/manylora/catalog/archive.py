@@ -19,7 +19,7 @@ from typing import IO, Final, Protocol, cast
 from manylora.catalog.records import VersionRecord
 from manylora.errors import InvalidAdapter, Problem, TooLarge
 from manylora.faults import file_errors
-from manylora.identity import ADAPTER_FILES, BROUGHT_FILES, DEFAULTS_FILE
+from manylora.identity import ADAPTER_FILES, BROUGHT_FILES, DEFAULTS_FILE, TEMPLATE_FILE
 from manylora.lora.format.folder import NEEDED
 
 _MAX_MEMBERS: Final = 1024
@@ -132,7 +132,8 @@ def choose(members: list[Member]) -> tuple[dict[str, str], list[str]]:
     if problems:
         raise InvalidAdapter(problems)
     wanted = {f"{home}{name}": name for name in BROUGHT_FILES if f"{home}{name}" in files}
-    return wanted, [name.removeprefix(home) for name in files if name not in wanted]
+    beside = [name.removeprefix(home) for name in files if wanted.get(name) in (None, TEMPLATE_FILE)]
+    return wanted, beside  # whether a template is used is known when the defaults are read
 
 
 def _home(files: list[str], problems: list[Problem]) -> str:
