@@ -25,7 +25,9 @@ def operations(server: Server) -> Iterator[tuple[str, str, list[str]]]:
 def refusal(server: Server, method: str, path: str, query: str) -> tuple[int, str, str]:
     answer = httpx.request(method, f"{server.url}{path}?{query}")
     error = answer.json().get("error", {})
-    if isinstance(error, str):  # as TGI and Ollama word it, which have neither code nor place
+    if path.startswith("/v1/messages"):
+        error = error["message"]
+    if isinstance(error, str):  # as TGI, Ollama and Anthropic word it, which have neither code nor place
         name = query.partition("=")[0]
         return (
             answer.status_code,

@@ -94,11 +94,13 @@ def ollama_error(error: ManyloraError) -> dict[str, Any]:
 def anthropic_error(error: ManyloraError) -> dict[str, Any]:
     kind = _ANTHROPIC_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
     message, place = error.message, error.param
-    if place and f"'{place}" not in message and not message.startswith(f"{place}:"):  # there is no other place for it
+    is_said = place is None or f"'{place[:_TELLING]}" in message or message.startswith(f"{place}:")
+    if place and not is_said:  # there is no other place for it
         message = f"{place}: {message}"
     return {"type": "error", "error": {"type": kind, "message": message}}
 
 
+_TELLING: Final = 40  # characters of a place: a message may quote less of it than `param` holds
 _ANTHROPIC_TYPES: Final = {
     401: "authentication_error",
     403: "permission_error",
