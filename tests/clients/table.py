@@ -40,7 +40,10 @@ CLIENTS = (
 )
 
 LEFT_OUT = {
+    "aiperf": "not tried yet",
+    "guidellm": "not tried yet",
     "litellm proxy": "its extra `proxy` wants `litellm-proxy` of the same version, which the package index has not",
+    "lm-eval": "its installation was not waited for",
     "vllm bench serve": "the package `vllm` insists on a torch of its own with CUDA, gigabytes of it",
 }
 """Clients that are not installed, and why."""

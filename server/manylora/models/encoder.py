@@ -63,12 +63,12 @@ class EncoderModel:
     def hidden_size(self) -> int:
         return int(self.wrapped.model.get_input_embeddings().weight.shape[1])
 
-    def states(self, batch: Batch, type_ids: torch.Tensor | None = None) -> torch.Tensor:
+    def states(self, batch: Batch) -> torch.Tensor:
         """Every token's hidden state, [T, hidden]. The batch stays the current one for what runs on its rows."""
         self.wrapped.context.batch = batch
         given: dict[str, Any] = {"position_ids": (batch.positions + self.position_offset)[None]}
         if self.takes_types:
-            given["token_type_ids"] = (torch.zeros_like(batch.token_ids) if type_ids is None else type_ids)[None]
+            given["token_type_ids"] = torch.zeros_like(batch.token_ids)[None]
         states: torch.Tensor = self.wrapped.model(input_ids=batch.token_ids[None], **given).last_hidden_state[0]
         return states
 
