@@ -21,7 +21,6 @@ REASONS = {
     "catalog.verify": "a command's work without its printing; the command imports it when it runs",
     "engine.drafting": "the interface that a drafter implements, and the one that drafts nothing",
     "engine.effect": "arithmetic on two answers, beside the bridge to asyncio",
-    "chat.tool_prompt": "the words in which a base hears of tools, apart from how templates are rendered",
     "kernels.native_attention": "one of two implementations of the same attention, chosen by the backend",
     "lora.memory.eviction": "arithmetic without locks and tiers, tested by itself",
     "models.masks": "what a mask comes to, told without a model; the survey is long enough without it",

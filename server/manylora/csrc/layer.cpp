@@ -66,9 +66,10 @@ struct Step : torch::CustomClassHolder {
                         "what mixes touch and change must be a bool for each site of tables");
     check_mixes(order, row_starts, part_starts, part_slots, part_weights, tables.size(1));
     read_from(tables, part_slots);
-    mixes = Mixes{std::move(tables),      std::move(inputs),     std::move(outputs),      std::move(order),
-                  std::move(row_starts),  std::move(part_starts), std::move(part_slots), std::move(part_weights),
-                  touched,                changed_inputs,         changed_outputs};
+    mixes = Mixes{std::move(tables),     std::move(inputs),       std::move(outputs),
+                  std::move(order),      std::move(row_starts),   std::move(part_starts),
+                  std::move(part_slots), std::move(part_weights), touched,
+                  changed_inputs,        changed_outputs};
   }
 
   bool mixes_touch(int64_t first, int64_t count) const { return is_any(mixes.touched, first, count); }

@@ -2,8 +2,8 @@
 //
 //   out = out + sum over parts p of w_p (scale_p (out + B_p^T (A_p (in_p x))) + shift_p - out)
 //
-// A unit is (mix, up to kRowsPerUnit of its rows, member). Its deltas are summed in float32 and rounded once, in the sum
-// with out. The order of additions for one row does not depend on the rows beside it, nor on how units are split.
+// A unit is (mix, up to kRowsPerUnit of its rows, member). Its deltas are summed in float32 and rounded once, in the
+// sum with out. The order of additions for one row does not depend on the rows beside it, nor on how units are split.
 #pragma once
 
 #include "lora.h"
@@ -74,8 +74,9 @@ void shrink_part(const MixArgs& args, const MixPart& part, const LoraUnit& unit,
     for (int64_t row = 0; row < unit.num_rows; ++row) {
       const T* x = static_cast<const T*>(args.x.data) + unit.rows[row] * args.x.stride;
       T* own = changed.data() + row * args.in_features;
-      for_vectors(args.in_features,
-                  [&](int64_t i, auto count) { store(own + i, load(x + i, count) * load(part.input + i, count), count); });
+      for_vectors(args.in_features, [&](int64_t i, auto count) {
+        store(own + i, load(x + i, count) * load(part.input + i, count), count);
+      });
     }
     LoraUnit own = unit;
     own.rows = kOwnRows;
@@ -107,7 +108,8 @@ void sum_parts(const MixUnit& unit, float* delta, float* own, int64_t begin, int
     for (int64_t row = 0; row < unit.num_rows; ++row)
       for_vectors(count, [&](int64_t i, auto n) {
         float* sum = delta + row * count + i;
-        store(sum, fused_multiply_add(load(own + row * count + i, n), load(part.scale + begin + i, n), load(sum, n)), n);
+        store(sum, fused_multiply_add(load(own + row * count + i, n), load(part.scale + begin + i, n), load(sum, n)),
+              n);
       });
   });
 }
@@ -130,9 +132,8 @@ void finish_plain(const MixArgs& args, const MixUnit& unit, int64_t begin, int64
     products[count] = product;
     products[count++].first_column = unit.first_column;
   });
-  with_weight_dtype(products->dtype, [&](auto type) {
-    expand_all<T, decltype(type)>(products, count, args.out, begin, end, Ahead{});
-  });
+  with_weight_dtype(products->dtype,
+                    [&](auto type) { expand_all<T, decltype(type)>(products, count, args.out, begin, end, Ahead{}); });
 }
 
 // The columns [begin, end) of the unit's rows of out.
@@ -238,7 +239,8 @@ void add_mixes_split(const MixArgs& args, std::vector<MixUnit>& units, int64_t t
   });
   parallel(count * pieces, threads, [&](int64_t i, int64_t) {
     const MixUnit& unit = units[i / pieces];
-    finish<T>(args, unit, split(i % pieces, unit.width, kSplitColumns), split(i % pieces + 1, unit.width, kSplitColumns));
+    finish<T>(args, unit, split(i % pieces, unit.width, kSplitColumns),
+              split(i % pieces + 1, unit.width, kSplitColumns));
   });
 }
 
