@@ -21,6 +21,7 @@ MAX_MIX_WEIGHT: Final = 4.0
 _NAME: Final = re.compile(NAME_PATTERN)
 Tier = Literal["device", "host", "disk"]
 NEVER: Final = 2**62  # a place behind every token
+TIERS: Final[tuple[Tier, ...]] = ("device", "host", "disk")  # from the nearest
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,12 +139,6 @@ class Mix:
     def name(self) -> str:
         """What its requests are counted under: `name` of one adapter, `name+name` of several, whatever the weights."""
         return "+".join(sorted(ref.name for ref in self.refs))
-
-    def counted_as(self, tenant: str) -> AdapterRef | None:
-        """What its requests are shown and counted as; a mix that is not saved has no version."""
-        if self.is_plain:
-            return self.parts[0][0] if self.parts else None
-        return AdapterRef(f"mix:{tenant}:{self.name}", tenant, self.name, 0, "")
 
     @property
     def is_public(self) -> bool:

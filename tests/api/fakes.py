@@ -345,6 +345,9 @@ class FakeDirectory:
     def rank_of(self, ref: AdapterRef) -> int:
         return 8 if ref in self.refs else 0
 
+    def mix_of(self, ref: AdapterRef) -> Mix:
+        return Mix.of(ref)
+
     def defaults_of(self, ref: AdapterRef) -> str:
         return self.defaults.get(ref.label, "")
 

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from manylora.catalog.receive import ARCHIVE_PART
+from manylora.catalog.records import Wish
 from manylora.catalog.rescan import rescan
 from manylora.catalog.service import Catalog
 from manylora.catalog.store import open_store
 from manylora.database.database import open_database
-from manylora.errors import AdapterNotFound, Conflict
+from manylora.errors import AdapterNotFound, Conflict, InvalidRequest
+from manylora.identity import Mix
 from manylora.settings import Settings
 
 from .rig import MODULES, TENSOR_FILE, CatalogEngine, sound_files, tar_of
@@ -45,9 +47,10 @@ async def _body(name: str, seed: float) -> AsyncIterator[bytes]:
 async def _step(catalog: Catalog, chance: random.Random) -> None:
     name, seed = chance.choice(NAMES), chance.choice(SEEDS)
     entry = catalog.directory.own(TENANT, name)
-    action = chance.choices(["upload", "promote", "rollback", "pin", "delete", "delete version"], [6, 2, 1, 1, 1, 1])[0]
+    actions = ["upload", "mix", "promote", "rollback", "pin", "delete", "delete version"]
+    action = chance.choices(actions, [6, 2, 2, 1, 1, 1, 1])[0]
     versions = [] if entry is None else list(entry.versions)
-    if action != "upload" and not versions:
+    if action not in ("upload", "mix") and not versions:
         return
     number = chance.choice(versions) if versions else 0
     _say(begin=action, name=name, seed=seed, version=number)
@@ -55,6 +58,9 @@ async def _step(catalog: Catalog, chance: random.Random) -> None:
     try:
         if action == "upload":
             done = await catalog.upload(TENANT, _body(name, seed), "multipart/form-data; boundary=b", None)
+            result = [done.version.ref.version, done.version.ref.digest]
+        elif action == "mix" and (mix := _mix(catalog, chance)).parts:
+            done = await catalog.save_mix(Wish(TENANT, name, activate=True), mix)
             result = [done.version.ref.version, done.version.ref.digest]
         elif action == "promote":
             await catalog.update(TENANT, name, active_version=number)
@@ -64,9 +70,16 @@ async def _step(catalog: Catalog, chance: random.Random) -> None:
             await catalog.update(TENANT, name, pinned=chance.random() < 0.5)
         else:
             await catalog.delete(TENANT, name, number if action == "delete version" else None)
-    except (Conflict, AdapterNotFound) as error:
+    except (Conflict, AdapterNotFound, InvalidRequest) as error:
         result = error.code
     _say(end=action, name=name, result=result)
+
+
+def _mix(catalog: Catalog, chance: random.Random) -> Mix:
+    """Of up to two versions with files, any that there are."""
+    entries = [entry for name in NAMES if (entry := catalog.directory.own(TENANT, name)) is not None]
+    refs = [listed.ref for entry in entries for listed in entry.versions.values() if not listed.mix]
+    return Mix.weighted((ref, chance.choice((0.5, 1.0, -1.0))) for ref in chance.sample(refs, min(2, len(refs))))
 
 
 async def main(data_dir: Path, seed: int) -> None:

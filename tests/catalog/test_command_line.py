@@ -115,6 +115,24 @@ def test_an_archive_is_pushed_and_listed(shell: Shell, tmp_path: Path) -> None:
     assert "letters" in shell.run("ops:admin", "adapters", "list", "--tenant", "acme").stdout
 
 
+def test_a_mix_is_saved_and_shown_with_its_parts(shell: Shell, tmp_path: Path) -> None:
+    who = "acme:manager"
+    for name, seed in (("left", 8.0), ("right", 9.0)):
+        assert shell.run(who, "adapters", "push", str(write_sound(tmp_path / name, seed))).exit_code == 0
+    saved = shell.run(who, "adapters", "mix", "both", "left=0.7", "right@1")
+    assert saved.exit_code == 0, saved.output
+    assert saved.stdout.startswith("both@1 is ")
+    assert {"0.7 x left@1", "1 x right@1"} == set(saved.stdout.removeprefix("both@1 is ").split(", ")[0].split(" + "))
+    assert "0.7 x left@1" in shell.run(who, "adapters", "show", "both").stdout
+    assert "0.7 x left@1" in shell.run(who, "adapters", "show", "both@1").stdout
+    assert shell.json(who, "adapters", "mix", "both", "left=0.5", "--no-activate")["active"] is False
+    assert shell.run(who, "adapters", "mix", "both", "left=much").exit_code == 2
+    assert shell.run(who, "adapters", "mix", "both", "left=5").exit_code == 2
+    assert shell.run(who, "adapters", "delete", "left", "--yes").exit_code == 6
+    for name in ("both", "left", "right"):
+        assert shell.run(who, "adapters", "delete", name, "--yes").exit_code == 0
+
+
 def test_what_is_pushed_comes_back_byte_for_byte(shell: Shell, tmp_path: Path) -> None:
     folder = write_sound(tmp_path / "bytes", 6.0)
     (folder / CONFIG_FILE).write_text(json.dumps(json.loads((folder / CONFIG_FILE).read_text()), indent=7))

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from manylora.catalog.belonging import claim
+from manylora.catalog.saved_mix import digest_of
 from manylora.catalog.service import Catalog
 from manylora.catalog.store import open_store
 from manylora.catalog.verify import verify
@@ -97,6 +98,12 @@ async def _inspect(data_dir: Path) -> dict[str, tuple[int | None, dict[int, str]
         for name in NAMES:
             entry = catalog.directory.own(TENANT, name)
             for listed in [] if entry is None else entry.versions.values():
+                if listed.mix:
+                    assert digest_of(listed.mix) == listed.ref.digest
+                    assert catalog.directory.resolve(TENANT, name, listed.ref.version) == listed.ref, (
+                        "its parts are there"
+                    )
+                    continue
                 folder = catalog.local_folder(listed.ref)
                 adapter = lora_format.read(folder, MODULES, max_rank=64, max_size=2**20)
                 assert adapter.digest == listed.ref.digest
@@ -117,22 +124,22 @@ def _check_promises(
     last: dict[str, list[dict[str, Any]]] = {name: [] for name in NAMES}
     for line in said:
         last[line["name"]].append(line)
-        if line.get("end") == "upload":
+        if line.get("end") in ("upload", "mix") and isinstance(line["result"], list):
             highest[line["name"]] = max(highest.get(line["name"], 0), line["result"][0])
     for name, lines in last.items():
         if not lines or "end" not in lines[-1]:
             continue
         end, begin = lines[-1], lines[-2]
         active, versions = state.get(name, (None, {}))
-        if end["end"] == "upload":
+        if end["end"] in ("upload", "mix") and isinstance(end["result"], list):
             number, digest = end["result"]
             assert versions[number] == digest
             assert active == number
-        elif end["end"] == "promote":
+        elif end["end"] == "promote" and end["result"] is None:
             assert active == begin["version"]
         elif end["end"] == "rollback" and isinstance(end["result"], int):
             assert active == end["result"]
-        elif end["end"] == "delete":
+        elif end["end"] == "delete" and end["result"] is None:
             assert name not in state
         elif end["end"] == "delete version" and end["result"] is None:
             assert begin["version"] not in versions

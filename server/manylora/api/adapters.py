@@ -1,33 +1,33 @@
 """The adapter routes: upload, import, list, show, download, promote, pin, delete, and vLLM's two."""
 
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import IO, Annotated, Any, ClassVar, Final, TypeVar
+from typing import IO, Annotated, Any, Final
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from manylora.api.auth import REVISION_HEADER, Admin, Caller, Manager, author_of, has_role
-from manylora.api.errors import invalid_from
-from manylora.api.fields import wanted
-from manylora.api.json_body import documented, is_json, parse_json, require_json
-from manylora.api.lanes import PYTHON, beside_loop
-from manylora.api.naming import looked_up, parse_model
+from manylora.api.bodies import Body, read_body
+from manylora.api.defaults import check_unlocked
+from manylora.api.fields import renamed
+from manylora.api.json_body import documented, is_json
+from manylora.api.mixed import Mixed, MixedAdapter
+from manylora.api.naming import looked_up, mixed, parse_model
 from manylora.api.ownership import not_found, owner_of, target_tenant, version_number
 from manylora.api.state import ServicesDep
 from manylora.catalog.defaults import shown
 from manylora.catalog.records import MAX_DESCRIPTION, MAX_NOTE, AdapterRecord, Payer, Published, VersionRecord, Wish
 from manylora.catalog.service import Catalog
-from manylora.errors import AdapterNotFound, InvalidRequest, PermissionDenied, TooLarge, quoted
-from manylora.identity import PUBLIC_TENANT
+from manylora.errors import AdapterNotFound, InvalidRequest, PermissionDenied, quoted
+from manylora.identity import MAX_MIXED, PUBLIC_TENANT
 from manylora.tenants.interface import Principal, Role
 
 __all__ = [
-    "Body",
     "Note",
     "TenantQuery",
     "VersionNumber",
@@ -35,14 +35,11 @@ __all__ = [
     "as_asked",
     "build_router",
     "owner_for",
-    "read_body",
     "revised_by",
     "version_of",
 ]
 
-MAX_JSON_BYTES: Final = 2**20
 MAX_VERSIONS: Final = 1000
-_INLINE_BYTES: Final = 16_384
 _CHUNK_BYTES: Final = 2**18
 # The status of a version made for a base of other shapes than the one that runs; it comes back with that base.
 _OTHER_BASE: Final = "other_base"
@@ -77,18 +74,12 @@ _UPLOAD: Final = {
 }
 
 
-class Body(BaseModel):
-    """A JSON body: unknown fields are refused, a string is no number, null is absent or, as in a merge, a value."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-    null_is_a_value: ClassVar[bool] = False
-
-
 class ImportBody(Body):
-    """`POST /v1/adapters` as JSON."""
+    """`POST /v1/adapters` as JSON: an import, or a mix that is saved."""
 
     name: str
-    source: str
+    source: str | None = None
+    mix: Annotated[list[MixedAdapter], Field(min_length=1, max_length=MAX_MIXED)] | None = None
     description: Annotated[str, Field(max_length=MAX_DESCRIPTION)] | None = None
     pinned: bool | None = None
     activate: bool | None = None
@@ -125,34 +116,6 @@ class UnloadBody(Body):
 
     lora_name: str
     lora_int_id: None = None
-
-
-B = TypeVar("B", bound=Body)
-
-
-async def read_body(request: Request, schema: type[B]) -> B:
-    """Raises InvalidRequest naming the field at fault, or TooLarge."""
-    require_json(request)
-    data = bytearray()
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > MAX_JSON_BYTES:
-            raise TooLarge(f"A JSON body may have {MAX_JSON_BYTES} bytes here.")
-    if len(data) <= _INLINE_BYTES:
-        return _parsed(bytes(data), schema)
-    return await beside_loop(PYTHON, _parsed, bytes(data), schema)
-
-
-def _parsed(data: bytes, schema: type[B]) -> B:
-    raw = parse_json(data)
-    if not isinstance(raw, dict):
-        raise InvalidRequest("The body must be a JSON object.")
-    try:
-        given = wanted(raw, schema.model_fields, {})
-        nulls = [name for name in raw if raw[name] is None and name in schema.model_fields]
-        return schema.model_validate(given | (dict.fromkeys(nulls) if schema.null_is_a_value else {}))
-    except ValidationError as error:
-        raise invalid_from(error.errors(include_url=False, include_input=False)) from None
 
 
 def build_router(catalog: Catalog) -> APIRouter:
@@ -192,11 +155,10 @@ def _add_uploads(router: APIRouter, catalog: Catalog) -> None:
         """Upload an adapter (multipart), or import one from an allowed source (JSON, admin keys)."""
         owner = target_tenant(caller, tenant)
         if is_json(request):
-            _require_admin(caller)
             body = await read_body(request, ImportBody)
             wish = Wish(owner, body.name, body.description, body.pinned, body.activate, _payer(caller))
             wish = replace(wish, author=author_of(caller, body.note))
-            done = await catalog.import_from(wish, body.source)
+            done = await _saved(catalog, wish, body.mix) if body.mix else await _imported(catalog, caller, wish, body)
         else:
             length = request.headers.get("content-length", "")
             announced = int(length) if length.isascii() and length.isdigit() else None
@@ -205,6 +167,27 @@ def _add_uploads(router: APIRouter, catalog: Catalog) -> None:
                 owner, _stream(request), kind, announced, payer=_payer(caller), author=author_of(caller)
             )
         return _published(request, catalog, done)
+
+
+async def _imported(catalog: Catalog, caller: Principal, wish: Wish, body: ImportBody) -> Published:
+    _require_admin(caller)
+    if body.source is None:
+        raise InvalidRequest("The field 'source' is required, or 'mix' for a mix of adapters.", param="source")
+    return await catalog.import_from(wish, body.source)
+
+
+async def _saved(catalog: Catalog, wish: Wish, parts: Sequence[MixedAdapter]) -> Published:
+    """Of adapters that the owner may use. Those of everybody whose fields are locked are not mixed."""
+    named = Mixed(tuple((each.name, each.weight) for each in parts), "mix")
+    mix = await looked_up(partial(mixed, named, catalog.directory, wish.tenant), catalog.following)
+    check_unlocked(catalog.directory, mix, "mix")
+    try:
+        mix.check(MAX_MIXED)
+    except InvalidRequest as error:
+        raise renamed(error, {"adapters": "mix"}) from None
+    if not mix.parts:
+        raise InvalidRequest("A mix needs an adapter whose weight is not 0.", param="mix")
+    return await catalog.save_mix(wish, mix)
 
 
 def _payer(caller: Principal) -> Payer:
@@ -442,11 +425,17 @@ def _version_view(catalog: Catalog, adapter: AdapterRecord, version: VersionReco
         "alpha": version.alpha,
         "target_modules": list(version.target_modules),
         "size_bytes": version.size_bytes,
+        "mix": _mix_view(version),
         "created": version.created_s,
         "tier": catalog.tier_of(version.ref),
         "defaults": shown(version.defaults),
         "report": {"base_model": None, **version.report, "base_model_differs": catalog.has_other_name(version)},
     }
+
+
+def _mix_view(version: VersionRecord) -> list[dict[str, Any]] | None:
+    """The versions that a mix is made of; null for a version with files."""
+    return [part.model_dump(exclude={"digest"}) for part in version.mix] or None
 
 
 def _status(version: VersionRecord) -> str:
@@ -473,6 +462,7 @@ def adapter_view(catalog: Catalog, adapter: AdapterRecord) -> dict[str, Any]:
         "digest": active.ref.digest if active else None,
         "rank": active.rank if active else None,
         "size_bytes": adapter.sums.size_bytes,
+        "mix": _mix_view(active) if active else None,
         "tier": catalog.tier_of(active.ref) if active else None,
         "defaults": shown(active.defaults) if active else None,
     }

@@ -18,7 +18,7 @@ from manylora.api.run import Deltas, Run
 from manylora.api.said import Said
 from manylora.api.schemas import ChatRequest, CompletionRequest
 from manylora.api.token_details import LOWEST, TokenDetails, finite
-from manylora.engine.interface import Delta, TextCodec, TokenLogprob
+from manylora.engine.interface import AdapterRef, Delta, TextCodec, TokenLogprob
 from manylora.errors import ManyloraError
 
 __all__ = ["Answer", "ChatAnswer", "CompletionAnswer", "extension"]
@@ -413,14 +413,18 @@ def _usage(run: Run) -> dict[str, Any]:
     }
 
 
+def _named(ref: AdapterRef) -> dict[str, Any]:
+    return {"name": ref.name, "version": ref.version, "digest": ref.digest}
+
+
 def extension(run: Run) -> dict[str, Any]:
     """The `manylora` block: who answered, and where the time before the first token went."""
-    mix, timing = run.mix, run.counts.timing()
+    adapter, mix, timing = run.named.adapter, run.mix, run.counts.timing()
     assert timing is not None, "an answer ends after its first delta"
-    named = [{"name": ref.name, "version": ref.version, "digest": ref.digest} for ref in mix.refs]
+    parts = {"adapters": [{**_named(ref), "weight": weight} for ref, weight in mix.parts]}
     return {
-        "adapter": named[0] if named and mix.is_plain else None,
-        **({} if mix.is_plain else {"adapters": [{**named[i], "weight": w} for i, (_, w) in enumerate(mix.parts)]}),
+        "adapter": None if adapter is None else _named(adapter),
+        **({} if mix.is_plain else parts),
         "queue_ms": round(timing.queue_ms, 3),
         "load_ms": round(timing.load_ms, 3),
         "load_tier": timing.load_tier,

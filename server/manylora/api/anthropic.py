@@ -14,14 +14,13 @@ from manylora.api.auth import Caller
 from manylora.api.defaults import with_defaults
 from manylora.api.fields import NOTHING, Unsupported, renamed, wanted
 from manylora.api.json_body import documented, parse_json
-from manylora.api.naming import adapter_of, looked_up
+from manylora.api.naming import Named, adapter_of, looked_up
 from manylora.api.requests import num_chat_tokens, read_body
 from manylora.api.run import Asked, answered
 from manylora.api.schemas import ChatRequest, Int, checked
 from manylora.api.state import ServicesDep
 from manylora.api.tools import MAX_TOOLS
 from manylora.api.translation import EXTENSIONS, Strict, documents, parted, valid
-from manylora.engine.interface import Mix
 from manylora.errors import InvalidRequest, quoted
 
 __all__ = ["CountRequest", "MessagesRequest", "router"]
@@ -283,7 +282,7 @@ async def count_tokens(request: Request, caller: Caller, services: ServicesDep) 
     find = partial(adapter_of, body, services.directory, caller.tenant, base, aliases)
     adapter = await looked_up(find, services.following)
     try:
-        completed, _ = with_defaults(body, services.directory, Mix.of(adapter))
+        completed, _ = with_defaults(body, services.directory, Named(adapter))
         assert isinstance(completed, ChatRequest), "it is the same body with more fields"
         count = await num_chat_tokens(completed, services.engine, caller.tenant)
     except InvalidRequest as error:

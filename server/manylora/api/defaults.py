@@ -13,6 +13,7 @@ import orjson
 from manylora.api.chats import rendered
 from manylora.api.inputs import PoolRequest
 from manylora.api.lanes import PYTHON, beside_loop
+from manylora.api.naming import Named
 from manylora.api.sampling import sampling_params
 from manylora.api.schemas import (
     MAX_CHAT_TEMPLATE,
@@ -29,7 +30,7 @@ from manylora.engine.interface import AdapterRef, EngineClient, Grammar, Mix
 from manylora.errors import InvalidAdapter, InvalidGrammar, InvalidRequest, Problem, quoted
 from manylora.identity import DEFAULTS_FILE
 
-__all__ = ["FIELDS", "chat_template_of", "check", "check_template_allowed", "with_defaults"]
+__all__ = ["FIELDS", "chat_template_of", "check", "check_template_allowed", "check_unlocked", "with_defaults"]
 
 MAX_SYSTEM_PROMPT: Final = 16_384
 _HELLO: Final = Message(role="user", content="hi")  # that every template has to take
@@ -88,16 +89,17 @@ def check_template_allowed(body: InferenceRequest, *, is_allowed: bool) -> None:
         )
 
 
-def with_defaults(body: InferenceRequest, directory: AdapterDirectory, mix: Mix) -> tuple[InferenceRequest, int | None]:
+def with_defaults(
+    body: InferenceRequest, directory: AdapterDirectory, named: Named
+) -> tuple[InferenceRequest, int | None]:
     """The request as the adapter's version completes it, and what an answer may have where the request does not say.
 
-    A mix has no defaults. Raises InvalidRequest for a field that is locked, and for a mix with an adapter that locks
-    some.
+    A mix has none but those of its own, where it is a version. Raises InvalidRequest for a field that is locked, and
+    for a mix with an adapter that locks some.
     """
-    if not mix.is_plain:
-        _check_unlocked(body, directory, mix)
-        return body, None
-    adapter = mix.parts[0][0] if mix.parts else None
+    adapter = named.adapter
+    if named.mix != Mix.of(adapter):
+        check_unlocked(directory, named.mix, body.mixed.field if body.mixed.parts else "model")
     text = "" if adapter is None else directory.defaults_of(adapter)
     if adapter is None or not text:
         return body, None
@@ -118,13 +120,14 @@ def with_defaults(body: InferenceRequest, directory: AdapterDirectory, mix: Mix)
     return body.model_copy(update=found), defaults.max_tokens
 
 
-def _check_unlocked(body: InferenceRequest, directory: AdapterDirectory, mix: Mix) -> None:
+def check_unlocked(directory: AdapterDirectory, mix: Mix, param: str) -> None:
+    """Whether these may be mixed. Raises InvalidRequest."""
     for ref in mix.refs:
         text = directory.defaults_of(ref)
         if text and _parsed(text).locked:
             raise InvalidRequest(
                 f"The adapter {ref.label} has fields locked for all requests that name it, so it is not mixed.",
-                param=body.mixed.field,
+                param=param,
             )
 
 

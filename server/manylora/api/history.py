@@ -6,17 +6,16 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 
 from manylora.api.adapters import (
-    Body,
     Note,
     TenantQuery,
     VersionNumber,
     adapter_view,
     as_asked,
     owner_for,
-    read_body,
     revised_by,
 )
 from manylora.api.auth import Admin, Caller, Manager, author_of, has_role
+from manylora.api.bodies import Body, read_body
 from manylora.api.json_body import documented
 from manylora.catalog.records import Change, ChangePage
 from manylora.catalog.service import Catalog

@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse, Response
 from manylora.api.adapters import version_of
 from manylora.api.auth import Caller
 from manylora.api.ownership import not_found
+from manylora.catalog.mixes import check_has_files
 from manylora.catalog.records import VersionRecord
 from manylora.catalog.service import Catalog
 from manylora.errors import AdapterLoadFailed, InvalidRequest, cause_for_caller
@@ -61,6 +62,7 @@ class _Reports:
         self._lock = asyncio.Lock()
 
     async def of(self, version: VersionRecord) -> dict[str, Any]:
+        check_has_files(version)
         key = version.ref.id  # not the digest: a quick answer would tell that another tenant has the same adapter
         async with self._lock:
             report = self._kept.get(key)

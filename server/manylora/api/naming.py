@@ -8,15 +8,27 @@ So a router, which sees `model` and not the key, can tell adapters of one name a
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
+from manylora.api.mixed import Mixed
 from manylora.api.schemas import Body, InferenceRequest
 from manylora.catalog.interface import AdapterDirectory, Following
 from manylora.errors import AdapterNotFound, InvalidRequest, quoted
 from manylora.identity import NAME_PATTERN, PUBLIC_TENANT, AdapterRef, Mix
 
-__all__ = ["AdapterName", "adapter_of", "looked_up", "missing", "mix_of", "parse_model", "resolve", "without_alias"]
+__all__ = [
+    "AdapterName",
+    "Named",
+    "adapter_of",
+    "looked_up",
+    "missing",
+    "mixed",
+    "named_by",
+    "parse_model",
+    "resolve",
+    "without_alias",
+]
 
 T = TypeVar("T")
 _NAMED: Final = re.compile(rf"(?:({NAME_PATTERN})/)?({NAME_PATTERN})(?:@([1-9][0-9]{{0,8}}))?")
@@ -102,26 +114,53 @@ def adapter_of(
     return ref
 
 
-def mix_of(
+@dataclass(frozen=True, slots=True)
+class Named:
+    """What a request names: one adapter, a saved mix or none (`adapter`), and what runs for it."""
+
+    adapter: AdapterRef | None = None
+    mix: Mix = field(default_factory=Mix)
+
+    @property
+    def label(self) -> str:
+        """`name@version` of an adapter or a saved mix, `name@version*weight+…` of a mix, `base` of none."""
+        return self.mix.label if self.adapter is None else self.adapter.label
+
+    def counted_as(self, tenant: str) -> AdapterRef | None:
+        """What its requests are shown and counted as; a mix that is not saved has no version."""
+        if self.adapter is not None or not self.mix.parts:
+            return self.adapter
+        return AdapterRef(f"mix:{tenant}:{self.mix.name}", tenant, self.mix.name, 0, "")
+
+
+def named_by(
     body: InferenceRequest, directory: AdapterDirectory, tenant: str, base: str, aliases: Mapping[str, str]
-) -> Mix:
-    """The adapters of a request that may name several. Raises as `adapter_of` does."""
+) -> Named:
+    """The adapters of a request, which may name several. Raises as `adapter_of` does."""
     ref = adapter_of(body, directory, tenant, base, aliases)
     named = body.mixed
     if not named.parts:
-        return Mix.of(ref)
+        return Named(ref, directory.mix_of(ref)) if ref is not None else Named()
     if ref is not None:
         raise InvalidRequest(
             f"'{named.field}' names adapters, and so does '{'adapter_id' if body.adapter_id else 'model'}'. Name all "
             "in one of them.",
             param=named.field,
         )
+    mix = mixed(named, directory, tenant)
+    return Named(mix.refs[0] if mix.parts and mix.is_plain else None, mix)
+
+
+def mixed(named: Mixed, directory: AdapterDirectory, tenant: str) -> Mix:
+    """Adapters that are named with a weight each. Raises AdapterNotFound or InvalidRequest."""
     found: dict[AdapterRef, float] = {}
     for number, (text, weight) in enumerate(named.parts):
         param = named.param(number)
         part = resolve(directory, tenant, _parse_adapter(text, param=param), written=text, param=param)
         if part in found:
             raise InvalidRequest(f"'{named.field}' names {part.label} more than once. Add its weights up.", param=param)
+        if directory.mix_of(part) != Mix.of(part):
+            raise InvalidRequest(f"{part.label} is a mix itself. Name its adapters.", param=param)
         found[part] = weight
     return Mix.weighted(found.items())
 

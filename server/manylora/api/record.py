@@ -7,10 +7,9 @@ from typing import Any
 
 from manylora.engine.interface import AdapterRef, Progress, RequestTiming, Tier
 from manylora.errors import ManyloraError
+from manylora.identity import TIERS
 
 __all__ = ["ClientGone", "Counts", "ErrorFacts", "Recorder", "RequestRecord", "outcome_of"]
-
-_TIERS: tuple[Tier, ...] = ("device", "host", "disk")
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +153,7 @@ class Counts:
         return RequestTiming(
             queue_ms=max(t.queue_ms for t in self.timings),
             load_ms=max(t.load_ms for t in self.timings),
-            load_tier=max((t.load_tier for t in self.timings), key=_TIERS.index),
+            load_tier=max((t.load_tier for t in self.timings), key=TIERS.index),
             ttft_ms=max(t.ttft_ms for t in self.timings),
         )
 

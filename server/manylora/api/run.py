@@ -15,7 +15,7 @@ from starlette.responses import Response
 from manylora.api.defaults import check_template_allowed, with_defaults
 from manylora.api.fields import renamed
 from manylora.api.inputs import InputsRequest
-from manylora.api.naming import looked_up, missing, mix_of
+from manylora.api.naming import Named, looked_up, missing, named_by
 from manylora.api.record import Counts, RequestRecord
 from manylora.api.requests import Prompt, check_connected, prompts_of, read_body
 from manylora.api.schemas import InferenceRequest
@@ -104,11 +104,11 @@ async def answered(
         run.log.update(body.annotations())
         aliases = services.settings.resolved_model_aliases
         base = services.engine.model.name
-        find = partial(mix_of, body, services.directory, principal.tenant, base, aliases)
+        find = partial(named_by, body, services.directory, principal.tenant, base, aliases)
         try:
-            run.mix = await looked_up(find, services.following)
+            run.named = await looked_up(find, services.following)
             check_template_allowed(body, is_allowed=services.settings.allow_request_chat_template)
-            body, max_tokens = with_defaults(body, services.directory, run.mix)
+            body, max_tokens = with_defaults(body, services.directory, run.named)
             prompts = await prompts_of(
                 body,
                 services.engine,
@@ -142,7 +142,7 @@ class Run:
 
         run = Run(request, caller, services)
         async with run.ends_on_error():
-            run.mix = …
+            run.named = …
             run.ask(prompts)
             return await run.answer(renderer, is_streamed=…)
 
@@ -153,7 +153,7 @@ class Run:
 
     def __init__(self, request: Request, principal: Principal, services: Services) -> None:
         self.id = ""  # once it is known what is asked for
-        self.mix = Mix()
+        self.named = Named()
         self.prompts: tuple[Prompt, ...] = ()
         self.counts = Counts()
         self.services = services
@@ -173,12 +173,24 @@ class Run:
     @property
     def adapter(self) -> AdapterRef | None:
         """What the request is shown and counted as."""
-        return self.mix.counted_as(self._principal.tenant)
+        return self.named.counted_as(self._principal.tenant)
+
+    @property
+    def mix(self) -> Mix:
+        """What runs."""
+        return self.named.mix
+
+    @property
+    def _runs_with(self) -> AdapterRef | Mix | None:
+        """What the engine is asked for: a mix that is one adapter as it is, is that adapter."""
+        if not self.mix.is_plain:
+            return self.mix
+        return self.mix.refs[0] if self.mix.parts else None
 
     @property
     def label(self) -> str:
         """What an answer calls its model where the request does not say."""
-        return self.services.engine.model.name if self.mix.is_plain else self.mix.name
+        return self.mix.name if self.mix.parts else self.services.engine.model.name
 
     @property
     def n(self) -> int:
@@ -228,7 +240,7 @@ class Run:
         self, renderer: Renderer, *, is_streamed: bool, stream: type[EventStream] = EventStream
     ) -> Response:
         """The response, which a stream begins once it is sent. Raises ClientGone where nobody waits for it any more."""
-        headers = {ADAPTER_HEADER: self.mix.label}
+        headers = {ADAPTER_HEADER: self.named.label}
         if is_streamed:
             keep_alive_s = self.services.settings.stream_keep_alive_s
             return stream(self._events(renderer), headers=headers, keep_alive_s=keep_alive_s, failed=renderer.failed)
@@ -279,7 +291,7 @@ class Run:
                 f"{self.id}-{number}",
                 prompt.ids,
                 prompt.params,
-                adapter=self.adapter if self.mix.is_plain else self.mix,
+                adapter=self._runs_with,
                 tenant=self._principal.tenant,
                 weight=self._principal.weight,
                 cache_salt=self._cache_salt,

@@ -9,8 +9,8 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field, model_validator
 
-from manylora.api.adapters import Body, read_body
 from manylora.api.auth import Admin, author_of
+from manylora.api.bodies import Body, read_body
 from manylora.api.json_body import documented
 from manylora.errors import InvalidRequest
 from manylora.tenants.gate import TenantGate

@@ -19,6 +19,7 @@ from manylora.catalog.archive import pack
 from manylora.catalog.copies import Copies
 from manylora.catalog.directory import missing
 from manylora.catalog.files import blob_of_folder
+from manylora.catalog.mixes import check_has_files
 from manylora.catalog.records import Published, VersionRecord
 from manylora.catalog.registry import Registry
 from manylora.catalog.retired import RetiredVersions
@@ -65,7 +66,9 @@ class Blobs:
         return done
 
     def relabel(self, version: VersionRecord) -> None:
-        """Write a version's label again, whose defaults were changed."""
+        """Write a version's label again, whose defaults were changed. A mix has none."""
+        if not version.blob:
+            return
         with self._locked(version.blob):
             self._label(version)
 
@@ -155,7 +158,8 @@ class Blobs:
         return True
 
     def pack(self, version: VersionRecord, scratch: Path) -> IO[bytes]:
-        """The version's files as a .tar.gz. Raises AdapterLoadFailed."""
+        """The version's files as a .tar.gz. Raises AdapterLoadFailed, or Conflict for a mix, which has none."""
+        check_has_files(version)
         folder = self._folder(version.blob, version.ref)
         with self._locked(version.blob):
             return pack(folder, version, scratch)

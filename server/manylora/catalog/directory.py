@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from manylora.catalog.interface import PublishedAdapter
+from manylora.catalog.saved_mix import SavedPart
 from manylora.database.tables import MICROSECONDS
 from manylora.errors import AdapterNotFound
-from manylora.identity import PUBLIC_TENANT, AdapterRef
+from manylora.identity import PUBLIC_TENANT, AdapterRef, Mix
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,7 @@ class Listed:
     is_ready: bool
     defaults: str = ""
     rank: int = 0
+    mix: tuple[SavedPart, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +73,35 @@ class Directory:
         """The tenant's own adapter, else the public one. Raises AdapterNotFound."""
         entry = self.find(tenant, name)
         listed = None if entry is None else entry.active if version is None else entry.versions.get(version)
-        if listed is None or not listed.is_ready:
+        if listed is None or not listed.is_ready or not all(self._part(part) for part in listed.mix):
             raise missing(name, version)
         return listed.ref
+
+    def mix_of(self, ref: AdapterRef) -> Mix:
+        """What runs for a version: itself, or the versions that a saved mix has. Raises AdapterNotFound."""
+        entry = self.own(ref.tenant, ref.name)
+        listed = None if entry is None else entry.versions.get(ref.version)
+        if listed is None or listed.ref.id != ref.id or not listed.mix:
+            return Mix.of(ref)
+        found = [(self._part(part), part.weight) for part in listed.mix]
+        refs = [(part, weight) for part, weight in found if part is not None]
+        if len(refs) < len(found):
+            raise missing(ref.name, ref.version)
+        return Mix.weighted(refs)
+
+    def refs_of(self, ref: AdapterRef) -> list[AdapterRef]:
+        """The version, or of a saved mix those of its adapters that are still there."""
+        entry = self.own(ref.tenant, ref.name)
+        listed = None if entry is None else entry.versions.get(ref.version)
+        if listed is None or not listed.mix:
+            return [ref]
+        return [part for each in listed.mix if (part := self._part(each)) is not None]
+
+    def _part(self, part: SavedPart) -> AdapterRef | None:
+        """The version, where it is still there and made for this base."""
+        entry = self.own(part.tenant, part.name)
+        listed = None if entry is None else entry.versions.get(part.version)
+        return listed.ref if listed is not None and listed.ref.id == part.id and listed.is_ready else None
 
     def defaults_of(self, ref: AdapterRef) -> str:
         """What the version says of requests, as canonical JSON; nothing for one that was removed meanwhile."""
@@ -121,7 +149,7 @@ class Directory:
         return [tenant for tenant, entries in list(self._tenants.items()) if name in entries]
 
     def blob_of(self, version_id: str) -> str | None:
-        """The blob of a version that is registered or retired."""
+        """The blob of a version that is registered or retired; of a mix an empty text."""
         blob = self._blobs.get(version_id)
         return blob if blob is not None else self._retired.get(version_id, (None, 0))[0]
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from manylora.identity import AdapterRef
+from manylora.identity import AdapterRef, Mix
 
 __all__ = ["AdapterDirectory", "Following", "PublishedAdapter"]
 
@@ -37,6 +37,13 @@ class AdapterDirectory(Protocol):
 
     def rank_of(self, ref: AdapterRef) -> int:
         """The version's highest rank; 0 for one that was removed meanwhile."""
+        ...
+
+    def mix_of(self, ref: AdapterRef) -> Mix:
+        """What runs for a version: itself, or the versions that a saved mix has.
+
+        Answered from memory, as `resolve` is.
+        """
         ...
 
     def visible_to(self, tenant: str, start: str = "") -> Iterator[PublishedAdapter]:

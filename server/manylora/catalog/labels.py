@@ -68,7 +68,8 @@ def labels_of(database: Database, version_ids: Iterable[str]) -> list[Label]:
     """The labels that these versions should have; those that are not registered have none."""
     query = select(VersionRow, AdapterRow.tenant, AdapterRow.name).join(AdapterRow)
     with database.read() as session:
-        rows = session.execute(query.where(VersionRow.id.in_(list(version_ids)))).all()
+        wanted = VersionRow.id.in_(list(version_ids)) & (VersionRow.blob != "")  # a mix has nothing in the store
+        rows = session.execute(query.where(wanted)).all()
         return [_label(version, tenant, name) for version, tenant, name in rows]
 
 
@@ -83,7 +84,7 @@ def missing_labels(database: Database, store: Store) -> Iterator[Label]:
     """The labels that are not in the store yet: of versions from before there were any, or after a crash."""
     known = {parsed[1] for name in store.names(FOLDER) if (parsed := parse_name(name)) is not None}
     with database.read() as session:
-        wanted = sorted(set(session.execute(select(VersionRow.id)).scalars()) - known)
+        wanted = sorted(set(session.execute(select(VersionRow.id).where(VersionRow.blob != "")).scalars()) - known)
     for start in range(0, len(wanted), _BATCH):
         yield from labels_of(database, wanted[start : start + _BATCH])
 

@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 from manylora.catalog.directory import Entry, Listed, missing
 from manylora.catalog.labels import Label
 from manylora.catalog.records import AdapterRecord, NewVersion, VersionSums, adapter_record, new_id, now_us, ref_of
+from manylora.catalog.saved_mix import parts_of
 from manylora.database.tables import AdapterRow, KeptRow, RevisionRow, VersionRow
 from manylora.errors import InvalidRequest, QuotaExceeded
 from manylora.tenants.limits import exceeded, limits_in
@@ -103,7 +104,7 @@ def _entries(session: Session, base: str, ids: Sequence[str] | None) -> list[Ent
     a, v = AdapterRow, VersionRow
     query = select(
         a.tenant, a.name, a.pinned, a.active_version, v.id, v.version, v.digest, v.blob, v.created, v.base, v.defaults,
-        v.virtual_tokens, v.invocation, v.rank,
+        v.virtual_tokens, v.invocation, v.rank, v.mix,
     ).join(v, v.adapter_id == a.id)  # fmt: skip
     if ids is not None:
         query = query.where(a.id.in_(ids))
@@ -114,7 +115,7 @@ def _entries(session: Session, base: str, ids: Sequence[str] | None) -> list[Ent
         key = (row.tenant, row.name)
         facts[key] = (row.pinned, row.active_version)
         ref, is_ready = ref_of(row, row), row.base == base
-        listed = Listed(ref, row.blob, row.created, is_ready, row.defaults, row.rank)
+        listed = Listed(ref, row.blob, row.created, is_ready, row.defaults, row.rank, parts_of(row.mix))
         versions.setdefault(key, {})[row.version] = listed
     return [Entry(*key, *facts[key], MappingProxyType(versions[key])) for key in facts]
 
@@ -256,6 +257,7 @@ def add_version(session: Session, row: AdapterRow, new: NewVersion, base: str, d
         defaults=defaults,
         virtual_tokens=new.virtual_tokens,
         invocation=" ".join(map(str, new.invocation)),
+        mix=new.mix,
     )
     row.next_version += 1
     session.flush()  # the adapter's row first: there is no relationship that would order the two

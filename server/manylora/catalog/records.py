@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
+from manylora.catalog.saved_mix import SavedPart, parts_of
 from manylora.database.tables import MICROSECONDS, AdapterRow, VersionRow
 from manylora.identity import SERVER, AdapterRef, Author
 
@@ -44,7 +45,7 @@ class Wish:
 
 @dataclass(frozen=True, slots=True)
 class NewVersion:
-    """A validated adapter whose files are in the store under `blob`, about to be published."""
+    """A validated adapter whose files are in the store under `blob`, or a mix, about to be published."""
 
     id: str
     digest: str
@@ -57,6 +58,7 @@ class NewVersion:
     report: Mapping[str, Any]
     virtual_tokens: int = 0
     invocation: tuple[int, ...] = ()
+    mix: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,7 @@ class VersionRecord:
     report: Mapping[str, Any]
     created: int
     defaults: str
+    mix: tuple[SavedPart, ...]
 
     @property
     def created_s(self) -> int:
@@ -223,6 +226,7 @@ def version_record(adapter: AdapterRow, row: VersionRow, base: str) -> VersionRe
         report=row.report,
         created=row.created,
         defaults=row.defaults,
+        mix=parts_of(row.mix),
     )
 
 

@@ -14,7 +14,7 @@ from hashlib import sha256
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
-from manylora.catalog import history, queries
+from manylora.catalog import history, mixes, queries
 from manylora.catalog.defaults import NO_DEFAULTS
 from manylora.catalog.directory import Directory, Entry, missing
 from manylora.catalog.labels import Label
@@ -27,13 +27,14 @@ from manylora.catalog.records import (
     VersionPage,
     VersionRecord,
     Wish,
+    new_id,
     now_us,
     version_record,
 )
 from manylora.database.database import Database
 from manylora.database.tables import AdapterRow, FolderContentRow, FolderRow, RetiredRow, VersionRow
 from manylora.errors import Conflict
-from manylora.identity import SERVER, AdapterRef, Author
+from manylora.identity import SERVER, AdapterRef, Author, Mix
 from manylora.lora.format.reader import ModuleSpec
 from manylora.usage.store import note_stored
 
@@ -168,7 +169,7 @@ class Registry:
     def blobs(self) -> set[str]:
         """Every blob that a version refers to."""
         with self._database.read(is_long=True) as session:
-            return set(session.execute(select(VersionRow.blob).distinct()).scalars())
+            return set(session.execute(select(VersionRow.blob).where(VersionRow.blob != "").distinct()).scalars())
 
     def has_version(self, version_id: str) -> bool:
         """Whether the database has the version now, which another server may have deleted."""
@@ -198,18 +199,27 @@ class Registry:
         The first version of a name becomes active unless it may not. Raises QuotaExceeded.
         """
         with self._write() as transaction:
-            session = transaction.session
-            row = queries.find_adapter(session, wish.tenant, wish.name)
-            newest = self._newest(session, row, new.digest, wish)
-            is_new = newest is None
-            if newest is None:
-                if wish.activate is None:
-                    wish = replace(wish, activate=row is None or row.is_deleted)
-                queries.check_kept(session, wish.tenant, row, new.size_bytes)
-                row = queries.revived_adapter(session, row, wish.tenant, wish.name)
-                newest = queries.add_version(session, row, new, self._base, wish.defaults or NO_DEFAULTS)
-            assert row is not None
-            return self._finish(transaction, wish, row, newest, is_new=is_new, folder=folder)
+            return self._add(transaction, wish, new, folder)
+
+    def publish_mix(self, wish: Wish, mix: Mix) -> Published:
+        """`publish` for a version that is a mix of these versions. Raises Conflict where one of them was deleted."""
+        with self._write() as transaction:
+            new = mixes.new_version(transaction.session, new_id("version"), mix, self._base)
+            return self._add(transaction, wish, new, None)
+
+    def _add(self, transaction: _Transaction, wish: Wish, new: NewVersion, folder: Folder | None) -> Published:
+        session = transaction.session
+        row = queries.find_adapter(session, wish.tenant, wish.name)
+        newest = self._newest(session, row, new.digest, wish)
+        is_new = newest is None or newest.mix != new.mix
+        if newest is None or is_new:
+            if wish.activate is None:
+                wish = replace(wish, activate=row is None or row.is_deleted)
+            queries.check_kept(session, wish.tenant, row, new.size_bytes)
+            row = queries.revived_adapter(session, row, wish.tenant, wish.name)
+            newest = queries.add_version(session, row, new, self._base, wish.defaults or NO_DEFAULTS)
+        assert row is not None
+        return self._finish(transaction, wish, row, newest, is_new=is_new, folder=folder)
 
     def republish(self, wish: Wish, digest: str, *, folder: Folder | None = None) -> Published | None:
         """`publish` for a digest that the newest version has already; None, and nothing done, where it has not."""
@@ -260,6 +270,7 @@ class Registry:
         if wish.activate:
             row.active_version = newest.version
         fields = _change(session, row, wish.pinned, wish.description)
+        mixes.check_not_pinned(session, row)
         if is_new or row.active_version != was or fields:
             action = "upload" if is_new else "change" if row.active_version == was else "promote"
             history.note(session, row, wish.author, action, was=was, version=newest.version, fields=fields)
@@ -305,6 +316,7 @@ class Registry:
                     raise Conflict(f"'{name}' has no active version whose defaults could be set. Promote one.")
                 fields, active.defaults = ["defaults"] if active.defaults != defaults else [], defaults
             fields += _change(session, row, pinned, description)
+            mixes.check_not_pinned(session, row)
             if row.active_version != was or fields:
                 action = "change" if row.active_version == was else "promote"
                 history.note(session, row, author, action, was=was, version=row.active_version, fields=fields)
@@ -323,6 +335,7 @@ class Registry:
             row = _expected(queries.get_adapter(session, tenant, name), if_active)
             version, before = history.earlier(session, row, self._base)
             was, row.active_version = row.active_version, version.version
+            mixes.check_not_pinned(session, row)
             history.note(session, row, author, "rollback", was=was, version=version.version, before=before)
             return transaction.mirror(row)
 
@@ -386,13 +399,15 @@ class Registry:
                     f"'{name}@{version}' is active and other versions exist: promote another one first, "
                     "or delete the whole adapter."
                 )
+            label = name if version is None else f"{name}@{version}"
+            mixes.check_unused(session, tenant, label, {ref.id for ref in gone})
             those = VersionRow.adapter_id == row.id
             session.execute(delete(VersionRow).where(those if is_last else those & (VersionRow.version == version)))
             was = row.active_version
             if is_last:
                 row.is_deleted, row.active_version, row.pinned, row.description = True, None, False, ""
             history.note(session, row, author, "delete", was=was, version=version)
-            for listed in removed:
+            for listed in filter(lambda listed: listed.blob, removed):  # a mix has no files to wait for
                 facts = {"blob": listed.blob, "revision": transaction.revision, "at": now_us()}
                 session.add(RetiredRow(version_id=listed.ref.id, **facts))
             transaction.mirror(row)

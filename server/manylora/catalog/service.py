@@ -52,9 +52,9 @@ from manylora.catalog.upload import (
 from manylora.database.database import Database, open_database
 from manylora.database.notices import Notices
 from manylora.database.replicas import Replicas
-from manylora.engine.interface import AdapterRef, EngineClient, Tier
+from manylora.engine.interface import AdapterRef, EngineClient, Mix, Tier
 from manylora.errors import InvalidAdapter, InvalidSettings, ManyloraError, Problem
-from manylora.identity import ADAPTER_FILES, BROUGHT_FILES, PUBLIC_TENANT, SERVER, Author, check_name
+from manylora.identity import ADAPTER_FILES, BROUGHT_FILES, PUBLIC_TENANT, SERVER, TIERS, Author, check_name
 from manylora.lora.format.folder import names_in
 from manylora.lora.format.reader import Adapter, ModuleSpec
 from manylora.lora.format.spec import BaseWeights
@@ -232,6 +232,11 @@ class Catalog:
 
         return await self._counted(wish.tenant, self._add(receive))
 
+    async def save_mix(self, wish: Wish, mix: Mix) -> Published:
+        """A version that is a mix. Raises InvalidRequest, QuotaExceeded, or Conflict where an adapter of it is gone."""
+        saving = self.database.run(partial(self._registry.publish_mix, self._checked(wish), mix))
+        return await self._counted(wish.tenant, saving)
+
     async def register_folder(self, root: Path) -> list[Published]:
         """Register the PEFT folders at or below `root` for the tenant `public`, each under its own name.
 
@@ -382,7 +387,8 @@ class Catalog:
         return self._rules.names.differ_from(version.report.get("base_model"))
 
     def tier_of(self, ref: AdapterRef) -> Tier:
-        return self._attached.tier_of(ref)
+        """Where a version is; of a mix, where the one is that is farthest away."""
+        return max(map(self._attached.tier_of, self.directory.refs_of(ref)), key=TIERS.index, default="disk")
 
     # changing
 
@@ -479,8 +485,7 @@ class Catalog:
     def check_integrity(self) -> None:
         """Assert that registry, directory and store agree. Reads everything: for tests and tools."""
         self._registry.check_integrity()
-        for blob in self._registry.blobs():
-            assert self._store.has(blob), f"the files of blob {blob} are missing"
+        assert all(map(self._store.has, self._registry.blobs())), "files of a blob are missing"
 
 
 def _ignore(_tenant: str, _result: str) -> None:

@@ -33,6 +33,8 @@ def verify(database: Database, store: Store, repair_from: Path | None = None) ->
     named: dict[str, list[str]] = {}
     for entry in Registry(database, "").directory.entries():
         for version in entry.versions.values():
+            if version.mix:
+                continue
             named.setdefault(version.blob, []).append(f"{entry.tenant}/{version.ref.label}")
     copies = None if repair_from is None else Copies(repair_from)
     for blob, labels in sorted(named.items(), key=lambda item: item[1]):

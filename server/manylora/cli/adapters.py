@@ -13,6 +13,7 @@ from typing import IO, Annotated, Any
 
 import typer
 
+from manylora.cli import mixes as cli_mixes
 from manylora.cli import store as cli_store
 from manylora.cli.answers import (
     REFUSED,
@@ -28,6 +29,7 @@ from manylora.cli.answers import (
     show_problems,
     table,
 )
+from manylora.cli.mixes import mixed_of
 from manylora.client.adapters import publication_of
 from manylora.errors import InvalidAdapter
 from manylora.identity import ADAPTER_FILES, BROUGHT_FILES
@@ -49,6 +51,7 @@ _LABEL = re.compile(r"([^@/?#]+)(?:@([0-9]+))?")
 
 def register(program: typer.Typer) -> None:
     """Add `adapters` to the program."""
+    cli_mixes.register(app)
     cli_store.register(app)
     program.add_typer(app, name="adapters")
 
@@ -243,7 +246,7 @@ def _show_adapter(found: dict[str, Any]) -> None:
             "active" if v["active"] else "",
             _status(v),
             str(v["rank"]),
-            in_bytes(v["size_bytes"]),
+            mixed_of(v) or in_bytes(v["size_bytes"]),
             v["tier"],
             v["digest"][:12],
             as_time(v["created"]),
@@ -263,12 +266,13 @@ def _show_version(found: dict[str, Any]) -> None:
         ["base model", _or_dash(found["report"]["base_model"])],
         ["target modules", ", ".join(found["target_modules"])],
         ["modules matched", str(len(found["report"]["matched"]))],
+        *([["mix of", mixed]] if (mixed := mixed_of(found)) else []),
         ["size", in_bytes(found["size_bytes"])],
         ["tier", found["tier"]],
         ["digest", found["digest"]],
         ["created", as_time(found["created"])],
         *([f"default {name}", json.dumps(value, ensure_ascii=False)] for name, value in _defaults(found)),
-        ["effect", _effect(found["report"]["effect"])],
+        *([] if mixed else [["effect", _effect(found["report"]["effect"])]]),
     ]
     console.print(f"{found['name']}@{found['version']}", markup=False, style="bold")
     console.print(table(["", ""], rows))

@@ -68,7 +68,8 @@ class VersionRow(Base):
 
     `digest` is the canonical content's hash, `blob` addresses the bytes in the store, `base` says which shapes of
     base model it was validated against. `virtual_tokens` are the positions that it takes before each prompt,
-    `invocation` the token ids, with spaces between them, from which on it acts.
+    `invocation` the token ids, with spaces between them, from which on it acts. A saved mix has a `mix`
+    (`catalog.saved_mix`) and no `blob`.
     """
 
     __tablename__ = "versions"
@@ -93,6 +94,7 @@ class VersionRow(Base):
     defaults: Mapped[str] = mapped_column(server_default="", default="")
     virtual_tokens: Mapped[int] = mapped_column(server_default="0", default=0)
     invocation: Mapped[str] = mapped_column(server_default="", default="")
+    mix: Mapped[str] = mapped_column(server_default="", default="")
 
 
 class ChangeRow(Base):

@@ -49,6 +49,7 @@ from manylora.errors import (
     Problem,
 )
 from manylora.grammars.compiler import GrammarCompiler
+from manylora.identity import TIERS
 from manylora.log import get_logger
 from manylora.lora.format.spec import Adapter
 from manylora.lora.memory.tiers import AdapterTiers
@@ -57,7 +58,6 @@ from manylora.threads import on_event_loop
 MAX_PROBED_TOKENS: Final = 16  # of those that an adapter trains
 PROBE_TEXT = "The quick brown fox jumps over the lazy dog. Question: what is the capital of France? Answer:"
 _IDLE_WAIT_S = 0.5
-_TIERS: Final[tuple[Tier, ...]] = ("device", "host", "disk")  # from the nearest
 
 
 class RunningGeneration:
@@ -252,7 +252,7 @@ class AsyncEngine:
         assert on_event_loop()
         tier: Tier = "device"
         for ref in seqs[0].mix.refs:
-            tier = max(tier, self._tiers.tier_of(ref), key=_TIERS.index)
+            tier = max(tier, self._tiers.tier_of(ref), key=TIERS.index)
             self._tiers.prefetch(ref, seqs[0].tenant)
         generation = RunningGeneration(self, seqs, tier)
         self._open.add(generation)

@@ -10,6 +10,11 @@ import { reportView } from "./report.js";
 
 const PAGE = 50; // versions
 
+/** What a saved mix is made of, in words. */
+function mixOf(parts) {
+  return `mix of ${parts.map((part) => `${part.weight} × ${part.name}@${part.version}`).join(" + ")}`;
+}
+
 export class Detail {
   constructor(session, { onchange, ontry }) {
     this.session = session;
@@ -129,7 +134,7 @@ export class Detail {
     const place = h("div", { class: "version-report" });
     const fold = (text, show) => this.folded(text, place, show);
     const path = `/versions/${version.version}`;
-    const buttons = [
+    const buttons = version.mix ? [] : [
       fold("Report", async () => ({ element: reportView(await getJson(this.path(adapter, path))) })),
       ...(Object.keys(version.defaults).length ? [fold("Defaults", () => ({ element: defaultsView(version.defaults) }))] : []),
       fold("Inspect", () => Inspection.load(this.path(adapter, `${path}/inspection`))),
@@ -139,7 +144,7 @@ export class Detail {
       buttons.push(h("button", { type: "button", class: "quiet", onclick: () => this.promote(version.version) }, isOlder ? "Roll back to this" : "Promote"));
     }
     if (!isActive && isReady && this.session.mayUse(adapter.tenant)) buttons.push(h("button", { type: "button", class: "quiet", onclick: () => this.tryIt(label) }, "Try"));
-    if (this.session.has("manager")) buttons.push(h("button", { type: "button", class: "quiet", onclick: () => this.guarded(() => download(this.path(adapter, `/versions/${version.version}/download`), `${label}.tar.gz`)) }, "Download"));
+    if (!version.mix && this.session.has("manager")) buttons.push(h("button", { type: "button", class: "quiet", onclick: () => this.guarded(() => download(this.path(adapter, `/versions/${version.version}/download`), `${label}.tar.gz`)) }, "Download"));
     if (may && !isActive) buttons.push(h("button", { type: "button", class: "quiet danger-text", onclick: () => this.removeVersion(version.version) }, "Delete"));
     return h("li", { data: { active: String(isActive) } },
       h("div", { class: "version-line" },
@@ -147,7 +152,7 @@ export class Detail {
         isActive && isReady ? h("span", { class: "badge" }, "active") : null,
         remark.text ? h("span", { class: "badge warn", title: remark.title }, remark.text) : null,
         h("span", { class: "tier", data: { tier: version.tier ?? "" } }, version.tier ?? "–")),
-      h("p", { class: "hint" }, `${version.kind}, rank ${version.rank} · ${bytes(version.size_bytes)} · ${day(version.created)}${isReady ? "" : " · made for another base model"}`),
+      h("p", { class: "hint" }, `${version.mix ? mixOf(version.mix) : `${version.kind}, rank ${version.rank} · ${bytes(version.size_bytes)}`} · ${day(version.created)}${isReady ? "" : " · made for another base model"}`),
       h("div", { class: "version-actions" }, buttons),
       place);
   }

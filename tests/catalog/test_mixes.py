@@ -1,0 +1,152 @@
+"""Saved mixes: versions without files, of which each part is a version for good."""
+
+from typing import Any
+
+import httpx2
+import pytest
+
+from manylora.engine.interface import Mix
+from manylora.settings import Settings
+
+from .rig import Rig, running, sound_files
+
+pytestmark = pytest.mark.anyio
+
+
+async def save(rig: Rig, name: str, parts: dict[str, float], who: str | None = None, **fields: Any) -> httpx2.Response:
+    mix = [{"name": part, "weight": weight} for part, weight in parts.items()]
+    return await rig.call("POST", "/v1/adapters", who, json={"name": name, "mix": mix, **fields})
+
+
+async def complete(rig: Rig, model: str, who: str | None = None) -> httpx2.Response:
+    body = {"model": model, "prompt": "hi", "max_tokens": 2}
+    return await rig.call("POST", "/v1/completions", who, json=body)
+
+
+async def test_a_saved_mix_is_a_version_that_runs_its_parts(settings: Settings) -> None:
+    async with running(settings) as rig:
+        for number, name in enumerate(("sql", "tone")):
+            await rig.push(name, sound_files(1.0 + number))
+        answer = await save(rig, "both", {"sql": 0.7, "tone": 0.3}, description="two")
+        assert answer.status_code == 201, answer.text
+        version = answer.json()
+        assert {key: version[key] for key in ("name", "version", "kind", "status", "active", "size_bytes")} == {
+            "name": "both", "version": 1, "kind": "mix", "status": "ready", "active": True, "size_bytes": 0,
+        }  # fmt: skip
+        assert [(part["name"], part["version"], part["weight"]) for part in version["mix"]] in (
+            [("sql", 1, 0.7), ("tone", 1, 0.3)], [("tone", 1, 0.3), ("sql", 1, 0.7)],
+        )  # fmt: skip
+        assert version["rank"] == 2 * (await rig.call("GET", "/v1/adapters/sql")).json()["rank"]
+        ran = await complete(rig, "both")
+        assert ran.status_code == 200, ran.text
+        assert ran.headers["x-manylora-adapter"] == "both@1"
+        assert ran.json()["manylora"]["adapter"]["name"] == "both"
+        assert {part["name"]: part["weight"] for part in ran.json()["manylora"]["adapters"]} == {
+            "sql": 0.7,
+            "tone": 0.3,
+        }
+        directory = rig.catalog.directory
+        refs = [directory.resolve("public", name) for name in ("sql", "tone")]
+        assert rig.engine.generations[-1].adapter == Mix.weighted(zip(refs, (0.7, 0.3), strict=True))
+        assert "both" in {row["id"] for row in (await rig.call("GET", "/v1/models")).json()["data"]}
+        assert (await rig.call("GET", "/v1/adapters/both")).json()["mix"] == version["mix"]
+        assert (await rig.call("GET", "/v1/adapters/sql")).json()["mix"] is None
+        rig.catalog.check_integrity()
+
+
+async def test_parts_stay_the_versions_that_were_saved_and_the_mix_has_versions(settings: Settings) -> None:
+    async with running(settings) as rig:
+        await rig.push("sql", sound_files(1.0))
+        await rig.push("tone", sound_files(2.0))
+        await save(rig, "both", {"sql": 1.0, "tone": 1.0})
+        await rig.push("sql", sound_files(3.0), activate="true")
+        assert (await complete(rig, "both")).json()["manylora"]["adapters"][0]["version"] == 1
+        again = await save(rig, "both", {"tone@1": 1.0, "sql@1": 1.0})
+        assert (again.status_code, again.json()["version"]) == (200, 1), "it is that mix already"
+        newer = await save(rig, "both", {"sql": 0.5, "tone": 1.0}, activate=True)
+        assert (newer.status_code, newer.json()["version"]) == (201, 2)
+        assert {part["version"] for part in newer.json()["mix"]} == {1, 2}
+        assert (await rig.call("PATCH", "/v1/adapters/both", json={"active_version": 1})).status_code == 200
+        assert (await complete(rig, "both")).headers["x-manylora-adapter"] == "both@1"
+        assert (await complete(rig, "both@2")).headers["x-manylora-adapter"] == "both@2"
+        await save(rig, "alias", {"sql@1": 1.0})
+        assert (await complete(rig, "alias")).headers["x-manylora-adapter"] == "alias@1"
+        assert rig.engine.generations[-1].adapter == rig.catalog.directory.resolve("public", "sql", 1)
+        defaults = {"defaults": {"max_tokens": 1}}
+        assert (await rig.call("PATCH", "/v1/adapters/both", json=defaults)).status_code == 200
+        assert (await complete(rig, "both")).status_code == 200
+        locked = {"defaults": {"seed": 7, "locked": ["seed"]}}
+        assert (await rig.call("PATCH", "/v1/adapters/tone", json=locked)).status_code == 200
+        assert (await complete(rig, "both")).status_code == 400, "what is locked is not mixed, saved or not"
+
+
+async def test_a_part_is_not_deleted_from_under_a_mix(settings: Settings) -> None:
+    async with running(settings) as rig:
+        await rig.push("sql", sound_files(1.0))
+        await rig.push("sql", sound_files(2.0), activate="true")
+        await rig.push("tone", sound_files(3.0))
+        await save(rig, "both", {"sql@1": 1.0, "tone": 0.5})
+        for path in ("/v1/adapters/sql/versions/1", "/v1/adapters/sql", "/v1/adapters/tone", "/v1/models/tone"):
+            refused = await rig.call("DELETE", path)
+            assert refused.status_code == 409, path
+            assert "part of the mix both@1" in refused.json()["error"]["message"]
+        assert (await complete(rig, "both")).status_code == 200
+        assert (await rig.call("DELETE", "/v1/adapters/both")).status_code == 204
+        await rig.settle()
+        for path in ("/v1/adapters/sql", "/v1/adapters/tone"):
+            assert (await rig.call("DELETE", path)).status_code == 204, path
+        await rig.settle()
+        assert rig.stored() == []
+        rig.catalog.check_integrity()
+
+
+async def test_whose_parts_may_be_mixed(settings: Settings) -> None:
+    """The owner's own and public ones; who deletes a public one is not told of others' mixes, nor held up by them."""
+    async with running(settings, "public:admin", "acme:manager", "rival:manager", "acme:user") as rig:
+        await rig.push("shared", sound_files(1.0), "public:admin")
+        await rig.push("own", sound_files(2.0), "acme:manager")
+        assert (await save(rig, "m", {"shared": 1.0, "own": 1.0}, "acme:manager")).status_code == 201
+        assert (await save(rig, "m", {"shared": 1.0}, "acme:user")).status_code == 403
+        foreign = await save(rig, "m", {"own": 1.0}, "rival:manager")
+        missing = await save(rig, "m", {"nowhere": 1.0}, "rival:manager")
+        assert foreign.status_code == missing.status_code == 404
+        assert foreign.text.replace("own", "nowhere") == missing.text.replace("own", "nowhere")
+        assert (await rig.call("DELETE", "/v1/adapters/shared", "public:admin")).status_code == 204
+        assert (await complete(rig, "m", "acme:user")).status_code == 404
+
+
+async def test_what_cannot_be_saved_is_refused(settings: Settings) -> None:
+    async with running(settings, "acme:manager") as rig:
+        await rig.push("sql", sound_files(1.0), "acme:manager")
+        await save(rig, "half", {"sql": 0.5}, "acme:manager")
+        for parts, fields, words in (
+            ({"sql": 5.0}, {}, "mix[0].weight"),
+            ({"sql": 0.0}, {}, "weight is not 0"),
+            ({"half": 1.0}, {}, "is a mix itself"),
+            ({"sql": 1.0, "sql@1": 1.0}, {}, "more than once"),
+            ({}, {}, "mix"),
+            ({f"a{n}": 1.0 for n in range(9)}, {}, "mix"),
+            ({"sql": 1.0}, {"name": "NO"}, "'name'"),
+        ):
+            answer = await save(rig, **{"name": "x", "parts": parts, "who": "acme:manager", **fields})  # type: ignore[arg-type]
+            assert answer.status_code == 400, answer.text
+            assert words in answer.text
+        nothing = await rig.call("POST", "/v1/adapters", "acme:manager", json={"name": "x"})
+        assert nothing.status_code in (400, 403)
+        pinned = await save(rig, "x", {"sql": 1.0}, "acme:manager", pinned=True)
+        assert pinned.status_code == 409
+        assert "Pin its adapters" in pinned.json()["error"]["message"]
+        assert (await rig.call("GET", "/v1/adapters/x", "acme:manager")).status_code == 404
+        download = await rig.call("GET", "/v1/adapters/half/versions/1/download", "acme:manager")
+        assert download.status_code == 409
+        assert "has no files" in download.json()["error"]["message"]
+
+
+async def test_a_saved_mix_is_there_after_a_restart(settings: Settings) -> None:
+    async with running(settings) as rig:
+        await rig.push("sql", sound_files(1.0))
+        saved = (await save(rig, "half", {"sql": 0.5})).json()
+    async with running(settings) as rig:
+        assert (await rig.call("GET", "/v1/adapters/half/versions/1")).json() == saved
+        assert (await complete(rig, "half")).status_code == 200
+        rig.catalog.check_integrity()
