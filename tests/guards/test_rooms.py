@@ -13,7 +13,6 @@ SMALL_LINES = 60
 # Modules below so many lines with one importer, and why they are not a part of it.
 REASONS = {
     "api.examples": "data for one page, which the module that makes the page has no need to carry",
-    "api.mixed": "a field of several bodies with checks of its own; their module is long enough without it",
     "api.query": "a dependency of all routes, put in front of them in one place",
     "api.usage": "a router: all routers are put together in one place",
     "catalog.orphans": "a command's work without its printing; the command imports it when it runs",
@@ -21,6 +20,7 @@ REASONS = {
     "catalog.verify": "a command's work without its printing; the command imports it when it runs",
     "engine.drafting": "the interface that a drafter implements, and the one that drafts nothing",
     "engine.effect": "arithmetic on two answers, beside the bridge to asyncio",
+    "cli.mixes": "one command and what shows its results; the module of the other commands is long enough without it",
     "kernels.native_attention": "one of two implementations of the same attention, chosen by the backend",
     "lora.memory.eviction": "arithmetic without locks and tiers, tested by itself",
     "models.masks": "what a mask comes to, told without a model; the survey is long enough without it",
