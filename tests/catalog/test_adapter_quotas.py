@@ -57,7 +57,7 @@ async def test_pinned_slots_run_out_and_come_back(settings: Settings) -> None:
         assert (await rig.call("GET", "/v1/adapters/z", ACME)).status_code == 404
         assert (await rig.call("GET", "/v1/adapters/y", ACME)).json()["pinned"] is False
         # A pinned adapter may be promoted and pinned again: it has its slot.
-        assert (await rig.push("x", sound_files(4.0), who=ACME, pinned="true")).status_code == 201
+        assert (await rig.push("x", sound_files(4.0), who=ACME, pinned="true", activate="true")).status_code == 201
         assert (await rig.call("PATCH", "/v1/adapters/x", ACME, json=pin)).status_code == 200
         assert [ref.label for ref in rig.engine.pinned.values()] == ["x@2"]
         assert (await rig.push("w", sound_files(5.0), who=RIVAL, pinned="true")).json()["pinned"] is True

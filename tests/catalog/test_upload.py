@@ -42,6 +42,7 @@ async def test_two_files_become_a_version_that_can_be_named_at_once(settings: Se
             "target_modules": ["q_proj", "v_proj"],
             "tier": "disk",
             "defaults": {},
+            "mix": None,
         }
         answer = await rig.call("POST", "/v1/completions", json={"model": "billing", "prompt": "hi"})
         assert answer.headers["x-manylora-adapter"] == "billing@1"

@@ -73,7 +73,7 @@ async def serving(model: Path, data: Path, **changes: Any) -> AsyncIterator[tupl
 
 async def push(client: httpx2.AsyncClient, folder: Path) -> None:
     parts = [("files", (name, (folder / name).read_bytes())) for name in ADAPTER_FILES]
-    response = await client.post("/v1/adapters", data={"name": "tuned"}, files=parts)
+    response = await client.post("/v1/adapters", data={"name": "tuned", "activate": "true"}, files=parts)
     assert response.status_code == 201, response.text
 
 
