@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from manylora.errors import InvalidAdapter
-from manylora.lora.format.kinds import METHODS as SERVED_METHODS
+from manylora.lora.format.kinds import KINDS as READERS
 from manylora.lora.format.kinds import NOT_SERVED
 from manylora.lora.format.reader import read
 from manylora.lora.memory.packing import KeepAs
@@ -66,8 +66,8 @@ def apart(found: np.ndarray, wanted: torch.Tensor) -> float:
 
 def test_every_method_of_the_installed_peft_is_decided() -> None:
     assert {kind.method for kind in KINDS.values()} | {"XLORA"} == METHODS
-    assert {"LORA"} | SERVED_METHODS.keys() | NOT_SERVED.keys() == METHODS
-    assert not SERVED_METHODS.keys() & NOT_SERVED.keys()
+    assert READERS.keys() | NOT_SERVED.keys() == METHODS
+    assert not READERS.keys() & NOT_SERVED.keys()
 
 
 def test_the_page_says_what_each_kind_becomes(made: Made, tiny_llama_dir: Path) -> None:

@@ -44,6 +44,17 @@ def _lora() -> Arguments:
     }  # fmt: skip
 
 
+def _mixes() -> Arguments:
+    tables, offsets, order, *_ = LORA.arguments()
+    nothing = torch.tensor([[OutputEntry()] * tables.shape[1]] * tables.shape[0])
+    return {
+        "out": LORA.out.clone(), "x": LORA.x, "tables": tables, "inputs": nothing, "changes": nothing.clone(),
+        "out_offsets": offsets, "order": order, "row_starts": torch.tensor([0, 2, len(order)], dtype=torch.int32),
+        "part_starts": torch.tensor([0, 2, 3], dtype=torch.int32),
+        "part_slots": torch.tensor([0, 1, 1], dtype=torch.int32), "part_weights": torch.tensor([0.5, -1.0, 2.0]),
+    }  # fmt: skip
+
+
 def _caches() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.zeros(4, 2, 8, 16), torch.zeros(4, 2, 8, 16)
 
@@ -113,6 +124,7 @@ OPERATORS = (
         indices=("out_offsets", "order", "segment_slots", "segment_starts"),
         free={("tables", 1)},  # a slot that no segment names
     ),
+    Operator("add_mixes_", _mixes, indices=("out_offsets", "order", "row_starts", "part_starts", "part_slots")),
     Operator("change_output_", _change, indices=("out_offsets", "order", "segment_slots", "segment_starts")),
     Operator("paged_attention", _attention, indices=("block_tables", "query_starts", "context_lens"),
              free={("block_tables", 0)}),  # a third sequence's row
