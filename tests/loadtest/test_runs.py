@@ -161,7 +161,7 @@ def test_tokens_and_tiers_are_read_from_the_stream(serve: Serve) -> None:
     (result,) = finished.results
     assert (result.output_tokens, result.num_events, result.load_tier, result.queue_s) == (4, 4, "host", 0.002)
     assert result.tpot_s is not None
-    assert result.tpot_s >= 0.01
+    assert 0 < result.tpot_s <= result.e2e_s / 3
 
 
 def test_role_event_of_a_chat_is_not_its_first_token(serve: Serve) -> None:
