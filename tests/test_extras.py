@@ -50,6 +50,7 @@ COMMANDS: Final[dict[str, tuple[str, int, str | tuple[str, ...]]]] = {
     "adapters history": ("x", *NOBODY),
     "adapters pin": ("x", *NOBODY),
     "adapters set": ("x temperature=0", *NOBODY),
+    "adapters mix": ("x a b=0.5", *NOBODY),
     "adapters delete": ("x --yes", *NOBODY),
     "adapters validate": ("{adapter} --model {model}", DONE, "sound"),
     "keys create": ("--tenant acme --data-dir {data}", DONE, "ml_"),

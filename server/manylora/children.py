@@ -13,6 +13,7 @@ import signal
 import struct
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -126,6 +127,7 @@ class Helper:
         self._module = module
         self._greeting = greeting
         self._process: subprocess.Popen[bytes] | None = None
+        self._ending: Callable[[], object] | None = None
         self._is_closed = False
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -156,6 +158,8 @@ class Helper:
                 start_new_session=True,  # a key pressed in the server's terminal is not meant for it
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
             )
+            # Whoever drops a helper without a word leaves no process behind.
+            self._ending = weakref.finalize(self, _end, self._process)
             if self._greeting is not None:
                 write_frame(_pipe(self._process.stdin), self._greeting())
         return self._process
@@ -168,15 +172,18 @@ class Helper:
             process.kill()
 
     def end(self) -> None:
-        process, self._process = self._process, None
-        if process is None:
-            return
-        process.kill()
-        process.wait()
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                with suppress(OSError):  # of what was written and not read
-                    pipe.close()
+        self._process, ending, self._ending = None, self._ending, None
+        if ending is not None:
+            ending()
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with suppress(OSError):  # of what was written and not read
+                pipe.close()
 
 
 def _pipe(stream: IO[bytes] | None) -> BinaryIO:
