@@ -1,8 +1,10 @@
 """Processes in which strangers' work is done end with whoever asked them."""
 
+from typing import Any
+
 from manylora.children import Helper
 
-ASKED = {
+ASKED: dict[str, Any] = {
     "messages": [{"role": "user", "content": "hi"}],
     "template": "{{ messages[0].content }}",
     "variables": {},
