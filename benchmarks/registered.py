@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from manylora.catalog.base_signature import signature_of
 from manylora.catalog.blobs import Blobs
 from manylora.catalog.records import Wish
-from manylora.catalog.registry import Registry, base_signature
+from manylora.catalog.registry import Registry
 from manylora.catalog.store import open_store
 from manylora.catalog.upload import Rules, new_version
 from manylora.cli.offline import modules_of
@@ -57,7 +58,7 @@ def _register(model: Path, data_dir: Path, folders: Iterable[Path]) -> None:
     rules = Rules(modules, settings.max_rank, int(settings.max_adapter_size))
     database = open_database(settings.resolved_database_url)
     store = open_store(settings.resolved_store_url, data_dir / "cache")
-    registry = Registry(database, base_signature(modules))
+    registry = Registry(database, signature_of(modules))
     blobs = Blobs(database, registry, store)
     try:
         for folder in folders:

@@ -1,6 +1,7 @@
 """The application over fakes, in process and as a real server on a free port."""
 
 import asyncio
+import json
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -16,12 +17,24 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from manylora.api.record import RequestRecord
+from manylora.engine.interface import SamplingParams
 from manylora.metrics import Metrics
 from manylora.serving.app import create_app
 from manylora.serving.http_server import bind, make_config
 from manylora.settings import Settings
 
 from .fakes import FakeDirectory, FakeEngine, FakeGate
+
+
+def typed_events(text: str) -> list[dict[str, Any]]:
+    """A stream's events, whose names are their types."""
+    found = []
+    for block in text.strip().split("\n\n"):
+        name, data = block.split("\n")
+        event = json.loads(data.removeprefix("data: "))
+        assert name == f"event: {event['type']}"
+        found.append(event)
+    return found
 
 
 @dataclass
@@ -45,6 +58,16 @@ class Rig:
             recorders=(self.finished.append,),
         )
         self.client = TestClient(self.app, base_url="http://127.0.0.1", raise_server_exceptions=False)
+
+    @property
+    def last_params(self) -> SamplingParams:
+        """What the engine was asked with last."""
+        return self.engine.generations[-1].params
+
+    @property
+    def last_messages(self) -> list[dict[str, Any]]:
+        """The messages that were rendered last."""
+        return self.engine.codec.rendered[-1][0]
 
     def complete(self, **body: Any) -> httpx2.Response:
         response: httpx2.Response = self.client.post(

@@ -1,7 +1,6 @@
 """`/v1/messages`: what its fields become, blocks and events of answers, by Anthropic's own client."""
 
 import asyncio
-import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,12 +11,12 @@ from anthropic.types import TextBlock, ThinkingBlock, ToolUseBlock
 from fastapi import FastAPI
 from pydantic import BaseModel
 
-from manylora.engine.interface import FinishReason, SamplingParams
+from manylora.engine.interface import FinishReason
 from manylora.errors import QueueFull
 from manylora.settings import Settings
 from manylora.tenants.interface import Principal, Role
 
-from .conftest import Rig
+from .conftest import Rig, typed_events
 from .test_tools import CALL, HERMES, PARAMETERS, THINKING
 
 HI: Any = {"role": "user", "content": "hi"}
@@ -45,25 +44,6 @@ def ask(rig: Rig, route: str = "", **body: Any) -> httpx2.Response:
     sent = {"model": "base-model", "messages": [HI], **limit, **body}
     response: httpx2.Response = rig.client.post(f"/v1/messages{route}", json=sent)
     return response
-
-
-def events(response: httpx2.Response) -> list[dict[str, Any]]:
-    """A stream's events, whose names are their types."""
-    found = []
-    for block in response.text.strip().split("\n\n"):
-        name, data = block.split("\n")
-        event = json.loads(data.removeprefix("data: "))
-        assert name == f"event: {event['type']}"
-        found.append(event)
-    return found
-
-
-def messages_of(rig: Rig) -> list[dict[str, Any]]:
-    return rig.engine.codec.rendered[-1][0]
-
-
-def params_of(rig: Rig) -> SamplingParams:
-    return rig.engine.generations[-1].params
 
 
 # answers
@@ -94,11 +74,11 @@ def test_reasons_to_stop(rig: Rig) -> None:
     rig.engine.last_stop = " fox"
     body = ask(rig, stop_sequences=[" fox"]).json()
     assert (body["stop_reason"], body["stop_sequence"]) == ("stop_sequence", " fox")
-    assert params_of(rig).stop == (" fox",)
+    assert rig.last_params.stop == (" fox",)
     rig.engine.last_stop, rig.engine.text = None, "x" * 5000
     assert ask(rig).json()["stop_reason"] == "max_tokens"
     assert ask(rig, max_tokens=100_000).json()["stop_reason"] == "model_context_window_exceeded"
-    assert params_of(rig).max_tokens == 4000 - len("[user]hi[assistant]")
+    assert rig.last_params.max_tokens == 4000 - len("[user]hi[assistant]")
     refused = ask(rig, messages=[{"role": "user", "content": "x" * 4000}])
     assert (refused.status_code, refused.json()["error"]["type"]) == (400, "invalid_request_error")
 
@@ -106,7 +86,7 @@ def test_reasons_to_stop(rig: Rig) -> None:
 def test_an_answer_without_a_word_has_no_block(rig: Rig) -> None:
     rig.engine.ids = (901,)
     assert ask(rig, max_tokens=1).json()["content"] == []
-    assert [event["type"] for event in events(ask(rig, max_tokens=1, stream=True))] == [
+    assert [event["type"] for event in typed_events(ask(rig, max_tokens=1, stream=True).text)] == [
         "message_start",
         "message_delta",
         "message_stop",
@@ -145,7 +125,7 @@ def test_calls_are_blocks_and_go_back_as_they_came(client: anthropic.Anthropic, 
     history: Any = [*asked, {"role": "assistant", "content": answer.content}, {"role": "user", "content": results}]
     client.messages.create(model="base-model", max_tokens=5, messages=history, tools=tools)
 
-    _, assistant, sun, error, more = messages_of(rig)
+    _, assistant, sun, error, more = rig.last_messages
     assert (assistant["content"], assistant["reasoning_content"]) == ("I look.", "I wonder")
     assert [call["id"] for call in assistant["tool_calls"]] == [first.id, second.id]
     assert assistant["tool_calls"][0]["function"] == {"name": "get_weather", "arguments": {"city": "Paris"}}
@@ -178,7 +158,7 @@ def test_a_stream_has_the_events_of_anthropic(client: anthropic.Anthropic, rig: 
     [record] = rig.finished
     total = answer.usage.input_tokens + (answer.usage.cache_read_input_tokens or 0)
     assert (record.prompt_tokens, record.completion_tokens) == (total, answer.usage.output_tokens)
-    names = [event["type"] for event in events(ask(rig, stream=True))]
+    names = [event["type"] for event in typed_events(ask(rig, stream=True).text)]
     assert names[:2] == ["message_start", "content_block_start"]
     assert set(names[2:-3]) == {"content_block_delta"}
     assert names[-3:] == ["content_block_stop", "message_delta", "message_stop"]
@@ -188,7 +168,7 @@ def test_a_stream_says_what_the_whole_answer_does(rig: Rig) -> None:
     rig.engine.codec.form = THINKING
     rig.engine.text = f"<think>I wonder</think>I look. {CALL}"
     asked: dict[str, Any] = {"tools": [WEATHER], "thinking": ON}
-    whole, found = ask(rig, **asked).json(), events(ask(rig, **asked, stream=True))
+    whole, found = ask(rig, **asked).json(), typed_events(ask(rig, **asked, stream=True).text)
 
     start, *middle, last, _ = found
     assert start["message"]["content"] == []
@@ -218,7 +198,7 @@ def test_a_stream_says_what_the_whole_answer_does(rig: Rig) -> None:
 @pytest.mark.parametrize("error", [QueueFull("come back"), RuntimeError("an accident")])
 def test_an_error_in_mid_stream_is_an_event(rig: Rig, url: str, error: Any) -> None:
     rig.engine.error, rig.engine.error_at = error, 3
-    last = events(ask(rig, stream=True))[-1]
+    last = typed_events(ask(rig, stream=True).text)[-1]
     kind = "rate_limit_error" if isinstance(error, QueueFull) else "api_error"
     assert (last["type"], last["error"]["type"]) == ("error", kind)
     assert "accident" not in last["error"]["message"]
@@ -233,7 +213,7 @@ def test_an_error_in_mid_stream_is_an_event(rig: Rig, url: str, error: Any) -> N
 def test_a_stream_that_waits_is_pinged(settings: Settings) -> None:
     rig = Rig(settings.model_copy(update={"stream_keep_alive_s": 0.01}))
     rig.engine.step_s = 0.2
-    found = events(ask(rig, max_tokens=2, stream=True))
+    found = typed_events(ask(rig, max_tokens=2, stream=True).text)
     assert found[0] == {"type": "ping"}
     assert [event["type"] for event in found if event["type"] != "ping"][0] == "message_start"  # noqa: RUF015
 
@@ -265,7 +245,7 @@ def test_turns_of_one_role_are_one_and_a_last_one_is_the_beginning_of_the_answer
     later = {"role": "system", "content": "Be kind."}
     ask(rig, system=system, messages=[{"role": "user", "content": told}, HI, later, begun, begun])
 
-    assert [(each["role"], each["content"]) for each in messages_of(rig)] == [
+    assert [(each["role"], each["content"]) for each in rig.last_messages] == [
         ("system", "Be brief."),
         ("user", "a\nb\nhi"),
         ("system", "Be kind."),
@@ -273,7 +253,7 @@ def test_turns_of_one_role_are_one_and_a_last_one_is_the_beginning_of_the_answer
     ]
     assert rig.engine.codec.rendered[-1][1].continue_final
     ask(rig, system=[])
-    assert [each["role"] for each in messages_of(rig)] == ["user"]
+    assert [each["role"] for each in rig.last_messages] == ["user"]
     assert not rig.engine.codec.rendered[-1][1].continue_final
 
 
@@ -353,7 +333,7 @@ PASSED: list[tuple[str, Any, str, Any]] = [
 @pytest.mark.parametrize(("name", "value", "param", "expected"), PASSED)
 def test_fields_reach_the_engine(rig: Rig, name: str, value: Any, param: str, expected: Any) -> None:
     assert ask(rig, **{name: value}).status_code == 200
-    assert getattr(params_of(rig), param) == expected
+    assert getattr(rig.last_params, param) == expected
     adapter = rig.engine.generations[-1].adapter
     assert (None if adapter is None else adapter.label) == ("alpha@2" if name == "adapter_id" else None)
 

@@ -7,7 +7,6 @@ import orjson
 import pytest
 
 from manylora import __version__
-from manylora.engine.interface import SamplingParams
 from manylora.tenants.interface import Principal, Role
 
 from .conftest import Rig
@@ -26,10 +25,6 @@ def ask(rig: Rig, route: str = "chat", **body: Any) -> httpx2.Response:
 def lines(response: httpx2.Response) -> list[dict[str, Any]]:
     assert response.headers["content-type"].startswith("application/x-ndjson")
     return [orjson.loads(line) for line in response.text.splitlines()]
-
-
-def params_of(rig: Rig) -> SamplingParams:
-    return rig.engine.generations[-1].params
 
 
 @pytest.mark.parametrize(("model", "adapter"), [("base-model", "base"), ("alpha", "alpha@1"), ("alpha@2", "alpha@2")])
@@ -65,7 +60,7 @@ def test_generate_asks_as_a_chat_does_or_raw(rig: Rig) -> None:
     assert rig.engine.codec.decode(rig.engine.generations[-1].prompt_ids) == "[system]Be brief.[user]hi[assistant]"
     ask(rig, "generate", raw=True)
     assert rig.engine.codec.decode(rig.engine.generations[-1].prompt_ids) == "hi"
-    assert params_of(rig).max_tokens == rig.engine.context_length - 3
+    assert rig.last_params.max_tokens == rig.engine.context_length - 3
     assert ask(rig, "generate", raw=True, system="x").status_code == 400
     assert ask(rig, "generate", raw=True, think=True).status_code == 400
     parts = lines(ask(rig, "generate", stream=True))
@@ -151,13 +146,13 @@ def test_every_option_reaches_the_engine(
     rig: Rig, route: str, option: str, value: Any, param: str, expected: Any
 ) -> None:
     assert ask(rig, route, options={option: value}).status_code == 200
-    assert getattr(params_of(rig), param) == expected
+    assert getattr(rig.last_params, param) == expected
 
 
 @pytest.mark.parametrize("num_predict", [-1, -2])
 def test_no_bound_is_the_rest_of_the_context(rig: Rig, num_predict: int) -> None:
     ask(rig, options={"num_predict": num_predict})
-    assert params_of(rig).max_tokens == rig.engine.context_length - len("[user]hi[assistant]")
+    assert rig.last_params.max_tokens == rig.engine.context_length - len("[user]hi[assistant]")
 
 
 @pytest.mark.parametrize(("form", "part"), [("json", '"object"'), ({"properties": {"mark": {}}}, '"mark"')])

@@ -3,7 +3,7 @@
 import pytest
 
 from .conftest import Rig
-from .test_responses import NOW, TOLD, WEATHER, ask, events, messages_of
+from .test_responses import NOW, TOLD, WEATHER, ask, events
 from .test_tools import CALL, HERMES
 
 
@@ -61,6 +61,6 @@ def test_functions_of_a_namespace_are_called_by_both_names(rig: Rig, is_streamed
 
     result = {"type": "function_call_output", "call_id": first["call_id"], "name": "get_weather", "namespace": "far"}
     ask(rig, tools=[WEATHER, far], input=[TOLD, first, second, {**result, "output": "sun"}])
-    _, assistant, returned = messages_of(rig)
+    _, assistant, returned = rig.last_messages
     assert [call["function"]["name"] for call in assistant["tool_calls"]] == ["far.get_weather", "get_weather"]
     assert returned["name"] == "far.get_weather"

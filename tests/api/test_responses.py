@@ -13,11 +13,10 @@ from fastapi import FastAPI
 from openai.types.responses import ResponseFunctionToolCall, ResponseOutputMessage, ResponseReasoningItem
 from pydantic import BaseModel
 
-from manylora.engine.interface import SamplingParams
 from manylora.errors import InvalidRequest
 from manylora.tenants.interface import Principal, Role
 
-from .conftest import Rig
+from .conftest import Rig, typed_events
 from .test_tools import CALL, PARAMETERS, THINKING
 
 WEATHER: dict[str, Any] = {"type": "function", "name": "get_weather", "parameters": PARAMETERS}
@@ -45,23 +44,10 @@ def ask(rig: Rig, **body: Any) -> httpx2.Response:
 
 
 def events(response: httpx2.Response) -> list[dict[str, Any]]:
-    """A stream's events, whose names are their types, in the order of their numbers."""
-    found = []
-    for block in response.text.strip().split("\n\n"):
-        name, data = block.split("\n")
-        event = json.loads(data.removeprefix("data: "))
-        assert name == f"event: {event['type']}"
-        found.append(event)
+    """A stream's events, which are numbered."""
+    found = typed_events(response.text)
     assert [event["sequence_number"] for event in found] == list(range(len(found)))
     return found
-
-
-def messages_of(rig: Rig) -> list[dict[str, Any]]:
-    return rig.engine.codec.rendered[-1][0]
-
-
-def params_of(rig: Rig) -> SamplingParams:
-    return rig.engine.generations[-1].params
 
 
 # answers
@@ -136,7 +122,7 @@ def test_calls_are_items_of_their_own_and_go_back_as_they_came(client: openai.Op
     history: Any = [TOLD, *(item.model_dump() for item in answer.output), *results]
     client.responses.create(model="base-model", input=history, tools=tools)
 
-    user, assistant, sun, rain = messages_of(rig)
+    user, assistant, sun, rain = rig.last_messages
     assert user == {"role": "user", "content": "hi"}
     assert (assistant["content"], assistant["reasoning_content"]) == ("I look.", "I wonder")
     assert [call["function"] for call in assistant["tool_calls"]] == [
@@ -164,7 +150,7 @@ def test_thoughts_stand_where_a_summary_is_asked_for(rig: Rig, summary: dict[str
 
     sealed = {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": thought["encrypted_content"]}
     ask(rig, input=[TOLD, sealed, {"role": "assistant", "content": "Yes."}, TOLD])
-    assert messages_of(rig)[1]["reasoning_content"] == "I wonder"
+    assert rig.last_messages[1]["reasoning_content"] == "I wonder"
 
 
 def test_thoughts_can_be_left_out(rig: Rig) -> None:
@@ -304,7 +290,7 @@ def test_instructions_and_messages_of_the_system_are_one_where_the_input_begins(
     developer = {"type": "message", "role": "developer", "content": [{"type": "input_text", "text": "Be true."}]}
     ask(rig, instructions="Be brief.", input=[system, developer, TOLD, developer])
 
-    assert [(each["role"], each["content"]) for each in messages_of(rig)] == [
+    assert [(each["role"], each["content"]) for each in rig.last_messages] == [
         ("system", "Be brief.\n\nBe kind.\n\nBe true."),
         ("user", "hi"),
         ("system", "Be true."),
@@ -356,7 +342,7 @@ def test_a_turn_of_the_assistant_is_one_message(rig: Rig) -> None:
 
     told = [
         (each["role"], each["content"], each.get("reasoning_content"), [c["id"] for c in each.get("tool_calls", ())])
-        for each in messages_of(rig)
+        for each in rig.last_messages
     ]
     assert told == [
         ("user", "hi", None, []),
@@ -368,14 +354,14 @@ def test_a_turn_of_the_assistant_is_one_message(rig: Rig) -> None:
         ("assistant", "No.", None, []),
         ("assistant", "", "5", []),
     ]
-    assert messages_of(rig)[2]["name"] == "a"
+    assert rig.last_messages[2]["name"] == "a"
 
 
 def test_what_an_adapter_has_locked_is_told_in_the_words_of_this_route(rig: Rig) -> None:
     defaults = {"max_tokens": 5, "choices": ["Yes.", "No."], "temperature": 0, "locked": ["max_tokens", "choices"]}
     rig.directory.defaults["alpha@1"] = json.dumps(defaults)
     assert ask(rig, model="alpha").status_code == 200
-    assert (params_of(rig).max_tokens, params_of(rig).temperature) == (5, 0)
+    assert (rig.last_params.max_tokens, rig.last_params.temperature) == (5, 0)
     [(_, grammar)] = rig.engine.compiled
     assert grammar.kind == "choice"
     for body, named in (
@@ -429,7 +415,7 @@ PASSED: list[tuple[str, Any, str, Any]] = [
 @pytest.mark.parametrize(("name", "value", "param", "expected"), PASSED)
 def test_fields_reach_the_engine(rig: Rig, name: str, value: Any, param: str, expected: Any) -> None:
     assert ask(rig, **{name: value}).status_code == 200
-    assert getattr(params_of(rig), param) == expected
+    assert getattr(rig.last_params, param) == expected
     adapter = rig.engine.generations[-1].adapter
     assert (None if adapter is None else adapter.label) == ("alpha@2" if name == "adapter_id" else None)
 

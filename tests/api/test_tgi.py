@@ -7,7 +7,6 @@ import orjson
 import pytest
 
 from manylora import __version__
-from manylora.engine.interface import SamplingParams
 from manylora.errors import QueueFull
 from manylora.tenants.interface import Principal, Role
 
@@ -24,10 +23,6 @@ def ask(rig: Rig, route: str = "/generate", inputs: str = "hi", **parameters: An
 def events(response: httpx2.Response) -> list[dict[str, Any]]:
     assert response.headers["content-type"].startswith("text/event-stream")
     return [orjson.loads(line.removeprefix("data: ")) for line in response.text.split("\n\n") if line]
-
-
-def params_of(rig: Rig) -> SamplingParams:
-    return rig.engine.generations[-1].params
 
 
 # answers
@@ -115,7 +110,7 @@ def test_the_best_of_several_is_the_likeliest(rig: Rig) -> None:
     assert body["generated_text"] == "Th"
     assert [each["generated_text"] for each in body["details"]["best_of_sequences"]] == ["Th", "Th"]
     assert isinstance(body["details"]["seed"], int)
-    assert params_of(rig).n == 3
+    assert rig.last_params.n == 3
 
 
 def test_why_an_answer_ended(rig: Rig) -> None:
@@ -153,12 +148,12 @@ REACH: list[tuple[str, Any, str, Any]] = [
 def test_every_field_reaches_the_engine(rig: Rig, name: str, value: Any, param: str, expected: Any) -> None:
     answer = ask(rig, **{name: value})
     assert answer.status_code == 200, answer.text
-    assert getattr(params_of(rig), param) == expected
+    assert getattr(rig.last_params, param) == expected
 
 
 def test_an_answer_may_fill_the_context(rig: Rig) -> None:
     ask(rig)
-    assert params_of(rig).max_tokens == rig.engine.context_length - 3
+    assert rig.last_params.max_tokens == rig.engine.context_length - 3
 
 
 def test_only_the_prompts_last_tokens_are_kept(rig: Rig) -> None:
@@ -168,7 +163,7 @@ def test_only_the_prompts_last_tokens_are_kept(rig: Rig) -> None:
 
 def test_stop_strings_are_part_of_the_answer(rig: Rig) -> None:
     ask(rig, stop=["fox"])
-    assert params_of(rig).include_stop
+    assert rig.last_params.include_stop
 
 
 @pytest.mark.parametrize(
@@ -189,13 +184,13 @@ def test_an_answer_is_greedy_unless_something_asks_for_chance(
     rig: Rig, parameters: dict[str, Any], temperature: float
 ) -> None:
     ask(rig, **parameters)
-    assert params_of(rig).temperature == temperature
+    assert rig.last_params.temperature == temperature
 
 
 @pytest.mark.parametrize(("seed", "ours"), [(5, 5), (2**63 - 1, 2**63 - 1), (2**63, -(2**63)), (2**64 - 1, -1)])
 def test_a_seed_is_an_unsigned_number(rig: Rig, seed: int, ours: int) -> None:
     body = ask(rig, seed=seed, do_sample=True, details=True).json()
-    assert params_of(rig).seed == ours
+    assert rig.last_params.seed == ours
     assert body["details"]["seed"] == seed
 
 

@@ -8,6 +8,8 @@ import pytest
 
 from manylora.settings import Settings
 
+from . import postgres
+
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
@@ -26,6 +28,16 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny_models import VOCAB_SIZE, make_tiny_model
 
     return make_tiny_model("llama", tmp_path_factory.mktemp("base"), **{**TINY_LLAMA, "vocab_size": VOCAB_SIZE})
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[postgres.Cluster]:
+    """One PostgreSQL for all. Who kills or pauses it starts it again, and each test takes a database of its own."""
+    programs = postgres.programs()
+    if programs is None:
+        pytest.skip("PostgreSQL is not installed (Debian's package postgresql)")
+    with postgres.running(programs) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,17 @@
 """Which names mean the served base, and what is said of an adapter that names another, or was made for another."""
 
 import json
+import sqlite3
+from pathlib import Path
 
 import pytest
 
 from manylora.catalog.base_names import BaseNames
+from manylora.catalog.base_signature import signature_of
+from manylora.lora.format.reader import ModuleSpec
 from manylora.settings import Settings
 
-from .rig import CONFIG_FILE, TENSOR_FILE, Rig, running, sound_files
+from .rig import CONFIG_FILE, MODULES, TENSOR_FILE, Rig, running, sound_files, write_sound
 
 pytestmark = pytest.mark.anyio
 
@@ -124,6 +128,60 @@ async def test_adapters_of_another_base_are_told_apart(settings: Settings, monke
     async with running(settings) as rig:
         assert rig.catalog.directory.num_usable == 2
         assert await models_of(rig) == ["base-model", "x", "y"]
+
+
+def say_made_for(settings: Settings, base: str) -> None:
+    """As if all versions had been registered for that base."""
+    with sqlite3.connect(settings.data_dir / "registry.sqlite3") as database:
+        database.execute("UPDATE versions SET base = ?", (base,))
+        database.execute("UPDATE folder_contents SET base = ?", (base,))
+    database.close()
+
+
+async def test_what_another_version_of_the_server_registered_is_served(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from . import rig as rig_module
+
+    modules = {**rig_module.MODULES, "norm": ModuleSpec("norm", "norm", 64, 64)}
+    monkeypatch.setattr(rig_module, "MODULES", modules)
+    async with running(settings) as rig:
+        first = (await rig.push("x")).json()
+    say_made_for(settings, signature_of(modules).former[0])
+    async with running(settings) as rig:
+        assert await models_of(rig) == ["base-model", "x"]
+        again = await rig.push("x")  # the same content, which is there
+        assert (again.status_code, again.json()["id"], again.json()["status"]) == (200, first["id"], "ready")
+        second = (await rig.push("x", sound_files(2.0))).json()
+        assert (second["version"], second["active_version"]) == (2, 1)
+        rolled = await rig.call("PATCH", "/v1/adapters/x", json={"active_version": 2})
+        assert rolled.status_code == 200
+        rig.catalog.check_integrity()
+
+
+async def test_where_the_active_version_is_of_another_base_the_next_one_answers(
+    settings: Settings, tmp_path: Path
+) -> None:
+    folder = write_sound(tmp_path / "adapters" / "y", 3.0)
+    async with running(settings) as rig:
+        await rig.push("x")
+        await rig.catalog.register_folder(folder.parent)
+        await rig.push("y", sound_files(4.0), activate="true")
+    say_made_for(settings, "elsewhere")
+    with sqlite3.connect(settings.data_dir / "registry.sqlite3") as database:
+        database.execute("UPDATE folder_contents SET base = ?", (signature_of(MODULES).value,))
+        database.execute("UPDATE versions SET base = ? WHERE version = 1", (signature_of(MODULES).value,))
+        database.execute(
+            "UPDATE versions SET base = 'elsewhere' WHERE adapter_id IN (SELECT id FROM adapters WHERE name = 'x')"
+        )
+        database.execute("DELETE FROM folders")
+    database.close()
+    async with running(settings) as rig:
+        assert await models_of(rig) == ["base-model"]
+        assert (await rig.push("x", sound_files(2.0))).json()["active"] is True
+        await rig.catalog.register_folder(folder.parent)  # its content is there, and nothing else of that name answers
+        assert await models_of(rig) == ["base-model", "x", "y"]
+        assert (await rig.call("GET", "/v1/adapters/y")).json()["active_version"] == 1
 
 
 async def models_of(rig: Rig) -> list[str]:

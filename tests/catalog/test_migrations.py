@@ -30,11 +30,8 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     if request.param == "sqlite":
         yield f"sqlite:///{tmp_path / 'registry.sqlite3'}"
         return
-    programs = postgres.programs()
-    if programs is None:
-        pytest.skip("PostgreSQL is not installed (Debian's package postgresql)")
-    with postgres.running(programs) as cluster:
-        yield cluster.new_database()
+    cluster: postgres.Cluster = request.getfixturevalue("cluster")
+    yield cluster.new_database()
 
 
 @pytest.fixture

@@ -28,15 +28,6 @@ TIMEOUT_S = 1.0
 PATIENCE_S = 30.0
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[postgres.Cluster]:
-    programs = postgres.programs()
-    if programs is None:
-        pytest.skip("PostgreSQL is not installed (Debian's package postgresql)")
-    with postgres.running(programs) as cluster:
-        yield cluster
-
-
 @pytest.fixture
 def settings(cluster: postgres.Cluster, tmp_path: Path) -> Settings:
     return Settings(

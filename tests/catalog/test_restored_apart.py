@@ -4,15 +4,16 @@ import logging
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 from sqlalchemy import delete
 
 from manylora.catalog import belonging, blobs, labels
+from manylora.catalog.base_signature import signature_of
 from manylora.catalog.belonging import owner_of, registry_id
 from manylora.catalog.files import blob_of_folder as blob_of
-from manylora.catalog.registry import base_signature
 from manylora.catalog.rescan import Unnamed, rescan
 from manylora.catalog.service import Catalog
 from manylora.catalog.store import Store, open_store
@@ -305,7 +306,7 @@ async def test_files_without_a_label_are_registered_for_whom_one_says(
     assert owner_of(store) == owner != registry_id(database)
     rules = Rules(MODULES, 64, 2**22)
     unnamed = Unnamed(
-        "acme", base_signature(MODULES), lambda folder, blob: new_version(folder, rules.read(folder), None, blob=blob)
+        "acme", signature_of(MODULES), lambda folder, blob: new_version(folder, rules.read(folder), None, blob=blob)
     )
     names = sorted(label.name for label in rescan(database, store, unnamed).registered)
     assert names == sorted(f"recovered-{blob[:12]}" for blob in store.blobs())
@@ -393,4 +394,15 @@ def test_a_base_is_the_same_whatever_else_of_it_adapters_may_touch_in_a_later_ve
         "experts.down_proj": ModuleSpec("experts.down_proj", "experts", 32, 64, is_parameter=True, num_experts=4),
     }
     other = {**MODULES, "other": ModuleSpec("other", "linear", 64, 64)}
-    assert base_signature({**MODULES, **more}) == base_signature(MODULES) != base_signature(other)
+    now = signature_of({**MODULES, **more})
+    assert now.value == signature_of(MODULES).value != signature_of(other).value
+    assert now.former == (with_norms({**MODULES, **more}),)
+    assert now.fits(now.former[0])
+    assert not now.fits(signature_of(other).value)
+
+
+def with_norms(modules: dict[str, ModuleSpec]) -> str:
+    """The signature as one version of the server made it, for which folders of that time have their adapters."""
+    own = [module for module in modules.values() if not module.is_parameter]
+    lines = sorted(f"{m.path} {m.kind} {m.in_features} {m.out_features}" for m in own)
+    return sha256("\n".join(lines).encode()).hexdigest()

@@ -22,15 +22,6 @@ pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 PATIENCE_S = 60.0
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[postgres.Cluster]:
-    programs = postgres.programs()
-    if programs is None:
-        pytest.skip("PostgreSQL is not installed (Debian's package postgresql)")
-    with postgres.running(programs) as cluster:
-        yield cluster
-
-
 @pytest.fixture
 def database(cluster: postgres.Cluster) -> Iterator[Database]:
     database = open_database(cluster.new_database(), 1.0)

@@ -49,15 +49,6 @@ def bucket(s3_server: str) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[postgres.Cluster]:
-    programs = postgres.programs()
-    if programs is None:
-        pytest.skip("PostgreSQL is not installed (Debian's package postgresql)")
-    with postgres.running(programs) as cluster:
-        yield cluster
-
-
-@pytest.fixture(scope="module")
 async def pair(
     cluster: postgres.Cluster, bucket: str, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[tuple[Rig, Rig]]:

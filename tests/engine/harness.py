@@ -160,6 +160,21 @@ def packer_of(wrapped: WrappedModel, keep: KeepAs) -> Callable[[Adapter], Packed
     return packer
 
 
+def checked_model(
+    model: PreTrainedModel, backend: Backend, num_blocks: int, block_size: int, *, poison: bool
+) -> tuple[WrappedModel, KVCache]:
+    wrapped = wrap(model, backend)
+    cache = KVCache(wrapped.survey.kv_shapes, num_blocks, block_size, model.dtype, torch.device("cpu"))
+    if poison:
+        for room in (*cache.keys, *cache.values):
+            room.fill_(float("nan"))
+    wrapped.attach_cache(cache)
+    check = SelfCheck(wrapped, cache)
+    fused.exchange(wrapped, check.proven(fused.candidates(wrapped, cache)))
+    check.check()
+    return wrapped, cache
+
+
 def build_rig(
     model: PreTrainedModel,
     adapters: Mapping[str, Path] | None = None,
@@ -181,15 +196,7 @@ def build_rig(
 ) -> Rig:
     """An engine whose cache starts out full of NaN, so that reading a position nobody wrote shows at once."""
     backend = kernel if isinstance(kernel, Backend) else BACKENDS[kernel]
-    wrapped = wrap(model, backend)
-    cache = KVCache(wrapped.survey.kv_shapes, num_blocks, block_size, model.dtype, torch.device("cpu"))
-    if poison:
-        for room in (*cache.keys, *cache.values):
-            room.fill_(float("nan"))
-    wrapped.attach_cache(cache)
-    check = SelfCheck(wrapped, cache)
-    fused.exchange(wrapped, check.proven(fused.candidates(wrapped, cache)))
-    check.check()
+    wrapped, cache = checked_model(model, backend, num_blocks, block_size, poison=poison)
     keep = keep_as or KeepAs(model.dtype, model.dtype)
     book = SlotBook(num_slots, slot_bytes, backend.lora.places_per_slab)
     memory = DeviceMemory(len(wrapped.modules), num_slots, torch.device("cpu"))

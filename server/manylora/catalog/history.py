@@ -11,6 +11,7 @@ from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
 from manylora.catalog import queries
+from manylora.catalog.base_signature import BaseSignature
 from manylora.catalog.records import Change, ChangePage
 from manylora.database.changes import add_change
 from manylora.database.tables import AdapterRow, ChangeRow, VersionRow
@@ -46,7 +47,7 @@ def note(
     )  # fmt: skip
 
 
-def earlier(session: Session, row: AdapterRow, base: str) -> tuple[VersionRow, int | None]:
+def earlier(session: Session, row: AdapterRow, base: BaseSignature) -> tuple[VersionRow, int | None]:
     """The version that was active before the present one and can be again; and what comes before that.
 
     Raises Conflict where nothing is known of such a version.
@@ -56,7 +57,7 @@ def earlier(session: Session, row: AdapterRow, base: str) -> tuple[VersionRow, i
         if change is None:
             break
         version = queries.find_version(session, row, change.to_version)
-        if version is not None and version.base == base and version.version != row.active_version:
+        if version is not None and base.fits(version.base) and version.version != row.active_version:
             return version, change.before
         change = None if change.before is None else session.get(ChangeRow, change.before)
     raise Conflict(

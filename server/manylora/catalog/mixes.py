@@ -7,6 +7,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from manylora.catalog import queries, saved_mix
+from manylora.catalog.base_signature import BaseSignature
 from manylora.catalog.records import NewVersion, VersionRecord
 from manylora.database.tables import AdapterRow, VersionRow
 from manylora.errors import Conflict
@@ -17,10 +18,10 @@ __all__ = ["check_has_files", "check_not_pinned", "check_unused", "new_version"]
 _KIND: Final = "mix"
 
 
-def new_version(session: Session, version_id: str, mix: Mix, base: str) -> NewVersion:
+def new_version(session: Session, version_id: str, mix: Mix, base: BaseSignature) -> NewVersion:
     """A version that is this mix. Raises Conflict where one of its adapters has been deleted."""
     rows = [session.get(VersionRow, ref.id) for ref in mix.refs]
-    found = [row for row in rows if row is not None and row.base == base]
+    found = [row for row in rows if row is not None and base.fits(row.base)]
     if len(found) < len(rows):
         raise Conflict("An adapter of the mix was deleted meanwhile. Name another one.")
     text = saved_mix.text_of(mix)

@@ -1,6 +1,7 @@
 """Deleting what was set aside, when an operator says so."""
 
 from manylora.catalog import labels
+from manylora.catalog.base_signature import BaseSignature
 from manylora.catalog.belonging import check_same
 from manylora.catalog.registry import Registry
 from manylora.catalog.store import Store
@@ -16,7 +17,7 @@ def drop_orphans(database: Database, store: Store) -> set[str]:
     start that set it aside. Needs the store for itself. Raises StartupError where the store is another registry's.
     """
     check_same(store, database)
-    known, dropped = Registry(database, "").blobs(), set[str]()
+    known, dropped = Registry(database, BaseSignature("")).blobs(), set[str]()
     for orphan in store.orphans():
         if orphan.blob in known:
             store.bring_back(orphan.blob)

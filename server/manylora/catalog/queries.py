@@ -7,6 +7,7 @@ from typing import Final
 from sqlalchemy import Select, func, select, tuple_
 from sqlalchemy.orm import Session
 
+from manylora.catalog.base_signature import BaseSignature
 from manylora.catalog.directory import Entry, Listed, missing
 from manylora.catalog.labels import Label
 from manylora.catalog.records import AdapterRecord, NewVersion, VersionSums, adapter_record, new_id, now_us, ref_of
@@ -35,7 +36,7 @@ def get_adapter(session: Session, tenant: str, name: str) -> AdapterRow:
     return row
 
 
-def load_records(session: Session, rows: Sequence[AdapterRow], base: str) -> list[AdapterRecord]:
+def load_records(session: Session, rows: Sequence[AdapterRow], base: BaseSignature) -> list[AdapterRecord]:
     """Records in the order of `rows`. Of their versions only the active ones are read."""
     v, ids = VersionRow, [row.id for row in rows]
     sums = select(v.adapter_id, func.count(), func.max(v.version), func.sum(v.size_bytes)).where(v.adapter_id.in_(ids))
@@ -88,7 +89,7 @@ def changed_names(session: Session, since: int) -> dict[str, tuple[str, str]]:
     return {row.id: (row.tenant, row.name) for row in found}
 
 
-def entries(session: Session, base: str, ids: Sequence[str] | None = None) -> list[Entry]:
+def entries(session: Session, base: BaseSignature, ids: Sequence[str] | None = None) -> list[Entry]:
     """Adapters that have versions, as the directory knows them: those with these ids, or all.
 
     Reads the columns that the directory needs, and not the reports, which are most of a database; many rows come piece
@@ -100,7 +101,7 @@ def entries(session: Session, base: str, ids: Sequence[str] | None = None) -> li
     return [entry for piece in pieces for entry in _entries(session, base, piece)]
 
 
-def _entries(session: Session, base: str, ids: Sequence[str] | None) -> list[Entry]:
+def _entries(session: Session, base: BaseSignature, ids: Sequence[str] | None) -> list[Entry]:
     a, v = AdapterRow, VersionRow
     query = select(
         a.tenant, a.name, a.pinned, a.active_version, v.id, v.version, v.digest, v.blob, v.created, v.base, v.defaults,
@@ -114,7 +115,7 @@ def _entries(session: Session, base: str, ids: Sequence[str] | None) -> list[Ent
     for row in session.execute(pieces):
         key = (row.tenant, row.name)
         facts[key] = (row.pinned, row.active_version)
-        ref, is_ready = ref_of(row, row), row.base == base
+        ref, is_ready = ref_of(row, row), base.fits(row.base)
         listed = Listed(ref, row.blob, row.created, is_ready, row.defaults, row.rank, parts_of(row.mix))
         versions.setdefault(key, {})[row.version] = listed
     return [Entry(*key, *facts[key], MappingProxyType(versions[key])) for key in facts]
@@ -125,10 +126,10 @@ def newest_version(session: Session, row: AdapterRow) -> VersionRow | None:
     return session.execute(query).scalar_one_or_none()
 
 
-def version_with(session: Session, row: AdapterRow, digest: str, base: str) -> VersionRow | None:
+def version_with(session: Session, row: AdapterRow, digest: str, base: BaseSignature) -> VersionRow | None:
     """The newest version with this content for this base."""
     query = select(VersionRow).where(
-        VersionRow.adapter_id == row.id, VersionRow.digest == digest, VersionRow.base == base
+        VersionRow.adapter_id == row.id, VersionRow.digest == digest, VersionRow.base.in_(base.values)
     )
     return session.execute(query.order_by(VersionRow.version.desc()).limit(1)).scalar_one_or_none()
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
+from manylora.catalog.base_signature import BaseSignature
 from manylora.catalog.saved_mix import SavedPart, parts_of
 from manylora.database.tables import MICROSECONDS, AdapterRow, VersionRow
 from manylora.identity import SERVER, AdapterRef, Author
@@ -174,7 +175,7 @@ class Published:
     is_new: bool
 
 
-def adapter_record(row: AdapterRow, active: VersionRow | None, sums: VersionSums, base: str) -> AdapterRecord:
+def adapter_record(row: AdapterRow, active: VersionRow | None, sums: VersionSums, base: BaseSignature) -> AdapterRecord:
     """The record as a server with this base model sees it."""
     return AdapterRecord(
         id=row.id,
@@ -212,12 +213,12 @@ def ref_of(adapter: _Owned, row: _Versioned) -> AdapterRef:
     return AdapterRef(row.id, adapter.tenant, adapter.name, row.version, row.digest, row.virtual_tokens, invocation)
 
 
-def version_record(adapter: AdapterRow, row: VersionRow, base: str) -> VersionRecord:
+def version_record(adapter: AdapterRow, row: VersionRow, base: BaseSignature) -> VersionRecord:
     """One version of the adapter as a server with this base model sees it."""
     return VersionRecord(
         ref=ref_of(adapter, row),
         blob=row.blob,
-        is_ready=row.base == base,
+        is_ready=base.fits(row.base),
         kind=row.kind,
         rank=row.rank,
         alpha=row.alpha,

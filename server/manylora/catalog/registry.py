@@ -6,7 +6,7 @@ so the directory goes through the same states in the same order as the database.
 
 import heapq
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -15,6 +15,7 @@ from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from manylora.catalog import history, mixes, queries
+from manylora.catalog.base_signature import BaseSignature
 from manylora.catalog.defaults import NO_DEFAULTS
 from manylora.catalog.directory import Directory, Entry, missing
 from manylora.catalog.labels import Label
@@ -35,25 +36,13 @@ from manylora.database.database import Database
 from manylora.database.tables import AdapterRow, FolderContentRow, FolderRow, RetiredRow, VersionRow
 from manylora.errors import Conflict
 from manylora.identity import SERVER, AdapterRef, Author, Mix
-from manylora.lora.format.reader import ModuleSpec
 from manylora.usage.store import note_stored
-
-
-def base_signature(modules: Mapping[str, ModuleSpec]) -> str:
-    """Names and shapes of the base's modules as a hash: adapters fit a base with the same, and no other.
-
-    Linears and embeddings tell bases apart. What else adapters may touch grows with versions of the server, which must
-    know their adapters again.
-    """
-    named = (m for m in modules.values() if m.kind in ("linear", "conv1d", "embedding") and not m.is_parameter)
-    lines = sorted(f"{m.path} {m.kind} {m.in_features} {m.out_features}" for m in named)
-    return sha256("\n".join(lines).encode()).hexdigest()
 
 
 class _Transaction:
     """One write: its session, its revision, and what the directory has to take over once it is committed."""
 
-    def __init__(self, session: Session, base: str) -> None:
+    def __init__(self, session: Session, base: BaseSignature) -> None:
         self.session = session
         self.revision, self.num_untraced = session.execute(queries.revision_query()).one()
         self._base = base
@@ -85,7 +74,7 @@ class Registry:
     `base` names the shapes of the base model that runs now: versions made for others are kept and not served.
     """
 
-    def __init__(self, database: Database, base: str) -> None:
+    def __init__(self, database: Database, base: BaseSignature) -> None:
         self.directory = Directory()
         self._database = database
         self._base = base
@@ -196,7 +185,7 @@ class Registry:
     def publish(self, wish: Wish, new: NewVersion, *, folder: Folder | None = None) -> Published:
         """Add a version, or take the newest one where it has the same digest; either becomes active if asked.
 
-        The first version of a name becomes active unless it may not. Raises QuotaExceeded.
+        The first version of a name that fits this base becomes active unless it may not. Raises QuotaExceeded.
         """
         with self._write() as transaction:
             return self._add(transaction, wish, new, folder)
@@ -214,10 +203,10 @@ class Registry:
         is_new = newest is None or newest.mix != new.mix
         if newest is None or is_new:
             if wish.activate is None:
-                wish = replace(wish, activate=row is None or row.is_deleted)
+                wish = replace(wish, activate=row is None or not self._answers(session, row))
             queries.check_kept(session, wish.tenant, row, new.size_bytes)
             row = queries.revived_adapter(session, row, wish.tenant, wish.name)
-            newest = queries.add_version(session, row, new, self._base, wish.defaults or NO_DEFAULTS)
+            newest = queries.add_version(session, row, new, self._base.value, wish.defaults or NO_DEFAULTS)
         assert row is not None
         return self._finish(transaction, wish, row, newest, is_new=is_new, folder=folder)
 
@@ -242,17 +231,22 @@ class Registry:
             if row is None or row.is_deleted:
                 return False, None
             key = _content_key(digest, wish)
-            is_known = session.get(FolderContentRow, (wish.name, key, self._base)) is not None
+            is_known = any(session.get(FolderContentRow, (wish.name, key, base)) for base in self._base.values)
             same = queries.version_with(session, row, digest, self._base)
             if same is None or not (is_known or wish.defaults in (None, same.defaults)):
                 return is_known, None
-            quiet = replace(wish, activate=False)
-            return True, self._finish(transaction, quiet, row, same, is_new=False, folder=folder)
+            wish = replace(wish, activate=not self._answers(session, row))
+            return True, self._finish(transaction, wish, row, same, is_new=False, folder=folder)
+
+    def _answers(self, session: Session, row: AdapterRow) -> bool:
+        """Whether the adapter has an active version for this base: else somebody's decision stands against nothing."""
+        active = None if row.is_deleted else queries.find_version(session, row, row.active_version)
+        return active is not None and self._base.fits(active.base)
 
     def _newest(self, session: Session, row: AdapterRow | None, digest: str, wish: Wish) -> VersionRow | None:
         """The newest version, if it is what is uploaded: content, base and, where any came, defaults."""
         newest = None if row is None else queries.newest_version(session, row)
-        if newest is None or newest.digest != digest or newest.base != self._base:
+        if newest is None or newest.digest != digest or not self._base.fits(newest.base):
             return None
         return newest if wish.defaults in (None, newest.defaults) else None
 
@@ -303,7 +297,7 @@ class Registry:
             was = row.active_version
             if active_version is not None:
                 version = queries.get_version(session, row, active_version)
-                if version.base != self._base:
+                if not self._base.fits(version.base):
                     raise Conflict(
                         f"'{name}@{active_version}' was made for a base of other shapes than the one that is served "
                         "here, so it cannot become active. Promote a version whose status is 'ready'."

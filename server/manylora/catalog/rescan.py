@@ -11,6 +11,7 @@ from pathlib import Path
 from sqlalchemy import select
 
 from manylora.catalog import labels
+from manylora.catalog.base_signature import BaseSignature
 from manylora.catalog.belonging import check_may_claim, claim
 from manylora.catalog.labels import Label
 from manylora.catalog.records import NewVersion, Published, Wish
@@ -28,7 +29,7 @@ class Unnamed:
     """Whose a blob without a label is to be, and how its files are validated; `base` is of the model they fit."""
 
     tenant: str
-    base: str
+    base: BaseSignature
     validate: Callable[[Path, str], NewVersion]
 
 
@@ -57,7 +58,7 @@ def rescan(database: Database, store: Store, unnamed: Unnamed | None = None, *, 
     """
     check_may_claim(store, database, take_over=take_over)
     found = Found()
-    registry = Registry(database, "" if unnamed is None else unnamed.base)
+    registry = Registry(database, BaseSignature("") if unnamed is None else unnamed.base)
     known_blobs, known_versions = registry.blobs(), _version_ids(database)
     stored, aside = set(store.blobs()), {orphan.blob for orphan in store.orphans()}
     wanted = [label for label in labels.all_labels(store) if label.version_id not in known_versions]

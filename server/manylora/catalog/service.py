@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from starlette.requests import ClientDisconnect
 
-from manylora.catalog import folders, sources
+from manylora.catalog import base_signature, folders, sources
 from manylora.catalog.base_names import BaseNames
 from manylora.catalog.belonging import check_owner
 from manylora.catalog.blobs import Blobs
@@ -35,7 +35,7 @@ from manylora.catalog.records import (
     VersionRecord,
     Wish,
 )
-from manylora.catalog.registry import Registry, base_signature
+from manylora.catalog.registry import Registry
 from manylora.catalog.residency import Pins, Retirement
 from manylora.catalog.store import Store, open_store
 from manylora.catalog.upload import (
@@ -77,10 +77,10 @@ class Catalog:
         self._rules = rules
         self._import_allow = settings.import_allow
         self._pin_replicas = settings.pin_replicas
-        self._base = base_signature(rules.modules)
+        self._base = base_signature.signature_of(rules.modules)
         self._registry = Registry(database, self._base)
         self._blobs = Blobs(database, self._registry, store)
-        self.replicas = Replicas(database, self._base)
+        self.replicas = Replicas(database, self._base.value)
         self._freeing = Freeing(database, self._registry, self._blobs, self.replicas)
         self._scratch = settings.data_dir / "quarantine"
         self._quarantine = Quarantine(self._scratch, rules)
@@ -117,8 +117,8 @@ class Catalog:
             stack.callback(lock.release)
             database = open_database(settings.resolved_database_url, settings.database_timeout_s)
             stack.callback(database.close)
-            cache = settings.data_dir / "cache"
-            store = open_store(settings.resolved_store_url, cache, is_shared=not database.is_sqlite)
+            is_shared = not database.is_sqlite
+            store = open_store(settings.resolved_store_url, settings.data_dir / "cache", is_shared=is_shared)
             stack.callback(store.close)
             check_owner(store, database)
             names = BaseNames((base_name, settings.served_name, settings.model))
@@ -245,7 +245,7 @@ class Catalog:
         """
         if self._blobs.missing:
             await asyncio.to_thread(self._blobs.mend_missing, root)
-        return await folders.register(root, self._base, self._registry.folders, self._add_folder)
+        return await folders.register(root, self._base.value, self._registry.folders, self._add_folder)
 
     async def _add_folder(self, found: folders.FoundFolder) -> Published | None:
         wish = self._checked(Wish(PUBLIC_TENANT, found.name, activate=True))
@@ -460,8 +460,7 @@ class Catalog:
 
     async def refresh(self) -> None:
         """Take over what other processes changed in the database."""
-        changes = await self.database.run(self._registry.refresh)
-        if changes is None:
+        if (changes := await self.database.run(self._registry.refresh)) is None:
             return
         self._pins_attached.sync_all(changes.names)
         for ref in changes.gone:

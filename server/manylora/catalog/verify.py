@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from manylora.catalog.base_signature import BaseSignature
 from manylora.catalog.belonging import check_same
 from manylora.catalog.copies import Copies
 from manylora.catalog.registry import Registry
@@ -31,7 +32,7 @@ def verify(database: Database, store: Store, repair_from: Path | None = None) ->
     """
     check_same(store, database)
     named: dict[str, list[str]] = {}
-    for entry in Registry(database, "").directory.entries():
+    for entry in Registry(database, BaseSignature("")).directory.entries():
         for version in entry.versions.values():
             if version.mix:
                 continue

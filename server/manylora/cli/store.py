@@ -141,14 +141,14 @@ def rescan(
 
 
 def _unnamed(tenant: str, settings: "Settings") -> "Unnamed":
-    from manylora.catalog.registry import base_signature
+    from manylora.catalog.base_signature import signature_of
     from manylora.catalog.rescan import Unnamed
     from manylora.cli.offline import modules_of, validated
     from manylora.tenants.keys import check_tenant
 
     check_tenant(tenant)
     modules = modules_of(settings.model)
-    return Unnamed(tenant, base_signature(modules), lambda folder, blob: validated(folder, blob, modules, settings))
+    return Unnamed(tenant, signature_of(modules), lambda folder, blob: validated(folder, blob, modules, settings))
 
 
 def _show(found: "Found") -> None:

@@ -10,8 +10,8 @@ from torch.nn import functional
 
 from manylora.engine.interface import Head, Pooling
 from manylora.engine.step_input import EncoderInput
-from manylora.kernels.interface import LoraKernel, LoraPlan
-from manylora.kernels.rows import Parts, group_rows
+from manylora.kernels.interface import LoraKernel, LoraPlan, plan_of
+from manylora.kernels.rows import Parts
 from manylora.lora.format.heads import HeadPlan
 from manylora.lora.memory.device_memory import DeviceMemory
 from manylora.models.encoder import EncoderModel, ragged_batch
@@ -112,16 +112,7 @@ class EncoderExecutor:
         return rows if plan.source == "every" else rows[0]
 
     def _plan(self, row_slots: np.ndarray, mixes: SequenceOf[Parts]) -> LoraPlan | None:
-        memory = self._memory
-        rows = group_rows(
-            row_slots,
-            memory.touches,
-            self._device,
-            inputs=memory.inputs.flags,
-            outputs=memory.outputs.flags,
-            mixes=mixes,
-        )
-        return self._kernel.plan(rows, memory) if rows is not None else None
+        return plan_of(self._kernel, self._memory, row_slots, mixes)
 
 
 def _read(plan: HeadPlan, states: torch.Tensor, pooled: torch.Tensor | None) -> torch.Tensor:

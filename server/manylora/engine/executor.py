@@ -10,8 +10,8 @@ from torch import nn
 from manylora.engine.sampler import sample
 from manylora.engine.step_input import PrefixInput, Sampled, SamplingInput, StepInput
 from manylora.kernels.batch import Batch
-from manylora.kernels.interface import LoraKernel, LoraPlan
-from manylora.kernels.rows import Parts, group_rows
+from manylora.kernels.interface import LoraKernel, LoraPlan, plan_of
+from manylora.kernels.rows import Parts
 from manylora.lora.memory.device_memory import DeviceMemory
 from manylora.models.kv_cache import KVCache
 from manylora.models.wrapping import WrappedModel
@@ -182,16 +182,7 @@ class LocalExecutor:
         )
 
     def _plan(self, row_slots: np.ndarray, mixes: Sequence[Parts]) -> LoraPlan | None:
-        memory = self._memory
-        rows = group_rows(
-            row_slots,
-            memory.touches,
-            self._device,
-            inputs=memory.inputs.flags,
-            outputs=memory.outputs.flags,
-            mixes=mixes,
-        )
-        return self._kernel.plan(rows, self._memory) if rows is not None else None
+        return plan_of(self._kernel, self._memory, row_slots, mixes)
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(self._device)

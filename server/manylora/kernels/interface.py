@@ -1,12 +1,13 @@
 """What a kernel has to offer: low-rank deltas and attention, each one specification behind one small protocol."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
 
-from manylora.kernels.rows import LoraRows, MixedRows, Parts
+from manylora.kernels.rows import LoraRows, MixedRows, Parts, group_rows
 from manylora.lora.memory.device_memory import DeviceMemory
 
 if TYPE_CHECKING:
@@ -79,6 +80,21 @@ class LoraKernel(Protocol):
     mixes_dtypes: bool
 
     def plan(self, rows: LoraRows, memory: DeviceMemory) -> LoraPlan: ...
+
+
+def plan_of(
+    kernel: LoraKernel, memory: DeviceMemory, row_slots: np.ndarray, mixes: Sequence[Parts] = ()
+) -> LoraPlan | None:
+    """What the kernel is to do for rows with these slots (`rows.group_rows`); None where no row has an adapter."""
+    rows = group_rows(
+        row_slots,
+        memory.touches,
+        memory.device,
+        inputs=memory.inputs.flags,
+        outputs=memory.outputs.flags,
+        mixes=mixes,
+    )
+    return kernel.plan(rows, memory) if rows is not None else None
 
 
 class Attention(Protocol):

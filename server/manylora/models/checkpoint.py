@@ -241,19 +241,7 @@ def load_model(folder: Path, config: "PretrainedConfig", dtype: "torch.dtype") -
 
     stored = stored_tensors(folder)
     refuse_coded(folder, stored)
-    try:
-        with quiet():
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-    except Exception as error:  # of a model's own code
-        raise ModelUnusable(f"The model in {folder} cannot be loaded: {error}") from error
+    model, info = from_folder(transformers.AutoModelForCausalLM, folder, config, dtype)
     # transformers fills what the files lack with random numbers and goes on.
     if missing := sorted(str(name) for name in info["missing_keys"]):
         raise ModelUnusable(f"The weights in {folder} lack {some(missing)}. Fetch the checkpoint again.")
@@ -268,6 +256,29 @@ def load_model(folder: Path, config: "PretrainedConfig", dtype: "torch.dtype") -
     if getattr(config, "is_decoder", True) is False and _looks_ahead(model):
         raise _not_causal(folder, config)
     return model
+
+
+def from_folder(
+    kind: Any, folder: Path, config: "PretrainedConfig", dtype: "torch.dtype"
+) -> tuple["PreTrainedModel", dict[str, Any]]:
+    """What transformers' `kind` (an Auto class) makes of the folder's safetensors, and its report of the names.
+
+    Raises ModelUnusable.
+    """
+    try:
+        with quiet():
+            model, info = kind.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except Exception as error:  # of a model's own code
+        raise ModelUnusable(f"The model in {folder} cannot be loaded: {error}") from error
+    return model, info
 
 
 def refuse_coded(folder: Path, stored: dict[str, StoredTensor]) -> None:

@@ -18,8 +18,7 @@ from transformers import PreTrainedModel
 
 from manylora.errors import ModelUnusable
 from manylora.kernels.batch import Batch, ForwardContext
-from manylora.kernels.interface import LoraPlan
-from manylora.kernels.rows import group_rows
+from manylora.kernels.interface import LoraPlan, plan_of
 from manylora.lora.format.reader import ModuleSpec
 from manylora.lora.memory.device_memory import DeviceMemory
 from manylora.lora.memory.slots import Place
@@ -330,5 +329,4 @@ def _probe_memory(wrapped: WrappedModel, modules: Mapping[str, ModuleSpec]) -> D
 
 
 def _plan(wrapped: WrappedModel, memory: DeviceMemory, slots: np.ndarray) -> LoraPlan | None:
-    rows = group_rows(slots, memory.touches, memory.device)
-    return wrapped.backend.lora.plan(rows, memory) if rows is not None else None
+    return plan_of(wrapped.backend.lora, memory, slots)

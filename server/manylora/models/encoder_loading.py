@@ -13,7 +13,6 @@ from manylora.lora.format.encoders import EncoderModules
 from manylora.models import backends, checkpoint
 from manylora.models.loading import base_name, check_memory
 from manylora.models.sentence import SentenceSettings, sentence_settings
-from manylora.models.stages import quiet
 from manylora.models.stored_weights import StoredWeights
 
 if TYPE_CHECKING:
@@ -111,19 +110,8 @@ def _load(folder: Path, config: "PretrainedConfig", dtype: Any) -> "PreTrainedMo
     import transformers
 
     checkpoint.refuse_coded(folder, checkpoint.stored_tensors(folder))
-    try:
-        with quiet(), _unreported():
-            model, info = transformers.AutoModel.from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-    except Exception as error:  # of a model's own code
-        raise ModelUnusable(f"The model in {folder} cannot be loaded: {error}") from error
+    with _unreported():
+        model, info = checkpoint.from_folder(transformers.AutoModel, folder, config, dtype)
     missing = sorted(str(name) for name in info["missing_keys"])
     if missing and all(name.startswith("pooler.") for name in missing):
         model.pooler = None  # checkpoints of pretraining have none, and transformers filled it with random numbers

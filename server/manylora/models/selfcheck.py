@@ -16,8 +16,7 @@ from torch import nn
 
 from manylora.errors import ModelUnusable
 from manylora.kernels.batch import Batch
-from manylora.kernels.interface import LoraPlan
-from manylora.kernels.rows import group_rows
+from manylora.kernels.interface import LoraPlan, plan_of
 from manylora.lora.memory.device_memory import DeviceMemory
 from manylora.lora.memory.slots import Place
 from manylora.models.kv_cache import KVCache
@@ -240,8 +239,7 @@ class SelfCheck:
         )
 
     def _plan(self, slots: np.ndarray) -> LoraPlan | None:
-        rows = group_rows(slots, self._memory.touches, self._memory.device)
-        return self._backend.lora.plan(rows, self._memory) if rows is not None else None
+        return plan_of(self._backend.lora, self._memory, slots)
 
 
 def _rms(values: torch.Tensor) -> float:
