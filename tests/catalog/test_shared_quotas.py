@@ -1,6 +1,7 @@
 """Quotas of several servers on one PostgreSQL database: together they let through what one alone would."""
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -13,7 +14,7 @@ from manylora.errors import QuotaExceeded
 from manylora.tenants.buckets import SharedBuckets
 from manylora.tenants.interface import Lease
 from manylora.tenants.limits import TenantLimits
-from manylora.tenants.quotas import Quotas
+from manylora.tenants.quotas import Kind, Quotas
 from manylora.tenants.shared_quotas import SharedQuotas
 
 from . import postgres
@@ -38,8 +39,12 @@ class Server:
         self.replicas = Replicas(database, "base")
         self.replicas.join(0)
         self.num_fallbacks = 0
-        buckets = SharedBuckets(database, self.replicas)
-        self.quotas = SharedQuotas(database, buckets, local, count_fallback=self._count)
+        self.ahead_s = 0.0
+        self.buckets = SharedBuckets(database, self.replicas)
+        self.quotas = SharedQuotas(database, self.buckets, local, clock=self._now, count_fallback=self._count)
+
+    def _now(self) -> float:
+        return time.monotonic() + self.ahead_s
 
     def _count(self) -> None:
         self.num_fallbacks += 1
@@ -160,3 +165,70 @@ async def test_without_the_database_each_server_lets_its_part_through(
             return a.num_fallbacks == before
 
         await until(asks_again)
+
+
+async def test_a_request_that_comes_while_an_idle_share_is_given_back_counts(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with servers(database, 1, max_concurrent=1, tokens_per_minute=600) as (server,):
+        first = await server.admitted(600)
+        assert first is not None
+        is_giving, may_give = threading.Event(), threading.Event()
+        give_back = server.buckets.give_back
+
+        def held(tenant: str, units: dict[Kind, tuple[float, int]], seats: int | None) -> None:
+            is_giving.set()
+            may_give.wait(PATIENCE_S)
+            give_back(tenant, units, seats)
+
+        monkeypatch.setattr(server.buckets, "give_back", held)
+        server.ahead_s = 3600.0
+        first.settle(0, 0)
+        await asyncio.to_thread(is_giving.wait, PATIENCE_S)
+        coming = asyncio.create_task(server.admitted(600))
+        await asyncio.sleep(0)  # it waits for the share
+        may_give.set()
+        second = await coming
+        assert second is not None
+        assert await server.admitted(1) is None  # the one place is in use
+        second.settle(0, 0)
+
+        async def answers() -> bool:
+            return await server.admitted(600) is not None
+
+        await until(answers)  # all that was charged has come back
+
+
+async def test_a_request_that_needs_less_than_what_was_refused_is_asked_for(database: Database) -> None:
+    async with servers(database, 1, tokens_per_minute=1000) as (server,):
+        assert await server.admitted(900) is not None
+        server.quotas._clock = lambda: 0.0  # what was refused stays fresh
+        assert await server.admitted(900) is None
+        assert await server.admitted(60) is not None
+
+
+async def test_places_that_the_database_knows_count_while_it_is_away(
+    database: Database, cluster: postgres.Cluster
+) -> None:
+    async with servers(database, 2, max_concurrent=4) as (a, _):
+        held = [await a.admitted(), await a.admitted()]
+        assert None not in held
+        with cluster.paused():
+            assert await a.admitted() is None  # its part are two
+            assert held[0] is not None
+            held[0].settle(1, 1)
+            alone = await a.admitted()
+            assert alone is not None
+            assert await a.admitted() is None
+        held.append(alone)
+
+        async def holds_four() -> bool:
+            held.append(await a.admitted())
+            return sum(lease is not None for lease in held) == 5
+
+        await until(holds_four)  # of which one has ended
+        assert await a.admitted() is None
+        for lease in held:
+            if lease is not None:
+                lease.settle(1, 1)
+        a.quotas.check_integrity()

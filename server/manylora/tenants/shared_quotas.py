@@ -36,6 +36,15 @@ _CLOSED_S: Final = 0.1
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class _Closed:
+    """What was refused: until when as much or more of it is not asked for again, and when there is enough of it."""
+
+    need: float
+    until: float
+    open_at: float
+
+
 @dataclass(slots=True)
 class _Share:
     """What this server holds of one tenant's quotas."""
@@ -43,9 +52,16 @@ class _Share:
     levels: dict[Kind, float] = field(default_factory=lambda: {"requests": 0.0, "tokens": 0.0})
     seats: int = 0
     running: int = 0
+    alone: int = 0  # of those that run, the ones that the database was not asked for
+    taking: int = 0  # questions to the database that were not answered yet
     used_at: float = 0.0
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    closed: dict[Kind, tuple[float, float]] = field(default_factory=dict)  # until when not to ask, and open from when
+    closed: dict[Kind, _Closed] = field(default_factory=dict)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing runs, is on its way here or could be given back."""
+        return self.running == self.seats == self.taking == 0 and all(level <= 0 for level in self.levels.values())
 
 
 class _Admitted:
@@ -63,6 +79,29 @@ class _Admitted:
             share.running -= 1
             if self._charged:
                 share.levels["tokens"] += self._charged - prompt_tokens - completion_tokens
+            self._due()
+
+
+class _AdmittedAlone:
+    """One request that this server's part of the quotas let through. Implements `tenants.interface.Lease`.
+
+    It holds a place among what runs here, so that once the database answers its place is asked for with the others.
+    """
+
+    def __init__(self, share: _Share, lease: Lease, due: Callable[[], None]) -> None:
+        self._share: _Share | None = share
+        self._lease = lease
+        self._due = due
+        share.running += 1
+        share.alone += 1
+
+    def settle(self, prompt_tokens: int, completion_tokens: int) -> None:
+        """Replace what was charged by what was used, and give the place back. Later calls do nothing."""
+        share, self._share = self._share, None
+        if share is not None:
+            share.running -= 1
+            share.alone -= 1
+            self._lease.settle(prompt_tokens, completion_tokens)
             self._due()
 
 
@@ -107,24 +146,32 @@ class SharedQuotas:
         limits = self._local.limits_of(tenant)
         if limits.requests_per_minute is limits.tokens_per_minute is limits.max_concurrent is None:
             return self._local.admit(tenant, tokens)
-        share = self._shares.setdefault(tenant, _Share())
-        async with share.lock:
-            share.used_at = self._clock()
-            try:
-                await self._fill(tenant, share, limits, tokens)
-            except (Unavailable, TimeoutError) as error:
-                if isinstance(error, TimeoutError):
-                    self._away_until = self._clock() + _AWAY_S
-                self._count_fallback()
-                self._alone.update_limits({tenant: _part_of(limits, self._buckets.num_servers)})
-                return self._alone.admit(tenant, tokens)
-            charged = 0
-            if limits.requests_per_minute is not None:
-                share.levels["requests"] -= 1
-            if limits.tokens_per_minute is not None:
-                share.levels["tokens"] -= tokens
-                charged = tokens
-            share.running += 1
+        while True:
+            share = self._shares.setdefault(tenant, _Share())
+            async with share.lock:
+                # One that was given back while this waited is nobody's any more.
+                if self._shares.get(tenant) is share:
+                    return await self._admit(tenant, share, limits, tokens)
+
+    async def _admit(self, tenant: str, share: _Share, limits: TenantLimits, tokens: int) -> Lease:
+        """`admit`, under the share's lock."""
+        share.used_at = self._clock()
+        try:
+            await self._fill(tenant, share, limits, tokens)
+        except (Unavailable, TimeoutError) as error:
+            if isinstance(error, TimeoutError):
+                self._away_until = self._clock() + _AWAY_S
+            self._count_fallback()
+            held = share.running - share.alone
+            self._alone.update_limits({tenant: _part_of(limits, self._buckets.num_servers, held)})
+            return _AdmittedAlone(share, self._alone.admit(tenant, tokens), self._due.set)
+        charged = 0
+        if limits.requests_per_minute is not None:
+            share.levels["requests"] -= 1
+        if limits.tokens_per_minute is not None:
+            share.levels["tokens"] -= tokens
+            charged = tokens
+        share.running += 1
         return _Admitted(share, charged, self._due.set)
 
     async def _fill(self, tenant: str, share: _Share, limits: TenantLimits, tokens: int) -> None:
@@ -135,20 +182,25 @@ class SharedQuotas:
         if now < self._away_until:
             raise Unavailable("The database does not answer.")
         for want in wants:
-            closed_until, open_at = share.closed.get(want.kind, (0.0, 0.0))
-            if now < closed_until:
-                raise refused(tenant, want.kind, limits, tokens, open_at - now)
+            closed = share.closed.get(want.kind)
+            if closed is not None and now < closed.until and want.need >= closed.need:
+                raise refused(tenant, want.kind, limits, tokens, closed.open_at - now)
         # Not given up with a request whose client leaves: what it brings is this server's.
         taking = asyncio.ensure_future(self._take(tenant, share, wants))
         taking.add_done_callback(lambda done: done.cancelled() or done.exception())
         taken = await asyncio.wait_for(asyncio.shield(taking), _PATIENCE_S)
         if taken.refused is not None:
             now = self._clock()
-            share.closed[taken.refused] = now + min(taken.wait_s, _CLOSED_S), now + taken.wait_s
+            (need,) = [want.need for want in wants if want.kind == taken.refused]
+            share.closed[taken.refused] = _Closed(need, now + min(taken.wait_s, _CLOSED_S), now + taken.wait_s)
             raise refused(tenant, taken.refused, limits, tokens, taken.wait_s)
 
     async def _take(self, tenant: str, share: _Share, wants: list[Want]) -> Taken:
-        taken = await self._database.run(partial(self._buckets.take, tenant, wants))
+        share.taking += 1
+        try:
+            taken = await self._database.run(partial(self._buckets.take, tenant, wants))
+        finally:
+            share.taking -= 1
         for kind, amount in taken.amounts.items():
             if kind == "seats":
                 share.seats = int(amount)
@@ -206,12 +258,16 @@ class SharedQuotas:
             for kind, (amount, _) in units.items():
                 share.levels[kind] -= amount
             share.seats = share.seats if seats is None else seats
-        if is_idle and share.running == share.seats == 0 and self._shares.get(tenant) is share:
-            del self._shares[tenant]
+            for kind, capacity in _quotas_in(limits):
+                if not capacity:  # a quota that there is no more
+                    share.levels[kind] = 0.0
+            # What ended meanwhile brought something back: that is for the next round.
+            if is_idle and share.is_empty and self._shares.get(tenant) is share:
+                del self._shares[tenant]
 
     def check_integrity(self) -> None:
         for tenant, share in self._shares.items():
-            assert share.running >= 0, tenant
+            assert share.running >= share.alone >= 0, tenant
             assert all(math.isfinite(level) for level in share.levels.values())
 
 
@@ -219,15 +275,21 @@ def _quotas_in(limits: TenantLimits) -> tuple[tuple[Kind, int | None], ...]:
     return ("requests", limits.requests_per_minute), ("tokens", limits.tokens_per_minute)
 
 
-def _part_of(limits: TenantLimits, num_servers: int) -> TenantLimits:
-    """One server's part of the quotas, of each at least one unit where there is any."""
+def _part_of(limits: TenantLimits, num_servers: int, num_held: int) -> TenantLimits:
+    """One server's part of the quotas, of each at least one unit where there is any.
+
+    Of the places at once, `num_held` are in use by requests that the database knows.
+    """
 
     def part(quota: int | None) -> int | None:
         return None if quota is None else math.ceil(quota / num_servers)
 
+    places = part(limits.max_concurrent)
+    if places is not None:
+        places = max(places - num_held, 0)
     return replace(
         limits,
         requests_per_minute=part(limits.requests_per_minute),
         tokens_per_minute=part(limits.tokens_per_minute),
-        max_concurrent=part(limits.max_concurrent),
+        max_concurrent=places,
     )
