@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from sqlalchemy import delete, update
+from sqlalchemy import delete, text, update
 
 from manylora.database.database import Database
 from manylora.database.tables import KeyRow
@@ -34,19 +34,19 @@ async def test_one_change_among_many_rows_reads_one_row(
 ) -> None:
     monkeypatch.setattr(gate, "_load_all", lambda: pytest.fail("everything is read again"))
     seen = gate._seen
-    made, text = KeyStore(database).create("acme", Role.MANAGER)
+    made, secret = KeyStore(database).create("acme", Role.MANAGER)
     assert [key.id for key in KeyStore(database).changed(seen)[0]] == [made.id]
     await gate.refresh()
-    assert gate.authenticate(f"Bearer {text}").tenant == "acme"
+    assert gate.authenticate(f"Bearer {secret}").tenant == "acme"
     TenantStore(database).change("acme", weight=3.0)
     assert list(TenantStore(database).changed(gate._seen)[0]) == ["acme"]
     await gate.refresh()
-    assert gate.authenticate(f"Bearer {text}").weight == 3.0
+    assert gate.authenticate(f"Bearer {secret}").weight == 3.0
     for _ in range(2):  # revoking again is no change, and is followed all the same
         KeyStore(database).revoke(made.id)
         await gate.refresh()
         with pytest.raises(AuthenticationFailed):
-            gate.authenticate(f"Bearer {text}")
+            gate.authenticate(f"Bearer {secret}")
 
 
 async def test_many_changes_at_once_and_the_same_row_twice(
@@ -62,14 +62,28 @@ async def test_many_changes_at_once_and_the_same_row_twice(
 
 
 async def test_a_change_that_an_older_version_or_a_hand_made_is_found_too(database: Database, gate: TenantGate) -> None:
-    made, text = KeyStore(database).create("acme", Role.USER)
+    made, secret = KeyStore(database).create("acme", Role.USER)
     await gate.refresh()
     with database.write("tenants") as session:  # raises the topic's number and stamps no row
         session.execute(update(KeyRow).where(KeyRow.id == made.id).values(revoked=1))
     await gate.refresh()
     with pytest.raises(AuthenticationFailed):
-        gate.authenticate(f"Bearer {text}")
+        gate.authenticate(f"Bearer {secret}")
     with database.write("tenants") as session:
         session.execute(delete(KeyRow).where(KeyRow.tenant == "tenant-3"))
     await gate.refresh()
     assert "tenant-3" not in {key.tenant for key in gate._keys.values()}
+
+
+async def test_a_change_without_a_trace_is_found_behind_one_that_left_a_trace(
+    database: Database, gate: TenantGate
+) -> None:
+    made, secret = KeyStore(database).create("acme", Role.USER)
+    await gate.refresh()
+    with database.write(None) as session:
+        session.execute(update(KeyRow).where(KeyRow.id == made.id).values(revoked=1))
+        session.execute(text("UPDATE revisions SET value = value + 1 WHERE topic = 'tenants'"))
+    TenantStore(database).change("tenant-1", weight=7.0)
+    await gate.refresh()
+    with pytest.raises(AuthenticationFailed):
+        gate.authenticate(f"Bearer {secret}")

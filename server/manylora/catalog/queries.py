@@ -12,7 +12,7 @@ from manylora.catalog.directory import Entry, Listed, missing
 from manylora.catalog.labels import Label
 from manylora.catalog.records import AdapterRecord, NewVersion, VersionSums, adapter_record, new_id, now_us, ref_of
 from manylora.catalog.saved_mix import parts_of
-from manylora.database.tables import AdapterRow, KeptRow, RevisionRow, VersionRow
+from manylora.database.tables import AdapterRow, KeptRow, VersionRow
 from manylora.errors import InvalidRequest, QuotaExceeded
 from manylora.tenants.limits import exceeded, limits_in
 
@@ -132,11 +132,6 @@ def version_with(session: Session, row: AdapterRow, digest: str, base: BaseSigna
         VersionRow.adapter_id == row.id, VersionRow.digest == digest, VersionRow.base.in_(base.values)
     )
     return session.execute(query.order_by(VersionRow.version.desc()).limit(1)).scalar_one_or_none()
-
-
-def revision_query() -> Select[int, int]:
-    """The catalog's revision, and how far it has gone without a trace in the adapters' rows."""
-    return select(RevisionRow.value, RevisionRow.value - RevisionRow.noted).where(RevisionRow.topic == "catalog")
 
 
 def page_query(tenant: str | None, start: tuple[int, str] | None, limit: int) -> Select[AdapterRow]:

@@ -32,7 +32,7 @@ from manylora.catalog.records import (
     now_us,
     version_record,
 )
-from manylora.database.database import Database
+from manylora.database.database import Database, traced_revision_in
 from manylora.database.tables import AdapterRow, FolderContentRow, FolderRow, RetiredRow, VersionRow
 from manylora.errors import Conflict
 from manylora.identity import SERVER, AdapterRef, Author, Mix
@@ -44,7 +44,7 @@ class _Transaction:
 
     def __init__(self, session: Session, base: BaseSignature) -> None:
         self.session = session
-        self.revision, self.num_untraced = session.execute(queries.revision_query()).one()
+        self.revision, self.num_untraced = traced_revision_in(session, "catalog")
         self._base = base
         self.changed: dict[tuple[str, str], Entry | None] = {}
 
@@ -417,7 +417,7 @@ class Registry:
             if self._database.revision("catalog") == self._seen:
                 return None
             with self._database.read(is_long=True) as session:
-                seen, num_untraced = session.execute(queries.revision_query()).one()
+                seen, num_untraced = traced_revision_in(session, "catalog")
                 is_traced = seen >= self._seen and num_untraced == self._num_untraced
                 changed = queries.changed_names(session, self._seen) if is_traced else {}
                 entries = queries.entries(session, self._base, list(changed) if is_traced else None)

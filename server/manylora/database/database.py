@@ -124,6 +124,11 @@ class Database:
         with self.read() as session:
             return revision_in(session, topic)
 
+    def traced_revision(self, topic: Topic) -> tuple[int, int]:
+        """The revision, and how far it has gone without a trace in the rows of what changed."""
+        with self.read() as session:
+            return traced_revision_in(session, topic)
+
     @contextmanager
     def named_lock(self, number: int) -> Iterator[None]:
         """Exclude other processes that hold the same 63-bit number, where several can share the database.
@@ -230,6 +235,17 @@ def channel_of(topic: Topic) -> str:
 def revision_in(session: Session, topic: Topic) -> int:
     """The topic's revision as a transaction sees it; a writing one sees the revision that it makes."""
     return session.execute(select(RevisionRow.value).where(RevisionRow.topic == topic)).scalar_one()
+
+
+def traced_revision_in(session: Session, topic: Topic) -> tuple[int, int]:
+    """The topic's revision as a transaction sees it, and how far it has gone without a trace in rows.
+
+    Where the second number is another than before, an older version of the server or a hand has changed rows that do
+    not say so, and only reading all of them shows which.
+    """
+    query = select(RevisionRow.value, RevisionRow.value - RevisionRow.noted).where(RevisionRow.topic == topic)
+    value, num_untraced = session.execute(query).one()
+    return value, num_untraced
 
 
 def check_exists(url: str) -> None:

@@ -60,6 +60,7 @@ class TenantGate:
         self._keys: dict[str, Key] = {}
         self._used: dict[str, int] = {}
         self._seen = -1
+        self._num_untraced = -1
         self._task: asyncio.Task[None] | None = None
         self._load()
         if self._was_closed and not self._keys:
@@ -126,16 +127,17 @@ class TenantGate:
         return done
 
     def _load(self) -> None:
-        revision = self._database.revision("tenants")
+        revision, num_untraced = self._database.traced_revision("tenants")
         if revision != self._seen:
-            if self._seen < 0 or not self._load_changes(revision):
+            is_traced = revision >= self._seen >= 0 and num_untraced == self._num_untraced
+            if not is_traced or not self._load_changes(revision):
                 self._load_all()
             self._was_closed = self._was_closed or bool(self._keys)
-            self._seen = revision
+            self._seen, self._num_untraced = revision, num_untraced
         self._keep_closed()
 
     def _load_changes(self, revision: int) -> bool:
-        """Take over what changed since the last look. False where an older version, or a hand, left no trace of it."""
+        """Take over what changed since the last look. False where the last change is in no row."""
         keys, last_key = self.key_store.changed(self._seen)
         limits, last_tenant = self.tenant_store.changed(self._seen)
         if max(last_key, last_tenant) < revision:
