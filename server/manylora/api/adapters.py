@@ -79,7 +79,7 @@ class ImportBody(Body):
 
     name: str
     source: str | None = None
-    mix: Annotated[list[MixedAdapter], Field(min_length=1, max_length=MAX_MIXED)] | None = None
+    mix: Annotated[list[MixedAdapter], Field(min_length=1, max_length=MAX_MIXED, fail_fast=True)] | None = None
     description: Annotated[str, Field(max_length=MAX_DESCRIPTION)] | None = None
     pinned: bool | None = None
     activate: bool | None = None

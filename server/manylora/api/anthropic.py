@@ -19,8 +19,9 @@ from manylora.api.requests import num_chat_tokens, read_body
 from manylora.api.run import Asked, answered
 from manylora.api.schemas import ChatRequest, Int, checked
 from manylora.api.state import ServicesDep
+from manylora.api.strict import Strict
 from manylora.api.tools import MAX_TOOLS
-from manylora.api.translation import EXTENSIONS, Strict, documents, parted, valid
+from manylora.api.translation import EXTENSIONS, documents, parted, valid
 from manylora.errors import InvalidRequest, quoted
 
 __all__ = ["CountRequest", "MessagesRequest", "router"]
@@ -137,7 +138,7 @@ class MessagesRequest(CountRequest):
     model_config = documents(*_PASSED)
 
     max_tokens: Int = Field(ge=1, description="Where the context has room for fewer, the answer ends with it.")
-    stop_sequences: list[str] = Field(default=[])
+    stop_sequences: list[str] = Field(default=[], fail_fast=True)
     metadata: Metadata | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
 

@@ -12,7 +12,8 @@ from pydantic import Field
 from manylora.api.fields import NOTHING, Unsupported, wanted
 from manylora.api.messages import MAX_NAME
 from manylora.api.schemas import MAX_MESSAGES
-from manylora.api.translation import Strict, valid
+from manylora.api.strict import Strict
+from manylora.api.translation import valid
 from manylora.errors import InvalidRequest, quoted
 
 __all__ = ["Turns", "turns_of"]

@@ -3,12 +3,13 @@
 from typing import ClassVar, Final, TypeVar
 
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from manylora.api.errors import invalid_from
 from manylora.api.fields import wanted
 from manylora.api.json_body import parse_json, require_json
 from manylora.api.lanes import PYTHON, beside_loop
+from manylora.api.strict import Strict
 from manylora.errors import InvalidRequest, TooLarge
 
 __all__ = ["Body", "read_body"]
@@ -17,10 +18,9 @@ MAX_JSON_BYTES: Final = 2**20
 _INLINE_BYTES: Final = 16_384
 
 
-class Body(BaseModel):
+class Body(Strict):
     """A JSON body: unknown fields are refused, a string is no number, null is absent or, as in a merge, a value."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
     null_is_a_value: ClassVar[bool] = False
 
 

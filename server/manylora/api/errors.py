@@ -5,7 +5,7 @@ around the routes, the check of the key, the route itself.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
 import orjson
@@ -126,17 +126,20 @@ ERROR_BODIES: Final[Mapping[str, ErrorBody]] = {
 """Of the routes that do not speak as OpenAI does, by the beginning of their path."""
 
 
-def invalid_from(errors: list[ErrorDetails]) -> InvalidRequest:
-    """Pydantic's findings as one InvalidRequest about the first of them; an unknown field is UnsupportedField."""
+def invalid_from(errors: Sequence[ErrorDetails], *where: int | str) -> InvalidRequest:
+    """Pydantic's findings as one InvalidRequest about the first of them; an unknown field is UnsupportedField.
+
+    `where`: the place of what was checked.
+    """
     unknown = next((e for e in errors if e["type"] == "extra_forbidden"), None)
     if unknown is not None:
-        return unsupported_field(field_path(unknown["loc"]))
+        return unsupported_field(field_path((*where, *unknown["loc"])))
     first = errors[0]
-    where = quoted(field_path(first["loc"]))  # a key of an object is the caller's to choose
+    place = quoted(field_path((*where, *first["loc"])))  # a key of an object is the caller's to choose
     if first["type"] == "missing":
-        return InvalidRequest(f"The field '{where}' is required.", param=where)
+        return InvalidRequest(f"The field '{place}' is required.", param=place)
     text = first["msg"].removeprefix("Value error, ")
-    return InvalidRequest(f"{where}: {text}" if where else text, param=where or None)
+    return InvalidRequest(f"{place}: {text}" if place else text, param=place or None)
 
 
 def field_path(loc: tuple[int | str, ...]) -> str:

@@ -2,9 +2,10 @@
 
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from manylora.api.fields import MESSAGE_UNSUPPORTED, PART_UNSUPPORTED, asks_for_nothing, wanted
+from manylora.api.strict import Strict
 from manylora.api.tools import MAX_TOOL_CALLS, ToolCall
 from manylora.errors import InvalidRequest, UnsupportedField, quoted
 
@@ -13,20 +14,20 @@ __all__ = ["Message", "cleaned_message"]
 MAX_NAME: Final = 256
 
 
-class Message(BaseModel):
+class Message(Strict):
     """One message of a chat. `name`, `tool_call_id`, `tool_calls` and reasoning go to the model's chat template.
 
     `cache_control` is a hint for servers that keep prompts only when told to. Here every prompt's blocks are kept.
     """
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str = Field(default="", description="Required but for the assistant's.")
     refusal: str | None = Field(default=None, description="What the assistant said in place of `content`.")
     name: str | None = Field(default=None, max_length=MAX_NAME)
     tool_call_id: str | None = Field(default=None, max_length=MAX_NAME)
-    tool_calls: list[ToolCall] = Field(default=[], max_length=MAX_TOOL_CALLS, description="What the assistant called.")
+    tool_calls: list[ToolCall] = Field(
+        default=[], max_length=MAX_TOOL_CALLS, fail_fast=True, description="What the assistant called."
+    )
     reasoning_content: str | None = Field(default=None, description="What the assistant thought before `content`.")
     reasoning: str | None = Field(default=None, description="Another name of it.")
     cache_control: dict[str, Any] | None = None

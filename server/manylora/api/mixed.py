@@ -4,26 +4,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from manylora.api.strict import Strict
 from manylora.errors import InvalidRequest
 from manylora.identity import MAX_MIX_WEIGHT
 
 __all__ = ["LoraScale", "Mixed", "MixedAdapter"]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class MixedAdapter(_Strict):
+class MixedAdapter(Strict):
     """One of `adapters`."""
 
     name: str = Field(description="An adapter, or a version of it as `name@version`.")
     weight: float = Field(default=1.0, ge=-MAX_MIX_WEIGHT, le=MAX_MIX_WEIGHT)
 
 
-class LoraScale(_Strict):
+class LoraScale(Strict):
     """One of `lora`, as llama.cpp's server has it."""
 
     id: str | int = Field(description="An adapter's name: there are no numbers here.")

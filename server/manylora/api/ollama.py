@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 from starlette.responses import Response
 
 from manylora import __version__
@@ -23,10 +23,12 @@ from manylora.api.ollama_answers import ChatShape, GenerateShape, OllamaAnswer
 from manylora.api.openai import MAX_MODELS, published
 from manylora.api.requests import read_body
 from manylora.api.run import Asked, answered
-from manylora.api.schemas import ChatRequest, CompletionRequest, Int, checked
+from manylora.api.schemas import ChatRequest, CompletionRequest, Int, checked, checked_stops
 from manylora.api.sse import LineStream
 from manylora.api.state import Services, ServicesDep
-from manylora.api.translation import Strict, valid
+from manylora.api.strict import Strict
+from manylora.api.tools import MAX_TOOLS
+from manylora.api.translation import valid
 from manylora.chat.format import ChatFormat
 from manylora.engine.interface import AdapterRef
 from manylora.errors import InvalidRequest
@@ -94,6 +96,8 @@ class Options(Strict):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
 
+    _check_stop = field_validator("stop", mode="plain", json_schema_input_type=str | list[str] | None)(checked_stops)
+
 
 class _Asked(Strict):
     """What both routes have in common."""
@@ -112,8 +116,10 @@ class _Asked(Strict):
 class OllamaChatRequest(_Asked):
     """`POST /api/chat`."""
 
-    messages: list[dict[str, Any]] = Field(min_length=1)
-    tools: list[dict[str, Any]] = Field(default=[], description="As OpenAI describes them.")
+    messages: list[dict[str, Any]] = Field(min_length=1, fail_fast=True)
+    tools: list[dict[str, Any]] = Field(
+        default=[], max_length=MAX_TOOLS, fail_fast=True, description="As OpenAI describes them."
+    )
 
 
 class OllamaGenerateRequest(_Asked):

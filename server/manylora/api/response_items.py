@@ -16,8 +16,9 @@ from manylora.api.fields import NOTHING, Unsupported, wanted
 from manylora.api.messages import MAX_NAME
 from manylora.api.response_tools import told_as
 from manylora.api.schemas import MAX_MESSAGES
+from manylora.api.strict import Strict
 from manylora.api.tools import CalledFunction
-from manylora.api.translation import Strict, valid
+from manylora.api.translation import valid
 from manylora.errors import InvalidRequest, UnsupportedField, quoted
 
 __all__ = ["Chat", "chat_of", "sealed"]
@@ -105,8 +106,8 @@ class ReasoningItem(_Item):
     """What the assistant thought: the first that there is of `content`, `encrypted_content` and `summary`."""
 
     type: Literal["reasoning"]
-    summary: list[ThoughtPart] = Field(default=[])
-    content: list[ThoughtPart] = Field(default=[])
+    summary: list[ThoughtPart] = Field(default=[], fail_fast=True)
+    content: list[ThoughtPart] = Field(default=[], fail_fast=True)
     encrypted_content: str | None = None
 
     @field_validator("encrypted_content")

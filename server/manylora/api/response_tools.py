@@ -10,8 +10,9 @@ from typing import Any, Final, Literal
 from pydantic import Field
 
 from manylora.api.fields import NOTHING, Unsupported, wanted
+from manylora.api.strict import Strict
 from manylora.api.tools import MAX_TOOLS
-from manylora.api.translation import Strict, valid
+from manylora.api.translation import valid
 from manylora.errors import InvalidRequest, quoted
 
 __all__ = ["Offered", "chosen", "offered", "told_as"]

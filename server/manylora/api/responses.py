@@ -4,7 +4,7 @@ Nothing is stored: what a conversation was so far is sent with each request, and
 run by the server itself, is refused by name.
 """
 
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, ClassVar, Final, Literal, TypeAlias
 
 from fastapi import APIRouter, Request
 from pydantic import Field, field_validator
@@ -17,11 +17,12 @@ from manylora.api.response_answers import ResponseAnswer, Told
 from manylora.api.response_items import chat_of
 from manylora.api.response_tools import chosen, offered
 from manylora.api.run import Asked, answered
-from manylora.api.schemas import MAX_METADATA, MAX_USER, ChatRequest, Int, ReasoningEffort, checked
+from manylora.api.schemas import MAX_METADATA, MAX_USER, ChatRequest, Int, ReasoningEffort, Texts, checked
 from manylora.api.sse import TypedEventStream
 from manylora.api.state import ServicesDep
+from manylora.api.strict import Strict
 from manylora.api.tools import MAX_TOOLS
-from manylora.api.translation import EXTENSIONS, Strict, documents, parted, valid
+from manylora.api.translation import EXTENSIONS, documents, parted, valid
 from manylora.errors import InvalidRequest
 
 __all__ = ["ResponseRequest", "router"]
@@ -61,6 +62,9 @@ _NAMES: Final = {
 }
 
 
+Included: TypeAlias = Literal["reasoning.encrypted_content", "message.output_text.logprobs"]
+
+
 class Format(Strict):
     """`text.format`: what the answer must look like."""
 
@@ -97,13 +101,13 @@ class ResponseRequest(Strict):
     tool_choice: str | dict[str, Any] | None = None
     text: dict[str, Any] = Field(default={}, description="`format`: what the answer must look like.")
     reasoning: dict[str, Any] = Field(default={}, description="`effort` and `summary`.")
-    include: list[Literal["reasoning.encrypted_content", "message.output_text.logprobs"]] = Field(default=[])
+    include: list[Included] = Field(default=[], fail_fast=True)
     top_logprobs: Int | None = Field(default=None, ge=0)
     truncation: Literal["auto", "disabled"] | None = Field(default=None, description="`auto`: old turns are dropped.")
     store: bool | None = Field(default=None, description="Nothing is stored in any case.")
     safety_identifier: str | None = Field(default=None, max_length=MAX_USER)
     prompt_cache_key: str | None = Field(default=None, max_length=MAX_USER)
-    client_metadata: dict[str, str] | None = Field(default=None, max_length=MAX_METADATA)
+    client_metadata: Texts | None = Field(default=None, max_length=MAX_METADATA)
 
     @field_validator("input", mode="plain", json_schema_input_type=str | list[dict[str, Any]])
     @classmethod
@@ -129,7 +133,7 @@ class _Chat(ChatRequest):
 
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    client_metadata: dict[str, str] | None = None
+    client_metadata: Texts | None = None
 
     def annotations(self) -> dict[str, Any]:
         return {**super().annotations(), **self.model_dump(include=set(_NOTED), exclude_none=True)}

@@ -6,7 +6,7 @@ thing wrong is the answer: a body can be wrong a million times over, and nobody 
 
 from typing import Annotated, Any, ClassVar, Final, Literal, Self, TypeAlias, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from manylora.api.errors import invalid_from
 from manylora.api.fields import (
@@ -21,6 +21,7 @@ from manylora.api.fields import (
 from manylora.api.json_body import parse_json
 from manylora.api.messages import Message, cleaned_message
 from manylora.api.mixed import LoraScale, Mixed, MixedAdapter
+from manylora.api.strict import Strict
 from manylora.api.structured import ANSWER_FIELDS, ResponseFormat, StructuredOutputs
 from manylora.api.tools import MAX_TOOLS, Tool, ToolChoice, Tools
 from manylora.errors import InvalidRequest, quoted
@@ -35,8 +36,10 @@ __all__ = [
     "Message",
     "Prompt",
     "StreamOptions",
+    "Texts",
     "checked",
     "checked_prompts",
+    "checked_stops",
     "one_by_one",
     "parse",
 ]
@@ -88,23 +91,18 @@ def _integral(value: object) -> object:
 Int = Annotated[int, BeforeValidator(_integral)]
 MetadataKey = Annotated[str, Field(max_length=MAX_METADATA_KEY)]
 MetadataValue = Annotated[str, Field(max_length=MAX_METADATA_VALUE)]
-Metadata = Annotated[dict[MetadataKey, MetadataValue], Field(max_length=MAX_METADATA)]
+Metadata = Annotated[dict[MetadataKey, MetadataValue], Field(max_length=MAX_METADATA, fail_fast=True)]
+Texts = Annotated[dict[str, str], Field(fail_fast=True)]
 
 
-class _Strict(BaseModel):
-    """Unknown fields are refused, and a string is not a number."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
-
-
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """`stream_options`."""
 
     include_usage: bool = False
     continuous_usage_stats: bool = Field(default=False, description="Every event has the usage up to it.")
 
 
-class Body(_Strict):
+class Body(Strict):
     """What every body that names a model or an adapter has in common."""
 
     unsupported: ClassVar[Unsupported] = {}
@@ -192,6 +190,18 @@ class InferenceRequest(Body):
         return False
 
 
+def checked_stops(value: Any) -> list[str]:
+    """A string or strings that end an answer. Raises ValueError."""
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise ValueError("must be a string or a list of strings")
+    if len(stops) > MAX_STOPS:
+        raise ValueError(f"takes at most {MAX_STOPS} strings")
+    if not all(0 < len(stop) <= MAX_STOP_LENGTH for stop in stops):
+        raise ValueError(f"must hold strings of 1 to {MAX_STOP_LENGTH} characters")
+    return stops
+
+
 class GenerationRequest(InferenceRequest):
     """What completions and chat have in common."""
 
@@ -214,7 +224,7 @@ class GenerationRequest(InferenceRequest):
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     repetition_penalty: float | None = Field(default=None, gt=0, le=100)
-    logit_bias: dict[int, float] = {}
+    logit_bias: dict[int, float] = Field(default={})
     n: Int = Field(default=1, ge=1, le=MAX_N)
     min_tokens: Int = Field(default=0, ge=0, description="Tokens before which the answer does not end.")
     allowed_token_ids: list[Int] = Field(default=[], max_length=MAX_ALLOWED_TOKENS, fail_fast=True)
@@ -228,23 +238,15 @@ class GenerationRequest(InferenceRequest):
     structured_outputs: StructuredOutputs | None = Field(default=None, description="vLLM's way to say the same.")
     guided_json: dict[str, Any] | bool | str | None = Field(default=None, description="`structured_outputs.json`.")
     guided_regex: str | None = Field(default=None, min_length=1, description="`structured_outputs.regex`.")
-    guided_choice: list[str] | None = Field(default=None, min_length=1, description="`structured_outputs.choice`.")
+    guided_choice: list[str] | None = Field(
+        default=None, min_length=1, fail_fast=True, description="`structured_outputs.choice`."
+    )
     guided_grammar: str | None = Field(default=None, min_length=1, description="`structured_outputs.grammar`.")
     guided_whitespace_pattern: str | None = Field(
         default=None, min_length=1, description="`structured_outputs.whitespace_pattern`."
     )
 
-    @field_validator("stop", mode="plain", json_schema_input_type=str | list[str] | None)
-    @classmethod
-    def _check_stop(cls, value: Any) -> list[str] | None:
-        stops = [value] if isinstance(value, str) else value
-        if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-            raise ValueError("must be a string or a list of strings")
-        if len(stops) > MAX_STOPS:
-            raise ValueError(f"takes at most {MAX_STOPS} strings")
-        if not all(0 < len(stop) <= MAX_STOP_LENGTH for stop in stops):
-            raise ValueError(f"must hold strings of 1 to {MAX_STOP_LENGTH} characters")
-        return stops
+    _check_stop = field_validator("stop", mode="plain", json_schema_input_type=str | list[str] | None)(checked_stops)
 
     @field_validator("bad_words")
     @classmethod
@@ -367,7 +369,7 @@ class ChatRequest(GenerationRequest):
     chat_template_kwargs: dict[str, Any] = Field(default={}, description="Variables of the model's chat template.")
     add_generation_prompt: bool | None = Field(default=None, description="Begin the assistant's turn; the default.")
     continue_final_message: bool = Field(default=False, description="Go on with the last message, the assistant's.")
-    documents: list[dict[str, str]] = Field(default=[], description="For templates that have a place for them.")
+    documents: list[Texts] = Field(default=[], fail_fast=True, description="For templates that have a place for them.")
     reasoning_effort: ReasoningEffort | None = Field(default=None, description="For templates that read it.")
     include_reasoning: bool = Field(default=True, description="Whether answers have `reasoning_content`.")
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, field_validator
 
+from manylora.api.strict import Strict
 from manylora.engine.interface import Grammar, Whitespace
 from manylora.errors import InvalidGrammar, InvalidRequest, quoted
 
@@ -35,13 +36,7 @@ ANSWER_FIELDS: Final = (
 """In which a value that real clients send for nothing counts as absent, as it does in fields that are not served."""
 
 
-class _Strict(BaseModel):
-    """Unknown fields are refused."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
-
-
-class JsonSchemaFormat(_Strict):
+class JsonSchemaFormat(Strict):
     """`response_format.json_schema`. `name` and `description` are the caller's own: the model does not see them."""
 
     name: str | None = None
@@ -52,7 +47,7 @@ class JsonSchemaFormat(_Strict):
     )
 
 
-class Structure(_Strict):
+class Structure(Strict):
     """One structure of a structural tag."""
 
     begin: Text
@@ -60,30 +55,32 @@ class Structure(_Strict):
     end: str
 
 
-class ResponseFormat(_Strict):
+class ResponseFormat(Strict):
     """`response_format`. Which of the other fields there are goes by `type`."""
 
     type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JsonSchemaFormat | None = None
-    structures: list[Structure] | None = None
-    triggers: list[Text] | None = None
+    structures: list[Structure] | None = Field(default=None, fail_fast=True)
+    triggers: list[Text] | None = Field(default=None, fail_fast=True)
 
 
-class StructuredOutputs(_Strict):
+class StructuredOutputs(Strict):
     """`structured_outputs`: one of the first six, and what may stand between the parts of JSON."""
 
-    model_config = ConfigDict(**_Strict.model_config, populate_by_name=True)
+    model_config = ConfigDict(**Strict.model_config, populate_by_name=True)
 
     json_: Schema | str | None = Field(default=None, alias="json", description="A schema, or one as a string.")
     regex: Text | None = None
-    choice: list[str] | None = Field(default=None, min_length=1)
+    choice: list[str] | None = Field(default=None, min_length=1, fail_fast=True)
     grammar: Text | None = Field(default=None, description="In Lark's notation or in GBNF.")
     json_object: bool | None = None
     structural_tag: str | dict[str, Any] | None = None
     disable_any_whitespace: bool = False
     whitespace_pattern: Text | None = None
     separators: list[str] | None = Field(
-        default=None, description='What stands between two items, and between a key and its value: `[", ", ": "]`.'
+        default=None,
+        fail_fast=True,
+        description='What stands between two items, and between a key and its value: `[", ", ": "]`.',
     )
 
     @field_validator("separators")

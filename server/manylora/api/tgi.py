@@ -19,8 +19,9 @@ from manylora.api.requests import MAX_ECHO_CHARACTERS
 from manylora.api.run import Asked, answered
 from manylora.api.schemas import MAX_N, MAX_STOPS, CompletionRequest, Int, checked
 from manylora.api.state import ServicesDep
+from manylora.api.strict import Strict
 from manylora.api.tgi_answers import GenerateAnswer, Shape
-from manylora.api.translation import Strict, valid
+from manylora.api.translation import valid
 from manylora.errors import InvalidRequest, quoted
 from manylora.identity import MAX_MIX_WEIGHT, MAX_MIXED
 
@@ -72,8 +73,8 @@ class ResponseFormat(Strict):
 class MergedAdapters(Strict):
     """`parameters.merged_adapters`, as LoRAX has it."""
 
-    ids: list[str] = Field(min_length=1, max_length=MAX_MIXED, description="Adapters of this server.")
-    weights: list[float] = Field(min_length=1, max_length=MAX_MIXED)
+    ids: list[str] = Field(min_length=1, max_length=MAX_MIXED, fail_fast=True, description="Adapters of this server.")
+    weights: list[float] = Field(min_length=1, max_length=MAX_MIXED, fail_fast=True)
     merge_strategy: Literal["linear", "ties", "dare_linear", "dare_ties"] = "linear"
     density: float | None = Field(default=None, ge=0, le=1, description="Not for `linear`, nor the next one.")
     majority_sign_method: Literal["total", "frequency"] | None = None
@@ -100,7 +101,7 @@ class Parameters(Strict):
     repetition_penalty: float | None = Field(default=None, gt=0)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
-    stop: list[str] = Field(default=[], description="The answer ends with the one that it comes to.")
+    stop: list[str] = Field(default=[], fail_fast=True, description="The answer ends with the one that it comes to.")
     ignore_eos_token: bool = False
     truncate: Int | None = Field(default=None, ge=1, description="Only so many of the prompt's last tokens are kept.")
     return_full_text: bool = False

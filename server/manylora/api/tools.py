@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Final, Literal
 
 import orjson
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
+from manylora.api.strict import Strict
 from manylora.chat.holding import CallRules, HeldTool
 from manylora.errors import InvalidRequest, quoted
 
@@ -18,13 +19,7 @@ MAX_TOOLS_BYTES: Final = 1_048_576
 _NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
-class _Strict(BaseModel):
-    """Unknown fields are refused."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
-
-
-class Function(_Strict):
+class Function(Strict):
     """A function that the model may call. With `strict` its arguments follow the schema, whatever the model likes."""
 
     name: str
@@ -46,7 +41,7 @@ class Function(_Strict):
         return {"type": "object", "properties": {}, "additionalProperties": False}
 
 
-class Tool(_Strict):
+class Tool(Strict):
     """One of `tools`."""
 
     type: Literal["function"]
@@ -58,13 +53,13 @@ class Tool(_Strict):
         return {"type": "function", "function": function}
 
 
-class FunctionName(_Strict):
+class FunctionName(Strict):
     """`function` of a choice."""
 
     name: str
 
 
-class NamedTool(_Strict):
+class NamedTool(Strict):
     """`tool_choice` of one function. Clients of TGI leave the type out."""
 
     type: Literal["function"] = "function"
@@ -86,7 +81,7 @@ def _choice(value: Any) -> Any:
 ToolChoice = Annotated[Literal["none", "auto", "required"] | NamedTool, BeforeValidator(_choice)]
 
 
-class CalledFunction(_Strict):
+class CalledFunction(Strict):
     """What was called; `arguments` come as JSON in a string and go on as an object."""
 
     name: Annotated[str, Field(min_length=1, max_length=256)]
@@ -105,7 +100,7 @@ class CalledFunction(_Strict):
         return value
 
 
-class ToolCall(_Strict):
+class ToolCall(Strict):
     """A call of an earlier turn. Clients that put a stream together leave its `index` in."""
 
     id: Annotated[str, Field(max_length=256)] = ""

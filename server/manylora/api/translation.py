@@ -11,7 +11,7 @@ from manylora.api.fields import Unsupported, wanted
 from manylora.api.schemas import ChatRequest
 from manylora.errors import InvalidRequest
 
-__all__ = ["EXTENSIONS", "Strict", "documents", "parted", "valid"]
+__all__ = ["EXTENSIONS", "documents", "parted", "valid"]
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -51,12 +51,6 @@ EXTENSIONS: Final = (
 """Fields of this server's own chats that other APIs' chats take too, under the same names and to the same effect."""
 
 
-class Strict(BaseModel):
-    """Unknown fields are refused, and a string is not a number."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=(), populate_by_name=True)
-
-
 def parted(
     raw: Any, schema: type[BaseModel], unsupported: Unsupported, passed: tuple[str, ...]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -78,8 +72,7 @@ def valid(schema: type[T], raw: Mapping[str, Any], *where: int | str) -> T:
     try:
         return schema.model_validate(raw)
     except ValidationError as error:
-        found = error.errors(include_url=False, include_input=False)
-        raise invalid_from([{**each, "loc": (*where, *each["loc"])} for each in found]) from None
+        raise invalid_from(error.errors(include_url=False, include_input=False), *where) from None
 
 
 def documents(*names: str) -> ConfigDict:
