@@ -4,9 +4,14 @@ from typing import Any
 
 import httpx2
 import pytest
+from sqlalchemy import select
 
+from manylora.database.tables import VersionRow
 from manylora.engine.interface import Mix
+from manylora.errors import Conflict
+from manylora.serving.warm_up import to_warm_up
 from manylora.settings import Settings
+from manylora.tenants.limits import TenantStore
 
 from .rig import Rig, running, sound_files
 
@@ -30,8 +35,8 @@ async def test_a_saved_mix_is_a_version_that_runs_its_parts(settings: Settings) 
         answer = await save(rig, "both", {"sql": 0.7, "tone": 0.3}, description="two")
         assert answer.status_code == 201, answer.text
         version = answer.json()
-        assert {key: version[key] for key in ("name", "version", "kind", "status", "active", "size_bytes")} == {
-            "name": "both", "version": 1, "kind": "mix", "status": "ready", "active": True, "size_bytes": 0,
+        assert {key: version[key] for key in ("name", "version", "kind", "status", "active")} == {
+            "name": "both", "version": 1, "kind": "mix", "status": "ready", "active": True,
         }  # fmt: skip
         assert [(part["name"], part["version"], part["weight"]) for part in version["mix"]] in (
             [("sql", 1, 0.7), ("tone", 1, 0.3)], [("tone", 1, 0.3), ("sql", 1, 0.7)],
@@ -115,6 +120,46 @@ async def test_whose_parts_may_be_mixed(settings: Settings) -> None:
         assert (await complete(rig, "m", "acme:user")).status_code == 404
 
 
+async def test_a_mix_without_a_part_is_as_if_it_were_not_there(settings: Settings) -> None:
+    async with running(settings, "public:admin", "acme:manager") as rig:
+        for name in ("part", "m"):
+            await rig.push(name, sound_files(1.0), "public:admin")
+        await save(rig, "m", {"part": 1.0}, "acme:manager")
+        await save(rig, "alone", {"part": 1.0}, "acme:manager")
+        directory = rig.catalog.directory
+        assert directory.resolve("acme", "m").tenant == "acme"
+        assert directory.num_usable == 4
+        assert (await rig.call("DELETE", "/v1/adapters/part", "public:admin")).status_code == 204
+        assert directory.num_usable == 1
+        assert directory.resolve("acme", "m").tenant == "public"
+        assert [each.ref.label for each in directory.visible_to("acme")] == ["m@1"]
+        assert next(directory.visible_to("acme")).ref.tenant == "public"
+        for name in ("m@1", "alone"):
+            assert (await complete(rig, name, "acme:manager")).status_code == 404
+        for path in ("m", "m/versions/1", "alone"):
+            found = (await rig.call("GET", f"/v1/adapters/{path}", "acme:manager")).json()
+            assert (found["tenant"], found["status"]) == ("acme", "missing_part")
+        await rig.push("part", sound_files(2.0), "public:admin")
+        again = await save(rig, "m", {"part": 1.0}, "acme:manager")
+        assert (again.json()["version"], again.json()["active"], again.json()["status"]) == (2, True, "ready")
+        assert directory.resolve("acme", "m").version == 2
+        rig.catalog.check_integrity()
+
+
+async def test_a_mix_takes_the_room_of_its_text(settings: Settings) -> None:
+    async with running(settings, "acme:manager") as rig:
+        await rig.push("sql", sound_files(1.0), "acme:manager")
+        size = (await save(rig, "half", {"sql": 0.5}, "acme:manager")).json()["size_bytes"]
+        with rig.catalog.database.read() as session:
+            (text,) = session.execute(select(VersionRow.mix).where(VersionRow.mix != "")).scalars()
+        assert size == len(text.encode())
+        kept = TenantStore(rig.catalog.database).get("acme").adapter_bytes
+        TenantStore(rig.catalog.database).change("acme", max_adapter_bytes=kept + size - 1)
+        refused = await save(rig, "more", {"sql": 0.25}, "acme:manager")
+        assert (refused.status_code, "adapter bytes" in refused.text) == (429, True)
+        rig.catalog.check_integrity()
+
+
 async def test_what_cannot_be_saved_is_refused(settings: Settings) -> None:
     async with running(settings, "acme:manager") as rig:
         await rig.push("sql", sound_files(1.0), "acme:manager")
@@ -148,5 +193,9 @@ async def test_a_saved_mix_is_there_after_a_restart(settings: Settings) -> None:
         saved = (await save(rig, "half", {"sql": 0.5})).json()
     async with running(settings) as rig:
         assert (await rig.call("GET", "/v1/adapters/half/versions/1")).json() == saved
+        sql, half = (rig.catalog.directory.resolve("public", name) for name in ("sql", "half"))
+        assert to_warm_up(rig.catalog.directory) == [sql], "what is read at the start has files"
+        with pytest.raises(Conflict, match="has no files"):
+            rig.catalog.local_folder(half)
         assert (await complete(rig, "half")).status_code == 200
         rig.catalog.check_integrity()

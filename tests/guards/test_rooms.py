@@ -24,7 +24,6 @@ REASONS = {
     "kernels.native_attention": "one of two implementations of the same attention, chosen by the backend",
     "lora.memory.eviction": "arithmetic without locks and tiers, tested by itself",
     "models.masks": "what a mask comes to, told without a model; the survey is long enough without it",
-    "serving.warm_up": "talks to an engine by its interface alone, tested by itself",
 }
 
 

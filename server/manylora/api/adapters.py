@@ -43,6 +43,7 @@ MAX_VERSIONS: Final = 1000
 _CHUNK_BYTES: Final = 2**18
 # The status of a version made for a base of other shapes than the one that runs; it comes back with that base.
 _OTHER_BASE: Final = "other_base"
+_MISSING_PART: Final = "missing_part"
 TenantQuery = Annotated[str | None, Query(description="Another tenant's adapter: for admin keys.")]
 VersionNumber = Annotated[int, Field(ge=1, lt=2**31)]
 Note = Annotated[str, Field(max_length=MAX_NOTE)]
@@ -415,7 +416,7 @@ def _version_view(catalog: Catalog, adapter: AdapterRecord, version: VersionReco
         "name": version.ref.name,
         "version": version.ref.version,
         "digest": version.ref.digest,
-        "status": _status(version),
+        "status": _status(catalog, version),
         "active": is_active,
         "active_version": adapter.active_version,
         "pinned": adapter.pinned and is_active,
@@ -438,8 +439,10 @@ def _mix_view(version: VersionRecord) -> list[dict[str, Any]] | None:
     return [part.model_dump(exclude={"digest"}) for part in version.mix] or None
 
 
-def _status(version: VersionRecord) -> str:
-    return "ready" if version.is_ready else _OTHER_BASE
+def _status(catalog: Catalog, version: VersionRecord) -> str:
+    if not version.is_ready:
+        return _OTHER_BASE
+    return "ready" if catalog.directory.has_parts(version.mix) else _MISSING_PART
 
 
 def adapter_view(catalog: Catalog, adapter: AdapterRecord) -> dict[str, Any]:
@@ -452,7 +455,7 @@ def adapter_view(catalog: Catalog, adapter: AdapterRecord) -> dict[str, Any]:
         "tenant": adapter.tenant,
         "description": adapter.description,
         "active_version": adapter.active_version,
-        "status": _status(active) if active else None,
+        "status": _status(catalog, active) if active else None,
         "base_model": active.report.get("base_model") if active else None,
         "base_model_differs": active is not None and catalog.has_other_name(active),
         "newest_version": adapter.sums.newest,

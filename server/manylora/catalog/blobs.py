@@ -19,7 +19,7 @@ from manylora.catalog.archive import pack
 from manylora.catalog.copies import Copies
 from manylora.catalog.directory import missing
 from manylora.catalog.files import blob_of_folder
-from manylora.catalog.mixes import check_has_files
+from manylora.catalog.mixes import check_has_files, no_files
 from manylora.catalog.records import Published, VersionRecord
 from manylora.catalog.registry import Registry
 from manylora.catalog.retired import RetiredVersions
@@ -95,10 +95,15 @@ class Blobs:
         return self._registry.is_referenced(blob, but=but) or self._registry.directory.is_retired(blob)
 
     def local_folder(self, ref: AdapterRef) -> Path:
-        """The folder of an adapter's two files. Implements `engine.interface.AdapterSource`."""
+        """The folder of an adapter's two files. Implements `engine.interface.AdapterSource`.
+
+        Raises Conflict for a mix, which has none.
+        """
         blob = self._registry.directory.blob_of(ref.id)
         if blob is None:
             raise missing(ref.name, ref.version)
+        if not blob:
+            raise no_files(ref)
         return self._folder(blob, ref)
 
     def _folder(self, blob: str, ref: AdapterRef) -> Path:

@@ -35,12 +35,6 @@ class Entry:
     active_version: int | None
     versions: Mapping[int, Listed]
 
-    @property
-    def active(self) -> Listed | None:
-        """The active version, if there is one and it is ready."""
-        listed = None if self.active_version is None else self.versions[self.active_version]
-        return listed if listed is not None and listed.is_ready else None
-
 
 def missing(name: str, version: int | None = None) -> AdapterNotFound:
     """The one answer for an adapter that is missing, not ready or another tenant's."""
@@ -66,16 +60,37 @@ class Directory:
 
     @property
     def num_usable(self) -> int:
-        """Adapters with a version for this base. Looks at all: not for the hot path."""
-        return sum(any(listed.is_ready for listed in entry.versions.values()) for entry in self.entries())
+        """Adapters with a version that can be used. Looks at all: not for the hot path."""
+        return sum(any(self._is_usable(listed) for listed in entry.versions.values()) for entry in self.entries())
+
+    @property
+    def num_other_base(self) -> int:
+        """Adapters all of whose versions are for other bases. Looks at all: not for the hot path."""
+        return sum(not any(listed.is_ready for listed in entry.versions.values()) for entry in self.entries())
 
     def resolve(self, tenant: str, name: str, version: int | None = None) -> AdapterRef:
         """The tenant's own adapter, else the public one. Raises AdapterNotFound."""
-        entry = self.find(tenant, name)
-        listed = None if entry is None else entry.active if version is None else entry.versions.get(version)
-        if listed is None or not listed.is_ready or not all(self._part(part) for part in listed.mix):
+        if version is None:
+            entry = self.find(tenant, name)
+            listed = None if entry is None else self.active_of(entry)
+        else:
+            entry = self.own(tenant, name) or self.own(PUBLIC_TENANT, name)
+            listed = None if entry is None else entry.versions.get(version)
+        if listed is None or not self._is_usable(listed):
             raise missing(name, version)
         return listed.ref
+
+    def active_of(self, entry: Entry) -> Listed | None:
+        """The active version, if there is one that can be used."""
+        listed = None if entry.active_version is None else entry.versions[entry.active_version]
+        return listed if listed is not None and self._is_usable(listed) else None
+
+    def has_parts(self, mix: Sequence[SavedPart]) -> bool:
+        """Whether each is still there and made for this base; so it is for the none of what is not a mix."""
+        return all(self._part(part) for part in mix)
+
+    def _is_usable(self, listed: Listed) -> bool:
+        return listed.is_ready and self.has_parts(listed.mix)
 
     def mix_of(self, ref: AdapterRef) -> Mix:
         """What runs for a version: itself, or the versions that a saved mix has. Raises AdapterNotFound."""
@@ -125,20 +140,25 @@ class Directory:
         for name in heapq.merge(*(self._names_from(owner, start) for owner in owners)):
             entry = self.find(tenant, name) if name != last else None
             last = name
-            if entry is not None and entry.active is not None:
-                yield PublishedAdapter(entry.active.ref, entry.active.created // MICROSECONDS)
+            active = None if entry is None else self.active_of(entry)
+            if active is not None:
+                yield PublishedAdapter(active.ref, active.created // MICROSECONDS)
 
     def _names_from(self, tenant: str, start: str) -> Iterator[str]:
         names = self._names.get(tenant, ())
         return (names[index] for index in range(bisect_left(names, start), len(names)))
 
     def find(self, tenant: str, name: str) -> Entry | None:
-        """The entry that `name` means for this tenant."""
+        """The entry that `name` means for this tenant. One whose active version is a mix without a part hides none."""
         for owner in (tenant, PUBLIC_TENANT):
             entry = self.own(owner, name)
-            if entry is not None:
+            if entry is not None and not self._lacks_part(entry):
                 return entry
         return None
+
+    def _lacks_part(self, entry: Entry) -> bool:
+        listed = None if entry.active_version is None else entry.versions[entry.active_version]
+        return listed is not None and not self.has_parts(listed.mix)
 
     def own(self, tenant: str, name: str) -> Entry | None:
         """The tenant's adapter of that name, and nobody else's."""

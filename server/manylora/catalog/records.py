@@ -74,7 +74,8 @@ class Folder:
 class VersionRecord:
     """One version of one adapter. `created` is in Unix microseconds.
 
-    `is_ready` is False where the server now runs a base model of other shapes than the version was made for.
+    `is_ready` is False where the server now runs a base model of other shapes than the version was made for. Whether a
+    mix has all its adapters, `Directory.has_parts` knows.
     """
 
     ref: AdapterRef

@@ -239,9 +239,12 @@ class Registry:
             return True, self._finish(transaction, wish, row, same, is_new=False, folder=folder)
 
     def _answers(self, session: Session, row: AdapterRow) -> bool:
-        """Whether the adapter has an active version for this base: else somebody's decision stands against nothing."""
+        """Whether the adapter has an active version for this base, of a mix with all its parts.
+
+        Else somebody's decision stands against nothing.
+        """
         active = None if row.is_deleted else queries.find_version(session, row, row.active_version)
-        return active is not None and self._base.fits(active.base)
+        return active is not None and self._base.fits(active.base) and mixes.has_parts(session, active, self._base)
 
     def _newest(self, session: Session, row: AdapterRow | None, digest: str, wish: Wish) -> VersionRow | None:
         """The newest version, if it is what is uploaded: content, base and, where any came, defaults."""

@@ -55,9 +55,10 @@ class Pins:
                 _log.warning("%s/%s cannot be pinned: %s", tenant, name, error.message)
 
     def _wanted(self, entry: Entry | None) -> AdapterRef | None:
-        if entry is None or not entry.pinned or entry.active is None:
+        active = self._directory.active_of(entry) if entry is not None and entry.pinned else None
+        if active is None:
             return None
-        ref, num = entry.active.ref, self._num_servers
+        ref, num = active.ref, self._num_servers
         return ref if num is None or self._replicas.is_among(num, ref.id) else None
 
     def share(self) -> None:

@@ -190,6 +190,8 @@ def _status(found: dict[str, Any]) -> str:
     """Of an adapter or a version, in words."""
     if found["status"] == "other_base":
         return "made for another base"
+    if found["status"] == "missing_part":
+        return "a mix that lacks an adapter"
     facts = found.get("report", found)
     return f"names {facts['base_model']}" if facts["base_model_differs"] else _or_dash(found["status"])
 

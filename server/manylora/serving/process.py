@@ -15,12 +15,11 @@ from functools import partial
 from manylora.api.state import Departure
 from manylora.database.database import open_database
 from manylora.errors import StartupError
-from manylora.identity import PUBLIC_TENANT
 from manylora.log import configure_logging
 from manylora.serving.connections import Connections, Limits
 from manylora.serving.http_server import DrainingServer, bind, is_loopback, make_config
 from manylora.serving.parts import Parts, ServingEngine, open_parts
-from manylora.serving.warm_up import warm_up
+from manylora.serving.warm_up import to_warm_up, warm_up
 from manylora.settings import Settings
 from manylora.tenants.keys import KeyStore
 from manylora.tenants.seal import Seal, reopened
@@ -34,7 +33,7 @@ _LOOPBACK = "127.0.0.1"
 class Announcement:
     """What is worth saying once requests are answered.
 
-    `num_other_base` adapters, beside the `num_adapters`, cannot be used with this base. `moved_from` is the host asked
+    `num_other_base` adapters, beside the `num_adapters`, are for other bases. `moved_from` is the host asked
     for, where it was not used.
     """
 
@@ -90,7 +89,7 @@ class _Server:
     async def run(self) -> None:
         """Start everything, answer until a signal, and end everything in the opposite order."""
         async with open_parts(self._settings) as parts:
-            await warm_up(parts.engine, [each.ref for each in parts.directory.visible_to(PUBLIC_TENANT)])
+            await warm_up(parts.engine, to_warm_up(parts.directory))
             # The model, its libraries and what else lives as long as the process need no looking at ever again.
             gc.collect()
             gc.freeze()
@@ -128,7 +127,7 @@ class _Server:
             url=url_of(self._host, self._sock.getsockname()[1]),
             model=parts.engine.model.name,
             num_adapters=directory.num_usable,
-            num_other_base=len(directory) - directory.num_usable,
+            num_other_base=directory.num_other_base,
             is_open=parts.gate.is_open,
             has_metrics=parts.metrics.is_on,
             moved_from=self._settings.host if self._host != self._settings.host else None,

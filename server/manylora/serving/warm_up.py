@@ -4,15 +4,25 @@ import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
 
+from manylora.catalog.interface import AdapterDirectory
 from manylora.engine.interface import EngineClient, SamplingParams
-from manylora.errors import InvalidRequest, ManyloraError
-from manylora.identity import AdapterRef
+from manylora.errors import AdapterNotFound, InvalidRequest, ManyloraError
+from manylora.identity import PUBLIC_TENANT, AdapterRef
 from manylora.log import get_logger
 
-__all__ = ["warm_up"]
+__all__ = ["to_warm_up", "warm_up"]
 
 _TEXT = "Once upon a time, in a village by the sea, there lived a fisherman who could not swim. " * 3
 _ADAPTERS_S = 1.0
+
+
+def to_warm_up(directory: AdapterDirectory) -> list[AdapterRef]:
+    """The public adapters, by name; in place of a mix those that it is made of."""
+    found: dict[AdapterRef, None] = {}
+    for each in directory.visible_to(PUBLIC_TENANT):
+        with suppress(AdapterNotFound):  # deleted meanwhile by another server
+            found.update(dict.fromkeys(directory.mix_of(each.ref).refs))
+    return list(found)
 
 
 async def warm_up(engine: EngineClient, adapters: Sequence[AdapterRef]) -> None:

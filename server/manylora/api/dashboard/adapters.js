@@ -206,6 +206,7 @@ export function baseRemark(found) {
   const { status, report = found } = found;
   const { base_model: name, base_model_differs: differs } = report;
   if (status === "other_base") return { text: "other base", title: "Made for a base model of other shapes: it cannot be used with this one." };
+  if (status === "missing_part") return { text: "lacks a part", title: "An adapter of this mix was deleted: it cannot be used until it is saved anew." };
   if (differs) return { text: "other name", title: `It names ${name} as its base, and another model is served.` };
   return { text: "", title: "" };
 }

@@ -129,6 +129,7 @@ export class Detail {
     const { adapter } = this;
     const isActive = version.version === adapter.active_version;
     const isReady = version.status === "ready";
+    const notReady = { other_base: " · made for another base model", missing_part: " · an adapter of it was deleted" };
     const remark = baseRemark(version);
     const label = `${adapter.name}@${version.version}`;
     const place = h("div", { class: "version-report" });
@@ -152,7 +153,7 @@ export class Detail {
         isActive && isReady ? h("span", { class: "badge" }, "active") : null,
         remark.text ? h("span", { class: "badge warn", title: remark.title }, remark.text) : null,
         h("span", { class: "tier", data: { tier: version.tier ?? "" } }, version.tier ?? "–")),
-      h("p", { class: "hint" }, `${version.mix ? mixOf(version.mix) : `${version.kind}, rank ${version.rank} · ${bytes(version.size_bytes)}`} · ${day(version.created)}${isReady ? "" : " · made for another base model"}`),
+      h("p", { class: "hint" }, `${version.mix ? mixOf(version.mix) : `${version.kind}, rank ${version.rank} · ${bytes(version.size_bytes)}`} · ${day(version.created)}${notReady[version.status] ?? ""}`),
       h("div", { class: "version-actions" }, buttons),
       place);
   }
