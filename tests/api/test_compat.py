@@ -121,7 +121,10 @@ def test_the_key_may_come_in_x_api_key(rig: Rig, headers: dict[str, str], status
     assert rig.client.get("/v1/models", headers=headers).status_code == status
 
 
-ALIASES = ("gpt-4o-mini=base-model", "gpt-4=alpha", "gpt-3.5-turbo = alpha@2", "beta=alpha", "openai/o1=gone", "x=beta")
+ALIASES = (
+    *("gpt-4o-mini=base-model", "gpt-4=alpha", "gpt-3.5-turbo = alpha@2", "beta=alpha", "openai/o1=gone", "x=beta"),
+    *("beta@1=alpha", "acme/beta=alpha", "base-model:beta=alpha"),
+)
 
 
 @pytest.fixture
@@ -136,6 +139,8 @@ def aliased(tmp_path: Path) -> Rig:
         ("gpt-4", "alpha@1"),
         ("gpt-3.5-turbo", "alpha@2"),
         ("beta", "alpha@1"),
+        ("beta@1", "alpha@1"),
+        ("acme/beta", "alpha@1"),
         ("alpha", "alpha@1"),
     ],
 )
@@ -151,7 +156,11 @@ def test_an_alias_is_another_name(aliased: Rig, name: str, adapter: str) -> None
 def test_a_callers_own_adapter_keeps_its_name(aliased: Rig) -> None:
     aliased.gate.keys["k"] = Principal("acme", Role.USER)
     aliased.client.headers["authorization"] = "Bearer k"
-    assert aliased.complete(model="beta").headers["x-manylora-adapter"] == "beta@1"
+    for name in ("beta", "beta@1", "acme/beta", "base-model:beta"):
+        assert aliased.complete(model=name).headers["x-manylora-adapter"] == "beta@1"
+        assert aliased.client.get(f"/v1/models/{name}").json()["owned_by"] == "acme"
+    listed = [entry["id"] for entry in aliased.client.get("/v1/models").json()["data"]]
+    assert listed == ["base-model", "alpha", "beta", "gpt-4o-mini", "gpt-4", "gpt-3.5-turbo", "x"]
 
 
 @pytest.mark.parametrize("name", ["openai/o1", "x", "gpt-5"])
@@ -162,7 +171,17 @@ def test_an_alias_of_what_the_caller_may_not_use_is_not_found(aliased: Rig, name
 
 def test_aliases_are_listed_where_they_lead_somewhere(aliased: Rig) -> None:
     ids = [entry["id"] for entry in aliased.client.get("/v1/models").json()["data"]]
-    assert ids == ["base-model", "alpha", "gpt-4o-mini", "gpt-4", "gpt-3.5-turbo", "beta"]
+    assert ids == [
+        "base-model",
+        "alpha",
+        "gpt-4o-mini",
+        "gpt-4",
+        "gpt-3.5-turbo",
+        "beta",
+        "beta@1",
+        "acme/beta",
+        "base-model:beta",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -78,11 +78,13 @@ def resolve(directory: AdapterDirectory, tenant: str, wanted: AdapterName, *, wr
 
 
 def without_alias(directory: AdapterDirectory, tenant: str, base: str, aliases: Mapping[str, str], model: str) -> str:
-    """What `model` stands for. The base and the caller's adapters have their names to themselves."""
-    if model not in aliases or model == base:
+    """What `model` stands for. The base and the caller's adapters have their names, in any form, to themselves."""
+    if model not in aliases:
         return model
     try:
-        directory.resolve(tenant, model)
+        wanted = parse_model(model, base)
+        if wanted is not None:
+            resolve(directory, tenant, wanted, written=model, param="model")
     except AdapterNotFound:
         return aliases[model]
     return model

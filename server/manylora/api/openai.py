@@ -82,9 +82,9 @@ def _models_page(services: Services, tenant: str, limit: int, after: str | None)
 
 def _aliases(services: Services, tenant: str) -> Iterator[dict[str, Any]]:
     """The entries of the aliases that lead somewhere for this tenant, as those tools look for them."""
-    base = services.engine.model
-    for alias, name in services.settings.resolved_model_aliases.items():
-        if alias == base.name or published(services, tenant, alias) is not None:
+    base, aliases = services.engine.model, services.settings.resolved_model_aliases
+    for alias, name in aliases.items():
+        if without_alias(services.directory, tenant, base.name, aliases, alias) == alias:
             continue
         if name == base.name:
             yield _base_entry(services, base.created) | {"id": alias}
