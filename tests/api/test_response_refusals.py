@@ -116,6 +116,30 @@ HISTORY: list[dict[str, Any]] = [TOLD, {"type": "function_call", "call_id": "c",
             },
             "tool_choice",
         ),
+        ({"tool_choice": {"type": "function", "name": "now", "namespace": "a"}, "tools": [NOW]}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "name": "now", "strict": True}, "tools": [NOW]}, "tool_choice"),
+        (
+            {
+                "tool_choice": {
+                    "type": "allowed_tools",
+                    "mode": "auto",
+                    "tools": [{"type": "function", "name": "now", "namespace": "a"}],
+                },
+                "tools": [NOW],
+            },
+            "tool_choice",
+        ),
+        (
+            {
+                "tool_choice": {
+                    "type": "allowed_tools",
+                    "mode": "auto",
+                    "tools": [{"type": "function", "name": "now", "server_label": "a"}],
+                },
+                "tools": [NOW],
+            },
+            "tool_choice",
+        ),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"conversation": "conv_1"}, "conversation"),
         ({"background": True}, "background"),

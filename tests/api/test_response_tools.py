@@ -33,6 +33,20 @@ def test_allowed_tools_are_those_that_are_offered(rig: Rig, mode: str) -> None:
     assert [item["type"] for item in body["output"]] == ["message"]
 
 
+def test_a_function_of_a_namespace_is_chosen_by_both_names(rig: Rig) -> None:
+    """And not the one of the same name beside it."""
+    rig.engine.codec.form, rig.engine.text = HERMES, CALL
+    tools = [NOW, {"type": "namespace", "name": "far", "tools": [WEATHER, NOW]}]
+    named = {"type": "function", "name": "now", "namespace": "far"}
+    for choice in (named, {"type": "allowed_tools", "mode": "required", "tools": [named]}):
+        assert ask(rig, tools=tools, tool_choice=choice).json()["tool_choice"] == choice
+    told = [[tool["function"]["name"] for tool in options.tools] for _, options in rig.engine.codec.rendered]
+    assert told == [["now", "far.get_weather", "far.now"], ["far.now"]]
+    for _, grammar in rig.engine.compiled:
+        assert "far.now" in grammar.source
+        assert "get_weather" not in grammar.source
+
+
 def test_parallel_calls_can_be_ruled_out(rig: Rig) -> None:
     rig.engine.codec.form, rig.engine.text = HERMES, CALL * 2
     assert len(ask(rig, tools=[WEATHER]).json()["output"]) == 2

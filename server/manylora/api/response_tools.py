@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from manylora.api.fields import NOTHING, Unsupported, wanted
 from manylora.api.strict import Strict
@@ -42,6 +42,27 @@ class NamespaceTool(Strict):
     name: str = Field(min_length=1)
     description: str | None = None
     tools: list[dict[str, Any]] = Field(max_length=MAX_TOOLS, fail_fast=True)
+
+
+class NamedFunction(Strict):
+    """A function that `tool_choice` names."""
+
+    type: Literal["function"]
+    name: str
+    namespace: str | None = None
+
+    @property
+    def told(self) -> str:
+        """What the model calls it."""
+        return told_as(self.name, self.namespace)
+
+
+class AllowedTools(Strict):
+    """`tool_choice` of several functions, which are then all that the model is told of."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: list[NamedFunction] = Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,32 +119,30 @@ def _function(raw: dict[str, Any], place: str, kinds: tuple[str, ...]) -> Functi
 
 def chosen(value: Any, tools: Sequence[Offered]) -> tuple[Any, list[Offered]]:
     """A chat's `tool_choice`, and the tools that may be called. Raises InvalidRequest."""
-    if isinstance(value, dict):
-        if value.get("type") == "function" and set(value) == {"type", "name"} and isinstance(value["name"], str):
-            return {"type": "function", "function": {"name": value["name"]}}, list(tools)
-        allowed = _allowed(value.get("tools"))
-        is_mode = value.get("mode") in ("auto", "required") and set(value) == {"type", "mode", "tools"}
-        if value.get("type") == "allowed_tools" and is_mode and allowed:
-            names = {tool.name for tool in tools}
-            missing = next((name for name in allowed if name not in names), None)
-            if missing is not None:
-                raise InvalidRequest(
-                    f"'tool_choice' allows '{quoted(missing)}', which is not among 'tools'.", param="tool_choice"
-                )
-            return value["mode"], [tool for tool in tools if tool.name in allowed]
-    elif value in (None, "none", "auto", "required"):
+    if value in (None, "none", "auto", "required"):
         return value, list(tools)
-    raise InvalidRequest(
-        '\'tool_choice\' must be "none", "auto", "required", {"type": "function", "name": …} or {"type": '
-        '"allowed_tools", "mode": "auto" or "required", "tools": [{"type": "function", "name": …}]}.',
-        param="tool_choice",
-    )
+    choice = _choice(value)
+    named = [choice] if isinstance(choice, NamedFunction) else choice.tools
+    names = {tool.name for tool in tools}
+    missing = next((each.told for each in named if each.told not in names), None)
+    if missing is not None:
+        raise InvalidRequest(
+            f"'tool_choice' names '{quoted(missing)}', which is not among 'tools'.", param="tool_choice"
+        )
+    if isinstance(choice, NamedFunction):
+        return {"type": "function", "function": {"name": choice.told}}, list(tools)
+    allowed = {each.told for each in named}
+    return choice.mode, [tool for tool in tools if tool.name in allowed]
 
 
-def _allowed(value: Any) -> list[str]:
-    """The names in a list of functions; none where it is anything else."""
-    if not isinstance(value, list) or len(value) > MAX_TOOLS:
-        return []
-    functions = [each for each in value if isinstance(each, dict) and each.get("type") == "function"]
-    names = [name for each in functions if isinstance(name := each.get("name"), str)]
-    return names if len(names) == len(value) else []
+def _choice(value: Any) -> NamedFunction | AllowedTools:
+    kind = value.get("type") if isinstance(value, dict) else None
+    try:
+        return (NamedFunction if kind == "function" else AllowedTools).model_validate(value)
+    except ValidationError:
+        raise InvalidRequest(
+            '\'tool_choice\' must be "none", "auto", "required", {"type": "function", "name": …} or {"type": '
+            '"allowed_tools", "mode": "auto" or "required", "tools": [{"type": "function", "name": …}]}, where a '
+            "function of a namespace has that as 'namespace' beside its name.",
+            param="tool_choice",
+        ) from None
