@@ -166,6 +166,8 @@ def test_several_labels_may_hold_at_once(served: Served) -> None:
         assert sorted(found["chosen"]) == [
             name for name, share in zip(NAMES[5], shares, strict=True) if share >= (threshold or 0.5)
         ]
+        as_scores = served.post("/v1/classify", model="topics", input="fine day", use_activation=False, **asked)
+        assert as_scores.json()["data"][0]["chosen"] == found["chosen"], "a threshold is a share, whatever is told"
 
 
 def test_numbers_stay_as_they_are(served: Served) -> None:
@@ -200,6 +202,7 @@ def test_both_dialects_share_a_path(served: Served) -> None:
     assert both == [wanted["labels"]] * 2
     scores = served.post("/classify", model="mood", inputs="fine day", raw_scores=True).json()
     assert sorted(each["score"] for each in scores) == sorted(raw(served, "mood", "fine day"))
+    assert served.post("/classify", model="mood", inputs="fine day", user="u", raw_scores=None).status_code == 200
     assert served.post("/classify", model="mood", inputs="fine day " * 99).status_code == 400
     assert served.post("/classify", model="mood", inputs="fine day " * 99, truncate=True).status_code == 200
 
@@ -212,6 +215,13 @@ def test_both_dialects_share_a_path(served: Served) -> None:
         ({"inputs": "x", "truncate": 3}, "truncate"),
         ({"inputs": "x", "truncation_direction": "left"}, "truncation_direction"),
         ({"inputs": "x", "poetry": True}, "poetry"),
+        ({"inputs": "x", "raw_scores": "x"}, "raw_scores"),
+        ({"inputs": "x", "input": "y"}, "input"),
+        ({"inputs": "x", "use_activation": True}, "use_activation"),
+        ({"inputs": "x", "threshold": 0.2}, "threshold"),
+        ({"inputs": "x", "truncate_prompt_tokens": 3}, "truncate_prompt_tokens"),
+        ({"inputs": ["x"] * 2049}, "inputs"),
+        ({"inputs": "x", "user": 5}, "user"),
     ],
 )
 def test_what_the_other_dialect_cannot_say_is_a_400(served: Served, body: dict[str, Any], param: str) -> None:

@@ -8,18 +8,20 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 from fastapi import APIRouter, Request
-from pydantic import Field
+from pydantic import Field, field_validator
 from starlette.responses import Response
 
 from manylora.api.answers import extension
 from manylora.api.auth import Caller
-from manylora.api.fields import CLASSIFY_UNSUPPORTED, Unsupported
+from manylora.api.fields import CLASSIFY_UNSUPPORTED, Unsupported, renamed
 from manylora.api.inputs import InputsRequest
 from manylora.api.json_body import documented, parse_json
 from manylora.api.run import Asked, Deltas, Run, answered
-from manylora.api.schemas import checked, parse
+from manylora.api.schemas import InferenceRequest, checked, parse
 from manylora.api.sse import Event
 from manylora.api.state import ServicesDep
+from manylora.api.strict import Strict
+from manylora.api.translation import parted, valid
 from manylora.engine.interface import Delta, Head, TokenLogprob
 from manylora.errors import InvalidRequest, ManyloraError
 
@@ -27,6 +29,8 @@ __all__ = ["ClassifyRequest", "router", "shares"]
 
 Scores = npt.NDArray[np.float32]
 router = APIRouter(tags=["inference"])
+# What an input is cut to is said by `truncate` there.
+_TEI_PASSED: Final = tuple(name for name in InferenceRequest.model_fields if name != "truncate_prompt_tokens")
 _TEI_NAMES: Final = {"input": "inputs", "truncate_prompt_tokens": "truncate"}
 
 
@@ -41,6 +45,30 @@ class ClassifyRequest(InputsRequest):
         default=None, ge=0, le=1, description="Of a head of which several labels may hold: from which share one does."
     )
     use_activation: bool = Field(default=True, description="Shares of one; false: the head's scores as they are.")
+
+
+class TeiRequest(Strict):
+    """`POST /classify` in text-embeddings-inference's words."""
+
+    inputs: str | list[str]
+    truncate: bool = False
+    truncation_direction: str = "right"
+    raw_scores: bool = False
+
+    @field_validator("inputs", mode="plain", json_schema_input_type=str | list[str])
+    @classmethod
+    def _check_inputs(cls, value: Any) -> Any:
+        texts = [value] if isinstance(value, str) else value
+        if not (isinstance(texts, list) and texts and all(isinstance(each, str) for each in texts)):
+            raise ValueError("must be a string or a list of strings, and not empty")
+        return value
+
+    @field_validator("truncation_direction")
+    @classmethod
+    def _check_direction(cls, value: str) -> str:
+        if value.lower() != "right":
+            raise ValueError("inputs are cut on the right; leave it out")
+        return value
 
 
 @router.post("/v1/classify", openapi_extra=documented("ClassifyRequest"))
@@ -69,32 +97,22 @@ async def classify(request: Request, caller: Caller, services: ServicesDep) -> R
 
 
 def _tei(raw: dict[str, Any]) -> Asked:
-    """A body of text-embeddings-inference. Raises InvalidRequest."""
-    fields = {name: value for name, value in raw.items() if value is not None}
-    inputs = fields.pop("inputs", None)
-    is_cut, direction = fields.pop("truncate", False), fields.pop("truncation_direction", "right")
-    raw_scores = fields.pop("raw_scores", False)
-    if not isinstance(is_cut, bool) or not isinstance(raw_scores, bool):
-        raise InvalidRequest("'truncate' and 'raw_scores' are true or false.", param="truncate")
-    if str(direction).lower() != "right":
-        raise InvalidRequest(
-            "Inputs are cut on the right; leave 'truncation_direction' out.", param="truncation_direction"
-        )
-    is_text = isinstance(inputs, str)
-    is_list = isinstance(inputs, list) and bool(inputs) and all(isinstance(each, str) for each in inputs)
-    if not (is_text or is_list):
-        raise InvalidRequest("'inputs' must be a string or a list of strings, and not empty.", param="inputs")
-    body = checked(
-        ClassifyRequest,
-        {
-            "adapter_id": None,
-            **fields,
-            "input": inputs,
-            "use_activation": not raw_scores,
-            **({"truncate_prompt_tokens": -1} if is_cut else {}),
-        },
-    )
-    return Asked(body, lambda run: TeiAnswer(run, body, is_single=is_text), names=_TEI_NAMES)
+    """What a body of text-embeddings-inference asks for. Raises InvalidRequest."""
+    own, passed = parted(raw, TeiRequest, CLASSIFY_UNSUPPORTED, _TEI_PASSED)
+    asked = valid(TeiRequest, own)
+    ours = {
+        "adapter_id": None,
+        **passed,
+        "input": asked.inputs,
+        "use_activation": not asked.raw_scores,
+        "truncate_prompt_tokens": -1 if asked.truncate else None,
+    }
+    try:
+        body = checked(ClassifyRequest, ours)
+    except InvalidRequest as error:
+        raise renamed(error, _TEI_NAMES) from None
+    is_single = isinstance(asked.inputs, str)
+    return Asked(body, lambda run: TeiAnswer(run, body, is_single=is_single), names=_TEI_NAMES)
 
 
 def shares(scores: Scores, head: Head, *, is_activated: bool = True) -> npt.NDArray[np.float64]:
@@ -118,7 +136,7 @@ class _Answer:
         self._is_activated = body.use_activation
         self._threshold = 0.5 if body.threshold is None else body.threshold
         self._asked_threshold = body.threshold is not None
-        self._found: list[tuple[npt.NDArray[np.float64], Head] | None] = [None] * run.num_choices
+        self._found: list[tuple[Scores, Head] | None] = [None] * run.num_choices
 
     def arranged(self, deltas: Deltas) -> Deltas:
         return deltas
@@ -130,7 +148,7 @@ class _Answer:
             raise InvalidRequest(
                 "'threshold' is for adapters of which several labels may hold at once. Leave it out.", param="threshold"
             )
-        self._found[choice] = shares(delta.pooled, delta.head, is_activated=self._is_activated), delta.head
+        self._found[choice] = delta.pooled, delta.head
 
     def whole(self) -> bytes:
         raise NotImplementedError
@@ -148,8 +166,12 @@ class _Answer:
     def failed(self, error: ManyloraError) -> Sequence[Event]:
         return ()
 
-    def _entries(self) -> list[tuple[npt.NDArray[np.float64], Head]]:
+    def _entries(self) -> list[tuple[Scores, Head]]:
         return [each for each in self._found if each is not None]
+
+    def _told(self, scores: Scores, head: Head) -> npt.NDArray[np.float64]:
+        """The scores as the body asks for them."""
+        return shares(scores, head, is_activated=self._is_activated)
 
 
 class ClassifyAnswer(_Answer):
@@ -174,7 +196,8 @@ class ClassifyAnswer(_Answer):
             }
         )
 
-    def _entry(self, index: int, found: npt.NDArray[np.float64], head: Head) -> dict[str, Any]:
+    def _entry(self, index: int, scores: Scores, head: Head) -> dict[str, Any]:
+        found = self._told(scores, head)
         named: dict[str, Any] = {"index": index, "num_classes": len(head.labels)}
         if found.ndim > 1:
             prompt = self._run.prompts[index].ids
@@ -183,7 +206,8 @@ class ClassifyAnswer(_Answer):
         named |= {"label": ranked[0][0], "probs": found.tolist()}
         named["labels"] = [{"label": label, "score": score} for label, score in ranked]
         if head.problem == "multi":
-            named["chosen"] = [label for label, score in ranked if score >= self._threshold]
+            share_of = dict(zip(head.labels, shares(scores, head).tolist(), strict=True))
+            named["chosen"] = [label for label, _ in ranked if share_of[label] >= self._threshold]
         return named
 
 
@@ -213,7 +237,8 @@ class TeiAnswer(_Answer):
         lists = [self._entry(number, *each) for number, each in enumerate(self._entries())]
         return orjson.dumps(lists[0] if self._is_single else lists, option=orjson.OPT_SERIALIZE_NUMPY)
 
-    def _entry(self, index: int, found: npt.NDArray[np.float64], head: Head) -> list[dict[str, Any]]:
+    def _entry(self, index: int, scores: Scores, head: Head) -> list[dict[str, Any]]:
+        found = self._told(scores, head)
         if found.ndim > 1:
             return _tokens(found, head, self._run.prompts[index].ids, self._run)
         ranked = sorted(zip(head.labels, found.tolist(), strict=True), key=lambda pair: -pair[1])
