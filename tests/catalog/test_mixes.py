@@ -178,9 +178,12 @@ async def test_what_cannot_be_saved_is_refused(settings: Settings) -> None:
             assert words in answer.text
         nothing = await rig.call("POST", "/v1/adapters", "acme:manager", json={"name": "x"})
         assert nothing.status_code in (400, 403)
-        pinned = await save(rig, "x", {"sql": 1.0}, "acme:manager", pinned=True)
-        assert pinned.status_code == 409
-        assert "Pin its adapters" in pinned.json()["error"]["message"]
+        for is_pinned, name in ((True, "x"), (True, "sql"), (False, "sql")):  # of which another version is active
+            pinned = await save(rig, name, {"sql": 1.0}, "acme:manager", pinned=is_pinned, activate=False)
+            assert (pinned.status_code, pinned.json()["error"]["param"]) == (409, "pinned")
+            assert "Pin its adapters" in pinned.json()["error"]["message"]
+        two = await save(rig, "x", {"sql": 1.0}, "acme:manager", source="file:///nowhere")
+        assert (two.status_code, two.json()["error"]["param"]) == (400, "source")
         assert (await rig.call("GET", "/v1/adapters/x", "acme:manager")).status_code == 404
         download = await rig.call("GET", "/v1/adapters/half/versions/1/download", "acme:manager")
         assert download.status_code == 409

@@ -1,6 +1,6 @@
 """The adapter routes: upload, import, list, show, download, promote, pin, delete, and vLLM's two."""
 
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -23,7 +23,7 @@ from manylora.api.state import ServicesDep
 from manylora.catalog.defaults import shown
 from manylora.catalog.records import MAX_DESCRIPTION, MAX_NOTE, AdapterRecord, Payer, Published, VersionRecord, Wish
 from manylora.catalog.service import Catalog
-from manylora.errors import AdapterNotFound, InvalidRequest, PermissionDenied, quoted
+from manylora.errors import AdapterNotFound, Conflict, InvalidRequest, PermissionDenied, quoted
 from manylora.identity import MAX_MIXED, PUBLIC_TENANT
 from manylora.tenants.interface import Principal, Role
 
@@ -159,7 +159,7 @@ def _add_uploads(router: APIRouter, catalog: Catalog) -> None:
             body = await read_body(request, ImportBody)
             wish = Wish(owner, body.name, body.description, body.pinned, body.activate, _payer(caller))
             wish = replace(wish, author=author_of(caller, body.note))
-            done = await _saved(catalog, wish, body.mix) if body.mix else await _imported(catalog, caller, wish, body)
+            done = await (_imported(catalog, caller, wish, body) if body.mix is None else _saved(catalog, wish, body))
         else:
             length = request.headers.get("content-length", "")
             announced = int(length) if length.isascii() and length.isdigit() else None
@@ -177,9 +177,13 @@ async def _imported(catalog: Catalog, caller: Principal, wish: Wish, body: Impor
     return await catalog.import_from(wish, body.source)
 
 
-async def _saved(catalog: Catalog, wish: Wish, parts: Sequence[MixedAdapter]) -> Published:
+async def _saved(catalog: Catalog, wish: Wish, body: ImportBody) -> Published:
     """Of adapters that the owner may use. Those of everybody whose fields are locked are not mixed."""
-    named = Mixed(tuple((each.name, each.weight) for each in parts), "mix")
+    if body.source is not None:
+        raise InvalidRequest("'source' is an adapter's, and 'mix' is made of others. Send one.", param="source")
+    if body.pinned is not None:
+        raise Conflict("'pinned' does not go with 'mix', which is not pinned. Pin its adapters.", param="pinned")
+    named = Mixed(tuple((each.name, each.weight) for each in body.mix or ()), "mix")
     mix = await looked_up(partial(mixed, named, catalog.directory, wish.tenant), catalog.following)
     check_unlocked(catalog.directory, mix, "mix")
     try:
