@@ -203,7 +203,7 @@ class Registry:
         is_new = newest is None or newest.mix != new.mix
         if newest is None or is_new:
             if wish.activate is None:
-                wish = replace(wish, activate=row is None or not self._answers(session, row))
+                wish = replace(wish, activate=row is None or not self._is_decided(session, row))
             queries.check_kept(session, wish.tenant, row, new.size_bytes)
             row = queries.revived_adapter(session, row, wish.tenant, wish.name)
             newest = queries.add_version(session, row, new, self._base.value, wish.defaults or NO_DEFAULTS)
@@ -235,16 +235,18 @@ class Registry:
             same = queries.version_with(session, row, digest, self._base)
             if same is None or not (is_known or wish.defaults in (None, same.defaults)):
                 return is_known, None
-            wish = replace(wish, activate=not self._answers(session, row))
+            wish = replace(wish, activate=not self._is_decided(session, row))
             return True, self._finish(transaction, wish, row, same, is_new=False, folder=folder)
 
-    def _answers(self, session: Session, row: AdapterRow) -> bool:
-        """Whether the adapter has an active version for this base, of a mix with all its parts.
+    def _is_decided(self, session: Session, row: AdapterRow) -> bool:
+        """Whether it stands what answers to the name here: a version for this base, or none, as somebody wished.
 
-        Else somebody's decision stands against nothing.
+        An active mix that lacks a part, or a version for another base, answers nobody, so nobody's decision is undone.
         """
-        active = None if row.is_deleted else queries.find_version(session, row, row.active_version)
-        return active is not None and self._base.fits(active.base) and mixes.has_parts(session, active, self._base)
+        if row.is_deleted:
+            return False
+        active = queries.find_version(session, row, row.active_version)
+        return active is None or (self._base.fits(active.base) and mixes.has_parts(session, active, self._base))
 
     def _newest(self, session: Session, row: AdapterRow | None, digest: str, wish: Wish) -> VersionRow | None:
         """The newest version, if it is what is uploaded: content, base and, where any came, defaults."""

@@ -116,7 +116,8 @@ export class TryIt {
     const known = [...this.names.children].map((option) => option.value);
     if (known.length === names.length && known.every((name, i) => name === names[i])) return;
     this.names.replaceChildren(...names.map((name) => h("option", { value: name })));
-    if (!this.adapter.value && names.length) this.adapter.value = names[0];
+    // Not under somebody's hands: what they type would go on behind the name.
+    if (!this.adapter.value && names.length && document.activeElement !== this.adapter) this.adapter.value = names[0];
   }
 
   body(model) {
