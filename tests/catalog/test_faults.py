@@ -4,15 +4,18 @@ import ast
 import errno
 import re
 import sqlite3
+import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
+from fsspec.registry import _registry
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
+from manylora.catalog.store import check_reachable
 from manylora.database import database as database_module
 from manylora.database.database import Database, open_database
 from manylora.errors import DatabaseUnavailable, ManyloraError, StartupError, StorageFull, StoreUnavailable
@@ -103,6 +106,15 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StartupError, match="folder cannot be made"):
         open_database(f"sqlite:///{tmp_path}/file/registry.sqlite3")
+
+
+@pytest.mark.parametrize(("url", "package"), [("gs://bucket/adapters", "gcsfs"), ("s3://bucket/adapters", "s3fs")])
+def test_a_store_without_its_package_is_told_which_one(url: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(_registry, url.partition("://")[0], raising=False)  # what an earlier test has loaded
+    with pytest.raises(StartupError) as caught:
+        check_reachable(url)
+    assert re.search(rf"Install it with: .*-m pip install '?{package}\b", caught.value.message)
 
 
 def _with(kind: type[DBAPIError], original: BaseException) -> DBAPIError:

@@ -129,8 +129,9 @@ def check_reachable(url: str) -> None:
     try:
         fsspec.get_filesystem_class(protocol)
     except ImportError as error:
-        command = install_command("s3fs")
-        raise StartupError(f"store_url {quoted(url)}: {error}. Install what s3:// needs with: {command}") from error
+        lacking = error.__cause__ if isinstance(error.__cause__, ImportError) else error  # fsspec's own names no module
+        advice = f" Install it with: {install_command(lacking.name)}" if lacking.name else ""
+        raise StartupError(f"store_url {quoted(url)}: {str(error).rstrip('.')}.{advice}") from error
     except ValueError as error:
         raise StartupError(f"store_url {quoted(url)} is not usable: {cause_of(error)}") from error
 
