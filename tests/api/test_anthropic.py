@@ -273,6 +273,7 @@ def thinking_at(effort: str) -> dict[str, Any]:
         ({"type": "enabled", "budget_tokens": 2000}, None, thinking_at("medium"), True),
         ({"type": "enabled", "budget_tokens": 9000}, "low", thinking_at("low"), True),
         ({"type": "enabled", "budget_tokens": 9000}, None, thinking_at("high"), True),
+        ({"type": "enabled", "budget_tokens": 1024}, "max", thinking_at("low"), True),
     ],
 )
 def test_thinking_is_up_to_the_template_and_shown_where_it_is_asked_for(

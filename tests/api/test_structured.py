@@ -127,6 +127,10 @@ FAULTS = [
         "response_format.json_schema.strict",
     ),
     ({"response_format": {"type": "json_object", "schema": SCHEMA}}, "response_format.schema"),
+    ({"response_format": {"type": "json_object", "json_schema": {"schema": SCHEMA}}}, "response_format.json_schema"),
+    ({"response_format": {"type": "text", "json_schema": {"schema": SCHEMA}}}, "response_format.json_schema"),
+    ({"response_format": {**JSON_SCHEMA, "structures": STRUCTURES}}, "response_format.structures"),
+    ({"response_format": {"type": "structural_tag", **TAG, "json_schema": {}}}, "response_format.json_schema"),
     ({"response_format": "json"}, "response_format"),
     ({"response_format": {"type": "structural_tag", "structures": STRUCTURES}}, "response_format.triggers"),
     (

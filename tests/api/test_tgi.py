@@ -199,6 +199,12 @@ def test_no_adapter_is_the_base(rig: Rig, adapter: str | None) -> None:
     assert ask(rig, adapter_id=adapter).headers["x-manylora-adapter"] == "base"
 
 
+@pytest.mark.parametrize("name", ["alpha", "alpha@1", "public/alpha", "public/alpha@1"])
+def test_an_adapter_is_named_in_every_form(rig: Rig, name: str) -> None:
+    assert ask(rig, adapter_id=name).headers["x-manylora-adapter"] == "alpha@1"
+    assert ask(rig, adapter_id="owner/name").status_code == 404, "another tenant's, or none"
+
+
 @pytest.mark.parametrize("source", [None, "local"])
 def test_an_adapter_is_named(rig: Rig, source: str | None) -> None:
     assert ask(rig, adapter_id="alpha@2", adapter_source=source).headers["x-manylora-adapter"] == "alpha@2"
@@ -236,7 +242,8 @@ def test_an_answer_is_held_to_a_grammar(rig: Rig, parameters: dict[str, Any], ki
         ({"watermark": True}, "parameters.watermark"),
         ({"api_token": "x"}, "parameters.api_token"),
         ({"nonsense": 1}, "parameters.nonsense"),
-        ({"adapter_id": "owner/name"}, "parameters.adapter_id"),
+        ({"adapter_id": "Owner/name"}, "parameters.adapter_id"),
+        ({"adapter_id": "owner/name/more"}, "parameters.adapter_id"),
         ({"adapter_id": "/srv/adapters/sql"}, "parameters.adapter_id"),
         ({"adapter_id": "alpha", "adapter_source": "hub"}, "parameters.adapter_source"),
         ({"max_new_tokens": 0}, "parameters.max_new_tokens"),
@@ -253,6 +260,9 @@ def test_an_answer_is_held_to_a_grammar(rig: Rig, parameters: dict[str, Any], ki
         ({"best_of": 2, "do_sample": True, "seed": 1}, "parameters.seed"),
         ({"top_n_tokens": 21, "details": True}, "parameters.top_n_tokens"),
         ({"return_k_alternatives": 21, "details": True}, "parameters.return_k_alternatives"),
+        ({"top_n_tokens": 2}, "parameters.top_n_tokens"),
+        ({"return_k_alternatives": 2}, "parameters.return_k_alternatives"),
+        ({"response_format": {"type": "text", "schema": SCHEMA}}, "parameters.response_format.schema"),
         ({"truncate": 0}, "parameters.truncate"),
         ({"grammar": {"type": "lark", "value": "x"}}, "parameters.grammar.type"),
         ({"grammar": {"type": "json", "value": "{"}}, "parameters.grammar.value"),

@@ -1,6 +1,7 @@
 """Heads of many adapters in one batch, against transformers and PEFT one by one, and the routes of labels."""
 
 import json
+import threading
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
+from manylora.api import classify
 from manylora.lora.format.heads import MAX_LABEL_LENGTH
 from manylora.models.encoder_loading import offered_modules
 from tests.tiny_models import VOCAB_SIZE
@@ -123,6 +125,7 @@ def adapters(base: Path) -> dict[str, Path]:
         "topics": make_classifier(base, folder / "topics", "five", seed=2, problem_type="multi_label_classification"),
         "price": make_classifier(base, folder / "price", "two", seed=3, problem_type="regression"),
         "plain": make_encoder_adapter(base, folder / "plain"),
+        "tags": make_classifier(base, folder / "tags", "two", task="TOKEN_CLS", seed=4),
     }
 
 
@@ -173,6 +176,31 @@ def test_several_labels_may_hold_at_once(served: Served) -> None:
 def test_numbers_stay_as_they_are(served: Served) -> None:
     [found] = served.post("/v1/classify", model="price", input="fine day").json()["data"]
     assert found["probs"] == raw(served, "price", "fine day").tolist()
+
+
+@pytest.mark.parametrize(("model", "per_input"), [("tags", 19), ("topics", 5)])
+def test_a_long_answer_is_built_beside_the_event_loop_and_bounded(
+    model: str, per_input: int, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {"model": model, "input": [inputs()[1]] * 3}
+    wanted = served.post("/v1/classify", **asked).json()["data"]
+    threads, known = set(), classify.shares
+
+    def seen(*given: Any, **how: Any) -> Any:
+        threads.add(threading.current_thread().name)
+        return known(*given, **how)
+
+    monkeypatch.setattr(classify, "_INLINE_LABELS", per_input - 1)
+    monkeypatch.setattr(classify, "MAX_LABELS_TOLD", 3 * per_input)
+    monkeypatch.setattr(classify, "shares", seen)
+
+    answer = served.post("/v1/classify", **asked)
+    assert answer.json()["data"] == wanted
+    assert threads == {"parser_0"}
+    for path, field, value in (("/v1/classify", "input", asked["input"] * 2), ("/classify", "inputs", ["x " * 20] * 4)):
+        refused = served.post(path, model=model, **{field: value})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, field)
+        assert "labels" in refused.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -227,6 +255,13 @@ def test_both_dialects_share_a_path(served: Served) -> None:
 def test_what_the_other_dialect_cannot_say_is_a_400(served: Served, body: dict[str, Any], param: str) -> None:
     answer = served.post("/classify", model="mood", **body)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
+
+
+def test_an_encoder_has_no_messages_to_count(served: Served) -> None:
+    for path in ("/v1/messages", "/v1/messages/count_tokens"):
+        more = {} if path.endswith("tokens") else {"max_tokens": 5}
+        answer = served.post(path, model="mood", messages=[{"role": "user", "content": "x"}], **more)
+        assert (answer.status_code, "is an encoder" in answer.text) == (400, True), answer.text
 
 
 def test_a_decoder_has_no_labels(tiny_llama_dir: Path, tmp_path: Path) -> None:

@@ -6,13 +6,18 @@ from collections.abc import Iterator
 from typing import Annotated, Any
 
 import pytest
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 import manylora.api
 from manylora.api.strict import Strict
+from manylora.errors import InvalidRequest
 
 # Of each container that pydantic goes on in after an error, where the schemas of what is in it are.
-INSIDE = {**dict.fromkeys(("list", "set", "frozenset", "tuple"), ("items_schema",)), "dict": ("values_schema",)}
+INSIDE = {
+    **dict.fromkeys(("list", "set", "frozenset", "tuple"), ("items_schema",)),
+    "dict": ("keys_schema", "values_schema"),
+    **dict.fromkeys(("model-fields", "typed-dict", "dataclass-args"), ("extras_schema", "extras_keys_schema")),
+}
 
 
 def schemas() -> list[type[BaseModel]]:
@@ -40,12 +45,56 @@ def patient(schema: Any, path: str = "") -> Iterator[str]:
         return
     kind = schema.get("type")
     if isinstance(kind, str) and not schema.get("fail_fast"):
-        inside = (schema.get(name, {"type": "any"}) for name in INSIDE.get(kind, ()))
-        if any(isinstance(each, list | tuple) or each["type"] != "any" for each in inside):
+        inside = {name: schema.get(name, {"type": "any"}) for name in INSIDE.get(kind, ())}
+        if any(not takes_all(each, is_key=name == "keys_schema") for name, each in inside.items()):
             yield path
     for name, each in schema.items():
         if name not in ("metadata", "serialization", "json_schema_input_schema"):
             yield from patient(each, f"{path}.{name}")
+
+
+def takes_all(schema: Any, *, is_key: bool) -> bool:
+    """Whether nothing that JSON has in this place can be wrong."""
+    if isinstance(schema, list | tuple):
+        return False
+    is_plain_text = schema["type"] == "str" and not set(schema) & {"pattern", "max_length", "min_length"}
+    return schema["type"] == "any" or (is_key and is_plain_text)
+
+
+HOSTILE: dict[str, Any] = {
+    "numbers": list(range(300)),
+    "nulls": [None] * 300,
+    "objects": [{"stranger": number} for number in range(300)],
+    "lists": [[{}, "a", None]] * 300,
+    "object of numbers": {f"k{number}": number for number in range(300)},
+    "object of objects": {f"k{number}": {"stranger": number} for number in range(300)},
+    "object of lists": {f"k{number}": [number, {}] for number in range(300)},
+    "text": "x" * 100_000,
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_field_full_of_strangers_is_a_few_errors_whatever_checks_it(kind: str) -> None:
+    """Also where a check is a function of ours, or one shape of several, which the walk above does not see into."""
+    told = {
+        f"{schema.__qualname__}.{name}": messages(schema, field.alias or name, HOSTILE[kind])
+        for schema in schemas()
+        for name, field in schema.model_fields.items()
+    }
+    assert sum(map(bool, told.values())) > 100
+    assert {name: len(found) for name, found in told.items() if len(found) > 8} == {}
+    assert {name: found for name, found in told.items() if len("".join(found)) > 4000} == {}
+
+
+def messages(schema: type[BaseModel], key: str, value: Any) -> list[str]:
+    """What is said of one field."""
+    try:
+        schema.model_validate({key: value})
+    except InvalidRequest as error:
+        return [error.message]
+    except ValidationError as error:
+        return [each["msg"] for each in error.errors(include_url=False, include_input=False) if each["loc"][0] == key]
+    return []
 
 
 def test_every_container_of_a_body_ends_at_the_first_thing_wrong() -> None:
@@ -63,20 +112,25 @@ def test_the_guard_finds_what_goes_on() -> None:
     class Part(Strict):
         names: list[str] = Field(fail_fast=True)
 
+    class Held(BaseModel):
+        model_config = ConfigDict(extra="allow")
+        __pydantic_extra__: dict[str, int]
+
     class Patient(Strict):
         anything: list[Any]
         objects: dict[str, Any]
         parts: list[Part] | None
         texts: Annotated[dict[str, str], Field(max_length=3)]
         checked: list[str]
+        keyed: dict[Annotated[str, Field(max_length=3)], Any]
+        more: Held
 
         _check = field_validator("checked", mode="plain")(lambda value: value)
 
     assert list(patient(Part.__pydantic_core_schema__)) == []
     found = list(patient(Patient.__pydantic_core_schema__))
-    assert len(found) == 2
-    assert ".parts" in found[0]
-    assert ".texts" in found[1]
+    for path, field in zip(found, (".parts", ".texts", ".keyed", ".more"), strict=True):
+        assert field in path
 
 
 def test_a_thousand_unknown_fields_are_one_error() -> None:

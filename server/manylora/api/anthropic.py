@@ -16,7 +16,7 @@ from manylora.api.fields import NOTHING, Unsupported, renamed, wanted
 from manylora.api.json_body import documented, parse_json
 from manylora.api.naming import Named, adapter_of, looked_up
 from manylora.api.requests import num_chat_tokens, read_body
-from manylora.api.run import Asked, answered
+from manylora.api.run import Asked, answered, check_kind
 from manylora.api.schemas import ChatRequest, Int, checked
 from manylora.api.state import ServicesDep
 from manylora.api.strict import Strict
@@ -56,6 +56,7 @@ _NAMES: Final = {
 _TIERS: Final = {None: None, "auto": "auto", "standard_only": "default"}
 # How much a base is to think, for templates that read no number of tokens: the effort of budgets up to so many.
 _EFFORTS: Final = ((1024, "low"), (4096, "medium"))
+_ORDER: Final = ("low", "medium", "high", "xhigh", "max")
 
 
 class ClientTool(Strict):
@@ -101,7 +102,9 @@ class Format(Strict):
 class Output(Strict):
     """`output_config`."""
 
-    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = Field(
+        default=None, description="With `thinking.budget_tokens` the lower of the two."
+    )
     format: Format | None = None
 
 
@@ -248,10 +251,14 @@ def _thinking(thinking: Thinking | None, effort: str | None, given: dict[str, An
         raise InvalidRequest(
             "'thinking.budget_tokens' goes with the type 'enabled', and that with it.", param="thinking.budget_tokens"
         )
+    if thinking.display is not None and not is_on:
+        raise InvalidRequest("'thinking.display' does not go with the type 'disabled'.", param="thinking.display")
     variables = given.get("chat_template_kwargs")
     if variables is None or isinstance(variables, dict):
         given["chat_template_kwargs"] = {"enable_thinking": is_on, **(variables or {})}
-    told["reasoning_effort"] = effort or thinking.effort
+    # Each of the two is the most that is asked for.
+    efforts = [each for each in (effort, thinking.effort) if each is not None]
+    told["reasoning_effort"] = min(efforts, key=_ORDER.index, default=None)
     return {**told, "include_reasoning": is_on and thinking.display != "omitted"}
 
 
@@ -279,6 +286,7 @@ async def create_message(request: Request, caller: Caller, services: ServicesDep
 async def count_tokens(request: Request, caller: Caller, services: ServicesDep) -> Response:
     """How many tokens the prompt of such messages has. It is no usage."""
     body, names = await read_body(request, _counted_by)
+    check_kind(body, services.engine.model)
     base, aliases = services.engine.model.name, services.settings.resolved_model_aliases
     find = partial(adapter_of, body, services.directory, caller.tenant, base, aliases)
     adapter = await looked_up(find, services.following)

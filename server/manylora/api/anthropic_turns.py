@@ -85,18 +85,28 @@ class Turns:
     messages: list[dict[str, Any]] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
     is_begun: bool = False
+    _texts: list[str] = field(default_factory=list)  # of the last message
 
     def add(self, place: str, message: dict[str, Any]) -> None:
+        self.end()
         self.messages.append(message)
         self.places.append(place)
+        self._texts.append(message["content"])
 
     def say(self, place: str, role: str, text: str) -> None:
         """A message of text, or more text for the last one of the same role."""
         last = self.messages[-1] if self.messages else None
         if last is not None and last["role"] == role and not last.get("tool_calls"):
-            last["content"] = f"{last['content']}\n{text}" if last["content"] else text
+            self._texts.append(text)
         else:
             self.add(place, {"role": role, "content": text})
+
+    def end(self) -> None:
+        """All of the last message's text is there."""
+        if self._texts:
+            begun = next((number for number, text in enumerate(self._texts) if text), len(self._texts) - 1)
+            self.messages[-1]["content"] = "\n".join(self._texts[begun:])
+            self._texts.clear()
 
     @property
     def names(self) -> dict[str, str]:
@@ -118,6 +128,7 @@ def turns_of(given: list[Any], system: str | list[Any] | None) -> Turns:
         turns.say("system", "system", _text_of(_blocks(system, "system", "system")))
     for number, turn in enumerate(given):
         _add_turn(turns, turn, f"messages[{number}]")
+    turns.end()
     last = turns.messages[-1]
     if last["role"] == "assistant" and last.get("tool_calls"):
         raise InvalidRequest(

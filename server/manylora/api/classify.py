@@ -1,7 +1,7 @@
 """`/v1/classify` and `/classify`: scores of an adapter's labels, as vLLM and text-embeddings-inference give them."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, ClassVar, Final
 
 import numpy as np
@@ -16,6 +16,7 @@ from manylora.api.auth import Caller
 from manylora.api.fields import CLASSIFY_UNSUPPORTED, Unsupported, renamed
 from manylora.api.inputs import InputsRequest
 from manylora.api.json_body import documented, parse_json
+from manylora.api.lanes import PYTHON, beside_loop
 from manylora.api.run import Asked, Deltas, Run, answered
 from manylora.api.schemas import InferenceRequest, checked, parse
 from manylora.api.sse import Event
@@ -29,6 +30,9 @@ __all__ = ["ClassifyRequest", "router", "shares"]
 
 Scores = npt.NDArray[np.float32]
 router = APIRouter(tags=["inference"])
+MAX_LABELS_TOLD: Final = 262_144
+# Of one input, what is put into JSON in a millisecond.
+_INLINE_LABELS: Final = 512
 # What an input is cut to is said by `truncate` there.
 _TEI_PASSED: Final = tuple(name for name in InferenceRequest.model_fields if name != "truncate_prompt_tokens")
 _TEI_NAMES: Final = {"input": "inputs", "truncate_prompt_tokens": "truncate"}
@@ -128,7 +132,9 @@ def shares(scores: Scores, head: Head, *, is_activated: bool = True) -> npt.NDAr
 
 
 class _Answer:
-    """Takes the scores of each input in. Implements what is common of `run.Renderer`."""
+    """Puts the scores of each input into JSON as they come. Implements what is common of `run.Renderer`."""
+
+    inputs_field = "input"
 
     def __init__(self, run: Run, body: ClassifyRequest) -> None:
         self._run = run
@@ -136,19 +142,44 @@ class _Answer:
         self._is_activated = body.use_activation
         self._threshold = 0.5 if body.threshold is None else body.threshold
         self._asked_threshold = body.threshold is not None
-        self._found: list[tuple[Scores, Head] | None] = [None] * run.num_choices
+        self._entries: list[orjson.Fragment | None] = [None] * run.num_choices
 
     def arranged(self, deltas: Deltas) -> Deltas:
-        return deltas
+        return self._told(deltas)
 
-    def add(self, choice: int, delta: Delta) -> None:
-        assert delta.pooled is not None, "an input whose head was asked for has one delta"
-        assert delta.head is not None
-        if self._asked_threshold and delta.head.problem != "multi":
+    async def _told(self, deltas: Deltas) -> AsyncGenerator[tuple[int, Delta], None]:
+        """The deltas as they are; what they say is put into JSON on the way, beside the event loop where it is much."""
+        async for choice, delta in deltas:
+            assert delta.pooled is not None, "an input whose head was asked for has one delta"
+            assert delta.head is not None
+            self._check(delta.head)
+            asked = choice, delta.pooled, delta.head
+            is_small = _num_told(len(self._run.prompts[choice].ids), delta.head) <= _INLINE_LABELS
+            self._entries[choice] = self._json(*asked) if is_small else await beside_loop(PYTHON, self._json, *asked)
+            yield choice, delta
+
+    def _check(self, head: Head) -> None:
+        """Raises InvalidRequest."""
+        if self._asked_threshold and head.problem != "multi":
             raise InvalidRequest(
                 "'threshold' is for adapters of which several labels may hold at once. Leave it out.", param="threshold"
             )
-        self._found[choice] = delta.pooled, delta.head
+        num_told = sum(_num_told(len(prompt.ids), head) for prompt in self._run.prompts)
+        if num_told > MAX_LABELS_TOLD:
+            raise InvalidRequest(
+                f"The answer would have {num_told} labels, and has at most {MAX_LABELS_TOLD}. Send fewer inputs.",
+                param=self.inputs_field,
+            )
+
+    def _json(self, choice: int, scores: Scores, head: Head) -> orjson.Fragment:
+        return orjson.Fragment(orjson.dumps(self._entry(choice, scores, head)))
+
+    def _entry(self, index: int, scores: Scores, head: Head) -> Any:
+        """What is told of one input."""
+        raise NotImplementedError
+
+    def add(self, choice: int, delta: Delta) -> None:
+        """It has been taken in on the way here."""
 
     def whole(self) -> bytes:
         raise NotImplementedError
@@ -166,12 +197,14 @@ class _Answer:
     def failed(self, error: ManyloraError) -> Sequence[Event]:
         return ()
 
-    def _entries(self) -> list[tuple[Scores, Head]]:
-        return [each for each in self._found if each is not None]
-
-    def _told(self, scores: Scores, head: Head) -> npt.NDArray[np.float64]:
+    def _shares(self, scores: Scores, head: Head) -> npt.NDArray[np.float64]:
         """The scores as the body asks for them."""
         return shares(scores, head, is_activated=self._is_activated)
+
+
+def _num_told(num_tokens: int, head: Head) -> int:
+    """Labels that are told of an input of so many tokens: one of each token, or every one of a text."""
+    return num_tokens if head.task == "TOKEN_CLS" else len(head.labels)
 
 
 class ClassifyAnswer(_Answer):
@@ -185,7 +218,7 @@ class ClassifyAnswer(_Answer):
                 "object": "list",
                 "created": int(time.time()),
                 "model": self._label,
-                "data": [self._entry(number, *each) for number, each in enumerate(self._entries())],
+                "data": self._entries,
                 "usage": {
                     "prompt_tokens": counts.prompt_tokens,
                     "total_tokens": counts.prompt_tokens,
@@ -197,7 +230,7 @@ class ClassifyAnswer(_Answer):
         )
 
     def _entry(self, index: int, scores: Scores, head: Head) -> dict[str, Any]:
-        found = self._told(scores, head)
+        found = self._shares(scores, head)
         named: dict[str, Any] = {"index": index, "num_classes": len(head.labels)}
         if found.ndim > 1:
             prompt = self._run.prompts[index].ids
@@ -229,16 +262,17 @@ def _tokens(found: npt.NDArray[np.float64], head: Head, ids: Sequence[int], run:
 class TeiAnswer(_Answer):
     """A list of labels with their scores for each input, the best first; for a single text its list alone."""
 
+    inputs_field = "inputs"
+
     def __init__(self, run: Run, body: ClassifyRequest, *, is_single: bool) -> None:
         super().__init__(run, body)
         self._is_single = is_single
 
     def whole(self) -> bytes:
-        lists = [self._entry(number, *each) for number, each in enumerate(self._entries())]
-        return orjson.dumps(lists[0] if self._is_single else lists, option=orjson.OPT_SERIALIZE_NUMPY)
+        return orjson.dumps(self._entries[0] if self._is_single else self._entries)
 
     def _entry(self, index: int, scores: Scores, head: Head) -> list[dict[str, Any]]:
-        found = self._told(scores, head)
+        found = self._shares(scores, head)
         if found.ndim > 1:
             return _tokens(found, head, self._run.prompts[index].ids, self._run)
         ranked = sorted(zip(head.labels, found.tolist(), strict=True), key=lambda pair: -pair[1])

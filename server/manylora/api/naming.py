@@ -21,6 +21,7 @@ __all__ = [
     "AdapterName",
     "Named",
     "adapter_of",
+    "is_path",
     "looked_up",
     "missing",
     "mixed",
@@ -52,6 +53,11 @@ def _parse_adapter(text: str, *, param: str) -> AdapterName:
     if match is None:
         raise _not_found(text, param)
     return AdapterName(match[2], int(match[3]) if match[3] else None, match[1])
+
+
+def is_path(text: str) -> bool:
+    """Whether a text is surely a path or a repository elsewhere: a name behind its tenant's has one slash, too."""
+    return ("/" in text or "\\" in text) and _NAMED.fullmatch(text) is None
 
 
 def parse_model(text: str, base: str) -> AdapterName | None:

@@ -24,9 +24,11 @@ from manylora.errors import InvalidRequest, UnsupportedField, quoted
 __all__ = ["Chat", "chat_of", "sealed"]
 
 _SEAL: Final = "manylora."
-# What a part may have besides its type and its text: what answers have there, and hints for servers that keep prompts
-# only when told to.
-_PART_FIELDS: Final = frozenset({"type", "text", "refusal", "logprobs", "prompt_cache_breakpoint"})
+# What a part may have besides its type and its text: hints for servers that keep prompts only when told to, and in an
+# answer the log-probabilities that came with it.
+_PART_HINTS: Final = frozenset({"prompt_cache_breakpoint"})
+_ANSWERS_PART: Final[Unsupported] = {"annotations": NOTHING}
+_PLAIN_PART: Final[Unsupported] = {"logprobs": NOTHING, **_ANSWERS_PART}
 _ITEM: Final[Unsupported] = {"phase": NOTHING, "created_by": NOTHING}
 _CALL: Final[Unsupported] = {"caller": ({"type": "direct"}, *NOTHING), "async": NOTHING, **_ITEM}
 
@@ -47,11 +49,13 @@ def _text_of(part: object, number: int, is_answer: bool) -> str:
     kind = part.get("type")
     if kind not in ("input_text", "output_text", "text") and not (kind == "refusal" and is_answer):
         raise ValueError(f"has a part {number} of the type '{quoted(str(kind))}': only text parts are supported")
+    name = "refusal" if kind == "refusal" else "text"
+    has_logprobs = is_answer and kind == "output_text"
+    known = {"type", name, *_PART_HINTS, *(("logprobs",) if has_logprobs else ())}
     try:
-        wanted(part, _PART_FIELDS, {"annotations": NOTHING})
+        wanted(part, known, _ANSWERS_PART if has_logprobs else _PLAIN_PART)
     except UnsupportedField as error:
         raise ValueError(f"has a part {number} with the field '{error.param}', which is not supported") from None
-    name = "refusal" if kind == "refusal" else "text"
     text = part.get(name)
     if not isinstance(text, str):
         raise ValueError(f"has a part {number} whose '{name}' is no string")  # noqa: TRY004 - as pydantic wants it
@@ -93,6 +97,13 @@ class OutputItem(_Item):
     namespace: Annotated[str, Field(min_length=1, max_length=MAX_NAME)] | None = None
 
     _check_output = field_validator("output", mode="plain")(_content)
+
+    @field_validator("namespace")
+    @classmethod
+    def _check_namespace(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and info.data.get("name") is None:
+            raise ValueError("goes with 'name'. Send both, or leave it out")
+        return value
 
 
 class ThoughtPart(Strict):
@@ -148,30 +159,33 @@ class Chat:
 
     messages: list[dict[str, Any]] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
-    _thoughts: str = ""
+    _instructions: list[str] = field(default_factory=list)  # of the first message, which are joined in the end
+    _thoughts: list[str] = field(default_factory=list)
     _thoughts_place: str = ""
 
     def add(self, place: str, message: dict[str, Any]) -> None:
         if message["role"] != "assistant":
-            self.end()
+            self._end_thoughts()
         elif self._thoughts:
-            message["reasoning_content"] = self._thoughts
-            self._thoughts = ""
+            message["reasoning_content"] = self._taken_thoughts()
         self.messages.append(message)
         self.places.append(place)
 
     def instruct(self, place: str, role: str, text: str) -> None:
         """Instructions: one message for all with which the chat begins."""
-        if len(self.messages) == 1 and self.messages[0]["role"] in ("system", "developer") and not self._thoughts:
-            self.messages[0]["content"] += f"\n\n{text}"
-        else:
-            self.add(place, {"role": role, "content": text})
+        if len(self.messages) == 1 and self._instructions and not self._thoughts:
+            self._instructions.append(text)
+            return
+        self.add(place, {"role": role, "content": text})
+        if len(self.messages) == 1:
+            self._instructions.append(text)
 
     def think(self, place: str, text: str) -> None:
         """Thoughts, which belong to what the assistant says or calls next."""
         if not self._thoughts:
             self._thoughts_place = place
-        self._thoughts += f"\n\n{text}" if self._thoughts and text else text
+        if text:
+            self._thoughts.append(text)
 
     def call(self, place: str, call: dict[str, Any]) -> None:
         """A call belongs to what the assistant has just said, unless it has thought since."""
@@ -180,11 +194,22 @@ class Chat:
         self.messages[-1].setdefault("tool_calls", []).append(call)
 
     def end(self) -> None:
+        """All of it is there."""
+        self._end_thoughts()
+        if self._instructions:
+            self.messages[0]["content"] = "\n\n".join(self._instructions)
+
+    def _end_thoughts(self) -> None:
         """Thoughts that nothing was said after are a message of their own."""
         if self._thoughts:
-            thoughts, self._thoughts = self._thoughts, ""
+            thoughts = self._taken_thoughts()
             self.messages.append({"role": "assistant", "content": "", "reasoning_content": thoughts})
             self.places.append(self._thoughts_place)
+
+    def _taken_thoughts(self) -> str:
+        thoughts = "\n\n".join(self._thoughts)
+        self._thoughts.clear()
+        return thoughts
 
     @property
     def names(self) -> dict[str, str]:
@@ -199,6 +224,7 @@ def chat_of(given: str | list[Any], instructions: str | None) -> Chat:
         chat.instruct("instructions", "system", instructions)
     if isinstance(given, str):
         chat.add("input", {"role": "user", "content": given})
+        chat.end()
         return chat
     if not given:
         raise InvalidRequest("'input' is empty. Send at least one item.", param="input")

@@ -4,10 +4,10 @@ Nothing is stored: what a conversation was so far is sent with each request, and
 run by the server itself, is refused by name.
 """
 
-from typing import Any, ClassVar, Final, Literal, TypeAlias
+from typing import Any, ClassVar, Final, Literal, Self, TypeAlias
 
 from fastapi import APIRouter, Request
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from starlette.responses import Response
 
 from manylora.api.auth import Caller
@@ -21,6 +21,7 @@ from manylora.api.schemas import MAX_METADATA, MAX_USER, ChatRequest, Int, Reaso
 from manylora.api.sse import TypedEventStream
 from manylora.api.state import ServicesDep
 from manylora.api.strict import Strict
+from manylora.api.structured import check_goes_with
 from manylora.api.tools import MAX_TOOLS
 from manylora.api.translation import EXTENSIONS, documents, parted, valid
 from manylora.errors import InvalidRequest
@@ -51,6 +52,7 @@ _UNSUPPORTED: Final[Unsupported] = {
 }
 _TEXT: Final[Unsupported] = {"verbosity": ("medium", *NOTHING)}
 _REASONING: Final[Unsupported] = {"context": ("auto", *NOTHING), "mode": ("standard", *NOTHING)}
+_FORMAT: Final = {"json_schema": ("name", "description", "schema_", "strict")}
 _NOTED: Final = ("safety_identifier", "prompt_cache_key", "client_metadata")
 # What a chat calls each field, and what it is called here.
 _NAMES: Final = {
@@ -87,6 +89,15 @@ class ReasoningOptions(Strict):
     effort: ReasoningEffort | None = None
     summary: Literal["auto", "detailed"] | None = None
     generate_summary: Literal["auto", "detailed"] | None = Field(default=None, description="Older name of `summary`.")
+
+    @model_validator(mode="after")
+    def _check_summaries(self) -> Self:
+        if None not in (self.summary, self.generate_summary) and self.summary != self.generate_summary:
+            raise InvalidRequest(
+                "'reasoning.summary' and 'reasoning.generate_summary' differ. Send one.",
+                param="reasoning.generate_summary",
+            )
+        return self
 
 
 class ResponseRequest(Strict):
@@ -151,6 +162,8 @@ def asked_by(raw: Any) -> Asked:
     body = valid(ResponseRequest, own)
     text = _of_object(TextOptions, body.text, _TEXT, "text")
     reasoning = _of_object(ReasoningOptions, body.reasoning, _REASONING, "reasoning")
+    if text.format is not None:
+        check_goes_with(text.format, _FORMAT, "text.format")
     tools = offered(body.tools)
     chat = chat_of(body.input, body.instructions)
     choice, callable_tools = chosen(body.tool_choice, tools)

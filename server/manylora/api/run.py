@@ -35,7 +35,7 @@ from manylora.engine.interface import (
 from manylora.errors import AdapterNotFound, Draining, InvalidRequest, ManyloraError, WrongModelType
 from manylora.tenants.interface import Lease, Principal
 
-__all__ = ["ADAPTER_HEADER", "Asked", "Deltas", "Renderer", "Run", "answered"]
+__all__ = ["ADAPTER_HEADER", "Asked", "Deltas", "Renderer", "Run", "answered", "check_kind"]
 
 ADAPTER_HEADER: Final = "x-manylora-adapter"
 
@@ -100,7 +100,7 @@ async def answered(
     async with run.ends_on_error():
         asked = await read_body(request, read)
         body = asked.body
-        _check_kind(body, services.engine.model)
+        check_kind(body, services.engine.model)
         run.log.update(body.annotations())
         aliases = services.settings.resolved_model_aliases
         base = services.engine.model.name
@@ -123,7 +123,7 @@ async def answered(
         return await run.answer(asked.renderer(run), is_streamed=body.is_streamed, stream=asked.stream)
 
 
-def _check_kind(body: InferenceRequest, model: ModelInfo) -> None:
+def check_kind(body: InferenceRequest, model: ModelInfo) -> None:
     """Raises WrongModelType where the body is for another kind of base than the one that is served."""
     if model.kind == "generate" and isinstance(body, InputsRequest) and body.reads_head:
         raise WrongModelType(

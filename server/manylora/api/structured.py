@@ -4,7 +4,7 @@ OpenAI's `response_format`, vLLM's `structured_outputs`, and the `guided_…` fi
 may be held to one thing only.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
@@ -15,7 +15,7 @@ from manylora.api.strict import Strict
 from manylora.engine.interface import Grammar, Whitespace
 from manylora.errors import InvalidGrammar, InvalidRequest, quoted
 
-__all__ = ["ANSWER_FIELDS", "Asked", "ResponseFormat", "StructuredOutputs", "asked_for"]
+__all__ = ["ANSWER_FIELDS", "Asked", "ResponseFormat", "StructuredOutputs", "asked_for", "check_goes_with"]
 
 Text = Annotated[str, Field(min_length=1)]
 Schema = dict[str, Any] | bool
@@ -23,6 +23,8 @@ _ANY_OBJECT: Final[dict[str, Any]] = {"type": "object"}
 # Whose values, and not keys of their own, are what a schema's keys hold.
 _MAPS: Final = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
 _DATA: Final = frozenset({"enum", "const", "default", "examples", "required"})
+
+_FIELDS_OF: Final = {"json_schema": ("json_schema",), "structural_tag": ("structures", "triggers")}
 
 ANSWER_FIELDS: Final = (
     "response_format",
@@ -156,7 +158,17 @@ def _of_text(make: Any, value: Any, param: str) -> Asked | None:
     return None if value is None else Asked(make(value), param)
 
 
+def check_goes_with(value: Any, fields_of: Mapping[str, Sequence[str]], where: str) -> None:
+    """Raises InvalidRequest for a field that other types of the value have, by type, and its own has not."""
+    for kind, fields in fields_of.items():
+        for name in fields if kind != value.type else ():
+            if getattr(value, name):
+                field = f"{where}.{type(value).model_fields[name].alias or name}"
+                raise InvalidRequest(f"'{field}' goes with the type '{kind}'. Leave it out.", param=field)
+
+
 def _of_format(value: ResponseFormat) -> Asked | None:
+    check_goes_with(value, _FIELDS_OF, "response_format")
     if value.type == "json_object":
         return Asked(Grammar.json_schema(_ANY_OBJECT), "response_format")
     if value.type == "structural_tag":

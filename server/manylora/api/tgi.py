@@ -15,11 +15,13 @@ from manylora import __version__
 from manylora.api.auth import Caller
 from manylora.api.fields import NOTHING, Unsupported, renamed, unsupported_field, wanted
 from manylora.api.json_body import documented, parse_json
+from manylora.api.naming import is_path
 from manylora.api.requests import MAX_ECHO_CHARACTERS
 from manylora.api.run import Asked, answered
 from manylora.api.schemas import MAX_N, MAX_STOPS, CompletionRequest, Int, checked
 from manylora.api.state import ServicesDep
 from manylora.api.strict import Strict
+from manylora.api.structured import check_goes_with
 from manylora.api.tgi_answers import GenerateAnswer, Shape
 from manylora.api.translation import valid
 from manylora.errors import InvalidRequest, quoted
@@ -178,12 +180,17 @@ def _check_together(body: GenerateRequest, is_streamed: bool) -> None:
             "(POST /v1/adapters) and then named: send 'local', or leave it out.",
             param="parameters.adapter_source",
         )
-    if asked.adapter_id is not None and ("/" in asked.adapter_id or "\\" in asked.adapter_id):
+    if asked.adapter_id is not None and is_path(asked.adapter_id):
         raise InvalidRequest(
             f"'parameters.adapter_id' is '{quoted(asked.adapter_id)}', a path or a repository. Upload or import the "
             "adapter first (POST /v1/adapters), and send its name.",
             param="parameters.adapter_id",
         )
+    has_tokens = is_streamed or asked.details or asked.decoder_input_details
+    for name in ("top_n_tokens", "return_k_alternatives"):
+        if getattr(asked, name) and not has_tokens:
+            where = f"parameters.{name}"
+            raise InvalidRequest(f"'{where}' is told among 'parameters.details'. Send both.", param=where)
     if asked.merged_adapters is not None:
         _check_merged(asked.merged_adapters)
     if best_of > 1 and not asked.is_sampled:
@@ -272,6 +279,7 @@ def _structure(asked: Parameters) -> dict[str, Any] | None:
     if asked.response_format is not None:
         form = asked.response_format
         if form.type == "text":
+            check_goes_with(form, {"json_schema": ("schema_",)}, "parameters.response_format")
             return None
         return {"json_object": True} if form.schema_ is None else {"json": form.schema_}
     return None if asked.schema_ is None else {"json": asked.schema_}
