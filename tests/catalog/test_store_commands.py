@@ -11,6 +11,7 @@ from sqlalchemy import delete, select
 from typer.testing import CliRunner, Result
 
 from manylora.catalog.files import FolderLock
+from manylora.catalog.labels import Label, active_of
 from manylora.cli.main import build
 from manylora.database.database import open_database
 from manylora.database.tables import AdapterRow, VersionRow
@@ -142,6 +143,50 @@ def test_a_lost_database_comes_back_by_a_rescan(data: Settings) -> None:
     assert key.exit_code == 0
     start(data)
     assert run(data, "verify").exit_code == 0
+
+
+def test_a_rescan_makes_active_what_was(settings: Settings) -> None:
+    async def fill() -> None:
+        async with running(settings, "acme:manager") as rig:
+            for name in ("stayed", "back", "never"):
+                for seed in (1.0, 2.0):
+                    await rig.push(name, sound_files(seed), "acme:manager", activate=str(name == "back").lower())
+            for number in (2, 1):
+                await rig.call("PATCH", "/v1/adapters/stayed", "acme:manager", json={"active_version": number})
+            await rig.call("POST", "/v1/adapters/back/rollback", "acme:manager", json={})
+
+    asyncio.run(fill())
+    lose_database(settings)
+    assert run(settings, "rescan").exit_code == 0
+    database = open_database(settings.resolved_database_url)
+    with database.read() as session:
+        rows = session.execute(select(AdapterRow.name, AdapterRow.active_version))
+        active = {name: version for name, version in rows}  # noqa: C416 - rows are no tuples for mypy
+    database.close()
+    assert active == {"stayed": 1, "back": 1, "never": None}
+
+
+def test_of_labels_that_do_not_say_which_was_active_the_newest_is() -> None:
+    def label(version: int, switched: int | None) -> Label:
+        facts = {"tenant": "acme", "name": "x", "created": 0, "digest": "", "base": "", "kind": "lora", "rank": 1}
+        more = {"alpha": 1.0, "target_modules": (), "size_bytes": 1, "report": {}, "blob": "0" * 64}
+        return Label(version_id=f"version_{version:024}", version=version, switched=switched, **facts, **more)
+
+    def active(*switched: int | None) -> int | None:
+        found = active_of([label(number, at) for number, at in enumerate(switched, 1)])
+        return None if found is None else found.version
+
+    assert active(None, None) == 2
+    assert active(None, 7, 5) == 2
+    assert active(None, 0, 0) == 1
+    assert active(9, 7, 0) == 1
+    assert active(0, 0) is None
+
+
+def test_a_label_says_all_that_the_registry_knows_of_a_version() -> None:
+    """A column without a field would be forgotten by a rescan. A mix has no files, so no label."""
+    columns = {column.name for column in VersionRow.__table__.columns} - {"id", "adapter_id", "mix"}
+    assert Label.model_fields.keys() == columns | {"version_id", "tenant", "name", "switched"}
 
 
 def test_orphans_are_listed_and_dropped(data: Settings) -> None:

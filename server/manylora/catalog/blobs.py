@@ -25,7 +25,7 @@ from manylora.catalog.registry import Registry
 from manylora.catalog.retired import RetiredVersions
 from manylora.catalog.store import Store
 from manylora.database.database import Database
-from manylora.errors import AdapterLoadFailed, ManyloraError
+from manylora.errors import AdapterLoadFailed, DatabaseUnavailable, ManyloraError
 from manylora.identity import AdapterRef
 
 _DAY_S: Final = 86_400.0
@@ -51,11 +51,16 @@ class Blobs:
         self._locks: dict[str, tuple[threading.Lock, int]] = {}  # blob -> its lock, and who holds or awaits it
 
     def keep(self, folder: Path, blob: str, publish: Callable[[], Published]) -> Published:
-        """Store the files and then `publish` the row that names them. If that fails, new files go again."""
+        """Store the files and then `publish` the row that names them. If that fails, new files go again.
+
+        They stay where the database did not answer: the row may be there, or come yet. A next start sorts that out.
+        """
         with self._locked(blob):
             is_new = self._store.put(folder, blob)
             try:
                 done = publish()
+            except DatabaseUnavailable:
+                raise
             except BaseException:
                 if is_new:
                     self._remove_if_free(blob)
@@ -65,12 +70,11 @@ class Blobs:
             self._label(done.version)
         return done
 
-    def relabel(self, version: VersionRecord) -> None:
-        """Write a version's label again, whose defaults were changed. A mix has none."""
-        if not version.blob:
-            return
-        with self._locked(version.blob):
-            self._label(version)
+    def relabel(self, version: VersionRecord | None) -> None:
+        """Write the label again of a version whose defaults were changed, or that was made active. A mix has none."""
+        if version is not None and version.blob:
+            with self._locked(version.blob):
+                self._label(version)
 
     def _label(self, version: VersionRecord) -> None:
         try:

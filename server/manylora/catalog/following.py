@@ -28,6 +28,7 @@ class Follower:
         self._refresh = refresh
         self._watching: asyncio.Task[None] | None = None
         self._next_look: asyncio.Task[bool] | None = None
+        self._looks: set[asyncio.Task[bool]] = set()  # that one and the one that is under way
         self._looking = asyncio.Lock()
         self._looked_at = time.monotonic() - _LOOK_EVERY_S
 
@@ -35,7 +36,8 @@ class Follower:
         self._watching = asyncio.create_task(self._watch(notices), name="catalog-watch")
 
     async def aclose(self) -> None:
-        tasks = [task for task in (self._watching, self._next_look) if task is not None]
+        """Whoever waits for a look is told that there was none."""
+        tasks = [*self._looks, *([] if self._watching is None else [self._watching])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -54,10 +56,11 @@ class Follower:
             return True
         if self._next_look is None:
             self._next_look = asyncio.create_task(self._look_soon(), name="catalog-look")
-        try:
-            return await asyncio.wait_for(asyncio.shield(self._next_look), _LOOK_WAIT_S)
-        except TimeoutError:
-            return False
+            self._looks.add(self._next_look)
+            self._next_look.add_done_callback(self._looks.discard)
+        look = self._next_look
+        await asyncio.wait([look], timeout=_LOOK_WAIT_S)
+        return look.done() and not look.cancelled() and look.result()
 
     async def reach(self, revision: int) -> None:
         """Return once this server knows of the revision. Raises Unavailable where it cannot find out in time.

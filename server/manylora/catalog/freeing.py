@@ -9,7 +9,7 @@ from manylora.catalog.blobs import LONGEST_HELD_S, Blobs
 from manylora.catalog.registry import Registry
 from manylora.database.database import Database
 from manylora.database.replicas import BEAT_S, Replicas
-from manylora.errors import ManyloraError, Unavailable
+from manylora.errors import DatabaseUnavailable, ManyloraError, Unavailable
 
 __all__ = ["Freeing"]
 
@@ -48,14 +48,21 @@ class Freeing:
             _log.warning("That this server has left is not known to others for a while: %s", error.message)
 
     async def free(self) -> None:
-        """Say what this server has let go of, and remove the files that no server needs. Raises ManyloraError."""
+        """Say what this server has let go of, and remove the files that no server needs. Raises DatabaseUnavailable."""
         async with self._freeing:
             before = self._replicas.live
             found = await self._database.run(self._find)
             if self._replicas.live != before:
                 self._on_servers()
             for blob, version_id in found:
-                await asyncio.to_thread(self._blobs.free, blob, version_id)
+                try:
+                    await asyncio.to_thread(self._blobs.free, blob, version_id)
+                except DatabaseUnavailable:
+                    raise
+                except ManyloraError as error:
+                    _log.warning("The files of a deleted version, blob %s, stay for now: %s", blob, error.message)
+                except Exception:  # noqa: BLE001 - whatever is the matter with one's files, others' go
+                    _log.exception("The files of a deleted version, blob %s, stay for now", blob)
 
     def _find(self) -> list[tuple[str, str]]:
         everywhere = self._replicas.beat(self._registry.let_go)

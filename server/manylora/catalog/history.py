@@ -13,12 +13,11 @@ from sqlalchemy.orm import Session
 from manylora.catalog import queries
 from manylora.catalog.base_signature import BaseSignature
 from manylora.catalog.records import Change, ChangePage
-from manylora.database.changes import add_change
+from manylora.database.changes import ADAPTER_CHANGE, add_change
 from manylora.database.tables import AdapterRow, ChangeRow, VersionRow
 from manylora.errors import Conflict
 from manylora.identity import Author
 
-ADAPTER: Final = "adapter"
 _LOOK_BACK: Final = 1000  # changes
 
 
@@ -42,7 +41,7 @@ def note(
         last = _last_switch(session, row)
         before = None if last is None else last.id
     add_change(
-        session, author, ADAPTER, row.tenant, row.name, action, version=version, before=before, fields=fields,
+        session, author, ADAPTER_CHANGE, row.tenant, row.name, action, version=version, before=before, fields=fields,
         switch=(was, row.active_version) if is_switch else (None, None),
     )  # fmt: skip
 
@@ -69,7 +68,7 @@ def earlier(session: Session, row: AdapterRow, base: BaseSignature) -> tuple[Ver
 def of_adapter(session: Session, row: AdapterRow, limit: int, before: int | None) -> ChangePage:
     """The adapter's newest `limit` changes before the change `before`, newest first: one index range."""
     query = select(ChangeRow).where(
-        ChangeRow.kind == ADAPTER, ChangeRow.tenant == row.tenant, ChangeRow.name == row.name
+        ChangeRow.kind == ADAPTER_CHANGE, ChangeRow.tenant == row.tenant, ChangeRow.name == row.name
     )
     return _page(session, query, limit, before)
 
@@ -84,7 +83,7 @@ def check(session: Session, rows: Sequence[AdapterRow]) -> None:
     """Assert that each adapter's changes end with what is active now. Reads them one by one: for tests."""
     for row in rows:
         query = select(ChangeRow).where(
-            ChangeRow.kind == ADAPTER,
+            ChangeRow.kind == ADAPTER_CHANGE,
             ChangeRow.tenant == row.tenant,
             ChangeRow.name == row.name,
             ChangeRow.from_version.is_not(None) | ChangeRow.to_version.is_not(None),
@@ -120,7 +119,7 @@ def _change(row: ChangeRow) -> Change:
 def _last_switch(session: Session, row: AdapterRow) -> ChangeRow | None:
     """The last change that made a version of the adapter active."""
     query = select(ChangeRow).where(
-        ChangeRow.kind == ADAPTER,
+        ChangeRow.kind == ADAPTER_CHANGE,
         ChangeRow.tenant == row.tenant,
         ChangeRow.name == row.name,
         ChangeRow.to_version.is_not(None),

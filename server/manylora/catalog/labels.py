@@ -1,21 +1,33 @@
 """What the registry knows of a version, written beside its files, so that a store can be registered again without it.
 
 One small file for each version: `labels/<blob>.<version id>.json`. The registry is the truth, labels are a copy for the
-day when it is lost. Of what they say only the defaults change; the label is then written again, after the registry.
+day when it is lost. Of what they say only the defaults change and when the version was made active; the label is then
+written again, after the registry.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from sqlalchemy import select
+from sqlalchemy import Select, func, select
 
 from manylora.catalog.store import Store
+from manylora.database.changes import ADAPTER_CHANGE
 from manylora.database.database import Database
-from manylora.database.tables import AdapterRow, VersionRow
+from manylora.database.tables import AdapterRow, ChangeRow, VersionRow
 
-__all__ = ["FOLDER", "Label", "all_labels", "file_of", "forget", "labels_of", "missing_labels", "parse_name"]
+__all__ = [
+    "FOLDER",
+    "Label",
+    "active_of",
+    "all_labels",
+    "file_of",
+    "forget",
+    "labels_of",
+    "missing_labels",
+    "parse_name",
+]
 
 FOLDER: Final = "labels"
 _NAME: Final = re.compile(r"([0-9a-f]{64})\.(version_[0-9a-f]{24})\.json")
@@ -24,7 +36,10 @@ _BATCH: Final = 500
 
 
 class Label(BaseModel):
-    """One version with the name that it is known by. `created` is in Unix microseconds."""
+    """One version with the name that it is known by. `created` is in Unix microseconds.
+
+    So is `switched`, when it was last made the active one: 0 for never, None in a label that does not say.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -43,6 +58,9 @@ class Label(BaseModel):
     size_bytes: int
     report: dict[str, Any]
     defaults: str = ""
+    virtual_tokens: int = 0
+    invocation: str = ""
+    switched: int | None = None
 
     @property
     def file(self) -> str:
@@ -66,18 +84,36 @@ def parse_name(name: str) -> tuple[str, str] | None:
 
 def labels_of(database: Database, version_ids: Iterable[str]) -> list[Label]:
     """The labels that these versions should have; those that are not registered have none."""
-    query = select(VersionRow, AdapterRow.tenant, AdapterRow.name).join(AdapterRow)
+    switched = _last_switch().scalar_subquery()
+    query = select(VersionRow, AdapterRow.tenant, AdapterRow.name, switched).join(AdapterRow)
     with database.read() as session:
         wanted = VersionRow.id.in_(list(version_ids)) & (VersionRow.blob != "")  # a mix has nothing in the store
         rows = session.execute(query.where(wanted)).all()
-        return [_label(version, tenant, name) for version, tenant, name in rows]
+        return [_label(version, tenant, name, switched or 0) for version, tenant, name, switched in rows]
 
 
-def _label(version: VersionRow, tenant: str, name: str) -> Label:
-    facts = {
-        field: getattr(version, field) for field in Label.model_fields if field not in {"version_id", "tenant", "name"}
-    }
-    return Label(version_id=version.id, tenant=tenant, name=name, **facts)
+def _last_switch() -> Select[int]:
+    """When the version of the surrounding query was last made the active one."""
+    of_version = (ChangeRow.tenant == AdapterRow.tenant) & (ChangeRow.name == AdapterRow.name)
+    made_active = (ChangeRow.kind == ADAPTER_CHANGE) & (ChangeRow.to_version == VersionRow.version)
+    return select(func.max(ChangeRow.at)).where(of_version & made_active).correlate(AdapterRow, VersionRow)
+
+
+def _label(version: VersionRow, tenant: str, name: str, switched: int) -> Label:
+    others = {"version_id", "tenant", "name", "switched"}
+    facts = {field: getattr(version, field) for field in Label.model_fields if field not in others}
+    return Label(version_id=version.id, tenant=tenant, name=name, switched=switched, **facts)
+
+
+def active_of(labels: Sequence[Label]) -> Label | None:
+    """Of one adapter's labels that of the version to make active: the last that was. None if none ever was.
+
+    The newest of those that do not say, as none did at first, where of no other one it is known.
+    """
+    silent = [label for label in labels if label.switched is None]
+    if silent and not any(label.switched for label in labels):
+        return max(silent, key=lambda label: label.version)
+    return max((label for label in labels if label.switched), key=lambda label: label.switched or 0, default=None)
 
 
 def missing_labels(database: Database, store: Store) -> Iterator[Label]:

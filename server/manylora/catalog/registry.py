@@ -18,7 +18,7 @@ from manylora.catalog import history, mixes, queries
 from manylora.catalog.base_signature import BaseSignature
 from manylora.catalog.defaults import NO_DEFAULTS
 from manylora.catalog.directory import Directory, Entry, missing
-from manylora.catalog.labels import Label
+from manylora.catalog.labels import Label, active_of
 from manylora.catalog.records import (
     AdapterRecord,
     ChangePage,
@@ -341,12 +341,12 @@ class Registry:
     def adopt(self, labels: Sequence[Label]) -> list[Label]:
         """Register versions under the names, numbers and ids that they had, all or none; those that were added.
 
-        Left out are ids that are known, and numbers that another version has by now. The newest one becomes active
-        where the adapter has no active version.
+        Left out are ids that are known, and numbers that another version has by now. Where the adapter has no active
+        version, the one that was becomes it (`labels.active_of`).
         """
         added: list[Label] = []
         with self._write() as transaction:
-            session, rows = transaction.session, dict[str, AdapterRow]()
+            session, idle = transaction.session, dict[str, tuple[AdapterRow, list[Label]]]()
             known = set(session.execute(select(VersionRow.id)).scalars())
             for label in sorted(labels, key=lambda label: (label.tenant, label.name, label.version)):
                 row = queries.find_adapter(session, label.tenant, label.name)
@@ -356,15 +356,19 @@ class Registry:
                 row = queries.revived_adapter(session, row, label.tenant, label.name)
                 session.flush()  # the adapter's row first: there is no relationship that would order the two
                 session.add(queries.adopted_version(row, label))
-                was = row.active_version
                 session.execute(delete(RetiredRow).where(RetiredRow.version_id == label.version_id))
-                if row.active_version is None or row.id in rows:
-                    rows[row.id], row.active_version = row, label.version
+                if row.active_version is None:
+                    idle.setdefault(row.id, (row, []))[1].append(label)
                 row.next_version = max(row.next_version, label.version + 1)
-                history.note(session, row, SERVER, "recover", was=was, version=label.version)
+                history.note(session, row, SERVER, "recover", was=row.active_version, version=label.version)
                 session.flush()
                 added.append(label)
                 transaction.mirror(row)
+            for row, its in idle.values():
+                if (active := active_of(its)) is not None:
+                    row.active_version = active.version
+                    history.note(session, row, SERVER, "promote", was=None, version=active.version)
+                    transaction.mirror(row)
         return added
 
     def replace_blob(self, old: str, new: str) -> None:

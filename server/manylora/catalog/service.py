@@ -416,9 +416,7 @@ class Catalog:
         update = partial(self._registry.update, tenant, name, if_active=if_active, author=author)
         changed = partial(update, active_version=active_version, pinned=pinned, description=description, defaults=text)
         record = await self.database.run(changed)
-        if text is not None and record.active is not None:
-            await asyncio.to_thread(self._blobs.relabel, record.active)
-        await self._sync_pin(tenant, name)
+        await self._follow(record)
         return record
 
     async def rollback(
@@ -431,14 +429,16 @@ class Catalog:
         check_note(author.note)
         back = partial(self._registry.rollback, tenant, name, if_active=if_active, author=author)
         record = await self.database.run(back)
-        await self._sync_pin(tenant, name)
+        await self._follow(record)
         return record
 
-    async def _sync_pin(self, tenant: str, name: str) -> None:
+    async def _follow(self, record: AdapterRecord) -> None:
+        """Let the label and the pin say what the registry says."""
+        await asyncio.to_thread(self._blobs.relabel, record.active)
         try:
-            self._pins_attached.sync(tenant, name)
+            self._pins_attached.sync(record.tenant, record.name)
         except ManyloraError:
-            await self.database.run(partial(self._registry.update, tenant, name, pinned=False))
+            await self.database.run(partial(self._registry.update, record.tenant, record.name, pinned=False))
             raise
 
     async def _checked_defaults(self, defaults: Mapping[str, Any], tenant: str) -> str:

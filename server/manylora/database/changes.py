@@ -2,13 +2,16 @@
 
 import time
 from collections.abc import Sequence
+from typing import Final
 
 from sqlalchemy.orm import Session
 
 from manylora.database.tables import ChangeRow
 from manylora.identity import Author
 
-__all__ = ["add_change"]
+__all__ = ["ADAPTER_CHANGE", "add_change"]
+
+ADAPTER_CHANGE: Final = "adapter"  # the kind of changes to adapters
 
 
 def add_change(

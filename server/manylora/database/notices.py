@@ -4,6 +4,7 @@ Nobody depends on it: who waits for a topic is woken by a notice, and without on
 """
 
 import asyncio
+import logging
 from contextlib import suppress
 from typing import Final, get_args
 
@@ -14,6 +15,7 @@ __all__ = ["Notices"]
 _POLL_S: Final = 1.0
 _SAFETY_S: Final = 5.0  # between looks while notices come
 _RETRY_S: Final = 1.0
+_log = logging.getLogger(__name__)
 
 
 class Notices:
@@ -44,12 +46,16 @@ class Notices:
     async def _listen(self) -> None:
         topics = {channel_of(topic): topic for topic in self._news}
         while True:
-            with suppress(OSError):  # the pools' connections say that the database is away
+            try:
                 async with self._database.listening(list(topics)) as channels:
                     self._is_hearing = True
                     for news in self._news.values():  # what was said before
                         news.set()
                     async for channel in channels:
                         self._news[topics[channel]].set()
+            except OSError:
+                pass  # the pools' connections say that the database is away
+            except Exception:  # noqa: BLE001 - whatever it is, notices are asked for again
+                _log.exception("What other servers change is looked for, as they are not heard")
             self._is_hearing = False
             await asyncio.sleep(_RETRY_S)
