@@ -66,7 +66,8 @@ def _attention() -> Arguments:
         "block_tables": torch.tensor([[0, 1], [2, 3]], dtype=torch.int32),
         "query_starts": torch.tensor([0, 1, 5], dtype=torch.int32),
         "context_lens": torch.tensor([16, 9], dtype=torch.int32),
-        "scale": 0.25, "sliding_window": 0, "softcap": 0.0,
+        "scale": 0.25, "sliding_window": 0, "softcap": 0.0, "chunk": 0,
+        "sinks": torch.randn(4), "slopes": torch.randn(4),
     }  # fmt: skip
 
 

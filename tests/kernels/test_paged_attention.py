@@ -1,4 +1,5 @@
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,10 @@ class AttentionCase:
     scale: float = 0.125
     window: int = 0
     softcap: float = 0.0
+    value_dim: int = 0  # the keys', unless told
+    chunk: int = 0
+    sinks: torch.Tensor | None = None
+    slopes: torch.Tensor | None = None
     q: torch.Tensor = field(init=False)
     keys: list[torch.Tensor] = field(init=False)
     values: list[torch.Tensor] = field(init=False)
@@ -30,18 +35,19 @@ class AttentionCase:
         g = torch.Generator().manual_seed(1)
         total = sum(n for n, _ in self.sequences)
         self.q = torch.randn(total, self.heads, self.head_dim, generator=g).to(self.dtype)
-        shapes = [(length, self.kv_heads, self.head_dim) for _, length in self.sequences]
-        self.keys = [torch.randn(shape, generator=g).to(self.dtype) for shape in shapes]
-        self.values = [torch.randn(shape, generator=g).to(self.dtype) for shape in shapes]
+        self.value_dim = self.value_dim or self.head_dim
+        shapes = [(length, self.kv_heads) for _, length in self.sequences]
+        self.keys = [torch.randn((*shape, self.head_dim), generator=g).to(self.dtype) for shape in shapes]
+        self.values = [torch.randn((*shape, self.value_dim), generator=g).to(self.dtype) for shape in shapes]
 
     def run(self) -> torch.Tensor:
         used = [-(-length // self.block_size) for _, length in self.sequences]
         num_blocks = sum(used) + 3
         order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(2)).int()
         tables = torch.full((len(used), max(used) + 2), -1, dtype=torch.int32)
-        shape = (num_blocks, self.kv_heads, self.block_size, self.head_dim)
-        k_cache = torch.full(shape, float("nan"), dtype=self.dtype)
-        v_cache = torch.full(shape, float("nan"), dtype=self.dtype)
+        shape = (num_blocks, self.kv_heads, self.block_size)
+        k_cache = torch.full((*shape, self.head_dim), float("nan"), dtype=self.dtype)
+        v_cache = torch.full((*shape, self.value_dim), float("nan"), dtype=self.dtype)
         taken = 0
         for s, count in enumerate(used):
             tables[s, :count] = order[taken : taken + count]
@@ -52,16 +58,17 @@ class AttentionCase:
             v_cache[blocks, :, at % self.block_size] = self.values[s]
         counts = torch.tensor([0] + [n for n, _ in self.sequences])
         lens = torch.tensor([length for _, length in self.sequences], dtype=torch.int32)
-        out = torch.full_like(self.q, float("nan"))
+        out = torch.full((*self.q.shape[:2], self.value_dim), float("nan"), dtype=self.dtype)
         native.paged_attention(
-            out, self.q, k_cache, v_cache, tables, counts.cumsum(0).int(), lens, self.scale, self.window, self.softcap
-        )
+            out, self.q, k_cache, v_cache, tables, counts.cumsum(0).int(), lens, self.scale, self.window, self.softcap,
+            self.chunk, self.sinks, self.slopes,
+        )  # fmt: skip
         return out
 
     def expected(self) -> torch.Tensor:
         """The specification, one sequence after the other."""
         queries = torch.split(self.q, [n for n, _ in self.sequences])
-        options = AttentionOptions(self.scale, self.window, self.softcap)
+        options = AttentionOptions(self.scale, self.window, self.softcap, self.chunk, self.sinks, self.slopes)
         return torch.cat([attention(*each, options) for each in zip(queries, self.keys, self.values, strict=True)])
 
 
@@ -110,18 +117,48 @@ def test_scores_are_capped(cpu_path: str, dtype: torch.dtype) -> None:
     assert_close(case.run(), case.expected())
 
 
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(24, 16), (192, 128), (16, 80), (7, 33)])
+def test_values_may_have_another_width_than_keys(
+    cpu_path: str, dtype: torch.dtype, head_dim: int, value_dim: int
+) -> None:
+    case = AttentionCase(dtype, [(1, 1), (9, 20), (1, 2100)], head_dim=head_dim, value_dim=value_dim)
+    assert_close(case.run(), case.expected())
+
+
+@pytest.mark.parametrize(("chunk", "window"), [(1, 0), (5, 3), (64, 0), (1000, 100)])
+def test_chunks_hide_what_lies_before_them(cpu_path: str, dtype: torch.dtype, chunk: int, window: int) -> None:
+    case = AttentionCase(dtype, [(1, 90), (70, 200), (1, 2100), (1, 64), (1, 65)], chunk=chunk, window=window)
+    assert_close(case.run(), case.expected())
+
+
+@pytest.mark.parametrize("window", [0, 20])
+def test_sinks_take_their_share_of_every_row(cpu_path: str, dtype: torch.dtype, window: int) -> None:
+    sinks = torch.tensor([-30.0, -1.0, 0.0, 2.0, 6.0, 90.0])
+    case = AttentionCase(dtype, [(1, 1), (70, 200), (1, 2100)], sinks=sinks, window=window)
+    assert_close(case.run(), case.expected())
+
+
+def test_scores_fall_with_the_distance(cpu_path: str, dtype: torch.dtype) -> None:
+    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0, 0.01, -0.001])
+    case = AttentionCase(dtype, [(1, 1), (70, 200), (1, 2100), (5, 64)], slopes=slopes)
+    assert_close(case.run(), case.expected())
+
+
 @pytest.mark.parametrize("block_size", [1, 3, 16, 32, 128])
 def test_blocks_may_have_any_size(cpu_path: str, dtype: torch.dtype, block_size: int) -> None:
     case = AttentionCase(dtype, [(1, 77), (6, 131)], block_size=block_size)
     assert_close(case.run(), case.expected())
 
 
-def test_a_sequences_result_does_not_depend_on_its_neighbours(cpu_path: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("kind", [{}, {"sinks": torch.arange(6.0), "slopes": torch.full((6,), 0.1), "value_dim": 40}])
+def test_a_sequences_result_does_not_depend_on_its_neighbours(
+    cpu_path: str, dtype: torch.dtype, kind: dict[str, Any]
+) -> None:
     lengths = [5, 70, 1030, 2100]
-    together = AttentionCase(dtype, [(1, length) for length in lengths] * 4)
+    together = AttentionCase(dtype, [(1, length) for length in lengths] * 4, **kind)
     result = together.run()
     for s, length in enumerate(lengths):
-        alone = AttentionCase(dtype, [(1, length)])
+        alone = AttentionCase(dtype, [(1, length)], **kind)
         alone.q, alone.keys, alone.values = together.q[s : s + 1], [together.keys[s]], [together.values[s]]
         assert_same_bits(alone.run(), result[s : s + 1])
 

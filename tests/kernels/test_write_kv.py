@@ -17,6 +17,17 @@ def test_each_row_lands_in_its_slot_and_nowhere_else(cpu_path: str, dtype: torch
     assert_same_bits(v_cache, v_expected)
 
 
+def test_values_may_have_another_width_than_keys(cpu_path: str) -> None:
+    k, v = torch.randn(3, 2, 5), torch.randn(3, 2, 9)
+    k_cache, v_cache = torch.zeros(4, 2, 8, 5), torch.zeros(4, 2, 8, 9)
+    expected = k_cache.clone(), v_cache.clone()
+    slots = torch.tensor([31, 0, 9])
+    native.write_kv(k, v, k_cache, v_cache, slots)
+    reference.write_kv(k, v, *expected, slots.tolist())
+    assert_same_bits(k_cache, expected[0])
+    assert_same_bits(v_cache, expected[1])
+
+
 def test_rows_without_a_slot_are_left_out(cpu_path: str, dtype: torch.dtype) -> None:
     k, v = torch.randn(2, 2, 1, 4).to(dtype)
     k_cache, v_cache = torch.zeros(2, 2, 1, 2, 4).to(dtype)

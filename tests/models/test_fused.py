@@ -134,7 +134,9 @@ def test_partial_rotary_embedding_agrees(start: int) -> None:
         pytest.skip("the C++ kernels are not installed")
     random = torch.Generator().manual_seed(start)
     rows, heads, num_kv, dim, block, rotary_dim = 5, 4, 2, 8, 4, 4
-    batch = single_sequence(torch.arange(rows), start, KVCache([KVShape(num_kv, dim)], 8, block, torch.float32, CPU))
+    batch = single_sequence(
+        torch.arange(rows), start, KVCache([KVShape(num_kv, dim, dim)], 8, block, torch.float32, CPU)
+    )
     hidden = heads * dim
     context = ForwardContext(batch)
 

@@ -15,7 +15,7 @@ from manylora.kernels.torch_attention import hidden_from
 from manylora.models import fused
 from manylora.models.kv_cache import KVCache
 from manylora.models.loading import load_base
-from manylora.models.masks import window_of
+from manylora.models.masks import Reach, reach_of
 from manylora.models.positions import batch_limit, position_limit, probe_starts
 from manylora.models.selfcheck import SelfCheck
 from manylora.models.wrapping import WrappedModel, wrap
@@ -102,13 +102,12 @@ def test_a_window_that_only_the_mask_has_is_left_out_where_the_context_ends_befo
     assert try_model(folder, make_adapters(folder)).kind == "served"
 
 
-def test_attention_in_chunks_is_served_up_to_the_first_chunks_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_attention_in_chunks_is_served_over_many_of_them(kernels: str, tmp_path: Path) -> None:
     folder = make_zoo_model("llama4_text", tmp_path / "base")
 
-    assert position_limit(load(folder).config) == CHUNK
-    assert try_model(folder, make_adapters(folder)).kind == "served"
-    with pytest.raises(ModelUnusable, match="in a way of its own"):
-        wrap(load(folder), TORCH, context_length=4 * CHUNK)
+    assert [each.chunk for each in wrap(load(folder), TORCH).survey.options] == [CHUNK, 0]
+    assert try_model(folder, make_adapters(folder), kernels=kernels).kind == "served"
 
 
 def test_queries_that_grow_with_the_cache_are_served_as_long_as_they_do_not(tmp_path: Path) -> None:
@@ -126,8 +125,6 @@ def test_queries_that_grow_with_the_cache_are_served_as_long_as_they_do_not(tmp_
     [
         ("whisper", "ignores logits_to_keep"),
         ("doge", r"DogeAttention\) adds numbers of its own"),
-        ("gpt_oss", "attention sinks"),
-        ("deepseek_v3", "MLA"),
         ("deepseek_v32", "sparse attention"),
         ("glm_moe_dsa", "sparse attention"),
         ("mamba", "recurrent layers"),
@@ -149,7 +146,18 @@ def test_a_model_that_cannot_be_served_is_refused_by_the_parts_name(
 @pytest.mark.parametrize("kernels", ["auto", "torch"])
 @pytest.mark.parametrize(
     "model_type",
-    ["modernbert-decoder", "bert", "phimoe", "afmoe", "hunyuan_v1_moe", "biogpt", "gemma3_text", "ernie4_5"],
+    [
+        "modernbert-decoder",
+        "bert",
+        "phimoe",
+        "afmoe",
+        "hunyuan_v1_moe",
+        "biogpt",
+        "gemma3_text",
+        "ernie4_5",
+        "gpt_oss",
+        "minicpm3",
+    ],
 )
 def test_parts_that_do_more_than_multiply_are_served_with_adapters_on_all_others(
     model_type: str, kernels: str, tmp_path: Path
@@ -207,18 +215,28 @@ def test_the_window_of_a_mask_is_read_off_it(window: int) -> None:
     seen = ~hidden_from(6, 40, window, CPU)
 
     expected = window if window < 40 else 0
-    assert window_of(seen[None, None]) == expected
+    assert reach_of(seen[None, None]) == Reach(window=expected)
     added = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
-    assert window_of(added[None, None].expand(2, 3, -1, -1)) == expected
+    assert reach_of(added[None, None].expand(2, 3, -1, -1)) == Reach(window=expected)
+
+
+@pytest.mark.parametrize("length", [5, 16, 40])
+def test_chunks_are_told_from_windows_by_the_size_that_they_would_have(length: int) -> None:
+    seen = ~hidden_from(5, length, 0, CPU, chunk=3)
+
+    assert reach_of(seen[None, None], chunk=3) == Reach(chunk=3)
+    with pytest.raises(ValueError, match="of its own"):
+        reach_of(seen[None, None], chunk=4)
+    assert reach_of(~hidden_from(5, length, 0, CPU)[None, None], chunk=3) == Reach()
 
 
 def test_a_mask_of_another_kind_is_told() -> None:
     seen = ~hidden_from(6, 40, 0, CPU)
     seen[2, 3] = False
     with pytest.raises(ValueError, match="of its own"):
-        window_of(seen[None, None])
+        reach_of(seen[None, None])
     with pytest.raises(ValueError, match="numbers of its own"):
-        window_of(torch.full((1, 1, 2, 8), 0.5))
+        reach_of(torch.full((1, 1, 2, 8), 0.5))
 
 
 def test_probes_lie_across_every_threshold_and_at_the_end() -> None:

@@ -59,7 +59,8 @@ TORCH_LIBRARY(manylora, m) {
       "Tensor order, Tensor row_starts, Tensor part_starts, Tensor part_slots, Tensor part_weights) -> ()");
   m.def(
       "paged_attention(Tensor(a!) out, Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, "
-      "Tensor query_starts, Tensor context_lens, float scale, int sliding_window, float softcap) -> ()");
+      "Tensor query_starts, Tensor context_lens, float scale, int sliding_window, float softcap, int chunk=0, "
+      "Tensor? sinks=None, Tensor? slopes=None) -> ()");
   m.def("write_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots) -> ()");
   m.def("rms_norm(Tensor x, Tensor weight, float eps, float weight_offset) -> Tensor");
   m.def("add_rms_norm_(Tensor(a!) residual, Tensor x, Tensor weight, float eps, float weight_offset) -> Tensor");

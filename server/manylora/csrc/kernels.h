@@ -116,7 +116,7 @@ struct MixArgs {
 };
 
 struct CacheView {
-  void* data;  // [num_blocks, num_kv_heads, block_size, head_dim]
+  void* data;  // [num_blocks, num_kv_heads, block_size, head_dim or value_dim]
   int64_t block_stride, head_stride, position_stride;
 };
 
@@ -130,10 +130,12 @@ struct AttentionArgs {
   int64_t block_table_stride;
   const int32_t* query_starts;
   const int32_t* context_lens;
-  int64_t num_sequences, num_heads, num_kv_heads, head_dim, block_size;
+  int64_t num_sequences, num_heads, num_kv_heads, head_dim, value_dim, block_size;
   float scale;
-  int64_t sliding_window;
+  int64_t sliding_window, chunk;
   float softcap;
+  const float* sinks;   // [num_heads] or null: a score of each head's without a key or a value
+  const float* slopes;  // [num_heads] or null: added to a score for each position that the key is farther on
 };
 
 struct WriteKvArgs {
@@ -143,7 +145,7 @@ struct WriteKvArgs {
   int64_t k_row_stride, k_head_stride, v_row_stride, v_head_stride;
   CacheView k_cache, v_cache;
   const int64_t* slots;
-  int64_t num_tokens, num_kv_heads, head_dim, block_size;
+  int64_t num_tokens, num_kv_heads, head_dim, value_dim, block_size;
 };
 
 struct NormArgs {

@@ -66,8 +66,9 @@ WriteKvArgs write_kv_args(const Tensor& k, const Tensor& v, const Tensor& k_cach
   check(v, "v", 3, k.scalar_type());
   check(k_cache, "k_cache", 4, k.scalar_type());
   check(v_cache, "v_cache", 4, k.scalar_type());
-  TORCH_CHECK_VALUE(k.sizes() == v.sizes() && k_cache.sizes() == v_cache.sizes() && k_cache.size(1) == k.size(1) &&
-                        k_cache.size(3) == k.size(2) && slots.numel() == k.size(0),
+  TORCH_CHECK_VALUE(k.sizes().slice(0, 2) == v.sizes().slice(0, 2) &&
+                        k_cache.sizes().slice(0, 3) == v_cache.sizes().slice(0, 3) && k_cache.size(1) == k.size(1) &&
+                        k_cache.size(3) == k.size(2) && v_cache.size(3) == v.size(2) && slots.numel() == k.size(0),
                     "k, v, the caches and slots do not fit together");
   const int64_t* rows = indices<int64_t>(slots, "slots", 1);
   int64_t num_positions = k_cache.size(0) * k_cache.size(2);
@@ -87,6 +88,7 @@ WriteKvArgs write_kv_args(const Tensor& k, const Tensor& v, const Tensor& k_cach
   args.num_tokens = k.size(0);
   args.num_kv_heads = k.size(1);
   args.head_dim = k.size(2);
+  args.value_dim = v.size(2);
   args.block_size = k_cache.size(2);
   return args;
 }
@@ -321,16 +323,26 @@ void add_mixes_(Tensor out, const std::optional<Tensor>& x, const std::optional<
   kernels().add_mixes(args);
 }
 
+// One float32 for each of `num_heads` heads, or null.
+const float* of_heads(const std::optional<Tensor>& values, const char* name, int64_t num_heads) {
+  if (!values) return nullptr;
+  check(*values, name, 1, at::kFloat);
+  TORCH_CHECK_VALUE(values->numel() == num_heads, name, " must have one entry per query head");
+  return values->const_data_ptr<float>();
+}
+
 void paged_attention(Tensor out, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                      const Tensor& block_tables, const Tensor& query_starts, const Tensor& context_lens, double scale,
-                     int64_t sliding_window, double softcap) {
+                     int64_t sliding_window, double softcap, int64_t chunk, const std::optional<Tensor>& sinks,
+                     const std::optional<Tensor>& slopes) {
   check(q, "q", 3, q.scalar_type());
   check(out, "out", 3, q.scalar_type());
   check(k_cache, "k_cache", 4, q.scalar_type());
   check(v_cache, "v_cache", 4, q.scalar_type());
-  TORCH_CHECK_VALUE(out.sizes() == q.sizes(), "out and q must have the same shape");
-  TORCH_CHECK_VALUE(k_cache.sizes() == v_cache.sizes() && k_cache.size(3) == q.size(2),
-                    "k_cache and v_cache must have the same shape, with q's head_dim");
+  TORCH_CHECK_VALUE(out.sizes().slice(0, 2) == q.sizes().slice(0, 2) && out.size(2) == v_cache.size(3),
+                    "out must have q's rows and heads, and the width of v_cache");
+  TORCH_CHECK_VALUE(k_cache.sizes().slice(0, 3) == v_cache.sizes().slice(0, 3) && k_cache.size(3) == q.size(2),
+                    "k_cache and v_cache must have the same shape but for their widths, the former with q's head_dim");
   TORCH_CHECK_VALUE(k_cache.size(1) && q.size(1) % k_cache.size(1) == 0,
                     "the query heads must be a multiple of the key/value heads");
   AttentionArgs args{};
@@ -353,11 +365,15 @@ void paged_attention(Tensor out, const Tensor& q, const Tensor& k_cache, const T
   args.num_heads = q.size(1);
   args.num_kv_heads = k_cache.size(1);
   args.head_dim = q.size(2);
+  args.value_dim = v_cache.size(3);
   args.block_size = k_cache.size(2);
   check_sequences(args, q.size(0), block_tables.size(1), k_cache.size(0));
   args.scale = static_cast<float>(scale);
   args.sliding_window = sliding_window;
+  args.chunk = chunk;
   args.softcap = static_cast<float>(softcap);
+  args.sinks = of_heads(sinks, "sinks", args.num_heads);
+  args.slopes = of_heads(slopes, "slopes", args.num_heads);
   kernels().paged_attention(args);
 }
 
@@ -382,6 +398,7 @@ Tensor rope_write_kv(const Tensor& q, const Tensor& k, const Tensor& v, const Te
   check(cos, "cos", 2, at::kFloat);
   check(sin, "sin", 2, at::kFloat);
   TORCH_CHECK_VALUE(q.size(0) == k.size(0) && q.size(2) == k.size(2), "q and k must have the same tokens and head_dim");
+  TORCH_CHECK_VALUE(v.size(2) == k.size(2), "k and v must have the same head_dim");
   TORCH_CHECK_VALUE(cos.sizes() == sin.sizes() && cos.size(0) == q.size(0), "cos and sin must have one row per token");
   TORCH_CHECK_VALUE(cos.size(1) % 2 == 0 && cos.size(1) <= q.size(2), "cos must have an even width, at most head_dim");
   Tensor out = at::empty(q.sizes(), q.options());

@@ -26,7 +26,9 @@ void add_mixes_(at::Tensor out, const std::optional<at::Tensor>& x, const std::o
                 const at::Tensor& part_slots, const at::Tensor& part_weights);
 void paged_attention(at::Tensor out, const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache,
                      const at::Tensor& block_tables, const at::Tensor& query_starts, const at::Tensor& context_lens,
-                     double scale, int64_t sliding_window, double softcap);
+                     double scale, int64_t sliding_window, double softcap, int64_t chunk = 0,
+                     const std::optional<at::Tensor>& sinks = std::nullopt,
+                     const std::optional<at::Tensor>& slopes = std::nullopt);
 void write_kv(const at::Tensor& k, const at::Tensor& v, at::Tensor k_cache, at::Tensor v_cache,
               const at::Tensor& slots);
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps, double weight_offset);

@@ -291,7 +291,7 @@ class EngineBuilder(Builder):
             if spec.kind != "embedding" and not spec.is_parameter and spec.path not in survey.on_logit_rows
         )
         heads = stated if isinstance(stated, int) else 0
-        attention = sum(2 * max(heads, shape.num_heads) * shape.head_dim for shape in survey.kv_shapes)
+        attention = sum(max(heads, s.num_heads) * (s.head_dim + s.value_dim) for s in survey.kv_shapes)
         return PromptCost(_ATTENTION_RATE * linears / attention, tuple(options.window for options in survey.options))
 
     def _context_length(self) -> int:

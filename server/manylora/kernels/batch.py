@@ -1,6 +1,6 @@
 """The ragged batch: what one forward pass needs to know, built once per step and read by every layer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -36,11 +36,24 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class AttentionOptions:
-    """What may differ per layer: softmax scale, window in positions (0: none), logit soft cap (0: none)."""
+    """What may differ per layer: softmax scale, window in positions (0: none), logit soft cap (0: none).
+
+    `chunk`: a position sees none before its own chunk of so many (0: no chunks). `sinks`, `slopes` float32 [heads]: a
+    score of each head's that takes its share of the softmax and has no value, and what is added to a score for each
+    position that its key is farther on (ALiBi). They are equal where these are.
+    """
 
     scale: float
     window: int
     softcap: float
+    chunk: int = 0
+    sinks: torch.Tensor | None = field(default=None, compare=False)
+    slopes: torch.Tensor | None = field(default=None, compare=False)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether scores are products alone: without cap, sinks and slopes."""
+        return not self.softcap and self.sinks is None and self.slopes is None
 
 
 @dataclass(slots=True)

@@ -110,9 +110,10 @@ class Attention(Protocol):
         batch: "Batch",
         options: "AttentionOptions",
     ) -> torch.Tensor:
-        """Store the step's k, v [T, kv_heads, head_dim] in a layer's cache and attend to it, q -> [T, heads, head_dim].
+        """Store the step's k, v [T, kv_heads, their width] in a layer's cache and attend to it.
 
-        `keys`, `values` [blocks, kv_heads, block_size, head_dim]; see `reference.write_kv` and `reference.attention`.
+        q [T, heads, keys' width] -> [T, heads, values' width]. `keys`, `values` [blocks, kv_heads, block_size, their
+        width]; see `reference.write_kv` and `reference.attention`.
         """
         ...
 

@@ -167,18 +167,23 @@ def paged_attention(
     scale: float,
     sliding_window: int = 0,
     softcap: float = 0.0,
+    chunk: int = 0,
+    sinks: torch.Tensor | None = None,
+    slopes: torch.Tensor | None = None,
 ) -> None:
     """`reference.attention` of a ragged batch to its own past in the paged cache.
 
-    out, q [T, heads, head_dim]; k_cache, v_cache [blocks, kv_heads, block_size, head_dim] with heads a multiple of
-    kv_heads. Sequence s owns the rows query_starts[s]:query_starts[s + 1] (int32 [S + 1]), the last of which is its
-    position context_lens[s] - 1 (int32 [S]; this step's keys are written before). Key j lies in block
-    block_tables[s, j // block_size] (int32 [S, max_blocks]); what lies behind context_lens is not read. A window or a
-    soft cap of 0 is none.
+    out [T, heads, value_dim], q [T, heads, head_dim]; k_cache [blocks, kv_heads, block_size, head_dim], v_cache
+    [blocks, kv_heads, block_size, value_dim] with heads a multiple of kv_heads. Sequence s owns the rows
+    query_starts[s]:query_starts[s + 1] (int32 [S + 1]), the last of which is its position context_lens[s] - 1 (int32
+    [S]; this step's keys are written before). Key j lies in block block_tables[s, j // block_size] (int32 [S,
+    max_blocks]); what lies behind context_lens is not read. A window, a soft cap or a chunk of 0 is none. sinks, slopes
+    float32 [heads].
     """
     torch.ops.manylora.paged_attention(
-        out, q, k_cache, v_cache, block_tables, query_starts, context_lens, scale, sliding_window, softcap
-    )
+        out, q, k_cache, v_cache, block_tables, query_starts, context_lens, scale, sliding_window, softcap,
+        chunk, sinks, slopes,
+    )  # fmt: skip
 
 
 def write_kv(
@@ -186,8 +191,8 @@ def write_kv(
 ) -> None:
     """`reference.write_kv`.
 
-    k, v [T, kv_heads, head_dim]; the caches [blocks, kv_heads, block_size, head_dim] of the same dtype; slots int64
-    [T], negative to leave a row out.
+    k [T, kv_heads, head_dim], v [T, kv_heads, value_dim]; the caches [blocks, kv_heads, block_size, …] of the same
+    width and dtype; slots int64 [T], negative to leave a row out.
     """
     torch.ops.manylora.write_kv(k, v, k_cache, v_cache, slots)
 

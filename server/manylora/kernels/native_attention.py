@@ -20,9 +20,9 @@ class NativeAttention:
         options: AttentionOptions,
     ) -> torch.Tensor:
         native.write_kv(k, v, keys, values, batch.kv_slots)
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        out = torch.empty((*q.shape[:2], values.shape[3]), dtype=q.dtype, device=q.device)
         native.paged_attention(
             out, q, keys, values, batch.block_tables, batch.query_starts, batch.context_lens,
-            options.scale, options.window, options.softcap,
+            options.scale, options.window, options.softcap, options.chunk, options.sinks, options.slopes,
         )  # fmt: skip
         return out

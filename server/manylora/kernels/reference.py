@@ -129,28 +129,36 @@ def add_mixes(
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: AttentionOptions) -> torch.Tensor:
     """One sequence's causal attention to its own past.
 
-        result[i, h] = sum_j softmax_j(cap(scale * q[i, h] . k[j, h // group])) v[j, h // group]
+        result[i, h] = sum_j softmax_j(cap(scale * q[i, h] . k[j, h // group]) + (j - p) slopes[h]) v[j, h // group]
         cap(z) = softcap * tanh(z / softcap), or z where softcap is 0
 
-    q [n, heads, head_dim] are the last n of the positions of k, v [length, kv_heads, head_dim], and group is heads /
-    kv_heads. The row at position p sees the keys j <= p, with a window only those with p - j < window.
+    q [n, heads, head_dim] are the last n of the positions of k [length, kv_heads, head_dim] and v [length, kv_heads,
+    value_dim], and group is heads / kv_heads. The row at position p sees the keys j <= p, with a window only those with
+    p - j < window, in chunks only those with j // chunk = p // chunk. sinks[h] is one more score in the softmax, whose
+    value is zero.
     """
     length, group = len(k), q.shape[1] // k.shape[1]
     keys, values = (each.double().repeat_interleave(group, dim=1) for each in (k, v))
     rows = []
     for p, query in enumerate(q.double(), length - len(q)):
-        seen = slice(max(0, p + 1 - options.window) if options.window else 0, p + 1)
+        first = p // options.chunk * options.chunk if options.chunk else 0
+        seen = slice(max(first, p + 1 - options.window) if options.window else first, p + 1)
         scores = options.scale * (query * keys[seen]).sum(dim=2)
         if options.softcap:
             scores = options.softcap * torch.tanh(scores / options.softcap)
-        rows.append((scores.softmax(dim=0)[:, :, None] * values[seen]).sum(dim=0))
+        if options.slopes is not None:
+            scores = scores + (torch.arange(seen.start, p + 1)[:, None] - p) * options.slopes.double()
+        if options.sinks is not None:
+            scores = torch.cat((scores, options.sinks.double()[None]))
+        weights = scores.softmax(dim=0)[: p + 1 - seen.start]
+        rows.append((weights[:, :, None] * values[seen]).sum(dim=0))
     return torch.stack(rows)
 
 
 def write_kv(
     k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: Sequence[int]
 ) -> None:
-    """Store k, v [T, kv_heads, head_dim] in the caches [blocks, kv_heads, block_size, head_dim], bit for bit.
+    """Store k, v [T, kv_heads, their width] in the caches [blocks, kv_heads, block_size, their width], bit for bit.
 
     cache[slots[t] // block_size, :, slots[t] % block_size] = k[t]        nothing where slots[t] is negative
     """

@@ -19,12 +19,13 @@ class _DecodeView:
     """Which of the cache's rows [blocks * KVH] the decoding sequences [n] look at.
 
     `entries` int64 [n * KVH * blocks of the longest]; `hidden` bool [n, 1, 1, L]: positions they may not see;
-    `unseen` int64: the same as rows of [n * KVH * L].
+    `unseen` int64: the same as rows of [n * KVH * L]; `ahead` int64 [n, 1, 1, 1, L]: how far each lies from the last.
     """
 
     entries: torch.Tensor
     hidden: torch.Tensor
     unseen: torch.Tensor
+    ahead: torch.Tensor
 
 
 class TorchAttention:
@@ -38,7 +39,7 @@ class TorchAttention:
         self._multiplies = multiplies
         # Where a step reads and writes the cache, worked out once for all layers of the same shape.
         self._step: torch.Tensor | None = None
-        self._views: dict[tuple[int, int], _DecodeView] = {}
+        self._views: dict[tuple[int, int, int], _DecodeView] = {}
         self._written: dict[int, torch.Tensor] = {}
 
     def __call__(
@@ -54,10 +55,10 @@ class TorchAttention:
         if self._step is not batch.context_lens:  # every step has its own
             self._step, self._views, self._written = batch.context_lens, {}, {}
         self._write(k, v, keys, values, batch)
-        out = torch.empty_like(q)
+        out = q.new_empty((*q.shape[:2], values.shape[3]))
         n = batch.num_decode
         if n:
-            view = self._view(batch, keys.shape[1], keys.shape[2], options.window)
+            view = self._view(batch, keys.shape[1], keys.shape[2], options)
             out[:n] = _decode(q[:n], keys, values, view, options, is_direct=self._multiplies(q.dtype))
         for s in range(n, len(batch.lens)):
             rows, length = slice(batch.starts[s], batch.starts[s + 1]), batch.lens[s]
@@ -70,7 +71,7 @@ class TorchAttention:
         return out
 
     def _write(self, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: Batch) -> None:
-        """Store the step's k, v [T, KVH, D] in the cache."""
+        """Store the step's k, v [T, KVH, their width] in the cache."""
         num_kv, block_size = keys.shape[1:3]
         if num_kv not in self._written:  # rows of the cache as [blocks * KVH * block size, D], int64 [T * KVH]
             block, offset = batch.kv_slots // block_size, batch.kv_slots % block_size
@@ -80,24 +81,27 @@ class TorchAttention:
             flat = cache.view(-1, cache.shape[3])
             flat.index_copy_(0, self._written[num_kv], new.reshape(-1, cache.shape[3]))
 
-    def _view(self, batch: Batch, num_kv: int, block_size: int, window: int) -> _DecodeView:
-        """What the decoding sequences look at, in layers with as many heads and the same window."""
-        if (num_kv, window) not in self._views:
-            self._views[num_kv, window] = _decode_view(batch, num_kv, block_size, window)
-        return self._views[num_kv, window]
+    def _view(self, batch: Batch, num_kv: int, block_size: int, options: AttentionOptions) -> _DecodeView:
+        """What the decoding sequences look at, in layers with as many heads and the same window or chunk."""
+        seen = num_kv, options.window, options.chunk
+        if seen not in self._views:
+            self._views[seen] = _decode_view(batch, block_size, *seen)
+        return self._views[seen]
 
 
-def hidden_from(n: int, length: int, window: int, device: torch.device) -> torch.Tensor:
+def hidden_from(n: int, length: int, window: int, device: torch.device, chunk: int = 0) -> torch.Tensor:
     """Which of `length` positions each of the last `n` may not look at: bool [n, length]. Window 0: the whole past."""
     at = torch.arange(length - n, length, device=device)[:, None]
     position = torch.arange(length, device=device)
     hidden = position > at
     if window:
         hidden |= position <= at - window
+    if chunk:
+        hidden |= position < at // chunk * chunk
     return hidden
 
 
-def _decode_view(batch: Batch, num_kv: int, block_size: int, window: int) -> _DecodeView:
+def _decode_view(batch: Batch, block_size: int, num_kv: int, window: int, chunk: int) -> _DecodeView:
     n = batch.num_decode
     blocks = -(-max(batch.lens[:n]) // block_size)
     tables, lens = batch.block_tables[:n, :blocks].long(), batch.context_lens[:n, None]
@@ -105,11 +109,14 @@ def _decode_view(batch: Batch, num_kv: int, block_size: int, window: int) -> _De
     hidden = position >= lens
     if window:
         hidden |= position < lens - window
+    if chunk:
+        hidden |= position < (lens - 1) // chunk * chunk
     heads = torch.arange(num_kv, device=lens.device)[:, None]
     entries = tables[:, None] * num_kv + heads
     sequence, at = hidden.nonzero(as_tuple=True)
     unseen = (sequence * num_kv + heads) * position.numel() + at
-    return _DecodeView(entries.flatten(), hidden[:, None, None], unseen.flatten())
+    ahead = (position - (lens - 1))[:, None, None, None]
+    return _DecodeView(entries.flatten(), hidden[:, None, None], unseen.flatten(), ahead)
 
 
 def _flat(cache: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -117,11 +124,21 @@ def _flat(cache: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return cache[table].transpose(0, 1).flatten(1, 2)
 
 
-def _softmax(scores: torch.Tensor, hidden: torch.Tensor, options: AttentionOptions) -> torch.Tensor:
+def _softmax(
+    scores: torch.Tensor, hidden: torch.Tensor, ahead: torch.Tensor, options: AttentionOptions
+) -> torch.Tensor:
+    """Weights of scores [..., KVH, group, n, L]. `ahead`: how much farther on each key is than its query."""
+    num_kv, group = scores.shape[-4:-2]
     scores = scores.float() * options.scale
     if options.softcap:
         scores = options.softcap * torch.tanh(scores / options.softcap)
-    return torch.softmax(scores.masked_fill_(hidden, float("-inf")), dim=-1)
+    if options.slopes is not None:
+        scores = scores + ahead * options.slopes.view(num_kv, group, 1, 1)
+    scores = scores.masked_fill(hidden, float("-inf"))
+    if options.sinks is None:
+        return torch.softmax(scores, dim=-1)
+    sinks = options.sinks.view(num_kv, group, 1, 1).expand(*scores.shape[:-1], 1)
+    return torch.softmax(torch.cat((scores, sinks), dim=-1), dim=-1)[..., :-1]
 
 
 def _decode(
@@ -140,33 +157,34 @@ def _decode(
     def gather(cache: torch.Tensor) -> torch.Tensor:
         """[n, KVH, L, D], a copy. Behind a sequence's end blocks hold what others left there, and 0 * NaN is NaN."""
         rows = cache.flatten(2).flatten(0, 1).index_select(0, view.entries).to(wide)
-        return rows.view(-1, dim).index_fill_(0, view.unseen, 0).view(n, num_kv, -1, dim)
+        return rows.view(-1, cache.shape[3]).index_fill_(0, view.unseen, 0).view(n, num_kv, -1, cache.shape[3])
 
     k, v = gather(keys), gather(values)
     grouped = q.reshape(n, num_kv, -1, dim).to(wide)
-    if is_direct and not options.softcap:
+    if is_direct and options.is_plain:
         out = functional.scaled_dot_product_attention(grouped, k, v, attn_mask=~view.hidden, scale=options.scale)
     else:
-        out = _softmax(grouped @ k.transpose(2, 3), view.hidden, options).to(wide) @ v
-    return out.reshape(n, heads, dim).to(q.dtype)
+        scores = (grouped @ k.transpose(2, 3))[:, :, :, None]
+        out = _softmax(scores, view.hidden[:, None], view.ahead, options)[:, :, :, 0].to(wide) @ v
+    return out.reshape(n, heads, -1).to(q.dtype)
 
 
 def prefill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: AttentionOptions) -> torch.Tensor:
-    """q [n, H, D] at the end of k, v [KVH, L, D]."""
+    """q [n, H, D] at the end of k [KVH, L, D], v [KVH, L, their width]."""
     n, heads, dim = q.shape
     num_kv, length, _ = k.shape
-    if not options.softcap:
-        causal = n == length and not options.window  # a whole prompt: torch skips what a mask would hide
-        mask = None if causal else ~hidden_from(n, length, options.window, q.device)
+    causal = n == length and not options.window and not options.chunk
+    hidden = None if causal and options.is_plain else hidden_from(n, length, options.window, q.device, options.chunk)
+    if options.is_plain:
+        mask = None if hidden is None else ~hidden  # of a whole prompt torch skips what a mask would hide
         out = functional.scaled_dot_product_attention(
             q.transpose(0, 1)[None], k[None], v[None], mask, is_causal=causal, scale=options.scale, enable_gqa=True
         )
         return out[0].transpose(0, 1)
     grouped = q.transpose(0, 1).reshape(num_kv, -1, dim)  # rows: head within the group, then query
-    weights = _softmax(
-        (grouped @ k.transpose(1, 2)).view(num_kv, -1, n, length),
-        hidden_from(n, length, options.window, q.device),
-        options,
-    )
-    out = (weights.to(v.dtype).flatten(1, 2) @ v).view(heads, n, dim)
+    assert hidden is not None
+    position = torch.arange(length, device=q.device)
+    ahead = position - position[length - n :, None]
+    weights = _softmax((grouped @ k.transpose(1, 2)).view(num_kv, -1, n, length), hidden, ahead, options)
+    out = (weights.to(v.dtype).flatten(1, 2) @ v).view(heads, n, -1)
     return out.transpose(0, 1)

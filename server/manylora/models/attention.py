@@ -43,8 +43,6 @@ _HARMLESS = frozenset(
 )
 # What those that are refused are called.
 _NAMES = {
-    "s_aux": "attention sinks (s_aux)",
-    "sinks": "attention sinks",
     "position_bias": "a position bias",
     "alibi": "a position bias (ALiBi)",
     "indices": "sparse attention (indices)",
@@ -62,19 +60,23 @@ def read_options(module: torch.nn.Module, head_dim: int, kwargs: dict[str, Any])
     scale = kwargs.pop("scaling", None)
     window = kwargs.pop("sliding_window", None)
     softcap = kwargs.pop("softcap", None)
+    sinks = kwargs.pop("s_aux", None)
     unknown = [k for k, v in kwargs.items() if k not in _HARMLESS and v is not None]
     if unknown:
         named = ", ".join(_NAMES.get(each, each) for each in unknown)
         raise ModelUnusable(f"The model's attention ({type(module).__name__}) has {named}: not supported.")
     return AttentionOptions(
-        float(scale if scale is not None else head_dim**-0.5), int(window or 0), float(softcap or 0)
+        float(scale if scale is not None else head_dim**-0.5),
+        int(window or 0),
+        float(softcap or 0),
+        sinks=None if sinks is None else sinks.detach().float().contiguous(),
     )
 
 
 def paged_attention_function(
     cache: KVCache, context: ForwardContext, layers: Sequence[AttentionOptions], attention: Attention
 ) -> AttentionFunction:
-    """The function that transformers calls: q [1, H, T, D], k and v [1, KVH, T, D] -> [1, T, H, D].
+    """The function that transformers calls: q [1, H, T, D], k [1, KVH, T, D], v [1, KVH, T, E] -> [1, T, H, E].
 
     `layers`: the options of each, as the survey found them; what a call says of them is not read again.
     """

@@ -100,6 +100,9 @@ def _recognise(layer: nn.Module, wrapped: WrappedModel) -> LayerParts | None:
     if not isinstance(o, AdaptedLinear) or not isinstance(down, AdaptedLinear):
         return None
     index = layer_index(attention)
+    options = wrapped.survey.options[index]
+    if options.chunk or options.sinks is not None or options.slopes is not None:
+        return None
     return LayerParts(
         input_norm=input_norm,
         qkv=qkv,
@@ -107,7 +110,7 @@ def _recognise(layer: nn.Module, wrapped: WrappedModel) -> LayerParts | None:
         mlp_norm=mlp_norm,
         gate_up=gate_up,
         down=down,
-        options=wrapped.survey.options[index],
+        options=options,
     )
 
 

@@ -7,14 +7,20 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class KVShape:
-    """One layer's share of a position: `num_heads` key-value heads of `head_dim` each."""
+    """One layer's share of a position: `num_heads` heads, whose keys have `head_dim` numbers and values `value_dim`."""
 
     num_heads: int
     head_dim: int
+    value_dim: int
+
+    @property
+    def size(self) -> int:
+        """Numbers of all its keys and values."""
+        return self.num_heads * (self.head_dim + self.value_dim)
 
 
 class KVCache:
-    """`keys[layer]` and `values[layer]`: [num_blocks + 1, num_heads, block_size, head_dim].
+    """`keys[layer]` and `values[layer]`: [num_blocks + 1, num_heads, block_size, head_dim or value_dim].
 
     The last block is spare: it belongs to no sequence, so that a step can be tried without any.
     Blocks are never cleared: readers look at no position behind a sequence's length.
@@ -28,9 +34,9 @@ class KVCache:
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
         for shape in shapes:
-            room = (num_blocks + 1, shape.num_heads, block_size, shape.head_dim)
-            self.keys.append(torch.empty(room, dtype=dtype, device=device))
-            self.values.append(torch.empty(room, dtype=dtype, device=device))
+            room = (num_blocks + 1, shape.num_heads, block_size)
+            self.keys.append(torch.empty((*room, shape.head_dim), dtype=dtype, device=device))
+            self.values.append(torch.empty((*room, shape.value_dim), dtype=dtype, device=device))
 
     @property
     def spare_block(self) -> int:
@@ -39,4 +45,4 @@ class KVCache:
 
 def bytes_per_block(shapes: list[KVShape], block_size: int, dtype: torch.dtype) -> int:
     """Keys and values of all layers, in bytes, for one block."""
-    return sum(2 * s.num_heads * s.head_dim for s in shapes) * block_size * dtype.itemsize
+    return sum(shape.size for shape in shapes) * block_size * dtype.itemsize

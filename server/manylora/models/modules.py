@@ -69,7 +69,7 @@ def adaptable_modules(model: PreTrainedModel) -> dict[str, ModuleSpec]:
 
 def with_past(modules: Mapping[str, ModuleSpec], shapes: Sequence[KVShape]) -> dict[str, ModuleSpec]:
     """The modules, of which the embedding knows the keys and values of a token, where all layers have the same."""
-    one = shapes[0] if shapes and len(set(shapes)) == 1 else None
+    one = shapes[0] if shapes and len(set(shapes)) == 1 and shapes[0].head_dim == shapes[0].value_dim else None
     past = None if one is None else (len(shapes), one.num_heads, one.head_dim)
     return {path: replace(spec, past=past) if spec.kind == "embedding" else spec for path, spec in modules.items()}
 
@@ -79,10 +79,11 @@ def stated_shapes(config: Any) -> list[KVShape]:
     text = config.get_text_config()
     layers, heads = getattr(text, "num_hidden_layers", None), getattr(text, "num_attention_heads", None)
     hidden = getattr(text, "hidden_size", None)
-    if not (isinstance(layers, int) and isinstance(heads, int) and isinstance(hidden, int)):
+    is_latent = bool(getattr(text, "kv_lora_rank", None))
+    if is_latent or not (isinstance(layers, int) and isinstance(heads, int) and isinstance(hidden, int)):
         return []
     size, own = getattr(text, "head_dim", None) or hidden // heads, getattr(text, "num_key_value_heads", None) or heads
-    return [KVShape(own, size)] * layers
+    return [KVShape(own, size, size)] * layers
 
 
 def adaptable_norms(model: PreTrainedModel) -> dict[str, ModuleSpec]:

@@ -18,8 +18,7 @@ def position_limit(config: Any) -> int:
 
     LongRoPE (Ding et al., 2024; Phi-3 with 128k) turns all positions of a batch by other frequencies as soon as one
     sequence of it is longer than the original context, so a neighbour's length would change everybody's answer. Such
-    models are served up to their original context, where there is one set of frequencies. Layers that attend within
-    chunks (Llama 4) see their whole past up to the first chunk's end, and our attention knows no chunks.
+    models are served up to their original context, where there is one set of frequencies.
     """
     text = config.get_text_config()
     longest = int(getattr(text, "max_position_embeddings", 0) or 0)
@@ -27,9 +26,6 @@ def position_limit(config: Any) -> int:
         original = int(rope.get("original_max_position_embeddings") or 0)
         if rope.get("rope_type") == "longrope" and original:
             longest = min(longest or original, original)
-    chunk = int(getattr(text, "attention_chunk_size", 0) or 0)
-    if chunk and "chunked_attention" in (getattr(text, "layer_types", None) or ()):
-        longest = min(longest or chunk, chunk)
     floor = _query_scale_floor(text)
     return min(longest or floor - 1, floor - 1) if floor else longest
 

@@ -23,7 +23,7 @@ from manylora.kernels.torch_attention import prefill
 from manylora.lora.format.reader import ModuleSpec
 from manylora.models import attention
 from manylora.models.kv_cache import KVShape
-from manylora.models.masks import window_of
+from manylora.models.masks import Reach, reach_of
 from manylora.models.modules import adaptable_modules, is_linear, is_plain
 from manylora.models.positions import probe_starts
 from manylora.models.probes import PROBE_LENGTH, PROBE_STRENGTH, PretendedPast, Probe, ProbeAdapter
@@ -103,7 +103,7 @@ class _Surveyor:
             if self._may_ignore_positions and torch.equal(own, self._logits(1, stride=2)):
                 raise ModelUnusable(f"{self._name} takes no position_ids, so its sequences cannot share a batch.")
             self._require_same(self._logits(1), own, "numbers its positions in a way of its own")
-            recorder = _Recorder(self._name)
+            recorder = _Recorder(self._name, self._model.config)
             with _attending(self._model, recorder, builds_mask=True):
                 self._look_at_linears(own)
                 self._require_attention(recorder)
@@ -189,12 +189,13 @@ def _full_mask(*args: Any, **kwargs: Any) -> torch.Tensor:
 class _Recorder:
     """Attends as our attention will, by the mask that the model gives, and notes both for every layer."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, config: Any) -> None:
         self._name = name
+        self._chunk = int(getattr(config.get_text_config(), "attention_chunk_size", 0) or 0)
         self.kv_shapes: list[KVShape] = []
         self._options: list[AttentionOptions] = []
-        self._windows: list[list[tuple[int, int]]] = []  # per layer: (length, window) of each pass
-        self._masks: dict[int, tuple[torch.Tensor, int]] = {}
+        self._reaches: list[list[tuple[int, Reach]]] = []  # per layer: (length, reach) of each pass
+        self._masks: dict[int, tuple[torch.Tensor, Reach]] = {}
         self._next = 0
 
     def begin(self) -> attention.AttentionFunction:
@@ -204,20 +205,23 @@ class _Recorder:
         return self._attend
 
     def settled(self) -> list[AttentionOptions]:
-        """Each layer's options, the window being the one that its masks have. Lets go of the masks."""
+        """Each layer's options, window and chunks being those that its masks have. Lets go of the masks."""
         self._masks = {}
-        return [
-            replace(options, window=self._window(layer, options.window)) for layer, options in enumerate(self._options)
-        ]
+        settled = []
+        for layer, options in enumerate(self._options):
+            reach = self._reach(layer, options.window)
+            settled.append(replace(options, window=reach.window, chunk=reach.chunk))
+        return settled
 
-    def _window(self, layer: int, stated: int) -> int:
-        seen = self._windows[layer]
+    def _reach(self, layer: int, stated: int) -> Reach:
+        seen = self._reaches[layer]
         if not seen:
-            return stated
-        longest, window = max(seen)
-        if any(w != (window if window < length else 0) for length, w in seen):
+            return Reach(window=stated)
+        longest, last = max(seen, key=lambda each: each[0])
+        size = last.window or last.chunk
+        if any(reach != (last if size < length else Reach()) for length, reach in seen):
             raise ModelUnusable(f"{self._name} changes the window of layer {layer}'s attention with the position.")
-        return window or (stated if stated >= longest else 0)
+        return last if size or stated < longest else Reach(window=stated)
 
     def _attend(
         self,
@@ -229,11 +233,13 @@ class _Recorder:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         layer = self._enter(module, query, key, value, kwargs)
-        window = self._options[layer].window
+        reach = Reach(window=self._options[layer].window)
         if isinstance(attention_mask, torch.Tensor):
-            window = self._read(module, attention_mask, key.shape[2])
-            self._windows[layer].append((attention_mask.shape[-1], window))
-        options = replace(self._options[layer], window=window)
+            found = self._read(module, attention_mask)
+            self._reaches[layer].append((attention_mask.shape[-1], found))
+            # Of a pretended past there are no keys: the first one there is counts as position 0, here and in the check.
+            reach = Reach(found.window if found.window < key.shape[2] else 0, found.chunk)
+        options = replace(self._options[layer], window=reach.window, chunk=reach.chunk)
         rows = []
         for q, k, v in zip(query, key, value, strict=True):
             rows.append(prefill(q.transpose(0, 1), k, v, options))
@@ -245,11 +251,6 @@ class _Recorder:
         layer, self._next = self._next, self._next + 1
         part = type(module).__name__
         options = attention.read_options(module, query.shape[-1], kwargs)
-        if key.shape != value.shape:
-            raise ModelUnusable(
-                f"{self._name}'s attention ({part}) has keys and values of different widths, as multi-head latent "
-                "attention (MLA) has: not supported."
-            )
         if getattr(module, "layer_idx", None) != layer:
             raise ModelUnusable(
                 f"{self._name} has layers that share or lack a cache of keys and values ({part}): not supported."
@@ -258,25 +259,25 @@ class _Recorder:
             raise ModelUnusable(f"{self._name}'s attention ({part}) looks at something beside its own past.")
         if layer == len(self.kv_shapes):
             self._options.append(options)
-            self.kv_shapes.append(KVShape(key.shape[1], key.shape[3]))
-            self._windows.append([])
+            self.kv_shapes.append(KVShape(key.shape[1], key.shape[3], value.shape[3]))
+            self._reaches.append([])
         elif options != self._options[layer]:
             raise ModelUnusable(f"{self._name} changes the options of layer {layer}'s attention with the position.")
         return layer
 
-    def _read(self, module: nn.Module, mask: torch.Tensor, num_keys: int) -> int:
+    def _read(self, module: nn.Module, mask: torch.Tensor) -> Reach:
         known = self._masks.get(id(mask))
         if known is None:
             if mask.dim() != 4:
                 raise ModelUnusable(f"{self._name}'s attention ({type(module).__name__}) has a mask of its own shape.")
             try:
-                known = mask, window_of(mask)  # held, so that no other mask gets its address
+                known = mask, reach_of(mask, self._chunk)  # held, so that no other mask gets its address
             except ValueError as error:
                 raise ModelUnusable(
                     f"{self._name}'s attention ({type(module).__name__}) {error}: not supported."
                 ) from error
             self._masks[id(mask)] = known
-        return known[1] if known[1] < num_keys else 0
+        return known[1]
 
 
 class _Linears(TorchFunctionMode):

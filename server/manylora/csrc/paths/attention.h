@@ -48,15 +48,17 @@ struct Attention {
   int64_t group = args.num_heads / args.num_kv_heads;
   int64_t head_lanes = (args.head_dim + L::per_lane - 1) / L::per_lane;
   int64_t padded_lanes = (head_lanes + W - 1) / W * W;
-  int64_t padded_dim = (args.head_dim + W - 1) / W * W;
+  int64_t padded_dim = (args.value_dim + W - 1) / W * W;
   int64_t partial_size = padded_dim + 2;  // weighted values, maximum, total
 
   int64_t num_queries(int64_t s) const { return args.query_starts[s + 1] - args.query_starts[s]; }
   // The first and one past the last key that query `i` of sequence `s` sees.
   int64_t last_key(int64_t s, int64_t i) const { return args.context_lens[s] - num_queries(s) + i + 1; }
   int64_t first_key(int64_t s, int64_t i) const {
-    return args.sliding_window > 0 ? std::max<int64_t>(0, last_key(s, i) - args.sliding_window) : 0;
+    int64_t begin = args.chunk > 0 ? (last_key(s, i) - 1) / args.chunk * args.chunk : 0;
+    return args.sliding_window > 0 ? std::max(begin, last_key(s, i) - args.sliding_window) : begin;
   }
+  int64_t head_of(const AttentionTask& task, int64_t row) const { return task.kv_head * group + row % group; }
 
   AttentionBuffers buffers(int64_t rows) const {
     auto padded = [](int64_t count) { return (count + 15) / 16 * 16; };
@@ -91,9 +93,9 @@ struct Attention {
   }
   // Asks the memory for entries [begin, end), as the CPU cannot foresee the block table. A few at a time, between what
   // is computed: the CPU waits when it is asked for more than it can have under way.
-  ML_INLINE void ask_for(const T* const* entries, int64_t begin, int64_t end) const {
+  ML_INLINE void ask_for(const T* const* entries, int64_t width, int64_t begin, int64_t end) const {
     for (int64_t i = begin; i < end; ++i)
-      for (int64_t at = 0; at < args.head_dim; at += kLineBytes / int64_t(sizeof(T)))
+      for (int64_t at = 0; at < width; at += kLineBytes / int64_t(sizeof(T)))
         __builtin_prefetch(entries[i] + at, 0, kPrefetchInto);
   }
   // Blocks begin at multiples of their size, so that a row's sums do not depend on how queries are cut into tasks.
@@ -103,7 +105,7 @@ struct Attention {
     for (int64_t row = 0; row < task.num_queries * group; ++row) {
       const T* q = static_cast<const T*>(args.q) +
                    (args.query_starts[task.sequence] + task.first_query + row / group) * args.q_row_stride +
-                   (task.kv_head * group + row % group) * args.q_head_stride;
+                   head_of(task, row) * args.q_head_stride;
       for (int64_t d = 0; d < args.head_dim; d += W * L::per_lane) {
         vu lanes = L::load_lanes(q + d, std::min<int64_t>(W * L::per_lane, args.head_dim - d));
         __builtin_memcpy(to.queries + row * padded_lanes + d / L::per_lane, &lanes, sizeof lanes);
@@ -115,7 +117,7 @@ struct Attention {
     const T* const* keys = block.keys;
     int64_t count = block.count;
     for (int64_t first = 0; first < count; first += W) {
-      ask_for(next.keys, std::min(first, next.count), std::min(first + W, next.count));
+      ask_for(next.keys, args.head_dim, std::min(first, next.count), std::min(first + W, next.count));
       for (int64_t lane = 0; lane < padded_lanes; lane += W) {
         int64_t offset = lane * L::per_lane, width = std::min<int64_t>(W * L::per_lane, args.head_dim - offset);
         vu square[W];
@@ -129,7 +131,7 @@ struct Attention {
         for (int i = 0; i < W; ++i) packed[((lane + i) * kKeysPerBlock + first) / W] = square[i];
       }
     }
-    ask_for(next.keys, std::min(count, next.count), next.count);
+    ask_for(next.keys, args.head_dim, std::min(count, next.count), next.count);
   }
 
   template <int R>
@@ -152,8 +154,9 @@ struct Attention {
     }
   }
 
-  // Scores to weights for the row's keys [begin, end) of the block, zero elsewhere; the sums so far are rescaled.
-  void soften(const AttentionBuffers& at, int64_t row, int64_t begin, int64_t end) const {
+  // Scores to weights for the row's keys [begin, end) of the block, zero elsewhere; the sums so far are rescaled. The
+  // block's first key lies `ahead` positions after the query, and each position on adds `slope` to a score.
+  void soften(const AttentionBuffers& at, int64_t row, int64_t begin, int64_t end, int64_t ahead, float slope) const {
     float* weights = at.weights + row * kKeysPerBlock;
     if (begin >= end) {
       std::fill_n(weights, kKeysPerBlock, 0.f);
@@ -164,6 +167,7 @@ struct Attention {
       vi key = lane_numbers(LaneIndices{}) + int32_t(i);
       vf score = load(weights + i) * args.scale;
       if (args.softcap > 0) score = vtanh(score / args.softcap) * args.softcap;
+      if (slope != 0) score += __builtin_convertvector(key + int32_t(ahead), vf) * slope;
       score = ((key >= int32_t(begin)) & (key < int32_t(end))) ? score : splat(-INFINITY);
       store(weights + i, score);
       best = vmax(best, score);
@@ -192,7 +196,7 @@ struct Attention {
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < NV; ++v) sums[r][v] = load(at.sums + (row + r) * padded_dim + d + v * W);
     for (int64_t key = begin; key < end; ++key) {
-      if (next) ask_for(next->values, key, std::min(key + 1, next->count));
+      if (next) ask_for(next->values, args.value_dim, key, std::min(key + 1, next->count));
       const T* at_key = values[key] + d;
       vf value[NV];
 #pragma GCC unroll 8
@@ -213,10 +217,10 @@ struct Attention {
                   const KeyBlock<T>* next) const {
     constexpr int NV = kTileVectors<R>;
     int64_t d = 0;
-    for (; d + NV * W <= args.head_dim; d += NV * W, next = nullptr)
+    for (; d + NV * W <= args.value_dim; d += NV * W, next = nullptr)
       value_tile<R, NV>(at, values, row, begin, end, d, W, next);
-    for (; d < args.head_dim; d += W, next = nullptr)
-      value_tile<R, 1>(at, values, row, begin, end, d, std::min<int64_t>(W, args.head_dim - d), next);
+    for (; d < args.value_dim; d += W, next = nullptr)
+      value_tile<R, 1>(at, values, row, begin, end, d, std::min<int64_t>(W, args.value_dim - d), next);
   }
 
   // Rows [row, row + R) against the block, whose first key is `first`; asks for the values of `next`, if it is not
@@ -231,7 +235,8 @@ struct Attention {
       int64_t query = task.first_query + (row + r) / group;
       int64_t row_begin = std::clamp<int64_t>(first_key(task.sequence, query) - first, 0, count);
       int64_t row_end = std::clamp<int64_t>(last_key(task.sequence, query) - first, 0, count);
-      soften(at, row + r, row_begin, row_end);
+      float slope = args.slopes ? args.slopes[head_of(task, row + r)] : 0;
+      soften(at, row + r, row_begin, row_end, first + 1 - last_key(task.sequence, query), slope);
       if (row_begin >= row_end) continue;
       begin = std::min(begin, row_begin);
       end = std::max(end, row_end);
@@ -248,7 +253,7 @@ struct Attention {
     if (rows - row == 3) attend_tile<3>(task, at, row, first, block, wanted);
     if (rows - row == 2) attend_tile<2>(task, at, row, first, block, wanted);
     if (rows - row == 1) attend_tile<1>(task, at, row, first, block, wanted);
-    ask_for(next.values, std::min(block.count, next.count), next.count);
+    ask_for(next.values, args.value_dim, std::min(block.count, next.count), next.count);
   }
 
   void run(const AttentionTask& task, const AttentionTask* next_task, float* partials) const {
@@ -271,7 +276,7 @@ struct Attention {
     for (int64_t row = 0; row < rows; ++row) {
       const float* sums = at.sums + row * padded_dim;
       if (task.partial < 0) {
-        write_row(task, row, sums, at.totals[row]);
+        write_row(task, row, sums, at.maxima[row], at.totals[row]);
         continue;
       }
       float* partial = partials + (task.partial + row) * partial_size;
@@ -281,13 +286,18 @@ struct Attention {
     }
   }
 
-  void write_row(const AttentionTask& task, int64_t row, const float* sums, float total) const {
+  void write_row(const AttentionTask& task, int64_t row, const float* sums, float maximum, float total) const {
     T* out = static_cast<T*>(args.out) +
              (args.query_starts[task.sequence] + task.first_query + row / group) * args.out_row_stride +
-             (task.kv_head * group + row % group) * args.out_head_stride;
+             head_of(task, row) * args.out_head_stride;
     float factor = total == 0 ? 0 : 1 / total;
-    for (int64_t d = 0; d < args.head_dim; d += W)
-      store(out + d, load(sums + d) * factor, std::min<int64_t>(W, args.head_dim - d));
+    if (args.sinks) {
+      float sink = args.sinks[head_of(task, row)], best = std::max(maximum, sink);
+      float share = std::exp(maximum - best);
+      factor = share / (total * share + std::exp(sink - best));
+    }
+    for (int64_t d = 0; d < args.value_dim; d += W)
+      store(out + d, load(sums + d) * factor, std::min<int64_t>(W, args.value_dim - d));
   }
 
   // Joins the results that `num_splits` tasks, the first of which is `task`, left for the same rows.
@@ -304,7 +314,7 @@ struct Attention {
         for (int64_t d = 0; d < padded_dim; d += W)
           store(first + d, s ? load(first + d) + load(part + d) * factor : load(part + d) * factor);
       }
-      write_row(task, row, first, total);
+      write_row(task, row, first, maximum, total);
     }
   }
 

@@ -21,9 +21,10 @@ void write_kv_token(const WriteKvArgs& args, int64_t token) {
   const T* k = static_cast<const T*>(args.k) + token * args.k_row_stride;
   const T* v = static_cast<const T*>(args.v) + token * args.v_row_stride;
   for (int64_t head = 0; head < args.num_kv_heads; ++head) {
-    size_t size_bytes = args.head_dim * sizeof(T);
-    std::memcpy(cache_entry<T>(args.k_cache, block, head, position), k + head * args.k_head_stride, size_bytes);
-    std::memcpy(cache_entry<T>(args.v_cache, block, head, position), v + head * args.v_head_stride, size_bytes);
+    std::memcpy(cache_entry<T>(args.k_cache, block, head, position), k + head * args.k_head_stride,
+                args.head_dim * sizeof(T));
+    std::memcpy(cache_entry<T>(args.v_cache, block, head, position), v + head * args.v_head_stride,
+                args.value_dim * sizeof(T));
   }
 }
 
