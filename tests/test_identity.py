@@ -28,3 +28,11 @@ def test_a_mix_is_public_if_all_of_it_is() -> None:
     assert Mix.of(B).is_public
     assert not Mix.of(A).is_public
     assert not Mix(((A, 0.5), (B, 0.5))).is_public
+
+
+def test_what_steps_tell_mixes_apart_by_is_made_once() -> None:
+    mix = Mix(((A, 0.5), (B, 1.0)))
+    assert mix.refs == (A, B)
+    assert mix.ids == (A.id, B.id)
+    assert mix.key is mix.key
+    assert mix.refs is mix.refs

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Literal, Self
 
 from manylora.errors import InvalidRequest
@@ -78,6 +78,16 @@ class Mix:
     """
 
     parts: tuple[tuple[AdapterRef, float], ...] = ()
+    # What requests are told apart by in every step, so it is made once: `refs`, their `ids`, and a `key` that is equal
+    # for the same adapters with the same weights, in whatever order, and for no others.
+    refs: tuple[AdapterRef, ...] = field(init=False, repr=False, compare=False)
+    ids: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    key: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "refs", tuple(ref for ref, _ in self.parts))
+        object.__setattr__(self, "ids", tuple(ref.id for ref, _ in self.parts))
+        object.__setattr__(self, "key", repr(sorted((ref.id, weight) for ref, weight in self.parts)))
 
     @classmethod
     def of(cls, adapter: AdapterRef | None) -> Self:
@@ -90,18 +100,9 @@ class Mix:
         return cls(tuple(sorted(((ref, weight) for ref, weight in parts if weight), key=lambda part: part[0].id)))
 
     @property
-    def refs(self) -> tuple[AdapterRef, ...]:
-        return tuple(ref for ref, _ in self.parts)
-
-    @property
     def is_plain(self) -> bool:
         """One adapter as it is, or none."""
         return not self.parts or (len(self.parts) == 1 and self.parts[0][1] == 1.0)
-
-    @property
-    def key(self) -> str:
-        """Equal for the same adapters with the same weights, in whatever order, and for no others."""
-        return repr(sorted((ref.id, weight) for ref, weight in self.parts))
 
     def check(self, num_slots: int) -> None:
         """Raises InvalidRequest for one that has no slots, or whose adapter does more than change rows of a step."""

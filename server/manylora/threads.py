@@ -1,9 +1,10 @@
-"""What a rule about threads is asserted with: who holds a lock, and on which thread this runs."""
+"""What a rule about threads is asserted with, who holds a lock and on which thread this runs; and threads that run."""
 
 import asyncio
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
-__all__ = ["Home", "holds", "on_event_loop", "runs_on"]
+__all__ = ["Home", "holds", "on_event_loop", "runs_on", "started_pool"]
 
 
 def holds(condition: threading.Condition) -> bool:
@@ -40,3 +41,16 @@ class Home:
         if not self._thread_id:
             self._thread_id = threading.get_ident()
         return self._thread_id == threading.get_ident()
+
+
+def started_pool(num_threads: int, name: str) -> ThreadPoolExecutor:
+    """A pool all of whose threads run already, named after `name`.
+
+    A pool starts them when it is given work, and a thread runs where its starter may: whoever is bound to a CPU would
+    bind them, too. None is done before all have been started.
+    """
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
+    all_started = threading.Barrier(num_threads)
+    for _ in range(num_threads):
+        pool.submit(all_started.wait)
+    return pool

@@ -23,7 +23,7 @@ class FakeSlots:
         self.broken: set[str] = set()
         self.pinned: set[str] = set()
         self.hurried: set[str] = set()
-        self.gathered: tuple[AdapterRef, ...] = ()
+        self.gathered: tuple[str, ...] = ()
         self.held: set[AdapterRef] = set()
 
     def acquire(self, ref: AdapterRef, tenant: str | None = None) -> int | None:
@@ -64,29 +64,27 @@ class FakeSlots:
         self.hurried.add(ref.id)
 
     def may_leave(self, ref: AdapterRef) -> bool:
-        return ref.id not in self.pinned and ref not in self.gathered
+        return ref.id not in self.pinned and ref.id not in self.gathered
 
     def acquire_all(self, refs: Collection[AdapterRef], tenant: str | None = None) -> tuple[int, ...] | None:
-        self.gathered = self.gathered or tuple(refs)
+        ids = tuple(ref.id for ref in refs)
+        self.gathered = self.gathered or ids
         found = {ref: slot for ref in refs if (slot := self.acquire(ref, tenant)) is not None}
         if len(found) == len(refs):
-            self.stop_gathering(refs)
+            if self.gathered == ids:
+                self.stop_gathering()
             return tuple(found.values())
         for ref in found:
-            if not self.gathers(refs) or ref in self.held:
+            if self.gathered != ids or ref in self.held:
                 self.release(ref)
-        if self.gathers(refs):
+        if self.gathered == ids:
             self.held |= found.keys()
         return None
 
-    def gathers(self, refs: Collection[AdapterRef]) -> bool:
-        return self.gathered == tuple(refs)
-
-    def stop_gathering(self, refs: Collection[AdapterRef]) -> None:
-        if self.gathers(refs):
-            for ref in self.held:
-                self.release(ref)
-            self.gathered, self.held = (), set()
+    def stop_gathering(self) -> None:
+        for ref in self.held:
+            self.release(ref)
+        self.gathered, self.held = (), set()
 
 
 def ref(name: str) -> AdapterRef:

@@ -1,5 +1,6 @@
 """Several adapters on one request: each module of the base moved by the weighted sum of what each moves it by."""
 
+import contextlib
 import itertools
 import random
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from manylora.engine.interface import FinishReason
+from manylora.errors import Conflict
 from tests.engine.harness import BACKENDS, Rig, available_kernels, build_rig, load
 from tests.engine.oracle import check_greedy, with_adapter, with_mix
 from tests.peft_kinds import KINDS, REFUSED, make_kind
@@ -224,27 +226,47 @@ def test_mixes_that_want_the_same_few_slots_all_get_them(seed: int, plain: Made,
     names = list(plain)[:8]
     rig = build_rig(load(tiny_llama_dir), {name: plain[name] for name in names}, kernel=available_kernels[-1],
                     num_slots=3, max_num_seqs=6, num_blocks=200)  # fmt: skip
-    open_, ended = {}, set()
+    parts_of: dict[str, list[str]] = {}
+    ended, pinned, leaving = set[str](), set[str](), set[str]()
     for n in range(60):
-        parts = rng.sample(names, rng.choice((1, 1, 2, 2, 3)))
+        parts_of[str(n)] = parts = rng.sample(names, rng.choice((1, 1, 2, 2, 3)))
         mix: str | Weights = parts[0] if len(parts) == 1 else {name: rng.choice((0.5, 1.0, -0.5)) for name in parts}
-        open_[str(n)] = rig.add(str(n), PROMPT, mix, tenant=f"t{n % 3}", max_tokens=rng.randint(1, 6))
+        rig.add(str(n), PROMPT, mix, tenant=f"t{n % 3}", max_tokens=rng.randint(1, 6))
+    open_ = {seq.request_id: seq for seq in rig.scheduler.sequences()}
     while rig.engine.has_work:
         for _ in range(rng.randint(1, 8)):
-            rig.step()
+            for output in rig.step():
+                if output.error is not None:
+                    assert "leave no room" in output.error.message
+                    assert len({*parts_of[output.seq.request_id], *pinned}) > 3
         if rng.random() < 0.2:
             name, seq = rng.choice(list(open_.items()))
             if not seq.is_finished:
                 rig.engine.abort([seq])
                 ended.add(name)
+        if rng.random() < 0.3:
+            switch_pin(rig, rng.choice(names), pinned)
+        if rng.random() < 0.3:
+            leaving.add(rng.choice(names))
+        gone = {name for name in leaving if rig.tiers.forget(rig.refs[name], 0)}
+        pinned -= leaving
+        leaving -= gone
     for name, seq in open_.items():
         assert seq.is_finished, name
-        if name not in ended:
+        if name not in ended and seq.finish_reason is not FinishReason.ERROR:
             assert seq.finish_reason is FinishReason.LENGTH, name
             assert len(rig.tokens(name)) == seq.params.max_tokens
     assert not any(row["users"] for row in rig.tiers.residents())
     rig.tiers.check_integrity()
     rig.close()
+
+
+def switch_pin(rig: Rig, name: str, pinned: set[str]) -> None:
+    """Pin an adapter, unless there would be too many then, or let it go."""
+    is_pinned = name in pinned
+    with contextlib.suppress(Conflict):
+        rig.tiers.set_pinned(rig.refs[name], not is_pinned)
+        (pinned.discard if is_pinned else pinned.add)(name)
 
 
 def test_pins_that_leave_no_room_for_a_mix_fail_its_requests_and_nobody_elses(

@@ -18,7 +18,7 @@ from typing import Final, Protocol
 from manylora.engine.block_manager import BlockManager
 from manylora.engine.drafting import Drafter
 from manylora.engine.fairness import FairQueue
-from manylora.engine.interface import AdapterRef, FinishReason, Mix
+from manylora.engine.interface import AdapterRef, FinishReason
 from manylora.engine.room import PromptCost, Room
 from manylora.engine.sequence import Scheduled, Sequence, SequenceStatus
 from manylora.engine.turns import Places, Turns
@@ -38,9 +38,10 @@ class SlotProvider(Places, Protocol):
 
     def acquire_all(self, refs: SequenceOf[AdapterRef], tenant: str | None = None) -> tuple[int, ...] | None: ...
 
-    def gathers(self, refs: SequenceOf[AdapterRef]) -> bool: ...
+    @property
+    def gathered(self) -> tuple[str, ...]: ...
 
-    def stop_gathering(self, refs: SequenceOf[AdapterRef]) -> None: ...
+    def stop_gathering(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -83,7 +84,6 @@ class Scheduler:
         self._drafter = drafter
         self._runs_whole = runs_whole
         self._turns = Turns(self.running, self.waiting, slots, max_num_seqs)
-        self._gathering: Mix | None = None  # whose adapters are brought together
         self._only: Collection[Sequence] | None = None  # the sequences that the plan may name, None for all
         self._failed: list[tuple[Sequence, ManyloraError]] = []
 
@@ -206,7 +206,7 @@ class Scheduler:
     # admission
 
     def _admit(self, work: list[Scheduled], room: Room) -> None:
-        not_ready: set[Mix] = set()
+        not_ready: set[tuple[str, ...]] = set()  # ids of adapters that are not there together
         while room.has_any:
             seq = self._next_ready(not_ready)
             if seq is None:
@@ -248,7 +248,7 @@ class Scheduler:
     def _is_meant(self, seq: Sequence) -> bool:
         return self._only is None or seq in self._only
 
-    def _next_ready(self, not_ready: set[Mix]) -> Sequence | None:
+    def _next_ready(self, not_ready: set[tuple[str, ...]]) -> Sequence | None:
         """The next sequence to serve, its adapters' slots acquired; None when nobody can go on."""
         for tenant in self.waiting.tenants():
             for seq in list(islice(self.waiting.of(tenant), LOOK_AHEAD)):
@@ -256,7 +256,7 @@ class Scheduler:
                     continue
                 if not seq.mix.parts:
                     return seq
-                if seq.mix in not_ready:
+                if seq.mix.ids in not_ready:
                     continue
                 try:
                     ready = self._acquire(seq)
@@ -265,9 +265,10 @@ class Scheduler:
                     continue
                 if ready:
                     return seq
-                not_ready.add(seq.mix)
-        if self._gathering is not None and self._gathering not in not_ready:
-            self._stop_gathering()  # for one that is too far behind to be asked: it would keep places from all others
+                not_ready.add(seq.mix.ids)
+        gathered = self._slots.gathered
+        if gathered and gathered not in not_ready:  # for one too far behind to be asked: it would keep all others out
+            self._slots.stop_gathering()
         return None
 
     def _acquire(self, seq: Sequence) -> bool:
@@ -280,11 +281,6 @@ class Scheduler:
             slots = None if slot is None else (slot,)
         else:
             slots = self._slots.acquire_all(refs, seq.tenant)
-        is_gathered = len(refs) > 1 and self._slots.gathers(refs)
-        if is_gathered:
-            self._gathering = seq.mix
-        elif self._gathering == seq.mix:
-            self._gathering = None
         if slots is not None:
             seq.slots = slots
             return True
@@ -293,7 +289,7 @@ class Scheduler:
             self.num_waiting_for_adapter += 1
             if seq.load_started_s is None:
                 seq.load_started_s = monotonic()
-        self._turns.pass_over(seq, may_lack=is_gathered or len(refs) == 1)
+        self._turns.pass_over(seq, may_lack=len(refs) == 1 or self._slots.gathered == seq.mix.ids)
         return False
 
     def _unacquire(self, seq: Sequence) -> None:
@@ -304,16 +300,12 @@ class Scheduler:
 
     def _give_up(self, seq: Sequence) -> None:
         """It waits no more: for its adapters neither, unless others want them."""
-        if seq.mix == self._gathering and not any(s.mix == seq.mix for s in self.waiting):
-            self._stop_gathering()
+        gathered = self._slots.gathered
+        if gathered and gathered == seq.mix.ids and not any(s.mix.ids == gathered for s in self.waiting):
+            self._slots.stop_gathering()
         for ref in seq.mix.refs:
             if not any(ref in s.mix.refs for s in self.waiting):
                 self._slots.give_up(ref)
-
-    def _stop_gathering(self) -> None:
-        mix, self._gathering = self._gathering, None
-        if mix is not None:
-            self._slots.stop_gathering(mix.refs)
 
     def _take_turns(self, work: list[Scheduled]) -> None:
         chosen = self._turns.choose()

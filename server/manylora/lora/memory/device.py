@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Final
+from typing import Any, Final
 
 from manylora.errors import AdapterLoadFailed, Conflict, ManyloraError
 from manylora.identity import AdapterRef, Tier
@@ -17,6 +17,7 @@ from manylora.lora.memory.slots import Place, SlotBook
 
 # Bringing an adapter back from disk takes about this many times as long as from host memory: it is parsed and packed.
 DISK_COST = 8.0
+_ENOUGH: Final = 2**31  # chances, for as many as try
 
 
 class State(Enum):
@@ -103,6 +104,21 @@ class Entry:
         """Whether the adapter's place could be taken."""
         return self.is_resident and not self.users and not self.is_pinned
 
+    def check_integrity(self) -> None:
+        """Whoever is used or kept for somebody has a place."""
+        assert self.users >= 0
+        assert not self.users or self.state is State.RESIDENT
+        assert not self.is_resident or self.place is not None
+        assert self.state is not State.CLAIMED or not self.is_pinned
+
+
+def no_room_for(entry: Entry, others: str = "") -> AdapterLoadFailed:
+    """The pinned adapters, and `others`, take what it would need, and will for as long as it waits."""
+    return AdapterLoadFailed(
+        f"The pinned adapters{others} leave no room for this one ({entry.size_bytes} bytes): "
+        "unpin one, or raise --adapter-memory or --max-slots."
+    )
+
 
 class TierEvents:
     """What the tiers tell the metrics. The base class says nothing."""
@@ -147,6 +163,23 @@ class DeviceTier:
     def entries(self) -> list[Entry]:
         return list(self._placed.values())
 
+    def rows(self) -> list[dict[str, Any]]:
+        """One per adapter that kernels find."""
+        return [
+            {
+                "slot": e.place.slot,
+                "id": e.ref.id,
+                "tenant": e.ref.tenant,
+                "name": e.ref.name,
+                "version": e.ref.version,
+                "size_bytes": e.size_bytes,
+                "users": e.users,
+                "pinned": e.is_pinned,
+            }
+            for e in self._placed.values()
+            if e.is_resident and e.place is not None
+        ]
+
     def refile(self, entry: Entry) -> bool:
         """File an adapter anew whose users, pin or claim have changed. True if it may be evicted only from now on."""
         assert self._is_held()
@@ -164,10 +197,14 @@ class DeviceTier:
         self._policy.on_use(entry.ref.id, entry.size_bytes, cost)
 
     def num_chances(self, entry: Entry, typical_bytes: int, *, is_hurried: bool) -> int:
-        """How many adapters like this one might find a place now. A guess: of unread ones the size is not known."""
+        """How many adapters like this one might find a place now. A guess: of unread ones the size is not known.
+
+        Where waiting is for ever, whoever tries hears of it and takes no chance from anybody.
+        """
         size = max(1, entry.size_bytes or typical_bytes)
         free = min(self.book.num_slots - self.book.num_used, self.book.free_bytes // size)
-        return free + len(self._victims(is_hurried=is_hurried))
+        chances = free + len(self._victims(is_hurried=is_hurried))
+        return chances if chances or not self.keeps_all(entry) else _ENOUGH
 
     def _victims(self, *, is_hurried: bool) -> Mapping[str, Entry]:
         return self._evictable or (self._claimed if is_hurried else {})
@@ -175,8 +212,8 @@ class DeviceTier:
     def make_room(self, entry: Entry, packed: PackedAdapter, *, is_hurried: bool) -> bool:
         """Give `entry` a place, evicting idle adapters as needed; False while all that could leave is in use.
 
-        One that `is_hurried` takes those kept for other requests, too. Raises AdapterLoadFailed where waiting would be
-        for ever.
+        One that `is_hurried` takes those kept for other requests, too. Raises AdapterLoadFailed where it never can have
+        one: it is larger than the budget, or than what the pinned ones leave of it.
         """
         assert self._is_held()
         if not self.book.can_ever_hold(packed.layout):
@@ -188,7 +225,8 @@ class DeviceTier:
         while place is None:
             victim = self._policy.victim(self._victims(is_hurried=is_hurried))
             if victim is None:
-                self.check_room_beside_pins(entry)
+                if all(e.is_pinned and e.is_resident for e in self._placed.values()):
+                    raise no_room_for(entry)
                 return False
             evicted = self._placed[victim]
             self.evict(evicted)
@@ -227,16 +265,10 @@ class DeviceTier:
         """Whether slabs hold more than their adapters take."""
         return self.book.free_bytes > self.book.budget_bytes - self.book.used_bytes
 
-    def check_room_beside_pins(self, entry: Entry) -> None:
-        """Raises AdapterLoadFailed where all that has a place stays: it is pinned, or gathered with this one."""
-        placed = self._placed.values()
-        num_fixed = sum(e.is_resident and (e.is_pinned or (entry.is_gathered and e.is_gathered)) for e in placed)
-        if num_fixed == len(placed):
-            others = " and the others of the request" if any(e.is_gathered for e in placed) else ""
-            raise AdapterLoadFailed(
-                f"The pinned adapters{others} leave no room for this one ({entry.size_bytes} bytes): "
-                "unpin one, or raise --adapter-memory or --max-slots."
-            )
+    def keeps_all(self, entry: Entry) -> bool:
+        """Whether all that has a place stays for as long as `entry` waits: it is pinned, or gathered with this one."""
+        kept = (e.is_resident and (e.is_pinned or (entry.is_gathered and e.is_gathered)) for e in self._placed.values())
+        return bool(self._placed) and all(kept)
 
     def check_pins(self, pinned: list[Entry], entry: Entry) -> None:
         """Whether `entry` may be pinned beside `pinned`. Raises Conflict."""

@@ -13,7 +13,6 @@ request has taken it, so that those who wait do not push each other out.
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -27,13 +26,14 @@ from manylora.errors import (
 )
 from manylora.identity import AdapterRef, Tier
 from manylora.lora.format.spec import Adapter
-from manylora.lora.memory.device import DeviceTier, Entry, State, TierEvents
+from manylora.lora.memory.device import DeviceTier, Entry, State, TierEvents, no_room_for
 from manylora.lora.memory.device_memory import DeviceMemory
+from manylora.lora.memory.gathering import Gathering
 from manylora.lora.memory.host import HostCache
 from manylora.lora.memory.line import LoadLine, WaitingLine
 from manylora.lora.memory.packing import PackedAdapter
 from manylora.lora.memory.slots import SlotBook
-from manylora.threads import holds, runs_on
+from manylora.threads import holds, runs_on, started_pool
 
 __all__ = ["AdapterTiers", "Packer", "Reader", "TierEvents"]
 
@@ -73,13 +73,8 @@ class AdapterTiers:
         self._waiting: WaitingLine[str] = WaitingLine()  # asked for and not resident
         self._typical_bytes = 0  # of an adapter that was not read yet: as the last one that was
         self._loads: LoadLine[str] = LoadLine(num_threads)  # those whose load has yet to get a thread
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix=_LOADER)
-        # It starts its threads when it is given work, and a thread runs where its starter may: the one that steps may
-        # be bound to a CPU, so it must not be the one to start a loader's. None ends before all have been started.
-        all_started = threading.Barrier(num_threads)
-        for _ in range(num_threads):
-            self._pool.submit(all_started.wait)
-        self._gathered: tuple[str, ...] = ()  # ids of those that are brought together
+        self._pool = started_pool(num_threads, _LOADER)  # the thread that steps may be bound to a CPU
+        self._gathering = Gathering(self._hold, self._let_go)
         self._closed = False
 
     # what the engine calls
@@ -101,48 +96,52 @@ class AdapterTiers:
     def acquire_all(self, refs: Sequence[AdapterRef], tenant: str | None = None) -> tuple[int, ...] | None:
         """The slots of several adapters, in their order, with one more user each; None while any is on its way.
 
-        All or none. Those that are there could leave while the others come, and two that wait for each other's would
-        wait for ever. So one group at a time is gathered: what is there of it stays. Who asks first while none is
-        gathered has its group gathered, until it gets all or says `stop_gathering`.
+        All or none. One group at a time is gathered (`gathering.py`), until it has all, or `stop_gathering`. Raises
+        AdapterLoadFailed when files of one cannot be brought in, or where there never is room for all together.
         """
         with self._lock:
-            entries = [self._entry(ref) for ref in refs]
-            for entry in entries:
-                self._raise_error_of(entry)
-            if all(entry.is_resident for entry in entries):
-                slots = tuple(self._take(entry) for entry in entries)
-                self.stop_gathering(refs)
-                return slots
-            if not self._gathered:
-                self._gathered = tuple(entry.ref.id for entry in entries)
+            entries = list(map(self._entry, refs))
+            try:
+                return self._acquire_all(entries, tenant)
+            except BaseException:
+                if self._gathering.is_of(entries):
+                    self._gathering.end()
                 for entry in entries:
-                    entry.is_gathered = True
-                    if entry.is_resident:
-                        self._hold(entry)
-            for entry in entries:
-                if not entry.is_resident:
-                    self._want_for(entry, tenant)
-                    if entry.is_gathered and self.lacks_room(entry.ref):
-                        self._device.check_room_beside_pins(entry)
-            return None
-
-    def gathers(self, refs: Sequence[AdapterRef]) -> bool:
-        """Whether these are what is gathered."""
-        return self._gathered == tuple(ref.id for ref in refs)
-
-    def stop_gathering(self, refs: Sequence[AdapterRef]) -> None:
-        """Let go of what is there of a group, if it is the one that is gathered. Another one may be from now on."""
-        with self._lock:
-            if not self.gathers(refs):
-                return
-            self._gathered = ()
-            for ref in refs:
-                entry = self._entries[ref.id]
-                entry.is_gathered = False
-                if entry.is_resident:
-                    self.release(ref)
-                else:
                     self._settle(entry)
+                raise
+
+    def _acquire_all(self, entries: Sequence[Entry], tenant: str | None) -> tuple[int, ...] | None:
+        gathering = self._gathering
+        if gathering.is_of(entries):
+            gathering.raise_error()
+        for entry in entries:
+            self._raise_error_of(entry)
+        if all(entry.is_resident for entry in entries):
+            slots = tuple(self._take(entry) for entry in entries)
+            if gathering.is_of(entries):
+                gathering.end()
+            return slots
+        if gathering.may_begin(entries, self._is_near):
+            gathering.begin(entries)
+            self._room_appeared()  # whoever was refused may hear now that there never is room for all
+        for entry in entries:
+            if not entry.is_resident:
+                self._want_for(entry, tenant)
+        return None
+
+    def _is_near(self, e: Entry) -> bool:
+        """Whether it lacks nothing but a place, or is not read before there is one since host memory is full."""
+        return e.place is not None or e.ref in self._host or self._waiting.was_refused(e.ref.id)
+
+    @property
+    def gathered(self) -> tuple[str, ...]:
+        """The ids of those that are gathered, in the order of the refs that `acquire_all` was given."""
+        return self._gathering.ids
+
+    def stop_gathering(self) -> None:
+        """Let go of what is there of the group that is gathered, if there is one. Another one may be from now on."""
+        with self._lock:
+            self._gathering.end()
 
     def _take(self, entry: Entry) -> int:
         """The slot of one that is resident, with one more user."""
@@ -178,6 +177,13 @@ class AdapterTiers:
             if entry.users == 0:
                 self._idle.notify_all()
                 self._refile(entry)
+
+    def _let_go(self, entry: Entry) -> None:
+        """It is gathered no more."""
+        if entry.is_resident:
+            self.release(entry.ref)
+        else:
+            self._settle(entry)
 
     def give_up(self, ref: AdapterRef) -> None:
         """Nobody waits for this adapter any more."""
@@ -244,10 +250,12 @@ class AdapterTiers:
             entry.unclaim()
             if not pinned:
                 self.give_up(ref)  # requests that wait for it ask again
+                self._gathering.reconsider()
             elif not entry.is_resident:
                 self._want(entry)
             else:
                 self._refile(entry)
+            self._room_appeared()  # whoever was refused may hear now whether there is room beside the pins
 
     def forget(self, ref: AdapterRef, timeout_s: float | None = None, *, heir: AdapterRef | None = None) -> bool:
         """Wait until nobody uses or loads the adapter, then free its memory. False if `timeout_s` ran out.
@@ -265,9 +273,11 @@ class AdapterTiers:
             self._leave_line(entry)
             if not self._idle.wait_for(lambda: not entry.users and not entry.is_loading, timeout_s):
                 return False
+            self._leave_line(entry)  # which one who asked meanwhile has joined
             self._device.evict(entry)
             self._host.bequeath(ref, heir)
             self._entries.pop(ref.id, None)
+            self._gathering.reconsider()
             self._room_appeared()
             return True
 
@@ -283,32 +293,18 @@ class AdapterTiers:
     def residents(self) -> list[dict[str, Any]]:
         """One row per adapter on the device, for the dashboard's map of slots."""
         with self._lock:
-            return [
-                {
-                    "slot": e.place.slot,
-                    "id": e.ref.id,
-                    "tenant": e.ref.tenant,
-                    "name": e.ref.name,
-                    "version": e.ref.version,
-                    "size_bytes": e.size_bytes,
-                    "users": e.users,
-                    "pinned": e.is_pinned,
-                }
-                for e in self._device.entries()
-                if e.is_resident and e.place is not None
-            ]
+            return self._device.rows()
 
     def residency(self) -> dict[str, Any]:
         """The fields of `engine.interface.Residency`."""
         with self._lock:
             placed = sorted((e for e in self._device.entries() if e.is_resident), key=lambda entry: entry.ref.id)
-            waiting = [entry for entry in self._entries.values() if entry.ref.id in self._waiting]
             return {
                 "num_slots": self.book.num_slots,
                 "device": tuple(entry.ref for entry in placed),
                 "host": tuple(self._host),
                 "running": tuple(entry.ref for entry in placed if entry.users),
-                "waiting": tuple(entry.ref for entry in waiting),
+                "waiting": tuple(entry.ref for key, entry in self._entries.items() if key in self._waiting),
                 "pinned": frozenset(entry.ref.id for entry in self._entries.values() if entry.is_pinned),
             }
 
@@ -336,6 +332,8 @@ class AdapterTiers:
         if entry.state is State.WAITING or self._loads.discard(entry.ref.id):
             self._waiting.end(entry.ref.id)
             entry.to(State.AWAY)
+        if entry.is_gathered:
+            self._gathering.end()
 
     def _want_for(self, entry: Entry, tenant: str | None) -> None:
         asker = entry.ref.tenant if tenant is None else tenant
@@ -455,14 +453,19 @@ class AdapterTiers:
                 return False
             seen = self._waiting.moment
             is_hurried = self._waiting.is_hurried(key)
-            if self._waiting.yields(key) or not self._device.make_room(entry, packed, is_hurried=is_hurried):
+            yields = self._waiting.yields(key) and not self._device.keeps_all(entry)  # or both would wait for ever
+            if yields or not self._device.make_room(entry, packed, is_hurried=is_hurried):
                 self._waiting.refuse(key, seen)
+                if self._device.keeps_all(entry):
+                    self._gathering.fail(no_room_for(entry, " and the others of the request"))
+                    self._events.on_failure(entry.ref)
                 return False
         try:
             self._device.fill(entry, packed)
         except BaseException:
             with self._lock:
                 self._device.give_back(entry)
+                self._waiting.room_appeared()
             raise
         return True
 
@@ -473,7 +476,8 @@ class AdapterTiers:
         self._device.publish(entry, packed, is_claimed=is_claimed)
         if entry.is_gathered:
             self._hold(entry)
-        if self._device.has_unused_places:  # its slab may give them away now that it is filled
+        if self._device.has_unused_places or entry.is_pinned or entry.is_gathered:
+            # Its slab may give them away now that it is filled; or whoever was refused hears that there never is room.
             self._waiting.room_appeared()
         self._device.count_use(entry, is_on_host=entry.ref in self._host)
 
@@ -483,16 +487,13 @@ class AdapterTiers:
             self._device.check_integrity()
             self._host.check_integrity()
             for key, entry in self._entries.items():
-                assert entry.users >= 0
-                assert not entry.users or entry.state is State.RESIDENT
-                assert not entry.is_resident or entry.place is not None
+                entry.check_integrity()
                 assert not (entry.is_resident and key in self._waiting)
                 assert entry.state not in (State.WAITING, State.QUEUED) or key in self._waiting
                 assert entry.state is not State.AWAY or key not in self._waiting
                 assert (entry.state is State.QUEUED) == (key in self._loads)
-                assert entry.state is not State.CLAIMED or not entry.is_pinned
-            assert {key for key, entry in self._entries.items() if entry.is_gathered} == set(self._gathered)
-            assert all(not e.is_gathered or not e.is_resident or e.users for e in self._entries.values())
+            assert {key for key, entry in self._entries.items() if entry.is_gathered} == set(self.gathered)
+            self._gathering.check_integrity()
             assert all(key in self._entries for key in self._waiting.first(len(self._waiting)))
             assert all(self._entries.get(e.ref.id) is e for e in self._device.entries())
             self._waiting.check_integrity()
