@@ -58,7 +58,7 @@ def test_every_file_that_a_file_names_is_served(client: TestClient) -> None:
         seen.add(name)
         answer = client.get(f"/{name}")
         assert answer.status_code == 200, name
-        names += [f"{name.rpartition('/')[0]}/{other}" for other in re.findall(r'from "\./([\w.-]+)"', answer.text)]
+        names += [f"{name.rpartition('/')[0]}/{other}" for other in re.findall(r'from "\./([\w./-]+)"', answer.text)]
     served = {name.split("/", 3)[3] for name in seen}
     assert served == {str(path.relative_to(FOLDER)) for path in SOURCES if path.suffix != ".html"}
 
@@ -100,7 +100,7 @@ def test_no_file_names_another_host(path: Path) -> None:
     for namespace in NAMESPACES:
         text = text.replace(namespace, "")
     if "vendor" in path.parts:  # the library's licence line names its home
-        text = re.sub(r"/\*!.*?\*/", "", text)
+        text = re.sub(r"/\*[*!].*?\*/", "", text, flags=re.DOTALL)
     assert re.findall(r"(?:https?:)?//[\w-]+\.[\w.]+", text) == []
 
 

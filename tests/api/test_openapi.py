@@ -51,7 +51,7 @@ async def test_every_example_runs(settings: Settings, tmp_path: Path) -> None:
     allowing = settings.model_copy(update={"import_allow": (f"file://{tmp_path / 'allowed'}",)})
     async with running(allowing, "ops:admin") as rig:
         for seed in (1.0, 2.0):
-            await rig.push("billing", sound_files(seed), "ops:admin")
+            await rig.push("billing", {**sound_files(seed), "README.md": b"# Bills"}, "ops:admin")
         key, _ = KeyStore(rig.catalog.database).create("acme", Role.USER)
         schema = (await rig.call("GET", "/openapi.json")).json()
         values = {**PARAMETERS, "key_id": key.id}

@@ -2,15 +2,18 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Request, expect
 from safetensors.numpy import load_file, save_file
 
+from manylora.identity import CONFIG_FILE, TENSOR_FILE
 from tests.e2e.conftest import Server
 
 from .conftest import NAMES, OpenPage, complete, upload
@@ -360,3 +363,130 @@ def test_an_adapter_that_names_another_base_is_marked_in_the_table_the_drawer_an
     page.get_by_role("button", name="Report").first.click()
     expect(page.locator(".version-report .warnings")).to_contain_text("Qwen/Qwen2.5-0.5B-Instruct")
     httpx.delete(f"{server.url}/v1/adapters/stranger")
+
+
+CARD = f"""---
+widget:
+- text: The quick brown
+- text: {HOSTILE}
+---
+# A *card*
+
+{HOSTILE} [no](javascript:document.title=1) [yes](https://example.org/a)
+![pixel](https://example.org/pixel.png)
+
+<script>document.title=1</script>
+
+| asked | wanted |
+| --- | --- |
+| `1\\|1` | **two** |
+
+{">" * 3000} deep
+"""
+
+
+def test_a_card_is_shown_as_text_and_its_examples_are_tried(
+    open_page: OpenPage, server: Server, folders: dict[str, Path]
+) -> None:
+    upload(server.url, folders["spare"], "carded")
+    card = CARD.rpartition("\n>")[0]
+    files = [("files", (n, (folders["spare"] / n).read_bytes())) for n in (CONFIG_FILE, TENSOR_FILE)]
+    files.append(("files", ("README.md", card.encode())))
+    said = httpx.post(f"{server.url}/v1/adapters", data={"name": "carded"}, files=files, timeout=60).json()
+    assert (said["version"], said["card_bytes"]) == (1, len(card.encode()))
+    page = open_page().page
+    drawer = open_adapter(page, "carded")
+    drawer.get_by_role("button", name="Card").click()
+    prose = drawer.locator(".prose")
+    expect(prose.locator("h4")).to_have_text("A card")
+    expect(prose).to_contain_text(HOSTILE)
+    expect(prose).to_contain_text("<script>document.title=1</script>")
+    expect(prose.locator("img, script, style, iframe")).to_have_count(0)
+    links = prose.locator("a")
+    expect(links).to_have_text(["yes", "pixel"])
+    for attribute, value in (("href", "https://example.org/a"), ("rel", "noopener noreferrer nofollow")):
+        expect(links.first).to_have_attribute(attribute, value)
+    expect(prose.locator("td code")).to_have_text("1|1")
+    expect(drawer.locator(".example")).to_have_text([PROMPT, HOSTILE])
+    drawer.locator(".example").first.click()
+    expect(page.locator("#try-prompt")).to_have_value(PROMPT)
+    expect(page.locator("#try-adapter")).to_have_value("carded")
+    expect(page.locator("#try-form .example")).to_have_text([PROMPT, HOSTILE])  # on the box's own shelf, too
+    assert page.title() == "manylora"
+
+
+def test_a_card_nested_beyond_reason_is_its_plain_text(
+    open_page: OpenPage, server: Server, folders: dict[str, Path]
+) -> None:
+    files = [("files", (n, (folders["other"] / n).read_bytes())) for n in (CONFIG_FILE, TENSOR_FILE)]
+    files.append(("files", ("README.md", CARD.encode())))
+    assert httpx.post(f"{server.url}/v1/adapters", data={"name": "deep"}, files=files, timeout=60).status_code == 201
+    drawer = open_adapter(open_page().page, "deep")
+    drawer.get_by_role("button", name="Card").click()
+    expect(drawer.locator(".prose > pre")).to_contain_text(HOSTILE)
+
+
+def test_two_versions_hold_a_conversation_that_can_be_copied(
+    open_page: OpenPage, server: Server, folders: dict[str, Path]
+) -> None:
+    upload(server.url, folders["spare"], "talker")
+    upload(server.url, folders["other"], "talker", activate="false")
+    visit = open_page(permissions=["clipboard-read", "clipboard-write"])
+    page = visit.page
+    expect(page.locator("#try-other")).to_have_value("tiny")
+    expect(page.locator("#try-names option[value='talker@2']")).to_have_count(1)
+    bodies: list[dict[str, Any]] = []
+
+    def note(request: Request) -> None:
+        if request.url.endswith("/chat/completions"):
+            bodies.append(json.loads(request.post_data or ""))
+
+    page.on("request", note)
+    page.locator("#try-adapter").fill("talker")
+    page.locator("#try-other").fill("talker@2")
+    page.locator("#try-system").fill("Be it's own.")
+    page.locator("#try-tokens").fill("8")
+    page.locator("#try-seed").fill("7")
+    page.locator("#try-talk").check()
+    for number, prompt in enumerate((PROMPT, "And 'then'?")):
+        page.locator("#try-prompt").fill(prompt)
+        page.locator("#try-prompt").press("Control+Enter")
+        expect(page.locator(".asked")).to_have_count(2 * (number + 1))
+        expect(page.locator("#try-form button[type=submit]")).to_be_enabled()
+    expect(page.locator(".pane h3")).to_have_text(["Adapter: talker", "Adapter: talker@2"])
+    for body, pane in zip(sorted(bodies[2:], key=lambda b: b["model"]), page.locator(".pane").all(), strict=True):
+        first = pane.locator(".said").first.text_content()
+        turns = [("system", "Be it's own."), ("user", PROMPT), ("assistant", first), ("user", "And 'then'?")]
+        assert [(m["role"], m["content"]) for m in body["messages"]] == turns
+        assert (body["seed"], body["max_tokens"], "top_p" in body) == (7, 8, False)
+    page.locator("#try-prompt").fill("And 'then'?")
+    page.get_by_role("button", name="New conversation").click()
+    expect(page.locator(".asked")).to_have_count(0)
+    page.get_by_role("button", name="Copy as curl").click()
+    expect(page.locator(".toast").last).to_contain_text("Copied")
+    command: str = page.evaluate("navigator.clipboard.readText()")
+    ran = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True, timeout=60)
+    answer = json.loads(ran.stdout)
+    assert answer["model"] == "talker"
+    page.get_by_role("button", name="Copy as Python").click()
+    expect(page.locator(".toast").last).to_contain_text("Copied as Python")
+    program: str = page.evaluate("navigator.clipboard.readText()")
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    assert ran.stdout.strip() == answer["choices"][0]["message"]["content"].strip()
+
+
+def test_a_copied_request_takes_the_key_from_the_environment(
+    open_page: OpenPage, keyed_server: Server, keys: dict[str, str]
+) -> None:
+    visit = open_page(keyed_server, {401}, permissions=["clipboard-read", "clipboard-write"])
+    page = visit.page
+    page.locator("#key-input").fill(keys["user"])
+    page.get_by_role("button", name="Use key").click()
+    expect(page.locator("#try-other")).to_have_value("tiny")
+    page.locator("#try-prompt").fill(PROMPT)
+    for kind, wanted in (("curl", "Bearer $MANYLORA_KEY"), ("Python", 'os.environ.get("MANYLORA_KEY"')):
+        page.get_by_role("button", name=f"Copy as {kind}").click()
+        expect(page.locator(".toast").last).to_contain_text(f"Copied as {kind}")
+        text: str = page.evaluate("navigator.clipboard.readText()")
+        assert wanted in text
+        assert keys["user"] not in text

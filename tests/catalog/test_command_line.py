@@ -230,3 +230,16 @@ def test_validate_finds_offline_the_problems_that_a_push_finds(shell: Shell, tin
     problems = [json.loads(result.stdout)["error"]["problems"] for result in (offline, pushed)]
     assert problems[0] == problems[1]
     assert {problem["code"] for problem in problems[0]} == {"bad_config", "unknown_config_key"}
+
+
+def test_the_card_of_a_version_is_shown_as_it_came(shell: Shell, folder: Path) -> None:
+    (folder / "README.md").write_text("# 账单\n\n- a [list]\n", encoding="utf-8")
+    shell.json("acme:manager", "adapters", "push", str(folder), "--name", "carded")
+    for label in ("carded", "carded@1"):
+        shown = shell.run("acme:user", "adapters", "show", label, "--card")
+        assert (shown.exit_code, shown.stdout) == (0, "# 账单\n\n- a [list]\n")
+    assert shell.json("acme:user", "adapters", "show", "carded", "--card")["examples"] == []
+    (folder / "README.md").unlink()
+    shell.json("acme:manager", "adapters", "push", str(folder), "--name", "cardless")
+    missing = shell.run("acme:user", "adapters", "show", "cardless", "--card")
+    assert (missing.exit_code, "README.md" in missing.stderr) == (4, True)

@@ -179,8 +179,9 @@ def test_offline_it_is_read_alike(trained: Path, tmp_path: Path) -> None:
 
     for adapter in (rules.read(trained), rules.read(tmp_path / "out", others)):
         check_warning(adapter.warnings)
-    # A template is unpacked, since defaults may name it, and said to be left aside where none do.
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [CONFIG_FILE, TENSOR_FILE, "chat_template.jinja"]
+    # A template is unpacked, since defaults may name it, and said to be left aside where none do. A card is kept.
+    unpacked = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert unpacked == ["README.md", CONFIG_FILE, TENSOR_FILE, "chat_template.jinja"]
     assert not (tmp_path / "opened").exists()
 
 

@@ -127,10 +127,11 @@ def _keys(url: str) -> list[str]:
     return sorted(key for key in found if key.endswith((CONFIG_FILE, TENSOR_FILE)))
 
 
-def test_a_bucket_gives_its_two_files(s3: str, target: Path) -> None:
-    _put(f"{s3}/team/a", {**sound_files(), "README.md": b"x"})
+def test_a_bucket_gives_an_adapters_files(s3: str, target: Path) -> None:
+    files = {**sound_files(), "README.md": b"x"}
+    _put(f"{s3}/team/a", {**files, "notes.txt": b"x"})
     fetch(f"{s3}/team/a/", target, allow=(f"{s3}/team",), max_bytes=2**20)
-    assert {p.name: p.read_bytes() for p in target.iterdir()} == sound_files()
+    assert {p.name: p.read_bytes() for p in target.iterdir()} == files
 
 
 def test_a_bucket_without_an_adapter_says_so(s3: str, target: Path) -> None:

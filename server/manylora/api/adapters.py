@@ -1,5 +1,6 @@
 """The adapter routes: upload, import, list, show, download, promote, pin, delete, and vLLM's two."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,10 +21,11 @@ from manylora.api.mixed import Mixed, MixedAdapter
 from manylora.api.naming import looked_up, mixed, parse_model
 from manylora.api.ownership import not_found, owner_of, target_tenant, version_number
 from manylora.api.state import ServicesDep
+from manylora.catalog.card import examples_of
 from manylora.catalog.defaults import shown
 from manylora.catalog.records import MAX_DESCRIPTION, MAX_NOTE, AdapterRecord, Payer, Published, VersionRecord, Wish
 from manylora.catalog.service import Catalog
-from manylora.errors import AdapterNotFound, Conflict, InvalidRequest, PermissionDenied, quoted
+from manylora.errors import AdapterNotFound, Conflict, InvalidRequest, NotFound, PermissionDenied, quoted
 from manylora.identity import MAX_MIXED, PUBLIC_TENANT
 from manylora.tenants.interface import Principal, Role
 
@@ -252,6 +254,16 @@ def _add_reads(router: APIRouter, catalog: Catalog) -> None:
         record, version = await version_of(catalog, caller, name, n, tenant)
         return JSONResponse(_version_view(catalog, record, version))
 
+    @router.get("/v1/adapters/{name}/versions/{n}/card")
+    async def get_card(name: str, n: str, caller: Caller, tenant: TenantQuery = None) -> Response:
+        """The version's README.md as it came in, and the prompts that its front matter gives as examples."""
+        _, version = await version_of(catalog, caller, name, n, tenant)
+        text = await catalog.card(version)
+        if not text:
+            raise NotFound(f"'{version.ref.label}' has no card. Upload it again with a README.md beside its files.")
+        facts = {"object": "adapter.card", "name": version.ref.name, "version": version.ref.version}
+        return JSONResponse({**facts, "text": text, "examples": await asyncio.to_thread(examples_of, text)})
+
     @router.get("/v1/adapters/{name}/versions/{n}/download")
     async def download_version(name: str, n: str, caller: Manager, tenant: TenantQuery = None) -> Response:
         """The version as a .tar.gz in PEFT layout, its files byte for byte as they came in."""
@@ -432,6 +444,7 @@ def _version_view(catalog: Catalog, adapter: AdapterRecord, version: VersionReco
         "size_bytes": version.size_bytes,
         "mix": _mix_view(version),
         "created": version.created_s,
+        "card_bytes": version.card_bytes,
         "tier": catalog.tier_of(version.ref),
         "defaults": shown(version.defaults),
         "report": {"base_model": None, **version.report, "base_model_differs": catalog.has_other_name(version)},
@@ -470,6 +483,7 @@ def adapter_view(catalog: Catalog, adapter: AdapterRecord) -> dict[str, Any]:
         "rank": active.rank if active else None,
         "size_bytes": adapter.sums.size_bytes,
         "mix": _mix_view(active) if active else None,
+        "card_bytes": active.card_bytes if active else None,
         "tier": catalog.tier_of(active.ref) if active else None,
         "defaults": shown(active.defaults) if active else None,
     }

@@ -11,6 +11,7 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import IO, Final, Protocol, cast
 from manylora.catalog.records import VersionRecord
 from manylora.errors import InvalidAdapter, Problem, TooLarge
 from manylora.faults import file_errors
-from manylora.identity import ADAPTER_FILES, BROUGHT_FILES, DEFAULTS_FILE, TEMPLATE_FILE
+from manylora.identity import ADAPTER_FILES, BROUGHT_FILES, CARD_FILE, DEFAULTS_FILE, TEMPLATE_FILE
 from manylora.lora.format.folder import NEEDED
 
 _MAX_MEMBERS: Final = 1024
@@ -270,17 +271,17 @@ def _zip_kind(info: zipfile.ZipInfo) -> str:
     return "folder" if info.orig_filename.endswith("/") else "file"
 
 
-def pack(folder: Path, version: VersionRecord, scratch: Path) -> IO[bytes]:
-    """A version's files as a .tar.gz in PEFT layout, byte for byte as they came in, and its defaults, if it has some.
+def pack(folder: Path, version: VersionRecord, card: str, scratch: Path) -> IO[bytes]:
+    """A version's files as a .tar.gz in PEFT layout, byte for byte as they came in, with defaults and card.
 
-    The result is an open file at its beginning, without a name, which is gone when closed. One version always packs to
-    the same bytes. Weights hardly compress, so the fastest level is used. Raises StorageFull or StoreUnavailable.
+    The result is an open file at its beginning, without a name, which is gone when closed. The same texts always pack
+    to the same bytes. Weights hardly compress, so the fastest level is used. Raises StorageFull or StoreUnavailable.
     """
     with file_errors("The download cannot be packed"):
-        return _pack(folder, version, scratch)
+        return _pack(folder, version, {DEFAULTS_FILE: version.defaults, CARD_FILE: card}, scratch)
 
 
-def _pack(folder: Path, version: VersionRecord, scratch: Path) -> IO[bytes]:
+def _pack(folder: Path, version: VersionRecord, texts: Mapping[str, str], scratch: Path) -> IO[bytes]:
     created = version.created_s
     file = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115  the caller closes it, after sending
     try:
@@ -293,10 +294,11 @@ def _pack(folder: Path, version: VersionRecord, scratch: Path) -> IO[bytes]:
                 info.size, info.mtime, info.mode = (folder / name).stat().st_size, created, 0o644
                 with (folder / name).open("rb") as source:
                     tar.addfile(info, source)
-            if version.defaults:
-                info = tarfile.TarInfo(DEFAULTS_FILE)
-                info.size, info.mtime, info.mode = len(version.defaults.encode()), created, 0o644
-                tar.addfile(info, BytesIO(version.defaults.encode()))
+            for name, text in texts.items():
+                if data := text.encode():
+                    info = tarfile.TarInfo(name)
+                    info.size, info.mtime, info.mode = len(data), created, 0o644
+                    tar.addfile(info, BytesIO(data))
         file.seek(0)
     except BaseException:
         file.close()

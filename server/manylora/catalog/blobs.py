@@ -16,6 +16,7 @@ from typing import IO, Final
 
 from manylora.catalog import labels
 from manylora.catalog.archive import pack
+from manylora.catalog.card import card_of
 from manylora.catalog.copies import Copies
 from manylora.catalog.directory import missing
 from manylora.catalog.files import blob_of_folder
@@ -71,7 +72,7 @@ class Blobs:
         return done
 
     def relabel(self, version: VersionRecord | None) -> None:
-        """Write the label again of a version whose defaults were changed, or that was made active. A mix has none."""
+        """Write the label again of a version whose defaults or card changed, or that became active. A mix has none."""
         if version is not None and version.blob:
             with self._locked(version.blob):
                 self._label(version)
@@ -171,7 +172,7 @@ class Blobs:
         check_has_files(version)
         folder = self._folder(version.blob, version.ref)
         with self._locked(version.blob):
-            return pack(folder, version, scratch)
+            return pack(folder, version, card_of(self._database, version.ref.id), scratch)
 
     def sweep(self, orphan_days: float) -> None:
         """At start, before anything is served: put store and registry in order. Nothing is deleted but old orphans."""

@@ -1,8 +1,8 @@
 """What the registry knows of a version, written beside its files, so that a store can be registered again without it.
 
 One small file for each version: `labels/<blob>.<version id>.json`. The registry is the truth, labels are a copy for the
-day when it is lost. Of what they say only the defaults change and when the version was made active; the label is then
-written again, after the registry.
+day when it is lost. Of what they say only defaults and card change, and when the version was made active; the label is
+then written again, after the registry.
 """
 
 import re
@@ -58,6 +58,7 @@ class Label(BaseModel):
     size_bytes: int
     report: dict[str, Any]
     defaults: str = ""
+    card: str = ""
     virtual_tokens: int = 0
     invocation: str = ""
     switched: int | None = None

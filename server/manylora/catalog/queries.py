@@ -263,4 +263,5 @@ def add_version(session: Session, row: AdapterRow, new: NewVersion, base: str, d
 
 def adopted_version(row: AdapterRow, label: Label) -> VersionRow:
     facts = label.model_dump(exclude={"version_id", "tenant", "name", "switched"})
-    return VersionRow(id=label.version_id, adapter_id=row.id, **{**facts, "target_modules": list(label.target_modules)})
+    facts |= {"target_modules": list(label.target_modules), "card_bytes": len(label.card.encode())}
+    return VersionRow(id=label.version_id, adapter_id=row.id, **facts)

@@ -31,6 +31,8 @@ class Wish:
 
     `defaults` is the canonical text of what came as `manylora.json`. The same content with others is a new version.
 
+    `card` is the text of what came as `README.md`: the version has it from then on, whether it is new or was there.
+
     `payer` None: the operator's own, which the owner's share of the engine runs and nobody is charged for.
     """
 
@@ -41,6 +43,7 @@ class Wish:
     activate: bool | None = None
     payer: Payer | None = None
     defaults: str | None = None
+    card: str | None = None
     author: Author = SERVER
 
 
@@ -90,6 +93,7 @@ class VersionRecord:
     created: int
     defaults: str
     mix: tuple[SavedPart, ...]
+    card_bytes: int
 
     @property
     def created_s(self) -> int:
@@ -229,6 +233,7 @@ def version_record(adapter: AdapterRow, row: VersionRow, base: BaseSignature) ->
         created=row.created,
         defaults=row.defaults,
         mix=parts_of(row.mix),
+        card_bytes=row.card_bytes,
     )
 
 

@@ -269,6 +269,9 @@ class Registry:
         if wish.activate:
             row.active_version = newest.version
         fields = _change(session, row, wish.pinned, wish.description)
+        if wish.card not in (None, newest.card):
+            newest.card, newest.card_bytes = wish.card or "", len((wish.card or "").encode())
+            fields += [] if is_new else ["card"]
         mixes.check_not_pinned(session, row)
         if is_new or row.active_version != was or fields:
             action = "upload" if is_new else "change" if row.active_version == was else "promote"

@@ -19,7 +19,8 @@ from manylora.catalog import base_signature, folders, sources
 from manylora.catalog.base_names import BaseNames
 from manylora.catalog.belonging import check_owner
 from manylora.catalog.blobs import Blobs
-from manylora.catalog.defaults import DefaultsCheck, canonical, not_used, read_file
+from manylora.catalog.card import card_of
+from manylora.catalog.defaults import DefaultsCheck, canonical
 from manylora.catalog.directory import Directory, Listed, missing
 from manylora.catalog.files import FolderLock
 from manylora.catalog.following import Follower
@@ -53,7 +54,7 @@ from manylora.database.database import Database, open_database
 from manylora.database.notices import Notices
 from manylora.database.replicas import Replicas
 from manylora.engine.interface import AdapterRef, EngineClient, Mix, Tier
-from manylora.errors import InvalidAdapter, InvalidSettings, ManyloraError, Problem
+from manylora.errors import InvalidSettings, ManyloraError
 from manylora.identity import ADAPTER_FILES, BROUGHT_FILES, PUBLIC_TENANT, SERVER, TIERS, Author, check_name
 from manylora.lora.format.folder import names_in
 from manylora.lora.format.reader import Adapter, ModuleSpec
@@ -255,14 +256,14 @@ class Catalog:
                 await self._quarantine.validate(Brought(found.path))  # says what is there instead, such as a pickle
             await asyncio.to_thread(sources.copy_bounded, files, folder, self._rules.max_bytes)
             brought = Brought(folder, await asyncio.to_thread(names_in, found.path))
-            adapter, defaults = await self._validated(brought, wish.tenant)
-            wish = replace(wish, defaults=defaults)
+            adapter, wish = await self._quarantine.accept(brought, wish, self._checked_defaults)
             look = partial(self._registry.was_in_folder, wish, adapter.digest, found.stamp)
             was_there, known = await self.database.run(look)
             if not was_there:
                 done = await self._publish(wish, folder, adapter, found.stamp)
             elif known is not None:
                 await asyncio.to_thread(self._blobs.mend, folder, known.version.blob)
+                await self._labelled(wish, known)
         if was_there:
             folders.say_kept(found, known)
             return known
@@ -271,27 +272,14 @@ class Catalog:
     async def _add(self, receive: Callable[[Path], Awaitable[tuple[Wish, Brought]]]) -> Published:
         async with self._quarantine.folder() as quarantine:
             wish, brought = await receive(quarantine)
-            adapter, defaults = await self._validated(brought, wish.tenant)
-            done = await self._publish(replace(wish, defaults=defaults), brought.folder, adapter)
+            adapter, wish = await self._quarantine.accept(brought, wish, self._checked_defaults)
+            done = await self._publish(wish, brought.folder, adapter)
         return await self._with_pin(done)
 
-    async def _validated(self, brought: Brought, tenant: str) -> tuple[Adapter, str | None]:
-        """The adapter, and the defaults that came with it, as text. Raises InvalidAdapter with all problems."""
-        problems: list[Problem] = []
-        adapter, text = None, None
-        try:
-            beside = await asyncio.to_thread(not_used, brought.folder, brought.left_aside)
-            adapter = await self._quarantine.validate(replace(brought, left_aside=beside))
-        except InvalidAdapter as error:
-            problems += error.problems
-        try:
-            defaults = await asyncio.to_thread(read_file, brought.folder)
-            text = None if defaults is None else await self._checked_defaults(defaults, tenant)
-        except InvalidAdapter as error:
-            problems += error.problems
-        if adapter is None or problems:
-            raise InvalidAdapter(problems)
-        return adapter, text
+    async def _labelled(self, wish: Wish, done: Published) -> None:
+        """Have a version's label say the card that came for it again."""
+        if wish.card is not None:
+            await asyncio.to_thread(self._blobs.relabel, done.version)
 
     async def _publish(self, wish: Wish, folder: Path, adapter: Adapter, stamp: Folder | None = None) -> Published:
         stored = self._newest_with(wish, adapter.digest)
@@ -299,6 +287,7 @@ class Catalog:
             await asyncio.to_thread(self._blobs.mend, folder, stored.blob)
         done = await self.database.run(partial(self._registry.republish, wish, adapter.digest, folder=stamp))
         if done is not None:
+            await self._labelled(wish, done)
             return done
         size, pinned = adapter.size_bytes, bool(wish.pinned)
         await self.database.run(partial(self._registry.check_quota, wish.tenant, wish.name, size, pinned=pinned))
@@ -381,6 +370,10 @@ class Catalog:
         if self.directory.blob_of(version.ref.id) is None:
             raise missing(version.ref.name, version.ref.version)
         return await asyncio.to_thread(self._blobs.pack, version, self._scratch)
+
+    async def card(self, version: VersionRecord) -> str:
+        """The version's card, empty where it has none."""
+        return await self.database.run(partial(card_of, self.database, version.ref.id))
 
     def has_other_name(self, version: VersionRecord) -> bool:
         """Whether the adapter names another model as its base than the one that is served."""

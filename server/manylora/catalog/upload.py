@@ -16,6 +16,8 @@ from typing import Any, Final
 
 from manylora.catalog.archive import unpack
 from manylora.catalog.base_names import BaseNames
+from manylora.catalog.card import read_card
+from manylora.catalog.defaults import not_used, read_file
 from manylora.catalog.files import blob_of_folder
 from manylora.catalog.receive import Received
 from manylora.catalog.records import MAX_DESCRIPTION, MAX_NOTE, NewVersion, Payer, Wish, new_id
@@ -30,6 +32,8 @@ from manylora.lora.format.spec import BaseWeights
 
 # Hears what a tenant's upload has run, of which adapter and how many tokens; returns once that is kept for good.
 Charge = Callable[[str, AdapterRef, int], Awaitable[None]]
+# Makes text of the defaults that came for a tenant's adapter, once they are found to be right.
+CheckedDefaults = Callable[[Mapping[str, Any], str], Awaitable[str]]
 
 _BOOLEANS: Final = {"true": True, "1": True, "false": False, "0": False}
 # Each validation holds an adapter's tensors; a few at once keep the processors busy.
@@ -117,6 +121,26 @@ class Quarantine:
         """Read and check the files, a few uploads at a time. Raises InvalidAdapter with every problem."""
         async with self._validations:
             return await asyncio.to_thread(self._rules.read, brought.folder, brought.left_aside)
+
+    async def accept(self, brought: Brought, wish: Wish, checked: CheckedDefaults) -> tuple[Adapter, Wish]:
+        """The adapter, and the wish with what came beside it. Raises InvalidAdapter with all problems."""
+        problems: list[Problem] = []
+        adapter, text = None, None
+        try:
+            beside = await asyncio.to_thread(not_used, brought.folder, brought.left_aside)
+            adapter = await self.validate(replace(brought, left_aside=beside))
+        except InvalidAdapter as error:
+            problems += error.problems
+        try:
+            defaults = await asyncio.to_thread(read_file, brought.folder)
+            text = None if defaults is None else await checked(defaults, wish.tenant)
+        except InvalidAdapter as error:
+            problems += error.problems
+        if adapter is None or problems:
+            raise InvalidAdapter(problems)
+        card, warning = await asyncio.to_thread(read_card, brought.folder)
+        adapter.warnings.extend([] if warning is None else [warning])
+        return adapter, replace(wish, defaults=text, card=card)
 
     async def unpack(self, received: Received) -> Brought:
         """The adapter's files, from either form of upload. Raises InvalidAdapter or TooLarge."""

@@ -28,8 +28,9 @@ from manylora.cli.answers import (
     server,
     show_problems,
     table,
+    write_text,
 )
-from manylora.cli.mixes import mixed_of
+from manylora.cli.shown import or_dash, show_adapter, show_version, show_warnings, status_of
 from manylora.client.adapters import publication_of
 from manylora.errors import InvalidAdapter
 from manylora.identity import ADAPTER_FILES, BROUGHT_FILES
@@ -95,7 +96,7 @@ def push(
         console.print(f"{version['name']}@{version['version']} is {version['status']} and {active}", markup=False)
         for line in next_steps(publication_of(version), tenant=tenant):
             console.print(line, markup=False, soft_wrap=True)
-        _show_warnings(version["report"]["warnings"])
+        show_warnings(version["report"]["warnings"])
 
 
 class _Watched:
@@ -142,11 +143,6 @@ def _tenant(tenant: str | None) -> dict[str, str]:
     return {} if tenant is None else {"tenant": tenant}
 
 
-def _show_warnings(warnings: list[str]) -> None:
-    for warning in warnings:
-        console.print("warning:", warning, style="yellow", markup=False)
-
-
 @app.command("list")
 def list_adapters(
     tenant: OfTenant = None,
@@ -172,32 +168,18 @@ def list_adapters(
         [
             a["name"],
             a["tenant"],
-            _or_dash(a["active_version"]),
-            _status(a),
+            or_dash(a["active_version"]),
+            status_of(a),
             str(a["num_versions"]),
-            _or_dash(a["rank"]),
+            or_dash(a["rank"]),
             in_bytes(a["size_bytes"]),
-            _or_dash(a["tier"]),
+            or_dash(a["tier"]),
             "yes" if a["pinned"] else "",
             as_time(a["created"]),
         ]
         for a in found
     ]
     console.print(table(columns, rows))
-
-
-def _status(found: dict[str, Any]) -> str:
-    """Of an adapter or a version, in words."""
-    if found["status"] == "other_base":
-        return "made for another base"
-    if found["status"] == "missing_part":
-        return "a mix that lacks an adapter"
-    facts = found.get("report", found)
-    return f"names {facts['base_model']}" if facts["base_model_differs"] else _or_dash(found["status"])
-
-
-def _or_dash(value: object) -> str:
-    return "-" if value is None else str(value)
 
 
 def _split(label: str, *, needs_version: bool = False) -> tuple[str, str | None]:
@@ -209,21 +191,39 @@ def _split(label: str, *, needs_version: bool = False) -> tuple[str, str | None]
 
 
 @app.command()
-def show(label: Label, tenant: OfTenant = None, as_json: AsJson = False) -> None:
+def show(
+    label: Label,
+    card: Annotated[bool, typer.Option("--card", help="The README.md that came with it.")] = False,
+    tenant: OfTenant = None,
+    as_json: AsJson = False,
+) -> None:
     """An adapter with its versions, or one version with its report."""
     name, number = _split(label)
     path = f"/v1/adapters/{name}"
     with server(as_json=as_json) as remote:
-        if number:
+        if card:
+            found = _card(remote, path, number, _tenant(tenant))
+        elif number:
             found = remote.call("GET", f"{path}/versions/{number}", params=_tenant(tenant))
         else:
             found = _with_all_versions(remote, path, _tenant(tenant))
     if as_json:
         print_json(found)
+    elif card:
+        write_text(found["text"])
     elif number:
-        _show_version(found)
+        show_version(found)
     else:
-        _show_adapter(found)
+        show_adapter(found)
+
+
+def _card(remote: Remote, path: str, number: str | None, params: dict[str, str]) -> dict[str, Any]:
+    """Of a version, or of the active one where none is named; the newest where none is active."""
+    if number is None:
+        adapter = remote.call("GET", path, params={"limit": "1", **params})
+        number = adapter["active_version"] or adapter["newest_version"]
+    found: dict[str, Any] = remote.call("GET", f"{path}/versions/{number}/card", params=params)
+    return found
 
 
 def _with_all_versions(remote: Remote, path: str, params: dict[str, str]) -> dict[str, Any]:
@@ -236,60 +236,6 @@ def _with_all_versions(remote: Remote, path: str, params: dict[str, str]) -> dic
         versions |= {version["version"]: version for version in page["versions"]}
         before = page["next_before"]
     return {**found, "versions": [versions[number] for number in sorted(versions)]}
-
-
-def _show_adapter(found: dict[str, Any]) -> None:
-    console.print(f"{found['name']} of {found['tenant']}", markup=False, style="bold")
-    if found["description"]:
-        console.print(found["description"], markup=False)
-    rows = [
-        [
-            str(v["version"]),
-            "active" if v["active"] else "",
-            _status(v),
-            str(v["rank"]),
-            mixed_of(v) or in_bytes(v["size_bytes"]),
-            v["tier"],
-            v["digest"][:12],
-            as_time(v["created"]),
-        ]
-        for v in found["versions"]
-    ]
-    console.print(table(["version", "", "status", "rank", "size", "tier", "digest", "created"], rows))
-    told = [[name, json.dumps(value, ensure_ascii=False)] for name, value in _defaults(found)]
-    if told:
-        console.print(table(["default", f"of version {found['active_version']}"], told))
-
-
-def _show_version(found: dict[str, Any]) -> None:
-    rows = [[key, str(found[key])] for key in ("id", "tenant", "active", "pinned", "kind", "rank", "alpha")]
-    rows += [
-        ["status", _status(found)],
-        ["base model", _or_dash(found["report"]["base_model"])],
-        ["target modules", ", ".join(found["target_modules"])],
-        ["modules matched", str(len(found["report"]["matched"]))],
-        *([["mix of", mixed]] if (mixed := mixed_of(found)) else []),
-        ["size", in_bytes(found["size_bytes"])],
-        ["tier", found["tier"]],
-        ["digest", found["digest"]],
-        ["created", as_time(found["created"])],
-        *([f"default {name}", json.dumps(value, ensure_ascii=False)] for name, value in _defaults(found)),
-        *([] if mixed else [["effect", _effect(found["report"]["effect"])]]),
-    ]
-    console.print(f"{found['name']}@{found['version']}", markup=False, style="bold")
-    console.print(table(["", ""], rows))
-    _show_warnings(found["report"]["warnings"])
-
-
-def _defaults(found: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Of an adapter or a version; a server of an earlier release shows none."""
-    return list((found.get("defaults") or {}).items())
-
-
-def _effect(effect: dict[str, float] | None) -> str:
-    if effect is None:
-        return "not measured: registered by a rescan of the store"
-    return f"logits move by up to {effect['max_abs_logit_delta']:.4g}, KL {effect['kl']:.4g} nats"
 
 
 @app.command()
@@ -345,7 +291,7 @@ def _done(change: dict[str, Any]) -> str:
 
 def _switch(change: dict[str, Any]) -> str:
     before, after = change["from_version"], change["to_version"]
-    return "" if before == after else f"{_or_dash(before)} → {_or_dash(after)}"
+    return "" if before == after else f"{or_dash(before)} → {or_dash(after)}"
 
 
 def _by(by: dict[str, Any]) -> str:
@@ -487,4 +433,4 @@ def validate(
         return
     matched = len(found["report"]["matched"])
     console.print(f"sound: rank {found['rank']}, {matched} modules, {in_bytes(found['size_bytes'])}", markup=False)
-    _show_warnings(found["report"]["warnings"])
+    show_warnings(found["report"]["warnings"])

@@ -115,6 +115,14 @@ def print_json(value: Any) -> None:
     sys.stdout.write(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode() + "\n")
 
 
+def write_text(text: str) -> None:
+    """Text of a model or a stranger, at once; without control characters to a terminal, which would obey them."""
+    if sys.stdout.isatty():
+        text = "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
 def show_problems(problems: list[Mapping[str, str]]) -> None:
     """What is wrong with an adapter, on standard error, one paragraph each."""
     for problem in problems:

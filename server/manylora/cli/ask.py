@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from manylora.cli.answers import USAGE, Remote, complaints, console, fail, print_json, server
+from manylora.cli.answers import USAGE, Remote, complaints, console, fail, print_json, server, write_text
 
 __all__ = ["register"]
 
@@ -122,8 +122,7 @@ def _show(remote: Remote, model: str, asked: _Asked, question: str) -> str:
         for text in _texts(last):
             first_s = first_s or time.monotonic() - began
             texts.append(text)
-            sys.stdout.write(_harmless(text) if sys.stdout.isatty() else text)
-            sys.stdout.flush()
+            write_text(text)
     sys.stdout.write("\n")
     if sys.stderr.isatty():
         complaints.print(_figures(last, first_s, time.monotonic() - began), style="dim", markup=False)
@@ -135,11 +134,6 @@ def _texts(event: dict[str, Any]) -> Iterator[str]:
         text = choice["delta"].get("content") if "delta" in choice else choice["text"]
         if text:
             yield text
-
-
-def _harmless(text: str) -> str:
-    """For a terminal, which would obey control characters that a model writes."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)
 
 
 def _figures(last: dict[str, Any], first_s: float, whole_s: float) -> str:

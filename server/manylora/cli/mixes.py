@@ -5,8 +5,9 @@ from typing import Annotated, Any
 import typer
 
 from manylora.cli.answers import USAGE, console, fail, print_json, server
+from manylora.cli.shown import mixed_of
 
-__all__ = ["mixed_of", "register"]
+__all__ = ["register"]
 
 
 def register(app: typer.Typer) -> None:
@@ -47,8 +48,3 @@ def _part(text: str) -> dict[str, Any]:
         return {"name": label, "weight": float(weight) if sign else 1.0}
     except ValueError:
         fail(f"'{text}' is not ADAPTER=WEIGHT.", USAGE)
-
-
-def mixed_of(version: dict[str, Any]) -> str:
-    """What a version is made of; empty for one with files, and from a server of an earlier release."""
-    return " + ".join(f"{part['weight']:g} x {part['name']}@{part['version']}" for part in version.get("mix") or ())

@@ -69,7 +69,7 @@ class VersionRow(Base):
     `digest` is the canonical content's hash, `blob` addresses the bytes in the store, `base` says which shapes of
     base model it was validated against. `virtual_tokens` are the positions that it takes before each prompt,
     `invocation` the token ids, with spaces between them, from which on it acts. A saved mix has a `mix`
-    (`catalog.saved_mix`) and no `blob`.
+    (`catalog.saved_mix`) and no `blob`. `card` is the README.md that came last with it.
     """
 
     __tablename__ = "versions"
@@ -95,6 +95,9 @@ class VersionRow(Base):
     virtual_tokens: Mapped[int] = mapped_column(server_default="0", default=0)
     invocation: Mapped[str] = mapped_column(server_default="", default="")
     mix: Mapped[str] = mapped_column(server_default="", default="")
+    # Read when somebody asks for it, and not with the row.
+    card: Mapped[str] = mapped_column(server_default="", default="", deferred=True)
+    card_bytes: Mapped[int] = mapped_column(server_default="0", default=0)
 
 
 class ChangeRow(Base):

@@ -13,8 +13,6 @@ from manylora.errors import InvalidRequest
 from manylora.identity import CONFIG_FILE, TENSOR_FILE
 from manylora.lifecycle.output import safetensors_as_os_errors
 
-CARD = "README.md"
-
 
 def write_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> int:
     """Write config and tensors into an existing folder; the size of the weights in bytes. Raises OSError."""

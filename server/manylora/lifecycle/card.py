@@ -1,19 +1,21 @@
 """The README.md of an adapter: what it does, how it was made, how it scored."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from manylora.lifecycle.adapter_files import CARD
+from manylora.identity import CARD_FILE
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """The parts of a card; empty ones are left out."""
+    """The parts of a card; empty ones are left out. `examples` are prompts to try, in its front matter."""
 
     title: str
     facts: tuple[tuple[str, str], ...] = ()
     sections: tuple[tuple[str, str], ...] = field(default=())
+    examples: tuple[str, ...] = ()
 
     @staticmethod
     def of_training(title: str, command: str, report: dict[str, Any]) -> "Card":
@@ -39,7 +41,9 @@ class Card:
         return Card(title, facts, (("How it was made", f"```\n{command}\n```"),) if command else ())
 
     def markdown(self) -> str:
-        lines = [f"# {self.title}", ""]
+        widget = [f"- text: {json.dumps(text, ensure_ascii=False)}" for text in self.examples]
+        front = ["---", "widget:", *widget, "---", ""] if widget else []
+        lines = [*front, f"# {self.title}", ""]
         if self.facts:
             lines += ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in self.facts), ""]
         for heading, text in self.sections:
@@ -57,7 +61,7 @@ def with_section(markdown: str, heading: str, text: str, *, before: str) -> str:
 
 
 def write_card(folder: Path, card: Card) -> None:
-    (folder / CARD).write_text(card.markdown(), encoding="utf-8")
+    (folder / CARD_FILE).write_text(card.markdown(), encoding="utf-8")
 
 
 def _kind(lora: dict[str, Any]) -> str:

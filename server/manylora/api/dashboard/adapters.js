@@ -91,9 +91,9 @@ export class AdapterTable {
     this.draw(false);
   }
 
-  /** Names for the try-it box. */
-  names(mayUse) {
-    return this.listed.filter((a) => a.status === "ready" && mayUse(a.tenant)).map((a) => a.name);
+  /** Adapters that the try-it box may ask. */
+  usable(mayUse) {
+    return this.listed.filter((a) => a.status === "ready" && mayUse(a.tenant));
   }
 
   show(stats) {

@@ -24,7 +24,7 @@ const charts = new Charts(
 const tiles = new Tiles();
 const meters = new Meters();
 const tryIt = new TryIt(session);
-const detail = new Detail(session, { onchange: () => loadAdapters(), ontry: (label) => tryIt.choose(label) });
+const detail = new Detail(session, { onchange: () => loadAdapters(), ontry: (label, prompt) => tryIt.choose(label, prompt) });
 const table = new AdapterTable((adapter) => detail.open(adapter));
 const slots = new SlotMap((resident) => detail.open(resident));
 const uploader = new Uploader(session, { onuploaded: () => loadAdapters() });
@@ -75,7 +75,7 @@ async function loadAdapters() {
     if (isAnswer(error)) toast(error.message, "bad");
     return; // without an answer: the next poll tells whether the server is gone
   }
-  tryIt.setNames(table.names((tenant) => session.mayUse(tenant)));
+  tryIt.setNames(table.usable((tenant) => session.mayUse(tenant)));
 }
 
 const isAnswer = (error) => error instanceof ApiError;

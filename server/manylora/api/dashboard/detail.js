@@ -2,6 +2,7 @@
 
 import { download, getJson, send } from "./api.js";
 import { baseRemark } from "./adapters.js";
+import { cardView } from "./card.js";
 import { byId, confirmed, h, toast } from "./dom.js";
 import { bytes, day } from "./format.js";
 import { historyView } from "./history.js";
@@ -137,6 +138,7 @@ export class Detail {
     const path = `/versions/${version.version}`;
     const buttons = version.mix ? [] : [
       fold("Report", async () => ({ element: reportView(await getJson(this.path(adapter, path))) })),
+      ...(version.card_bytes ? [fold("Card", () => this.card(version))] : []),
       ...(Object.keys(version.defaults).length ? [fold("Defaults", () => ({ element: defaultsView(version.defaults) }))] : []),
       fold("Inspect", () => Inspection.load(this.path(adapter, `${path}/inspection`))),
     ];
@@ -156,6 +158,15 @@ export class Detail {
       h("p", { class: "hint" }, `${version.mix ? mixOf(version.mix) : `${version.kind}, rank ${version.rank} · ${bytes(version.size_bytes)}`} · ${day(version.created)}${notReady[version.status] ?? ""}`),
       h("div", { class: "version-actions" }, buttons),
       place);
+  }
+
+  /** The README.md that came with a version, with its examples for those who may try them. */
+  async card(version) {
+    const { adapter } = this;
+    const label = version.version === adapter.active_version ? adapter.name : `${adapter.name}@${version.version}`;
+    const mayTry = version.status === "ready" && this.session.mayUse(adapter.tenant);
+    const card = await getJson(this.path(adapter, `/versions/${version.version}/card`));
+    return { element: cardView(card, mayTry ? (prompt) => this.tryIt(label, prompt) : null) };
   }
 
   /** A button for who changed the adapter and when, where the visitor may know. */
@@ -200,9 +211,9 @@ export class Detail {
     button.setAttribute("aria-expanded", "false");
   }
 
-  tryIt(label) {
+  tryIt(label, prompt = null) {
     this.dialog.close();
-    this.ontry(label);
+    this.ontry(label, prompt);
   }
 
   async remove() {

@@ -1,144 +1,175 @@
-// The same prompt through an adapter and through the base, streamed side by side.
+// The same prompt through two of them, adapters, versions or the base, streamed side by side, once or as a conversation.
 
-import { stream } from "./api.js";
-import { byId, h, setText } from "./dom.js";
-import { count, ms, rate } from "./format.js";
+import { getJson } from "./api.js";
+import { exampleList } from "./card.js";
+import { byId, h, setText, toast } from "./dom.js";
+import { Pane } from "./pane.js";
+import { asCurl, asPython } from "./snippets.js";
 
-/** One answer being written. */
-class Pane {
-  constructor(title) {
-    this.title = h("h3", {}, title);
-    this.badge = h("span", { class: "hint" });
-    this.text = h("div", { class: "answer", tabindex: 0 });
-    this.foot = h("p", { class: "answer-foot", role: "status" }, "Not run yet.");
-    this.element = h("section", { class: "pane", "aria-busy": "false" }, h("div", { class: "pane-head" }, this.title, this.badge), this.text, this.foot);
-    this.text.setAttribute("aria-label", `Answer of ${title}`);
-  }
-
-  async run(path, body, signal) {
-    const started = performance.now();
-    let first = null;
-    let tokens = null;
-    let chunks = 0;
-    this.text.textContent = "";
-    delete this.element.dataset.state;
-    setText(this.badge, "");
-    setText(this.foot, "Waiting…");
-    this.element.setAttribute("aria-busy", "true");
-    try {
-      for await (const event of stream(path, body, signal)) {
-        const piece = event.choices?.[0]?.text ?? event.choices?.[0]?.delta?.content ?? "";
-        if (piece) {
-          first ??= performance.now();
-          chunks += 1;
-          this.text.append(piece);
-        }
-        if (event.usage) tokens = event.usage.completion_tokens;
-        if (event.manylora) this.origin(event.manylora);
-        setText(this.foot, this.summary(started, first, tokens ?? chunks));
-      }
-    } catch (error) {
-      if (error.name === "AbortError") setText(this.foot, `Stopped. ${this.foot.textContent}`);
-      else {
-        this.element.dataset.state = "bad";
-        setText(this.foot, error.message);
-        if (error.status === 401) throw error;
-      }
-    } finally {
-      this.element.setAttribute("aria-busy", "false");
-    }
-  }
-
-  origin({ adapter, load_tier: tier, ttft_ms: ttft }) {
-    this.ttft = ttft;
-    setText(this.badge, adapter ? `${adapter.name}@${adapter.version} · from ${tier}` : "no adapter");
-  }
-
-  summary(started, first, tokens) {
-    if (first === null) return "Waiting…";
-    const seconds = (performance.now() - first) / 1000;
-    const speed = tokens > 1 && seconds > 0 ? ` · ${rate((tokens - 1) / seconds)} tokens/s` : "";
-    return `first token after ${ms(first - started)} · ${count(tokens)} tokens${speed}`;
-  }
-}
+const field = (label, control, size = "") => h("label", { class: size }, h("span", {}, label), control);
+const number = (id, attributes) => h("input", { id, type: "number", ...attributes });
 
 export class TryIt {
   constructor(session) {
     this.session = session;
     this.base = null;
+    this.known = new Map(); // adapters that may be asked, by name
+    this.shownFor = null; // the version whose examples are shown
     this.left = new Pane("Adapter");
     this.right = new Pane("Base");
     this.build();
   }
 
   build() {
-    this.adapter = h("input", { id: "try-adapter", list: "try-adapters", autocomplete: "off", spellcheck: "false", placeholder: "adapter or adapter@2" });
-    this.names = h("datalist", { id: "try-adapters" });
-    this.mode = h("select", { id: "try-mode" }, h("option", { value: "chat" }, "Chat"), h("option", { value: "completion" }, "Completion"));
-    this.tokens = h("input", { id: "try-tokens", type: "number", min: 1, max: 4096, value: 96, required: true });
-    this.temperature = h("input", { id: "try-temperature", type: "number", min: 0, max: 2, step: 0.1, value: 0, required: true });
+    const chooser = (id) => h("input", { id, list: "try-names", autocomplete: "off", spellcheck: "false", placeholder: "adapter, adapter@2 or the base", onchange: () => this.chosen() });
+    this.adapter = chooser("try-adapter");
+    this.other = chooser("try-other");
+    this.names = h("datalist", { id: "try-names" });
+    this.mode = h("select", { id: "try-mode", onchange: () => this.chosen() }, h("option", { value: "chat" }, "Chat"), h("option", { value: "completion" }, "Completion"));
+    this.tokens = number("try-tokens", { min: 1, max: 4096, value: 96, required: true });
+    this.temperature = number("try-temperature", { min: 0, max: 2, step: 0.1, value: 0, required: true });
+    this.topP = number("try-top-p", { min: 0.05, max: 1, step: 0.05, placeholder: "1" });
+    this.seed = number("try-seed", { min: 0, step: 1, placeholder: "by chance" });
+    this.system = h("textarea", { id: "try-system", rows: 1, placeholder: "A system message before the prompt" });
     this.prompt = h("textarea", { id: "try-prompt", rows: 3, required: true, placeholder: "Write something for both to answer" });
-    this.go = h("button", { type: "submit", class: "primary" }, "Run both");
+    this.talk = h("input", { id: "try-talk", type: "checkbox", onchange: () => this.forget() });
+    this.go = h("button", { type: "submit", class: "primary", title: "Ctrl-Enter" }, "Run both");
     this.stop = h("button", { type: "button", disabled: true, onclick: () => this.abort?.abort() }, "Stop");
-    const field = (label, control, size = "") => h("label", { class: size }, h("span", {}, label), control);
+    this.fresh = h("button", { type: "button", hidden: true, onclick: () => this.forget() }, "New conversation");
+    this.examples = h("div", { class: "example-shelf" });
+    this.systemField = field("System", this.system);
+    this.talkField = h("label", { class: "check" }, this.talk, h("span", {}, "Conversation"));
     const form = byId("try-form");
     form.replaceChildren(
+      this.systemField,
       field("Prompt", this.prompt, "prompt"),
+      this.examples,
+      h("div", { class: "fields" }, field("First", this.adapter, "grow"), field("Second", this.other, "grow"), this.names, field("As", this.mode)),
       h("div", { class: "fields" },
-        field("Adapter", this.adapter, "grow"), this.names,
-        field("As", this.mode),
-        field("Tokens", this.tokens, "small"),
-        field("Temperature", this.temperature, "small"),
-        h("div", { class: "actions" }, this.go, this.stop)));
+        field("Tokens", this.tokens, "small"), field("Temperature", this.temperature, "small"),
+        field("Top p", this.topP, "small"), field("Seed", this.seed, "small"), this.talkField,
+        h("div", { class: "actions" }, this.go, this.stop, this.fresh,
+          h("button", { type: "button", class: "quiet", onclick: () => this.copy("curl") }, "Copy as curl"),
+          h("button", { type: "button", class: "quiet", onclick: () => this.copy("Python") }, "Copy as Python"))));
     form.addEventListener("submit", (event) => {
       event.preventDefault();
       this.run();
     });
-    this.prompt.addEventListener("keydown", (event) => {
+    form.addEventListener("keydown", (event) => {
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
     });
     byId("try-panes").replaceChildren(this.left.element, this.right.element);
   }
 
-  /** Choose an adapter and bring the box into view. */
-  choose(label) {
+  /** Choose who answers first, with a prompt or without, and bring the box into view. */
+  choose(label, prompt = null) {
     this.adapter.value = label;
+    if (prompt !== null) this.prompt.value = prompt;
+    this.chosen();
     byId("try").scrollIntoView({ block: "start" });
     this.prompt.focus({ preventScroll: true });
   }
 
   setBase(name) {
+    if (this.base === name) return;
+    if ([null, this.base, ""].includes(this.other.value) || this.base === null) this.other.value = name;
     this.base = name;
-    setText(this.right.title, `Base: ${name}`);
+    this.right.name(this.titleOf(this.other.value));
+    this.list();
   }
 
-  setNames(names) {
-    const known = [...this.names.children].map((option) => option.value);
-    if (known.length === names.length && known.every((name, i) => name === names[i])) return;
-    this.names.replaceChildren(...names.map((name) => h("option", { value: name })));
+  /** `adapters` as the list of adapters has them: those that the visitor may ask. */
+  setNames(adapters) {
+    this.known = new Map(adapters.map((adapter) => [adapter.name, adapter]));
+    this.list();
     // Not under somebody's hands: what they type would go on behind the name.
-    if (!this.adapter.value && names.length && document.activeElement !== this.adapter) this.adapter.value = names[0];
+    if (!this.adapter.value && adapters.length && document.activeElement !== this.adapter) this.adapter.value = adapters[0].name;
+    this.showExamples();
   }
 
-  body(model) {
-    const common = { model, max_tokens: Number(this.tokens.value), temperature: Number(this.temperature.value), stream: true, stream_options: { include_usage: true } };
-    return this.mode.value === "chat"
-      ? ["v1/chat/completions", { ...common, messages: [{ role: "user", content: this.prompt.value }] }]
-      : ["v1/completions", { ...common, prompt: this.prompt.value }];
+  /** Offer every adapter, its newest version where that is not active, and the base. */
+  list() {
+    const labels = [...this.known.values()].flatMap(({ name, active_version: active, newest_version: newest }) =>
+      newest === active ? [name] : [name, `${name}@${newest}`]);
+    const wanted = this.base === null ? labels : [...labels, this.base];
+    const there = [...this.names.children].map((option) => option.value);
+    if (there.length === wanted.length && there.every((name, i) => name === wanted[i])) return;
+    this.names.replaceChildren(...wanted.map((name) => h("option", { value: name })));
+  }
+
+  titleOf(label) {
+    return label === this.base ? `Base: ${label}` : `Adapter: ${label}`;
+  }
+
+  /** Something else is to be asked: what was said so far is of no use to it. */
+  chosen() {
+    const isChat = this.mode.value === "chat";
+    this.systemField.hidden = !isChat;
+    this.talkField.hidden = !isChat;
+    if (this.left.turns.length || this.right.turns.length) this.forget();
+    this.showExamples();
+  }
+
+  forget() {
+    for (const pane of [this.left, this.right]) pane.clear();
+    this.fresh.hidden = true;
+    setText(this.go, "Run both");
+  }
+
+  /** Offer the prompts from the card of whoever answers first. */
+  async showExamples() {
+    const [name, version] = this.adapter.value.trim().split("@");
+    const adapter = this.known.get(name);
+    const label = adapter ? `${name}@${version ?? adapter.active_version}` : null;
+    if (label === this.shownFor) return;
+    this.shownFor = label;
+    this.examples.replaceChildren();
+    if (!adapter || (version === undefined && !adapter.card_bytes)) return;
+    const path = `v1/adapters/${encodeURIComponent(name)}/versions/${encodeURIComponent(version ?? adapter.active_version)}`;
+    try {
+      if (version !== undefined && !(await getJson(path)).card_bytes) return;
+      const card = await getJson(`${path}/card`);
+      const shelf = exampleList(card.examples, (text) => { this.prompt.value = text; this.prompt.focus(); });
+      if (this.shownFor === label && shelf) this.examples.replaceChildren(shelf);
+    } catch {
+      // there is no such version, or the server is away: no examples, and running it says why
+    }
+  }
+
+  /** The route and the body of what is asked, after the turns that a conversation has had. */
+  request(model, turns = []) {
+    const given = { top_p: this.topP.value, seed: this.seed.value };
+    const chosen = Object.fromEntries(Object.entries(given).filter(([, value]) => value !== "").map(([name, value]) => [name, Number(value)]));
+    const common = { model, max_tokens: Number(this.tokens.value), temperature: Number(this.temperature.value), ...chosen, stream: true, stream_options: { include_usage: true } };
+    if (this.mode.value !== "chat") return ["v1/completions", { ...common, prompt: this.prompt.value }];
+    const system = this.system.value.trim() ? [{ role: "system", content: this.system.value }] : [];
+    return ["v1/chat/completions", { ...common, messages: [...system, ...turns, { role: "user", content: this.prompt.value }] }];
+  }
+
+  async copy(kind) {
+    const model = this.adapter.value.trim() || this.base;
+    const [path, { stream_options: _, ...body }] = this.request(model, this.left.turns);
+    const text = kind === "curl" ? asCurl(path, { ...body, stream: false }, !this.session.you?.is_open) : asPython(path, body);
+    try {
+      await navigator.clipboard.writeText(text);
+      toast(`Copied as ${kind}, without the key.`);
+    } catch {
+      toast("The browser lets this page copy only over https or on localhost.", "bad");
+    }
   }
 
   async run() {
     if (this.base === null || this.abort) return;
-    const chosen = this.adapter.value.trim();
-    setText(this.left.title, chosen ? `Adapter: ${chosen}` : "Adapter");
+    const sides = [[this.left, this.adapter.value.trim()], [this.right, this.other.value.trim()]];
+    const isTalk = this.talk.checked && this.mode.value === "chat";
+    const asked = this.prompt.value;
     this.abort = new AbortController();
     this.go.disabled = true;
     this.stop.disabled = false;
+    if (!isTalk) this.forget();
     try {
-      const runs = [this.right.run(...this.body(this.base), this.abort.signal)];
-      if (chosen) runs.push(this.left.run(...this.body(chosen), this.abort.signal));
-      else setText(this.left.foot, "Choose an adapter to compare.");
-      await Promise.all(runs);
+      await Promise.all(sides.map(([pane, label]) => this.ask(pane, label, asked, isTalk)));
+      if (isTalk) this.prompt.value = "";
     } catch (error) {
       this.session.ask(error.message);
     } finally {
@@ -146,5 +177,18 @@ export class TryIt {
       this.go.disabled = false;
       this.stop.disabled = true;
     }
+  }
+
+  async ask(pane, label, asked, isTalk) {
+    pane.name(label ? this.titleOf(label) : "Nobody");
+    if (!label) {
+      setText(pane.foot, "Choose an adapter or the base to compare.");
+      return;
+    }
+    const said = await pane.run(...this.request(label, pane.turns), this.abort.signal, isTalk ? asked : null);
+    if (!isTalk || said === null) return;
+    pane.turns.push({ role: "user", content: asked }, { role: "assistant", content: said });
+    this.fresh.hidden = false;
+    setText(this.go, "Ask on");
   }
 }

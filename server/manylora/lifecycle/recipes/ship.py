@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from manylora.errors import InvalidRequest
-from manylora.identity import ADAPTER_FILES, DEFAULTS_FILE
-from manylora.lifecycle.adapter_files import CARD
+from manylora.identity import ADAPTER_FILES, CARD_FILE, DEFAULTS_FILE
 from manylora.lifecycle.card import Card, with_section, write_card
 from manylora.lifecycle.output import atomic_file, atomic_folder
 from manylora.lifecycle.recipes.commands import Places, all_commands, free_name, hold
@@ -83,7 +82,7 @@ def ship_held(recipe: Recipe, report: Path, shipped: Path) -> None:
 
     Raises InvalidRequest where the report is another's, or the folder has no card.
     """
-    card = shipped / CARD
+    card = shipped / CARD_FILE
     for path in (report, card):
         if not path.is_file():
             raise InvalidRequest(f"{path} does not exist: ship the adapter and evaluate it on a server first.")
@@ -154,7 +153,7 @@ def recipe_card(
         ("Data", data),
         ("How it was made", f"```\n{made}\n```\n\n{time}"),
     )
-    return Card(recipe.title, facts, sections)
+    return Card(recipe.title, facts, sections, (recipe.example,))
 
 
 def _ask(recipe: Recipe) -> str:

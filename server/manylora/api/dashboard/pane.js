@@ -1,0 +1,79 @@
+// One of the answers that are written side by side, and the conversation that it is a part of.
+
+import { stream } from "./api.js";
+import { h, setText } from "./dom.js";
+import { count, ms, rate } from "./format.js";
+
+export class Pane {
+  constructor(title) {
+    this.turns = []; // messages so far, the answers of this pane's own model among them
+    this.title = h("h3", {}, title);
+    this.badge = h("span", { class: "hint" });
+    this.text = h("div", { class: "answer", tabindex: 0, role: "region" });
+    this.foot = h("p", { class: "answer-foot", role: "status" }, "Not run yet.");
+    this.element = h("section", { class: "pane", "aria-busy": "false" }, h("div", { class: "pane-head" }, this.title, this.badge), this.text, this.foot);
+    this.name(title);
+  }
+
+  name(title) {
+    setText(this.title, title);
+    this.text.setAttribute("aria-label", `Answer of ${title}`);
+    this.element.setAttribute("aria-label", title);
+  }
+
+  /** Forget the conversation. */
+  clear() {
+    this.turns = [];
+    this.text.replaceChildren();
+  }
+
+  /** Stream one answer; `asked` is shown before it in a conversation. Throws where the visitor has no right to ask. */
+  async run(path, body, signal, asked = null) {
+    const started = performance.now();
+    let first = null;
+    let tokens = null;
+    let chunks = 0;
+    const said = h("div", { class: "said" });
+    this.text.append(...(asked === null ? [] : [h("p", { class: "asked" }, asked)]), said);
+    delete this.element.dataset.state;
+    setText(this.badge, "");
+    setText(this.foot, "Waiting…");
+    this.element.setAttribute("aria-busy", "true");
+    try {
+      for await (const event of stream(path, body, signal)) {
+        const piece = event.choices?.[0]?.text ?? event.choices?.[0]?.delta?.content ?? "";
+        if (piece) {
+          first ??= performance.now();
+          chunks += 1;
+          said.append(piece);
+          this.text.scrollTop = this.text.scrollHeight;
+        }
+        if (event.usage) tokens = event.usage.completion_tokens;
+        if (event.manylora) this.origin(event.manylora);
+        setText(this.foot, this.summary(started, first, tokens ?? chunks));
+      }
+      return said.textContent;
+    } catch (error) {
+      if (error.name === "AbortError") setText(this.foot, `Stopped. ${this.foot.textContent}`);
+      else {
+        this.element.dataset.state = "bad";
+        setText(this.foot, error.message);
+        if (error.status === 401) throw error;
+      }
+      return null;
+    } finally {
+      this.element.setAttribute("aria-busy", "false");
+    }
+  }
+
+  origin({ adapter, load_tier: tier }) {
+    setText(this.badge, adapter ? `${adapter.name}@${adapter.version} · from ${tier}` : "no adapter");
+  }
+
+  summary(started, first, tokens) {
+    if (first === null) return "Waiting…";
+    const seconds = (performance.now() - first) / 1000;
+    const speed = tokens > 1 && seconds > 0 ? ` · ${rate((tokens - 1) / seconds)} tokens/s` : "";
+    return `first token after ${ms(first - started)} · ${count(tokens)} tokens${speed}`;
+  }
+}

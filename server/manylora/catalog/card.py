@@ -1,0 +1,81 @@
+"""An adapter's card: the README.md that came with its files, kept for each version as the text that it is.
+
+A card describes and does nothing: the same content with another card is the same version, which has the newer card.
+What a card says is a stranger's word, so nothing here follows it; whoever shows it makes text of it.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import yaml
+from sqlalchemy import select
+
+from manylora.database.database import Database
+from manylora.database.tables import VersionRow
+from manylora.identity import CARD_FILE
+
+__all__ = ["card_of", "examples_of", "read_card"]
+
+MAX_CARD_BYTES: Final = 131_072
+MAX_FRONT_MATTER: Final = 16_384  # characters
+MAX_EXAMPLES: Final = 8
+_FENCE: Final = "---\n"
+
+
+def read_card(folder: Path) -> tuple[str | None, str | None]:
+    """The card in an adapter's folder and what is wrong with it, as a warning; None for either that there is not."""
+    path = folder / CARD_FILE
+    if not path.is_file():
+        return None, None
+    if path.stat().st_size > MAX_CARD_BYTES:
+        return None, f"{CARD_FILE} has more than {MAX_CARD_BYTES} bytes and is not kept as the card. Shorten it."
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        return None, f"{CARD_FILE} is no UTF-8 text and is not kept as the card."
+    return text.replace("\r\n", "\n"), None
+
+
+def card_of(database: Database, version_id: str) -> str:
+    """A version's card, empty where it has none or is gone."""
+    with database.read() as session:
+        return session.execute(select(VersionRow.card).where(VersionRow.id == version_id)).scalar_one_or_none() or ""
+
+
+def examples_of(card: str) -> list[str]:
+    """Prompts to try, from the `widget` of the card's front matter, as on the Hugging Face hub; none of a broken one.
+
+    Its nodes are read and no objects made of them, so aliases cost nothing. Runs in Python: call it from a thread.
+    """
+    head, fence, _ = card.removeprefix(_FENCE).partition(f"\n{_FENCE}")
+    if not card.startswith(_FENCE) or not fence or len(head) > MAX_FRONT_MATTER:
+        return []
+    try:
+        root = yaml.compose(head, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, RecursionError):
+        return []
+    rows = _value(root, "widget")
+    found = filter(None, map(_prompt_of, rows.value if isinstance(rows, yaml.SequenceNode) else ()))
+    return [text for text, _ in zip(found, range(MAX_EXAMPLES), strict=False)]
+
+
+def _prompt_of(row: yaml.Node) -> str:
+    """The text of one example, or what the user says last in its messages."""
+    text = _value(row, "text")
+    messages = _value(row, "messages")
+    if text is None and isinstance(messages, yaml.SequenceNode):
+        users = (m for m in reversed(messages.value) if _text(_value(m, "role")) == "user")
+        text = _value(next(users, None), "content")
+    return _text(text).strip()
+
+
+def _text(node: yaml.Node | None) -> str:
+    return str(node.value) if isinstance(node, yaml.ScalarNode) else ""
+
+
+def _value(node: yaml.Node | None, key: str) -> yaml.Node | None:
+    pairs: Iterator[tuple[yaml.Node, yaml.Node]] = iter(node.value if isinstance(node, yaml.MappingNode) else ())
+    return next((value for name, value in pairs if _text(name) == key), None)

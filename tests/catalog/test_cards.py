@@ -1,0 +1,105 @@
+"""A README.md beside an adapter's files is its card: kept with the version, shown and handed back."""
+
+from pathlib import Path
+
+import pytest
+
+from manylora.catalog.card import MAX_CARD_BYTES, MAX_EXAMPLES, MAX_FRONT_MATTER, examples_of
+from manylora.settings import Settings
+
+from .rig import running, sound_files, tar_of, write_sound
+
+pytestmark = pytest.mark.anyio
+CARD = "---\nwidget:\n- text: 你好\n---\n# Sums\n\n<script>alert(1)</script>\n"
+KEYS = ("acme:manager", "acme:user", "rival:user", "ops:admin")
+
+
+def with_card(text: str | bytes = CARD, seed: float = 1.0) -> dict[str, bytes]:
+    return {**sound_files(seed), "README.md": text if isinstance(text, bytes) else text.encode()}
+
+
+async def test_a_card_comes_with_every_kind_of_upload_and_stays_with_its_version(settings: Settings) -> None:
+    path = "/v1/adapters/sums/versions"
+    async with running(settings, *KEYS) as rig:
+        first = await rig.push("sums", with_card(), "acme:manager")
+        assert first.json()["card_bytes"] == len(CARD.encode())
+        second = await rig.push_archive("sums", tar_of(with_card("# Newer\n", 2.0), prefix="sums/"), "acme:manager")
+        assert (second.json()["version"], second.json()["card_bytes"]) == (2, 8)
+        said = {"object": "adapter.card", "name": "sums", "version": 1, "text": CARD, "examples": ["你好"]}
+        answer = await rig.call("GET", f"{path}/1/card", "acme:user")
+        assert (answer.json(), answer.headers["content-type"]) == (said, "application/json")
+    async with running(settings) as rig:  # a server that is started again
+        await rig.make_keys("acme:manager", "rival:user")
+        answer = await rig.call("GET", f"{path}/2/card", "acme:manager")
+        assert (answer.json()["text"], answer.json()["examples"]) == ("# Newer\n", [])
+        archive = (await rig.call("GET", f"{path}/2/download", "acme:manager")).content
+        again = await rig.push_archive("copy", archive, "acme:manager")
+        assert again.json()["card_bytes"] == 8
+        foreign = await rig.call("GET", f"{path}/1/card", "rival:user")
+        missing = await rig.call("GET", "/v1/adapters/nosums/versions/1/card", "rival:user")
+        assert foreign.status_code == missing.status_code == 404
+        assert foreign.json()["error"]["message"].replace("sums", "nosums") == missing.json()["error"]["message"]
+
+
+async def test_another_card_for_the_same_content_is_no_new_version(settings: Settings) -> None:
+    async with running(settings) as rig:
+        none = await rig.push("sums")
+        assert none.json()["card_bytes"] == 0
+        missing = await rig.call("GET", "/v1/adapters/sums/versions/1/card")
+        assert missing.status_code == 404
+        assert "README.md" in missing.json()["error"]["message"]
+        again = await rig.push("sums", with_card())
+        assert (again.status_code, again.json()["version"]) == (200, 1)
+        assert again.json()["card_bytes"] == len(CARD.encode())
+        left_alone = await rig.push("sums")  # without one: that one stays
+        assert left_alone.json()["card_bytes"] == len(CARD.encode())
+        history = (await rig.call("GET", "/v1/adapters/sums/history")).json()["data"]
+        assert [(change["action"], change["fields"]) for change in history] == [("change", ["card"]), ("upload", [])]
+        (label,) = (settings.data_dir / "store" / "labels").iterdir()
+        assert "alert(1)" in label.read_text("utf-8")  # so that a rescan of the store brings it back
+
+
+async def test_a_folder_of_the_server_brings_its_card_and_a_newer_one(settings: Settings, tmp_path: Path) -> None:
+    folder = write_sound(tmp_path / "adapters" / "sums")
+    async with running(settings) as rig:
+        for text in ("# One\n", "# Two\n"):
+            (folder / "README.md").write_text(text)
+            await rig.catalog.register_folder(folder.parent)
+            assert (await rig.call("GET", "/v1/adapters/sums/versions/1/card")).json()["text"] == text
+        assert (await rig.call("GET", "/v1/adapters/sums")).json()["num_versions"] == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [(b"x" * (MAX_CARD_BYTES + 1), "Shorten it"), (b"\xff\xfe\x00", "no UTF-8"), (b"a\0b", "no UTF-8")],
+)
+async def test_a_card_that_cannot_be_kept_is_a_warning(settings: Settings, text: bytes, said: str) -> None:
+    async with running(settings) as rig:
+        done = await rig.push("sums", with_card(text))
+        assert done.status_code == 201, done.text
+        assert done.json()["card_bytes"] == 0
+        assert [said in warning for warning in done.json()["report"]["warnings"] if "README.md" in warning] == [True]
+
+
+def test_examples_are_the_hubs_widgets() -> None:
+    turns = "  - {role: user, content: b}\n  - {role: assistant, content: c}\n"
+    told = f"---\nwidget:\n- text: ' a '\n- messages:\n{turns}---\n"
+    assert examples_of(told) == ["a", "b"]
+    many = "---\nwidget:\n" + "".join(f"- text: {n}\n" for n in range(50)) + "---\n"
+    assert examples_of(many) == [str(n) for n in range(MAX_EXAMPLES)]
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "widget: [", "widget: 3", "widget: {text: a}", "widget:\n- 3\n- [a]\n- text: [b]\n- messages: [c]", "- a", "",
+        "widget: " + "[" * 9000, "a: &a [x]\n" + "".join(f"a{n}: &a{n} [*a, *a]\n" for n in range(500)),
+        "widget:\n- text: " + "x" * MAX_FRONT_MATTER, "widget:\n- !!python/object/apply:os.system [id]",
+    ],
+)  # fmt: skip
+def test_odd_front_matter_has_no_examples(head: str) -> None:
+    assert examples_of(f"---\n{head}\n---\n# A card\n") == []
+
+
+def test_a_card_without_an_end_of_its_front_matter_has_no_examples() -> None:
+    assert examples_of("---\nwidget:\n- text: a\n") == []
