@@ -1,10 +1,14 @@
 """Who waits for a place: in line, at no cost, and without pushing each other out."""
 
+import threading
+
 import pytest
 
 from manylora.errors import AdapterLoadFailed, Conflict
+from manylora.lora.memory.packing import PackedAdapter
+from manylora.lora.memory.slots import Place
 from tests.lora.packed import random_packed
-from tests.lora.tier_setup import SHAPES, SMALL, Disk, Setup, ref
+from tests.lora.tier_setup import PATIENCE_S, SHAPES, SMALL, Disk, Setup, ref
 
 
 def _equal(number: int) -> tuple:  # type: ignore[type-arg]
@@ -152,4 +156,27 @@ def test_an_adapter_for_which_pins_leave_no_bytes_fails_instead_of_waiting_for_e
         setup.get(2)
     setup.tiers.set_pinned(ref(0), False)
     assert setup.holds(2, setup.get(2))
+    setup.tiers.close()
+
+
+def test_one_in_a_hurry_takes_what_was_being_filled_when_it_found_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = Setup(slots=1, threads=4)
+    is_filling, go_on = threading.Event(), threading.Event()
+    fill = setup.memory.fill
+
+    def waiting(place: Place, packed: PackedAdapter) -> None:
+        is_filling.set()
+        assert go_on.wait(PATIENCE_S)
+        fill(place, packed)
+
+    monkeypatch.setattr(setup.memory, "fill", waiting)
+    setup.tiers.prefetch(ref(0))
+    assert is_filling.wait(PATIENCE_S)
+    setup.tiers.prefetch(ref(1))
+    setup.tiers.hurry(ref(1))
+    while not setup.tiers.lacks_room(ref(1)):
+        assert setup.changed.wait(PATIENCE_S)
+        setup.changed.clear()
+    go_on.set()
+    assert setup.holds(1, setup.get(1))
     setup.tiers.close()

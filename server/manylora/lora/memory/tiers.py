@@ -476,9 +476,9 @@ class AdapterTiers:
         self._device.publish(entry, packed, is_claimed=is_claimed)
         if entry.is_gathered:
             self._hold(entry)
-        if self._device.has_unused_places or entry.is_pinned or entry.is_gathered:
-            # Its slab may give them away now that it is filled; or whoever was refused hears that there never is room.
-            self._waiting.room_appeared()
+        stays = entry.is_pinned or entry.is_gathered  # whoever was refused may hear that there never is room
+        if stays or self._device.has_unused_places or self._waiting.yields(entry.ref.id):
+            self._waiting.room_appeared()  # its slab may give places away now, and who is hurried may take this one
         self._device.count_use(entry, is_on_host=entry.ref in self._host)
 
     def check_integrity(self) -> None:
