@@ -1,9 +1,12 @@
 """What tells the adapters of one request from those of another."""
 
+import random
 from dataclasses import replace
 from itertools import combinations
 
-from manylora.identity import PUBLIC_TENANT, AdapterRef, Mix
+import pytest
+
+from manylora.identity import NEVER, PUBLIC_TENANT, AdapterRef, Mix
 
 A = AdapterRef("version_a", "acme", "a", 1, "d")
 B = AdapterRef("version_b", PUBLIC_TENANT, "b", 1, "d")
@@ -36,3 +39,42 @@ def test_what_steps_tell_mixes_apart_by_is_made_once() -> None:
     assert mix.ids == (A.id, B.id)
     assert mix.key is mix.key
     assert mix.refs is mix.refs
+
+
+class Counted(int):
+    """A token that counts how often it is compared."""
+
+    num_compared = 0
+
+    def __eq__(self, other: object) -> bool:
+        Counted.num_compared += 1
+        return int(self) == other
+
+    def __ne__(self, other: object) -> bool:
+        Counted.num_compared += 1
+        return int(self) != other
+
+    __hash__ = int.__hash__
+
+
+def acts_from(invocation: list[int], prompt: list[int]) -> int:
+    return replace(A, invocation=tuple(invocation)).acts_from(prompt)
+
+
+def test_an_adapter_acts_from_its_last_invocation_on() -> None:
+    assert acts_from([], [1, 2]) == 0
+    assert [acts_from([1, 2], prompt) for prompt in ([], [1], [2, 1], [1, 2], [1, 2, 3, 1, 2])] == [
+        NEVER, NEVER, NEVER, 0, 3
+    ]  # fmt: skip
+    rng = random.Random(0)
+    for _ in range(500):
+        prompt, wanted = (rng.choices((1, 2), k=rng.randint(least, 12)) for least in (0, 1))
+        places = [at for at in range(len(prompt)) if prompt[at : at + len(wanted)] == wanted]
+        assert acts_from(wanted, prompt) == (places[-1] if places else NEVER)
+
+
+@pytest.mark.parametrize("wanted", [[6, *[5] * 63], [*[5] * 63, 6], [*[5] * 32, 6, *[5] * 31]])
+def test_a_prompt_that_nearly_invokes_it_everywhere_costs_no_more_than_another(wanted: list[int]) -> None:
+    Counted.num_compared = 0
+    assert acts_from(wanted, [Counted(5)] * 4000) == NEVER
+    assert Counted.num_compared <= 4 * 4000

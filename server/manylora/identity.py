@@ -45,11 +45,7 @@ class AdapterRef:
 
     def acts_from(self, prompt_ids: Sequence[int]) -> int:
         """The place of the first token of a prompt that the adapter acts on, `NEVER` where it is not invoked."""
-        wanted, count = list(self.invocation), len(self.invocation)
-        if not count:
-            return 0
-        starts = range(len(prompt_ids) - count, -1, -1)
-        return next((at for at in starts if list(prompt_ids[at : at + count]) == wanted), NEVER)
+        return _last_run(self.invocation, prompt_ids) if self.invocation else 0
 
     @property
     def label(self) -> str:
@@ -146,6 +142,29 @@ class Mix:
     def is_public(self) -> bool:
         """Whether everybody may use all of it."""
         return all(ref.tenant == PUBLIC_TENANT for ref, _ in self.parts)
+
+
+def _last_run(wanted: Sequence[int], token_ids: Sequence[int]) -> int:
+    """Where the last run of the `wanted` tokens begins, `NEVER` where there is none.
+
+    Looks at each token a bounded number of times, whatever repeats (Knuth, Morris and Pratt, from the end).
+    """
+    pattern = tuple(reversed(wanted))
+    overlaps, matched = [0], 0  # of the first tokens of the pattern, how many of their last are its first, too
+    for token in pattern[1:]:
+        while matched and token != pattern[matched]:
+            matched = overlaps[matched - 1]
+        matched += token == pattern[matched]
+        overlaps.append(matched)
+    matched = 0
+    for place in range(len(token_ids) - 1, -1, -1):
+        token = token_ids[place]
+        while matched and token != pattern[matched]:
+            matched = overlaps[matched - 1]
+        matched += token == pattern[matched]
+        if matched == len(pattern):
+            return place
+    return NEVER
 
 
 def check_name(name: str, *, reserved: str) -> None:

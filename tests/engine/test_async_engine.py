@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
+from collections.abc import Sequence as SequenceOf
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 
 from manylora.engine.async_engine import PROBE_TEXT, AsyncEngine, RunningGeneration
 from manylora.engine.effect import effect_of
-from manylora.engine.interface import Delta, Effect, FinishReason, ModelInfo, SamplingParams
+from manylora.engine.interface import Delta, Effect, FinishReason, Mix, ModelInfo, SamplingParams
 from manylora.engine.sequence import Sequence
 from manylora.errors import (
     ContextLengthExceeded,
@@ -410,6 +411,21 @@ async def test_an_effect_of_no_numbers_is_measured_as_such_so_that_the_upload_ca
     effect = await engine.measure_effect(rig.refs["tuned"], read_trusted(bad, rig.wrapped.modules))
     assert not math.isfinite(effect.max_abs_logit_delta)
     assert engine.is_ready
+
+
+async def test_where_an_adapter_begins_to_act_is_looked_up_once_for_all_choices(
+    rig: Rig, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_up = []
+    acts_from = Mix.acts_from
+
+    def noted(mix: Mix, prompt_ids: SequenceOf[int]) -> int:
+        looked_up.append(len(prompt_ids))
+        return acts_from(mix, prompt_ids)
+
+    monkeypatch.setattr(Mix, "acts_from", noted)
+    await collect(ask(engine, rig=rig, max_tokens=1, n=4))
+    assert looked_up == [len(PROMPT)]
 
 
 async def test_timing_tells_waiting_from_loading(

@@ -229,17 +229,19 @@ class AsyncEngine:
                 "embedding for it.",
                 param="prompt",
             )
+        acts_from = mix.acts_from(prompt_ids)
         seqs = [
             Sequence(
                 request_id,
                 list(prompt_ids),
                 params,
                 index=i,
-                adapter=adapter,
+                adapter=mix,
                 tenant=tenant,
                 weight=weight,
                 cache_salt=cache_salt,
                 priority=priority,
+                acts_from=acts_from,
             )
             for i in range(params.n)
         ]

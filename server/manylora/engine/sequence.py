@@ -48,7 +48,8 @@ class Sequence:
     which adapters it has; `slots`: theirs, none while it does not run.
     With a `cache_salt` the cached prefixes it may use are those of all who send the same one, not its tenant's.
     Among its tenant's sequences those with the lowest `priority` come first.
-    `followers` are the request's other choices: they wait until this one's prompt is in the cache.
+    `followers` are the request's other choices: they wait until this one's prompt is in the cache. `acts_from`: the
+    place of the first token that the mix acts on, as it says of the prompt; handed in where it was asked already.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Sequence:
         capture_logits: bool = False,
         cache_salt: str | None = None,
         priority: int = 0,
+        acts_from: int | None = None,
     ) -> None:
         self.request_id = request_id
         self.index = index
@@ -73,7 +75,7 @@ class Sequence:
         self.task: Task = params.task
         self.mix = adapter if isinstance(adapter, Mix) else Mix.of(adapter)
         self.num_virtual = self.mix.num_virtual_tokens  # before its tokens
-        self.acts_from = self.mix.acts_from(prompt_ids)  # tokens before it are the base's
+        self.acts_from = self.mix.acts_from(prompt_ids) if acts_from is None else acts_from  # the base does before
         self.tenant, self.weight, self.priority = tenant, weight, priority
         self.capture_logits = capture_logits
         # None of the prompt may come from the cache, since the logits of all of it are asked for.
@@ -87,8 +89,7 @@ class Sequence:
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []
         self.num_computed = 0
-        self.num_cached_tokens = 0
-        self.num_charged = 0
+        self.num_cached_tokens = self.num_charged = 0
         self.max_num_tokens = len(prompt_ids) + params.max_tokens  # at which it ends, prompt included
         self.num_passed_over = 0  # plans in which it could not go on since its adapter had no slot, while it waits
         self.granted_plan: int | None = None  # the plan that made an adapter yield to it, while it waits
