@@ -21,12 +21,15 @@ class FakeSlots:
         self.resident: dict[str, int] = {}
         self.asked: Counter[str] = Counter()
         self.broken: set[str] = set()
+        self.faults: dict[str, Exception] = {}
         self.pinned: set[str] = set()
         self.hurried: set[str] = set()
         self.gathered: tuple[str, ...] = ()
         self.held: set[AdapterRef] = set()
 
     def acquire(self, ref: AdapterRef, tenant: str | None = None) -> int | None:
+        if ref.id in self.faults:
+            raise self.faults[ref.id]
         if ref.id in self.broken:
             raise AdapterLoadFailed("broken")
         if ref.id not in self.resident:

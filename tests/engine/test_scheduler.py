@@ -313,6 +313,32 @@ def test_a_prompt_is_scored_even_with_memory_for_the_logits_of_one_token() -> No
     assert first.num_output_tokens == second.num_output_tokens == 2
 
 
+def test_inputs_that_run_whole_do_so_after_plans_that_were_interrupted() -> None:
+    """As many were begun then as do not fit into one step."""
+    slots = FakeSlots(8)
+    planner = Scheduler(BlockManager(100, 4), slots, max_num_seqs=8, max_num_batched_tokens=32, runs_whole=True)
+    inputs = [request(prompt=20, output=0, tenant=f"t{n}") for n in range(3)]
+    broken = request(prompt=2, output=0, tenant="u", adapter="broken")
+    slots.faults["broken"] = RuntimeError()
+    for each in (*inputs[:2], broken):
+        planner.add(each)
+    for each in inputs[:2]:
+        with pytest.raises(RuntimeError):
+            planner.plan({each, broken})
+    assert planner.running == inputs[:2]
+    slots.faults.clear()
+    planner.add(inputs[2])
+    ended: list[Sequence] = []
+    while planner.has_work:
+        for item in planner.plan().scheduled:
+            assert (item.start, item.num_tokens) == (0, item.seq.num_tokens)
+            planner.commit(item)
+            planner.finish(item.seq, FinishReason.STOP)
+            ended.append(item.seq)
+    assert len(ended) == 4
+    assert ended[0] is inputs[0]
+
+
 def test_finishing_twice_changes_nothing() -> None:
     s = scheduler()
     s.add(r := request())

@@ -110,7 +110,9 @@ class Scheduler:
         meant = [seq for seq in self.running if self._is_meant(seq)]
         may_admit = self._take(work, room, [seq for seq in meant if seq.num_uncomputed <= 1])
         prompts = [seq for seq in meant if seq.num_uncomputed > 1]
-        first, others = prompts[:1], sorted(prompts[1:], key=lambda s: s.num_uncomputed)
+        # Inputs that run whole have nothing to keep for later: those that an interrupted plan has left run in order.
+        first = [] if self._runs_whole else prompts[:1]
+        others = prompts if self._runs_whole else sorted(prompts[1:], key=lambda s: s.num_uncomputed)
         room.begin_prompts(len(work), first, others_wait=bool(others or self.waiting))
         may_admit &= self._take(work, room, others)
         if may_admit:
@@ -129,7 +131,7 @@ class Scheduler:
         for seq in seqs:
             if seq.status is not SequenceStatus.RUNNING:
                 continue  # preempted for another one of this plan
-            count = room.fits(seq)
+            count = self._fits(seq, room)
             if count <= 0:
                 continue
             while not self.blocks.allocate(seq, seq.num_computed + count):
@@ -212,7 +214,7 @@ class Scheduler:
             if seq is None:
                 return
             try:
-                if self._has_room(seq, room) and self._make_seat(seq, work):
+                if (self._fits(seq, room) or not self._runs_whole) and self._make_seat(seq, work):
                     self._start(seq)
             finally:
                 if seq.status is not SequenceStatus.RUNNING:
@@ -225,9 +227,10 @@ class Scheduler:
                 work.append(Scheduled(seq, seq.num_computed, count))
                 room.take(seq, count)
 
-    def _has_room(self, seq: Sequence, room: Room) -> bool:
-        """Whether a sequence may begin in what is left of the step."""
-        return not self._runs_whole or room.fits(seq) >= seq.num_uncomputed
+    def _fits(self, seq: Sequence, room: Room) -> int:
+        """How many of the sequence's tokens run in what is left of the step."""
+        count = room.fits(seq)
+        return 0 if self._runs_whole and count < seq.num_uncomputed else count
 
     def _start(self, seq: Sequence) -> None:
         self.waiting.remove(seq)
