@@ -276,7 +276,7 @@ class Metrics:
             "adapter_evictions", "Adapters evicted from a tier.", (*_BY_OWNER, "tier")
         )
         self.adapter_not_finite = self._counter(
-            "adapter_not_finite", "Sequences ended because their adapter made NaN or infinite logits.", _BY_OWNER
+            "adapter_not_finite", "Sequences of one adapter, in no mix, ended by NaN or infinite logits.", _BY_OWNER
         )
         self.step_failures = self._counter(
             "engine_step_failures", "Engine steps in which something raised, by phase and result.", ("phase", "result")

@@ -330,10 +330,10 @@ def test_an_adapter_that_cannot_be_asked_for_fails_its_own_sequences(rig: Rig, m
 
 @pytest.mark.parametrize("kernel", available_kernels)
 def test_logits_that_are_no_numbers_end_their_own_sequence_with_an_error(
-    kernel: str, tiny_llama_dir: Path, tmp_path: Path
+    kernel: str, tiny_llama_dir: Path, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = make_adapter_that_spoils(tiny_llama_dir, tmp_path / "bad", 77)
-    rig = build_rig(load(tiny_llama_dir), {"bad": folder}, kernel=kernel, num_blocks=120)
+    rig = build_rig(load(tiny_llama_dir), {"bad": folder, "other": adapters["other"]}, kernel=kernel, num_blocks=120)
     faults = Faults(rig).install()
     for i, (prompt, name) in enumerate([([5, 77, 6], "bad"), ([5, 76, 6], "bad"), ([5, 77, 6], None)]):
         rig.add(f"r{i}", prompt, name)
@@ -351,6 +351,11 @@ def test_logits_that_are_no_numbers_end_their_own_sequence_with_an_error(
         assert len(scores(rig, f"scored{i}")) == 3
     assert rig.tokens("later") == [77]
     assert isinstance(rig.outputs["later/0"][-1].error, AdapterNotFinite)
+    assert faults.spoiled == ["bad"] * 3
+    for mix in ({"bad": 1.0, "other": 0.5}, {"bad": 2.0}):  # what somebody made of it may be its maker's fault
+        rig.add("mixed", [5, 77, 6], mix)
+        rig.run()
+        assert isinstance(rig.outputs["mixed/0"][-1].error, AdapterNotFinite)
     assert faults.spoiled == ["bad"] * 3
     assert not faults.counted
     check_nothing_is_held(rig)

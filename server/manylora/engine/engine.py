@@ -208,8 +208,8 @@ class Engine:
             return self._end_alone(seq, fault, is_spoiled=not seq.is_finished)
 
     def _end_not_finite(self, seq: Sequence) -> Output:
-        for ref in seq.mix.refs:
-            self._faults.on_not_finite(ref)
+        if seq.mix.parts and seq.mix.is_plain:  # of a mix nobody knows which part it was, or whether any is to blame
+            self._faults.on_not_finite(seq.mix.refs[0])
         error = not_finite(seq)
         log_ended(seq, error)
         return self._end(seq, error, is_spoiled=True)

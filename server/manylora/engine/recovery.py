@@ -39,7 +39,7 @@ class FaultEvents:
         """`result`: `retried` (nobody failed), `isolated` (a sequence did, alone) or `fatal` (the engine ended)."""
 
     def on_not_finite(self, ref: AdapterRef) -> None:
-        """A sequence of this adapter ended because its logits were not finite."""
+        """A sequence of this adapter, alone and as it is, ended because its logits were not finite."""
 
 
 @dataclass(frozen=True, slots=True)
