@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from manylora.engine import lookup
-from manylora.engine.interface import AdapterRef, SamplingParams
+from manylora.engine.interface import AdapterRef, Mix, SamplingParams
 from manylora.engine.lookup import LookupDrafter
 from manylora.engine.sequence import Sequence
 from tests.engine.harness import Rig, available_kernels, build_rig, load
@@ -53,6 +53,16 @@ def test_what_an_answer_like_it_said_is_proposed_from_the_first_token_to_the_end
     assert drafter.propose(seq_of([30, 31, 12, 13]), 9, 1) == [21, 22, 23, 0]
     ended(drafter, seq_of([10, 11, 12, 13], 44, 45))
     assert drafter.propose(seq_of([30, 31, 12, 13], 21, 22), 9, 1) == [23, 0], "not what stands behind its end"
+
+
+def test_weights_that_a_caller_makes_up_push_nobody_elses_answers_out() -> None:
+    drafter = LookupDrafter(most=8)
+    parts = [AdapterRef(name, "t", name, 1, name) for name in "ab"]
+    ended(drafter, seq_of([10, 11], 21, 22, 23, tenant="u"))
+    for number in range(lookup.MOST_KINDS + 1):
+        mix = Mix.weighted([(parts[0], 1 + number / 10_000), (parts[1], 0.5)])
+        ended(drafter, Sequence("r", [1, 2], SamplingParams(max_tokens=9), adapter=mix, tenant="t"))
+    assert drafter.propose(seq_of([30], 21, 22, tenant="u"), 9, 1) == [23]
 
 
 @pytest.mark.parametrize("other", [{"tenant": "u"}, {"adapter": "b"}, {"adapter": None}, {"salt": "s"}])

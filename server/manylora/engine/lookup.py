@@ -32,7 +32,7 @@ _FORGET: Final = 0.9  # how much of what was seen counts after another draft
 _END: Final = -1  # between two answers
 
 Ids = npt.NDArray[np.int32]
-Kind = tuple[str, str | None, str]  # tenant, salt, mix of adapters: nobody else's answers are looked through
+Kind = tuple[str, str | None, tuple[str, ...]]  # tenant, salt, ids of adapters: nobody else's are looked through
 
 
 class _Text:
@@ -153,7 +153,7 @@ class LookupDrafter:
         text.add([_END, *tokens])
 
     def _answers(self, seq: Sequence) -> _Answers:
-        kind = seq.tenant, seq.cache_salt, seq.mix.key
+        kind = seq.tenant, seq.cache_salt, seq.mix.ids  # whatever their weights, which are a caller's to choose
         found = self._kinds.get(kind)
         if found is None:
             found = self._kinds[kind] = _Answers()
