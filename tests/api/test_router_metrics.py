@@ -68,6 +68,13 @@ def test_adapters_are_listed_by_every_name_that_leads_to_what_is_there(rig: Rig)
     assert loaded(rig)["alpha"] == "gpu"
 
 
+def test_what_runs_is_named_wherever_it_is(rig: Rig) -> None:
+    rig.engine.resident = Residency(8, running=(ALPHA,))
+    ((labels, _),) = series(rig)["vllm:lora_requests_info"]
+    assert "public/alpha" in labels["running_lora_adapters"].split(",")
+    assert ALPHA in rig.engine.resident.refs()
+
+
 def test_activity_has_the_time_of_its_last_change(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(1000, 2000, 5))
     monkeypatch.setattr(router_metrics, "time", SimpleNamespace(time=lambda: next(clock)))

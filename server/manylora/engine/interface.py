@@ -288,7 +288,7 @@ class Residency:
 
     def refs(self) -> set[AdapterRef]:
         """All of them."""
-        return {*self.device, *self.host, *self.waiting}
+        return {*self.device, *self.host, *self.running, *self.waiting}
 
 
 @dataclass(frozen=True, slots=True)
