@@ -1,5 +1,6 @@
 """The commands as a person meets them: bad input is one line that names the fault, and leaves nothing behind."""
 
+import hashlib
 import json
 import resource
 import subprocess
@@ -33,7 +34,7 @@ BAD_FILES: dict[str, tuple[str, bytes, str]] = {
         b'{"prompt": "\\ud83d", "completion": "b"}',
         "row 1: prompt holds half a",
     ),
-    "a list": ("a.json", b'[\n{"prompt": "a", "completion": "b"}]', "a list over several lines is not read"),
+    "a list": ("a.jsonl", b'[\n{"prompt": "a", "completion": "b"}]', "a list over several lines is a .json file"),
     "not JSON": ("a.jsonl", GOOD.encode() + b"{", "row 2, column 2 is not JSON"),
     "not parquet": ("a.parquet", b"PAR1", "not a readable parquet file"),
     "unknown kind": ("a.txt", GOOD.encode(), "must be a .jsonl, .csv or .parquet file"),
@@ -231,3 +232,76 @@ def test_killed_training_resumes_to_the_uninterrupted_result(tmp_path: Path, tin
     one, other = (load_file(out / "adapter_model.safetensors") for out in (killed, whole))
     assert all(bool((one[name] == other[name]).all()) for name in one)
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_a_preview_shows_what_is_learnt_and_trains_nothing(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    rows = [
+        {"question": "a?", "completion": "1"},
+        {"question": "a?", "completion": "2"},
+        {"question": "b", "completion": "3"},
+    ]
+    data = write_rows(tmp_path / "a.jsonl", rows)
+
+    done = train(data, tmp_path / "out", tiny_llama_dir, "--map", "prompt=question", "--preview", "2")
+
+    assert done.exit_code == 0, done.output
+    assert "<|im_start|>user\na?<|im_end|>\n<|im_start|>assistant\n[[1<|im_end|>]]" in done.stdout
+    assert "row 2: " in done.stdout
+    assert "row 3: " not in done.stdout
+    assert "want a different answer, which cannot be learnt for sure: 2 (rows 1, 2)" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_of_flags_stands_in_for_those_that_are_not_typed(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    data = write_rows(tmp_path / "a.jsonl", [{**row, "why": "x"} for row in label_rows()[::3]])
+    settings = tmp_path / "train.toml"
+    settings.write_text(
+        f"""
+        data = {str(data)!r}
+        eval = {str(data)!r}
+        model = {str(tiny_llama_dir)!r}
+        rank = 2
+        epochs = 1
+        targets = ["q_proj", "v_proj"]
+        max-length = 128
+        map = ["text=text", "label=label"]
+        dtype = "float32"
+        sample = 2
+        """
+    )
+    out = tmp_path / "out"
+
+    done = run("train", "--config", settings, "--out", out, "--rank", "3")
+
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "out.report" / "train.json").read_text())
+    assert (report["settings"]["lora"]["rank"], report["settings"]["lora"]["targets"]) == (3, ["q_proj", "v_proj"])
+    assert report["settings"]["schedule"]["epochs"] == 1
+    assert [(one["step"], one["row"]) for one in report["samples"]] == [(report["steps"], 1), (report["steps"], 2)]
+    assert f"step {report['steps']}, row 2: " in done.stderr
+    digest = hashlib.sha256(data.read_bytes()).hexdigest()
+    assert report["data_sha256"] == {"data": digest, "eval": digest}
+    assert digest in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("rnak = 3", "rnak is no flag of this command"),
+        ('key = "secret"', "key is no flag of this command, or one to be typed"),
+        ("rank = ", "cannot be read as TOML"),
+        ("[lora]\nrank = 3", "lora is no flag"),
+        ("[rank]\na = 3", "rank must be a value or a list"),
+    ],
+)
+def test_a_faulty_file_of_flags_is_one_line(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "train.toml").write_text(text)
+    done = run("train", "--config", tmp_path / "train.toml", "--data", "x", "--out", "y")
+    assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
+    assert said in done.stderr
+
+
+def test_samples_need_held_out_rows(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    data = write_rows(tmp_path / "a.jsonl", label_rows())
+    done = train(data, tmp_path / "out", tiny_llama_dir, "--sample", "2")
+    assert (done.exit_code, "--sample is a number of rows of --eval" in done.stderr) == (1, True)

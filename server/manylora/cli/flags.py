@@ -6,21 +6,26 @@ Where a message names a parameter, `rendered` calls it by its flag.
 
 import functools
 import inspect
+import tomllib
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Annotated, Any, Final, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import typer
 
 from manylora.cli.terminal import errors
+from manylora.errors import InvalidRequest
 from manylora.lifecycle.parameters import InvalidParameter, renamed
 
-__all__ = ["Flags", "Spelling", "words_of"]
+__all__ = ["Flags", "Spelling", "settings_from", "words_of"]
 
 T = TypeVar("T")
 _WORDS: Final = tuple[str, ...]
 _NUMBERS: Final = tuple[int, ...]
+# A key does not belong into a file that is kept with the data, and these say what is to happen now.
+_NOT_IN_FILES: Final = frozenset({"key", "config", "help", "resume", "overwrite", "preview"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +186,38 @@ def _value(parameter: _Parameter, typed: Any) -> Any:
             f"`{parameter.name}` must be one of {', '.join(get_args(parameter.kind))}, not {typed!r}."
         )
     return typed
+
+
+def settings_from(context: typer.Context, path: Path | None) -> Path | None:
+    """A callback of `--config`: what the file says stands in for flags that are not typed.
+
+    Its names are those of flags, `batch-size` or `batch_size`; a list is several values of one flag.
+    """
+    if path is None:
+        return None
+    with errors(str):
+        context.default_map = {**(context.default_map or {}), **_defaults_in(path, context.command.params)}
+    return path
+
+
+def _defaults_in(path: Path, params: Sequence[Any]) -> dict[str, Any]:
+    """Raises InvalidRequest."""
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(f"{path} cannot be read as TOML: {error}") from error
+    known = {option.lstrip("-").replace("-", "_"): one for one in params for option in one.opts if option[0] == "-"}
+    strange = [name for name in found if name.replace("-", "_") not in known.keys() - _NOT_IN_FILES]
+    if strange:
+        raise InvalidRequest(f"{path}: {', '.join(strange)} is no flag of this command, or one to be typed.")
+    values: dict[str, Any] = {}
+    for name, value in found.items():
+        one = known[name.replace("-", "_")]
+        if isinstance(value, dict):
+            raise InvalidRequest(f"{path}: {name} must be a value or a list, not a table.")
+        is_joined = isinstance(value, list) and not one.multiple
+        values[one.name] = ",".join(map(str, value)) if is_joined else value
+    return values
 
 
 def words_of(text: str) -> tuple[str, ...]:

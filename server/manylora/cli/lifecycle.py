@@ -12,8 +12,8 @@ from typing import Annotated
 import typer
 
 from manylora.cli.answers import NOT_PROMOTED, next_steps
-from manylora.cli.flags import Flags, Spelling, words_of
-from manylora.cli.tables import print_ranks, print_scores
+from manylora.cli.flags import Flags, Spelling, settings_from, words_of
+from manylora.cli.tables import print_ranks, print_scores, print_seen
 from manylora.cli.terminal import INTERRUPTED, command, console, errors, progress, stop_on_interrupt
 from manylora.cli.weights import compress, extract, inspect, merge
 from manylora.errors import InvalidRequest, ManyloraError
@@ -30,6 +30,10 @@ _Activate = Annotated[
         help="Whether the published version answers to the bare name at once; unsaid, only its first version does",
     ),
 ]
+_SettingsFile = Annotated[
+    Path | None,
+    typer.Option("--config", callback=settings_from, is_eager=True, help="A .toml file of these flags; typed ones win"),
+]
 _Key = Annotated[str, typer.Option(envvar="MANYLORA_KEY", help="API key for --publish")]
 
 _TRAINING = Flags(
@@ -37,15 +41,17 @@ _TRAINING = Flags(
     spelled={
         "eval_data": Spelling("--eval"),
         "base": Spelling("--model"),
+        "reading.columns": Spelling("--map", is_repeated=True),
     },
     without=frozenset({"command"}),
 )
 _CHOOSING = Flags(
     ChooseConfig,
     spelled={
-        "training.data": Spelling(help="Rows to cross-validate on: .jsonl, .csv or .parquet"),
+        "training.data": Spelling(help="Rows to cross-validate on: .jsonl, .json, .csv, .tsv or .parquet"),
         "training.out": Spelling(help="The table and plot go into OUT.ranks, the final adapter into OUT"),
         "training.base": Spelling("--model"),
+        "training.reading.columns": Spelling("--map", is_repeated=True),
         "training.schedule.seed": Spelling(help="Decides the folds, the order of the rows and the first weights"),
         "targets": Spelling(read=words_of, is_repeated=True),
     },
@@ -63,6 +69,7 @@ _EVALUATION = Flags(
         "adapters": Spelling("--adapter", is_repeated=True),
         "with_base": Spelling("--base"),
         "key": Spelling(envvar="MANYLORA_KEY"),
+        "reading.columns": Spelling("--map", is_repeated=True),
         "resume": Spelling("--resume/--no-resume"),
         "overwrite": Spelling("--overwrite/--no-overwrite"),
     },
@@ -151,12 +158,17 @@ def train(
     resume: Annotated[bool, typer.Option(help="Go on where an interrupted training stopped")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace --out")] = False,
     activate: _Activate = None,
+    preview: Annotated[int, typer.Option(min=0, help="Show so many rows as training gets them; train nothing")] = 0,
+    settings_file: _SettingsFile = None,
 ) -> None:
     """Train a LoRA adapter on the frozen base; write it in PEFT layout with its loss curve, report and card."""
     from manylora.client.adapters import check_name
     from manylora.client.server import connect
     from manylora.lifecycle.train.train import train as run
 
+    if preview:
+        _preview(config, preview)
+        return
     config = replace(config, command=command())
     if publish:
         # what would refuse the result is said before the work, not after it
@@ -170,6 +182,14 @@ def train(
     print(f"{config.out}: {result.report['steps']} steps, {result.report['size_bytes'] / 1e6:.2f} MB")
     if publish:
         _publish(config, publish, server, key, activate=activate)
+
+
+def _preview(config: TrainConfig, count: int) -> None:
+    from manylora.lifecycle.train.train import preview
+
+    with progress(_TRAINING.rendered) as listen:
+        rows = preview(config, count, listen)
+    print_seen(rows)
 
 
 def _publish(config: TrainConfig, name: str, server: str, key: str, *, activate: bool | None) -> None:

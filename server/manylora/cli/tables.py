@@ -1,10 +1,13 @@
 """What the lifecycle's commands print on standard output: tables for people."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from manylora.lifecycle.data.look import Seen
 
 _MANY = 40  # from here modules are shown by kind, and one by one in the report
 
@@ -34,6 +37,19 @@ def _print_labels(report: dict[str, Any]) -> None:
             figures = (f"{scores[name]:.3f}" for name in ("precision", "recall", "f1"))
             table.add_row(contender, label, *figures, str(scores["support"]))
     _console().print(table)
+
+
+def print_seen(rows: "Sequence[Seen]") -> None:
+    """Rows as training gets them: what is learnt in green on a terminal, and between [[ and ]] elsewhere."""
+    console = _console()
+    for row in rows:
+        cut = f", {row.num_cut} cut on the left" if row.num_cut else ""
+        console.print(f"row {row.row}: {row.num_tokens} tokens{cut}", style="bold", markup=False)
+        for text, is_learnt in row.pieces:
+            shown = "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)
+            marked = f"[[{shown}]]" if is_learnt and not console.is_terminal else shown
+            console.print(marked, style="green" if is_learnt else "", markup=False, end="", soft_wrap=True)
+        console.print()
 
 
 def print_ranks(report: dict[str, Any]) -> None:

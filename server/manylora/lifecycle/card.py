@@ -21,6 +21,7 @@ class Card:
     def of_training(title: str, command: str, report: dict[str, Any]) -> "Card":
         """The card that training itself can write: shape, data, cost and losses."""
         lora, lengths = report["settings"]["lora"], report["lengths"]["train"]
+        digest = report.get("data_sha256", {}).get("data")
         alpha = 2 * lora["rank"] if lora["alpha"] is None else lora["alpha"]
         facts = [
             ("Base", report["base"]),
@@ -28,6 +29,7 @@ class Card:
             ("Targets", ", ".join(lora["targets"]) or "every linear but the head"),
             ("Parameters", f"{report['num_parameters']:,} ({report['size_bytes'] / 1e6:.2f} MB)"),
             ("Data", f"{lengths['num_examples']} examples, {lengths['num_tokens']:,} tokens an epoch"),
+            *([("Data's SHA-256", f"`{digest}`")] if digest else []),
             ("Training", f"{report['steps']} steps in {report['seconds']:.0f} s on {report['device']}"),
         ]
         if report["best_eval_loss"] is not None:

@@ -4,8 +4,9 @@ The prompt's ids are exactly what the server builds for the same request (chat t
 prompt, or the plain text), so nothing is learnt that a request does not reproduce.
 """
 
+import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -48,17 +49,25 @@ class Encoder:
     """Encodes examples for one tokenizer.
 
     `render="auto"` uses the chat template where the tokenizer has one. `instruction` goes before every
-    first user message, on a line of its own.
+    first user message, on a line of its own. `tool_prompt` tells a base whose template knows no tools of them in words.
     """
 
-    def __init__(self, tokenizer: Any, *, render: Render = "auto", instruction: str = "", max_length: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        render: Render = "auto",
+        instruction: str = "",
+        max_length: int,
+        tool_prompt: bool = False,
+    ) -> None:
         has_template = bool(getattr(tokenizer, "chat_template", None))
         if render == "chat" and not has_template:
             raise InvalidParameter("This base model has no chat template: use `render` plain.")
         self.is_chat = has_template if render == "auto" else render == "chat"
         self.max_length = max_length
         self._tokenizer = tokenizer
-        self._template = ChatTemplate(tokenizer)
+        self._template = ChatTemplate(tokenizer, with_tool_prompt=tool_prompt)
         self._instruction = instruction
 
     def encode(self, dataset: Dataset, *, context_length: int) -> list[Encoded]:
@@ -68,6 +77,7 @@ class Encoder:
         `context_length`, or an answer longer than `max_length`.
         """
         encoded, too_long = [], []
+        self._check_tools(dataset)
         for example in dataset.examples:
             one = self._encode(example)
             if len(one) > context_length:
@@ -84,6 +94,20 @@ class Encoder:
             )
         return encoded
 
+    def _check_tools(self, dataset: Dataset) -> None:
+        first = next((example.row for example in dataset.examples if example.has_tools), None)
+        if first is None:
+            return
+        if not self.is_chat:
+            raise InvalidParameter(
+                f"{dataset.path.name}: row {first} has tools, for which `render` plain has no place."
+            )
+        if not self._template.format(None).takes_tools:
+            raise InvalidParameter(
+                f"{dataset.path.name}: row {first} has tools, and this base's chat template knows none. Give "
+                "`tool_prompt` to have the base told of them in words, as a server does that is started with it."
+            )
+
     def request(self, prompt: Sequence[Message]) -> str | tuple[Message, ...]:
         """What a client sends for this prompt: the text of a completion, or the messages of a chat."""
         return self._instructed(prompt) if self.is_chat else self._plain(prompt)
@@ -91,7 +115,7 @@ class Encoder:
     def num_prompt_tokens(self, prompt: Sequence[Message]) -> int:
         if not self.is_chat:
             return len(self._ids(self._plain(prompt), special=True))
-        return len(self._ids(self._chat(self._instructed(prompt), for_answer=True), special=False))
+        return len(self._ids(self._chat(self._instructed(prompt), (), for_answer=True), special=False))
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
@@ -99,12 +123,14 @@ class Encoder:
     def _encode(self, example: Example) -> Encoded:
         ids: list[int] = []
         is_answer: list[bool] = []
-        for text, learn in self._pieces(example):
+        pieces = list(self._pieces(example))
+        for number, (text, learn) in enumerate(pieces, start=1):
             piece = self._ids(text, special=not ids and not self.is_chat)
-            if learn:
-                piece = self._until_end(piece)
-            ids += piece
-            is_answer += [learn] * len(piece)
+            learnt = self._until_end(piece) if learn else []
+            if number == len(pieces):
+                piece = learnt
+            ids += [*learnt, *piece[len(learnt) :]]
+            is_answer += [True] * len(learnt) + [False] * max(0, len(piece) - len(learnt))
         return Encoded(example, tuple(ids), tuple(is_answer))
 
     def _pieces(self, example: Example) -> Iterator[tuple[str, bool]]:
@@ -114,19 +140,20 @@ class Encoder:
             yield example.answer, True
             return
         messages = self._instructed(example.messages)
+        tools = json.loads(example.tools or "[]")
         done = ""
         for index, message in enumerate(messages):
             if message.role != "assistant":
                 continue
-            before = self._chat(messages[:index], for_answer=True)
-            after = self._chat(messages[: index + 1], for_answer=False)
+            before = self._chat(messages[:index], tools, for_answer=True)
+            after = self._chat(messages[: index + 1], tools, for_answer=False)
             if not before.startswith(done) or not after.startswith(before):
                 raise InvalidParameter(
                     f"row {example.row}: the chat template rewrites earlier turns, so this chat cannot be "
                     "learnt turn by turn. Use `render` plain, or one question and one answer per row."
                 )
             yield before[len(done) :], False
-            yield after[len(before) :], True
+            yield after[len(before) :], message.is_learnt
             done = after
 
     def _plain(self, messages: Sequence[Message]) -> str:
@@ -139,12 +166,12 @@ class Encoder:
         out = list(messages)
         first = next((i for i, m in enumerate(out) if m.role == "user"), None)
         if first is not None:
-            out[first] = Message("user", f"{self._instruction}\n{out[first].content}")
+            out[first] = replace(out[first], content=f"{self._instruction}\n{out[first].content}")
         return tuple(out)
 
-    def _chat(self, messages: Sequence[Message], *, for_answer: bool) -> str:
-        turns = [{"role": m.role, "content": m.content} for m in messages]
-        return self._template.render(turns, ChatOptions(for_answer=for_answer))
+    def _chat(self, messages: Sequence[Message], tools: Sequence[Any], *, for_answer: bool) -> str:
+        turns = [message.for_template() for message in messages]
+        return self._template.render(turns, ChatOptions(tools=tools, for_answer=for_answer))
 
     def _ids(self, text: str, *, special: bool) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=special)["input_ids"])

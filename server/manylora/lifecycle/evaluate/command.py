@@ -50,7 +50,10 @@ def run_evaluation(request: EvaluateRequest, listen: Listener = ignore) -> tuple
     """
     dataset, metrics = _check(request)
     tokenizer, context_length = load_tokenizer(request.model)
-    encoder = Encoder(tokenizer, render=request.render, instruction=request.instruction, max_length=request.max_length)
+    encoder = Encoder(
+        tokenizer, render=request.render, instruction=request.instruction, max_length=request.max_length,
+        tool_prompt=request.tool_prompt,
+    )  # fmt: skip
     room = context_length - 1 if request.server else context_length  # a server is asked for one token more
     encoded = encoder.encode(dataset, context_length=room)
     tell_lengths("`data`", encoded, listen)
@@ -160,7 +163,7 @@ def _check(request: EvaluateRequest) -> tuple[Dataset, tuple[str, ...]]:
         raise InvalidParameter("`resume` goes on where an evaluation with the same `out` stopped: give `out`.")
     if request.out is not None:
         refuse_existing(request.out, overwrite=request.overwrite)
-    dataset, metrics = evaluation_data(request.data, request.metrics)
+    dataset, metrics = evaluation_data(request.data, request.metrics, request.reading)
     _check_extras(request, dataset)
     if request.promote_if_better:
         _check_promotion(request, metrics)

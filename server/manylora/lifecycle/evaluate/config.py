@@ -1,9 +1,10 @@
 """What an evaluation is told."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+from manylora.lifecycle.data.files import Reading
 from manylora.lifecycle.parameters import DeviceName, DtypeName, Render
 
 
@@ -11,7 +12,7 @@ from manylora.lifecycle.parameters import DeviceName, DtypeName, Render
 class EvaluateRequest:
     """With `server`, `adapters` are names there; otherwise folders."""
 
-    data: Annotated[Path, "Held-out rows: .jsonl, .csv or .parquet"]
+    data: Annotated[Path, "Held-out rows: .jsonl, .json, .csv, .tsv or .parquet"]
     adapters: Annotated[tuple[str, ...], "A folder, or with `server` NAME or NAME@VERSION"] = ()
     with_base: Annotated[bool, "The bare base too, as the reference"] = False
     server: Annotated[str, "URL of a running server; without it, in this process"] = ""
@@ -25,6 +26,8 @@ class EvaluateRequest:
     max_length: Annotated[int, "Tokens of an example; longer prompts are cut on the left"] = 1024
     render: Annotated[Render, "How a row becomes text: chat (the base's template), plain, or auto"] = "auto"
     instruction: Annotated[str, "Text before every prompt, on a line of its own"] = ""
+    reading: Reading = field(default_factory=Reading)
+    tool_prompt: Annotated[bool, "Tell a base whose template knows no tools of them in words, as a server does"] = False
     seed: Annotated[int, "Decides the resampling of intervals and tests"] = 0
     device: Annotated[DeviceName, "auto, cpu or cuda"] = "auto"
     dtype: Annotated[DtypeName, "The base's: auto, bfloat16, float16 or float32"] = "auto"

@@ -146,7 +146,8 @@ class ServerContenders:
     def answers(self, name: str, examples: Sequence[Encoded], max_tokens: int, tick: Tick) -> list[str]:
         def ask(example: Encoded) -> str:
             model = self._model(name)
-            if example.num_cut:  # what is left of a prompt is tokens, no longer a message
+            # What is left of a cut prompt is tokens, no longer a message; what a template makes of tools is, too.
+            if example.num_cut or example.example.has_tools:
                 body = {"model": model, "max_tokens": max_tokens, "temperature": 0, "prompt": list(example.prompt_ids)}
                 choice = self._post("/v1/completions", body)["choices"][0]
             else:

@@ -9,6 +9,7 @@ from typing import Any
 from manylora.errors import ManyloraError
 from manylora.lifecycle.data.data import Dataset, read_dataset
 from manylora.lifecycle.data.encoding import Encoded
+from manylora.lifecycle.data.files import AS_IT_IS, Reading
 from manylora.lifecycle.evaluate.contenders import Contenders, Tick
 from manylora.lifecycle.evaluate.scores import (
     HIGHER_IS_BETTER,
@@ -43,20 +44,24 @@ class EvaluateConfig:
     out: Path | None = None
 
 
-def evaluation_data(path: Path, metrics: Sequence[str]) -> tuple[Dataset, tuple[str, ...]]:
+def evaluation_data(path: Path, metrics: Sequence[str], reading: Reading = AS_IT_IS) -> tuple[Dataset, tuple[str, ...]]:
     """The checked file and the metrics to compute. Raises InvalidRequest for unknown or unfitting metrics."""
-    dataset = read_dataset(path)
+    dataset = read_dataset(path, reading=reading)
     fitting = ["exact_match", "valid_json", "perplexity"]
     if dataset.shape == "label":
         fitting = [*_OF_LABELS, "mentioned", "exact_match", "perplexity"]
+    has_calls = any(example.messages[-1].calls for example in dataset.examples)
+    if has_calls:  # which the base writes in a notation of its own
+        fitting = ["perplexity"]
     for metric in metrics:
         if metric not in HIGHER_IS_BETTER:
             raise InvalidParameter(f"`metrics`: {metric!r} is not one of {', '.join(HIGHER_IS_BETTER)}.")
         if metric not in fitting:
             needed = "rows of text and label" if metric != "valid_json" else "rows whose answers are JSON, not labels"
+            needed = "rows whose answers are text, not calls" if has_calls else needed
             raise InvalidParameter(f"`metrics`: {metric} needs {needed}, {path.name} has none.")
     default = [*_OF_LABELS, "perplexity"] if dataset.shape == "label" else ["exact_match", "perplexity"]
-    return dataset, tuple(metrics or default)
+    return dataset, tuple(metrics or (fitting if has_calls else default))
 
 
 def evaluate(

@@ -15,7 +15,7 @@ import torch
 from manylora.lifecycle.base import Base, load_base, load_tokenizer, memory_faults
 from manylora.lifecycle.data.batches import check_known
 from manylora.lifecycle.data.data import Dataset, read_dataset
-from manylora.lifecycle.data.encoding import Encoded, Encoder, tell_lengths
+from manylora.lifecycle.data.encoding import Encoded, tell_lengths
 from manylora.lifecycle.extras import decoration, need
 from manylora.lifecycle.journal import Journal
 from manylora.lifecycle.output import atomic_file, atomic_folder, refuse_existing, write_json
@@ -24,7 +24,7 @@ from manylora.lifecycle.plots import rank_curve
 from manylora.lifecycle.progress import Listener, Progress, ignore
 from manylora.lifecycle.train.checkpoint import checkpoint_path
 from manylora.lifecycle.train.config import ChooseConfig, LoraShape, check_settings
-from manylora.lifecycle.train.train import MEMORY_ADVICE, TrainResult, add_lora, train
+from manylora.lifecycle.train.train import MEMORY_ADVICE, TrainResult, add_lora, encoder_of, train
 from manylora.lifecycle.train.training import Trainer
 
 
@@ -92,9 +92,7 @@ def _candidates(
 ) -> list[Candidate] | None:
     training = config.training
     tokenizer, context_length = load_tokenizer(training.base)
-    encoder = Encoder(
-        tokenizer, render=training.render, instruction=training.instruction, max_length=training.max_length
-    )
+    encoder = encoder_of(training, tokenizer)
     encoded = encoder.encode(dataset, context_length=context_length)
     tell_lengths("`data`", encoded, listen)
     if training.threads:
@@ -192,7 +190,7 @@ def _check(config: ChooseConfig, *, resume: bool, overwrite: bool) -> Dataset:
     refuse_existing(ranks_folder(training.out), overwrite=overwrite or resume)
     if config.train_final:
         refuse_existing(training.out, overwrite=overwrite)
-    dataset = read_dataset(training.data, min_labels=2)
+    dataset = read_dataset(training.data, min_labels=2, reading=training.reading)
     smallest = min((sum(e.label == label for e in dataset.examples) for label in dataset.labels), default=len(dataset))
     if smallest < config.folds:
         raise InvalidParameter(

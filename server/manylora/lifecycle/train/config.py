@@ -5,7 +5,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
-from manylora.lifecycle.data.data import Dataset, read_dataset
+from manylora.lifecycle.data.data import Dataset, Reading, read_dataset
+from manylora.lifecycle.data.look import label_counts, remarks
 from manylora.lifecycle.output import refuse_existing
 from manylora.lifecycle.parameters import DeviceName, DtypeName, Init, InvalidParameter, Render
 from manylora.lifecycle.progress import Listener, Progress
@@ -49,16 +50,19 @@ class Schedule:
 class TrainConfig:
     """Everything that decides the result; its JSON is kept in the report."""
 
-    data: Annotated[Path, "Training rows: .jsonl, .csv or .parquet"]
+    data: Annotated[Path, "Training rows: .jsonl, .json, .csv, .tsv or .parquet"]
     out: Annotated[Path, "Folder for the adapter"]
     eval_data: Annotated[Path | None, "Held-out rows, to keep the best step"] = None
     base: Annotated[str | None, "The base; the default model when left out"] = None
     base_name: Annotated[str | None, "The base's name in the adapter's config"] = None
+    reading: Reading = field(default_factory=Reading)
     lora: LoraShape = field(default_factory=LoraShape)
     schedule: Schedule = field(default_factory=Schedule)
     render: Annotated[Render, "How a row becomes text: chat (the base's template), plain, or auto"] = "auto"
     instruction: Annotated[str, "Text before every prompt, on a line of its own"] = ""
+    tool_prompt: Annotated[bool, "Tell a base whose template knows no tools of them in words, as a server does"] = False
     max_length: Annotated[int, "Tokens of an example; longer prompts are cut on the left"] = 1024
+    sample: Annotated[int, "Held-out rows that are answered at each evaluation, for you to read"] = 0
     device: Annotated[DeviceName, "auto, cpu or cuda"] = "auto"
     dtype: Annotated[DtypeName, "The base's: auto, bfloat16, float16 or float32"] = "auto"
     threads: Annotated[int | None, "CPU threads"] = None
@@ -120,8 +124,20 @@ def check(config: TrainConfig, *, overwrite: bool, listen: Listener) -> tuple[Da
     check_settings(config.lora, config.schedule, config.max_length, config.threads)
     if config.schedule.early_stop and config.eval_data is None:
         raise InvalidParameter("`early_stop` watches the evaluation loss: give `eval_data` too.")
-    train_set = read_dataset(config.data, min_labels=2)
-    held_out = read_dataset(config.eval_data) if config.eval_data else None
+    if config.sample < 0 or (config.sample and config.eval_data is None):
+        raise InvalidParameter("`sample` is a number of rows of `eval_data`: give that too, and at least 0.")
+    return checked_data(config, listen)
+
+
+def checked_data(config: TrainConfig, listen: Listener) -> tuple[Dataset, Dataset | None]:
+    """The rows to learn from and those held out, with what is odd about them told. Raises InvalidRequest."""
+    train_set = read_dataset(config.data, min_labels=2, reading=config.reading)
+    held_out = read_dataset(config.eval_data, reading=config.reading) if config.eval_data else None
+    counts = label_counts(train_set)
+    if counts:
+        listen(Progress("data", message=f"`data`: {counts}"))
+    for remark in remarks(train_set):
+        listen(Progress("warning", message=f"`data`: {remark}"))
     if held_out is None:
         return train_set, None
     if held_out.shape != train_set.shape:

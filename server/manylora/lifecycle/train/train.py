@@ -4,7 +4,8 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,15 +15,17 @@ from manylora.lifecycle.adapter_files import plain_config, write_adapter
 from manylora.lifecycle.base import Base, load_base, load_tokenizer, memory_faults, quiet_peft
 from manylora.lifecycle.card import Card, write_card
 from manylora.lifecycle.data.batches import check_known, epoch_order, padding_share
-from manylora.lifecycle.data.data import Dataset
+from manylora.lifecycle.data.data import Dataset, Reading
 from manylora.lifecycle.data.encoding import Encoded, Encoder, length_statistics, tell_lengths
+from manylora.lifecycle.data.look import Seen, seen
+from manylora.lifecycle.evaluate.contenders import generate
 from manylora.lifecycle.extras import decoration, need
 from manylora.lifecycle.output import atomic_file, report_folder, result_and_report, write_json
 from manylora.lifecycle.parameters import InvalidParameter
 from manylora.lifecycle.plots import loss_curve
-from manylora.lifecycle.progress import Listener, ignore
+from manylora.lifecycle.progress import Listener, Progress, ignore
 from manylora.lifecycle.train.checkpoint import checkpoint_path, discard_checkpoint, load_checkpoint, save_checkpoint
-from manylora.lifecycle.train.config import LoraShape, Schedule, TrainConfig, check, check_checkpoint
+from manylora.lifecycle.train.config import LoraShape, Schedule, TrainConfig, check, check_checkpoint, checked_data
 from manylora.lifecycle.train.training import Diverged, Trainer
 
 __all__ = ["LoraShape", "TrainConfig", "TrainResult", "add_lora", "encode", "prepare", "report_folder", "train"]
@@ -30,6 +33,7 @@ __all__ = ["LoraShape", "TrainConfig", "TrainResult", "add_lora", "encode", "pre
 REPORT = "train.json"
 CURVE = "loss.png"
 _LATER: Final = {"lora": ("dora", "init", "trained_tokens"), "schedule": ("lr_ratio",)}
+_LATER_WHOLE: Final = ("reading", "tool_prompt")
 # What is not small beside the base's own numbers, and so would carry the rounding to 16 bits into them.
 _WHOLE: Final = ("lora_magnitude_vector", "trainable_tokens_delta")
 MEMORY_ADVICE = "Lower `batch_size` (and raise `accumulate` as much, for the same result), or `max_length`."
@@ -72,13 +76,15 @@ def train(
     fingerprint = _fingerprint(config)
     if resume:
         load_checkpoint(checkpoint, trainer, fingerprint)
+    samples = Samples(config.sample, base, trainer, data, listen)
     try:
         with memory_faults(MEMORY_ADVICE):
-            finished = trainer.run(listen, should_stop, lambda: save_checkpoint(checkpoint, trainer, fingerprint))
+            keep = partial(save_checkpoint, checkpoint, trainer, fingerprint)
+            finished = trainer.run(listen, should_stop, keep, samples.take)
     except Diverged:
         discard_checkpoint(checkpoint)  # going on from there would only diverge again
         raise
-    report = _report(config, base, trainer, data, train_set)
+    report = _report(config, base, trainer, data, train_set) | {"samples": samples.taken}
     if not finished:
         return TrainResult(False, config.out, report)
     _write(config, base, trainer, report)
@@ -86,6 +92,43 @@ def train(
     with decoration("The loss curve", listen), atomic_file(report_folder(config.out) / CURVE) as draft:
         loss_curve(draft, report["train_loss"], report["eval_loss"], report["best_step"])
     return TrainResult(True, config.out, report)
+
+
+@dataclass(slots=True)
+class Samples:
+    """What the first held-out rows are answered at each evaluation, greedy; told, and kept for the report."""
+
+    count: int
+    base: Base
+    trainer: Trainer
+    data: "TrainData"
+    listen: Listener
+    taken: list[dict[str, Any]] = field(default_factory=list)
+
+    def take(self) -> None:
+        examples = self.data.held_out[: self.count]
+        if not examples:
+            return
+        self.trainer.model.eval()
+        longest = max(one.num_answer_tokens for one in examples) + 1
+        answers = generate(self.trainer.model, self.base, self.data.encoder, examples, longest, lambda _: None)
+        step = self.trainer.history.step
+        for one, answer in zip(examples, answers, strict=True):
+            row, wanted = one.example.row, one.example.answer
+            self.taken.append({"step": step, "row": row, "wanted": wanted, "answered": answer})
+            self.listen(Progress("sample", message=f"step {step}, row {row}: {answer!r}, wanted {wanted!r}"))
+
+
+def preview(config: TrainConfig, count: int, listen: Listener = ignore) -> list[Seen]:
+    """The first rows as training gets them, with what is odd about all of them told; nothing is trained or written.
+
+    Raises InvalidRequest for bad data.
+    """
+    train_set, _ = checked_data(config, listen)
+    tokenizer, context_length = load_tokenizer(config.base)
+    encoded = encoder_of(config, tokenizer).encode(train_set, context_length=context_length)
+    tell_lengths("`data`", encoded, listen)
+    return list(seen(encoded[:count], tokenizer))
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +139,7 @@ class TrainData:
     held_out: list[Encoded]
     lengths: dict[str, Any]
     padding: float
+    encoder: Encoder
 
 
 def encode(config: TrainConfig, train_set: Dataset, held_out: Dataset | None, listen: Listener) -> TrainData:
@@ -104,7 +148,7 @@ def encode(config: TrainConfig, train_set: Dataset, held_out: Dataset | None, li
     Raises InvalidRequest naming the rows that the model cannot hold.
     """
     tokenizer, context_length = load_tokenizer(config.base)
-    encoder = Encoder(tokenizer, render=config.render, instruction=config.instruction, max_length=config.max_length)
+    encoder = encoder_of(config, tokenizer)
     train = encoder.encode(train_set, context_length=context_length)
     evaluation = encoder.encode(held_out, context_length=context_length) if held_out else []
     lengths = [len(e) for e in train]
@@ -116,7 +160,18 @@ def encode(config: TrainConfig, train_set: Dataset, held_out: Dataset | None, li
     told = {"train": asdict(length_statistics(train)), "eval": None}
     if evaluation:
         told["eval"] = asdict(length_statistics(evaluation))
-    return TrainData(train, evaluation, told, padding)
+    return TrainData(train, evaluation, told, padding, encoder)
+
+
+def encoder_of(config: TrainConfig, tokenizer: Any) -> Encoder:
+    """What makes tokens of this training's rows. Raises InvalidParameter."""
+    return Encoder(
+        tokenizer,
+        render=config.render,
+        instruction=config.instruction,
+        max_length=config.max_length,
+        tool_prompt=config.tool_prompt,
+    )
 
 
 def prepare(config: TrainConfig, base: Base, data: TrainData) -> Trainer:
@@ -171,6 +226,9 @@ def _fingerprint(config: TrainConfig) -> str:
         for name in _LATER[part]:  # so that a checkpoint of before there was such a setting can be gone on from
             if getattr(default, name) == getattr(getattr(config, part), name):
                 del settings[part][name]
+    for name in _LATER_WHOLE:
+        if getattr(config, name) in (Reading(), False):
+            del settings[name]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for path in (config.data, config.eval_data):
         if path is not None:
@@ -180,10 +238,15 @@ def _fingerprint(config: TrainConfig) -> str:
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
     """The settings without what differs from machine to machine: folders and the command's spelling."""
-    values = asdict(replace(config, command="", threads=None))
+    values = asdict(replace(config, command="", threads=None, sample=0))
+    del values["sample"]  # changes nothing that comes out
     for key in ("data", "eval_data", "out", "base"):
         values[key] = Path(values[key]).name if values[key] is not None else None
     return values
+
+
+def _sha256(path: Path | None) -> str | None:
+    return None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _report(config: TrainConfig, base: Base, trainer: Trainer, data: TrainData, train_set: Dataset) -> dict[str, Any]:
@@ -198,6 +261,7 @@ def _report(config: TrainConfig, base: Base, trainer: Trainer, data: TrainData, 
         "lengths": data.lengths,
         "padding": round(data.padding, 4),
         "labels": list(train_set.labels),
+        "data_sha256": {part: _sha256(path) for part, path in (("data", config.data), ("eval", config.eval_data))},
         "num_eval_examples": len(data.held_out),
         "num_parameters": sum(p.numel() for p in trainer.parameters.values()),
         "steps": history.step,

@@ -104,7 +104,13 @@ class Trainer:
         done = (step - warmup) / max(1, self.num_steps - warmup)
         return self.schedule.lr * 0.5 * (1 + math.cos(math.pi * done))
 
-    def run(self, listen: Listener, should_stop: Callable[[], bool], on_checkpoint: Callable[[], None]) -> bool:
+    def run(
+        self,
+        listen: Listener,
+        should_stop: Callable[[], bool],
+        on_checkpoint: Callable[[], None],
+        on_evaluation: Callable[[], None] = lambda: None,
+    ) -> bool:
         while self.history.step < self.num_steps and not self._is_stale:
             if should_stop():
                 on_checkpoint()
@@ -112,6 +118,7 @@ class Trainer:
             loss = self._timed_step()
             if self._evaluates_after(self.history.step):
                 self._evaluate(listen)
+                on_evaluation()
             self._tell(listen, loss)
             if self.history.step % self.schedule.checkpoint_every == 0:
                 on_checkpoint()

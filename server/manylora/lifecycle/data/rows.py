@@ -1,0 +1,264 @@
+"""What a row means: an `Example`, a chat whose last message is the answer wanted, whatever the row's shape.
+
+    {"prompt": str, "completion": str}              one question, one answer
+    {"messages": [{"role", "content"}, …]}          a chat, as OpenAI's; perhaps with `tools`, and `weight` on answers
+    {"text": str, "label": str}                     classification; the answer is the label
+    {"instruction", "input", "output"}              Alpaca's; perhaps with `system` and `history`
+    {"conversations": [{"from", "value"}, …]}       ShareGPT's; perhaps with `system` and `tools`
+
+This module imports no torch.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+__all__ = ["Example", "Message", "RowFault", "Shape", "example_of", "shape_of"]
+
+Shape = Literal["completion", "chat", "label"]
+_FIELDS: Final[dict[Shape, tuple[str, ...]]] = {
+    "completion": ("prompt", "completion"),
+    "chat": ("messages",),
+    "label": ("text", "label"),
+}
+_ALPACA: Final = ("instruction", "output")
+_SHAREGPT: Final = "conversations"
+_ROLES: Final = ("system", "user", "assistant", "tool")
+_OTHER_ROLES: Final = {"developer": "system"}
+_SPEAKERS: Final = {
+    "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
+    "model": "assistant", "function_call": "assistant", "tool": "tool", "observation": "tool", "function": "tool",
+}  # fmt: skip
+
+
+class RowFault(ValueError):
+    """What is wrong with a row, as the end of a sentence that begins with its number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a chat. `calls` is JSON, what an assistant calls; `is_learnt` is of an assistant's alone."""
+
+    role: str
+    content: str
+    is_learnt: bool = True
+    calls: str = ""
+    call_id: str = ""
+
+    def for_template(self) -> dict[str, Any]:
+        """As chat templates read it."""
+        more: dict[str, Any] = {"tool_calls": json.loads(self.calls)} if self.calls else {}
+        more |= {"tool_call_id": self.call_id} if self.call_id else {}
+        return {"role": self.role, "content": self.content, **more}
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row: a chat whose last message is the answer wanted. `row` is 1-based; `tools` is JSON, empty without any."""
+
+    row: int
+    messages: tuple[Message, ...]
+    label: str | None = None
+    tools: str = ""
+
+    @property
+    def prompt(self) -> tuple[Message, ...]:
+        return self.messages[:-1]
+
+    @property
+    def answer(self) -> str:
+        return self.messages[-1].content
+
+    @property
+    def has_tools(self) -> bool:
+        return bool(self.tools) or any(message.calls for message in self.messages)
+
+
+def shape_of(row: Mapping[str, Any]) -> Shape:
+    """Raises RowFault for a row of none of the shapes."""
+    for shape, fields in _FIELDS.items():
+        if all(field in row for field in fields):
+            return shape
+    if all(field in row for field in _ALPACA):
+        return "completion"
+    if _SHAREGPT in row:
+        return "chat"
+    have = ", ".join(sorted(map(str, row))) or "nothing"
+    raise RowFault(
+        f"has the fields {have}; needed are prompt and completion, or messages, or text and label, or Alpaca's "
+        "instruction and output, or ShareGPT's conversations. `columns` says which field is which"
+    )
+
+
+def example_of(number: int, row: Mapping[str, Any], shape: Shape) -> Example:
+    """The example that a row of that shape is. Raises RowFault."""
+    if shape == "chat":
+        found = _from_sharegpt(row) if "messages" not in row and _SHAREGPT in row else row
+        _need(found, ("messages",))
+        return _chat(number, found["messages"], found.get("tools"))
+    if shape == "completion" and "prompt" not in row and _ALPACA[0] in row:
+        return _alpaca(number, row)
+    question, answer = _texts(row, _FIELDS[shape])
+    if shape == "label":
+        if not question.strip():
+            raise RowFault("text is empty")
+        answer = answer.strip()  # "good " and "good" are one class
+    messages = (Message("user", question), Message("assistant", answer))
+    return Example(number, messages, label=answer if shape == "label" else None)
+
+
+def _need(row: Mapping[str, Any], fields: Sequence[str]) -> None:
+    missing = [field for field in fields if row.get(field) is None]
+    if missing:
+        raise RowFault(f"missing {' and '.join(missing)}")
+
+
+def _texts(row: Mapping[str, Any], fields: Sequence[str]) -> list[str]:
+    """The fields' strings, of which the last one, the answer, is not empty."""
+    _need(row, fields)
+    found = [_string(row[field], field) for field in fields]
+    if not found[-1].strip():
+        raise RowFault(f"{fields[-1]} is empty")
+    return found
+
+
+def _string(value: object, name: str) -> str:
+    if not isinstance(value, str):
+        raise RowFault(f"{name} must be a string, not {type(value).__name__}")
+    if any("\ud800" <= c <= "\udfff" for c in value):  # which JSON can spell, and no UTF-8 and no tokenizer has
+        raise RowFault(f"{name} holds half a character (a lone surrogate)")
+    return value
+
+
+def _alpaca(number: int, row: Mapping[str, Any]) -> Example:
+    instruction, output = _texts(row, _ALPACA)
+    more = _string(row.get("input") or "", "input")
+    system = _string(row.get("system") or "", "system")
+    messages = [Message("system", system)] if system else []
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
+        raise RowFault("history must be a list of pairs, each a question and its answer")
+    for index, (question, answer) in enumerate(history):
+        asked, said = (_string(text, f"history[{index}]") for text in (question, answer))
+        messages += [Message("user", asked), Message("assistant", said, is_learnt=False)]
+    question = f"{instruction}\n{more}" if more else instruction
+    return Example(number, (*messages, Message("user", question), Message("assistant", output)))
+
+
+def _from_sharegpt(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row as a chat of OpenAI's shape, with whatever is wrong in it left to be found there."""
+    turns = row[_SHAREGPT]
+    if not isinstance(turns, list):
+        raise RowFault("conversations must be a list of turns, each with from and value")
+    messages: list[dict[str, Any]] = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    for index, turn in enumerate(turns):
+        speaker = turn.get("from") if isinstance(turn, dict) else None
+        if not isinstance(speaker, str) or speaker not in _SPEAKERS:
+            raise RowFault(f"conversations[{index}].from must be one of {', '.join(_SPEAKERS)}")
+        said = _string(turn.get("value"), f"conversations[{index}].value")
+        if speaker == "function_call":
+            called = _json(said, f"conversations[{index}].value")
+            calls = called if isinstance(called, list) else [called]
+            messages.append({"role": "assistant", "content": "", "tool_calls": [{"function": call} for call in calls]})
+        else:
+            messages.append({"role": _SPEAKERS[speaker], "content": said})
+    tools = row.get("tools")
+    return {"messages": messages, "tools": _json(tools, "tools") if isinstance(tools, str) and tools else tools}
+
+
+def _json(text: str, name: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise RowFault(f"{name} is no JSON") from None
+
+
+def _chat(number: int, messages: object, tools: object) -> Example:
+    if not isinstance(messages, list) or len(messages) < 2:
+        raise RowFault("messages must be a list of at least two: a question and the assistant's answer")
+    found = [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+    last = found[-1]
+    if last.role != "assistant":
+        raise RowFault("the last message must be the assistant's: it is the answer to learn")
+    if not last.content.strip() and not last.calls:
+        raise RowFault("the assistant's last message is empty")
+    while found and not (found[-1].role == "assistant" and found[-1].is_learnt):
+        found.pop()  # nothing is learnt behind the last answer that is
+    if not found:
+        raise RowFault("every assistant's message has the weight 0, so there is nothing to learn")
+    return Example(number, tuple(found), tools=_tools(tools))
+
+
+def _message(message: object, where: str) -> Message:
+    if not isinstance(message, dict):
+        raise RowFault(f"{where} must be an object with role and content, both strings")
+    role, calls = message.get("role"), _calls(message, where)
+    content = _content(message.get("content"), where, may_lack=bool(calls))
+    role = _OTHER_ROLES.get(str(role), role)
+    if role not in _ROLES:
+        raise RowFault(f"{where}.role must be one of {', '.join(_ROLES)}")
+    if calls and role != "assistant":
+        raise RowFault(f"{where}.tool_calls is only in an assistant's message")
+    weight = message.get("weight")
+    if weight is not None and (weight not in (0, 1) or role != "assistant"):
+        raise RowFault(f"{where}.weight must be 0 or 1, and on an assistant's message")
+    call_id = message.get("tool_call_id")
+    return Message(role, content, weight != 0, calls, _string(call_id, f"{where}.tool_call_id") if call_id else "")
+
+
+def _content(value: object, where: str, *, may_lack: bool) -> str:
+    if value is None and may_lack:
+        return ""
+    if isinstance(value, list) and value and all(isinstance(p, dict) and p.get("type") == "text" for p in value):
+        return "".join(_string(part.get("text"), f"{where}.content") for part in value)
+    if not isinstance(value, str):
+        raise RowFault(f"{where} must be an object with role and content, both strings")
+    return _string(value, f"{where}.content")
+
+
+def _calls(message: Mapping[str, Any], where: str) -> str:
+    """The calls of a message as JSON with arguments that are objects; empty without any."""
+    calls = message.get("tool_calls") or ([{"function": c}] if (c := message.get("function_call")) else [])
+    if not isinstance(calls, list):
+        raise RowFault(f"{where}.tool_calls must be a list")
+    return _dumped(
+        [_call(call, f"{where}.tool_calls[{index}]", index) for index, call in enumerate(calls)], f"{where}.tool_calls"
+    )
+
+
+def _call(call: object, where: str, index: int) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise RowFault(f"{where}.function must be an object with name and arguments")
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        arguments = _json(arguments or "{}", f"{where}.function.arguments")
+    if not isinstance(arguments, dict):
+        raise RowFault(f"{where}.function.arguments must be a JSON object")
+    named = call.get("id") if isinstance(call, dict) else None
+    call_id = _string(named, f"{where}.id") if named else f"call_{index}"
+    return {"id": call_id, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def _tools(tools: object) -> str:
+    """Tools as JSON, each as OpenAI describes one; functions alone are taken too."""
+    if tools is None or tools == []:
+        return ""
+    if not isinstance(tools, list):
+        raise RowFault("tools must be a list")
+    found = []
+    for index, tool in enumerate(tools):
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise RowFault(f"tools[{index}] must be an object with a function that has a name")
+        found.append({"type": "function", "function": function})
+    return _dumped(found, "tools")
+
+
+def _dumped(found: list[dict[str, Any]], name: str) -> str:
+    try:
+        text = json.dumps(found, ensure_ascii=False) if found else ""
+    except TypeError:  # a time, a number of another library, out of parquet
+        raise RowFault(f"{name} hold a value that JSON does not have") from None
+    return _string(text, name)
