@@ -1,5 +1,6 @@
 """Where the server listens, and what it says about it."""
 
+import gc
 import platform
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import psutil
 import pytest
 
 from manylora.database.database import open_database
+from manylora.serving.imports import uncollected
 from manylora.serving.process import return_freed_memory, safe_host, url_of
 from manylora.settings import Settings
 from manylora.tenants.interface import Role
@@ -64,3 +66,25 @@ def test_what_start_up_has_freed_goes_back_to_the_system() -> None:
     return_freed_memory()
     assert before - psutil.Process().memory_info().rss > 50_000_000
     assert len(above) == 100_000
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_nobody_looks_for_garbage_in_what_is_imported(is_on: bool) -> None:
+    looks: list[str] = []
+
+    def look(phase: str, _info: dict[str, int]) -> None:
+        looks.append(phase)
+
+    was_enabled = gc.isenabled()
+    (gc.enable if is_on else gc.disable)()
+    gc.callbacks.append(look)
+    try:
+        before = gc.get_freeze_count()
+        with uncollected():
+            made = [[number] for number in range(10 * gc.get_threshold()[0])]
+        assert looks == []
+        assert gc.get_freeze_count() - before >= len(made)
+        assert gc.isenabled() is is_on
+    finally:
+        gc.callbacks.remove(look)
+        (gc.enable if was_enabled else gc.disable)()

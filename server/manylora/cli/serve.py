@@ -41,8 +41,10 @@ def flag_of(name: str) -> str:
 def _serve(**flags: Any) -> None:
     settings = load_settings(**{name: value for name, value in flags.items() if value not in (None, [])})
     typer.echo(f"manylora {__version__} is starting …", err=True)
-    from manylora.serving.process import serve
+    from manylora.serving.imports import uncollected
 
+    with uncollected():
+        from manylora.serving.process import serve
     serve(settings, _announce)
 
 

@@ -28,6 +28,7 @@ from manylora.lora.format.spec import BaseWeights, ModuleSpec
 from manylora.lora.memory.occupancy import Occupancy
 from manylora.metrics import Metrics, NoMetrics
 from manylora.serving.app import create_app
+from manylora.serving.imports import uncollected
 from manylora.settings import Settings
 from manylora.tenants.gate import TenantGate
 from manylora.tenants.seal import Seal
@@ -168,13 +169,13 @@ async def _charge_probe(metrics: Metrics, usage: UsageSink, tenant: str, adapter
 
 def load_foundation(settings: Settings) -> Foundation:
     """The base that the settings name, with the engine that the settings describe. Raises StartupError."""
-    from manylora.engine.build import EngineBuilder  # not before it is needed: torch takes seconds to import
-    from manylora.engine.pool_build import PoolBuilder
-    from manylora.lifecycle.weights.served import Inspector
-    from manylora.models.encoder_loading import is_encoder, load_encoder
-    from manylora.models.loading import load_base, resolve_model
-    from manylora.models.stored_weights import StoredWeights
-
+    with uncollected():  # not before it is needed: torch takes seconds to import
+        from manylora.engine.build import EngineBuilder
+        from manylora.engine.pool_build import PoolBuilder
+        from manylora.lifecycle.weights.served import Inspector
+        from manylora.models.encoder_loading import is_encoder, load_encoder
+        from manylora.models.loading import load_base, resolve_model
+        from manylora.models.stored_weights import StoredWeights
     folder = resolve_model(settings.model)
     builder: EngineBuilder | PoolBuilder
     if is_encoder(folder):
