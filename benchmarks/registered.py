@@ -17,9 +17,9 @@ from manylora.catalog.records import Wish
 from manylora.catalog.registry import Registry
 from manylora.catalog.store import open_store
 from manylora.catalog.upload import Rules, new_version
-from manylora.cli.offline import modules_of
 from manylora.database.database import open_database
 from manylora.engine.interface import Effect
+from manylora.models.offered import modules_of
 from manylora.settings import Settings
 
 __all__ = ["register_fleet", "register_small"]

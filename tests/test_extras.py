@@ -62,6 +62,8 @@ COMMANDS: Final[dict[str, tuple[str, int, str | tuple[str, ...]]]] = {
     "adapters verify": ("--data-dir {data}", DONE, "0 checked"),
     "adapters rescan": ("--data-dir {data} --model {model}", FAILED, "store"),
     "adapters orphans": ("--data-dir {data}", DONE, "set aside"),
+    "worker": ("{model} --data-dir {data}", FAILED, ("peft", "matplotlib")),
+    "serve :jobs": ("{model} --jobs 1 --data-dir {out}/d", FAILED, ("peft", "matplotlib")),
     "serve :tracing": ("{model} --tracing --data-dir {out}/d", FAILED, ("opentelemetry.sdk", "opentelemetry.exporter")),
     "serve :s3": ("{model} --store-url s3://bucket/x --data-dir {out}/d", FAILED, ("s3fs",)),
     "serve :postgresql": ("{model} --database-url postgresql://nowhere/x --data-dir {out}/d", FAILED, ("psycopg",)),

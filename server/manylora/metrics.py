@@ -9,7 +9,7 @@ adapter is moved between tiers, nobody calls: `tenant` is then the adapter's own
 """
 
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar, Final, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
@@ -34,6 +34,7 @@ BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 
 OUTCOMES: Final = ("ok", "cancelled", "invalid", "rejected", "error")
 FAULT_PHASES: Final = ("request", "schedule", "forward", "sample", "deliver")
 FAULT_RESULTS: Final = ("retried", "isolated", "fatal")
+JOB_STATUSES: Final = ("queued", "running", "publishing", "paused")
 _PREFIX: Final = "manylora"
 _BY_CALLER: Final = ("tenant", "adapter")  # who asks, and for what
 _BY_OWNER: Final = ("tenant", "adapter")  # whose adapter it is
@@ -302,7 +303,19 @@ class Metrics:
         self.quota_fallback = self._counter(
             "quota_fallback", "Requests admitted by this server's part of a quota, as the database did not answer.", ()
         )
+        self._count_jobs()
         self.connections_ended = self._counter("connections_ended", "Connections that a bound ended.", ("reason",))
+
+    def _count_jobs(self) -> None:
+        self.jobs = Gauge(
+            f"{_PREFIX}_fine_tuning_jobs", "Jobs that have not ended, by status.", ("status",), registry=self.registry
+        )
+        self.job_workers = Gauge(
+            f"{_PREFIX}_fine_tuning_workers", "Workers for this base that were seen lately.", registry=self.registry
+        )
+        self.jobs_published = self._counter(
+            "fine_tuning_published", "Results of jobs that this server published, or could not, by result.", ("result",)
+        )
 
     def _count_tokens(self) -> None:
         self.prompt_tokens = self._counter(
@@ -415,6 +428,16 @@ class Metrics:
         """So many adapters' files lie in `orphans/`."""
         self.adapter_orphans.set(count)
 
+    def show_jobs(self, counts: Mapping[str, int], num_workers: int) -> None:
+        """So many jobs for the base have each status, and so many workers take them up."""
+        for status in JOB_STATUSES:
+            self.jobs.labels(status).set(counts.get(status, 0))
+        self.job_workers.set(num_workers)
+
+    def count_published(self, result: str) -> None:
+        """What a job came to is a version (`succeeded`), cannot be one (`refused`), or not now (`failed`)."""
+        self.jobs_published.labels(result).inc()
+
     def count_connection_ended(self, reason: str) -> None:
         """A bound of `connections` ended a connection."""
         self.connections_ended.labels(reason).inc()
@@ -452,5 +475,9 @@ class NoMetrics(Metrics):
     def count_quota_fallback(self) -> None: ...
 
     def show_orphans(self, count: int) -> None: ...
+
+    def show_jobs(self, counts: Mapping[str, int], num_workers: int) -> None: ...
+
+    def count_published(self, result: str) -> None: ...
 
     def count_connection_ended(self, reason: str) -> None: ...

@@ -269,6 +269,19 @@ class Settings(BaseSettings):
     import_allow: tuple[str, ...] = ()
     """Prefixes that `source` of an import and `lora_path` may begin with, such as `file:///srv/adapters/` or `hf://my-org/`."""
 
+    # fine-tuning
+    jobs: int = Field(default=0, ge=0, le=64)
+    """Fine-tuning jobs that this server runs at a time, in processes of their own beside it; 0: none, and jobs wait for
+    a `manylora worker`."""
+    job_threads: int = Field(default=1, ge=1)
+    """CPU threads of each job; with one, a job that was interrupted comes to the same adapter, bit for bit."""
+    job_device: Literal["auto", "cpu", "cuda"] = "cpu"
+    """Where jobs train; `cuda` shares the device with the model, unless the worker runs where another one is seen."""
+    max_file_size: Size = 512 * 2**20
+    """Largest file of data that a tenant may upload."""
+    file_days: float = Field(default=30.0, gt=0)
+    """Days that a file of data is kept whose upload does not say how long."""
+
     # state
     data_dir: Path = Field(default_factory=default_data_dir)
     """Folder of the registry, the adapter files and the keys; default: the platform's folder for user data."""

@@ -139,7 +139,9 @@ def routes() -> Iterator[str]:
         anthropic,
         classify,
         dashboard_routes,
+        data_files,
         embeddings,
+        fine_tuning,
         history,
         inspection,
         ollama,
@@ -152,6 +154,7 @@ def routes() -> Iterator[str]:
         tokens,
         usage,
     )
+    from manylora.jobs.board import Board
 
     catalog = cast("Any", None)  # the routes are looked at, not called
     built = (
@@ -159,6 +162,8 @@ def routes() -> Iterator[str]:
         history.build_router(catalog),
         inspection.build_router(catalog, catalog),
         tenants.build_router(catalog),
+        data_files.build_router(catalog),
+        fine_tuning.build_router(catalog, Board(catalog)),
         usage.build_router(catalog),
         dashboard_routes.build_router(),
     )

@@ -16,9 +16,8 @@ from manylora.errors import InvalidRequest, ManyloraError
 from manylora.lifecycle.base import Base, load_base
 from manylora.lifecycle.data.batches import padding_share
 from manylora.lifecycle.data.data import read_dataset
-from manylora.lifecycle.output import report_folder
+from manylora.lifecycle.output import checkpoint_path, report_folder
 from manylora.lifecycle.progress import Progress, ignore
-from manylora.lifecycle.train.checkpoint import checkpoint_path
 from manylora.lifecycle.train.config import LoraShape, TrainConfig
 from manylora.lifecycle.train.train import _fingerprint, _settings, encode, prepare, train
 from manylora.lifecycle.train.training import Trainer

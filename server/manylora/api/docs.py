@@ -19,6 +19,7 @@ from manylora.api.auth import current_principal
 from manylora.api.classify import ClassifyRequest
 from manylora.api.embeddings import EmbeddingRequest
 from manylora.api.examples import BODIES, PARAMETERS
+from manylora.api.fine_tuning_schemas import JobBody
 from manylora.api.history import RollbackBody
 from manylora.api.ollama import OllamaChatRequest, OllamaGenerateRequest
 from manylora.api.responses import ResponseRequest
@@ -49,6 +50,7 @@ _BODIES: Final = (
     LoadBody,
     UnloadBody,
     RollbackBody,
+    JobBody,
     KeyBody,
     TenantBody,
 )

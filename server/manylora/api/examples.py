@@ -15,6 +15,8 @@ PARAMETERS: Final[Mapping[str, str]] = {
     "model_id": "billing",
     "tenant": "acme",
     "key_id": "key_0123456789abcdef01234567",
+    "file_id": "file-0123456789abcdef01234567",
+    "job_id": "ftjob-0123456789abcdef01234567",
 }
 
 BODIES: Final[Mapping[str, Mapping[str, Any]]] = {
@@ -43,6 +45,13 @@ BODIES: Final[Mapping[str, Mapping[str, Any]]] = {
     "POST /v1/adapters": {"name": "imported", "source": "hf://owner/repository", "note": "first try"},
     "PATCH /v1/adapters/{name}": {"active_version": 2, "note": "better on the March letters"},
     "POST /v1/adapters/{name}/rollback": {"note": "worse than before"},
+    "POST /v1/fine_tuning/jobs": {
+        "model": "base-model",
+        "training_file": PARAMETERS["file_id"],
+        "suffix": "letters",
+        "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 3}}},
+        "manylora": {"rank": 8, "activate": "always"},
+    },
     "POST /v1/load_lora_adapter": {"lora_name": "loaded", "lora_path": "/adapters/loaded"},
     "POST /v1/unload_lora_adapter": {"lora_name": "billing"},
     "PATCH /v1/tenants/{tenant}": {"weight": 2, "requests_per_minute": 600, "max_adapters": None},

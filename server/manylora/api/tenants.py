@@ -40,6 +40,9 @@ class TenantBody(Body):
     max_adapters: _Quota | None = None
     max_adapter_bytes: _Quota | None = None
     max_pinned: _Quota | None = None
+    max_file_bytes: _Quota | None = None
+    max_jobs_queued: _Quota | None = None
+    max_jobs_running: _Quota | None = None
 
     @model_validator(mode="after")
     def _says_something(self) -> "TenantBody":

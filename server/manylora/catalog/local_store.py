@@ -193,6 +193,26 @@ class LocalStore:
             except FileNotFoundError:
                 return set()
 
+    def keep_file(self, name: str, source: Path) -> None:
+        with file_errors("The store cannot be written"):
+            target, staging = self._root / name, self._new_incoming()
+            try:
+                copy_durably(source, staging)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                staging.replace(target)
+                sync_folder(target.parent)
+                sync_folder(target.parent.parent)
+            finally:
+                staging.unlink(missing_ok=True)
+
+    def fetch_file(self, name: str, target: Path) -> bool:
+        with file_errors("The store cannot be read"):
+            try:
+                copy_durably(self._root / name, target)
+            except FileNotFoundError:
+                return False
+            return True
+
     def tidy(self) -> None:
         with file_errors("The store cannot be written"):
             clear_folder(self._incoming, older_than_s=_OTHERS_WORK_S if self.is_shared else 0.0)

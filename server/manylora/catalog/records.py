@@ -2,9 +2,11 @@
 
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
+
+from sqlalchemy.orm import Session
 
 from manylora.catalog.base_signature import BaseSignature
 from manylora.catalog.saved_mix import SavedPart, parts_of
@@ -34,6 +36,8 @@ class Wish:
     `card` is the text of what came as `README.md`: the version has it from then on, whether it is new or was there.
 
     `payer` None: the operator's own, which the owner's share of the engine runs and nobody is charged for.
+
+    `also` is done in the transaction that publishes: what it raises leaves nothing published.
     """
 
     tenant: str
@@ -45,6 +49,7 @@ class Wish:
     defaults: str | None = None
     card: str | None = None
     author: Author = SERVER
+    also: "Callable[[Session, Published], None] | None" = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -280,8 +280,10 @@ class Registry:
             found = FolderRow(path=folder.path, fingerprint=folder.fingerprint, version_id=newest.id)
             session.merge(found)
             session.merge(FolderContentRow(name=row.name, digest=_content_key(newest.digest, wish), base=newest.base))
-        record = transaction.mirror(row)
-        return Published(record, version_record(row, newest, self._base), is_new)
+        done = Published(transaction.mirror(row), version_record(row, newest, self._base), is_new)
+        if wish.also is not None:
+            wish.also(session, done)
+        return done
 
     def update(
         self,

@@ -170,6 +170,17 @@ class RemoteStore:
     def names(self, folder: str) -> set[str]:
         return {path.removeprefix(f"{folder}/") for path in self._objects(folder)}
 
+    def keep_file(self, name: str, source: Path) -> None:
+        with remote_errors(_WRITING):
+            self._filesystem.put_file(os.fspath(source), f"{self._root}/{name}")
+
+    def fetch_file(self, name: str, target: Path) -> bool:
+        with remote_errors(_READING):
+            if not self._filesystem.exists(f"{self._root}/{name}"):
+                return False
+            self._filesystem.get_file(f"{self._root}/{name}", os.fspath(target))
+            return True
+
     def tidy(self) -> None:
         self._cache.sweep()
 

@@ -43,6 +43,7 @@ from manylora.catalog.upload import (
     Brought,
     Charge,
     Quarantine,
+    Receive,
     Rules,
     check_description,
     check_note,
@@ -91,7 +92,7 @@ class Catalog:
         self.following = Follower(database, self._registry, self.refresh)
         self._labelling: asyncio.Task[None] | None = None
         self._is_closing = False
-        self._count_upload: Callable[[str, str], None] = _ignore
+        self._count_upload: Callable[[str, str], None] = lambda _tenant, _result: None
         self._charge_probe: Charge = _charge_nobody
         self._check_defaults: DefaultsCheck = _take_any
 
@@ -150,8 +151,9 @@ class Catalog:
         return self._blobs.num_orphans
 
     @property
-    def max_upload_bytes(self) -> int:
-        return self._rules.max_bytes
+    def base(self) -> str:
+        """The served base's signature, as versions are registered for it."""
+        return self._base.value
 
     def local_folder(self, ref: AdapterRef) -> Path:
         """Implements `engine.interface.AdapterSource`."""
@@ -174,7 +176,7 @@ class Catalog:
         `check_defaults` says what is wrong with a version's defaults, `notices` when other processes changed something.
         """
         self._engine = engine
-        self._count_upload = count_upload or _ignore
+        self._count_upload = count_upload or self._count_upload
         self._charge_probe = charge_probe or _charge_nobody
         self._check_defaults = check_defaults or _take_any
         self._blobs.count_damaged = count_damaged or self._blobs.count_damaged
@@ -220,7 +222,7 @@ class Catalog:
             wish = self._checked(replace(wish_of(received.fields, tenant, author), payer=payer))
             return wish, await self._quarantine.unpack(received)
 
-        return await self._counted(tenant, self._add(receive))
+        return await self.add(tenant, receive)
 
     async def import_from(self, wish: Wish, source: str) -> Published:
         """An import from a source on the allow-list. Raises what `upload` and `sources.fetch` raise."""
@@ -231,7 +233,7 @@ class Catalog:
             others = await asyncio.to_thread(sources.fetch, source, folder, allow=allow, max_bytes=limit)
             return wish, Brought(folder, others)
 
-        return await self._counted(wish.tenant, self._add(receive))
+        return await self.add(wish.tenant, receive)
 
     async def save_mix(self, wish: Wish, mix: Mix) -> Published:
         """A version that is a mix. Raises InvalidRequest, QuotaExceeded, or Conflict where an adapter of it is gone."""
@@ -269,7 +271,11 @@ class Catalog:
             return known
         return await self._with_pin(done)
 
-    async def _add(self, receive: Callable[[Path], Awaitable[tuple[Wish, Brought]]]) -> Published:
+    async def add(self, tenant: str, receive: Receive) -> Published:
+        """What `receive` brings, taken as an upload is. Raises what `upload` and `receive` raise."""
+        return await self._counted(tenant, self._add(receive))
+
+    async def _add(self, receive: Receive) -> Published:
         async with self._quarantine.folder() as quarantine:
             wish, brought = await receive(quarantine)
             adapter, wish = await self._quarantine.accept(brought, wish, self._checked_defaults)
@@ -449,8 +455,6 @@ class Catalog:
         for ref in gone:
             self._retirements.begin(ref)
 
-    # beside the requests
-
     async def refresh(self) -> None:
         """Take over what other processes changed in the database."""
         if (changes := await self.database.run(self._registry.refresh)) is None:
@@ -475,13 +479,9 @@ class Catalog:
         return self._retirement
 
     def check_integrity(self) -> None:
-        """Assert that registry, directory and store agree. Reads everything: for tests and tools."""
+        """Assert that registry, directory and store agree, reading everything."""
         self._registry.check_integrity()
         assert all(map(self._store.has, self._registry.blobs())), "files of a blob are missing"
-
-
-def _ignore(_tenant: str, _result: str) -> None:
-    """Nobody counts."""
 
 
 async def _charge_nobody(_tenant: str, _ref: AdapterRef, _num_tokens: int) -> None:

@@ -5,6 +5,8 @@
            orphans/<blob>/…                                the same, set aside: the database did not know them
            labels/<blob>.<version id>.json                 what the registry knows of a version (`catalog.labels`)
            registry                                        whose store this is (`catalog.belonging`)
+           files/<id>                                      a tenant's file of data (`jobs.files`)
+           jobs/<id>/…                                     what a fine-tuning job wrote on its way (`jobs.remains`)
 
 A blob is never changed, only mended where its bytes are not those of its address any more. In a local folder it
 appears whole, by one rename after everything was synced. In an object store its two objects are written one after the
@@ -91,6 +93,14 @@ class Store(Protocol):
 
     def names(self, folder: str) -> set[str]:
         """The names of the small files in a folder below the root."""
+        ...
+
+    def keep_file(self, name: str, source: Path) -> None:
+        """Replace a file of any size below the root by a copy of `source`, durably and in one step."""
+        ...
+
+    def fetch_file(self, name: str, target: Path) -> bool:
+        """Copy a file below the root to `target`; False where there is none."""
         ...
 
     def tidy(self) -> None:

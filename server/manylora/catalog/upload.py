@@ -77,6 +77,10 @@ class Brought:
     left_aside: Sequence[str] = ()
 
 
+# Fills a folder of the quarantine, and says where what is in it goes.
+Receive = Callable[[Path], Awaitable[tuple[Wish, Brought]]]
+
+
 class Quarantine:
     """Folders for uploads in progress, and the queue for the validator."""
 

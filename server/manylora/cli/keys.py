@@ -195,6 +195,9 @@ def set_limits(
     max_adapters: Limit = None,
     max_adapter_bytes: Annotated[str | None, typer.Option(metavar="SIZE|none", help="Such as 2GiB.")] = None,
     max_pinned: Limit = None,
+    max_file_bytes: Annotated[str | None, typer.Option(metavar="SIZE|none", help="Of data to learn from.")] = None,
+    max_jobs_queued: Limit = None,
+    max_jobs_running: Limit = None,
     data_dir: DataDir = None,
     database_url: DatabaseUrl = None,
     as_json: AsJson = False,
@@ -210,6 +213,9 @@ def set_limits(
         "max_adapters": max_adapters,
         "max_adapter_bytes": max_adapter_bytes,
         "max_pinned": max_pinned,
+        "max_file_bytes": max_file_bytes,
+        "max_jobs_queued": max_jobs_queued,
+        "max_jobs_running": max_jobs_running,
     }.items():
         if text is not None:
             given[name] = _parsed(name, text)
@@ -232,9 +238,9 @@ def _parsed(name: str, text: str) -> int | None:
     if text.lower() == "none":
         return None
     try:
-        value = parse_size(text) if name == "max_adapter_bytes" and text != "0" else int(text)
+        value = parse_size(text) if name.endswith("_bytes") and text != "0" else int(text)
     except ValueError:
         fail(f"--{name.replace('_', '-')} must be a number or 'none', not '{text}'.", USAGE)
     if isinstance(value, float):
-        fail("--max-adapter-bytes is a size in bytes, such as 2GiB, not a share.", USAGE)
+        fail(f"--{name.replace('_', '-')} is a size in bytes, such as 2GiB, not a share.", USAGE)
     return value

@@ -9,7 +9,6 @@ from manylora.catalog.archive import unpack
 from manylora.catalog.base_names import BaseNames
 from manylora.catalog.records import NewVersion
 from manylora.catalog.upload import Rules, new_version, report_of
-from manylora.errors import ModelUnusable
 from manylora.lora.format.reader import ModuleSpec
 from manylora.settings import Settings, load_settings
 
@@ -19,6 +18,8 @@ def validate_offline(path: Path, model: str | None, *, max_rank: int | None = No
 
     Raises InvalidAdapter, TooLarge or ModelUnusable.
     """
+    from manylora.models.offered import modules_of
+
     settings = load_settings(model=model, max_rank=max_rank)
     rules = _rules(modules_of(settings.model), settings)
     with tempfile.TemporaryDirectory() as scratch:
@@ -54,27 +55,3 @@ def _rules(modules: Mapping[str, ModuleSpec], settings: Settings) -> Rules:
     names = BaseNames((settings.served_name, settings.model))
     max_bytes, max_memory = int(settings.max_adapter_size), int(settings.max_adapter_memory)
     return Rules(modules, settings.max_rank, max_bytes, base, names, max_memory)
-
-
-def modules_of(model: str | None) -> Mapping[str, ModuleSpec]:
-    """The base's adaptable modules, from its config alone. Raises ModelUnusable."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from manylora.models import checkpoint
-    from manylora.models.encoder_loading import is_encoder, offered_modules
-    from manylora.models.experts import adaptable_experts
-    from manylora.models.loading import resolve_model
-    from manylora.models.modules import adaptable_modules, adaptable_norms, stated_shapes, with_past
-
-    folder = resolve_model(model)
-    if is_encoder(folder):
-        return offered_modules(folder)
-    config = checkpoint.read_config(folder)
-    try:
-        with torch.device("meta"):
-            base = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError) as error:
-        raise ModelUnusable(f"The config of {folder} cannot be used: {error}") from error
-    modules = with_past(adaptable_modules(base), stated_shapes(config))
-    return modules | adaptable_experts(base) | adaptable_norms(base)

@@ -143,7 +143,8 @@ def rescan(
 def _unnamed(tenant: str, settings: "Settings") -> "Unnamed":
     from manylora.catalog.base_signature import signature_of
     from manylora.catalog.rescan import Unnamed
-    from manylora.cli.offline import modules_of, validated
+    from manylora.cli.offline import validated
+    from manylora.models.offered import modules_of
     from manylora.tenants.keys import check_tenant
 
     check_tenant(tenant)

@@ -199,6 +199,9 @@ class TenantRow(Base):
     max_adapters: Mapped[int | None]
     max_adapter_bytes: Mapped[int | None]
     max_pinned: Mapped[int | None]
+    max_file_bytes: Mapped[int | None]
+    max_jobs_queued: Mapped[int | None]
+    max_jobs_running: Mapped[int | None]
     revision: Mapped[int] = mapped_column(server_default="0")
 
 
@@ -315,3 +318,97 @@ class UsageWriterRow(Base):
     id: Mapped[str] = mapped_column(primary_key=True)
     batch: Mapped[int]
     at: Mapped[int]
+
+
+class FileRow(Base):
+    """A tenant's file of data, whose bytes are in the store under its id; `expires` NULL: kept until it is deleted.
+
+    `is_whole` is False from before its bytes are written until they are there. `facts` are what was found when its rows
+    were checked: their number, their shape, and the labels of a classification.
+    """
+
+    __tablename__ = "files"
+    __table_args__ = (
+        Index("ix_files_page", "tenant", "created", "id"),
+        Index("ix_files_expires", "expires"),
+    )
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    tenant: Mapped[str]
+    filename: Mapped[str]
+    purpose: Mapped[str]
+    size_bytes: Mapped[int]
+    sha256: Mapped[str]
+    facts: Mapped[dict[str, Any]]
+    is_whole: Mapped[bool]
+    created: Mapped[int]
+    expires: Mapped[int | None]
+
+
+class JobRow(Base):
+    """One fine-tuning job, of a tenant, for the base whose signature is `base`.
+
+    `worker` has it until `lease_until`; whatever is written for it is written on that condition. `run` counts how often
+    it was taken up, `num_lost` how often whoever had it fell silent. `turn_from` and `turn_to` are its span of the
+    tenant's virtual time, set when it is first taken up (`jobs.queue`). `wants_pause`: whoever runs it is to leave off.
+    `has_remains`: the store may hold what it wrote on its way.
+    """
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        Index("ix_jobs_page", "tenant", "created", "id"),
+        Index("ix_jobs_status", "status", "base"),
+        Index("ix_jobs_turns", "tenant", "turn_to"),
+        Index("ix_jobs_turn", "turn_from"),
+    )
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    tenant: Mapped[str]
+    status: Mapped[str]
+    base: Mapped[str]
+    request: Mapped[dict[str, Any]]
+    author: Mapped[dict[str, Any]]
+    training_file: Mapped[str]
+    validation_file: Mapped[str | None]
+    cost: Mapped[float]
+    created: Mapped[int]
+    started: Mapped[int | None]
+    finished: Mapped[int | None]
+    turn_from: Mapped[float | None]
+    turn_to: Mapped[float | None]
+    worker: Mapped[str | None]
+    lease_until: Mapped[int]
+    run: Mapped[int]
+    num_lost: Mapped[int]
+    wants_pause: Mapped[bool]
+    checkpoint: Mapped[str]
+    step: Mapped[int]
+    estimated_finish: Mapped[int | None]
+    result: Mapped[dict[str, Any]]
+    error: Mapped[dict[str, Any]]
+    has_remains: Mapped[bool]
+
+
+class JobEventRow(Base):
+    """What is told of a job, in the order of `seq`."""
+
+    __tablename__ = "job_events"
+    __table_args__ = (Index("ix_job_events_job", "job", "seq"),)
+
+    seq: Mapped[int] = mapped_column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True)
+    job: Mapped[str]
+    created: Mapped[int]
+    level: Mapped[str]
+    type: Mapped[str]
+    message: Mapped[str]
+    data: Mapped[dict[str, Any]]
+
+
+class WorkerRow(Base):
+    """One process that takes up jobs for a base, which says every few seconds that it is there."""
+
+    __tablename__ = "workers"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    base: Mapped[str]
+    last_seen: Mapped[int]

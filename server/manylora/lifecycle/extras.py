@@ -1,14 +1,14 @@
 """Packages that only some commands need: asked for before the work, and pictures that cost nobody the work."""
 
-import importlib
-from collections.abc import Iterator
+import importlib.util
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from manylora.errors import InvalidRequest
 from manylora.lifecycle.progress import Listener, Progress
 from manylora.packages import install_command, package_of
 
-__all__ = ["decoration", "need"]
+__all__ = ["check_there", "decoration", "need"]
 
 
 def need(*modules: str) -> None:
@@ -19,6 +19,15 @@ def need(*modules: str) -> None:
             importlib.import_module(module)
         except ImportError:
             missing.append(module)
+    _refuse(missing)
+
+
+def check_there(*modules: str) -> None:
+    """`need` for what another process will import. Raises InvalidRequest; imports nothing."""
+    _refuse([module for module in modules if importlib.util.find_spec(module) is None])
+
+
+def _refuse(missing: Sequence[str]) -> None:
     if missing:
         raise InvalidRequest(
             f"This needs {' and '.join(map(package_of, missing))}, which cannot be imported here. Install it with: "

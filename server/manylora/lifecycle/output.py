@@ -147,6 +147,11 @@ def report_folder(out: Path) -> Path:
     return out.parent / f"{out.name}.report"
 
 
+def checkpoint_path(out: Path) -> Path:
+    """Of a training: beside its result, hidden, so that an interrupted one leaves nothing under the result's name."""
+    return out.parent / f".{out.name}.checkpoint.safetensors"
+
+
 @contextmanager
 def result_and_report(out: Path) -> Iterator[tuple[Path, Path]]:
     """Drafts of the result and of its report, as `atomic_folder`. The report is put first, so no result lacks one."""

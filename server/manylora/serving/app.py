@@ -36,7 +36,8 @@ from manylora.usage.interface import UsageSink
 
 __all__ = ["create_app"]
 
-_UPLOAD_ROUTE = ("POST", "/v1/adapters")
+# Bodies that are written to disk as they come, each with the setting that bounds it.
+_UPLOADS = {("POST", "/v1/adapters"): "max_adapter_size", ("POST", "/v1/files"): "max_file_size"}
 _MULTIPART_OVERHEAD = 2**20  # form fields, part headers and the adapter's configuration
 
 
@@ -105,13 +106,16 @@ def _add_layers(
     app: FastAPI, settings: Settings, body_limit: int, presence: Presence, *, is_open: Callable[[], bool]
 ) -> None:
     """What every request passes on its way to a route; the last one added comes first."""
-    upload_limit = max(body_limit, _in_bytes(settings.max_adapter_size, "max_adapter_size") + _MULTIPART_OVERHEAD)
+    upload_limits = {
+        route: max(body_limit, _in_bytes(getattr(settings, name), name) + _MULTIPART_OVERHEAD)
+        for route, name in _UPLOADS.items()
+    }
 
     def is_upload(scope: Scope) -> bool:
-        return (scope["method"], scope["path"]) == _UPLOAD_ROUTE
+        return (scope["method"], scope["path"]) in upload_limits
 
     def limit_of(scope: Scope) -> int:
-        return upload_limit if is_upload(scope) else body_limit
+        return upload_limits.get((scope["method"], scope["path"]), body_limit)
 
     is_reachable = settings.allow_open and not is_loopback(settings.host)
     app.add_middleware(BodyLimit, limit_of=limit_of, is_streamed=is_upload, presence=presence)

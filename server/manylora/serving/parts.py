@@ -12,7 +12,7 @@ from typing import Protocol
 
 from fastapi import FastAPI
 
-from manylora.api import adapters, dashboard_routes, defaults, history, inspection, tenants
+from manylora.api import adapters, dashboard_routes, data_files, defaults, fine_tuning, history, inspection, tenants
 from manylora.api import usage as usage_routes
 from manylora.api.inspection import Inspect
 from manylora.api.state import Departure
@@ -22,13 +22,19 @@ from manylora.catalog.service import Catalog
 from manylora.catalog.store import check_reachable
 from manylora.database.notices import Notices
 from manylora.engine.interface import AdapterSource, EngineClient
-from manylora.errors import EngineDead
+from manylora.errors import EngineDead, InvalidSettings
 from manylora.identity import AdapterRef
+from manylora.jobs.board import Board
+from manylora.jobs.files import DataFiles
+from manylora.jobs.publisher import Publisher
+from manylora.jobs.queue import JobQueue
+from manylora.jobs.worker_process import Assignment, check_packages
 from manylora.lora.format.spec import BaseWeights, ModuleSpec
 from manylora.lora.memory.occupancy import Occupancy
 from manylora.metrics import Metrics, NoMetrics
 from manylora.serving.app import create_app
 from manylora.serving.imports import uncollected
+from manylora.serving.job_worker import JobWorker
 from manylora.settings import Settings
 from manylora.tenants.gate import TenantGate
 from manylora.tenants.seal import Seal
@@ -82,6 +88,7 @@ class Parts:
     metrics: Metrics
     tracing: Tracing | None
     inspect: Inspect
+    files: DataFiles
 
     @property
     def directory(self) -> AdapterDirectory:
@@ -102,6 +109,8 @@ class Parts:
                 inspection.build_router(self.catalog, self.inspect),
                 tenants.build_router(self.gate),
                 usage_routes.build_router(self.usage),
+                data_files.build_router(self.files),
+                fine_tuning.build_router(self.catalog, Board(self.catalog.database)),
                 dashboard_routes.build_router(self.settings.root_path),
             ),
             usage=self.usage,
@@ -122,6 +131,8 @@ async def open_parts(settings: Settings, load: Callable[[Settings], Foundation] 
     metrics = Metrics() if settings.metrics else NoMetrics()
     tracing = open_tracing(settings)
     check_reachable(settings.resolved_store_url)
+    if settings.jobs:
+        check_packages()
     foundation = (load or load_foundation)(settings)
     async with AsyncExitStack() as stack:
         if tracing is not None:
@@ -157,7 +168,30 @@ async def open_parts(settings: Settings, load: Callable[[Settings], Foundation] 
         metrics.show_orphans(catalog.num_orphans)
         if settings.adapters is not None:
             await catalog.register_folder(settings.adapters)
-        yield Parts(settings, catalog, engine, gate, usage, metrics, tracing, foundation.inspect)
+        files = await _open_jobs(settings, catalog, metrics, stack)
+        yield Parts(settings, catalog, engine, gate, usage, metrics, tracing, foundation.inspect, files)
+
+
+async def _open_jobs(settings: Settings, catalog: Catalog, metrics: Metrics, stack: AsyncExitStack) -> DataFiles:
+    """What becomes of tenants' data: files, publication of what was trained and, if asked for, a worker."""
+    if isinstance(settings.max_file_size, float):
+        raise InvalidSettings("max_file_size is a size in bytes, such as '1GiB', not a share of memory.")
+    files = DataFiles(
+        catalog.database,
+        catalog.store,
+        settings.data_dir / "received",
+        max_bytes=settings.max_file_size,
+        kept_days=settings.file_days,
+    )
+    stack.push_async_callback(files.aclose)
+    publisher = Publisher(catalog, JobQueue(catalog.database), files, metrics)
+    publisher.start()
+    stack.push_async_callback(publisher.aclose)
+    if settings.jobs:
+        worker = JobWorker(Assignment.of(settings, seats=settings.jobs, base=catalog.base))
+        worker.start()
+        stack.push_async_callback(worker.aclose)
+    return files
 
 
 async def _charge_probe(metrics: Metrics, usage: UsageSink, tenant: str, adapter: AdapterRef, num_tokens: int) -> None:

@@ -30,6 +30,9 @@ class TenantLimits:
     max_adapters: int | None = None
     max_adapter_bytes: int | None = None
     max_pinned: int | None = None
+    max_file_bytes: int | None = None
+    max_jobs_queued: int | None = None
+    max_jobs_running: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 `files` reads rows, `rows` says what a row means; all rows of a file have one shape. This module imports no torch.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -11,8 +12,9 @@ from manylora.errors import InvalidRequest
 from manylora.lifecycle.data.files import AS_IT_IS, Reading, rows_of
 from manylora.lifecycle.data.rows import Example, Message, RowFault, Shape, example_of, shape_of
 
-__all__ = ["Dataset", "Example", "Message", "Reading", "Shape", "read_dataset"]
+__all__ = ["Dataset", "Example", "Facts", "Message", "Reading", "Shape", "examine", "read_dataset"]
 
+MAX_LABELS_TOLD: Final = 1000
 _SHOWN: Final = 10
 
 
@@ -38,26 +40,55 @@ def read_dataset(path: Path, *, min_labels: int = 1, reading: Reading = AS_IT_IS
     Raises InvalidRequest that names the file and every faulty row (the first ten), or that says that the
     file is missing, empty, not in its encoding, of an unknown kind, or has fewer than `min_labels` different labels.
     """
-    rows = list(rows_of(path, reading))
-    if not rows:
-        raise InvalidRequest(f"{path.name} is empty: there is no row to work with.")
-    try:
-        shape = shape_of(rows[0][1])
-    except RowFault as fault:
-        raise InvalidRequest(f"{path.name}: the first row {fault}.") from None
-    examples: list[Example] = []
-    problems: list[str] = []
-    for number, row in rows:
-        try:
-            examples.append(example_of(number, row, shape))
-        except RowFault as fault:
-            problems.append(f"row {number}: {fault}")
-    if problems:
-        more = f"; and {len(problems) - _SHOWN} more rows" if len(problems) > _SHOWN else ""
-        raise InvalidRequest(f"{path.name}: {'; '.join(problems[:_SHOWN])}{more}.")
+    found = list(_examined(path, reading))
+    shape = found[0][0]
+    examples = [example for _, example in found]
     dataset = Dataset(path, shape, tuple(examples))
     if shape == "label" and len(dataset.labels) < min_labels:
         raise InvalidRequest(
             f"{path.name} has only the label {dataset.labels[0]!r}: a classifier needs at least {min_labels}."
         )
     return dataset
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a sound file holds. `labels` is sorted and None where there are more than `MAX_LABELS_TOLD` of them."""
+
+    num_rows: int
+    shape: Shape
+    labels: tuple[str, ...] | None
+
+
+def examine(path: Path) -> Facts:
+    """Read and check a file as `read_dataset` does; no row is kept. Raises InvalidRequest."""
+    num_rows, labels = 0, set[str]()
+    shape: Shape = "chat"
+    for found, example in _examined(path, AS_IT_IS):
+        num_rows, shape = num_rows + 1, found
+        if example.label is not None and len(labels) <= MAX_LABELS_TOLD:
+            labels.add(example.label)
+    return Facts(num_rows, shape, tuple(sorted(labels)) if len(labels) <= MAX_LABELS_TOLD else None)
+
+
+def _examined(path: Path, reading: Reading) -> Iterator[tuple[Shape, Example]]:
+    """The sound rows with their shape, one at least. Raises InvalidRequest, for faulty rows once all were read."""
+    shape: Shape | None = None
+    problems: list[str] = []
+    num_faulty = 0
+    for number, row in rows_of(path, reading):
+        if shape is None:
+            try:
+                shape = shape_of(row)
+            except RowFault as fault:
+                raise InvalidRequest(f"{path.name}: the first row {fault}.") from None
+        try:
+            yield shape, example_of(number, row, shape)
+        except RowFault as fault:
+            num_faulty += 1
+            problems += [f"row {number}: {fault}"] if num_faulty <= _SHOWN else []
+    if shape is None:
+        raise InvalidRequest(f"{path.name} is empty: there is no row to work with.")
+    if problems:
+        more = f"; and {num_faulty - _SHOWN} more rows" if num_faulty > _SHOWN else ""
+        raise InvalidRequest(f"{path.name}: {'; '.join(problems)}{more}.")

@@ -6,7 +6,7 @@ This module imports no torch and knows nothing of what a row means.
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -53,13 +53,16 @@ def _pair(text: str) -> tuple[str, str]:
 
 def rows_of(path: Path, reading: Reading) -> Iterator[tuple[int, Row]]:
     """Each row with its number, which counts from 1 as an editor counts lines. Raises InvalidRequest."""
-    readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _csv}
+    readers = {".json": _json, ".csv": _csv, ".tsv": _csv}
     kind = path.suffix.lower()
-    if kind not in (*readers, ".parquet"):
+    if kind not in (*readers, ".jsonl", ".parquet"):
         raise InvalidRequest(f"{path.name}: data must be a .jsonl, .csv or .parquet file (or .json, .tsv).")
     if not path.is_file():
         raise InvalidRequest(f"{path} does not exist or is not a file.")
-    found = _parquet(path) if kind == ".parquet" else readers[kind](path.name, _text(path, reading.encoding))
+    if kind == ".jsonl":
+        found = _jsonl(path.name, _lines(path, reading.encoding))
+    else:
+        found = _parquet(path) if kind == ".parquet" else readers[kind](path.name, _text(path, reading.encoding))
     for number, row in found:
         yield number, reading.renamed(row)
 
@@ -81,6 +84,20 @@ def _text(path: Path, encoding: str) -> str:
         raise InvalidRequest(f"{path.name}: row {row} {said}") from error
 
 
+def _lines(path: Path, encoding: str) -> Iterator[str]:
+    """The lines as they are read: those of UTF-8, in which a line's end is nothing else, without the whole file."""
+    if encoding.lower() not in _UTF8:
+        yield from _text(path, encoding).split("\n")
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError:
+                _text(path, encoding)  # which says what is wrong
+                raise
+
+
 def _guess(data: bytes, line: bytes) -> str:
     """What the line says in the encoding that is likeliest, as a sentence; empty where none fits."""
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
@@ -99,7 +116,7 @@ def _guess(data: bytes, line: bytes) -> str:
 def _json(name: str, text: str) -> Iterator[tuple[int, Row]]:
     """A list of rows, or one row a line."""
     if not text.lstrip().startswith("["):
-        yield from _jsonl(name, text)
+        yield from _jsonl(name, text.split("\n"))
         return
     try:
         rows = json.loads(text)
@@ -112,8 +129,8 @@ def _json(name: str, text: str) -> Iterator[tuple[int, Row]]:
         yield number, _object(name, number, row)
 
 
-def _jsonl(name: str, text: str) -> Iterator[tuple[int, Row]]:
-    for number, line in enumerate(text.split("\n"), start=1):
+def _jsonl(name: str, lines: Iterable[str]) -> Iterator[tuple[int, Row]]:
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:

@@ -21,11 +21,6 @@ _RANDOM, _RANDOM_CUDA = "random", "random.cuda"
 _OPTIMIZER = ("step", "exp_avg", "exp_avg_sq")
 
 
-def checkpoint_path(out: Path) -> Path:
-    """Beside the result, hidden, so that an interrupted training leaves nothing under the result's name."""
-    return out.parent / f".{out.name}.checkpoint.safetensors"
-
-
 def save_checkpoint(path: Path, trainer: Trainer, fingerprint: str) -> None:
     """Replace the checkpoint by the trainer's state now. Raises ManyloraError when it cannot be written."""
     tensors: dict[str, torch.Tensor] = {_RANDOM: torch.get_rng_state()}

@@ -18,11 +18,10 @@ from manylora.lifecycle.data.data import Dataset, read_dataset
 from manylora.lifecycle.data.encoding import Encoded, tell_lengths
 from manylora.lifecycle.extras import decoration, need
 from manylora.lifecycle.journal import Journal
-from manylora.lifecycle.output import atomic_file, atomic_folder, refuse_existing, write_json
+from manylora.lifecycle.output import atomic_file, atomic_folder, checkpoint_path, refuse_existing, write_json
 from manylora.lifecycle.parameters import InvalidParameter
 from manylora.lifecycle.plots import rank_curve
 from manylora.lifecycle.progress import Listener, Progress, ignore
-from manylora.lifecycle.train.checkpoint import checkpoint_path
 from manylora.lifecycle.train.config import ChooseConfig, LoraShape, check_settings
 from manylora.lifecycle.train.train import MEMORY_ADVICE, TrainResult, add_lora, encoder_of, train
 from manylora.lifecycle.train.training import Trainer

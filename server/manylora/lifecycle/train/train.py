@@ -5,7 +5,6 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,11 +19,11 @@ from manylora.lifecycle.data.encoding import Encoded, Encoder, length_statistics
 from manylora.lifecycle.data.look import Seen, seen
 from manylora.lifecycle.evaluate.contenders import generate
 from manylora.lifecycle.extras import decoration, need
-from manylora.lifecycle.output import atomic_file, report_folder, result_and_report, write_json
+from manylora.lifecycle.output import atomic_file, checkpoint_path, report_folder, result_and_report, write_json
 from manylora.lifecycle.parameters import InvalidParameter
 from manylora.lifecycle.plots import loss_curve
 from manylora.lifecycle.progress import Listener, Progress, ignore
-from manylora.lifecycle.train.checkpoint import checkpoint_path, discard_checkpoint, load_checkpoint, save_checkpoint
+from manylora.lifecycle.train.checkpoint import discard_checkpoint, load_checkpoint, save_checkpoint
 from manylora.lifecycle.train.config import LoraShape, Schedule, TrainConfig, check, check_checkpoint, checked_data
 from manylora.lifecycle.train.training import Diverged, Trainer
 
@@ -77,9 +76,13 @@ def train(
     if resume:
         load_checkpoint(checkpoint, trainer, fingerprint)
     samples = Samples(config.sample, base, trainer, data, listen)
+
+    def keep() -> None:
+        save_checkpoint(checkpoint, trainer, fingerprint)
+        listen(Progress("checkpoint"))
+
     try:
         with memory_faults(MEMORY_ADVICE):
-            keep = partial(save_checkpoint, checkpoint, trainer, fingerprint)
             finished = trainer.run(listen, should_stop, keep, samples.take)
     except Diverged:
         discard_checkpoint(checkpoint)  # going on from there would only diverge again

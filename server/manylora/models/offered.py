@@ -1,0 +1,31 @@
+"""What a base offers to adapters, told from its config, without its weights."""
+
+from collections.abc import Mapping
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from manylora.errors import ModelUnusable
+from manylora.lora.format.spec import ModuleSpec
+from manylora.models import checkpoint
+from manylora.models.encoder_loading import is_encoder, offered_modules
+from manylora.models.experts import adaptable_experts
+from manylora.models.loading import resolve_model
+from manylora.models.modules import adaptable_modules, adaptable_norms, stated_shapes, with_past
+
+__all__ = ["modules_of"]
+
+
+def modules_of(model: str | None) -> Mapping[str, ModuleSpec]:
+    """The base's adaptable modules, from its config alone. Raises ModelUnusable."""
+    folder = resolve_model(model)
+    if is_encoder(folder):
+        return offered_modules(folder)
+    config = checkpoint.read_config(folder)
+    try:
+        with torch.device("meta"):
+            base = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError) as error:
+        raise ModelUnusable(f"The config of {folder} cannot be used: {error}") from error
+    modules = with_past(adaptable_modules(base), stated_shapes(config))
+    return modules | adaptable_experts(base) | adaptable_norms(base)

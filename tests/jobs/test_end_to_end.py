@@ -1,0 +1,117 @@
+"""The official `openai` client, unmodified, from rows to a version that answers: a server with a worker beside it."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+from openai.types.fine_tuning import FineTuningJob
+
+from tests.catalog.real_server import Server, serving
+from tests.lifecycle.helpers import label_rows, write_rows
+
+PATIENCE_S = 300.0
+
+
+@pytest.fixture(scope="module")
+def server(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(tiny_llama_dir, tmp_path_factory.mktemp("server"), jobs=1) as server:
+        yield server
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.client.base_url}/v1", api_key="unused", max_retries=0) as client:
+        yield client
+
+
+def ended(client: openai.OpenAI, job: FineTuningJob) -> FineTuningJob:
+    until = time.monotonic() + PATIENCE_S
+    while job.status not in ("succeeded", "failed", "cancelled") and time.monotonic() < until:
+        time.sleep(0.2)
+        job = client.fine_tuning.jobs.retrieve(job.id)
+    return job
+
+
+def test_rows_go_in_and_a_version_that_answers_comes_out(client: openai.OpenAI, tmp_path: Path) -> None:
+    rows = label_rows()
+    with write_rows(tmp_path / "words.jsonl", rows).open("rb") as file:
+        train = client.files.create(file=file, purpose="fine-tune")
+    with write_rows(tmp_path / "held out.jsonl", rows[::5]).open("rb") as file:
+        held_out = client.files.create(
+            file=file, purpose="fine-tune", expires_after={"anchor": "created_at", "seconds": 3600}
+        )
+    assert [each.id for each in client.files.list(purpose="fine-tune")] == [held_out.id, train.id]
+    assert held_out.expires_at == held_out.created_at + 3600
+    assert client.files.content(train.id).read() == (tmp_path / "words.jsonl").read_bytes()
+
+    job = client.fine_tuning.jobs.create(
+        model="tiny",
+        training_file=train.id,
+        validation_file=held_out.id,
+        suffix="words",
+        seed=1,
+        metadata={"team": "letters"},
+        method={
+            "type": "supervised",
+            "supervised": {"hyperparameters": {"n_epochs": 20, "batch_size": "auto", "learning_rate_multiplier": 20}},
+        },
+        extra_body={"manylora": {"rank": 4, "activate": "always", "render": "plain"}},
+    )
+    assert job.status == "queued"
+    assert (job.hyperparameters.n_epochs, job.hyperparameters.batch_size) == (20, 8)
+    with pytest.raises(openai.ConflictError):
+        client.files.delete(train.id)
+
+    job = ended(client, job)
+
+    assert job.status == "succeeded", client.fine_tuning.jobs.list_events(job.id).data[0].message
+    assert job.fine_tuned_model == "words@1"
+    assert job.trained_tokens
+    assert job.finished_at is not None
+    assert [each.id for each in client.fine_tuning.jobs.list()] == [job.id]
+    events = list(client.fine_tuning.jobs.list_events(job.id, limit=30))  # over several pages
+    metrics = [event for event in reversed(events) if event.type == "metrics"]
+    losses = [event.data["train_loss"] for event in metrics]  # type: ignore[index]
+    assert [event.data["step"] for event in metrics] == list(range(1, 81))  # type: ignore[index]
+    assert losses[-1] < losses[0] / 2
+    (checkpoint,) = client.fine_tuning.jobs.checkpoints.list(job.id)
+    assert checkpoint.fine_tuned_model_checkpoint == "words@1"
+    assert checkpoint.metrics.full_valid_loss is not None
+    (report,) = job.result_files
+    assert client.files.retrieve(report).purpose == "fine-tune-results"
+    answered = [
+        client.completions.create(model="words", prompt=row["text"], max_tokens=8, temperature=0).choices[0].text
+        for row in rows[::7]
+    ]
+    assert answered == [row["label"] for row in rows[::7]]
+    assert client.files.delete(train.id).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.files.retrieve(train.id)
+
+
+def test_a_job_is_cancelled_and_another_fails_with_its_reason(client: openai.OpenAI, tmp_path: Path) -> None:
+    with write_rows(tmp_path / "rows.jsonl", label_rows() * 4).open("rb") as file:
+        train = client.files.create(file=file, purpose="fine-tune")
+    long = client.fine_tuning.jobs.create(
+        model="tiny",
+        training_file=train.id,
+        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 50}}},
+    )
+    until = time.monotonic() + PATIENCE_S
+    while client.fine_tuning.jobs.retrieve(long.id).status == "queued" and time.monotonic() < until:
+        time.sleep(0.2)
+
+    assert client.fine_tuning.jobs.cancel(long.id).status == "cancelled"
+    with pytest.raises(openai.ConflictError, match="cancelled"):
+        client.fine_tuning.jobs.pause(long.id)
+
+    strange = client.fine_tuning.jobs.create(
+        model="tiny", training_file=train.id, extra_body={"manylora": {"targets": ["nowhere"]}}
+    )
+    failed = ended(client, strange)
+    assert failed.status == "failed"
+    assert failed.error is not None
+    assert "nowhere" in failed.error.message
+    assert failed.fine_tuned_model is None

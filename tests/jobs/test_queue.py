@@ -1,0 +1,187 @@
+"""The queue as workers see it, on SQLite and PostgreSQL: fair, and a job is one worker's at a time."""
+
+import threading
+from collections import Counter
+from typing import Any
+
+import pytest
+from sqlalchemy import update
+
+from manylora.database.database import Database
+from manylora.database.tables import FileRow, JobRow
+from manylora.errors import Conflict, NotFound, QuotaExceeded
+from manylora.identity import SERVER
+from manylora.jobs.board import Board, NewJob
+from manylora.jobs.order import Order
+from manylora.jobs.queue import Claim, Failure, JobQueue
+from manylora.jobs.records import Job, NewEvent
+from manylora.tenants.limits import TenantStore
+
+FACTS = {"num_rows": 4, "shape": "completion", "labels": []}
+
+
+@pytest.fixture
+def queue(database: Database) -> JobQueue:
+    return JobQueue(database)
+
+
+@pytest.fixture
+def board(database: Database) -> Board:
+    return Board(database)
+
+
+def submit(database: Database, tenant: str = "acme", *, size: int = 100, base: str = "base") -> Job:
+    file_id = f"file-{tenant}-{size}"
+    with database.write(None) as session:
+        row = FileRow(
+            id=file_id, tenant=tenant, filename="rows.jsonl", purpose="fine-tune", size_bytes=size, sha256="",
+            facts=FACTS, is_whole=True, created=1, expires=None,
+        )  # fmt: skip
+        session.merge(row)
+    said: dict[str, Any] = {"model": "tiny", "suffix": None, "metadata": {}}
+    return Board(database).submit(NewJob(tenant, base, Order(), file_id, None, None, "never", said, SERVER))
+
+
+def claimed(queue: JobQueue, worker: str = "w1", base: str = "base") -> Claim:
+    claim = queue.claim(worker, base)
+    assert claim is not None
+    return claim
+
+
+def run_out(database: Database) -> None:
+    """Every lease, at once."""
+    with database.write(None) as session:
+        session.execute(update(JobRow).values(lease_until=0))
+
+
+def test_fifty_tenants_with_many_jobs_have_one_turn_after_the_other(database: Database, queue: JobQueue) -> None:
+    names = [f"t{n:02}" for n in range(50)]
+    for tenant in names:  # one after the other: who came first has no advantage but within a round
+        for _ in range(3):
+            submit(database, tenant)
+    order = []
+    while (claim := queue.claim("w1", "base")) is not None:
+        order.append(claim.job.tenant)
+        queue.fail(claim, Failure("x", "y"))
+
+    assert [sorted(order[start : start + 50]) for start in (0, 50, 100)] == [names] * 3
+
+
+def test_shares_follow_weight_and_size_and_nobody_saves_up_turns(database: Database, queue: JobQueue) -> None:
+    TenantStore(database).change("heavy", weight=2.0)
+    for tenant, size in (("heavy", 100), ("light", 100), ("large", 200)):
+        for _ in range(8):
+            submit(database, tenant, size=size)
+    taken = [claimed(queue).job.tenant for _ in range(14)]
+    assert Counter(taken) == {"heavy": 8, "light": 4, "large": 2}
+
+    for _ in range(8):
+        submit(database, "late")
+    later = [claimed(queue).job.tenant for _ in range(6)]
+    assert Counter(later)["late"] <= 4
+
+
+def test_workers_never_share_a_job(database: Database, queue: JobQueue) -> None:
+    jobs = {submit(database, f"t{n % 3}").id for n in range(12)}
+    taken: list[str] = []
+
+    def work(worker: str) -> None:
+        while (claim := queue.claim(worker, "base")) is not None:
+            taken.append(claim.job.id)
+
+    threads = [threading.Thread(target=work, args=(f"w{n}",)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert sorted(taken) == sorted(jobs)
+
+
+def test_whoever_fell_silent_writes_nothing_any_more(database: Database, queue: JobQueue, board: Board) -> None:
+    job = submit(database)
+    assert queue.claim("w1", "another base") is None
+    first = claimed(queue)
+    assert queue.renew(first, [NewEvent("Step 1/9", step=1)], step=1) == "mine"
+    assert queue.checkpoint(first, "jobs/x/1-checkpoint")
+    run_out(database)
+
+    second = claimed(queue, "w2")
+
+    assert (second.job.id, second.job.run, second.job.checkpoint) == (job.id, 2, "jobs/x/1-checkpoint")
+    assert queue.standing(first) == queue.renew(first, [NewEvent("Step 2/9", step=2)], step=2) == "lost"
+    assert not queue.checkpoint(first, "jobs/x/other")
+    assert not queue.hand_in(first, {})
+    queue.fail(first, Failure("x", "y"))
+    queue.put_back(first, None)
+    assert board.get("acme", job.id).status == "running"
+    assert queue.renew(second, [NewEvent("Step 1/9", step=1), NewEvent("Step 2/9", step=2)], step=2) == "mine"
+    told = [event.message for event in board.events("acme", job.id, 50, None)[0]]
+    assert told.count("Step 1/9") == told.count("Step 2/9") == 1, "a step is told of once"
+    assert queue.hand_in(second, {"steps": 9})
+    assert board.get("acme", job.id).status == "publishing"
+
+
+def test_a_job_that_kills_its_workers_fails(database: Database, queue: JobQueue, board: Board) -> None:
+    job = submit(database)
+    for _ in range(3):
+        claimed(queue)
+        run_out(database)
+    assert queue.claim("w1", "base") is None
+
+    found = board.get("acme", job.id)
+    assert (found.status, found.error["code"]) == ("failed", "worker_lost")
+
+
+def test_pausing_and_going_on(database: Database, queue: JobQueue, board: Board) -> None:
+    job = submit(database)
+    assert board.pause("acme", job.id).status == "paused"
+    assert queue.claim("w1", "base") is None
+    assert board.resume("acme", job.id).status == "queued"
+    claim = claimed(queue)
+    assert board.pause("acme", job.id).status == "running"
+    assert queue.standing(claim) == "pause"
+    assert board.resume("acme", job.id).status == "running"
+    assert queue.standing(claim) == "mine"
+    board.pause("acme", job.id)
+    queue.put_back(claim, "jobs/x/1-checkpoint")
+    assert board.get("acme", job.id).status == "paused"
+    submit(database)
+    board.resume("acme", job.id)
+    again = claimed(queue)
+    assert (again.job.id, again.job.checkpoint) == (job.id, "jobs/x/1-checkpoint"), "it has had its turn"
+
+
+def test_cancelling_takes_the_job_from_whoever_has_it(database: Database, queue: JobQueue, board: Board) -> None:
+    job = submit(database)
+    claim = claimed(queue)
+    with pytest.raises(NotFound):
+        board.cancel("other", job.id)
+    assert board.cancel("acme", job.id).status == "cancelled"
+    assert queue.standing(claim) == "lost"
+    assert not queue.hand_in(claim, {})
+    for change in (board.cancel, board.pause, board.resume):
+        with pytest.raises(Conflict, match="cancelled"):
+            change("acme", job.id)
+
+
+def test_quotas_of_jobs(database: Database, queue: JobQueue) -> None:
+    TenantStore(database).change("acme", max_jobs_running=1, max_jobs_queued=2)
+    submit(database)
+    submit(database)
+    with pytest.raises(QuotaExceeded, match="jobs that wait"):
+        submit(database)
+    first = claimed(queue)
+    assert queue.claim("w1", "base") is None
+    submit(database)
+    queue.fail(first, Failure("x", "y"))
+    assert claimed(queue).job.tenant == "acme"
+
+
+def test_workers_come_and_go(database: Database, queue: JobQueue) -> None:
+    queue.beat("w1", "base")
+    queue.beat("w2", "base")
+    queue.beat("w1", "base")
+    assert (queue.num_workers("base"), queue.num_workers("other")) == (2, 0)
+    queue.leave("w1")
+    assert queue.num_workers("base") == 1
