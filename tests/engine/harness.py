@@ -217,6 +217,7 @@ def build_rig(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         drafter=drafter,
+        num_kept=memory.num_kept,
     )
     engine = Engine(
         scheduler,

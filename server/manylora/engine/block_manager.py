@@ -61,9 +61,8 @@ class BlockManager:
         At least one token is always left to run, since its logits are wanted.
         """
         assert not seq.block_table
-        if seq.needs_whole_prompt:
-            return 0
-        for i in range((seq.num_virtual + seq.num_tokens - 1) // self.block_size):
+        most = seq.num_virtual if seq.needs_whole_prompt else seq.num_virtual + seq.num_tokens - 1
+        for i in range(most // self.block_size):
             block = self._block_of.get(self._hash(seq, i))
             if block is None:
                 break
@@ -71,8 +70,8 @@ class BlockManager:
                 del self._free[block]
             self._ref_counts[block] += 1
             seq.block_table.append(block)
-        seq.num_computed = max(0, len(seq.block_table) * self.block_size - seq.num_virtual)
-        return seq.num_computed
+        seq.num_computed = len(seq.block_table) * self.block_size - seq.num_virtual
+        return max(0, seq.num_computed)
 
     def allocate(self, seq: Sequence, num_tokens: int) -> bool:
         """Room for the sequence's first `num_tokens` tokens; False, and nothing changed, when there is none."""
@@ -108,7 +107,7 @@ class BlockManager:
     def free(self, seq: Sequence) -> None:
         """Take all blocks back. Ends are handed out again before beginnings, which more prompts share."""
         self.shrink(seq, 0)
-        seq.num_computed = 0
+        seq.num_computed = -seq.num_virtual
 
     def shrink(self, seq: Sequence, num_tokens: int) -> None:
         """Take back the blocks behind those of the sequence's first `num_tokens` tokens."""

@@ -245,6 +245,7 @@ class EngineBuilder(Builder):
             max_prompt_logits=self._max_prompt_logits(),
             prompt_cost=self._prompt_cost(),
             drafter=LookupDrafter(settings.draft_tokens) if settings.draft_tokens else None,
+            num_kept=memory.num_kept,
         )
         engine = Engine(
             scheduler,

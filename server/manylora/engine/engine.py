@@ -218,12 +218,12 @@ class Engine:
         """What the logits of its prompt told, where they were asked for."""
         seq = item.seq
         if seq.params.pooling is not None and outcome.pooled is None:
-            if not item.start or seq.pool is None:
+            if item.begins or seq.pool is None:
                 seq.pool = Pool(seq.params.pooling)
             seq.pool.add(outcome.hidden)
         if not seq.scores_prompt:
             return
-        if not item.start:
+        if item.begins:
             seq.prompt_logprobs, seq.captured = [], []
         seq.prompt_logprobs += outcome.prompt_logprobs
         seq.captured += outcome.captured

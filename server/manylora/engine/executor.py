@@ -1,6 +1,6 @@
 """The device part of a step: the model runs once over what the host part laid out, and its logits become tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -12,7 +12,7 @@ from manylora.engine.step_input import PrefixInput, Sampled, SamplingInput, Step
 from manylora.kernels.batch import Batch
 from manylora.kernels.interface import LoraKernel, LoraPlan, plan_of
 from manylora.kernels.rows import Parts
-from manylora.lora.memory.device_memory import DeviceMemory
+from manylora.lora.memory.device_memory import DeviceMemory, HeldPrefix
 from manylora.models.kv_cache import KVCache
 from manylora.models.wrapping import WrappedModel
 
@@ -77,6 +77,8 @@ class LocalExecutor:
         """Logits [L, vocab] of the rows that are wanted."""
         for prefix in step.prefixes:
             self._place(prefix)
+        if not step.token_ids.size:
+            return torch.empty(0, self._vocab_size)
         batch = self._batch(step)
         self._hidden = None
         context = self._wrapped.context
@@ -107,30 +109,36 @@ class LocalExecutor:
     def _place(self, prefix: PrefixInput) -> None:
         """Bring virtual tokens into the cache: what was kept of them, or what the model makes of them at first."""
         held = self._memory.prefix(prefix.slot)
+        begin, end, size = prefix.begin, len(prefix.kv_slots), self._cache.block_size
+        copied = min(max(begin, held.num_ready), end)  # up to there they need not run
         slots = self._tensor(prefix.kv_slots)
-        blocks, offsets = slots // self._cache.block_size, slots % self._cache.block_size
-        if not held.is_ready:
+        blocks, offsets = slots // size, slots % size
+        for room, kept in self._kept(held) if begin < copied else ():
+            room[blocks[begin:copied], :, offsets[begin:copied]] = kept[begin:copied].to(room.dtype)
+        if copied < end:
             assert held.embeddings is not None
-            self._run_embeddings(held.embeddings, slots)
+            self._run_embeddings(held.embeddings[:end], slots, copied)
+        if held.num_ready < end:  # those before `begin` may have come from blocks that others had computed
+            new = slice(held.num_ready, end)
+            for room, kept in self._kept(held):
+                kept[new].copy_(room[blocks[new], :, offsets[new]])
+            self._memory.keep_prefix(prefix.slot, held, end)
+
+    def _kept(self, held: HeldPrefix) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The cache's keys and values of each layer, and what is kept of virtual tokens: [count, heads, size]."""
         at = 0
         for keys, values in zip(self._cache.keys, self._cache.values, strict=True):
             for room in (keys, values):
                 heads, size = room.shape[1], room.shape[3]
-                kept = held.past[:, at : at + heads * size].unflatten(1, (heads, size))  # type: ignore[no-untyped-call]
+                yield room, held.past[:, at : at + heads * size].unflatten(1, (heads, size))  # type: ignore[no-untyped-call]
                 at += heads * size
-                if held.is_ready:
-                    room[blocks, :, offsets] = kept.to(room.dtype)
-                else:
-                    kept.copy_(room[blocks, :, offsets])
-        if not held.is_ready:
-            self._memory.prefix_is_ready(prefix.slot, held)
 
-    def _run_embeddings(self, embeddings: torch.Tensor, kv_slots: torch.Tensor) -> None:
-        """Run the model over embeddings [n, hidden] from position 0 on, for their keys and values alone."""
+    def _run_embeddings(self, embeddings: torch.Tensor, kv_slots: torch.Tensor, first: int) -> None:
+        """Run the model over embeddings [n, hidden] from number `first` on, for their keys and values alone."""
         size, count = self._cache.block_size, len(embeddings)
         table = (kv_slots[::size] // size).to(torch.int32)[None]
         context = self._wrapped.context
-        for begin in range(0, count, _ROWS_AT_ONCE):
+        for begin in range(first, count, _ROWS_AT_ONCE):
             rows = range(begin, min(begin + _ROWS_AT_ONCE, count))
             positions = torch.arange(rows.start, rows.stop, device=self._device)
             context.batch = Batch(
@@ -144,7 +152,8 @@ class LocalExecutor:
                 starts=(0, len(rows)),
                 lens=(rows.stop,),
                 logit_rows=torch.tensor([len(rows) - 1], device=self._device),
-                embeddings=embeddings[rows.start : rows.stop].to(self._wrapped.model.dtype),
+                # A copy, since layers write into what they are given.
+                embeddings=embeddings[rows.start : rows.stop].to(self._wrapped.model.dtype, copy=True),
             )
             try:
                 self._wrapped.model(

@@ -154,8 +154,12 @@ class ModelRunner:
             at += len(draft) + 1
         return outcomes
 
-    def _build(self, scheduled: SequenceOf[Scheduled]) -> StepInput:
+    def _build(self, planned: SequenceOf[Scheduled]) -> StepInput:
         size = self._block_size
+        prefixes = tuple(self._prefix(item) for item in planned if item.num_virtual)
+        scheduled = [item for item in planned if item.num_rows] if prefixes else planned
+        if not scheduled:
+            return StepInput.of(prefixes)
         counts = np.array([s.num_rows for s in scheduled])
         starts = np.concatenate(([0], counts.cumsum()))
         tables = np.zeros((len(scheduled), max(len(s.seq.block_table) for s in scheduled)), dtype=np.int32)
@@ -165,12 +169,12 @@ class ModelRunner:
         end = 0
         for i, item in enumerate(scheduled):
             tables[i, : len(item.seq.block_table)] = item.seq.block_table
-            tokens += item.seq.tokens[item.start : item.start + item.num_tokens]
+            tokens += item.seq.tokens[item.first : item.start + item.num_tokens]
             tokens += item.draft
             end += item.num_rows
             logit_rows += range(end - item.num_logits, end)
             hidden_rows += range(end - item.num_hidden, end)
-        first = np.array([s.seq.num_virtual + s.start for s in scheduled])
+        first = np.array([s.seq.num_virtual + s.first for s in scheduled])
         owner = np.repeat(np.arange(len(scheduled)), counts)
         positions = first[owner] + np.arange(starts[-1]) - starts[owner]
         slots, mixes = slots_of(scheduled)
@@ -184,14 +188,17 @@ class ModelRunner:
             slots=_row_slots(slots, scheduled, owner, positions),
             logit_rows=np.array(logit_rows, dtype=np.int64),
             hidden_rows=np.array(hidden_rows, dtype=np.int64),
-            prefixes=tuple(self._prefix(s.seq) for s in scheduled if s.seq.num_virtual and not s.start),
+            prefixes=prefixes,
             mixes=mixes,
         )
 
-    def _prefix(self, seq: Sequence) -> PrefixInput:
-        """Its virtual tokens, which are there before its first one runs."""
-        at, size = np.arange(seq.num_virtual), self._block_size
-        return PrefixInput(seq.slots[0], np.array(seq.block_table, dtype=np.int64)[at // size] * size + at % size)
+    def _prefix(self, item: Scheduled) -> PrefixInput:
+        """The step's part of a sequence's virtual tokens, which are there before its first one runs."""
+        seq, size = item.seq, self._block_size
+        begin = seq.num_virtual + item.start
+        at = np.arange(begin + item.num_virtual)
+        kv_slots = np.array(seq.block_table, dtype=np.int64)[at // size] * size + at % size
+        return PrefixInput(seq.slots[0], begin, kv_slots)
 
 
 def _row_slots(
@@ -199,7 +206,7 @@ def _row_slots(
 ) -> np.ndarray:
     """Each row's slot, int32, of each item's: of tokens before those that invoke a sequence's adapter none."""
     found: np.ndarray = slots[owner]
-    if any(s.seq.acts_from > s.start for s in scheduled):
+    if any(s.seq.acts_from > s.first for s in scheduled):
         found[positions < np.array([s.seq.acts_from for s in scheduled])[owner]] = -1
     return found
 
@@ -227,7 +234,7 @@ def slots_of(scheduled: SequenceOf[Scheduled]) -> tuple[np.ndarray, tuple[Parts,
 def _scored(item: Scheduled, first: int) -> Scored:
     """What is asked of the rows of a prompt that are among the logits from `first` on."""
     seq, num_rows = item.seq, item.num_logits
-    following = seq.tokens[item.start + 1 : item.start + num_rows + 1] if seq.params.prompt_logprobs is not None else []
+    following = seq.tokens[item.first + 1 : item.first + num_rows + 1] if seq.params.prompt_logprobs is not None else []
     checks_last = item.reaches_end and seq.task is Task.SCORE
     num_top, has_ranks = seq.params.prompt_logprobs or 0, seq.params.prompt_ranks
     return Scored(first, num_rows, following, num_top, has_ranks, seq.capture_logits, checks_last)
@@ -238,7 +245,7 @@ def _take_scored(item: Scheduled, rows: ScoredRows, outcome: Outcome) -> None:
     if rows.captured is not None:
         outcome.captured = [rows.captured]
     elif item.seq.params.prompt_logprobs is not None:
-        start = [TokenLogprob(item.seq.tokens[0], None)] if not item.start else []
+        start = [TokenLogprob(item.seq.tokens[0], None)] if item.begins else []
         outcome.prompt_logprobs = [*start, *rows.entries]
 
 

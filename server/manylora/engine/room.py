@@ -14,6 +14,7 @@ _SHARE_BESIDE_STREAMS: Final = 0.5  # of the tokens of a step, for prompts while
 _SHARE_ALONE: Final = 2.0  # the same for a prompt beside which there is nothing, so that it runs in few steps
 _SHARE_OF_FIRST: Final = 0.5  # of what prompts may take, for the one that came first, while others wait
 
+_COPIED: Final = 0.02  # what a virtual token costs that is only copied into the cache, in tokens that run
 _SCORED: Final = 3.0  # what a token costs whose logits are wanted and looked through, in tokens that run for the cache
 
 
@@ -67,22 +68,29 @@ class Room:
         """Another prompt can have a token."""
         return self.tokens > 0 and self.effort - self.kept > 0
 
-    def fits(self, seq: Sequence) -> int:
-        """How many of the sequence's tokens; of one that wants more than there is, one at least while there is any."""
-        count = min(seq.num_uncomputed, self.tokens)
+    def fits(self, seq: Sequence, num_copied: int = 0) -> int:
+        """How many of the sequence's tokens; of one that wants more than there is, one at least while there is any.
+
+        The next `num_copied` of them are virtual ones that need not run.
+        """
+        first = seq.num_computed + num_copied
+        count = min(seq.num_uncomputed - num_copied, self.tokens)
         if count > 1:
             effort = self.effort - self.kept
-            middle = seq.num_computed + int(min(count, effort)) // 2
+            middle = first + int(min(count, effort)) // 2
             count = min(count, int(effort / self._cost_of(seq, middle)) or int(effort > 0))
-        return min(count, self.prompt_logits) if seq.wants_prompt_logits and seq.scores_prompt else count
+        if seq.wants_prompt_logits and seq.scores_prompt:
+            count = min(count, max(0, -first) + self.prompt_logits)
+        return num_copied + count if count > 0 else 0
 
-    def _cost_of(self, seq: Sequence, position: int) -> float:
-        return self.cost.at(position) * (_SCORED if seq.scores_prompt else 1.0)
+    def _cost_of(self, seq: Sequence, place: int) -> float:
+        return self.cost.at(seq.num_virtual + place) * (_SCORED if seq.scores_prompt and place >= 0 else 1.0)
 
-    def take(self, seq: Sequence, count: int) -> None:
-        """So many tokens of the sequence, or with less than 0, so many given back."""
+    def take(self, seq: Sequence, count: int, num_copied: int = 0) -> None:
+        """So many tokens of the sequence, or with less than 0, so many given back. `num_copied`: as in `fits`."""
+        count, first = count - num_copied, seq.num_computed + num_copied
         self.tokens -= count
         if seq.num_uncomputed > 1:
-            self.effort -= count * self._cost_of(seq, seq.num_computed + abs(count) // 2)
+            self.effort -= count * self._cost_of(seq, first + abs(count) // 2) + num_copied * _COPIED
         if seq.wants_prompt_logits and seq.scores_prompt:
-            self.prompt_logits -= count
+            self.prompt_logits -= max(0, count + min(0, first)) if count > 0 else count

@@ -8,7 +8,7 @@ passed over until it is, and holds nobody up.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from itertools import islice
@@ -56,7 +56,8 @@ class Scheduler:
     """Owns the waiting and the running sequences.
 
     Of prompts whose logits are wanted, and of drafts, a step runs at most `max_prompt_logits` tokens. With `runs_whole`
-    an input runs in one step, as a model that looks in both directions needs it.
+    an input runs in one step, as a model that looks in both directions needs it. `num_kept` says of a slot how many of
+    its adapter's virtual tokens, from the first on, need only be copied.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Scheduler:
         prompt_cost: PromptCost | None = None,
         drafter: Drafter | None = None,
         runs_whole: bool = False,
+        num_kept: Callable[[int], int] = lambda _slot: 0,
     ) -> None:
         self.blocks = blocks
         self.waiting = FairQueue()
@@ -83,6 +85,7 @@ class Scheduler:
         self._prompt_cost = prompt_cost or PromptCost()
         self._drafter = drafter
         self._runs_whole = runs_whole
+        self._num_kept = num_kept
         self._turns = Turns(self.running, self.waiting, slots, max_num_seqs)
         self._only: Collection[Sequence] | None = None  # the sequences that the plan may name, None for all
         self._failed: list[tuple[Sequence, ManyloraError]] = []
@@ -141,8 +144,7 @@ class Scheduler:
                 if victim is seq:
                     break
             else:
-                work.append(Scheduled(seq, seq.num_computed, count))
-                room.take(seq, count)
+                self._add(work, room, seq, count)
         return had_blocks
 
     def take_failed(self) -> list[tuple[Sequence, ManyloraError]]:
@@ -222,15 +224,25 @@ class Scheduler:
                     self._unacquire(seq)
             if seq.status is not SequenceStatus.RUNNING:
                 return
-            count = room.fits(seq)
+            count = self._fits(seq, room)
             if count:
-                work.append(Scheduled(seq, seq.num_computed, count))
-                room.take(seq, count)
+                self._add(work, room, seq, count)
 
     def _fits(self, seq: Sequence, room: Room) -> int:
         """How many of the sequence's tokens run in what is left of the step."""
-        count = room.fits(seq)
+        count = room.fits(seq, self._num_copied(seq))
         return 0 if self._runs_whole and count < seq.num_uncomputed else count
+
+    def _num_copied(self, seq: Sequence) -> int:
+        """How many of the sequence's next tokens are virtual ones that need not run."""
+        if seq.num_computed >= 0 or not seq.slots:
+            return 0
+        return max(0, self._num_kept(seq.slots[0]) - seq.num_virtual - seq.num_computed)
+
+    def _add(self, work: list[Scheduled], room: Room, seq: Sequence, count: int) -> None:
+        num_copied = self._num_copied(seq)
+        work.append(Scheduled(seq, seq.num_computed, count, num_copied=num_copied))
+        room.take(seq, count, num_copied)
 
     def _start(self, seq: Sequence) -> None:
         self.waiting.remove(seq)
@@ -245,8 +257,8 @@ class Scheduler:
         self._turns.start(seq)
         if not seq.num_charged:
             seq.num_charged = seq.num_prompt_tokens
-            seq.num_cached_tokens = seq.num_computed
-            self.waiting.charge(seq, seq.num_prompt_tokens - seq.num_computed, 0)
+            seq.num_cached_tokens = max(0, seq.num_computed)
+            self.waiting.charge(seq, seq.num_uncomputed - self._num_copied(seq), 0)
 
     def _is_meant(self, seq: Sequence) -> bool:
         return self._only is None or seq in self._only
@@ -401,7 +413,7 @@ class Scheduler:
         if item is None:
             return 0
         work.remove(item)
-        return item.num_tokens
+        return item.num_tokens - item.num_virtual
 
     def _release(self, seq: Sequence) -> None:
         self.blocks.free(seq)

@@ -44,8 +44,9 @@ class Sequence:
     """Tokens, their place in the cache, and what became of them.
 
     `tokens` holds the prompt and then the output. The keys and values of the first `num_computed` tokens are
-    in `block_table`'s blocks, behind those of its adapter's `num_virtual` tokens; the rest is still to run. `mix`:
-    which adapters it has; `slots`: theirs, none while it does not run.
+    in `block_table`'s blocks, behind those of its adapter's `num_virtual` tokens; the rest is still to run. With less
+    than 0, so many of the virtual ones are still to come, too: places count from the prompt's first token. `mix`: which
+    adapters it has; `slots`: theirs, none while it does not run.
     With a `cache_salt` the cached prefixes it may use are those of all who send the same one, not its tenant's.
     Among its tenant's sequences those with the lowest `priority` come first.
     `followers` are the request's other choices: they wait until this one's prompt is in the cache. `acts_from`: the
@@ -88,7 +89,7 @@ class Sequence:
         self.slots: tuple[int, ...] = ()
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []
-        self.num_computed = 0
+        self.num_computed = -self.num_virtual
         self.num_cached_tokens = self.num_charged = 0
         self.max_num_tokens = len(prompt_ids) + params.max_tokens  # at which it ends, prompt included
         self.num_passed_over = 0  # plans in which it could not go on since its adapter had no slot, while it waits
@@ -123,7 +124,7 @@ class Sequence:
 
     @property
     def num_uncomputed(self) -> int:
-        """Tokens that must run before the next one can be sampled."""
+        """Tokens, virtual ones included, that must run before the next one can be sampled."""
         return len(self.tokens) - self.num_computed
 
     @property
@@ -158,8 +159,10 @@ class Sequence:
 
 @dataclass(slots=True, eq=False)
 class Scheduled:
-    """`num_tokens` tokens of a sequence from position `start` on, in this step, and behind its last one a `draft`.
+    """`num_tokens` tokens of a sequence from place `start` on, in this step, and behind its last one a `draft`.
 
+    Of a start before 0 the first `num_virtual` are virtual ones, which are no rows of the step: they are brought into
+    the cache before it, `num_copied` of them from where they are kept.
     The draft's tokens are not the sequence's yet: they are run as if they were, and those that come out as it says are
     taken with the one behind them. Besides, as the sequence is when it is planned: `num_rows` tokens are run, the
     draft's included, and the logits of the last `num_logits` are wanted, or the hidden states of the last `num_hidden`;
@@ -171,6 +174,8 @@ class Scheduled:
     start: int
     num_tokens: int
     draft: tuple[int, ...] = ()
+    num_copied: int = 0
+    num_virtual: int = field(init=False)
     num_rows: int = field(init=False)
     num_logits: int = field(init=False)
     num_hidden: int = field(init=False)
@@ -180,16 +185,28 @@ class Scheduled:
 
     def __post_init__(self) -> None:
         seq, num_drafted = self.seq, len(self.draft)
-        self.num_rows = self.num_tokens + num_drafted
+        self.num_virtual = min(-self.start, self.num_tokens) if self.start < 0 else 0
+        num_run = self.num_tokens - self.num_virtual
+        self.num_rows = num_run + num_drafted
         self.reaches_end = self.start + self.num_tokens == seq.num_tokens
         self.samples = self.reaches_end and seq.task is Task.GENERATE
         self.num_hidden = 0
         if seq.task is Task.POOL:
             self.is_scored, self.num_logits = False, 0
-            self.num_hidden = self.num_tokens if seq.needs_whole_prompt else int(self.reaches_end)
+            self.num_hidden = num_run if seq.needs_whole_prompt else int(self.reaches_end)
             return
-        self.is_scored = seq.scores_prompt or (self.reaches_end and not self.samples)
+        self.is_scored = (seq.scores_prompt and num_run > 0) or (self.reaches_end and not self.samples)
         if seq.scores_prompt:
-            self.num_logits = self.num_tokens
+            self.num_logits = num_run
         else:
             self.num_logits = 1 + num_drafted if self.reaches_end else 0
+
+    @property
+    def first(self) -> int:
+        """The place of its first token that is not virtual."""
+        return self.start + self.num_virtual
+
+    @property
+    def begins(self) -> bool:
+        """Whether the step runs the sequence's first token."""
+        return self.start <= 0 < self.start + self.num_tokens

@@ -4,7 +4,7 @@
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 
@@ -14,12 +14,13 @@ from manylora.kernels.rows import Parts
 
 @dataclass(frozen=True, slots=True)
 class PrefixInput:
-    """Virtual tokens that a sequence's first tokens look back at: the slot of their adapter, and where they go.
+    """Virtual tokens that a sequence's tokens look back at, from number `begin` on, of the adapter in `slot`.
 
-    `kv_slots` int64 [virtual tokens], as of a step's tokens.
+    `kv_slots` int64, as of a step's tokens: where they go, behind where those before them are.
     """
 
     slot: int
+    begin: int
     kv_slots: np.ndarray
 
 
@@ -47,6 +48,14 @@ class StepInput:
     hidden_rows: np.ndarray
     mixes: tuple[Parts, ...] = ()
     prefixes: tuple[PrefixInput, ...] = ()
+
+    @classmethod
+    def of(cls, prefixes: tuple[PrefixInput, ...]) -> Self:
+        """A step in which nothing but virtual tokens is brought into the cache."""
+        none = np.empty(0, dtype=np.int64)
+        short = none.astype(np.int32)
+        starts = np.zeros(1, dtype=np.int32)
+        return cls(none, none, none, short.reshape(0, 0), starts, short, short, none, none, prefixes=prefixes)
 
 
 @dataclass(frozen=True, slots=True)

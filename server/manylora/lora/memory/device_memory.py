@@ -166,12 +166,12 @@ def _output_entry(slab: Slab, extent: OutputExtent, row: int) -> OutputEntry:
 class HeldPrefix:
     """Virtual tokens in a slot. `embeddings` float32 [count, hidden], or None; `past` float32 [count, past width].
 
-    `is_ready`: whether `past` holds what layers make of them yet.
+    `num_ready`: of how many, from the first on, `past` holds what layers make of them.
     """
 
     embeddings: torch.Tensor | None
     past: torch.Tensor
-    is_ready: bool
+    num_ready: int
     slab: Slab
 
 
@@ -202,7 +202,8 @@ class DeviceMemory:
         self._located: dict[int, tuple[Slab, int]] = {}
         self.heads: dict[int, Head] = {}
         self.named: tuple[int, ...] = ()
-        self._ready: dict[int, Slab] = {}  # where the virtual tokens of a slot were computed: it may have moved since
+        # How many of a slot's virtual tokens were computed, and where: it may have moved since.
+        self._ready: dict[int, tuple[Slab, int]] = {}
 
     def allocate(self, place: Place, layout: Layout, num_places: int) -> None:
         """Make the slab that `place` is the first of. On a CPU untouched rows cost no memory."""
@@ -351,11 +352,18 @@ class DeviceMemory:
         assert extent is not None, "the slot's adapter has virtual tokens"
         embeddings = None if extent.embeddings is None else slab.floats(extent.embeddings, extent.width, extent, row)
         past = slab.floats(extent.past, extent.past_width, extent, row)
-        return HeldPrefix(embeddings, past, embeddings is None or self._ready.get(slot) is slab, slab)
+        where, num_ready = self._ready.get(slot, (slab, 0))
+        if embeddings is None:
+            num_ready = len(past)
+        return HeldPrefix(embeddings, past, num_ready if where is slab else 0, slab)
 
-    def prefix_is_ready(self, slot: int, prefix: "HeldPrefix") -> None:
-        """What layers make of the virtual tokens was written where it is kept."""
-        self._ready[slot] = prefix.slab
+    def keep_prefix(self, slot: int, prefix: "HeldPrefix", num_ready: int) -> None:
+        """What layers make of the first `num_ready` virtual tokens was written where it is kept."""
+        self._ready[slot] = prefix.slab, num_ready
+
+    def num_kept(self, slot: int) -> int:
+        """How many of a slot's virtual tokens, from the first on, need not be computed."""
+        return self.prefix(slot).num_ready
 
     def locate(self, slot: int) -> tuple[Slab, int]:
         """The slab and the place in it where a published adapter is."""
