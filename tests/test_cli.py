@@ -4,9 +4,12 @@ import re
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from manylora import __version__
@@ -104,3 +107,25 @@ def test_a_bad_settings_file_is_exit_code_2(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "prot" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def _commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from _commands(inner, (*path, name))
+    if path and not hasattr(command, "commands"):
+        yield " ".join(path), command
+
+
+@pytest.mark.parametrize(("name", "command"), list(_commands(typer.main.get_command(build()))))
+def test_every_flag_of_every_command_is_explained_in_a_sentence(name: str, command: Any) -> None:
+    assert command.help.strip().endswith((".", ".\n"))
+    for one in command.params:
+        text = re.sub(r" \[MANYLORA_\w+\]| \(default: .*\)", "", getattr(one, "help", None) or "")
+        assert re.fullmatch(r".+\.", text, re.DOTALL), f"{name} {one.name}: {text!r}"
+
+
+def test_flags_with_few_values_name_them() -> None:
+    for command in ("train", "evaluate", "choose-rank"):
+        told = CliRunner().invoke(build(), [command, "--help"], env={"COLUMNS": "200"}).output
+        for choices in ("--device auto|cpu|cuda", "--render auto|chat|plain", "--dtype auto|bfloat16|float16|float32"):
+            assert re.search(rf"{choices.replace('|', '[|]').replace(' ', ' +')}", told), choices

@@ -1,10 +1,12 @@
 """`--adapters DIR`: what is found, what is skipped, what is refused."""
 
+import logging
 import shutil
 from pathlib import Path
 
 import pytest
 
+from manylora.catalog import folders
 from manylora.errors import StartupError
 from manylora.settings import Settings
 
@@ -176,3 +178,18 @@ async def test_a_folder_that_does_not_exist_is_a_startup_error(settings: Setting
     async with running(settings) as rig:
         with pytest.raises(StartupError, match="not a folder"):
             await rig.catalog.register_folder(tmp_path / "nothing")
+
+
+async def test_a_first_start_says_how_far_it_is(
+    settings: Settings, root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(folders, "_TELL_EVERY", 1)
+    with caplog.at_level(logging.INFO, folders.__name__):
+        async with running(settings) as rig:
+            await rig.catalog.register_folder(root)
+            said = [record.getMessage() for record in caplog.records if record.name == folders.__name__]
+            caplog.clear()
+            await rig.catalog.register_folder(root)
+    what = f"Looking at 2 new or changed folders below {root}: each is checked and tried on the base"
+    assert said == [what, "Looked at 1 of 2 folders", "Looked at 2 of 2 folders"]
+    assert [record for record in caplog.records if record.name == folders.__name__] == []

@@ -14,7 +14,7 @@ from .conftest import Tool
 from .files import PROMETHEUS, ROOT, read_yaml
 
 CUDA = ("-f", "docker-compose.yml", "-f", "deploy/compose.cuda.yml")
-SERVICES = ("server", "prometheus", "grafana")
+SERVICES = ("server", "prometheus", "alertmanager", "grafana")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def resolved(docker_compose: Tool) -> dict[str, Any]:
     return config
 
 
-def test_it_brings_up_server_prometheus_and_grafana(resolved: dict[str, Any]) -> None:
+def test_it_brings_up_the_server_and_what_watches_it(resolved: dict[str, Any]) -> None:
     assert set(resolved["services"]) == set(SERVICES)
 
 
@@ -74,14 +74,15 @@ def test_what_is_written_is_kept_in_named_volumes(resolved: dict[str, Any]) -> N
         for volume in resolved["services"][name]["volumes"]
         if volume["type"] == "volume"
     }
-    assert kept == {"server:/cache", "server:/data", "prometheus:/prometheus", "grafana:/var/lib/grafana"}
+    own = {"prometheus:/prometheus", "alertmanager:/alertmanager", "grafana:/var/lib/grafana"}
+    assert kept == {"server:/cache", "server:/data", *own}
     used = {v["source"] for s in resolved["services"].values() for v in s["volumes"] if v["type"] == "volume"}
     assert used == set(resolved["volumes"])
 
 
 def test_what_is_mounted_from_here_is_there_and_cannot_be_written(resolved: dict[str, Any]) -> None:
     bound = [v for s in resolved["services"].values() for v in s["volumes"] if v["type"] == "bind"]
-    assert len(bound) == 3
+    assert len(bound) == 4
     for volume in bound:
         assert Path(volume["source"]).is_dir()
         assert volume["read_only"] is True
@@ -95,6 +96,16 @@ def test_prometheus_finds_its_key_and_the_server(resolved: dict[str, Any]) -> No
     host, port = job["static_configs"][0]["targets"][0].split(":")
     assert host == "server"
     assert int(port) == resolved["services"]["server"]["ports"][0]["target"]
+
+
+def test_alerts_are_sent_to_a_receiver_that_is_there(resolved: dict[str, Any]) -> None:
+    [target] = read_yaml(PROMETHEUS / "prometheus.yml")["alerting"]["alertmanagers"][0]["static_configs"][0]["targets"]
+    assert target == f"alertmanager:{resolved['services']['alertmanager']['ports'][0]['target']}"
+    config = read_yaml(ROOT / "deploy" / "alertmanager" / "alertmanager.yml")
+    routes = [config["route"], *config["route"]["routes"]]
+    assert {route["receiver"] for route in routes} == {receiver["name"] for receiver in config["receivers"]}
+    [page] = config["route"]["routes"]
+    assert page["matchers"] == ['severity = "page"']
 
 
 def test_every_variable_for_the_server_is_a_setting(resolved: dict[str, Any]) -> None:

@@ -57,7 +57,8 @@ def test_every_alert_is_tested_firing_and_silent(alert: str) -> None:
 def test_every_alert_says_how_urgent_it_is_and_what_to_do(alert: str) -> None:
     rule = alerts()[alert]
     assert rule["labels"]["severity"] in {"page", "ticket"}
-    assert rule["annotations"].keys() == {"summary", "description", "runbook"}
+    assert rule["annotations"].keys() == {"summary", "description", "runbook", "runbook_url"}
+    assert rule["annotations"]["runbook_url"] == f"{{{{ $externalLabels.runbooks }}}}{rule['annotations']['runbook']}"
     page, _, anchor = rule["annotations"]["runbook"].partition("#")
     assert anchor == alert.lower()
     sections = re.findall(r"^#+ (Manylora\w+)$", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)

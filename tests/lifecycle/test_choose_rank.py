@@ -8,6 +8,7 @@ import pytest
 from manylora.errors import InvalidRequest
 from manylora.lifecycle.data.data import read_dataset
 from manylora.lifecycle.data.encoding import Encoder
+from manylora.lifecycle.progress import Progress
 from manylora.lifecycle.train.choose_rank import Candidate, choose_rank, one_standard_error, split_folds
 from manylora.lifecycle.train.config import ChooseConfig, LoraShape
 from tests.conftest import ModelMaker
@@ -137,3 +138,23 @@ def test_bad_training_settings_are_refused_before_the_model_is_looked_for(config
 def test_bad_arguments_are_refused(config: ChooseConfig, change: dict[str, object], words: str) -> None:
     with pytest.raises(InvalidRequest, match=words):
         choose_rank(replace(config, **change))  # type: ignore[arg-type]
+
+
+def test_a_search_in_which_nothing_was_learnt_says_so(config: ChooseConfig) -> None:
+    def searched(lr: float) -> tuple[float, list[str]]:
+        events: list[Progress] = []
+        schedule = replace(config.training.schedule, lr=lr)
+        report, _ = choose_rank(
+            replace(config, training=replace(config.training, schedule=schedule)), overwrite=True, listen=events.append
+        )
+        assert report is not None
+        return report["base_loss"], [event.message for event in events if event.stage == "warning"]
+
+    base_loss, warnings = searched(1e-9)
+    again, none = searched(2e-2)
+
+    assert len(warnings) == 1
+    assert warnings[0].startswith(
+        f"Nothing was learnt that holds for rows held out: the bare base's loss is {base_loss:.4f}"
+    )
+    assert (again, none) == (base_loss, [])

@@ -16,6 +16,7 @@ from manylora.errors import InvalidAdapter, ManyloraError, StartupError
 from manylora.identity import ADAPTER_FILES, CONFIG_FILE, OPTIONAL_FILES
 from manylora.lora.format.folder import left_aside, names_in, warning_of
 
+_TELL_EVERY: Final = 25
 _CHECKPOINT: Final = re.compile(r"checkpoint-[0-9]+")
 _log = logging.getLogger(__name__)
 
@@ -72,6 +73,10 @@ async def register(
     before = await asyncio.to_thread(known)
     times = Counter(folder.name for folder in found)
     done = []
+    wanted = sum(before.get(folder.stamp.path) != (folder.stamp, True) for folder in found)
+    if wanted:
+        _log.info("Looking at %d new or changed folders below %s: each is checked and tried on the base", wanted, root)
+    num_looked_at = 0
     for folder in found:
         if times[folder.name] > 1:
             _log.error("Not registered: %s: another folder below %s has the same name", folder.path, root)
@@ -84,6 +89,9 @@ async def register(
                 _log.error("Not registered: %s: %s", folder.path, error.message)
                 for problem in error.problems if isinstance(error, InvalidAdapter) else []:
                     _log.error("  %s %s: %s", problem.code, problem.where, problem.message)
+            num_looked_at += 1
+            if num_looked_at % _TELL_EVERY == 0:
+                _log.info("Looked at %d of %d folders", num_looked_at, wanted)
     return done
 
 

@@ -44,9 +44,9 @@ app = typer.Typer(
 
 AsJson = Annotated[bool, typer.Option("--json", help="JSON for scripts instead of a table.")]
 OfTenant = Annotated[str | None, typer.Option("--tenant", help="Another tenant's, with an admin key.")]
-Label = Annotated[str, typer.Argument(metavar="NAME[@VERSION]")]
+Label = Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="An adapter, or one version of it.")]
 Note = Annotated[str | None, typer.Option(help="Why, for the history.")]
-Name = Annotated[str, typer.Argument(metavar="NAME")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="An adapter.")]
 _LABEL = re.compile(r"([^@/?#]+)(?:@([0-9]+))?")
 
 

@@ -43,7 +43,8 @@ class _Asked:
 def ask(
     name: Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="An adapter; `base` is the base model.")],
     question: Annotated[
-        str | None, typer.Argument(help="Without it: standard input, or in a terminal a conversation.")
+        str | None,
+        typer.Argument(metavar="QUESTION", help="Without it: standard input, or in a terminal a conversation."),
     ] = None,
     compare: Annotated[
         list[str] | None, typer.Option(metavar="NAME[@VERSION]", help="Ask this one too; may be given again.")

@@ -111,12 +111,14 @@ class Flags(Generic[T]):
 
     def _signed(self, parameter: _Parameter) -> inspect.Parameter:
         spelling = parameter.spelling
-        text = self.rendered(spelling.help or parameter.help)
+        text = self.rendered(spelling.help or parameter.help).rstrip(".")
+        text = f"{text[:1].upper()}{text[1:]}."
+        choices = "|".join(get_args(parameter.kind)) if get_origin(parameter.kind) is Literal else None
         kind, default = _typed(parameter)
         if spelling.is_argument:
-            option: Any = typer.Argument(help=text)
+            option: Any = typer.Argument(help=text, metavar=choices)
         else:
-            option = typer.Option(parameter.flag, help=text, envvar=spelling.envvar)
+            option = typer.Option(parameter.flag, help=text, envvar=spelling.envvar, metavar=choices)
         missing = inspect.Parameter.empty if default is MISSING else default
         return inspect.Parameter(
             parameter.name, inspect.Parameter.KEYWORD_ONLY, default=missing, annotation=Annotated[kind, option]

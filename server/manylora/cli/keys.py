@@ -19,7 +19,6 @@ tenants = typer.Typer(no_args_is_help=True, help="Set and list tenants' shares a
 DataDir = Annotated[Path | None, typer.Option(help="The server's data folder; default: MANYLORA_DATA_DIR.")]
 DatabaseUrl = Annotated[str | None, typer.Option(help="The server's database, where it is not in the data folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON for scripts.")]
-Limit = Annotated[str | None, typer.Option(metavar="N|none")]
 _MICROSECONDS = 1_000_000
 
 
@@ -52,7 +51,7 @@ def _database(data_dir: Path | None, database_url: str | None, *, must_exist: bo
 @keys.command()
 def create(
     tenant: Annotated[str, typer.Option(help="Whose key it is.")],
-    role: Annotated[Role, typer.Option(help="user: inference. manager: also adapters. admin: everything.")] = Role.USER,
+    role: Annotated[Role, typer.Option(help="As user: inference. manager: also adapters. admin: all.")] = Role.USER,
     name: Annotated[str, typer.Option(help="What it is for; shown in lists.")] = "",
     expires_days: Annotated[
         int | None, typer.Option(min=1, max=36_500, help="It ends by itself after so many.")
@@ -185,19 +184,23 @@ def list_tenants(data_dir: DataDir = None, database_url: DatabaseUrl = None, as_
     console.print(table(["tenant", "weight", *(n.replace("_", " ") for n in LIMIT_NAMES)], rows))
 
 
+def _limit(text: str, metavar: str = "N|none") -> Any:
+    return typer.Option(metavar=metavar, help=text)
+
+
 @tenants.command("set")
 def set_limits(
-    tenant: str,
+    tenant: Annotated[str, typer.Argument(help="Whose limits.")],
     weight: Annotated[float | None, typer.Option(help="The share in the scheduler; 1 by default.")] = None,
-    requests_per_minute: Limit = None,
-    tokens_per_minute: Limit = None,
-    max_concurrent: Limit = None,
-    max_adapters: Limit = None,
-    max_adapter_bytes: Annotated[str | None, typer.Option(metavar="SIZE|none", help="Such as 2GiB.")] = None,
-    max_pinned: Limit = None,
-    max_file_bytes: Annotated[str | None, typer.Option(metavar="SIZE|none", help="Of data to learn from.")] = None,
-    max_jobs_queued: Limit = None,
-    max_jobs_running: Limit = None,
+    requests_per_minute: Annotated[str | None, _limit("Requests that begin in a minute.")] = None,
+    tokens_per_minute: Annotated[str | None, _limit("Tokens of prompts and answers in a minute.")] = None,
+    max_concurrent: Annotated[str | None, _limit("Requests at once.")] = None,
+    max_adapters: Annotated[str | None, _limit("Adapters that are kept.")] = None,
+    max_adapter_bytes: Annotated[str | None, _limit("Bytes of their files, such as 2GiB.", "SIZE|none")] = None,
+    max_pinned: Annotated[str | None, _limit("Adapters that are pinned.")] = None,
+    max_file_bytes: Annotated[str | None, _limit("Bytes of data to learn from.", "SIZE|none")] = None,
+    max_jobs_queued: Annotated[str | None, _limit("Fine-tuning jobs that wait.")] = None,
+    max_jobs_running: Annotated[str | None, _limit("Fine-tuning jobs that run at once.")] = None,
     data_dir: DataDir = None,
     database_url: DatabaseUrl = None,
     as_json: AsJson = False,

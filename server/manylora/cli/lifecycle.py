@@ -21,20 +21,22 @@ from manylora.lifecycle.evaluate.config import EvaluateRequest
 from manylora.lifecycle.parameters import renamed
 from manylora.lifecycle.train.config import ChooseConfig, TrainConfig
 
-_Name = Annotated[str, typer.Option(help="Upload it under this name when it is done")]
-_Server = Annotated[str, typer.Option(help="Server to publish to", envvar="MANYLORA_URL")]
+_Name = Annotated[str, typer.Option(help="Upload it under this name when it is done.")]
+_Server = Annotated[str, typer.Option(help="Server to publish to.", envvar="MANYLORA_URL")]
 _Activate = Annotated[
     bool | None,
     typer.Option(
         "--activate/--no-activate",
-        help="Whether the published version answers to the bare name at once; unsaid, only its first version does",
+        help="Whether the published version answers to the bare name at once; unsaid, only its first version does.",
     ),
 ]
 _SettingsFile = Annotated[
     Path | None,
-    typer.Option("--config", callback=settings_from, is_eager=True, help="A .toml file of these flags; typed ones win"),
+    typer.Option(
+        "--config", callback=settings_from, is_eager=True, help="These flags in a .toml file; typed ones win."
+    ),
 ]
-_Key = Annotated[str, typer.Option(envvar="MANYLORA_KEY", help="API key for --publish")]
+_Key = Annotated[str, typer.Option(envvar="MANYLORA_KEY", help="API key for --publish.")]
 
 _TRAINING = Flags(
     TrainConfig,
@@ -90,17 +92,17 @@ def register(app: typer.Typer) -> None:
 
 def recipe(
     name: Annotated[
-        str, typer.Argument(help="city-zh, sentiment-en, sql, order-json, devil, calls; `list` shows them")
+        str, typer.Argument(help="A recipe: city-zh, sentiment-en, sql, order-json, devil, calls; `list` shows them.")
     ],
-    out: Annotated[Path | None, typer.Option(help="Folder for train.jsonl, valid.jsonl and test.jsonl")] = None,
-    source: Annotated[Path | None, typer.Option(help="The package's file, instead of downloading it")] = None,
-    seed: int = 0,
-    ship: Annotated[Path | None, typer.Option(help="A trained adapter, to write into --out with its full card")] = None,
-    scores: Annotated[Path | None, typer.Option(help="Its evaluate.json, for the card")] = None,
-    told: Annotated[Path | None, typer.Option(help="evaluate.json of the base with the recipe's instruction")] = None,
-    held: Annotated[Path | None, typer.Option(help="evaluate.json of --out with and without its labels")] = None,
-    machine: Annotated[str, typer.Option(help="What it was trained on, for the card")] = "this machine",
-    overwrite: bool = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for train.jsonl, valid.jsonl and test.jsonl.")] = None,
+    source: Annotated[Path | None, typer.Option(help="The package's file, instead of downloading it.")] = None,
+    seed: Annotated[int, typer.Option(help="Decides the rows and their order.")] = 0,
+    ship: Annotated[Path | None, typer.Option(help="A trained adapter, to write into --out with a full card.")] = None,
+    scores: Annotated[Path | None, typer.Option(help="Its evaluate.json, for the card.")] = None,
+    told: Annotated[Path | None, typer.Option(help="The same of the base with the recipe's instruction.")] = None,
+    held: Annotated[Path | None, typer.Option(help="The evaluate.json of --out with and without its labels.")] = None,
+    machine: Annotated[str, typer.Option(help="What it was trained on, for the card.")] = "this machine",
+    overwrite: Annotated[bool, typer.Option(help="Replace --out.")] = False,
 ) -> None:
     """Make a recipe's data and print the commands that train and score it; --ship and --held write its folder."""
     from manylora.lifecycle.output import refuse_existing
@@ -155,10 +157,10 @@ def train(
     publish: _Name = "",
     server: _Server = "http://127.0.0.1:8000",
     key: _Key = "",
-    resume: Annotated[bool, typer.Option(help="Go on where an interrupted training stopped")] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace --out")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on where an interrupted training stopped.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace --out.")] = False,
     activate: _Activate = None,
-    preview: Annotated[int, typer.Option(min=0, help="Show so many rows as training gets them; train nothing")] = 0,
+    preview: Annotated[int, typer.Option(min=0, help="Show so many rows as training gets them; train nothing.")] = 0,
     settings_file: _SettingsFile = None,
 ) -> None:
     """Train a LoRA adapter on the frozen base; write it in PEFT layout with its loss curve, report and card."""
@@ -212,8 +214,8 @@ def _publish(config: TrainConfig, name: str, server: str, key: str, *, activate:
 @_CHOOSING.command
 def choose_rank(
     config: ChooseConfig,
-    resume: Annotated[bool, typer.Option(help="Go on where an interrupted search stopped")] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace OUT.ranks, and with --train-final OUT")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on where an interrupted search stopped.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT.ranks, and with --train-final OUT.")] = False,
 ) -> None:
     """Cross-validate ranks and targets; choose the smallest adapter within one standard error of the best."""
     from manylora.lifecycle.train.choose_rank import choose_rank as run
@@ -234,7 +236,7 @@ def choose_rank(
 @_EVALUATION.command
 def evaluate(
     request: EvaluateRequest,
-    as_json: Annotated[bool, typer.Option("--json", help="The whole report as JSON on stdout")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The whole report as JSON on stdout.")] = False,
 ) -> None:
     """Score adapters and the base side by side, with intervals and a paired test against the first.
 

@@ -16,7 +16,7 @@ def register(app: typer.Typer) -> None:
 
 
 def mix(
-    name: Annotated[str, typer.Argument(metavar="NAME")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What the mix is called.")],
     parts: Annotated[
         list[str], typer.Argument(metavar="ADAPTER[@VERSION][=WEIGHT]...", help="Weights from -4 to 4; left out: 1.")
     ],

@@ -19,7 +19,7 @@ from manylora.lifecycle.weights.config import (
     parse_adapter,
 )
 
-_Overwrite = Annotated[bool, typer.Option(help="Replace --out")]
+_Overwrite = Annotated[bool, typer.Option(help="Replace --out.")]
 
 
 def _model(base: str) -> str | None:
@@ -66,7 +66,7 @@ def compress(config: CompressConfig, overwrite: _Overwrite = False) -> None:
 @_MERGE.command
 def merge(
     config: MergeConfig,
-    base: Annotated[str, typer.Option(help="Into this base (`default`: the default model); else one adapter")] = "",
+    base: Annotated[str, typer.Option(help="Into this base (`default`: the default model); else one adapter.")] = "",
     overwrite: _Overwrite = False,
 ) -> None:
     """Merge adapters into the base as an ordinary checkpoint, or several adapters into one."""
@@ -85,10 +85,10 @@ def merge(
 @_INSPECTION.command
 def inspect(
     config: InspectConfig,
-    png: Annotated[Path | None, typer.Option(help="Folder for the pictures and inspect.json")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The whole report as JSON on stdout")] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace --png")] = False,
-    modules: Annotated[bool, typer.Option("--modules", help="A line for each module, however many there are")] = False,
+    png: Annotated[Path | None, typer.Option(help="Folder for the pictures and inspect.json.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The whole report as JSON on stdout.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace --png.")] = False,
+    modules: Annotated[bool, typer.Option("--modules", help="A line for each module, however many there are.")] = False,
 ) -> None:
     """Show what an adapter changes, how much of its rank it uses, and how like another one it is."""
     from manylora.lifecycle.extras import need

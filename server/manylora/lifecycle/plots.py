@@ -1,12 +1,15 @@
 """Every picture of the lifecycle, drawn with matplotlib's file backend."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 _DPI = 110
+_DEFAULT_FONT = "DejaVu Sans"
 _FAINTEST = 1e-8  # of a module's largest singular value; below is rounding
 
 
@@ -45,31 +48,60 @@ def confusion_matrix(path: Path, table: Any, rows: Sequence[str], columns: Seque
     half = np.max(table) / 2
     for (row, column), count in np.ndenumerate(table):
         axes.text(column, row, int(count), ha="center", va="center", color="white" if count > half else "black")
-    family = font_for("".join((*columns, title)))
-    names = list(columns) if family else [*map(str, range(1, len(rows) + 1)), *columns[len(rows) :]]
-    axes.set_xticks(range(len(columns)), names, rotation=45, ha="right", fontfamily=family)
-    axes.set_yticks(range(len(rows)), names[: len(rows)], fontfamily=family)
-    axes.set(xlabel="answered", ylabel="right", title=title)
-    if not family:
+    families = fonts_for("".join((*columns, title)))
+    names = list(columns) if families else [*map(str, range(1, len(rows) + 1)), *columns[len(rows) :]]
+    axes.set_xticks(range(len(columns)), names, rotation=45, ha="right", fontfamily=families)
+    axes.set_yticks(range(len(rows)), names[: len(rows)], fontfamily=families)
+    axes.set(xlabel="answered", ylabel="right")
+    axes.set_title(title, fontfamily=families)
+    if not families:
         figure.supxlabel("no font here has the labels: classes by number, as ordered in the report", fontsize="x-small")
     figure.savefig(path, dpi=_DPI, format="png")
 
 
-def font_for(text: str) -> str | None:
-    """A font of this machine that has every character of `text`, or None: then classes are numbered instead."""
+def fonts_for(text: str) -> list[str] | None:
+    """Fonts of this machine that have every character of `text` together, or None: then classes are numbered instead.
+
+    The default comes first, then those that have most of what is missing. Fonts that were installed after matplotlib
+    made its list of them are looked for too.
+    """
     from matplotlib import font_manager
+
+    chosen = [_DEFAULT_FONT]
+    missing = set(text) - _characters(font_manager.findfont(_DEFAULT_FONT))
+    if not missing:
+        return chosen
+    _add_new_fonts()
+    known = {entry.name: _characters(entry.fname) for entry in font_manager.fontManager.ttflist}
+    while missing:
+        name = max(known, key=lambda each: len(known[each] & missing))
+        if not known[name] & missing:
+            return None
+        chosen.append(name)
+        missing -= known[name]
+    return chosen
+
+
+def _add_new_fonts() -> None:
+    from matplotlib import font_manager
+
+    manager = font_manager.fontManager
+    known = {entry.fname for entry in manager.ttflist}
+    for path in sorted(set(font_manager.findSystemFonts()) - known):
+        with suppress(OSError, RuntimeError, ValueError):  # a font that cannot be read is as if it were not there
+            manager.addfont(path)
+
+
+@lru_cache(1024)
+def _characters(path: str) -> frozenset[str]:
+    """Those that a font has; none of one that has a box for every character, which comes with matplotlib."""
     from matplotlib.ft2font import FT2Font
 
-    default = font_manager.findfont("DejaVu Sans")
-    if all(FT2Font(default).get_char_index(ord(c)) for c in text):
-        return "DejaVu Sans"
-    for entry in font_manager.fontManager.ttflist:
-        if entry.name.startswith("Last Resort"):  # it has a box for every character, and comes with matplotlib
-            continue
-        font = FT2Font(entry.fname)
-        if all(font.get_char_index(ord(c)) for c in text):
-            return str(entry.name)
-    return None
+    try:
+        font = FT2Font(path)
+    except (OSError, RuntimeError):
+        return frozenset()
+    return frozenset() if font.family_name.startswith("Last Resort") else frozenset(map(chr, font.get_charmap()))
 
 
 def heat_map(path: Path, values: dict[str, float], label: str, title: str) -> None:

@@ -1,13 +1,18 @@
-"""A look at training data before the work: what is odd about a file's rows, and what is learnt of each."""
+"""A look at training data before the work: what is odd about a file's rows, and what is learnt of each.
+
+This module imports no torch and no numpy.
+"""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from manylora.lifecycle.data.data import Dataset, Example
-from manylora.lifecycle.data.encoding import Encoded
+
+if TYPE_CHECKING:
+    from manylora.lifecycle.data.encoding import Encoded
 
 __all__ = ["Seen", "label_counts", "remarks", "seen"]
 
@@ -65,7 +70,7 @@ class Seen:
     num_cut: int
 
 
-def seen(encoded: Sequence[Encoded], tokenizer: Any) -> Iterator[Seen]:
+def seen(encoded: "Sequence[Encoded]", tokenizer: Any) -> Iterator[Seen]:
     """What training sees of these examples, special tokens included."""
     for one in encoded:
         runs = groupby(zip(one.ids, one.is_answer, strict=True), key=lambda pair: pair[1])

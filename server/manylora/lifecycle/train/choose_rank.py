@@ -7,14 +7,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
 
 from manylora.lifecycle.base import Base, load_base, load_tokenizer, memory_faults
 from manylora.lifecycle.data.batches import check_known
-from manylora.lifecycle.data.data import Dataset, read_dataset
+from manylora.lifecycle.data.data import Dataset, Reading, read_dataset
 from manylora.lifecycle.data.encoding import Encoded, tell_lengths
 from manylora.lifecycle.extras import decoration, need
 from manylora.lifecycle.journal import Journal
@@ -25,6 +25,12 @@ from manylora.lifecycle.progress import Listener, Progress, ignore
 from manylora.lifecycle.train.config import ChooseConfig, LoraShape, check_settings
 from manylora.lifecycle.train.train import MEMORY_ADVICE, TrainResult, add_lora, encoder_of, train
 from manylora.lifecycle.train.training import Trainer
+
+_BASE: Final = "base"
+_NOTHING_LEARNT: Final = (
+    "Nothing was learnt that holds for rows held out: the bare base's loss is {base:.4f}, and the best shape's is not "
+    "lower by more than its standard error, so the ranks say nothing. Raise `lr` or `epochs`, or look at the data."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +72,9 @@ def choose_rank(
     if candidates is None:
         return None, None
     chosen = one_standard_error(candidates)
-    report = _report(config, dataset, candidates, chosen)
+    report = _report(config, dataset, candidates, chosen) | {"base_loss": journal.results[_BASE]}
+    if not has_learnt(candidates, report["base_loss"]):
+        listen(Progress("warning", message=_NOTHING_LEARNT.format(base=report["base_loss"])))
     with atomic_folder(ranks_folder(out)) as draft:
         write_json(draft / "ranks.json", report)
     with decoration("The curve of ranks", listen), atomic_file(ranks_folder(out) / "ranks.png") as draft:
@@ -112,6 +120,11 @@ def one_standard_error(candidates: Sequence[Candidate]) -> Candidate:
     return min(good, key=lambda c: (c.size_bytes, c.mean))
 
 
+def has_learnt(candidates: Sequence[Candidate], base_loss: float) -> bool:
+    """Whether any shape's held-out loss is below the bare base's by more than its standard error."""
+    return any(one.mean + one.standard_error < base_loss for one in candidates)
+
+
 def split_folds(examples: Sequence[Encoded], folds: int, seed: int) -> list[np.ndarray[Any, Any]]:
     """Indices of each fold's held-out examples; with labels, each fold has its share of every label."""
     from sklearn.model_selection import KFold, StratifiedKFold
@@ -131,6 +144,8 @@ def _cross_validate(
     should_stop: Callable[[], bool],
 ) -> list[Candidate] | None:
     folds = split_folds(encoded, config.folds, config.training.schedule.seed)
+    if _BASE not in journal.results:
+        journal.add(_BASE, _base_loss(config, base, encoded, folds))
     done, total = 0, len(config.shapes) * len(folds)
     candidates, seconds = [], []
     for shape in config.shapes:
@@ -153,6 +168,18 @@ def _cross_validate(
             listen(Progress("cross-validate", done, total, values=values))
         candidates.append(Candidate(shape, size, tuple(losses)))
     return candidates
+
+
+def _base_loss(
+    config: ChooseConfig, base: Base, encoded: Sequence[Encoded], folds: Sequence[np.ndarray[Any, Any]]
+) -> float:
+    """The mean over the folds, as a candidate's: of matrices that were not trained, with which a model is the base."""
+    model = add_lora(base, config.shapes[0])
+    try:
+        trainer = Trainer(model, base, encoded, [], config.training.schedule)
+        return float(np.mean([trainer.evaluation_loss([encoded[i] for i in held_out]) for held_out in folds]))
+    finally:
+        model.unload()
 
 
 def _one_fold(
@@ -201,6 +228,8 @@ def _check(config: ChooseConfig, *, resume: bool, overwrite: bool) -> Dataset:
 def _fingerprint(config: ChooseConfig) -> str:
     training = config.training
     parts = [asdict(training.schedule), training.instruction, training.render, config.folds]
+    if training.reading != Reading() or training.tool_prompt:
+        parts.append([asdict(training.reading), training.tool_prompt])
     text = json.dumps([*parts, training.max_length, training.dtype, training.base], sort_keys=True)
     return hashlib.sha256(text.encode() + training.data.read_bytes()).hexdigest()
 
