@@ -1,5 +1,6 @@
 """The official `openai` client, unmodified, from rows to a version that answers: a server with a worker beside it."""
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +8,9 @@ from pathlib import Path
 import openai
 import pytest
 from openai.types.fine_tuning import FineTuningJob
+from typer.testing import CliRunner, Result
 
+from manylora.cli.main import build
 from tests.catalog.real_server import Server, serving
 from tests.lifecycle.helpers import label_rows, write_rows
 
@@ -91,7 +94,30 @@ def test_rows_go_in_and_a_version_that_answers_comes_out(client: openai.OpenAI, 
         client.files.retrieve(train.id)
 
 
-def test_a_job_is_cancelled_and_another_fails_with_its_reason(client: openai.OpenAI, tmp_path: Path) -> None:
+def test_a_job_from_a_terminal(server: Server, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", label_rows())
+
+    def run(*words: str) -> Result:
+        env = {"MANYLORA_URL": str(server.client.base_url), "COLUMNS": "300"}
+        return CliRunner().invoke(build(), ["jobs", *words], env=env)
+
+    done = run("submit", str(rows), "--name", "typed", "--epochs", "1", "--rank", "2", "--follow")
+    assert done.exit_code == 0, done.output
+    assert "Step 4/4: training loss=" in done.stdout
+    assert "succeeded: typed@1" in done.stdout
+    (newest, *_) = json.loads(run("list", "--json").stdout)
+    assert newest["fine_tuned_model"] == "typed@1"
+    assert "n_epochs 1" in run("show", newest["id"]).stdout
+    assert run("events", newest["id"]).stdout.splitlines()[-1].endswith("The job has succeeded: typed@1")
+    assert run("cancel", newest["id"]).exit_code == 6
+    assert run("show", "ftjob-x").exit_code == 4
+    assert run("submit", str(rows), "--rank", "0").exit_code == 2
+    failed = run("submit", str(rows), "--targets", "nowhere", "--follow")
+    assert failed.exit_code == 1
+    assert "nowhere" in failed.stdout
+
+
+def test_a_job_is_cancelled_while_it_runs(client: openai.OpenAI, tmp_path: Path) -> None:
     with write_rows(tmp_path / "rows.jsonl", label_rows() * 4).open("rb") as file:
         train = client.files.create(file=file, purpose="fine-tune")
     long = client.fine_tuning.jobs.create(
@@ -106,12 +132,3 @@ def test_a_job_is_cancelled_and_another_fails_with_its_reason(client: openai.Ope
     assert client.fine_tuning.jobs.cancel(long.id).status == "cancelled"
     with pytest.raises(openai.ConflictError, match="cancelled"):
         client.fine_tuning.jobs.pause(long.id)
-
-    strange = client.fine_tuning.jobs.create(
-        model="tiny", training_file=train.id, extra_body={"manylora": {"targets": ["nowhere"]}}
-    )
-    failed = ended(client, strange)
-    assert failed.status == "failed"
-    assert failed.error is not None
-    assert "nowhere" in failed.error.message
-    assert failed.fine_tuned_model is None

@@ -1,0 +1,221 @@
+"""`manylora jobs …`: fine-tuning jobs of a server: submit rows, follow a training, end it.
+
+The server is `MANYLORA_URL`, the key `MANYLORA_KEY`; see `cli.answers` for the exit codes.
+"""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+
+from manylora.cli.answers import FAILED, USAGE, Remote, as_time, console, fail, print_json, server, table
+from manylora.cli.flags import words_of
+
+__all__ = ["register"]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Submit, follow and end fine-tuning jobs of a server.",
+    epilog="Asks the server at MANYLORA_URL (http://127.0.0.1:8000 unless set) with the key in MANYLORA_KEY.",
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="JSON for scripts instead of text.")]
+JobId = Annotated[str, typer.Argument(metavar="JOB")]
+_JOBS: Final = "/v1/fine_tuning/jobs"
+_ENDED: Final = ("succeeded", "failed", "cancelled")
+_EVERY_S: Final = 1.0
+_PAGE: Final = 1000
+
+
+def register(program: typer.Typer) -> None:
+    """Add `jobs` to the program."""
+    program.add_typer(app, name="jobs")
+
+
+@app.command()
+def submit(
+    data: Annotated[Path, typer.Argument(help="Rows to learn from: .jsonl, .json, .csv, .tsv or .parquet")],
+    held_out: Annotated[Path | None, typer.Option("--eval", help="Held-out rows, to keep the best step")] = None,
+    name: Annotated[str | None, typer.Option(help="The adapter whose next version comes out")] = None,
+    activate: Annotated[str, typer.Option(help="never, or always: its name means the version from then on")] = "never",
+    epochs: Annotated[int | None, typer.Option(help="Times that each row is seen")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows in one forward pass")] = None,
+    lr_multiplier: Annotated[float | None, typer.Option(help="Multiplies the default learning rate")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same one gives the same adapter")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the low-rank matrices")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Scale numerator; twice the rank when left out")] = None,
+    targets: Annotated[str | None, typer.Option(help="Linears by name, comma-separated")] = None,
+    instruction: Annotated[str | None, typer.Option(help="Text before every prompt, on a line of its own")] = None,
+    render: Annotated[str | None, typer.Option(help="How a row becomes text: auto, chat or plain")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of an example")] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Wait for the end, and show what happens.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Upload rows and ask for a training on them. With --follow, exit code 1 if it fails or is cancelled."""
+    for path in (data, held_out):
+        if path is not None and not path.is_file():
+            fail(f"{path} is not a file.", USAGE)
+    chosen = {"n_epochs": epochs, "batch_size": batch_size, "learning_rate_multiplier": lr_multiplier}
+    more = {
+        "name": name, "activate": activate, "rank": rank, "alpha": alpha, "instruction": instruction, "render": render,
+        "max_length": max_length, "targets": None if targets is None else list(words_of(targets)),
+    }  # fmt: skip
+    with server(as_json=as_json) as remote:
+        body: dict[str, Any] = {
+            "model": _base(remote),
+            "training_file": _uploaded(remote, data),
+            "validation_file": None if held_out is None else _uploaded(remote, held_out),
+            "seed": seed,
+            "method": {"type": "supervised", "supervised": {"hyperparameters": _given(chosen)}},
+            "manylora": _given(more),
+        }
+        job = remote.call("POST", _JOBS, json=_given(body))
+        if follow:
+            job = _follow(remote, job["id"], as_json=as_json)
+        _show(job, as_json=as_json)
+    if follow and job["status"] != "succeeded":
+        raise typer.Exit(FAILED)
+
+
+@app.command("list")
+def list_jobs(
+    limit: Annotated[int, typer.Option(min=1, max=_PAGE, help="The newest so many.")] = 20, as_json: AsJson = False
+) -> None:
+    """Your jobs, newest first."""
+    with server(as_json=as_json) as remote:
+        jobs = remote.call("GET", _JOBS, params={"limit": limit})["data"]
+    if as_json:
+        print_json(jobs)
+        return
+    rows = [[job["id"], job["manylora"]["name"], _state(job), as_time(job["created_at"])] for job in jobs]
+    console.print(table(["job", "adapter", "status", "created"], rows))
+
+
+@app.command()
+def show(job_id: JobId, as_json: AsJson = False) -> None:
+    """One job, as it stands now."""
+    with server(as_json=as_json) as remote:
+        _show(remote.call("GET", f"{_JOBS}/{job_id}"), as_json=as_json)
+
+
+@app.command()
+def events(
+    job_id: JobId,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on until the job has ended.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """What was told of a job, oldest first. With --json each event is a line."""
+    with server(as_json=as_json) as remote:
+        if follow:
+            _follow(remote, job_id, as_json=as_json)
+            return
+        for event in _events(remote, job_id, after=0):
+            _tell(event, as_json=as_json)
+
+
+@app.command()
+def cancel(job_id: JobId, as_json: AsJson = False) -> None:
+    """End a job at once; nothing of it is published."""
+    _change(job_id, "cancel", as_json=as_json)
+
+
+@app.command()
+def pause(job_id: JobId, as_json: AsJson = False) -> None:
+    """Let a job leave off after the step that runs."""
+    _change(job_id, "pause", as_json=as_json)
+
+
+@app.command()
+def resume(job_id: JobId, as_json: AsJson = False) -> None:
+    """Let a paused job go on."""
+    _change(job_id, "resume", as_json=as_json)
+
+
+def _change(job_id: str, action: str, *, as_json: bool) -> None:
+    with server(as_json=as_json) as remote:
+        _show(remote.call("POST", f"{_JOBS}/{job_id}/{action}"), as_json=as_json)
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _base(remote: Remote) -> str:
+    """What the server calls its base: the model that has no parent."""
+    models = remote.call("GET", "/v1/models")["data"]
+    return str(next(model["id"] for model in models if not model.get("parent")))
+
+
+def _uploaded(remote: Remote, path: Path) -> str:
+    with path.open("rb") as file:
+        made = remote.call("POST", "/v1/files", data={"purpose": "fine-tune"}, files={"file": (path.name, file)})
+    return str(made["id"])
+
+
+def _events(remote: Remote, job_id: str, *, after: int) -> list[dict[str, Any]]:
+    """The events behind number `after`, oldest first."""
+    return list(reversed(list(_newest(remote, job_id, after))))
+
+
+def _newest(remote: Remote, job_id: str, until: int) -> Iterator[dict[str, Any]]:
+    params: dict[str, Any] = {"limit": _PAGE}
+    while True:
+        page = remote.call("GET", f"{_JOBS}/{job_id}/events", params=params)
+        for event in page["data"]:
+            if _number(event) <= until:
+                return
+            yield event
+        if not page["has_more"]:
+            return
+        params["after"] = page["last_id"]
+
+
+def _number(event: dict[str, Any]) -> int:
+    return int(event["id"].rpartition("-")[2])
+
+
+def _follow(remote: Remote, job_id: str, *, as_json: bool) -> dict[str, Any]:
+    """Tell what happens until the job has ended; the job."""
+    seen = 0
+    while True:
+        job: dict[str, Any] = remote.call("GET", f"{_JOBS}/{job_id}")  # before its events: the last one is not missed
+        for event in _events(remote, job_id, after=seen):
+            _tell(event, as_json=as_json)
+            seen = _number(event)
+        if job["status"] in _ENDED:
+            return job
+        time.sleep(_EVERY_S)
+
+
+def _tell(event: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print_json(event)
+        return
+    style = {"warn": "yellow", "error": "red"}.get(event["level"])
+    text = "".join(c if c.isprintable() else "�" for c in event["message"])
+    console.print(f"{as_time(event['created_at'])}  {text}", style=style, markup=False, soft_wrap=True)
+
+
+def _state(job: dict[str, Any]) -> str:
+    if job["status"] == "succeeded":
+        return f"succeeded: {job['fine_tuned_model']}"
+    return f"failed: {job['error']['message']}" if job["status"] == "failed" else str(job["status"])
+
+
+def _show(job: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print_json(job)
+        return
+    chosen = job["hyperparameters"]
+    rows = [
+        ["job", job["id"]],
+        ["adapter", job["manylora"]["name"]],
+        ["status", _state(job)],
+        ["steps done", str(job["manylora"]["step"])],
+        ["training", ", ".join(f"{name} {value:g}" for name, value in chosen.items())],
+        ["created", as_time(job["created_at"])],
+        *([["ends about", as_time(job["estimated_finish"])]] if job["estimated_finish"] else []),
+    ]
+    console.print(table(["", ""], rows))
