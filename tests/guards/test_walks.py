@@ -21,7 +21,9 @@ from tests.tiny_adapters import make_adapter
 
 PAGE = Path(__file__).parents[2] / "docs" / "architecture.md"
 MAX_MAIN_LINE = 10
-ENGINE_THREADS = ("engine", "adapter-loader")
+LOADER = "adapter-loader"
+ENGINE_THREADS = ("engine", LOADER)
+GROUND = {"errors", "faults", "files", "identity", "log", "metrics", "threads"}
 _is_asked_for: ContextVar[bool] = ContextVar("is_asked_for", default=False)
 
 
@@ -36,6 +38,8 @@ class Trace:
         self.entered: list[str] = []
         self.calls: dict[tuple[str, str], str] = {}
         self.begun: set[str] = set()  # modules that a thread begins with
+        self.handed_over: dict[str, set[str]] = {name: set() for name in ENGINE_THREADS}  # entered on these threads
+        self.own: set[str] = set()  # entered on all others
         self.functions: Counter[tuple[str, str]] = Counter()
 
     def __call__(self, frame: FrameType, event: str, _: object) -> None:
@@ -44,6 +48,8 @@ class Trace:
             return
         if name not in self.entered:
             self.entered.append(name)
+        thread = threading.current_thread().name
+        next((found for begin, found in self.handed_over.items() if thread.startswith(begin)), self.own).add(name)
         self.functions[name, frame.f_code.co_name] += 1
         above = frame.f_back
         while above is not None and (caller := module_of(above)) is None:
@@ -176,6 +182,21 @@ def test_whatever_else_is_entered_calls_nothing_of_the_main_line(traces: dict[st
 
     assert len(traces[title].entered) > len(line)
     assert back == []
+
+
+def test_what_an_upload_has_measured_it_hands_over_as_a_request_does(traces: dict[str, Trace]) -> None:
+    """The rest of a request's main line steps for it, on the engine's thread alone, by what steps for everybody."""
+    upload, request = traces["One adapter's way"], traces["One request's way"]
+    line = main_line("One request's way")
+    steps = set(line[line.index("engine/async_engine") + 1 :])
+    memory = {name for name in upload.entered if name.startswith("lora/memory/")}
+
+    assert len(steps) == 3
+    assert steps <= upload.handed_over["engine"]
+    assert not steps & upload.own
+    assert upload.handed_over["engine"] - memory <= request.handed_over["engine"]
+    assert upload.handed_over[LOADER] <= {*memory, *GROUND, "lora/format/spec", "engine/build"}
+    assert {name for name in upload.own if name.startswith(("kernels/", "models/"))} <= {"models/codec"}
 
 
 def test_an_upload_parses_each_of_its_files_once_and_the_first_request_none(traces: dict[str, Trace]) -> None:
