@@ -16,6 +16,7 @@ from manylora.engine.engine import Engine, Output
 from manylora.engine.executor import Executor, LocalExecutor
 from manylora.engine.interface import AdapterRef, Mix, SamplingParams
 from manylora.engine.model_runner import ModelRunner
+from manylora.engine.pieces import Pieces
 from manylora.engine.scheduler import Scheduler
 from manylora.engine.sequence import Sequence
 from manylora.grammars.compiler import GrammarCompiler
@@ -60,6 +61,7 @@ def backends_here() -> dict[str, Backend]:
 
 BACKENDS = backends_here()
 TORCH = BACKENDS["torch"]
+PIECE_SIZE = 8  # of prompts, where layers keep a state
 available_kernels = list(BACKENDS)
 
 
@@ -202,6 +204,7 @@ def build_rig(
     memory = DeviceMemory(len(wrapped.modules), num_slots, torch.device("cpu"))
     folders = {f"id-{name}": folder for name, folder in (adapters or {}).items()}
 
+    pieces = Pieces(PIECE_SIZE, wrapped.survey.continues) if wrapped.states else None
     loaded = threading.Event()
     tiers = AdapterTiers(
         book,
@@ -212,16 +215,19 @@ def build_rig(
         on_change=loaded.set,
     )
     scheduler = Scheduler(
-        BlockManager(num_blocks, block_size, share_prefixes=prefix_cache),
+        BlockManager(
+            num_blocks, block_size, share_prefixes=prefix_cache, num_states=max_num_seqs if wrapped.states else 0
+        ),
         tiers,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         drafter=drafter,
         num_kept=memory.num_kept,
+        pieces=pieces,
     )
     engine = Engine(
         scheduler,
-        ModelRunner(executor(LocalExecutor(wrapped, cache, memory, backend.lora))),
+        ModelRunner(executor(LocalExecutor(wrapped, cache, memory, backend.lora)), pieces=pieces),
         decode=decode or (lambda ids: "".join(chr(0x4E00 + i) for i in ids)),
         eos_ids=eos_ids,
         max_model_len=num_blocks * block_size,

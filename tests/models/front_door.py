@@ -25,7 +25,7 @@ from manylora.models.loading import load_base
 from manylora.models.modules import adaptable_modules, is_plain
 from manylora.settings import Settings
 from tests.engine.oracle import NEAR_TIE
-from tests.models.zoo import Unbuildable, make_zoo_model
+from tests.models.zoo import NOT_ADAPTED, Unbuildable, make_zoo_model
 from tests.tiny_adapters import make_adapter
 
 LENGTHS = (5, 27, 90)
@@ -58,6 +58,7 @@ def settings_for(folder: Path, **values: Any) -> Settings:
             "dtype": "float32",
             "kv_cache_memory": 2**25,
             "max_num_batched_tokens": 32,
+            "max_num_seqs": 16,
             "block_size": 4,
             **values,
         }
@@ -119,17 +120,19 @@ def make_adapters(folder: Path) -> dict[str, Path]:
     except ValueError:  # a part of a larger model, which transformers saves and does not load by itself
         return {}
     head = model.get_output_embeddings()
+    left = NOT_ADAPTED.get(model.config.model_type, ())
     linears, ends = [], []
     for path, spec in adaptable_modules(model).items():
         module = model.get_submodule(path)
         if spec.kind == "embedding" or (module is head and module.bias is None):
             ends.append(path)
-        elif module is not head and is_plain(module):
+        elif module is not head and is_plain(module) and not path.endswith(left):
             linears.append(path)
     # Of mixtures of experts PEFT makes adapters of bare parameters as soon as a feed-forward layer is named.
     narrow = [path for path in linears if "attn" in path or "attention" in path]
+    others = [path for path in linears if not path.endswith("out_proj")]  # which PEFT leaves alone beside Mamba
     found: dict[str, Path] = {}
-    for name, choices in (("linear", (linears, narrow)), ("ends", (ends,))):
+    for name, choices in (("linear", (linears, others, narrow)), ("ends", (ends,))):
         for targets in choices:
             target = folder.with_name(name)
             try:

@@ -127,8 +127,7 @@ def test_queries_that_grow_with_the_cache_are_served_as_long_as_they_do_not(tmp_
         ("doge", r"DogeAttention\) adds numbers of its own"),
         ("deepseek_v32", "sparse attention"),
         ("glm_moe_dsa", "sparse attention"),
-        ("mamba", "recurrent layers"),
-        ("qwen3_next", r"recurrent layers \(linear_attention\)"),
+        ("rwkv", "recurrent layers whose states are not kept"),
         ("roberta", "numbers its positions"),
     ],
 )

@@ -122,6 +122,10 @@ _SPECIAL: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+# Linears that a type's own code runs on other rows than a step's, too: adapters on them are refused by name.
+NOT_ADAPTED: Mapping[str, tuple[str, ...]] = {"zaya": ("v_proj_delayed",)}
+
+
 class Unbuildable(Exception):
     """transformers cannot make a tiny random model of this type from its config alone."""
 

@@ -23,10 +23,18 @@ class BlockManager:
 
     Blocks are shared within a tenant, or among those who send the same salt. With `share_public`, everybody shares
     those of the base and of public adapters; with `share_prefixes` false, one request does (its `n` choices).
+    `num_states`: of so many sequences layers keep a state, in a slot that a sequence has as long as it has blocks. No
+    block is found again then, as there is no state to go with it.
     """
 
     def __init__(
-        self, num_blocks: int, block_size: int, *, share_prefixes: bool = True, share_public: bool = False
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        share_prefixes: bool = True,
+        share_public: bool = False,
+        num_states: int = 0,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
@@ -38,6 +46,8 @@ class BlockManager:
         self._block_of: dict[bytes, int] = {}
         self._free: OrderedDict[int, None] = OrderedDict((b, None) for b in range(num_blocks))
         self._spoiled: set[int] = set()  # held, and what they hold may be wrong
+        self._has_states = num_states > 0
+        self._free_states = list(range(num_states))
 
     @property
     def num_free(self) -> int:
@@ -61,6 +71,8 @@ class BlockManager:
         At least one token is always left to run, since its logits are wanted.
         """
         assert not seq.block_table
+        if self._has_states:
+            return 0
         most = seq.num_virtual if seq.needs_whole_prompt else seq.num_virtual + seq.num_tokens - 1
         for i in range(most // self.block_size):
             block = self._block_of.get(self._hash(seq, i))
@@ -78,6 +90,8 @@ class BlockManager:
         needed = self.blocks_needed(seq, num_tokens)
         if needed > len(self._free):
             return False
+        if self._has_states and seq.state_slot < 0:
+            seq.state_slot = self._free_states.pop()
         for _ in range(needed):
             block, _ = self._free.popitem(last=False)
             self._forget(block)
@@ -87,6 +101,8 @@ class BlockManager:
 
     def mark_computed(self, seq: Sequence) -> None:
         """Make the sequence's full blocks known, now that their keys and values are written."""
+        if self._has_states:
+            return
         known = (seq.num_virtual + seq.num_computed) // self.block_size
         for i in range(len(seq.block_hashes), known):
             self._hash(seq, i)
@@ -108,6 +124,9 @@ class BlockManager:
         """Take all blocks back. Ends are handed out again before beginnings, which more prompts share."""
         self.shrink(seq, 0)
         seq.num_computed = -seq.num_virtual
+        if seq.state_slot >= 0:
+            self._free_states.append(seq.state_slot)
+            seq.state_slot = -1
 
     def shrink(self, seq: Sequence, num_tokens: int) -> None:
         """Take back the blocks behind those of the sequence's first `num_tokens` tokens."""
@@ -158,7 +177,10 @@ class BlockManager:
     def check_integrity(self, sequences: list[Sequence]) -> None:
         """Free and used add up, and every count is the number of sequences that hold the block."""
         held = [0] * self.num_blocks
+        slots = [seq.state_slot for seq in sequences if seq.state_slot >= 0]
+        assert len({*slots, *self._free_states}) == len(slots) + len(self._free_states)
         for seq in sequences:
+            assert not self._has_states or (seq.state_slot >= 0) == bool(seq.block_table)
             assert len(set(seq.block_table)) == len(seq.block_table)
             assert not seq.num_computed or self._blocks_of(seq, seq.num_computed) <= len(seq.block_table)
             for block in seq.block_table:

@@ -13,6 +13,7 @@ from manylora.engine.executor import LocalExecutor
 from manylora.engine.interface import AdapterSource, ModelInfo, Pooling
 from manylora.engine.lookup import LookupDrafter
 from manylora.engine.model_runner import ModelRunner
+from manylora.engine.pieces import Pieces
 from manylora.engine.recovery import FaultEvents
 from manylora.engine.room import PromptCost
 from manylora.engine.scheduler import Scheduler
@@ -45,6 +46,7 @@ _log = get_logger("manylora.engine")
 _ATTENTION_RATE = (
     0.55  # multiplications per second of a prompt's attention, over those of matmuls; measured in bfloat16
 )
+_MOST_IN_PIECE = 64  # tokens of a prompt that a layer with a state runs at once: what chunked recurrences are made for
 _MOST_OF_FREE = 0.5  # memory that one sequence may take where the cache's share of it would be less
 
 
@@ -226,6 +228,7 @@ class EngineBuilder(Builder):
     ) -> tuple[Engine, AdapterTiers]:
         """Lay out memory, check the model against itself, and put the parts together. Raises StartupError."""
         settings = self.settings
+        pieces = self._pieces()
         cache = self._cache()
         self.wrapped.attach_cache(cache)
         self._prove(cache)
@@ -238,18 +241,21 @@ class EngineBuilder(Builder):
                 settings.block_size,
                 share_prefixes=settings.prefix_cache,
                 share_public=settings.prefix_sharing == "public",
+                num_states=0 if pieces is None else settings.max_num_seqs,
             ),
             tiers,
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.max_num_batched_tokens,
             max_prompt_logits=self._max_prompt_logits(),
             prompt_cost=self._prompt_cost(),
-            drafter=LookupDrafter(settings.draft_tokens) if settings.draft_tokens else None,
+            # A state cannot take back tokens that turn out wrong.
+            drafter=LookupDrafter(settings.draft_tokens) if settings.draft_tokens and pieces is None else None,
+            pieces=pieces,
             num_kept=memory.num_kept,
         )
         engine = Engine(
             scheduler,
-            ModelRunner(LocalExecutor(self.wrapped, cache, memory, self.backend.lora)),
+            ModelRunner(LocalExecutor(self.wrapped, cache, memory, self.backend.lora), pieces=pieces),
             decode=self.base.codec.decode,
             eos_ids=frozenset(self.base.codec.eos_ids),
             max_model_len=self.context_length,
@@ -293,6 +299,8 @@ class EngineBuilder(Builder):
         )
         heads = stated if isinstance(stated, int) else 0
         attention = sum(max(heads, s.num_heads) * (s.head_dim + s.value_dim) for s in survey.kv_shapes)
+        if not attention:
+            return PromptCost()
         return PromptCost(_ATTENTION_RATE * linears / attention, tuple(options.window for options in survey.options))
 
     def _context_length(self) -> int:
@@ -305,12 +313,26 @@ class EngineBuilder(Builder):
             raise InvalidSettings(f"max_num_batched_tokens: this model computes at most {most} tokens in one pass.")
         return wanted or own or UNSTATED_LIMIT
 
+    def _pieces(self) -> Pieces | None:
+        """Those in which layers that keep states run prompts; None where no layer does.
+
+        A step has room for one beside a token of every other sequence, so that every prompt gets on.
+        """
+        survey = self.wrapped.survey
+        if not survey.keepers:
+            return None
+        most = max(1, self.settings.max_num_batched_tokens - self.settings.max_num_seqs)
+        return Pieces(min(_MOST_IN_PIECE, 1 << (most.bit_length() - 1)), survey.continues)
+
     def _cache(self) -> KVCache:
         settings = self.settings
         shapes = self.wrapped.survey.kv_shapes
         per_block = bytes_per_block(shapes, settings.block_size, self.dtype)
-        num_blocks = in_bytes(settings.kv_cache_memory, self.device) // per_block
         needed = -(-self.context_length // settings.block_size)
+        room = in_bytes(settings.kv_cache_memory, self.device) - self._states_bytes()
+        if not per_block:  # no layer attends: blocks hold nothing and are only counted
+            return KVCache(shapes, needed * settings.max_num_seqs, settings.block_size, self.dtype, self.device)
+        num_blocks = max(0, room) // per_block
         if isinstance(settings.kv_cache_memory, float) and needed * per_block <= in_bytes(_MOST_OF_FREE, self.device):
             num_blocks = max(num_blocks, needed)  # a share says how much may be taken, not that nothing may be served
         if num_blocks < needed:
@@ -320,6 +342,17 @@ class EngineBuilder(Builder):
                 "or lower --max-model-len."
             )
         return KVCache(shapes, num_blocks, settings.block_size, self.dtype, self.device)
+
+    def _states_bytes(self) -> int:
+        """What the states of all sequences take, as they are before a step and after it. Raises NotEnoughMemory."""
+        one = 2 * self.wrapped.survey.state_bytes
+        whole = one * self.settings.max_num_seqs
+        if whole > in_bytes(self.settings.kv_cache_memory, self.device):
+            raise NotEnoughMemory(
+                f"The layers of this model that keep a state take {-(-one // 2**10):,} KiB for each of the "
+                f"{self.settings.max_num_seqs} sequences: lower --max-num-seqs or raise --kv-cache-memory."
+            )
+        return whole
 
     def _default_pooling(self) -> Pooling:
         wanted = self.settings.embedding_pooling

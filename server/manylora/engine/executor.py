@@ -1,6 +1,7 @@
 """The device part of a step: the model runs once over what the host part laid out, and its logits become tokens."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -9,11 +10,12 @@ from torch import nn
 
 from manylora.engine.sampler import sample
 from manylora.engine.step_input import PrefixInput, Sampled, SamplingInput, StepInput
-from manylora.kernels.batch import Batch
+from manylora.kernels.batch import Batch, Piece
 from manylora.kernels.interface import LoraKernel, LoraPlan, plan_of
 from manylora.kernels.rows import Parts
 from manylora.lora.memory.device_memory import DeviceMemory, HeldPrefix
 from manylora.models.kv_cache import KVCache
+from manylora.models.states import cut
 from manylora.models.wrapping import WrappedModel
 
 _ROWS_AT_ONCE: Final = 64  # of virtual tokens
@@ -175,7 +177,7 @@ class LocalExecutor:
 
     def _batch(self, step: StepInput) -> Batch:
         starts = step.query_starts.tolist()
-        return Batch(
+        batch = Batch(
             token_ids=self._tensor(step.token_ids),
             positions=self._tensor(step.positions),
             kv_slots=self._tensor(step.kv_slots),
@@ -189,6 +191,17 @@ class LocalExecutor:
             lora=self._plan(step.slots, step.mixes),
             logit_lora=self._plan(step.slots[step.logit_rows], step.mixes),
         )
+        return batch if not step.states else replace(batch, pieces=self._pieces(batch, step))
+
+    def _pieces(self, batch: Batch, step: StepInput) -> tuple[Piece, ...]:
+        store = self._wrapped.states
+        assert store is not None, "the model keeps no states"
+        states = [
+            store.begin(each.slot, each.start, each.start + sum(each.sizes), committed=each.committed)
+            for each in step.states
+        ]
+        sizes = [each.sizes for each in step.states]
+        return cut(batch, sizes, states, step.slots, lambda slots: self._plan(slots, step.mixes))
 
     def _plan(self, row_slots: np.ndarray, mixes: Sequence[Parts]) -> LoraPlan | None:
         return plan_of(self._kernel, self._memory, row_slots, mixes)

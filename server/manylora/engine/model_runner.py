@@ -15,6 +15,7 @@ import numpy as np
 
 from manylora.engine.executor import Executor
 from manylora.engine.interface import Head, Task, TokenLogprob
+from manylora.engine.pieces import Pieces
 from manylora.engine.sequence import Draws, Scheduled, Sequence
 from manylora.engine.step_input import (
     Adjustment,
@@ -25,6 +26,7 @@ from manylora.engine.step_input import (
     SamplingInput,
     Scored,
     ScoredRows,
+    StateInput,
     StepInput,
 )
 from manylora.engine.token_rules import Bits
@@ -97,12 +99,14 @@ class ModelRunner:
     """Runs plans of a decoder. Lives on the engine's thread. Implements `Runner`.
 
     What it runs may be run again, as a whole or in parts: the keys and values are written to the same places, and
-    no sequence changes.
+    no sequence changes. `pieces`: those that layers run which keep a state of each sequence; None where none
+    does.
     """
 
-    def __init__(self, executor: Executor) -> None:
+    def __init__(self, executor: Executor, *, pieces: Pieces | None = None) -> None:
         self._executor = executor
         self._block_size = executor.block_size
+        self._pieces = pieces
 
     @property
     def spare_block(self) -> int:
@@ -190,6 +194,7 @@ class ModelRunner:
             hidden_rows=np.array(hidden_rows, dtype=np.int64),
             prefixes=prefixes,
             mixes=mixes,
+            states=() if self._pieces is None else tuple(_state(item, self._pieces) for item in scheduled),
         )
 
     def _prefix(self, item: Scheduled) -> PrefixInput:
@@ -199,6 +204,13 @@ class ModelRunner:
         at = np.arange(begin + item.num_virtual)
         kv_slots = np.array(seq.block_table, dtype=np.int64)[at // size] * size + at % size
         return PrefixInput(seq.slots[0], begin, kv_slots)
+
+
+def _state(item: Scheduled, pieces: Pieces) -> StateInput:
+    seq, start = item.seq, item.start
+    return StateInput(
+        seq.state_slot, start, min(seq.num_computed, start), pieces.cut(seq, start, start + item.num_rows)
+    )
 
 
 def _row_slots(

@@ -8,6 +8,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Final
 
+from manylora.engine.pieces import Pieces
 from manylora.engine.sequence import Sequence
 
 _SHARE_BESIDE_STREAMS: Final = 0.5  # of the tokens of a step, for prompts while others take a token in each step
@@ -39,11 +40,13 @@ class Room:
     """What a step may still take: tokens, and among them prompt tokens whose logits are wanted.
 
     `effort` is what prompts may take, in tokens at the beginning of one; `kept` is the part of it that is the first's.
+    `pieces`: what a prompt's part has to be made of, if of something.
     """
 
     tokens: int
     prompt_logits: int
     cost: PromptCost
+    pieces: Pieces | None = None
     effort: float = field(init=False)
     kept: float = field(init=False, default=0.0)
 
@@ -79,6 +82,8 @@ class Room:
             effort = self.effort - self.kept
             middle = first + int(min(count, effort)) // 2
             count = min(count, int(effort / self._cost_of(seq, middle)) or int(effort > 0))
+        if self.pieces is not None and count > 0:
+            count = self.pieces.fit(seq, count, self.tokens, is_first=not self.kept)
         if seq.wants_prompt_logits and seq.scores_prompt:
             count = min(count, max(0, -first) + self.prompt_logits)
         return num_copied + count if count > 0 else 0

@@ -19,6 +19,7 @@ from manylora.engine.block_manager import BlockManager
 from manylora.engine.drafting import Drafter
 from manylora.engine.fairness import FairQueue
 from manylora.engine.interface import AdapterRef, FinishReason
+from manylora.engine.pieces import Pieces
 from manylora.engine.room import PromptCost, Room
 from manylora.engine.sequence import Scheduled, Sequence, SequenceStatus
 from manylora.engine.turns import Places, Turns
@@ -57,7 +58,8 @@ class Scheduler:
 
     Of prompts whose logits are wanted, and of drafts, a step runs at most `max_prompt_logits` tokens. With `runs_whole`
     an input runs in one step, as a model that looks in both directions needs it. `num_kept` says of a slot how many of
-    its adapter's virtual tokens, from the first on, need only be copied.
+    its adapter's virtual tokens, from the first on, need only be copied. Of a prompt a step runs
+    whole `pieces`, where there are some.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Scheduler:
         drafter: Drafter | None = None,
         runs_whole: bool = False,
         num_kept: Callable[[int], int] = lambda _slot: 0,
+        pieces: Pieces | None = None,
     ) -> None:
         self.blocks = blocks
         self.waiting = FairQueue()
@@ -86,6 +89,7 @@ class Scheduler:
         self._drafter = drafter
         self._runs_whole = runs_whole
         self._num_kept = num_kept
+        self._pieces = pieces
         self._turns = Turns(self.running, self.waiting, slots, max_num_seqs)
         self._only: Collection[Sequence] | None = None  # the sequences that the plan may name, None for all
         self._failed: list[tuple[Sequence, ManyloraError]] = []
@@ -109,7 +113,7 @@ class Scheduler:
         self._only = only
         work: list[Scheduled] = []
         self._turns.begin_plan()
-        room = Room(self._max_num_batched_tokens, self._max_prompt_logits, self._prompt_cost)
+        room = Room(self._max_num_batched_tokens, self._max_prompt_logits, self._prompt_cost, self._pieces)
         meant = [seq for seq in self.running if self._is_meant(seq)]
         may_admit = self._take(work, room, [seq for seq in meant if seq.num_uncomputed <= 1])
         prompts = [seq for seq in meant if seq.num_uncomputed > 1]
@@ -216,7 +220,7 @@ class Scheduler:
             if seq is None:
                 return
             try:
-                if (self._fits(seq, room) or not self._runs_whole) and self._make_seat(seq, work):
+                if self._may_begin(seq, room) and self._make_seat(seq, work):
                     self._start(seq)
             finally:
                 if seq.status is not SequenceStatus.RUNNING:
@@ -227,6 +231,10 @@ class Scheduler:
             count = self._fits(seq, room)
             if count:
                 self._add(work, room, seq, count)
+
+    def _may_begin(self, seq: Sequence, room: Room) -> bool:
+        """Whether what has to run at once of a sequence has room in the step."""
+        return (not self._runs_whole and self._pieces is None) or self._fits(seq, room) > 0
 
     def _fits(self, seq: Sequence, room: Room) -> int:
         """How many of the sequence's tokens run in what is left of the step."""

@@ -53,6 +53,8 @@ class Sequence:
     place of the first token that the mix acts on, as it says of the prompt; handed in where it was asked already.
     """
 
+    state_slot = -1  # where layers keep a state of it, while it has blocks
+
     def __init__(
         self,
         request_id: str,

@@ -25,6 +25,20 @@ class PrefixInput:
 
 
 @dataclass(frozen=True, slots=True)
+class StateInput:
+    """One sequence's part of a step for layers that keep a state of it, in `slot`; -1: a sequence that is nobody's.
+
+    It begins at position `start` and is run in pieces of `sizes` tokens. Below position
+    `committed` no step of the sequence will begin any more.
+    """
+
+    slot: int
+    start: int
+    committed: int
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StepInput:
     """T tokens of S sequences, one sequence after the other, without padding; those with one token first.
 
@@ -34,7 +48,8 @@ class StepInput:
     each token's adapter slot, -1 for none, `kernels.rows.mix_number(i)` for `mixes[i]`, slots with a weight each.
     `logit_rows` int64 [L]: the tokens whose logits are wanted; `hidden_rows`
     int64 [P]: those whose hidden states are, as the head of the model would get them. `prefixes`: virtual
-    tokens that have to be in the cache before the step.
+    tokens that have to be in the cache before the step. `states`: one for each sequence where layers keep a state of
+    it, else none.
     """
 
     token_ids: np.ndarray
@@ -48,6 +63,7 @@ class StepInput:
     hidden_rows: np.ndarray
     mixes: tuple[Parts, ...] = ()
     prefixes: tuple[PrefixInput, ...] = ()
+    states: tuple[StateInput, ...] = ()
 
     @classmethod
     def of(cls, prefixes: tuple[PrefixInput, ...]) -> Self:

@@ -1,6 +1,7 @@
 """The ragged batch: what one forward pass needs to know, built once per step and read by every layer."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ class Batch:
     this step's included. The first `num_decode` sequences have exactly one token. `logit_rows` int64 [L]: the
     tokens whose logits are wanted. `lora` groups the T rows by adapter, `logit_lora` the L rows; None when
     none has one. `embeddings` [T, hidden]: what stands in place of the tokens' own, where they are virtual.
+    `pieces`: the same tokens as layers run them that keep a state of each sequence; none where no layer does.
     """
 
     token_ids: torch.Tensor
@@ -32,6 +34,19 @@ class Batch:
     lora: LoraPlan | None = None
     logit_lora: LoraPlan | None = None
     embeddings: torch.Tensor | None = None
+    pieces: "tuple[Piece, ...]" = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Consecutive `rows` of a batch that are one sequence's: `batch` is a step of them alone.
+
+    `states`: what layers keep of the sequence up to there (`models.states.SequenceStates`); they change it.
+    """
+
+    rows: slice
+    batch: Batch
+    states: Any
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ queries, keys and values of the whole ragged batch. We store keys and values in 
 sequence to its own past, causally, within the layer's sliding window where it has one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -74,11 +74,16 @@ def read_options(module: torch.nn.Module, head_dim: int, kwargs: dict[str, Any])
 
 
 def paged_attention_function(
-    cache: KVCache, context: ForwardContext, layers: Sequence[AttentionOptions], attention: Attention
+    cache: KVCache,
+    context: ForwardContext,
+    layers: Sequence[AttentionOptions],
+    places: Mapping[int, int],
+    attention: Attention,
 ) -> AttentionFunction:
     """The function that transformers calls: q [1, H, T, D], k [1, KVH, T, D], v [1, KVH, T, E] -> [1, T, H, E].
 
-    `layers`: the options of each, as the survey found them; what a call says of them is not read again.
+    `layers`: the options of each that attends, as the survey found them; what a call says of them is not read again.
+    `places`: the place there, and in the cache, of each, by transformers' index.
     """
 
     def attend(
@@ -89,7 +94,7 @@ def paged_attention_function(
         attention_mask: torch.Tensor | None = None,
         **_kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        layer = places[int(module.layer_idx)]  # type: ignore[arg-type]
         q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
         out = attention(q, k, v, cache.keys[layer], cache.values[layer], context.current(), layers[layer])
         return out.unsqueeze(0), None

@@ -69,7 +69,7 @@ def candidates(wrapped: WrappedModel, cache: KVCache) -> dict[str, nn.Module]:
         if {name for name, _ in module.named_children()} == _LAYER_PARTS:
             parts = _recognise(module, wrapped)
             if parts is not None:
-                index = layer_index(module.get_submodule("self_attn"))
+                index = _place(module.get_submodule("self_attn"), wrapped)
                 layer = kernel.layer(parts, cache.keys[index], cache.values[index])
                 if layer is not None:
                     found[path] = FusedDecoderLayer(layer, steps)
@@ -99,8 +99,7 @@ def _recognise(layer: nn.Module, wrapped: WrappedModel) -> LayerParts | None:
         return None
     if not isinstance(o, AdaptedLinear) or not isinstance(down, AdaptedLinear):
         return None
-    index = layer_index(attention)
-    options = wrapped.survey.options[index]
+    options = wrapped.survey.options[_place(attention, wrapped)]
     if options.chunk or options.sinks is not None or options.slopes is not None:
         return None
     return LayerParts(
@@ -114,11 +113,11 @@ def _recognise(layer: nn.Module, wrapped: WrappedModel) -> LayerParts | None:
     )
 
 
-def layer_index(attention: nn.Module) -> int:
-    """The layer's place in the cache, as transformers numbers it."""
+def _place(attention: nn.Module, wrapped: WrappedModel) -> int:
+    """The layer's place in the cache."""
     index = getattr(attention, "layer_idx", None)
     assert isinstance(index, int)
-    return index
+    return wrapped.survey.places[index]
 
 
 def _group(*members: nn.Module) -> AdaptedLinear | None:

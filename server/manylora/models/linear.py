@@ -33,6 +33,8 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features)
+        if rows.stride(1) != 1:
+            rows = rows.contiguous()
         batch = self._context.current()
         plan: LoraPlan | None = batch.logit_lora if self._on_logit_rows else batch.lora
         if plan is None or not plan.rows.touches(self.group.sites):

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from manylora.lora.format.reader import ModuleSpec
 from manylora.models.kv_cache import KVShape
+from manylora.models.states import state_layers
 
 __all__ = [
     "adaptable_modules",
@@ -79,8 +80,8 @@ def stated_shapes(config: Any) -> list[KVShape]:
     text = config.get_text_config()
     layers, heads = getattr(text, "num_hidden_layers", None), getattr(text, "num_attention_heads", None)
     hidden = getattr(text, "hidden_size", None)
-    is_latent = bool(getattr(text, "kv_lora_rank", None))
-    if is_latent or not (isinstance(layers, int) and isinstance(heads, int) and isinstance(hidden, int)):
+    has_others = bool(getattr(text, "kv_lora_rank", None)) or bool(state_layers(config))
+    if has_others or not (isinstance(layers, int) and isinstance(heads, int) and isinstance(hidden, int)):
         return []
     size, own = getattr(text, "head_dim", None) or hidden // heads, getattr(text, "num_key_value_heads", None) or heads
     return [KVShape(own, size, size)] * layers

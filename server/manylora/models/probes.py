@@ -60,6 +60,23 @@ class PretendedPast(DynamicCache):  # type: ignore[misc]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return key_states, value_states
 
+    # A recurrent layer finds no state and begins anew.
+
+    def get_conv_state(self, *_args: Any, **_kwargs: Any) -> None:
+        return None
+
+    def get_recurrent_state(self, *_args: Any, **_kwargs: Any) -> None:
+        return None
+
+    def update_conv_state(self, conv_states: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+        return conv_states
+
+    def update_recurrent_state(self, recurrent_states: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+        return recurrent_states
+
+    def is_recording_past(self, *_args: Any, **_kwargs: Any) -> bool:
+        return False
+
 
 class ProbeAdapter:
     """A random adapter on every module. `a` [r, in], `b` [r, out] of each, by path, in the model's number format.

@@ -7,7 +7,7 @@ between layers) would otherwise be served wrongly without a word.
 import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from manylora.lora.memory.slots import Place
 from manylora.models.kv_cache import KVCache
 from manylora.models.probes import PROBE_STRENGTH, Probe, ProbeAdapter
 from manylora.models.refusals import refusing
+from manylora.models.states import cut
 from manylora.models.wrapping import WrappedModel
 
 __all__ = ["SelfCheck", "single_sequence"]
@@ -78,6 +79,8 @@ class SelfCheck:
         with refusing(self._wrapped.model, "it was checked"):
             for runs in self._groups():
                 self._check(runs)
+        if self._wrapped.states is not None:
+            self._wrapped.states.clear()
 
     def _check(self, runs: list[_Run]) -> None:
         found: list[list[torch.Tensor]] = [[] for _ in runs]
@@ -219,7 +222,7 @@ class SelfCheck:
         numbers = [torch.arange(start, end, device=device) for start, end in spans]
         slots = np.repeat(np.array([0 if run.is_adapted else -1 for run in runs], dtype=np.int32), counts)
         logit_rows = [starts[i] + row for i, wanted in enumerate(rows) for row in wanted]
-        return Batch(
+        batch = Batch(
             token_ids=torch.cat([run.probe.token_ids[a:b] for run, (a, b) in zip(runs, spans, strict=True)]),
             positions=torch.cat([n + run.probe.start for run, n in zip(runs, numbers, strict=True)]),
             kv_slots=torch.cat([n + run.first_block * size for run, n in zip(runs, numbers, strict=True)]),
@@ -237,6 +240,13 @@ class SelfCheck:
             lora=self._plan(slots),
             logit_lora=self._plan(slots[logit_rows]),
         )
+        store = self._wrapped.states
+        if store is None:
+            return batch
+        states = [store.begin(i, start, end, committed=start) for i, (start, end) in enumerate(spans)]
+        at_once = self._wrapped.survey.continues
+        sizes = [(n,) if at_once or not start else (1,) * n for n, (start, _) in zip(counts, spans, strict=True)]
+        return replace(batch, pieces=cut(batch, sizes, states, slots, self._plan))
 
     def _plan(self, slots: np.ndarray) -> LoraPlan | None:
         return plan_of(self._backend.lora, self._memory, slots)

@@ -7,14 +7,14 @@ that the model builds for it, far out as well), and the logits that the wrapped 
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from manylora.errors import ModelUnusable
@@ -28,14 +28,13 @@ from manylora.models.modules import adaptable_modules, is_linear, is_plain
 from manylora.models.positions import probe_starts
 from manylora.models.probes import PROBE_LENGTH, PROBE_STRENGTH, PretendedPast, Probe, ProbeAdapter
 from manylora.models.refusals import refusing
+from manylora.models.states import NotingStates, state_layers
 
 __all__ = ["SAME", "Survey", "survey", "survey_linears"]
 
 # Of two correct ways to compute the same in one number format, as a share of the logits' spread.
 SAME: Final = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _KEPT_ROWS = (4, 9)  # of which logits are asked for alone
-# Kinds of layers, as configs name them, whose state is not keys and values of the past.
-_RECURRENT = ("linear_attention", "conv", "mamba", "mamba2", "recurrent", "hybrid", "hybrid_mamba", "moe_mamba")
 _numbers = itertools.count()
 
 
@@ -44,10 +43,18 @@ class Survey:
     """`groups`: paths of linears that read the same input. `modules`: what an adapter may touch. `kept`: linears that
     stay in the model because they do more than multiply, or because others read their weight. `on_logit_rows`: those
     that run on the rows whose logits are asked for, and on no others. `left`: linears that must be left alone.
-    `num_logits`: of each token. `probes` hold megabytes of logits, and are only for the check at start.
+    `kv_shapes` and `options` are those of the layers that attend, in their order; `places`: the place there of each, by
+    the index that transformers gives the layer. `keepers`: modules that keep a state of each sequence, by path, with
+    the index of theirs; `state_bytes`: of one sequence; `continues`: whether they take several tokens at once also
+    behind a sequence's first ones. `num_logits`: of each token. `probes` hold megabytes of logits, and are only for the
+    check at start.
     """
 
     kv_shapes: list[KVShape] = field(default_factory=list)
+    places: dict[int, int] = field(default_factory=dict)
+    keepers: dict[str, int] = field(default_factory=dict)
+    state_bytes: int = 0
+    continues: bool = True
     options: list[AttentionOptions] = field(default_factory=list)
     groups: list[list[str]] = field(default_factory=list)
     modules: dict[str, ModuleSpec] = field(default_factory=dict)
@@ -64,19 +71,7 @@ def survey(model: PreTrainedModel, context_length: int) -> Survey:
     Raises ModelUnusable, naming the part, for what is no causal decoder that can be served up to that length.
     """
     with refusing(model, "it was looked at"):
-        _refuse_recurrent(model)
         return _Surveyor(model, context_length).run()
-
-
-def _refuse_recurrent(model: PreTrainedModel) -> None:
-    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
-    recurrent = sorted({str(kind) for kind in kinds if kind in _RECURRENT})
-    if recurrent or getattr(model, "_is_stateful", False):
-        named = f" ({', '.join(recurrent)})" if recurrent else ""
-        raise ModelUnusable(
-            f"{type(model).__name__} has recurrent layers{named}: only layers that attend to keys and values of their "
-            "past are served."
-        )
 
 
 class _Surveyor:
@@ -100,13 +95,15 @@ class _Surveyor:
     def run(self) -> Survey:
         with torch.no_grad():  # no inference mode, in which changes in place cannot be told
             own = self._logits(1, position_ids=None)
-            if self._may_ignore_positions and torch.equal(own, self._logits(1, stride=2)):
+            states = self._look_at_states(own)
+            if self._may_ignore_positions and states is None and torch.equal(own, self._logits(1, stride=2)):
                 raise ModelUnusable(f"{self._name} takes no position_ids, so its sequences cannot share a batch.")
             self._require_same(self._logits(1), own, "numbers its positions in a way of its own")
             recorder = _Recorder(self._name, self._model.config)
             with _attending(self._model, recorder, builds_mask=True):
                 self._look_at_linears(own)
-                self._require_attention(recorder)
+                if states is None:
+                    self._require_attention(recorder)
             adapter = ProbeAdapter(self._found.modules, self._model.dtype, PROBE_STRENGTH)
             with adapter.on_second_row(self._model):
                 both = self._logits(2)
@@ -117,18 +114,48 @@ class _Surveyor:
                 self._found.probes.append(Probe(start, self._token_ids, *both.unbind(0)))
         self._found.options = recorder.settled()
         self._found.kv_shapes = recorder.kv_shapes
+        self._found.places = recorder.places
+        if states is not None:
+            self._found.keepers, self._found.state_bytes, self._found.continues = states
         self._found.num_logits = int(own.shape[-1])
         return self._found
 
-    def _logits(self, num_rows: int, *, start: int = 0, stride: int = 1, **inputs: Any) -> torch.Tensor:
-        """float32 [num_rows, n, vocab] of the probe's tokens from `start` on, the same ones in each row."""
-        positions = start + stride * torch.arange(self._count, device=self._device)
+    def _logits(
+        self, num_rows: int, *, start: int = 0, stride: int = 1, part: slice = slice(None), **inputs: Any
+    ) -> torch.Tensor:
+        """float32 [num_rows, n, vocab] of the probe's tokens, or a part, from `start` on, the same ones in each row."""
+        positions = (start + stride * torch.arange(self._count, device=self._device))[part]
         given = {"position_ids": positions.expand(num_rows, -1), "use_cache": False, **inputs}
         given = {name: value for name, value in given.items() if value is not None}
-        logits = getattr(self._model(input_ids=self._token_ids.expand(num_rows, -1), **given), "logits", None)
+        logits = getattr(self._model(input_ids=self._token_ids[part].expand(num_rows, -1), **given), "logits", None)
         if not isinstance(logits, torch.Tensor) or logits.dim() != 3 or logits.shape[0] != num_rows:
             raise ModelUnusable(f"{self._name} does not give a token's logits: it is no language model.")
         return logits.float()
+
+    def _look_at_states(self, own: torch.Tensor) -> tuple[dict[str, int], int, bool] | None:
+        """The modules that keep a state with the index of their layer, a sequence's bytes, and whether it continues.
+
+        None where no layer keeps a state.
+        """
+        if not state_layers(self._model.config) and not getattr(self._model, "_is_stateful", False):
+            return None
+        noting = NotingStates(self._model)
+        with suppress(AttributeError):  # of a cache of its own, which this is not
+            self._require_same(
+                self._logits(1, **{self._past_name: noting}), own, "computes something else over a cache of its states"
+            )
+        if not noting.keepers:
+            raise ModelUnusable(
+                f"{self._name} has recurrent layers whose states are not kept in transformers' cache: not supported."
+            )
+        return noting.keepers, noting.size_bytes(), self._goes_on(own)
+
+    def _goes_on(self, own: torch.Tensor) -> bool:
+        """Whether several tokens over a cache of those before them give what all give at once."""
+        past, half = {self._past_name: DynamicCache(config=self._model.config)}, self._count // 2
+        self._logits(1, part=slice(half), **past)
+        found = self._logits(1, part=slice(half, None), **past)
+        return self._apart(found, own[:, half:]) <= self._tolerance
 
     def _look_at_linears(self, own: torch.Tensor) -> None:
         """Which rows each linear runs on while the logits of two are asked for, and which inputs are shared."""
@@ -148,8 +175,13 @@ class _Surveyor:
         if not recorder.kv_shapes:
             raise ModelUnusable(f"{self._name} does not use transformers' attention interface, so it cannot be served.")
 
+    @staticmethod
+    def _apart(found: torch.Tensor, wanted: torch.Tensor) -> float:
+        """The root mean square of the difference, as a share of the logits' spread."""
+        return float((found - wanted).square().mean().sqrt() / wanted.std().clamp(min=1e-6))
+
     def _require_same(self, found: torch.Tensor, wanted: torch.Tensor, otherwise: str) -> None:
-        apart = float((found - wanted).square().mean().sqrt() / wanted.std().clamp(min=1e-6))
+        apart = self._apart(found, wanted)
         if not apart <= self._tolerance:
             raise ModelUnusable(f"{self._name} {otherwise} (logits differ by {apart:.3g} of their spread).")
 
@@ -193,6 +225,7 @@ class _Recorder:
         self._name = name
         self._chunk = int(getattr(config.get_text_config(), "attention_chunk_size", 0) or 0)
         self.kv_shapes: list[KVShape] = []
+        self.places: dict[int, int] = {}
         self._options: list[AttentionOptions] = []
         self._reaches: list[list[tuple[int, Reach]]] = []  # per layer: (length, reach) of each pass
         self._masks: dict[int, tuple[torch.Tensor, Reach]] = {}
@@ -251,7 +284,8 @@ class _Recorder:
         layer, self._next = self._next, self._next + 1
         part = type(module).__name__
         options = attention.read_options(module, query.shape[-1], kwargs)
-        if getattr(module, "layer_idx", None) != layer:
+        index = getattr(module, "layer_idx", None)
+        if not isinstance(index, int) or self.places.setdefault(index, layer) != layer:
             raise ModelUnusable(
                 f"{self._name} has layers that share or lack a cache of keys and values ({part}): not supported."
             )

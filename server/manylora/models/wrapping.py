@@ -34,6 +34,7 @@ from manylora.models.modules import adaptable_modules, adaptable_norms, embeddin
 from manylora.models.positions import UNSTATED_LIMIT, position_limit
 from manylora.models.refusals import refusing
 from manylora.models.served_base import ServedEmbedding, ServedLinear, ServedModule, ServedNorm
+from manylora.models.states import StateStore, run_by_pieces, state_layers
 from manylora.models.survey import SAME, Survey, survey
 
 __all__ = ["WrappedModel", "adaptable_modules", "weight_of", "wrap", "wrap_surveyed"]
@@ -46,6 +47,7 @@ class WrappedModel:
     """A model whose linears, embedding, norms and attention are ours.
 
     `modules` are in the order of their sites, experts and norms last; `served` has what the base computes with at each.
+    `states`: those of the sequences, where layers keep some.
     """
 
     model: PreTrainedModel
@@ -55,6 +57,7 @@ class WrappedModel:
     modules: dict[str, ModuleSpec]
     sites: dict[str, int]
     served: dict[str, ServedModule]
+    states: StateStore | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -72,7 +75,10 @@ class WrappedModel:
     def attach_cache(self, cache: KVCache) -> None:
         """Attend over this cache from now on."""
         name = f"manylora-{next(_numbers)}"
-        function = attention.paged_attention_function(cache, self.context, self.survey.options, self.backend.attention)
+        found = self.survey
+        function = attention.paged_attention_function(
+            cache, self.context, found.options, found.places, self.backend.attention
+        )
         attention.register(name, function)
         self.model.set_attn_implementation(name)
 
@@ -84,7 +90,12 @@ def wrap(model: PreTrainedModel, backend: Backend, *, context_length: int | None
     """
     found = survey(model, context_length or position_limit(model.config) or UNSTATED_LIMIT)
     with refusing(model, "its parts were replaced"), torch.inference_mode():
-        return wrap_surveyed(model, backend, found)
+        wrapped = wrap_surveyed(model, backend, found)
+        if found.keepers:
+            wrapped.states = StateStore(state_layers(model.config))
+            for path, layer in found.keepers.items():
+                run_by_pieces(model.get_submodule(path), layer, wrapped.context)
+        return wrapped
 
 
 def wrap_surveyed(model: PreTrainedModel, backend: Backend, found: Survey) -> WrappedModel:
@@ -93,7 +104,7 @@ def wrap_surveyed(model: PreTrainedModel, backend: Backend, found: Survey) -> Wr
     groups = _complete_groups(found.groups, specs)
     norms, experts = adaptable_norms(model), _served_experts(model)
     modules = {path: replace(specs[path], shares_input=len(group) > 1) for group in groups for path in group}
-    modules = with_past(modules, found.kv_shapes) | experts | norms
+    modules = with_past(modules, found.kv_shapes if not found.keepers else []) | experts | norms
     sites = {path: site for site, path in enumerate(modules)}
     wrapped = WrappedModel(model, backend, ForwardContext(), found, modules, sites, {})
     _adapt_experts(wrapped, experts)

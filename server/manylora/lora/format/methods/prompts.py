@@ -93,8 +93,8 @@ class PromptReading:
             problems.add(
                 "unsupported_feature",
                 f"{CONFIG_FILE}: peft_type",
-                "Not served on this base: it is an encoder, or its layers have keys and values of different sizes. "
-                "Train a LoRA adapter.",
+                "Not served on this base: it is an encoder, or its layers keep something else than keys and values of "
+                "one size. Train a LoRA adapter.",
             )
             return ()
         view = tensors.get(_TENSOR)

@@ -1,0 +1,189 @@
+"""Layers that keep a state of each sequence: its numbers are its own whatever else runs, and steps can be run again."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from manylora.engine.block_manager import BlockManager
+from manylora.engine.build import EngineBuilder
+from manylora.engine.pieces import Pieces
+from manylora.engine.scheduler import Scheduler
+from manylora.engine.sequence import Sequence
+from manylora.errors import NotEnoughMemory
+from manylora.models.loading import load_base
+from tests.engine.faults import Faults
+from tests.engine.harness import Rig, available_kernels, build_rig, load
+from tests.engine.oracle import check_greedy, with_adapter
+from tests.engine.plans import FakeSlots, request, step
+from tests.models.front_door import prompts, settings_for
+from tests.models.zoo import make_zoo_model
+from tests.tiny_adapters import make_adapter
+
+# A state beside attention, one that takes single tokens only behind a sequence's first ones, a convolution.
+TYPES = {
+    "qwen3_5_text": ["in_proj_qkv", "in_proj_a", "out_proj", "q_proj", "down_proj"],
+    "mamba": ["in_proj", "x_proj"],
+    "lfm2": ["in_proj", "out_proj", "v_proj"],
+}
+LENGTHS = (3, 60, 9, 33, 1, 17, 8, 24)
+LAYERS = {"lfm2": {"layer_types": ["conv", "full_attention"]}}
+Made = tuple[Path, Path]
+
+
+@pytest.fixture(scope="module", params=TYPES)
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A base and an adapter of it."""
+    kind = str(request.param)
+    root = tmp_path_factory.mktemp(kind)
+    folder = make_zoo_model(kind, root / "base", **LAYERS.get(kind, {}))
+    return folder, make_adapter(folder, root / "tuned", rank=4, seed=1, targets=TYPES[kind])
+
+
+@pytest.fixture
+def rig(made: Made, kernel: str) -> Iterator[Rig]:
+    folder, adapter = made
+    built = build_rig(load(folder), {"tuned": adapter}, kernel=kernel)
+    yield built
+    built.close()
+
+
+@pytest.fixture(params=available_kernels)
+def kernel(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def numbers(rig: Rig, request_id: str) -> list[object]:
+    """Every log-probability that a request was told."""
+    return [
+        (each.token_id, each.logprob, each.top)
+        for output in rig.outputs[f"{request_id}/0"]
+        for each in (*output.delta.prompt_logprobs, *output.delta.logprobs)
+    ]
+
+
+def is_exact(rig: Rig) -> bool:
+    """Not where the model's own code multiplies the rows of a batch by the head (Mamba's)."""
+    return rig.is_exact and not rig.wrapped.survey.kept & rig.wrapped.survey.on_logit_rows
+
+
+def name_of(number: int) -> str | None:
+    return "tuned" if number % 2 else None
+
+
+def test_each_sequence_of_a_batch_gets_what_it_gets_alone(rig: Rig, made: Made) -> None:
+    folder, adapter = made
+    asked = prompts(lengths=LENGTHS)
+    for i, prompt in enumerate(asked):
+        rig.add(f"r{i}", prompt, name_of(i), logprobs=3, max_tokens=6)
+    rig.run()
+    for i, prompt in enumerate(asked):
+        check_greedy(with_adapter(folder, adapter if i % 2 else None), prompt, rig.tokens(f"r{i}"))
+        if is_exact(rig):
+            rig.add(f"alone{i}", prompt, name_of(i), logprobs=3, max_tokens=6)
+            rig.run()
+            assert numbers(rig, f"alone{i}") == numbers(rig, f"r{i}")
+
+
+def test_a_preempted_sequence_goes_on_exactly(made: Made) -> None:
+    folder, adapter = made
+    asked = prompts(lengths=LENGTHS)
+    found = []
+    for num_blocks in (200, 22):
+        rig = build_rig(load(folder), {"tuned": adapter}, kernel=available_kernels[-1], num_blocks=num_blocks)
+        for i, prompt in enumerate(asked):
+            rig.add(f"r{i}", prompt, name_of(i), logprobs=1, max_tokens=14)
+        rig.run()
+        rig.close()
+        assert (rig.scheduler.num_preemptions > 0) == (num_blocks == 22)
+        found.append([rig.tokens(f"r{i}") for i in range(len(asked))])
+        if is_exact(rig):
+            found[-1] = [numbers(rig, f"r{i}") for i in range(len(asked))]  # type: ignore[misc]
+    assert found[0] == found[1]
+
+
+def test_a_step_that_is_run_again_begins_with_the_same_states(rig: Rig) -> None:
+    asked = prompts(lengths=LENGTHS[:4])
+
+    def run(name: str) -> list[list[int]]:
+        for i, prompt in enumerate(asked):
+            rig.add(f"{name}{i}", prompt, name_of(i))
+        rig.run()
+        return [rig.tokens(f"{name}{i}") for i in range(len(asked))]
+
+    expected = run("calm")
+    faults = Faults(rig).install()
+    faults.after("forward", 2, 7, 13)
+    faults.after("sample", 4, 10)
+    assert run("shaken") == expected
+    assert faults.counted
+
+
+def test_several_choices_and_a_second_request_find_no_state_of_others(rig: Rig) -> None:
+    prompt = prompts(lengths=(40,))[0]
+    rig.add("n", prompt, "tuned", n=3, temperature=1.0, seed=7)
+    rig.run()
+    rig.add("again", prompt, "tuned", n=3, temperature=1.0, seed=7)
+    rig.run()
+    for index in range(3):
+        assert rig.tokens("n", index) == rig.tokens("again", index)
+    assert len({tuple(rig.tokens("n", index)) for index in range(3)}) > 1
+    assert all(not output.delta.num_cached_tokens for output in rig.outputs["again/0"])
+
+
+def test_states_that_take_more_than_the_cache_are_refused(tmp_path: Path) -> None:
+    settings = settings_for(make_zoo_model("mamba2", tmp_path / "base"), kv_cache_memory=2**16)
+    with pytest.raises(NotEnoughMemory, match="lower --max-num-seqs or raise --kv-cache-memory"):
+        EngineBuilder(settings, load_base(settings))._cache()
+
+
+# pieces
+
+
+def sequence(num_prompt: int, num_output: int = 0, computed: int = 0) -> Sequence:
+    seq = request(num_prompt)
+    seq.tokens += [1] * num_output
+    seq.num_computed = computed
+    return seq
+
+
+def test_pieces_end_at_the_same_places_wherever_steps_end() -> None:
+    pieces = Pieces(8)
+    seq = sequence(20, num_output=3)
+    assert pieces.cut(seq, 0, 23) == (8, 8, 4, 1, 1, 1)
+    assert pieces.cut(seq, 0, 8) + pieces.cut(seq, 8, 20) == (8, 8, 4)
+    assert pieces.cut(seq, 21, 22) == (1,)
+    assert Pieces(8, continues=False).cut(seq, 0, 12) == (8, 1, 1, 1, 1)
+    assert Pieces(1).cut(seq, 0, 4) == (1, 1, 1, 1)
+
+
+@settings(max_examples=60)
+@given(
+    lengths=st.lists(st.integers(1, 90), min_size=1, max_size=6),
+    outputs=st.integers(1, 8),
+    seats=st.integers(2, 6),
+    size=st.sampled_from([1, 4, 16]),
+)
+def test_every_prompt_is_run_to_its_end_in_whole_pieces(
+    lengths: list[int], outputs: int, seats: int, size: int
+) -> None:
+    """With the least budget with which a server starts, beside any number of answers."""
+    scheduler = Scheduler(
+        BlockManager(400, 4, num_states=seats),
+        FakeSlots(8),
+        max_num_seqs=seats,
+        max_num_batched_tokens=seats + size,
+        pieces=Pieces(size),
+    )
+    for length in lengths:
+        scheduler.add(request(length, outputs))
+    for _ in range(1000):
+        if not scheduler.has_work:
+            return
+        for item in step(scheduler).scheduled:
+            assert (
+                item.start + item.num_tokens >= item.seq.num_prompt_tokens or not (item.start + item.num_tokens) % size
+            )
+    raise AssertionError("a prompt was never run to its end")
