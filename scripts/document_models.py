@@ -1,7 +1,7 @@
 """Writes the table of docs/models.md from tests/models/zoo.json: `make docs`.
 
 `python scripts/document_models.py --try` first tries every type anew with the installed transformers (minutes), and
-`--try TYPE …` some of them.
+`--try TYPE …` some of them; `vision:TYPE` is the model of images and text of a type.
 """
 
 import json
@@ -21,16 +21,27 @@ def table() -> str:
     found = json.loads(OUTCOMES.read_text(encoding="utf-8"))
     types: dict[str, dict[str, str]] = found["types"]
     served = sum(each["outcome"] == "served" for each in types.values())
-    rows = [
-        f"Of the {len(types)} types of transformers {found['transformers']}, {served} are served.",
-        "",
-        "| `model_type` | class | | why |",
-        "| --- | --- | --- | --- |",
-    ]
+    vision: dict[str, dict[str, str]] = found["vision"]
+    seen = sum(each["outcome"] == "served" for each in vision.values())
+    return "\n".join(
+        [
+            f"Of the {len(types)} types of transformers {found['transformers']}, {served} are served.",
+            "",
+            *_rows(types),
+            "",
+            f"Of {len(vision)} families of vision-language models, the text part of {seen} is served.",
+            "",
+            *_rows(vision),
+        ]
+    )
+
+
+def _rows(types: dict[str, dict[str, str]]) -> list[str]:
+    rows = ["| `model_type` | class | | why |", "| --- | --- | --- | --- |"]
     for name, each in sorted(types.items()):
         reason = each["reason"].replace("|", r"\|")
         rows.append(f"| `{name}` | {each['class']} | {each['outcome']} | {reason} |")
-    return "\n".join(rows)
+    return rows
 
 
 def with_table(page: str) -> str:
@@ -44,19 +55,27 @@ def try_again(chosen: list[str]) -> None:
     """Write what the server makes of the types (all unless some are chosen) into the table's data."""
     sys.path[:0] = [str(ROOT / "server"), str(ROOT)]
     import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto import modeling_auto
 
     from tests.models.front_door import try_type
+    from tests.models.zoo import MODEL_TYPES, VISION_TYPES
 
     transformers.logging.set_verbosity_error()
-    found: dict[str, Any] = json.loads(OUTCOMES.read_text(encoding="utf-8")) if OUTCOMES.exists() else {"types": {}}
-    types = dict(found["types"]) if chosen else {}
-    for name in chosen or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+    classes = {
+        "types": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "vision": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    }
+    known: dict[str, Any] = json.loads(OUTCOMES.read_text(encoding="utf-8")) if chosen else {}
+    found: dict[str, dict[str, Any]] = {part: dict(known.get(part, {})) for part in classes}
+    for wanted in chosen or [*MODEL_TYPES, *(f"vision:{name}" for name in VISION_TYPES)]:
+        sense, _, name = wanted.rpartition(":")
+        part = "vision" if sense else "types"
         with tempfile.TemporaryDirectory() as folder:
-            outcome = try_type(name, Path(folder))
-        class_name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name]
-        types[name] = {"class": str(class_name), "outcome": outcome.kind, "reason": outcome.detail}
-    whole = {"transformers": transformers.__version__, "types": dict(sorted(types.items()))}
+            outcome = try_type(name, Path(folder), sees=bool(sense))
+        found[part][name] = {
+            "class": str(classes[part][name]), "outcome": outcome.kind, "reason": outcome.detail
+        }  # fmt: skip
+    whole = {"transformers": transformers.__version__} | {part: dict(sorted(found[part].items())) for part in classes}
     OUTCOMES.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

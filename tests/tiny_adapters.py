@@ -19,11 +19,12 @@ def make_adapter(
     alpha: float | None = None,
     seed: int = 0,
     strength: float = 0.5,
+    auto: Any = AutoModelForCausalLM,
     **lora: Any,
 ) -> Path:
-    """Save an adapter for the model in `model_dir`; `lora` is any other field of PEFT's LoraConfig."""
+    """Save an adapter for the model in `model_dir`, of the Auto class `auto`; `lora`: other fields of PEFT's config."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    model = auto.from_pretrained(model_dir, dtype=torch.float32)
     config = LoraConfig(
         task_type="CAUSAL_LM", r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=targets, **lora
     )

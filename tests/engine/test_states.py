@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -29,7 +30,7 @@ TYPES = {
     "lfm2": ["in_proj", "out_proj", "v_proj"],
 }
 LENGTHS = (3, 60, 9, 33, 1, 17, 8, 24)
-LAYERS = {"lfm2": {"layer_types": ["conv", "full_attention"]}}
+LAYERS: dict[str, dict[str, Any]] = {"lfm2": {"layer_types": ["conv", "full_attention"]}}
 Made = tuple[Path, Path]
 
 

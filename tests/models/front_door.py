@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
 from manylora.engine.build import EngineBuilder
 from manylora.engine.engine import Engine
@@ -21,8 +21,10 @@ from manylora.errors import InvalidAdapter, ModelUnusable
 from manylora.lora.format import reader as adapter_format
 from manylora.lora.memory.tiers import AdapterTiers
 from manylora.metrics import NoMetrics
+from manylora.models.checkpoint import auto_class
 from manylora.models.loading import load_base
 from manylora.models.modules import adaptable_modules, is_plain
+from manylora.models.text_part import put_aside
 from manylora.settings import Settings
 from tests.engine.oracle import NEAR_TIE
 from tests.models.zoo import NOT_ADAPTED, Unbuildable, make_zoo_model
@@ -116,9 +118,10 @@ def make_adapters(folder: Path) -> dict[str, Path]:
     and the head. Without those that PEFT cannot make: it knows no linears with a forward of their own, and no Mamba.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder)
+        model = auto_of(folder).from_pretrained(folder)
     except ValueError:  # a part of a larger model, which transformers saves and does not load by itself
         return {}
+    put_aside(model)
     head = model.get_output_embeddings()
     left = NOT_ADAPTED.get(model.config.model_type, ())
     linears, ends = [], []
@@ -136,7 +139,7 @@ def make_adapters(folder: Path) -> dict[str, Path]:
         for targets in choices:
             target = folder.with_name(name)
             try:
-                make_adapter(folder, target, rank=4, seed=1, targets=targets)
+                make_adapter(folder, target, rank=4, seed=1, targets=targets, auto=auto_of(folder))
                 oracle(folder, target)
             except ValueError:
                 continue
@@ -146,8 +149,13 @@ def make_adapters(folder: Path) -> dict[str, Path]:
     return found
 
 
+def auto_of(folder: Path) -> Any:
+    """The Auto class of the model in `folder`."""
+    return auto_class(AutoConfig.from_pretrained(folder))
+
+
 def oracle(folder: Path, adapter: Path | None) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = auto_of(folder).from_pretrained(folder, dtype=torch.float32).eval()
     if adapter is None:
         return model
     with warnings.catch_warnings(record=True) as said:
@@ -202,10 +210,10 @@ def try_model(folder: Path, adapters: Mapping[str, Path], **values: Any) -> Outc
     return Outcome("served")
 
 
-def try_type(model_type: str, folder: Path, **values: Any) -> Outcome:
-    """A tiny model of a type, made in `folder`, with its adapters."""
+def try_type(model_type: str, folder: Path, *, sees: bool = False, **values: Any) -> Outcome:
+    """A tiny model of a type, made in `folder`, with its adapters; with `sees` the one of images and text."""
     try:
-        make_zoo_model(model_type, folder / "base")
+        make_zoo_model(model_type, folder / "base", sees=sees)
     except Unbuildable as error:
         return Outcome("not built", str(error))
     return try_model(folder / "base", make_adapters(folder / "base"), **values)

@@ -9,13 +9,41 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tests.tiny_models import END_OF_TURN, VOCAB_SIZE, draw_weights, make_tokenizer
 
 MODEL_TYPES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+# Families of vision-language models, whose checkpoints hold a text part that is a decoder.
+VISION_TYPES = (
+    "aria",
+    "aya_vision",
+    "cohere2_vision",
+    "glm46v",
+    "glm4v",
+    "glm4v_moe",
+    "idefics3",
+    "internvl",
+    "kimi_k25",
+    "lfm2_vl",
+    "llama4",
+    "llava",
+    "llava_next",
+    "llava_onevision",
+    "mistral3",
+    "ovis2",
+    "paligemma",
+    "qwen2_5_vl",
+    "qwen2_vl",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "smolvlm",
+    "video_llama_3",
+)
 CONTEXT = 128
 WINDOW = 10
 ORIGINAL = 32
@@ -28,12 +56,12 @@ _SIZES: dict[str, int] = {
         (VOCAB_SIZE, "vocab_size unpadded_vocab_size vocab_size_per_layer_input"),
         (
             _HIDDEN,
-            "hidden_size d_model n_embd embedding_size word_embed_proj_dim emb_dim input_embedding_size "
+            "hidden_size d_model n_embd embed_dim embedding_size word_embed_proj_dim emb_dim input_embedding_size "
             "output_embedding_size attention_hidden_size embedding_dim lru_width adapter_in_dim",
         ),
         (
             _LAYERS,
-            "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_encoder_layers "
+            "num_hidden_layers n_layer n_layers num_layers depth encoder_layers decoder_layers num_encoder_layers "
             "num_decoder_layers",
         ),
         (
@@ -85,6 +113,7 @@ _SIZES: dict[str, int] = {
 _LAYER_LISTS = ("layer_types", "mlp_layer_types", "layers_block_type")
 
 # What a type wants beside that, or instead: mostly fields that its default config leaves out.
+_COORDINATES = {"rope_theta": 1e4, "rope_type": "default", "mrope_section": [2, 1, 1]}  # of half of a head's turns
 _SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "deepseek_v2": {"num_experts_per_tok": 2},
@@ -100,6 +129,8 @@ _SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "falcon_h1": {"mamba_d_ssm": 64},
     "gemma4_text": {"per_layer_config": {"01": {"head_dim": 2 * _HEAD_DIM}}},
     "gemma4_unified_text": {"per_layer_config": {"01": {"head_dim": 2 * _HEAD_DIM}}},
+    "glm4v_moe_text": {"rope_parameters": {**_COORDINATES, "partial_rotary_factor": 1.0}},
+    "glm4v_text": {"rope_parameters": _COORDINATES},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "hunyuan_v1_dense": {"head_dim": _HEAD_DIM},
@@ -115,6 +146,8 @@ _SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "qwen2_moe": {"use_sliding_window": True, "max_window_layers": 1, "layer_types": None},
     "qwen3": {"use_sliding_window": True, "max_window_layers": 1, "layer_types": None},
     "qwen3_moe": {"use_sliding_window": True, "max_window_layers": 1, "layer_types": None},
+    "qwen2_5_vl_text": {"rope_parameters": _COORDINATES},
+    "qwen2_vl_text": {"rope_parameters": _COORDINATES},
     "reformer": {"axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 16]},
     "smollm3": {"no_rope_layers": [1, 0]},
     "xmod": {"default_language": "en_XX"},
@@ -139,21 +172,22 @@ def tiny_config(model_type: str) -> PretrainedConfig:
     return config
 
 
-def make_zoo_model(model_type: str, folder: Path, **overrides: Any) -> Path:
+def make_zoo_model(model_type: str, folder: Path, *, sees: bool = False, **overrides: Any) -> Path:
     """Save a tiny random model of a type in `folder` with a tokenizer; `overrides` replace fields of its config.
 
-    Raises Unbuildable.
+    `sees`: the model of images and text of that type. Raises Unbuildable.
     """
+    auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     try:
         config = tiny_config(model_type)
         for name, value in overrides.items():
             setattr(config, name, value)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = auto.from_config(config, dtype=torch.float32)
             draw_weights(model)
         with torch.inference_mode():
-            model.eval()(input_ids=torch.arange(4)[None])
+            model.eval()(input_ids=torch.arange(4, 8)[None])
     except Exception as error:
         raise Unbuildable(f"{type(error).__name__}: {' '.join(str(error).split())[:160]}") from error
     model.save_pretrained(folder)

@@ -11,6 +11,8 @@ from safetensors import SafetensorError, safe_open
 
 from manylora.errors import ModelUnusable
 from manylora.identity import CONFIG_FILE
+from manylora.log import get_logger
+from manylora.models.refusals import refusing
 from manylora.models.stages import quiet
 
 if TYPE_CHECKING:
@@ -19,8 +21,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "StoredTensor",
+    "auto_class",
     "causal_class_names",
     "config_json",
+    "has_more_than_text",
     "load_model",
     "load_tokenizer",
     "num_parameters",
@@ -32,6 +36,7 @@ __all__ = [
     "weight_files",
 ]
 
+_log = get_logger("manylora.models")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _TOKENIZERS = (
@@ -48,11 +53,33 @@ _OLD_BUFFER = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids|(attn|attent
 _OLD_MASK = re.compile(r"(^|\.)(attn|attention)\.bias$")
 
 
-def read_config(folder: Path) -> "PretrainedConfig":
-    """The config of a causal language model. Raises ModelUnusable for anything else."""
+def read_config(folder: Path, *, may_see: bool = False) -> "PretrainedConfig":
+    """The config of a causal language model, with `may_see` also of one that is a vision-language model's text part.
+
+    Raises ModelUnusable for anything else.
+    """
     config = _read(folder)
-    _require_causal(folder, config)
+    if not (may_see and _is_vision_language(config)):
+        _require_causal(folder, config)
     return config
+
+
+def auto_class(config: "PretrainedConfig") -> Any:
+    """Transformers' Auto class by which a model with this config is loaded."""
+    import transformers
+
+    return (
+        transformers.AutoModelForImageTextToText if _is_vision_language(config) else transformers.AutoModelForCausalLM
+    )
+
+
+def _is_vision_language(config: Any) -> bool:
+    """Whether the checkpoint is a model of images and text, which says so, or is of a type that is nothing else."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    wanted = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+    causal, stated = _causal_classes(config), set(getattr(config, "architectures", None) or ())
+    return wanted is not None and not causal & stated and (wanted in stated or not (causal or stated))
 
 
 def read_encoder_config(folder: Path) -> "PretrainedConfig":
@@ -154,10 +181,17 @@ def _kind(config: Any) -> str:
     return ", ".join(getattr(config, "architectures", None) or ()) or str(config.model_type)
 
 
+def has_more_than_text(config: Any) -> bool:
+    """Whether a model with this config also sees or hears."""
+    return any(sense in part for part in _parts(config) for sense in ("vision", "audio"))
+
+
+def _parts(config: Any) -> list[str]:
+    return [str(name) for name in getattr(config, "sub_configs", None) or () if getattr(config, name, None) is not None]
+
+
 def _not_causal(folder: Path, config: Any) -> ModelUnusable:
-    parts = [
-        str(name) for name in getattr(config, "sub_configs", None) or () if getattr(config, name, None) is not None
-    ]
+    parts = _parts(config)
     for sense, what in (("vision", "a vision-language model"), ("audio", "a model of speech or sound")):
         if any(sense in part for part in parts):
             return ModelUnusable(
@@ -236,12 +270,10 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
 
 
 def load_model(folder: Path, config: "PretrainedConfig", dtype: "torch.dtype") -> "PreTrainedModel":
-    """The model on the CPU, every weight from the files. Raises ModelUnusable."""
-    import transformers
-
+    """The model on the CPU, every weight from the files; of one that also sees, the text part. Raises ModelUnusable."""
     stored = stored_tensors(folder)
     refuse_coded(folder, stored)
-    model, info = from_folder(transformers.AutoModelForCausalLM, folder, config, dtype)
+    model, info = from_folder(auto_class(config), folder, config, dtype)
     # transformers fills what the files lack with random numbers and goes on.
     if missing := sorted(str(name) for name in info["missing_keys"]):
         raise ModelUnusable(f"The weights in {folder} lack {some(missing)}. Fetch the checkpoint again.")
@@ -255,6 +287,11 @@ def load_model(folder: Path, config: "PretrainedConfig", dtype: "torch.dtype") -
         )
     if getattr(config, "is_decoder", True) is False and _looks_ahead(model):
         raise _not_causal(folder, config)
+    from manylora.models.text_part import put_aside
+
+    with refusing(model, "its text part was looked for"):
+        if aside := put_aside(model):
+            _log.info("text_part", left_aside=aside)
     return model
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from manylora.errors import ModelUnusable
 from manylora.lora.format.spec import ModuleSpec
@@ -12,6 +11,7 @@ from manylora.models.encoder_loading import is_encoder, offered_modules
 from manylora.models.experts import adaptable_experts
 from manylora.models.loading import resolve_model
 from manylora.models.modules import adaptable_modules, adaptable_norms, stated_shapes, with_past
+from manylora.models.text_part import beside_text
 
 __all__ = ["modules_of"]
 
@@ -21,11 +21,13 @@ def modules_of(model: str | None) -> Mapping[str, ModuleSpec]:
     folder = resolve_model(model)
     if is_encoder(folder):
         return offered_modules(folder)
-    config = checkpoint.read_config(folder)
+    config = checkpoint.read_config(folder, may_see=True)
     try:
         with torch.device("meta"):
-            base = AutoModelForCausalLM.from_config(config)
+            base = checkpoint.auto_class(config).from_config(config)
     except (OSError, ValueError) as error:
         raise ModelUnusable(f"The config of {folder} cannot be used: {error}") from error
     modules = with_past(adaptable_modules(base), stated_shapes(config))
-    return modules | adaptable_experts(base) | adaptable_norms(base)
+    modules |= adaptable_experts(base) | adaptable_norms(base)
+    aside = tuple(f"{path}." for path in beside_text(base)) if checkpoint.has_more_than_text(config) else ()
+    return {path: spec for path, spec in modules.items() if not path.startswith(aside)}
