@@ -265,7 +265,7 @@ def commands() -> list[tuple[str, str]]:
 
 
 def test_the_readme_has_commands() -> None:
-    assert ("README.md", "make serve") in commands()
+    assert ("README.md", "make serve TORCH_INDEX=https://download.pytorch.org/whl/cpu") in commands()
 
 
 @pytest.mark.parametrize(("page", "line"), commands())
