@@ -6,6 +6,7 @@ Environments are kept in the folder `MANYLORA_CLIENTS` (`build/clients`) and mad
 import argparse
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -13,8 +14,10 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib.metadata import distribution
 from pathlib import Path
 
+from manylora.models import default_model
 from tests.clients.table import CLIENTS, LEFT_OUT, PAGE, Client
 from tests.default_server import default_server
 from tests.pages import ADDRESS, Block, blocks
@@ -46,7 +49,7 @@ def installed(client: Client, limit_s: float) -> Path:
     """The client's folder: a virtual environment, or one with `node_modules`. Raises Failed."""
     folder = HOME / client.name
     stamp = folder / ".installed"
-    wanted = "\n".join(client.packages)
+    wanted = "\n".join([*client.packages, *client.alone])
     if not (stamp.exists() and stamp.read_text() == wanted):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -61,7 +64,25 @@ def _install_commands(client: Client, folder: Path) -> Iterator[list[str]]:
         yield ["npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", str(folder), *client.packages]
         return
     yield [sys.executable, "-m", "venv", str(folder)]
-    yield [str(folder / "bin" / "pip"), "--disable-pip-version-check", "--quiet", "install", *client.packages]
+    pip = [str(folder / "bin" / "pip"), "--disable-pip-version-check", "--quiet", "install"]
+    if client.alone:
+        yield [*pip, "--no-deps", *client.alone]
+    if client.borrows_torch:
+        yield [*pip, *client.packages, _borrowed_torch(folder)]
+    else:
+        yield [*pip, *client.packages]
+
+
+def _borrowed_torch(folder: Path) -> str:
+    """Link this environment's torch into another; gives what keeps pip at it, and lets it bring what that needs."""
+    torch = distribution("torch")
+    [there] = folder.glob("lib/python*/site-packages")
+    info = next(path for path in torch.files or () if path.parent.suffix == ".dist-info").parent
+    for name in ("torch", "torchgen", "functorch", str(info)):
+        path = Path(str(torch.locate_file(name)))
+        if path.exists():
+            (there / name).symlink_to(path)
+    return f"torch=={torch.version}"
 
 
 # running
@@ -83,6 +104,9 @@ def run(client: Client, home: Path, address: str) -> None:
             "HOME": folder,
             "no_proxy": "127.0.0.1",
             "PYTHONWARNINGS": "ignore",
+            # What the page's lines take from elsewhere where they are run by hand.
+            "TOKENIZER": str(default_model.ensure()),
+            "LITELLM_PORT": str(_free_port()),
         }
         for number, block in enumerate(lines_of(client)):
             if block.kind == "text":
@@ -92,6 +116,12 @@ def run(client: Client, home: Path, address: str) -> None:
                 continue
             text = block.text.replace(ADDRESS, address)
             said = _checked(_command(block.kind, text, home, number), work, environment, BLOCK_S)
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 def _command(kind: str, text: str, home: Path, number: int) -> list[str]:
