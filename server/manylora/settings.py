@@ -133,7 +133,17 @@ class Settings(BaseSettings):
     original context, since one longer sequence would change the answers of all others in its batch)."""
     kernels: Literal["auto", "torch"] = "auto"
     """`auto` takes the C++ kernels where they were built for this machine; `torch` never does."""
-    tool_parser: Literal["auto", "hermes", "llama3_json", "mistral", "mistral_args", "pythonic"] = "auto"
+    tool_parser: Literal[
+        "auto",
+        "hermes",
+        "llama3_json",
+        "mistral",
+        "mistral_args",
+        "pythonic",
+        "deepseek_v3",
+        "deepseek_v31",
+        "qwen3_coder",
+    ] = "auto"
     """How the base writes calls of tools; `auto` finds it out from its chat template. See docs/tools.md."""
     tool_prompt: bool = False
     """Tell a base whose chat template knows no tools of them in its system message, and read calls between

@@ -321,3 +321,31 @@ def test_openais_client_reads_calls_in_streams_too(hermes: Rig) -> None:
     assert isinstance(call, ChatCompletionMessageFunctionToolCall)
     assert call.function.parsed_arguments == Weather(city="Paris")
     assert "tool_calls.function.arguments.done" in kinds
+
+
+def test_a_schema_that_a_notation_cannot_hold_is_refused_with_its_place(rig: Rig) -> None:
+    rig.engine.codec.form = ChatFormat(takes_tools=True, syntax="qwen3_coder")
+    properties = {"x": {"type": "string", "pattern": "a"}}
+    function = {"name": "f", "strict": True, "parameters": {"type": "object", "properties": properties}}
+
+    error = rig.chat(tools=[{"type": "function", "function": function}]).json()["error"]
+
+    assert error["param"] == "tools[0].function.parameters.properties.x.pattern"
+    assert "'x'" in error["message"]
+    function["strict"] = False
+    assert rig.chat(tools=[{"type": "function", "function": function}], tool_choice="required").status_code == 200
+
+
+def test_arguments_written_as_text_become_what_their_schema_says(rig: Rig) -> None:
+    rig.engine.codec.form = ChatFormat(takes_tools=True, syntax="qwen3_coder")
+    properties = {"code": {"type": "string"}, "days": {"type": ["integer", "null"]}}
+    function = {"name": "f", "parameters": {"type": "object", "properties": properties}}
+    values = "".join(f"<parameter={name}>\n12\n</parameter>\n" for name in properties)
+    rig.engine.text = f"<tool_call>\n<function=f>\n{values}</function>\n</tool_call>"
+    rig.engine.context_length = 1000
+
+    [choice] = rig.chat(tools=[{"type": "function", "function": function}], max_tokens=500).json()["choices"]
+
+    [call] = choice["message"]["tool_calls"]
+    assert json.loads(call["function"]["arguments"]) == {"code": "12", "days": 12}
+    assert choice["finish_reason"] == "tool_calls"

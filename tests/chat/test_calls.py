@@ -14,13 +14,17 @@ from manylora.chat.literals import parse_call
 from manylora.chat.pieces import Arguments, CallStart, Piece, Reasoning, Text, joined
 from manylora.chat.reading import Reading
 
-SYNTAXES: tuple[Syntax, ...] = ("hermes", "llama3_json", "mistral", "mistral_args", "pythonic")
+SYNTAXES: tuple[Syntax, ...] = (
+    *("hermes", "llama3_json", "mistral", "mistral_args", "pythonic"),
+    *("deepseek_v3", "deepseek_v31", "qwen3_coder"),
+)
 TOOLS = ("get_weather", "now")
+CITY = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}
 THINK = ("<think>", "</think>")
 
 
 def reading(syntax: Syntax | None, **more: Any) -> Reading:
-    return Reading(syntax=syntax, tools=TOOLS, **more)
+    return Reading(syntax=syntax, tools=TOOLS, schemas={"get_weather": CITY}, **more)
 
 
 def read(reading: Reading, *parts: str) -> list[Piece]:
@@ -77,6 +81,34 @@ NOW: tuple[str, Any] = ("now", {})
         ("pythonic", "[1, 2, 3]", [], "[1, 2, 3]"),
         ("pythonic", "[now(1)]", [], "[now(1)]"),
         ("pythonic", "See [now()]", [], "See [now()]"),
+        ("deepseek_v3", "Hm.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather\n```json\n"
+         '{"city": "Paris"}\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>now\n```json\n{}\n```'
+         "<｜tool▁call▁end｜><｜tool▁calls▁end｜>", [PARIS, NOW], "Hm."),
+        ("deepseek_v31", '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>{"city": "Paris"}'
+         "<｜tool▁call▁end｜><｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜> Done.",
+         [PARIS, NOW], "Done."),
+        ("deepseek_v31", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call", [NOW], ""),
+        ("deepseek_v31", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>now<｜tool▁sep｜>{} and", [NOW], "and"),
+        ("deepseek_v31", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>other<｜tool▁sep｜>{}", [],
+         "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>other<｜tool▁sep｜>{}"),
+        ("deepseek_v31", "<｜tool▁calls▁begin｜><｜tool▁calls▁end｜>", [],
+         "<｜tool▁calls▁begin｜><｜tool▁calls▁end｜>"),
+        ("deepseek_v3", "<｜tool▁calls▁begin｜> is a mark", [], "<｜tool▁calls▁begin｜> is a mark"),
+        ("qwen3_coder", "I look.\n<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n"
+         "</function>\n</tool_call>\n<tool_call>\n<function=now>\n</function>\n</tool_call>", [PARIS, NOW], "I look."),
+        ("qwen3_coder", "<tool_call><function=get_weather><parameter=city>7</parameter><parameter=days>\n7\n"
+         "</parameter><parameter=days>8</parameter></function></tool_call> Done.",
+         [("get_weather", {"city": "7", "days": 7})], "Done."),
+        ("qwen3_coder", "<tool_call><function=get_weather><parameter=city>\n\n</b>\n</par\"\n\n</parameter></function>",
+         [("get_weather", {"city": '\n</b>\n</par"\n'})], ""),
+        ("qwen3_coder", "<tool_call><function=now><parameter=a>\n[1, null]\n</parameter><parameter=b>True</parameter>"
+         "<parameter=c>NaN</parameter><parameter=d>x y</parameter></function></tool_call>",
+         [("now", {"a": [1, None], "b": True, "c": "NaN", "d": "x y"})], ""),
+        ("qwen3_coder", "<tool_call><function=now><parameter=a>1</parameter>oh</function></tool_call>text",
+         [("now", {"a": 1})], "text"),
+        ("qwen3_coder", "<tool_call><function=other></function></tool_call>", [],
+         "<tool_call><function=other></function></tool_call>"),
+        ("qwen3_coder", '<tool_call>{"name": "now"}</tool_call>', [], '<tool_call>{"name": "now"}</tool_call>'),
     ],
 )  # fmt: skip
 def test_calls_are_found_and_what_is_none_stays_text(
@@ -91,7 +123,9 @@ def test_calls_are_found_and_what_is_none_stays_text(
 MARKS = [
     "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<|python_tag|>", "<think>", "</think>",
     '{"name": "now", "arguments": {}}', '{"name": "get_weather", "parameters": {"city": "Pa', 'ris"}}', "now()",
-    "[now(",
+    "[now(", "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "function<｜tool▁sep｜>", "now<｜tool▁sep｜>",
+    "\n```json\n", "\n```", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>", "<function=now>", "<function=get_weather>",
+    "<parameter=city>", "<parameter=a>", "</parameter>", "</function>", "<", "</",
     "a='x', ", ")]", "{", "}", "[", "]", "(", ")", '"', "'", "\\", ",", ";", ":", " ", "\n", "name", "now", "é你",
 ]  # fmt: skip
 TEXTS = st.lists(st.one_of(st.sampled_from(MARKS), st.text(max_size=4)), max_size=14)
@@ -101,6 +135,10 @@ TEXTS = st.lists(st.one_of(st.sampled_from(MARKS), st.text(max_size=4)), max_siz
 @given(parts=TEXTS, cuts=st.sets(st.integers(0, 200), max_size=6), is_thinking=st.booleans(), only_one=st.booleans())
 @example(parts=["<tool_call>", '{"name": "now", "arguments": {}}', "</tool_call>"], cuts={3, 20}, is_thinking=False,
          only_one=False)  # fmt: skip
+@example(parts=["<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "now<｜tool▁sep｜>", "{", "}", "<｜tool▁call▁"],
+         cuts={3, 30}, is_thinking=False, only_one=True)  # fmt: skip
+@example(parts=["<tool_call>", "<function=get_weather>", "<parameter=city>", "\n", "</", "</parameter>", "</function>"],
+         cuts={12, 55}, is_thinking=False, only_one=False)  # fmt: skip
 def test_any_text_is_read_and_where_it_is_cut_makes_no_difference(
     syntax: Syntax | None, parts: list[str], cuts: set[int], is_thinking: bool, only_one: bool
 ) -> None:
@@ -115,9 +153,10 @@ def test_any_text_is_read_and_where_it_is_cut_makes_no_difference(
     assert read(rules, *text) == whole
     if only_one:
         assert sum(isinstance(piece, CallStart) for piece in whole) <= 1
-    if not any(isinstance(piece, CallStart) for piece in whole) and syntax is None and not is_thinking:
-        said_or_thought = "".join(p.text for p in whole if not isinstance(p, CallStart))
-        assert "".join(said_or_thought.split()) in "".join(text.split())
+    if syntax is None:
+        for kind in (Text, Reasoning):
+            found = "".join(piece.text for piece in whole if isinstance(piece, kind))
+            assert "".join(found.split()) in "".join(text.split())
 
 
 @given(
@@ -142,9 +181,20 @@ def test_arguments_come_through_whatever_they_are(syntax: Syntax, arguments: dic
         "mistral": f'[TOOL_CALLS][{{"name": "now", "arguments": {text}}}]',
         "mistral_args": f"[TOOL_CALLS]now[ARGS]{text}",
         "pythonic": f"[now({', '.join(f'{name}={value!r}' for name, value in arguments.items())})]",
+        "deepseek_v3": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>now\n```json\n"
+        f"{text}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+        "deepseek_v31": f"<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>now<｜tool▁sep｜>{text}<｜tool▁call▁end｜>",
+        "qwen3_coder": "<tool_call>\n<function=now>\n"
+        + "".join(
+            f"<parameter={name}>\n{value if isinstance(value, str) else json.dumps(value)}\n</parameter>\n"
+            for name, value in arguments.items()
+        )
+        + "</function>\n</tool_call>",
     }[syntax]
+    schema = {"properties": {name: {"type": "string"} for name, value in arguments.items() if isinstance(value, str)}}
 
-    assert calls(read(reading(syntax), written)) == [("now", arguments)]
+    rules = Reading(syntax=syntax, tools=TOOLS, schemas={"now": schema})
+    assert calls(read(rules, written)) == [("now", arguments)]
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,16 @@ FAMILIES: dict[str, tuple[str, Syntax | None, str, list[tuple[str, Any]], str, s
         "",
         "",
     ),
-    "Qwen 3 Coder": ("{{- '<tool_call>\\n<function=' + tool_call.name + '>\\n' }}", None, "", [], "", ""),
+    "Qwen 3 Coder": (
+        "{{- '<tool_call>\\n<function=' + tool_call.name + '>\\n' }}{{- '<parameter=' + args_name + '>\\n' }}",
+        "qwen3_coder",
+        "I look.\n<tool_call>\n<function=get_weather>\n<parameter=city>\nOslo\n</parameter>\n<parameter=days>\n2\n"
+        "</parameter>\n</function>\n</tool_call>\n<tool_call>\n<function=now>\n</function>\n</tool_call>",
+        [OSLO, NOW],
+        "I look.",
+        "",
+    ),
+    "GLM 4.5": ("{{- '<tool_call>' + tc.name }}<arg_key>{{ k }}</arg_key>", None, "", [], "", ""),
     "Llama 3.1": (
         "{%- set tool_call = message.tool_calls[0].function %}{{- '{\"name\": \"' + tool_call.name + '\", ' }}"
         "{{- '\"parameters\": ' }}{{- tool_call.arguments | tojson }}",
@@ -90,11 +99,22 @@ FAMILIES: dict[str, tuple[str, Syntax | None, str, list[tuple[str, Any]], str, s
     "DeepSeek R1, V3": (
         "{{'<｜tool▁call▁begin｜>' + tool['type'] + '<｜tool▁sep｜>' + tool['function']['name'] + '\\n```json\\n'}}"
         "{{content.split('</think>')[-1]}}",
-        None,
-        "<think>\nEasy.\n</think>\n\nIt is 4.",
-        [],
-        "It is 4.",
+        "deepseek_v3",
+        "<think>\nEasy.\n</think>\n\nI look.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>"
+        'get_weather\n```json\n{"city": "Oslo", "days": 2}\n```<｜tool▁call▁end｜>\n'
+        "<｜tool▁call▁begin｜>function<｜tool▁sep｜>now\n```json\n{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+        [OSLO, NOW],
+        "I look.",
         "Easy.",
+    ),
+    "DeepSeek V3.1": (
+        "{{'<｜tool▁call▁begin｜>'+ tool['function']['name'] + '<｜tool▁sep｜>' + tool['function']['arguments']}}",
+        "deepseek_v31",
+        '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>{"city": "Oslo", "days": 2}'
+        "<｜tool▁call▁end｜><｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+        [OSLO, NOW],
+        "",
+        "",
     ),
 }
 

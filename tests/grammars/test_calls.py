@@ -16,12 +16,16 @@ from manylora.chat.format import Syntax
 from manylora.chat.holding import CallRules, HeldTool
 from manylora.chat.pieces import Arguments, CallStart, Piece, Text
 from manylora.chat.reading import Reading
+from manylora.errors import InvalidGrammar
 from manylora.grammars.grammar import Grammar
 from manylora.grammars.language import in_library_notation, mask_words, new_matcher
 from manylora.grammars.vocabulary import Vocabulary
 from tests.tiny_models import make_tokenizer
 
-SYNTAXES: tuple[Syntax, ...] = ("hermes", "llama3_json", "mistral", "mistral_args", "pythonic")
+SYNTAXES: tuple[Syntax, ...] = (
+    *("hermes", "llama3_json", "mistral", "mistral_args", "pythonic"),
+    *("deepseek_v3", "deepseek_v31", "qwen3_coder"),
+)
 SCHEMAS: dict[str, dict[str, Any]] = {
     "get_weather": {
         "type": "object",
@@ -46,7 +50,8 @@ def tokenizer(has_marks: bool) -> PreTrainedTokenizerBase:
     """With tokens for the marks, or with marks that are plain text."""
     made = make_tokenizer()
     if has_marks:
-        plain = ["<tool_call>", "</tool_call>", *THINK]
+        deepseek = ("calls▁begin", "call▁begin", "sep", "call▁end", "calls▁end")
+        plain = ["<tool_call>", "</tool_call>", *THINK, *(f"<｜tool▁{name}｜>" for name in deepseek)]
         made.add_tokens([AddedToken(mark, special=False) for mark in plain])
         made.add_tokens([AddedToken(mark, special=True) for mark in ("[TOOL_CALLS]", "[ARGS]")], special_tokens=True)
     return made
@@ -98,7 +103,7 @@ def test_every_answer_is_read_as_what_it_had_to_be(
     tools = [HeldTool(name, schema, is_lenient=False) for name, schema in SCHEMAS.items()]
     held = CallRules(tools, must_call=must_call, only_one=only_one).grammar(syntax)
     grammar = Grammar.after_thoughts(THINK[1], held) if is_thinking else held
-    rules = Reading(THINK, is_thinking, syntax, tuple(SCHEMAS))
+    rules = Reading(THINK, is_thinking, syntax, tuple(SCHEMAS), schemas=SCHEMAS)
     answers = [text for seed in range(4) if (text := written(grammar, seed, has_marks)) is not None]
     assert answers
 
@@ -144,3 +149,34 @@ def test_a_tool_whose_schema_cannot_be_held_to_is_held_as_far_as_it_goes() -> No
 
     assert "not" in found[0]
     assert not found[1]
+
+
+def test_a_string_without_quotes_is_held_to_what_a_text_can_be_held_to() -> None:
+    properties = {
+        "color": {"enum": ["r", "</parameter>", "b"]},
+        "size": {"const": "xl"},
+        "note": {"type": "string", "minLength": 2, "maxLength": 3, "description": "A note"},
+        "free": {"type": "string"},
+        "count": {"$ref": "#/$defs/count"},
+    }
+    schema = {"type": "object", "properties": properties, "required": list(properties)}
+    schema |= {"$defs": {"count": {"type": "integer", "minimum": 1, "maximum": 3}}}
+    held = CallRules([HeldTool("f", schema, is_lenient=False)], must_call=True, only_one=True).grammar("qwen3_coder")
+    answers = [text for seed in range(40) if (text := written(held, seed, True)) is not None]
+    assert answers
+
+    for answer in answers:
+        reader = Reading(syntax="qwen3_coder", tools=("f",), schemas={"f": schema}).reader()
+        [(_, arguments)] = calls([*reader.add(answer), *reader.end()])
+        jsonschema.validate(arguments, schema)
+
+
+def test_a_pattern_of_a_string_without_quotes_is_refused_unless_it_is_lenient() -> None:
+    schema = {"type": "object", "properties": {"x": {"type": "string", "maxLength": 2, "pattern": "y"}}}
+
+    with pytest.raises(InvalidGrammar) as refused:
+        CallRules([HeldTool("f", schema, is_lenient=False)], must_call=True, only_one=True).grammar("qwen3_coder")
+
+    assert refused.value.keys == ("pattern",)
+    lenient = CallRules([HeldTool("f", schema, is_lenient=True)], must_call=True, only_one=True).grammar("qwen3_coder")
+    assert written(lenient, 0, True) is not None

@@ -92,6 +92,9 @@ def test_what_a_template_takes_is_found_out_by_trying(source: str | None, form: 
     [
         ("… <tool_call>{name: …}</tool_call> …", "hermes"),
         ("<tool_call><function=…>", None),
+        ("<tool_call><function=…><parameter=…>", "qwen3_coder"),
+        ("<｜tool▁call▁begin｜>function<｜tool▁sep｜>name\n```json\n", "deepseek_v3"),
+        ("<｜tool▁call▁begin｜>name<｜tool▁sep｜>{}", "deepseek_v31"),
         ("[TOOL_CALLS][", "mistral"),
         ("[TOOL_CALLS]name[ARGS]", "mistral_args"),
         ("{{ '\"parameters\": ' }} tool_call.arguments", "llama3_json"),

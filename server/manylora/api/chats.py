@@ -6,12 +6,12 @@ from typing import Any, Final, TypeVar
 
 from manylora.api.lanes import INLINE_CHARACTERS, PYTHON, TEMPLATES, beside_loop
 from manylora.api.schemas import ChatRequest, Message
-from manylora.api.structured import Asked
+from manylora.api.structured import Asked, placed
 from manylora.chat.format import ChatFormat, ChatOptions
 from manylora.chat.pieces import Reader
 from manylora.chat.reading import Reading
 from manylora.engine.interface import Grammar, TextCodec
-from manylora.errors import InvalidRequest
+from manylora.errors import InvalidGrammar, InvalidRequest
 
 __all__ = ["RenderedChat", "rendered", "rendered_beside", "rendered_chat"]
 
@@ -65,7 +65,10 @@ class RenderedChat:
             )
         rules = tools.rules(asked.grammar.source if asked is not None and is_json else None)
         described = [{"function": {"parameters": tool.function.schema_of_arguments}} for tool in tools.offered]
-        return Asked(rules.grammar(self.form.syntax), "tools", described)
+        try:
+            return Asked(rules.grammar(self.form.syntax), "tools", described)
+        except InvalidGrammar as error:
+            raise placed(error, "tools", described) from None
 
 
 def rendered_chat(request: ChatRequest, codec: TextCodec) -> RenderedChat:
@@ -88,7 +91,7 @@ def rendered_chat(request: ChatRequest, codec: TextCodec) -> RenderedChat:
         return RenderedChat(text, form, lambda: codec.response_reader(text, described, only_one=tools.only_one), ending)
     if form.reasoning is None and not described:
         return RenderedChat(text, form)
-    reading = Reading(form.reasoning, is_thinking, form.syntax, tools.names, tools.only_one)
+    reading = Reading(form.reasoning, is_thinking, form.syntax, tools.names, tools.only_one, tools.schemas)
     return RenderedChat(text, form, reading.reader, ending)
 
 

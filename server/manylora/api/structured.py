@@ -15,7 +15,7 @@ from manylora.api.strict import Strict
 from manylora.engine.interface import Grammar, Whitespace
 from manylora.errors import InvalidGrammar, InvalidRequest, quoted
 
-__all__ = ["ANSWER_FIELDS", "Asked", "ResponseFormat", "StructuredOutputs", "asked_for", "check_goes_with"]
+__all__ = ["ANSWER_FIELDS", "Asked", "ResponseFormat", "StructuredOutputs", "asked_for", "check_goes_with", "placed"]
 
 Text = Annotated[str, Field(min_length=1)]
 Schema = dict[str, Any] | bool
@@ -121,8 +121,13 @@ class Asked:
 
     def refusal(self, error: InvalidGrammar) -> InvalidGrammar:
         """The error with the place of what is at fault."""
-        place = _place_of(self.schema, set(error.keys)) if error.keys else None
-        return InvalidGrammar(error.message, param=self.param if place is None else f"{self.param}{place}")
+        return placed(error, self.param, self.schema)
+
+
+def placed(error: InvalidGrammar, param: str, schema: Any) -> InvalidGrammar:
+    """The error with the place, in a field that has this schema, of what is at fault."""
+    place = _place_of(schema, set(error.keys)) if error.keys else None
+    return InvalidGrammar(error.message, param=param if place is None else f"{param}{place}")
 
 
 def asked_for(fields: Mapping[str, Any]) -> Asked | None:

@@ -139,6 +139,11 @@ class Tools:
         return tuple(tool.function.name for tool in self.offered)
 
     @property
+    def schemas(self) -> dict[str, dict[str, Any]]:
+        """Of their arguments, by name."""
+        return {tool.function.name: tool.function.schema_of_arguments for tool in self.offered}
+
+    @property
     def are_held(self) -> bool:
         """Whether the answer is held to a grammar."""
         return bool(self.offered) and (self.must_call or any(tool.function.strict for tool in self.offered))

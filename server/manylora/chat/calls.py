@@ -16,9 +16,17 @@ from manylora.chat.literals import parse_call
 from manylora.chat.pieces import Arguments, CallStart, Piece, Text
 from manylora.chat.scanning import CallObject, JsonValue
 
-__all__ = ["CallFinder", "finder_for", "new_call_id"]
+__all__ = [
+    "LONGEST_HEADER",
+    "CallFinder",
+    "HermesCalls",
+    "LlamaCalls",
+    "MistralCalls",
+    "PythonicCalls",
+    "new_call_id",
+]
 
-_LONGEST_HEADER: Final = 512
+LONGEST_HEADER: Final = 512
 _ALPHANUMERIC: Final = string.ascii_letters + string.digits
 _HEADER: Final = re.compile(r"\s*([\w.-]+)\s*(?:\[CALL_ID\]\s*[\w-]+\s*)?(?:\[ARGS\]\s*)?")
 _CALL_BEGINS: Final = re.compile(r"[A-Za-z_][\w.-]*\s*")
@@ -252,7 +260,7 @@ class MistralCalls(CallFinder):
         if character != "{":
             self._held += character
             self._header += character
-            if len(self._header) > _LONGEST_HEADER:
+            if len(self._header) > LONGEST_HEADER:
                 self._no_call()
             return
         match = _HEADER.fullmatch(self._header)
@@ -347,7 +355,7 @@ class PythonicCalls(CallFinder):
             self._depth -= 1
             if self._depth <= 0:
                 self._take_call()
-        elif not self._depth and len(self._call_text) > _LONGEST_HEADER:
+        elif not self._depth and len(self._call_text) > LONGEST_HEADER:
             self._no_call()
 
     def _take_call(self) -> None:
@@ -363,17 +371,3 @@ class PythonicCalls(CallFinder):
         self._argue(json.dumps(arguments, ensure_ascii=False))
         self._is_called = False
         self._state = self._between
-
-
-_FINDERS: Final[dict[Syntax, type[CallFinder]]] = {
-    "hermes": HermesCalls,
-    "llama3_json": LlamaCalls,
-    "mistral": MistralCalls,
-    "mistral_args": MistralCalls,
-    "pythonic": PythonicCalls,
-}
-
-
-def finder_for(syntax: Syntax, is_offered: Container[str], *, only_one: bool) -> CallFinder:
-    """What finds calls in one answer."""
-    return _FINDERS[syntax](is_offered, only_one=only_one, new_id=lambda: new_call_id(syntax))

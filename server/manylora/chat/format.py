@@ -15,7 +15,9 @@ __all__ = [
     "syntax_of",
 ]
 
-Syntax: TypeAlias = Literal["hermes", "llama3_json", "mistral", "mistral_args", "pythonic"]
+Syntax: TypeAlias = Literal[
+    "hermes", "llama3_json", "mistral", "mistral_args", "pythonic", "deepseek_v3", "deepseek_v31", "qwen3_coder"
+]
 """How calls of tools are written:
 
 hermes          <tool_call>{"name": …, "arguments": {…}}</tool_call>, one after the other
@@ -23,6 +25,11 @@ llama3_json     {"name": …, "parameters": {…}} as the whole answer, several 
 mistral         [TOOL_CALLS] [{"name": …, "arguments": {…}}, …]
 mistral_args    [TOOL_CALLS]name[ARGS]{…}, one after the other
 pythonic        [name(argument=value, …), …] as the whole answer
+deepseek_v3     <｜tool▁calls▁begin｜>, of each call <｜tool▁call▁begin｜>function<｜tool▁sep｜>name, its arguments
+                in a fence of JSON and <｜tool▁call▁end｜>, and <｜tool▁calls▁end｜>
+deepseek_v31    the same with <｜tool▁call▁begin｜>name<｜tool▁sep｜>{…}<｜tool▁call▁end｜>
+qwen3_coder     <tool_call><function=name><parameter=argument>value</parameter>…</function></tool_call>, one after the
+                other, a tag or a value a line
 """
 
 # In the order in which they are looked for. Each is whole or not there.
@@ -34,6 +41,13 @@ _REASONING: Final = (
 )
 # Of templates whose calls are marked as those of hermes are, and are no JSON.
 _OTHER_MARKUP: Final = ("<function=", "<arg_key>", "<parameter=")
+_DEEPSEEK_MARKS: Final = (
+    "<｜tool▁calls▁begin｜>",
+    "<｜tool▁call▁begin｜>",
+    "<｜tool▁sep｜>",
+    "<｜tool▁call▁end｜>",
+    "<｜tool▁calls▁end｜>",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +100,9 @@ _CALL_MARKS: Final = {
     "llama3_json": ("<|python_tag|>",),
     "mistral": ("[TOOL_CALLS]",),
     "mistral_args": ("[TOOL_CALLS]", "[ARGS]"),
+    "deepseek_v3": _DEEPSEEK_MARKS,
+    "deepseek_v31": _DEEPSEEK_MARKS,
+    "qwen3_coder": ("<tool_call>", "</tool_call>"),
 }
 
 
@@ -126,7 +143,11 @@ def syntax_of(template: str) -> Syntax | None:
     """How calls are written, from the template that writes down those of earlier turns."""
     if "[TOOL_CALLS]" in template:
         return "mistral_args" if "[ARGS]" in template else "mistral"
+    if "<｜tool▁sep｜>" in template:
+        return "deepseek_v3" if "```json" in template else "deepseek_v31"
     if "<tool_call>" in template:
+        if "<function=" in template and "<parameter=" in template:
+            return "qwen3_coder"
         return None if any(mark in template for mark in _OTHER_MARKUP) else "hermes"
     if "[func_name1(" in template:  # of Llama 3.2, Llama 4 and those tuned as they are
         return "pythonic"

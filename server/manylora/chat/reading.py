@@ -1,12 +1,14 @@
 """One answer read as it comes: what the model thinks is split off, then calls are found in what it says."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, Final
 
-from manylora.chat.calls import CallFinder, finder_for
+from manylora.chat.calls import CallFinder, HermesCalls, LlamaCalls, MistralCalls, PythonicCalls, new_call_id
 from manylora.chat.format import Syntax
 from manylora.chat.pieces import Piece, Reader, Reasoning, Text, joined
+from manylora.chat.tagged_calls import DeepSeekCalls, XmlCalls
 
 __all__ = ["Reading"]
 
@@ -16,7 +18,7 @@ class Reading:
     """How answers to one prompt are read; each has its own `reader`.
 
     `reasoning` are the marks around what the model thinks; with `is_thinking` the prompt ends within them. `tools` are
-    the names that may be called, of which `only_one` is.
+    the names that may be called, of which `only_one` is; `schemas` are those of their arguments.
     """
 
     reasoning: tuple[str, str] | None = None
@@ -24,14 +26,34 @@ class Reading:
     syntax: Syntax | None = None
     tools: tuple[str, ...] = ()
     only_one: bool = False
+    schemas: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @cached_property
     def _names(self) -> frozenset[str]:
         return frozenset(self.tools)
 
     def reader(self) -> Reader:
-        finder = finder_for(self.syntax, self._names, only_one=self.only_one) if self.syntax and self.tools else None
+        finder = self._finder(self.syntax) if self.syntax and self.tools else None
         return _Reader(_Splitter(self.reasoning, is_thinking=self.is_thinking) if self.reasoning else None, finder)
+
+    def _finder(self, syntax: Syntax) -> CallFinder:
+        def new_id() -> str:
+            return new_call_id(syntax)
+
+        if syntax == "qwen3_coder":
+            return XmlCalls(self._names, only_one=self.only_one, new_id=new_id, schemas=self.schemas)
+        return _FINDERS[syntax](self._names, only_one=self.only_one, new_id=new_id)
+
+
+_FINDERS: Final[dict[Syntax, type[CallFinder]]] = {
+    "hermes": HermesCalls,
+    "llama3_json": LlamaCalls,
+    "mistral": MistralCalls,
+    "mistral_args": MistralCalls,
+    "pythonic": PythonicCalls,
+    "deepseek_v3": DeepSeekCalls,
+    "deepseek_v31": DeepSeekCalls,
+}
 
 
 class _Reader:
