@@ -10,7 +10,10 @@ BUILD_INPUTS := pyproject.toml setup.py $(SOURCES)
 # Tests run in so many processes; with 0, in pytest's own, which a debugger wants. Files come in the order of their names:
 # by the number of their tests the slowest ones, which have few, would come last, with nothing beside them.
 JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count() or 1))')
-PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+IN_PROCESSES := -n $(JOBS) --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest $(IN_PROCESSES)
+# SlipCover notes a line once, where a tracer is called for it each time: a tenth of a tracer's cost.
+COVERED := $(BIN)/python -m slipcover -m pytest $(IN_PROCESSES)
 # The files with tests of a marker: to collect all for the sake of a few takes 15 seconds.
 MARKED = $(shell grep -rlF 'pytest.mark.$(1)' tests --include='test_*.py')
 ARGS ?=
@@ -42,7 +45,7 @@ lifecycle: $(VENV)/.lifecycle
 
 # All of them together must run as much of the server as pyproject.toml says; a choice of them by ARGS need not.
 test: check
-	$(PYTEST) -m "not soak and not alone" $(if $(ARGS),$(ARGS),--cov --cov-report=term)
+	$(if $(ARGS),$(PYTEST),$(COVERED)) -m "not soak and not alone" $(ARGS)
 	$(BIN)/python -m pytest -m alone $(call MARKED,alone)
 
 # Another build of the extension, in which AVX2 stands in for AVX512 and VNNI; see csrc/paths/emulate.h. Paths that this
@@ -119,7 +122,7 @@ $(VENV)/.dev: $(VENV)/.torch $(BUILD_INPUTS)
 	@touch $(VENV)/.runtime $(VENV)/.lifecycle $@
 
 clean:
-	rm -rf build dist *.egg-info server/*.egg-info server/manylora/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*
+	rm -rf build dist *.egg-info server/*.egg-info server/manylora/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find server tests loadtest benchmarks scripts -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 	rm -f $(VENV)/.runtime $(VENV)/.lifecycle $(VENV)/.dev
 

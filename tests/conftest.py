@@ -30,14 +30,6 @@ hypothesis.settings.register_profile("suite", deadline=None, suppress_health_che
 hypothesis.settings.load_profile("suite")
 
 ModelMaker: TypeAlias = Callable[[str], Path]
-# Tracing lines slows Python by two fifths, so only the fast tests of these folders, and of the top one, are traced.
-TRACED = frozenset({"api", "catalog", "engine", "lifecycle", "lora", "models", "tenants", "tests", "usage"})
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.path.parent.name not in TRACED or item.get_closest_marker("slow"):
-            item.add_marker("no_cover")
 
 
 def pytest_collection_finish() -> None:
