@@ -37,11 +37,13 @@ def ended(client: openai.OpenAI, job: FineTuningJob) -> FineTuningJob:
     return job
 
 
-def test_rows_go_in_and_a_version_that_answers_comes_out(client: openai.OpenAI, tmp_path: Path) -> None:
+def test_rows_go_in_and_a_version_that_is_better_comes_out(
+    client: openai.OpenAI, server: Server, tmp_path: Path
+) -> None:
     rows = label_rows()
     with write_rows(tmp_path / "words.jsonl", rows).open("rb") as file:
         train = client.files.create(file=file, purpose="fine-tune")
-    with write_rows(tmp_path / "held out.jsonl", rows[::5]).open("rb") as file:
+    with write_rows(tmp_path / "held out.jsonl", rows[::2]).open("rb") as file:
         held_out = client.files.create(
             file=file, purpose="fine-tune", expires_after={"anchor": "created_at", "seconds": 3600}
         )
@@ -60,7 +62,7 @@ def test_rows_go_in_and_a_version_that_answers_comes_out(client: openai.OpenAI, 
             "type": "supervised",
             "supervised": {"hyperparameters": {"n_epochs": 20, "batch_size": "auto", "learning_rate_multiplier": 20}},
         },
-        extra_body={"manylora": {"rank": 4, "activate": "always", "render": "plain"}},
+        extra_body={"manylora": {"rank": 4, "activate": "if_better", "render": "plain"}},
     )
     assert job.status == "queued"
     assert (job.hyperparameters.n_epochs, job.hyperparameters.batch_size) == (20, 8)
@@ -89,6 +91,27 @@ def test_rows_go_in_and_a_version_that_answers_comes_out(client: openai.OpenAI, 
         for row in rows[::7]
     ]
     assert answered == [row["label"] for row in rows[::7]]
+    promotion = job.model_dump()["manylora"]["promotion"]
+    assert promotion["promoted"]
+    assert "words@1 was promoted: accuracy gain" in promotion["said"]
+    assert "over base" in promotion["said"]
+
+    worse = ended(
+        client,
+        client.fine_tuning.jobs.create(
+            model="tiny",
+            training_file=train.id,
+            validation_file=held_out.id,
+            suffix="words",
+            hyperparameters={"n_epochs": 1},
+            extra_body={"manylora": {"activate": "if_better", "metric": "perplexity", "render": "plain"}},
+        ),
+    )
+    assert (worse.status, worse.fine_tuned_model) == ("succeeded", "words@2")
+    promotion = worse.model_dump()["manylora"]["promotion"]
+    assert not promotion["promoted"]
+    assert "words@2 was not promoted: perplexity gain -" in promotion["said"]
+    assert server.client.get("/v1/adapters/words").json()["active_version"] == 1
     assert client.files.delete(train.id).deleted
     with pytest.raises(openai.NotFoundError):
         client.files.retrieve(train.id)

@@ -162,6 +162,8 @@ REFUSED_JOBS: list[tuple[dict[str, Any], str]] = [
     ({"manylora": {"max_length": 10**6}}, "manylora.max_length"),
     ({"manylora": {"early_stop": 2}}, "manylora.early_stop"),
     ({"manylora": {"activate": "perhaps"}}, "manylora.activate"),
+    ({"manylora": {"activate": "if_better"}}, "manylora.activate"),
+    ({"manylora": {"metric": "bleu"}}, "manylora.metric"),
     ({"manylora": {"colour": "red"}}, "manylora.colour"),
     ({"colour": "red"}, "colour"),
 ]
@@ -185,6 +187,9 @@ async def test_rows_that_do_not_fit_together_are_refused(rig: Rig) -> None:
         assert answer.json()["error"]["param"] == "validation_file"
         assert said in answer.json()["error"]["message"]
     assert (await submit(rig, one)).json()["error"]["param"] == "training_file"
+    judged = {"activate": "if_better", "metric": "accuracy"}
+    unfit = await submit(rig, other, validation_file=other, manylora=judged)
+    assert unfit.json()["error"]["param"] == "manylora.metric"
 
 
 async def test_pages_and_a_job_that_nobody_works_at(rig: Rig) -> None:
@@ -228,6 +233,36 @@ async def test_what_was_trained_becomes_a_version_once(rig: Rig) -> None:
     checkpoint = (await rig.call("GET", f"/v1/fine_tuning/jobs/{second}/checkpoints", "acme:manager")).json()["data"][0]
     assert checkpoint["fine_tuned_model_checkpoint"] == "sums@2"
     rig.catalog.check_integrity()
+
+
+async def test_a_version_is_judged_before_its_job_has_ended(rig: Rig) -> None:
+    file_id = await uploaded(rig)
+    fields: dict[str, Any] = {"suffix": "sums", "validation_file": file_id, "manylora": {"activate": "if_better"}}
+    queue, run = JobQueue(rig.catalog.database), rig.catalog.database.run
+    ends = []
+    for seed, number in ((1.0, 1), (2.0, 2)):
+        job_id = (await submit(rig, file_id, **fields)).json()["id"]
+        await handed_in(rig, job_id, seed)
+        claim = None
+        async with asyncio.timeout(PATIENCE_S):
+            while claim is None:
+                claim = await run(partial(queue.claim_result, "j1", rig.catalog.base, "judging"))
+                await asyncio.sleep(0.05)
+        assert (await until(rig, job_id, lambda job: True))["status"] == "running"
+        assert (await rig.call("POST", f"/v1/fine_tuning/jobs/{job_id}/cancel", "acme:manager")).status_code == 409
+        shown = (await rig.call("GET", "/v1/adapters/sums", "acme:manager")).json()
+        assert (len(shown["versions"]), shown["active_version"]) == (number, None)
+        assert await run(partial(queue.hold, claim))
+        if number == 1:
+            await run(partial(queue.judged, claim, {"promoted": False, "said": "It is no better."}))
+        else:
+            for _ in range(3):  # the judge dies of it
+                await run(partial(queue.publish_later, claim, counts=True))
+        assert not await run(partial(queue.hold, claim))
+        ends.append(await until(rig, job_id, lambda job: job["status"] == "succeeded"))
+    assert [job["fine_tuned_model"] for job in ends] == ["sums@1", "sums@2"]
+    assert ends[0]["manylora"]["promotion"] == {"promoted": False, "said": "It is no better."}
+    assert "could not be compared" in ends[1]["manylora"]["promotion"]["said"]
 
 
 async def test_what_cannot_be_published_fails_with_its_reason(rig: Rig) -> None:

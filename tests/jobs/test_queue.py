@@ -39,7 +39,7 @@ def submit(database: Database, tenant: str = "acme", *, size: int = 100, base: s
         )  # fmt: skip
         session.merge(row)
     said: dict[str, Any] = {"model": "tiny", "suffix": None, "metadata": {}}
-    return Board(database).submit(NewJob(tenant, base, Order(), file_id, None, None, "never", said, SERVER))
+    return Board(database).submit(NewJob(tenant, base, Order(), file_id, None, None, "never", None, 0.0, said, SERVER))
 
 
 def claimed(queue: JobQueue, worker: str = "w1", base: str = "base") -> Claim:

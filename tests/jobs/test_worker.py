@@ -57,7 +57,8 @@ def job(settings: Settings, opened: Database, tmp_path: Path) -> Job:
     with opened.write(None) as session:
         session.add(file)
     said: dict[str, Any] = {"model": "tiny", "suffix": None, "metadata": {}}
-    return Board(opened).submit(NewJob("acme", "base", ORDER, "file-1", None, "words", "never", said, SERVER))
+    new = NewJob("acme", "base", ORDER, "file-1", None, "words", "never", None, 0.0, said, SERVER)
+    return Board(opened).submit(new)
 
 
 def started(settings: Settings, *moment: str) -> "subprocess.Popen[bytes]":

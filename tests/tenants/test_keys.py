@@ -32,6 +32,23 @@ def test_two_keys_never_share_a_prefix_or_a_secret(database: Database) -> None:
     assert len({text.split("_", 2)[1] for text in texts}) == len({text.split("_", 2)[2] for text in texts}) == 20
 
 
+def test_a_lent_key_is_of_this_server_alone_and_ends_with_its_block(database: Database) -> None:
+    with TenantGate(database).lending("acme", "job-1") as text:
+        assert text == "", "an open server stays open"
+    KeyStore(database).create("ops", Role.ADMIN)
+    gate = TenantGate(database)
+    with gate.lending("acme", "job-1") as text:
+        principal = gate.authenticate(f"Bearer {text}")
+        assert (principal.tenant, principal.role, principal.key_id) == ("acme", Role.MANAGER, "job-1")
+        with pytest.raises(AuthenticationFailed):
+            gate.authenticate(f"Bearer {text[:-1]}x")
+        with pytest.raises(AuthenticationFailed):
+            TenantGate(database).authenticate(f"Bearer {text}")
+    with pytest.raises(AuthenticationFailed):
+        gate.authenticate(f"Bearer {text}")
+    assert [key.tenant for key in KeyStore(database).list()] == ["ops"]
+
+
 def test_without_keys_everybody_is_admin_of_public(database: Database) -> None:
     gate = TenantGate(database)
     assert gate.is_open

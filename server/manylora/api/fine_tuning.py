@@ -91,6 +91,8 @@ def _new_job(body: JobBody, caller: Principal, services: Services, base: str) ->
         validation_file=body.validation_file,
         name=name,
         activate=body.manylora.activate,
+        metric=body.manylora.metric,
+        min_gain=body.manylora.min_gain or 0.0,
         said={
             "model": body.model,
             "suffix": body.suffix,
@@ -169,7 +171,7 @@ def _view(job: Job) -> dict[str, Any]:
         "organization_id": job.tenant,
         "result_files": [result["report"]] if is_done else [],
         "seed": schedule["seed"],
-        "status": "running" if job.status == "publishing" else job.status,
+        "status": "running" if job.status in ("publishing", "judging") else job.status,
         "trained_tokens": result.get("tokens"),
         "training_file": job.training_file,
         "validation_file": job.validation_file,
@@ -183,6 +185,7 @@ def _view(job: Job) -> dict[str, Any]:
             "rank": order["lora"]["rank"],
             "max_length": order["max_length"],
             "step": job.step,
+            "promotion": result.get("promotion"),
             "started_at": _seconds(job.started),
         },
     }

@@ -3,7 +3,7 @@
 import secrets
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -27,6 +27,11 @@ MAX_TARGET_LENGTH: Final = 256
 MAX_INSTRUCTION: Final = 16_384
 MAX_SUFFIX: Final = 64
 _SUPERVISED: Final = "method.supervised.hyperparameters"
+
+
+Metric: TypeAlias = Literal[
+    "exact_match", "accuracy", "macro_precision", "macro_recall", "macro_f1", "mentioned", "valid_json", "perplexity"
+]
 
 
 def _without_auto(value: Any) -> Any:
@@ -63,11 +68,14 @@ class Method(Strict):
 class Extension(Strict):
     """What `manylora train` can do beyond OpenAI's API, by its parameters' names; all of it optional.
 
-    `name` is the adapter whose next version comes out. `activate`: whether its name means that version from then on.
+    `name` is the adapter whose next version comes out. `activate`: whether its name means that version from then on;
+    `if_better`: if it is better than what the name means by then, by `metric` on the validation file.
     """
 
     name: str | None = None
     activate: Activate = "never"
+    metric: Metric | None = None
+    min_gain: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     rank: int | None = None
     alpha: float | None = None
     targets: _Words | None = None
@@ -107,6 +115,9 @@ class JobBody(Body):
             raise ValueError("'hyperparameters' is what 'method' was before: send one of them.")
         if self.suffix is not None and self.manylora.name is not None:
             raise ValueError("'suffix' and 'manylora.name' both name the adapter: send one of them.")
+        judges = self.manylora.metric is not None or self.manylora.min_gain is not None
+        if judges and self.manylora.activate != "if_better":
+            raise ValueError("'manylora.metric' and 'manylora.min_gain' go with 'manylora.activate' if_better.")
         return self
 
     @property

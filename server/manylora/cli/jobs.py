@@ -39,7 +39,9 @@ def submit(
     data: Annotated[Path, typer.Argument(help="Rows to learn from: .jsonl, .json, .csv, .tsv or .parquet")],
     held_out: Annotated[Path | None, typer.Option("--eval", help="Held-out rows, to keep the best step")] = None,
     name: Annotated[str | None, typer.Option(help="The adapter whose next version comes out")] = None,
-    activate: Annotated[str, typer.Option(help="never, or always: its name means the version from then on")] = "never",
+    activate: Annotated[
+        str, typer.Option(help="Whether its name means the version: never, always or if_better")
+    ] = "never",
     epochs: Annotated[int | None, typer.Option(help="Times that each row is seen")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows in one forward pass")] = None,
     lr_multiplier: Annotated[float | None, typer.Option(help="Multiplies the default learning rate")] = None,

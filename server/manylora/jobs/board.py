@@ -29,7 +29,12 @@ from manylora.jobs.records import (
 )
 from manylora.tenants.limits import limits_in
 
-__all__ = ["Board", "NewJob"]
+__all__ = ["LABEL_METRICS", "TEXT_METRICS", "Board", "NewJob"]
+
+TEXT_METRICS: Final = ("exact_match", "valid_json", "perplexity")
+LABEL_METRICS: Final = (
+    "accuracy", "macro_precision", "macro_recall", "macro_f1", "mentioned", "exact_match", "perplexity",
+)  # fmt: skip
 
 WORKER_GONE_US: Final = 30 * MICROSECONDS
 # What the tenant asks for is not the worker's fault, and a quota is free again when a job ends.
@@ -47,6 +52,8 @@ class NewJob:
     validation_file: str | None
     name: str | None
     activate: Activate
+    metric: str | None
+    min_gain: float
     said: Mapping[str, Any]
     author: Author
 
@@ -66,6 +73,7 @@ class Board:
             if new.validation_file is not None:
                 held_out = _data(session, new.tenant, new.validation_file, "validation_file")
             _check_data(train_set, held_out)
+            metric = _metric(new, held_out)
             _check_queue(session, new.tenant)
             job_id = new_job_id()
             name = new.name or f"ft-{job_id[-6:]}"
@@ -73,7 +81,8 @@ class Board:
             now = now_in(session)
             row = JobRow(
                 id=job_id, tenant=new.tenant, status="queued", base=new.base, author=asdict(new.author),
-                request={"said": dict(new.said), "order": new.order.as_json(), "name": name, "activate": new.activate},
+                request={"said": dict(new.said), "order": new.order.as_json(), "name": name, "activate": new.activate,
+                         "metric": metric, "min_gain": new.min_gain},
                 training_file=new.training_file, validation_file=new.validation_file,
                 cost=float(max(1, train_set.size_bytes) * new.order.schedule.epochs), created=now, started=None,
                 finished=None, turn_from=None, turn_to=None, worker=None, lease_until=0, run=0, num_lost=0,
@@ -194,6 +203,21 @@ def _check_data(train_set: DataFile, held_out: DataFile | None) -> None:
         raise InvalidRequest(
             f"'validation_file' has labels that 'training_file' lacks: {shown}.", param="validation_file"
         )
+
+
+def _metric(new: NewJob, held_out: DataFile | None) -> str | None:
+    """By what a version is judged, None where it is not. Raises InvalidRequest for one that does not fit the rows."""
+    if new.activate != "if_better":
+        return None
+    if held_out is None:
+        message = "'if_better' compares versions on 'validation_file': send one."
+        raise InvalidRequest(message, param="manylora.activate")
+    has_labels = held_out.facts["shape"] == "label"
+    metric = new.metric or ("accuracy" if has_labels else "perplexity")
+    if metric not in (LABEL_METRICS if has_labels else TEXT_METRICS):
+        message = f"'manylora.metric' {metric} does not fit {held_out.facts['shape']} rows."
+        raise InvalidRequest(message, param="manylora.metric")
+    return metric
 
 
 def _check_queue(session: Session, tenant: str) -> None:

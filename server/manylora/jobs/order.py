@@ -13,7 +13,7 @@ __all__ = ["ORDER_FILE", "REPORT_FILE", "Activate", "Order"]
 ORDER_FILE: Final = "order.json"  # in the folder of the process that trains
 REPORT_FILE: Final = "train.json"
 
-Activate: TypeAlias = Literal["never", "always"]
+Activate: TypeAlias = Literal["never", "always", "if_better"]
 
 
 @dataclass(frozen=True, slots=True)

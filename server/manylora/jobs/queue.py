@@ -16,7 +16,7 @@ from manylora.database.database import Database
 from manylora.database.tables import MICROSECONDS, JobRow, WorkerRow
 from manylora.errors import Conflict
 from manylora.jobs.board import WORKER_GONE_US
-from manylora.jobs.records import Job, NewEvent, add_event, job, now_in
+from manylora.jobs.records import LIVE, Job, NewEvent, Status, add_event, job, now_in
 from manylora.tenants.limits import limits_in
 
 __all__ = ["LEASE_S", "Claim", "Failure", "JobQueue", "Standing"]
@@ -180,14 +180,14 @@ class JobQueue:
 
     # publication
 
-    def claim_result(self, publisher: str, base: str) -> Claim | None:
-        """A trained job whose adapter is to be published; the publisher has it from now on."""
+    def claim_result(self, publisher: str, base: str, status: Status = "publishing") -> Claim | None:
+        """A trained job that is to be published, or judged; the publisher has it from now on."""
         with self._database.read() as session:  # most often there is none, and nothing is to be written
-            if session.execute(_to_publish(base, now_in(session))).first() is None:
+            if session.execute(_due(status, base, now_in(session))).first() is None:
                 return None
         with self._database.write(None) as session:
             now = now_in(session)
-            row = session.execute(_to_publish(base, now).with_for_update(skip_locked=True)).scalars().first()
+            row = session.execute(_due(status, base, now).with_for_update(skip_locked=True)).scalars().first()
             if row is None:
                 return None
             row.worker, row.lease_until = publisher, now + _LEASE_US
@@ -199,26 +199,53 @@ class JobQueue:
         if row is None or row.status != "publishing" or row.worker != claim.worker:
             raise Conflict("The job was cancelled, or another server publishes it.")
         now = now_in(session)
-        _free(row, "succeeded")
-        row.finished, row.result = now, {**row.result, **result}
-        add_event(session, row.id, now, NewEvent(f"The job has succeeded: {result['label']}"))
+        row.result = {**row.result, **result}
+        if row.request["activate"] == "if_better":
+            _free(row, "judging")
+            said = f"Published as {result['label']}, which is compared with what its name means now."
+            add_event(session, row.id, now, NewEvent(said))
+        else:
+            _succeed(session, row, now)
+
+    def hold(self, claim: Claim) -> bool:
+        """Have a job that is judged for longer; False where it was lost."""
+        with self._database.write(None) as session:
+            row = _mine(session, claim, status=claim.job.status)
+            if row is not None:
+                row.lease_until = now_in(session) + _LEASE_US
+            return row is not None
+
+    def judged(self, claim: Claim, promotion: Mapping[str, Any]) -> None:
+        """The verdict on a published version, which ends its job: `promoted`, and why, as a sentence, `said`."""
+        with self._database.write(None) as session:
+            row = _mine(session, claim, status="judging")
+            if row is None:
+                return
+            now = now_in(session)
+            row.result = {**row.result, "promotion": dict(promotion)}
+            level: Literal["info", "warn"] = "info" if promotion["promoted"] else "warn"
+            add_event(session, row.id, now, NewEvent(str(promotion["said"]), level=level))
+            _succeed(session, row, now)
 
     def publish_later(self, claim: Claim, *, counts: bool) -> None:
-        """Publication failed for a reason that may pass; with `counts` only so often."""
+        """Publication, or a judgement, failed for a reason that may pass; with `counts` only so often."""
         with self._database.write(None) as session:
-            row = _mine(session, claim, status="publishing")
+            row = _mine(session, claim, status=claim.job.status)
             if row is None:
                 return
             now = now_in(session)
             row.num_lost += counts
             row.lease_until = now + _TRY_AGAIN_US
-            if row.num_lost >= _MOST_LOST:
-                _fail(
-                    session,
-                    row,
-                    now,
-                    Failure("server_error", "The adapter could not be published. See the server's log."),
-                )
+            if row.num_lost < _MOST_LOST:
+                return
+            if row.status == "judging":
+                said = "The version could not be compared, so it was not promoted. The server's log says why."
+                row.result = {**row.result, "promotion": {"promoted": False, "said": said}}
+                add_event(session, row.id, now, NewEvent(said, level="warn"))
+                _succeed(session, row, now)
+            else:
+                message = "The adapter could not be published. The server's log says why."
+                _fail(session, row, now, Failure("server_error", message))
 
     def fail_publication(self, claim: Claim, failure: Failure) -> None:
         """What came out cannot be published."""
@@ -241,16 +268,14 @@ class JobQueue:
             session.get_one(JobRow, job_id).has_remains = False
 
     def counts(self, base: str) -> dict[str, int]:
-        """How many jobs for the base wait, run, are published or paused."""
-        query = select(JobRow.status, func.count()).where(
-            JobRow.base == base, JobRow.status.in_(("queued", "running", "publishing", "paused"))
-        )
+        """How many jobs for the base have each status that is not an end."""
+        query = select(JobRow.status, func.count()).where(JobRow.base == base, JobRow.status.in_(LIVE))
         with self._database.read() as session:
             return dict(session.execute(query.group_by(JobRow.status)).all())
 
 
-def _to_publish(base: str, now: int) -> Any:
-    due = (JobRow.status == "publishing") & (JobRow.base == base) & (JobRow.lease_until < now)
+def _due(status: Status, base: str, now: int) -> Any:
+    due = (JobRow.status == status) & (JobRow.base == base) & (JobRow.lease_until < now)
     return select(JobRow).where(due).order_by(JobRow.created).limit(1)
 
 
@@ -268,6 +293,12 @@ def _standing(row: JobRow | None, claim: Claim) -> Standing:
 def _free(row: JobRow, status: str) -> None:
     row.status, row.worker, row.lease_until = status, None, 0
     row.wants_pause, row.estimated_finish = False, None
+
+
+def _succeed(session: Session, row: JobRow, now: int) -> None:
+    _free(row, "succeeded")
+    row.finished = now
+    add_event(session, row.id, now, NewEvent(f"The job has succeeded: {row.result['label']}"))
 
 
 def _fail(session: Session, row: JobRow, now: int, failure: Failure) -> None:

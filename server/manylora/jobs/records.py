@@ -33,9 +33,9 @@ __all__ = [
 
 FINE_TUNE: Final = "fine-tune"
 RESULTS: Final = "fine-tune-results"
-# `publishing`: trained, and not yet a version.
-Status: TypeAlias = Literal["queued", "running", "publishing", "paused", "succeeded", "failed", "cancelled"]
-LIVE: Final = ("queued", "running", "publishing", "paused")
+# `publishing`: trained, and not yet a version; `judging`: a version that is compared with what its name means.
+Status: TypeAlias = Literal["queued", "running", "publishing", "judging", "paused", "succeeded", "failed", "cancelled"]
+LIVE: Final = ("queued", "running", "publishing", "judging", "paused")
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from manylora.errors import EngineDead, InvalidSettings
 from manylora.identity import AdapterRef
 from manylora.jobs.board import Board
 from manylora.jobs.files import DataFiles
+from manylora.jobs.judge import Judge
 from manylora.jobs.publisher import Publisher
 from manylora.jobs.queue import JobQueue
 from manylora.jobs.worker_process import Assignment, check_packages
@@ -122,11 +123,16 @@ class Parts:
 
 
 @asynccontextmanager
-async def open_parts(settings: Settings, load: Callable[[Settings], Foundation] | None = None) -> AsyncIterator[Parts]:
+async def open_parts(
+    settings: Settings, load: Callable[[Settings], Foundation] | None = None, *, address: str | None = None
+) -> AsyncIterator[Parts]:
     """Start every part and, at the end, end them in the opposite order.
 
     `load` brings the base, `load_foundation` where nothing else is said. What can fail does so in the order in which it
     is cheap: the model's folder, data folder and database, then memory. Raises StartupError.
+
+    `address` is where requests will be answered, and where versions are judged that jobs made; without one, another
+    server of the database judges them.
     """
     metrics = Metrics() if settings.metrics else NoMetrics()
     tracing = open_tracing(settings)
@@ -169,6 +175,11 @@ async def open_parts(settings: Settings, load: Callable[[Settings], Foundation] 
         if settings.adapters is not None:
             await catalog.register_folder(settings.adapters)
         files = await _open_jobs(settings, catalog, metrics, stack)
+        if address is not None:
+            scratch = settings.data_dir / "judged"
+            judge = Judge(catalog, gate, files, scratch, address=address, model=settings.model)
+            judge.start()
+            stack.push_async_callback(judge.aclose)
         yield Parts(settings, catalog, engine, gate, usage, metrics, tracing, foundation.inspect, files)
 
 

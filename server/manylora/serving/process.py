@@ -88,7 +88,8 @@ class _Server:
 
     async def run(self) -> None:
         """Start everything, answer until a signal, and end everything in the opposite order."""
-        async with open_parts(self._settings) as parts:
+        address = url_of(self._host, self._sock.getsockname()[1])
+        async with open_parts(self._settings, address=address) as parts:
             await warm_up(parts.engine, to_warm_up(parts.directory))
             # The model, its libraries and what else lives as long as the process need no looking at ever again.
             gc.collect()

@@ -2,8 +2,10 @@
 
 import asyncio
 import logging
+import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Final, TypeVar
 
@@ -14,7 +16,7 @@ from manylora.errors import AuthenticationFailed, ManyloraError, Unavailable
 from manylora.identity import PUBLIC_TENANT
 from manylora.tenants.buckets import SharedBuckets
 from manylora.tenants.interface import Lease, Principal, Role
-from manylora.tenants.keys import Key, KeyStore, is_secret_of, parse_key
+from manylora.tenants.keys import Key, KeyStore, hash_secret, is_secret_of, parse_key
 from manylora.tenants.limits import TenantStore
 from manylora.tenants.quotas import Quotas
 from manylora.tenants.seal import Seal, reopened
@@ -58,6 +60,7 @@ class TenantGate:
             buckets = SharedBuckets(database, replicas)
             self._shared = SharedQuotas(database, buckets, self._quotas, clock=clock, count_fallback=count_fallback)
         self._keys: dict[str, Key] = {}
+        self._lent: dict[str, Key] = {}
         self._used: dict[str, int] = {}
         self._seen = -1
         self._num_untraced = -1
@@ -79,12 +82,30 @@ class TenantGate:
             raise AuthenticationFailed("This server needs an API key: send 'Authorization: Bearer <key>'.")
         scheme, *rest = authorization.split(maxsplit=1)
         parsed = parse_key(rest[0].strip()) if rest and scheme.lower() == "bearer" else None
-        key = None if parsed is None else self._keys.get(parsed[0])
+        key = None if parsed is None else self._keys.get(parsed[0]) or self._lent.get(parsed[0])
         is_valid = is_secret_of(key, "" if parsed is None else parsed[1])
         if key is None or not is_valid:
             raise AuthenticationFailed("The API key is not known, has expired or was revoked.")
-        self._used[key.id] = time.time_ns() // 1000
+        if key.prefix not in self._lent:
+            self._used[key.id] = time.time_ns() // 1000
         return Principal(key.tenant, key.role, key.id, self._quotas.limits_of(key.tenant).weight)
+
+    @contextmanager
+    def lending(self, tenant: str, borrower: str) -> Iterator[str]:
+        """A manager's key of the tenant that this server alone knows, and only in the block; its id is the borrower's.
+
+        An open server asks for none and gets an empty one.
+        """
+        if self.is_open:
+            yield ""
+            return
+        prefix, secret = secrets.token_hex(6), secrets.token_urlsafe(32)
+        now = time.time_ns() // 1000
+        self._lent[prefix] = Key(borrower, tenant, Role.MANAGER, prefix, hash_secret(secret), now, None, None)
+        try:
+            yield f"ml_{prefix}_{secret}"
+        finally:
+            del self._lent[prefix]
 
     async def admit(self, principal: Principal, prompt_tokens: int, max_completion_tokens: int) -> Lease:
         """Charge a request to its tenant's quotas. Raises QuotaExceeded."""
