@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from manylora import __version__
 from manylora.cli.main import build
 from manylora.cli.serve import flag_of
+from manylora.cli.terminal import sparkline
 from manylora.settings import Settings
 
 
@@ -129,3 +130,10 @@ def test_flags_with_few_values_name_them() -> None:
         told = CliRunner().invoke(build(), [command, "--help"], env={"COLUMNS": "200"}).output
         for choices in ("--device auto|cpu|cuda", "--render auto|chat|plain", "--dtype auto|bfloat16|float16|float32"):
             assert re.search(rf"{choices.replace('|', '[|]').replace(' ', ' +')}", told), choices
+
+
+def test_a_curve_of_one_line_goes_from_the_first_value_to_the_last() -> None:
+    assert sparkline([]) == ""
+    assert sparkline([3.0]) == "▁"
+    assert sparkline([8.0, 4.5, 1.0]) == "█▅▁"
+    assert sparkline([float(n) for n in range(16)], width=8) == "▁▂▃▄▅▆▇█"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -305,3 +306,44 @@ def test_samples_need_held_out_rows(tmp_path: Path, tiny_llama_dir: Path) -> Non
     data = write_rows(tmp_path / "a.jsonl", label_rows())
     done = train(data, tmp_path / "out", tiny_llama_dir, "--sample", "2")
     assert (done.exit_code, "--sample is a number of rows of --eval" in done.stderr) == (1, True)
+
+
+def test_scores_are_written_into_the_card_and_take_the_place_of_earlier_ones(
+    tmp_path: Path, tiny_llama_dir: Path
+) -> None:
+    data = write_rows(tmp_path / "a.jsonl", label_rows()[::4])
+    folder = make_adapter(tiny_llama_dir, tmp_path / "adapter", rank=4)
+    (folder / "README.md").write_text("# One\n\n## How it was made\n\nBy hand.\n")
+    words: list[str | Path] = [
+        "evaluate",
+        "--data",
+        data,
+        "--model",
+        tiny_llama_dir,
+        "--base",
+        "--adapter",
+        folder,
+        "--max-length",
+        "128",
+    ]
+    words += ["--metrics", "accuracy,perplexity", "--max-tokens", "4", "--dtype", "float32", "--card"]
+    cards = []
+
+    for _ in range(2):
+        done = run(*words)
+        assert done.exit_code == 0, done.output
+        cards.append((folder / "README.md").read_text())
+
+    assert cards[0] == cards[1]
+    assert re.search(
+        r"^# One\n\n## Scores\n\n\| \| base \| adapter \| p \|\n\| --- \| --- \| --- \| --- \|\n", cards[0]
+    )
+    assert "\n| perplexity | " in cards[0]
+    assert "On 8 examples of a.jsonl, greedy" in cards[0]
+    assert cards[0].endswith("\n## How it was made\n\nBy hand.\n")
+
+
+def test_a_card_is_written_into_a_folder_and_not_into_a_server(tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "a.jsonl", label_rows())
+    done = run("evaluate", "--data", data, "--server", "http://127.0.0.1:9", "--adapter", "x", "--card")
+    assert (done.exit_code, "--card writes into folders" in done.stderr) == (1, True)

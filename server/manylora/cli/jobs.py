@@ -22,7 +22,7 @@ app = typer.Typer(
 )
 
 AsJson = Annotated[bool, typer.Option("--json", help="JSON for scripts instead of text.")]
-JobId = Annotated[str, typer.Argument(metavar="JOB")]
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="As `jobs list` shows it.")]
 _JOBS: Final = "/v1/fine_tuning/jobs"
 _ENDED: Final = ("succeeded", "failed", "cancelled")
 _EVERY_S: Final = 1.0
@@ -36,22 +36,22 @@ def register(program: typer.Typer) -> None:
 
 @app.command()
 def submit(
-    data: Annotated[Path, typer.Argument(help="Rows to learn from: .jsonl, .json, .csv, .tsv or .parquet")],
-    held_out: Annotated[Path | None, typer.Option("--eval", help="Held-out rows, to keep the best step")] = None,
-    name: Annotated[str | None, typer.Option(help="The adapter whose next version comes out")] = None,
+    data: Annotated[Path, typer.Argument(help="Rows to learn from: .jsonl, .json, .csv, .tsv or .parquet.")],
+    held_out: Annotated[Path | None, typer.Option("--eval", help="Held-out rows, to keep the best step.")] = None,
+    name: Annotated[str | None, typer.Option(help="The adapter whose next version comes out.")] = None,
     activate: Annotated[
-        str, typer.Option(help="Whether its name means the version: never, always or if_better")
+        str, typer.Option(help="Whether its name means the version: never, always or if_better.")
     ] = "never",
-    epochs: Annotated[int | None, typer.Option(help="Times that each row is seen")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows in one forward pass")] = None,
-    lr_multiplier: Annotated[float | None, typer.Option(help="Multiplies the default learning rate")] = None,
-    seed: Annotated[int | None, typer.Option(help="The same one gives the same adapter")] = None,
-    rank: Annotated[int | None, typer.Option(help="Rank of the low-rank matrices")] = None,
-    alpha: Annotated[float | None, typer.Option(help="Scale numerator; twice the rank when left out")] = None,
-    targets: Annotated[str | None, typer.Option(help="Linears by name, comma-separated")] = None,
-    instruction: Annotated[str | None, typer.Option(help="Text before every prompt, on a line of its own")] = None,
-    render: Annotated[str | None, typer.Option(help="How a row becomes text: auto, chat or plain")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Tokens of an example")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Times that each row is seen.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows in one forward pass.")] = None,
+    lr_multiplier: Annotated[float | None, typer.Option(help="Multiplies the default learning rate.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same one gives the same adapter.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the low-rank matrices.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Scale numerator; twice the rank when left out.")] = None,
+    targets: Annotated[str | None, typer.Option(help="Linears by name, comma-separated.")] = None,
+    instruction: Annotated[str | None, typer.Option(help="Text before every prompt, on a line of its own.")] = None,
+    render: Annotated[str | None, typer.Option(help="How a row becomes text: auto, chat or plain.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of an example.")] = None,
     follow: Annotated[bool, typer.Option("--follow", help="Wait for the end, and show what happens.")] = False,
     as_json: AsJson = False,
 ) -> None:

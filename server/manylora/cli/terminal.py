@@ -4,7 +4,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -22,6 +22,7 @@ console = Console(stderr=True)
 Rendered: TypeAlias = "Callable[[str], str]"
 INTERRUPTED = 130
 _EVERY_S = 10.0
+_BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 def command() -> str:
@@ -104,6 +105,7 @@ class _Bars:
             TextColumn("{task.fields[figures]}"), console=console,
         )  # fmt: skip
         self._tasks: dict[str, Any] = {}
+        self._losses: list[float] = []
         self._rendered = rendered
 
     def __call__(self, event: "Progress") -> None:
@@ -114,13 +116,27 @@ class _Bars:
         if event.stage not in self._tasks:
             self._bar.start()
             self._tasks[event.stage] = self._bar.add_task(event.stage, total=event.total, figures="")
+        if "loss" in event.values:
+            self._losses.append(event.values["loss"])
+        curve = sparkline(self._losses) if "loss" in event.values else ""
         self._bar.update(
-            self._tasks[event.stage], completed=event.done, total=event.total, figures=_figures(event.values)
-        )
+            self._tasks[event.stage], completed=event.done, total=event.total,
+            figures=f"{curve}  {_figures(event.values)}".strip(),
+        )  # fmt: skip
 
     def stop(self) -> None:
         if self._tasks:
             self._bar.stop()
+
+
+def sparkline(values: Sequence[float], width: int = 24) -> str:
+    """A curve of one line, from the first value to the last; each of at most `width` places is the mean of its part."""
+    places = min(width, len(values))
+    parts = [values[len(values) * i // places : len(values) * (i + 1) // places] for i in range(places)]
+    means = [sum(part) / len(part) for part in parts]
+    low, high = min(means, default=0.0), max(means, default=0.0)
+    steps = len(_BLOCKS) - 1
+    return "".join(_BLOCKS[round((mean - low) / (high - low) * steps) if high > low else 0] for mean in means)
 
 
 class _Lines:

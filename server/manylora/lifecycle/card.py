@@ -1,11 +1,15 @@
 """The README.md of an adapter: what it does, how it was made, how it scored."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from manylora.identity import CARD_FILE
+
+MADE: Final = "How it was made"
+SCORES: Final = "Scores"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +38,13 @@ class Card:
         ]
         if report["best_eval_loss"] is not None:
             facts.append(("Held-out loss", f"{report['best_eval_loss']:.4f} nats per answer token"))
-        made = (("How it was made", f"```\n{command}\n```"),) if command else ()
+        made = ((MADE, f"```\n{command}\n```"),) if command else ()
         return Card(title, tuple(facts), made)
 
     @staticmethod
     def of_weights(title: str, command: str, facts: tuple[tuple[str, str], ...]) -> "Card":
         """The card of an adapter that was computed from weights, without training."""
-        return Card(title, facts, (("How it was made", f"```\n{command}\n```"),) if command else ())
+        return Card(title, facts, ((MADE, f"```\n{command}\n```"),) if command else ())
 
     def markdown(self) -> str:
         widget = [f"- text: {json.dumps(text, ensure_ascii=False)}" for text in self.examples]
@@ -60,6 +64,25 @@ def with_section(markdown: str, heading: str, text: str, *, before: str) -> str:
     place = next((number for number, part in enumerate(kept) if part.startswith(f"{before}\n")), len(kept))
     kept.insert(place, f"{heading}\n\n{text.strip()}\n")
     return "\n## ".join(kept).rstrip() + "\n"
+
+
+def scores_table(report: Mapping[str, Any], name: str) -> str:
+    """An evaluation's scores of one adapter beside the first contender's, as a table with what they are of."""
+    reference = report["reference"]
+    others = [] if name == reference else [reference]
+    columns = [*others, name]
+    lines = [
+        f"| | {' | '.join(columns)} |{' p |' if others else ''}",
+        "| --- |" + " --- |" * (len(columns) + len(others)),
+    ]
+    for metric in report["metrics"]:
+        found = [report["contenders"][column][metric] for column in columns]
+        cells = [f"{one['value']:.3g} [{one['low']:.3g}, {one['high']:.3g}]" for one in found]
+        if others:
+            cells.append(f"{report['contenders'][name]['against_reference'][metric]['p']:.2g}")
+        lines.append(f"| {metric} | {' | '.join(cells)} |")
+    about = f"On {report['num_examples']} examples of {report['data']}, greedy; in brackets 95 % bootstrap intervals"
+    return "\n".join([*lines, "", f"{about}{', p from a paired test' if others else ''}."])
 
 
 def write_card(folder: Path, card: Card) -> None:

@@ -41,9 +41,9 @@ export class TryIt {
     this.talkField = h("label", { class: "check" }, this.talk, h("span", {}, "Conversation"));
     const form = byId("try-form");
     form.replaceChildren(
-      this.systemField,
       field("Prompt", this.prompt, "prompt"),
       this.examples,
+      this.systemField,
       h("div", { class: "fields" }, field("First", this.adapter, "grow"), field("Second", this.other, "grow"), this.names, field("As", this.mode)),
       h("div", { class: "fields" },
         field("Tokens", this.tokens, "small"), field("Temperature", this.temperature, "small"),

@@ -4,19 +4,21 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from manylora.client.adapters import active_version, check_may_manage, pinned, promote, served_base
 from manylora.client.server import Refused, Server, connect
 from manylora.errors import InvalidRequest
-from manylora.identity import TENSOR_FILE
+from manylora.identity import CARD_FILE, TENSOR_FILE
 from manylora.lifecycle.adapter_files import read_adapter_files
 from manylora.lifecycle.base import load_base, load_tokenizer, memory_faults
+from manylora.lifecycle.card import MADE, SCORES, scores_table, with_section
 from manylora.lifecycle.data.batches import check_known
 from manylora.lifecycle.data.data import Dataset
 from manylora.lifecycle.data.encoding import Encoded, Encoder, tell_lengths
+from manylora.lifecycle.data.files import AS_IT_IS
 from manylora.lifecycle.evaluate.config import EvaluateRequest
 from manylora.lifecycle.evaluate.contenders import BASE, Contenders, LocalContenders, ServerContenders
 from manylora.lifecycle.evaluate.evaluate import (
@@ -28,7 +30,7 @@ from manylora.lifecycle.evaluate.evaluate import (
 )
 from manylora.lifecycle.extras import need
 from manylora.lifecycle.journal import Journal
-from manylora.lifecycle.output import refuse_existing
+from manylora.lifecycle.output import atomic_file, refuse_existing
 from manylora.lifecycle.parameters import InvalidParameter
 from manylora.lifecycle.progress import Listener, Progress, ignore
 
@@ -65,7 +67,10 @@ def run_evaluation(request: EvaluateRequest, listen: Listener = ignore) -> tuple
     check_known(encoded, base.num_embeddings)
     with memory_faults("Evaluate fewer adapters at once, or shorten `max_length`."):
         local = LocalContenders(base, encoder, _names_of(request.adapters), with_base=request.with_base)
-        return run.score(local), None
+        report = run.score(local)
+    if request.card:
+        _write_cards(request, report)
+    return report, None
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,10 +172,22 @@ def _check(request: EvaluateRequest) -> tuple[Dataset, tuple[str, ...]]:
     _check_extras(request, dataset)
     if request.promote_if_better:
         _check_promotion(request, metrics)
+    if request.card and request.server:
+        raise InvalidParameter("`card` writes into folders of adapters: evaluate those, without `server`.")
     if not request.server:
         for folder in request.adapters:
             read_adapter_files(Path(folder))
     return dataset, metrics
+
+
+def _write_cards(request: EvaluateRequest, report: dict[str, Any]) -> None:
+    """Put the scores into each adapter's card, in the place of earlier ones. Raises OSError."""
+    for name, folder in _names_of(request.adapters).items():
+        path = folder / CARD_FILE
+        before = path.read_text(encoding="utf-8") if path.is_file() else f"# {folder.resolve().name}\n"
+        with atomic_file(path) as draft:
+            text = with_section(before, SCORES, scores_table(report, name), before=MADE)
+            draft.write_text(text, encoding="utf-8")
 
 
 def _check_extras(request: EvaluateRequest, dataset: Dataset) -> None:
@@ -216,6 +233,8 @@ def _fingerprint(request: EvaluateRequest, contenders: Contenders) -> str:
     """What answers and likelihoods depend on: the data, the prompts' form, and who is asked."""
     parts = [contenders.names, request.max_tokens, request.max_length, request.render, request.instruction]
     parts += [request.model, request.server, request.dtype]
+    if request.reading != AS_IT_IS or request.tool_prompt:
+        parts += [asdict(request.reading), request.tool_prompt]
     digest = hashlib.sha256(json.dumps(parts).encode() + request.data.read_bytes())
     if not request.server:
         for folder in request.adapters:

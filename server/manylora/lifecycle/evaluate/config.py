@@ -31,5 +31,6 @@ class EvaluateRequest:
     seed: Annotated[int, "Decides the resampling of intervals and tests"] = 0
     device: Annotated[DeviceName, "auto, cpu or cuda"] = "auto"
     dtype: Annotated[DtypeName, "The base's: auto, bfloat16, float16 or float32"] = "auto"
+    card: Annotated[bool, "Write the scores into the README.md of each folder of `adapters`"] = False
     resume: Annotated[bool, "Go on where an interrupted evaluation with this `out` stopped"] = False
     overwrite: Annotated[bool, "Replace `out`"] = False
