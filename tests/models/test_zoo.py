@@ -17,8 +17,21 @@ from tests.models.zoo import MODEL_TYPES, VISION_TYPES
 TABLE = json.loads((Path(__file__).parent / "zoo.json").read_text(encoding="utf-8"))
 TYPES: dict[str, dict[str, str]] = TABLE["types"]
 VISION: dict[str, dict[str, str]] = TABLE["vision"]
-# One of each kind: usual layers, windows in the mask, own linears, experts, two sizes of head, sinks, MLA, recurrent.
-ALWAYS = ("llama", "qwen2_moe", "phimoe", "mixtral", "gemma2", "opt", "gpt_oss", "deepseek_v3", "jamba", "whisper")
+# One of each kind: usual layers, windows in the mask, own linears, experts, two sizes of head, sinks, MLA, recurrent,
+# ALiBi.
+ALWAYS = (
+    "llama",
+    "qwen2_moe",
+    "phimoe",
+    "mixtral",
+    "gemma2",
+    "opt",
+    "gpt_oss",
+    "deepseek_v3",
+    "jamba",
+    "bloom",
+    "whisper",
+)
 SEEN_ALWAYS = ("mistral3", "qwen3_vl")
 is_same_version = transformers.__version__ == TABLE["transformers"]
 

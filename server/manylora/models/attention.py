@@ -44,7 +44,6 @@ _HARMLESS = frozenset(
 # What those that are refused are called.
 _NAMES = {
     "position_bias": "a position bias",
-    "alibi": "a position bias (ALiBi)",
     "indices": "sparse attention (indices)",
     "topk_indices": "sparse attention (topk_indices)",
 }
@@ -60,7 +59,7 @@ def read_options(module: torch.nn.Module, head_dim: int, kwargs: dict[str, Any])
     scale = kwargs.pop("scaling", None)
     window = kwargs.pop("sliding_window", None)
     softcap = kwargs.pop("softcap", None)
-    sinks = kwargs.pop("s_aux", None)
+    sinks, slopes = kwargs.pop("s_aux", None), kwargs.pop("slopes", None)
     unknown = [k for k, v in kwargs.items() if k not in _HARMLESS and v is not None]
     if unknown:
         named = ", ".join(_NAMES.get(each, each) for each in unknown)
@@ -70,6 +69,7 @@ def read_options(module: torch.nn.Module, head_dim: int, kwargs: dict[str, Any])
         int(window or 0),
         float(softcap or 0),
         sinks=None if sinks is None else sinks.detach().float().contiguous(),
+        slopes=None if slopes is None else slopes.detach().float().contiguous(),
     )
 
 

@@ -21,7 +21,7 @@ from manylora.errors import ModelUnusable
 from manylora.kernels.batch import AttentionOptions
 from manylora.kernels.torch_attention import prefill
 from manylora.lora.format.reader import ModuleSpec
-from manylora.models import attention
+from manylora.models import attention, older
 from manylora.models.kv_cache import KVShape
 from manylora.models.masks import Reach, reach_of
 from manylora.models.modules import adaptable_modules, is_linear, is_plain
@@ -88,7 +88,7 @@ class _Surveyor:
         self._token_ids = torch.randint(0, vocab, (self._count,), generator=random).to(self._device)
         self._found = Survey()
         parameters = inspect.signature(model.forward).parameters
-        self._may_ignore_positions = "position_ids" not in parameters
+        self._may_ignore_positions = "position_ids" not in parameters and not older.is_older(model)
         self._past_name = "cache" if "cache" in parameters else "past_key_values"
         self._tolerance = SAME.get(model.dtype, SAME[torch.bfloat16])
 
@@ -201,9 +201,14 @@ def _attending(model: PreTrainedModel, recorder: "_Recorder", *, builds_mask: bo
     """Let the model attend through `recorder`, with every mask built."""
     name = f"manylora-survey-{next(_numbers)}"
     before = model.config._attn_implementation
-    attention.register(name, recorder.begin())
+    function = recorder.begin()
+    attention.register(name, function)
     if builds_mask:
         AttentionMaskInterface.register(name, _full_mask)
+    if older.is_older(model):
+        with older.adapted(model, function):
+            yield
+        return
     model.set_attn_implementation(name)
     try:
         yield

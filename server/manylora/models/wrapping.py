@@ -18,7 +18,7 @@ from manylora.kernels.interface import SiteGroup
 from manylora.kernels.matmul import BaseMatmul, dense
 from manylora.kernels.weights import WeightFormat
 from manylora.lora.format.reader import ModuleSpec
-from manylora.models import attention
+from manylora.models import attention, older
 from manylora.models.backends import Backend
 from manylora.models.experts import AdaptedExperts, AdaptedRouter, adaptable_experts, containers, is_router_served
 from manylora.models.kv_cache import KVCache
@@ -74,11 +74,13 @@ class WrappedModel:
 
     def attach_cache(self, cache: KVCache) -> None:
         """Attend over this cache from now on."""
-        name = f"manylora-{next(_numbers)}"
-        found = self.survey
+        name, found = f"manylora-{next(_numbers)}", self.survey
         function = attention.paged_attention_function(
             cache, self.context, found.options, found.places, self.backend.attention
         )
+        if older.is_older(self.model):
+            older.adapt(self.model, function)
+            return
         attention.register(name, function)
         self.model.set_attn_implementation(name)
 
