@@ -107,6 +107,31 @@ def test_no_room_is_not_told_where_a_pin_has_gone_meanwhile() -> None:
     setup.tiers.close()
 
 
+def test_no_room_is_not_told_where_a_pinned_one_is_about_to_be_deleted() -> None:
+    """It is in use still, and waited for."""
+    setup = Setup(slots=2)
+    setup.get(5)
+    setup.tiers.set_pinned(ref(5), True)
+    ask_till(setup, lambda _: bool(setup.tiers.gathered), 0, 1)
+    setup.settle()
+    assert not setup.tiers.forget(ref(5), 0)
+    assert ask(setup, 0, 1) is None
+    setup.tiers.release(ref(5))
+    assert setup.tiers.forget(ref(5), PATIENCE_S)
+    get(setup, 0, 1)
+    setup.tiers.close()
+
+
+def test_what_is_not_read_ahead_waits_for_nothing_but_a_place_at_once() -> None:
+    """Host memory has no room for it, so no load's end tells anybody to ask again."""
+    setup = Setup(slots=2, host_bytes=0)
+    setup.get(4)
+    setup.get(5)
+    assert ask(setup, 4, 1) is None
+    assert setup.tiers.gathered == ("id-4", "id-1")
+    setup.tiers.close()
+
+
 def test_one_that_waits_in_more_of_a_hurry_keeps_nobody_from_hearing_it() -> None:
     setup = Setup(slots=2)
     setup.tiers.set_pinned(ref(0), True)

@@ -121,12 +121,12 @@ class AdapterTiers:
             if gathering.is_of(entries):
                 gathering.end()
             return slots
-        if gathering.may_begin(entries, self._is_near):
-            gathering.begin(entries)
-            self._room_appeared()  # whoever was refused may hear now that there never is room for all
         for entry in entries:
             if not entry.is_resident:
                 self._want_for(entry, tenant)
+        if gathering.may_begin(entries, self._is_near):
+            gathering.begin(entries)
+            self._room_appeared()  # whoever was refused may hear now that there never is room for all
         return None
 
     def _is_near(self, e: Entry) -> bool:
@@ -250,7 +250,6 @@ class AdapterTiers:
             entry.unclaim()
             if not pinned:
                 self.give_up(ref)  # requests that wait for it ask again
-                self._gathering.reconsider()
             elif not entry.is_resident:
                 self._want(entry)
             else:
@@ -271,13 +270,13 @@ class AdapterTiers:
             entry.is_pinned = False
             entry.unclaim()
             self._leave_line(entry)
+            self._room_appeared()  # it was pinned perhaps
             if not self._idle.wait_for(lambda: not entry.users and not entry.is_loading, timeout_s):
                 return False
             self._leave_line(entry)  # which one who asked meanwhile has joined
             self._device.evict(entry)
             self._host.bequeath(ref, heir)
             self._entries.pop(ref.id, None)
-            self._gathering.reconsider()
             self._room_appeared()
             return True
 
@@ -370,6 +369,7 @@ class AdapterTiers:
 
     def _room_appeared(self) -> None:
         self._waiting.room_appeared()
+        self._gathering.reconsider()
         self._retry_waiting()
 
     def _refile(self, entry: Entry) -> None:
