@@ -11,9 +11,10 @@ PAGE = "clients.md"
 class Client:
     """What is installed, at which versions, and the heading on the page below which the lines stand that are run.
 
-    `is_quick` ones, which take seconds to install, are what CI tries. With `borrows_torch` the server's own torch is
-    linked in, since the one that the package would bring has gigabytes of CUDA with it; `alone` are packages that
-    insist on those and come without what they ask for, which is among `packages` as far as the client needs it.
+    `is_quick` ones take seconds to install, and no other test has them, so that CI tries them. With `borrows_torch`
+    the server's own torch is linked in, since the one that the package would bring has gigabytes of CUDA. `alone`
+    are packages that insist on those and come without what they ask for, which is among `packages` as far as the client
+    needs it.
     """
 
     name: str
@@ -38,7 +39,7 @@ apache-tvm-ffi==0.1.15.post2 llguidance==1.9.1
 """
 
 CLIENTS = (
-    Client("openai", "openai, Python", ("openai==3.57.0",), is_quick=True),
+    Client("openai", "openai, Python", ("openai==3.57.0",)),
     Client("openai-node", "openai, Node", ("openai@6.49.0",), is_node=True),
     Client("langchain", "LangChain", ("langchain-openai==1.7.4",)),
     Client(
@@ -48,7 +49,7 @@ CLIENTS = (
     ),
     Client("instructor", "instructor", ("instructor==1.17.0",)),
     Client("openai-agents", "openai-agents", ("openai-agents==0.24.0",)),
-    Client("anthropic", "anthropic", ("anthropic==2.14.0",), is_quick=True),
+    Client("anthropic", "anthropic", ("anthropic==2.14.0",)),
     Client("pydantic-ai", "pydantic-ai", ("pydantic-ai-slim[openai]==2.68.0",)),
     Client("litellm", "litellm", ("litellm==1.110.2",)),
     Client("litellm-proxy", "litellm's proxy", ("litellm[proxy]==1.108.7",)),
