@@ -136,7 +136,7 @@ def test_hostile_text_in_problems_stays_text(open_page: OpenPage, server: Server
 
 def test_hostile_names_and_errors_stay_text(open_page: OpenPage, server: Server) -> None:
     """A registry that let such names in, or another program behind the same address."""
-    visit = open_page()
+    visit = open_page(permissions=["clipboard-read", "clipboard-write"])
     page = visit.page
 
     def poisoned(name: str, change: Callable[[dict[str, Any]], None]) -> None:
@@ -164,6 +164,9 @@ def test_hostile_names_and_errors_stay_text(open_page: OpenPage, server: Server)
     expect(page.locator("#errors .message")).to_have_text(HOSTILE)
     expect(page.locator("#model")).to_have_text(HOSTILE)
     expect(page.locator(".slot").first).to_contain_text(HOSTILE)
+    page.locator("#errors .request").click()
+    expect(page.locator(".toast")).to_contain_text("id is copied")
+    assert page.evaluate("navigator.clipboard.readText()") == HOSTILE
     assert page.locator("img").count() == 0
     assert page.title() == "manylora"
 

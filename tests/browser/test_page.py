@@ -293,3 +293,31 @@ def test_what_was_done_is_told_above_the_drawer(open_page: OpenPage) -> None:
     assert page.locator("#toasts").evaluate("(e) => e.matches(':popover-open')")
     drawer.get_by_role("button", name="Unpin").click()
     expect(drawer.get_by_role("button", name="Pin", exact=True)).to_be_visible()
+
+
+def test_numbers_without_news_say_how_old_they_are(open_page: OpenPage) -> None:
+    page = open_page().page
+    health = page.locator("#health-text")
+    expect(health).to_contain_text("Ready")
+    page.route("**/v1/stats*", lambda _: None)  # never answered
+    expect(health).to_contain_text("No news for ")
+    expect(page.locator("#health-dot")).to_have_attribute("data-state", "warn")
+    page.unroute("**/v1/stats*")
+    page.reload()
+    expect(health).to_contain_text("Ready")
+
+
+def test_an_adapter_has_an_address_that_can_be_sent(open_page: OpenPage) -> None:
+    page = open_page().page
+    drawer = drawer_of(page, "support-de")
+    page.wait_for_url("**/dashboard#adapters/public/support-de")
+    drawer.get_by_role("button", name="Close").click()
+    page.wait_for_url("**/dashboard")
+    page.goto(f"{page.url}#adapters/public/support-de")
+    expect(drawer.locator("h2")).to_have_text("support-de")
+    page.reload()
+    expect(drawer.locator("h2")).to_have_text("support-de")
+    drawer.get_by_role("button", name="Close").click()
+    page.get_by_role("navigation", name="Sections").get_by_role("link", name="Try it").click()
+    page.wait_for_url("**/dashboard#try")
+    expect(page.locator("#try-prompt")).to_be_in_viewport()

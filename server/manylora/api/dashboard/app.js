@@ -14,6 +14,7 @@ import { Uploader } from "./upload.js";
 
 const POLL_MS = 1000;
 const LIST_MS = 10_000;
+const STALE_MS = 3000; // without news, from when on the page says how old its numbers are
 const PATIENCE = 3; // failed polls before the page calls the server unreachable
 
 const session = new Session(() => onWho());
@@ -35,6 +36,8 @@ let failures = 0;
 let hasTimeline = false;
 let isRefused = false;
 let listedAt = -Infinity;
+let heardAt = null; // when the newest numbers came
+let isFirst = true;
 
 function health(state, text) {
   byId("health-dot").dataset.state = state;
@@ -51,6 +54,7 @@ function onWho() {
 }
 
 function show(stats) {
+  heardAt = performance.now();
   const { server } = stats;
   const state = server.is_draining ? "warn" : server.is_ready ? "good" : "wait";
   health(state, `${server.is_draining ? "Draining" : server.is_ready ? "Ready" : "Starting"}, up ${duration(stats.uptime_s)}`);
@@ -75,6 +79,8 @@ async function loadAdapters() {
     if (isAnswer(error)) toast(error.message, "bad");
     return; // without an answer: the next poll tells whether the server is gone
   }
+  if (isFirst) detail.openAddressed();
+  isFirst = false;
   tryIt.setNames(table.usable((tenant) => session.mayUse(tenant)));
 }
 
@@ -117,6 +123,13 @@ async function ask() {
   }
 }
 
+/** A number that is not of now says so. */
+function watch() {
+  if (heardAt === null || isRefused || document.hidden) return;
+  const age = performance.now() - heardAt;
+  if (age > STALE_MS && failures < PATIENCE) health("warn", `No news for ${Math.round(age / 1000)} s`);
+}
+
 function soon(delay) {
   clearTimeout(timer);
   timer = setTimeout(poll, delay);
@@ -148,6 +161,8 @@ function themes() {
 }
 
 themes();
+setInterval(watch, POLL_MS);
+addEventListener("hashchange", () => detail.openAddressed());
 document.addEventListener("visibilitychange", () => {
   hasTimeline = false; // the minutes in the background were not polled: ask for them
   soon(0);

@@ -25,6 +25,7 @@ export class Detail {
     this.adapter = null;
     this.versions = new Map(); // by number: those that were fetched so far
     this.unfolded = null; // what is shown below a version: {button, place, shown}
+    this.dialog.addEventListener("close", () => history.replaceState(null, "", location.pathname + location.search));
     this.dialog.addEventListener("click", (event) => {
       if (event.target === this.dialog) this.dialog.close();
     });
@@ -40,7 +41,14 @@ export class Detail {
       this.versions = new Map(this.adapter.versions.map((version) => [version.version, version]));
       this.draw();
       if (!this.dialog.open) this.dialog.showModal();
+      history.replaceState(null, "", `#adapters/${encodeURIComponent(this.adapter.tenant)}/${encodeURIComponent(this.adapter.name)}`);
     });
+  }
+
+  /** Open the adapter that the page's address names, if it names one. */
+  async openAddressed() {
+    const [, tenant, name] = /^#adapters\/([^/]+)\/([^/]+)$/.exec(location.hash) ?? [];
+    if (name) await this.open({ tenant: decodeURIComponent(tenant), name: decodeURIComponent(name) });
   }
 
   /** Show the versions before those that are shown, too. */

@@ -60,6 +60,16 @@ export function toast(text, kind = "good", action = null) {
   setTimeout(remove, action ? 20000 : kind === "bad" ? 9000 : 5000);
 }
 
+/** Put a text on the clipboard and say so. */
+export async function copy(text, done) {
+  try {
+    await navigator.clipboard.writeText(text);
+    toast(done);
+  } catch {
+    toast("The browser lets this page copy only over https or on localhost.", "bad");
+  }
+}
+
 /** Resolves to true when the person confirms. Escape and "Cancel" are no. */
 export function confirmed(title, text, action) {
   const dialog = byId("confirm-dialog");

@@ -1,6 +1,6 @@
 // The tiles on top, the meters, the list of errors.
 
-import { byId, h, setText } from "./dom.js";
+import { byId, copy, h, setText } from "./dom.js";
 import { ago, bytes, clock, count, ms, msParts, percent, rate } from "./format.js";
 
 function tile(label) {
@@ -105,6 +105,6 @@ export function showErrors(errors, now) {
     h("code", { class: "code" }, error.code || "error"),
     h("span", { class: "subject" }, [error.tenant, error.adapter ?? "base"].filter(Boolean).join(" · ")),
     h("span", { class: "message" }, error.message),
-    h("code", { class: "request" }, error.request_id),
+    h("button", { type: "button", class: "quiet request", title: "Copy the request's id, which log lines have too", onclick: () => copy(error.request_id, "The request's id is copied.") }, error.request_id),
   )));
 }

@@ -2,7 +2,7 @@
 
 import { getJson } from "./api.js";
 import { exampleList } from "./card.js";
-import { byId, h, setText, toast } from "./dom.js";
+import { byId, copy, h, setText } from "./dom.js";
 import { Pane } from "./pane.js";
 import { asCurl, asPython } from "./snippets.js";
 
@@ -150,12 +150,7 @@ export class TryIt {
     const model = this.adapter.value.trim() || this.base;
     const [path, { stream_options: _, ...body }] = this.request(model, this.left.turns);
     const text = kind === "curl" ? asCurl(path, { ...body, stream: false }, !this.session.you?.is_open) : asPython(path, body);
-    try {
-      await navigator.clipboard.writeText(text);
-      toast(`Copied as ${kind}, without the key.`);
-    } catch {
-      toast("The browser lets this page copy only over https or on localhost.", "bad");
-    }
+    await copy(text, `Copied as ${kind}, without the key.`);
   }
 
   async run() {
