@@ -337,7 +337,7 @@ def test_who_takes_no_text_part_names_a_model_with_eyes(tmp_path: Path, kind: An
 
     with pytest.raises(ModelUnusable, match=f"{name}, a vision-language model"):
         read_config(tmp_path)
-    assert read_config(tmp_path, may_see=True).model_type == kind.model_type
+    assert read_config(tmp_path, to_serve=True).model_type == kind.model_type
 
 
 def test_an_unknown_architecture_is_named(folder: Path) -> None:

@@ -47,19 +47,22 @@ _TOKENIZERS = (
     "spiece.model",
     "tekken.json",
 )
+_UNPACKED = "mxfp4"  # gpt-oss as it is published
+_PACKED = re.compile(r"_(blocks|scales)$")  # two numbers of 4 bits in a byte, and the exponents of 32 at a time
 _SHOWN = 4  # names listed in one message
 _NUMBERS = frozenset({"BF16", "F16", "F32", "F64"})
 _OLD_BUFFER = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids|(attn|attention)\.(masked_bias|causal_mask))$")
 _OLD_MASK = re.compile(r"(^|\.)(attn|attention)\.bias$")
 
 
-def read_config(folder: Path, *, may_see: bool = False) -> "PretrainedConfig":
-    """The config of a causal language model, with `may_see` also of one that is a vision-language model's text part.
+def read_config(folder: Path, *, to_serve: bool = False) -> "PretrainedConfig":
+    """The config of a causal language model. Raises ModelUnusable for anything else.
 
-    Raises ModelUnusable for anything else.
+    With `to_serve` also of what is served and cannot be written again as it is: a vision-language model, of which the
+    text part is, and one with experts in MXFP4, which loading unpacks.
     """
-    config = _read(folder)
-    if not (may_see and _is_vision_language(config)):
+    config = _read(folder, may_unpack=to_serve)
+    if not (to_serve and _is_vision_language(config)):
         _require_causal(folder, config)
     return config
 
@@ -87,11 +90,11 @@ def read_encoder_config(folder: Path) -> "PretrainedConfig":
     return _read(folder)
 
 
-def _read(folder: Path) -> "PretrainedConfig":
+def _read(folder: Path, *, may_unpack: bool = False) -> "PretrainedConfig":
     import transformers
 
     raw = config_json(folder)
-    _refuse_others(folder, raw)
+    _refuse_others(folder, raw, may_unpack=may_unpack)
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a class of config checks its own values, and raises what it likes
@@ -101,6 +104,8 @@ def _read(folder: Path) -> "PretrainedConfig":
                 "and code shipped with a model is never run. Choose another model, or a newer transformers."
             ) from error
         raise ModelUnusable(f"{folder / 'config.json'} is not usable: {error}") from error
+    if isinstance(quantized := raw.get("quantization_config"), dict):
+        config.quantization_config = {**quantized, "dequantize": True}
     return config
 
 
@@ -124,11 +129,11 @@ def config_json(folder: Path) -> dict[str, Any]:
     return raw
 
 
-def _refuse_others(folder: Path, raw: dict[str, Any]) -> None:
+def _refuse_others(folder: Path, raw: dict[str, Any], *, may_unpack: bool) -> None:
     if raw.get("is_encoder_decoder"):
         raise ModelUnusable(f"{folder} holds an encoder-decoder model. Only decoder-only language models are served.")
     quantized = raw.get("quantization_config")
-    if isinstance(quantized, dict):
+    if isinstance(quantized, dict) and not (may_unpack and quantized.get("quant_method") == _UNPACKED):
         method = quantized.get("quant_method", "an unnamed method")
         raise ModelUnusable(
             f"{folder} is quantised with {method}, which is not supported. Give the unquantised checkpoint."
@@ -254,7 +259,10 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 def num_parameters(folder: Path) -> int:
     """Numbers in the checkpoint's tensors, from the files' headers. Raises ModelUnusable."""
-    return sum(prod(tensor.shape) for tensor in stored_tensors(folder).values())
+    return sum(
+        prod(tensor.shape) * (2 if tensor.dtype == "U8" and name.endswith("_blocks") else 1)
+        for name, tensor in stored_tensors(folder).items()
+    )
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
@@ -272,7 +280,8 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
 def load_model(folder: Path, config: "PretrainedConfig", dtype: "torch.dtype") -> "PreTrainedModel":
     """The model on the CPU, every weight from the files; of one that also sees, the text part. Raises ModelUnusable."""
     stored = stored_tensors(folder)
-    refuse_coded(folder, stored)
+    is_unpacked = getattr(config, "quantization_config", None) is not None
+    refuse_coded(folder, {name: each for name, each in stored.items() if not (is_unpacked and _PACKED.search(name))})
     model, info = from_folder(auto_class(config), folder, config, dtype)
     # transformers fills what the files lack with random numbers and goes on.
     if missing := sorted(str(name) for name in info["missing_keys"]):

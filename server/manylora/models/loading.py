@@ -98,7 +98,7 @@ def load_base(settings: "Settings") -> LoadedBase:
     """Find, check and load the base model. Raises ModelUnusable, NotEnoughMemory or InvalidSettings."""
     backend = backends.choose(settings)
     folder = resolve_model(settings.model)
-    config = checkpoint.read_config(folder, may_see=True)
+    config = checkpoint.read_config(folder, to_serve=True)
     dtype = backends.select_dtype(settings.dtype, backend.device, getattr(config, "dtype", None))
     check_memory(folder, dtype, backend.device)
     tokenizer = checkpoint.load_tokenizer(folder)

@@ -21,7 +21,7 @@ def modules_of(model: str | None) -> Mapping[str, ModuleSpec]:
     folder = resolve_model(model)
     if is_encoder(folder):
         return offered_modules(folder)
-    config = checkpoint.read_config(folder, may_see=True)
+    config = checkpoint.read_config(folder, to_serve=True)
     try:
         with torch.device("meta"):
             base = checkpoint.auto_class(config).from_config(config)
