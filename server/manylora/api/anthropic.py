@@ -255,7 +255,11 @@ def _thinking(thinking: Thinking | None, effort: str | None, given: dict[str, An
         raise InvalidRequest("'thinking.display' does not go with the type 'disabled'.", param="thinking.display")
     variables = given.get("chat_template_kwargs")
     if variables is None or isinstance(variables, dict):
-        given["chat_template_kwargs"] = {"enable_thinking": is_on, **(variables or {})}
+        told_so = (variables or {}).get("enable_thinking", is_on)
+        if told_so is not is_on:
+            where = "chat_template_kwargs.enable_thinking"
+            raise InvalidRequest(f"'{where}' and 'thinking' differ. Send one.", param=where)
+        given["chat_template_kwargs"] = {**(variables or {}), "enable_thinking": is_on}
     # Each of the two is the most that is asked for.
     efforts = [each for each in (effort, thinking.effort) if each is not None]
     told["reasoning_effort"] = min(efforts, key=_ORDER.index, default=None)
