@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
         "lifecycle.parameters",
         "lifecycle.train.config",
     },
-    "jobs": {"jobs", "catalog", "client", "database", "tenants", "lifecycle", "models.offered"},
+    "jobs": {"jobs", "catalog", "client", "database", "tenants", "usage", "lifecycle", "models.offered"},
     "tenants": {"tenants", "database"},
     "catalog": {"catalog", "database", "usage", "tenants.limits", "engine.interface", "lora"},
     "usage": {"usage", "database", "lora.memory.occupancy"},

@@ -91,6 +91,9 @@ def test_rows_go_in_and_a_version_that_is_better_comes_out(
         for row in rows[::7]
     ]
     assert answered == [row["label"] for row in rows[::7]]
+    (used,) = [row for row in server.client.get("/v1/usage").json()["data"] if row["adapter"] == "words"]
+    assert used["training_tokens"] == job.trained_tokens
+    assert used["training_seconds"] > 0
     promotion = job.model_dump()["manylora"]["promotion"]
     assert promotion["promoted"]
     assert "words@1 was promoted: accuracy gain" in promotion["said"]

@@ -13,9 +13,11 @@ from manylora.errors import Conflict, NotFound, QuotaExceeded
 from manylora.identity import SERVER
 from manylora.jobs.board import Board, NewJob
 from manylora.jobs.order import Order
-from manylora.jobs.queue import Claim, Failure, JobQueue
+from manylora.jobs.queue import Claim, Failure, JobQueue, Spent
 from manylora.jobs.records import Job, NewEvent
 from manylora.tenants.limits import TenantStore
+from manylora.usage.period import Period
+from manylora.usage.report import make_report
 
 FACTS = {"num_rows": 4, "shape": "completion", "labels": []}
 
@@ -176,6 +178,36 @@ def test_quotas_of_jobs(database: Database, queue: JobQueue) -> None:
     submit(database)
     queue.fail(first, Failure("x", "y"))
     assert claimed(queue).job.tenant == "acme"
+
+
+def test_tokens_are_counted_once_and_bounded_by_the_day(database: Database, queue: JobQueue, board: Board) -> None:
+    TenantStore(database).change("acme", training_tokens_per_day=1000)
+    first, second, third = [submit(database) for _ in range(3)]
+    claim = claimed(queue)
+    assert queue.plan(claim, 600)
+    queue.renew(claim, spent=Spent(200, 5_000_000))
+    queue.renew(claim, spent=Spent(200, 5_000_000))
+    run_out(database)
+    again = claimed(queue, "w2")
+    assert queue.renew(claim, spent=Spent(400, 9_000_000)) == "lost"
+    queue.renew(again, spent=Spent(100, 2_000_000))  # from a checkpoint
+    queue.renew(again, spent=Spent(300, 7_000_000))
+    assert again.job.id == first.id
+
+    other = claimed(queue)
+    assert not queue.plan(other, 500), "600 are planned, of which 300 are learnt"
+    failed = board.get("acme", second.id)
+    assert (other.job.id, failed.status, failed.error["code"]) == (second.id, "failed", "quota_exceeded")
+    assert "needs 500 training tokens" in failed.error["message"]
+    assert "has 400 of 1000 left" in failed.error["message"]
+    fits = claimed(queue)
+    assert (fits.job.id, queue.plan(fits, 400)) == (third.id, True)
+    queue.renew(fits, spent=Spent(400, 1_000_000))
+
+    made = make_report(database, Period(None, None), ("tenant",), tenant=None, now_us=0)
+    assert (made.total.training_tokens, made.total.training_us) == (700, 8_000_000)
+    assert [names for names, _ in made.lines] == [{"tenant": "acme"}]
+    assert make_report(database, Period(None, None), (), tenant="x", now_us=0).total.training_tokens == 0
 
 
 def test_workers_come_and_go(database: Database, queue: JobQueue) -> None:

@@ -43,6 +43,7 @@ class TenantBody(Body):
     max_file_bytes: _Quota | None = None
     max_jobs_queued: _Quota | None = None
     max_jobs_running: _Quota | None = None
+    training_tokens_per_day: _Quota | None = None
 
     @model_validator(mode="after")
     def _says_something(self) -> "TenantBody":

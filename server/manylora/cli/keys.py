@@ -201,6 +201,7 @@ def set_limits(
     max_file_bytes: Annotated[str | None, _limit("Bytes of data to learn from.", "SIZE|none")] = None,
     max_jobs_queued: Annotated[str | None, _limit("Fine-tuning jobs that wait.")] = None,
     max_jobs_running: Annotated[str | None, _limit("Fine-tuning jobs that run at once.")] = None,
+    training_tokens_per_day: Annotated[str | None, _limit("Tokens that jobs learn from in 24 hours.")] = None,
     data_dir: DataDir = None,
     database_url: DatabaseUrl = None,
     as_json: AsJson = False,
@@ -219,6 +220,7 @@ def set_limits(
         "max_file_bytes": max_file_bytes,
         "max_jobs_queued": max_jobs_queued,
         "max_jobs_running": max_jobs_running,
+        "training_tokens_per_day": training_tokens_per_day,
     }.items():
         if text is not None:
             given[name] = _parsed(name, text)

@@ -12,6 +12,7 @@ _GROUPS: Final = ("day", "tenant", "adapter", "adapter_tenant")
 _OUTCOMES: Final = ("ok", "cancelled", "invalid", "rejected", "error")
 _SUMS: Final = (
     "prompt_tokens", "completion_tokens", "cached_tokens", "slot_seconds", "stored_bytes", "stored_byte_hours",
+    "training_tokens", "training_seconds",
 )  # fmt: skip
 
 
@@ -70,7 +71,9 @@ def _write_csv(answer: dict[str, Any]) -> None:
     writer.writerow([*groups, "requests", *(f"requests_{name}" for name in _OUTCOMES), *_SUMS])
     for row in answer["data"]:
         outcomes = [row["outcomes"].get(name, 0) for name in _OUTCOMES]
-        writer.writerow([*(row[name] for name in groups), row["requests"], *outcomes, *(row[name] for name in _SUMS)])
+        writer.writerow(
+            [*(row[name] for name in groups), row["requests"], *outcomes, *(row.get(name, 0) for name in _SUMS)]
+        )
 
 
 def _show(answer: dict[str, Any]) -> None:

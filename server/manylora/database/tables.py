@@ -202,6 +202,7 @@ class TenantRow(Base):
     max_file_bytes: Mapped[int | None]
     max_jobs_queued: Mapped[int | None]
     max_jobs_running: Mapped[int | None]
+    training_tokens_per_day: Mapped[int | None]
     revision: Mapped[int] = mapped_column(server_default="0")
 
 
@@ -284,6 +285,18 @@ class UsageRow(Base):
     prompt_tokens: Mapped[int]
     completion_tokens: Mapped[int]
     cached_tokens: Mapped[int]
+
+
+class TrainingUsageRow(Base):
+    """What trainings of one tenant's adapter learnt from and took within one quarter of an hour."""
+
+    __tablename__ = "training_usage"
+
+    quarter: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    tenant: Mapped[str] = mapped_column(primary_key=True)
+    adapter: Mapped[str] = mapped_column(primary_key=True)
+    tokens: Mapped[int]
+    microseconds: Mapped[int]
 
 
 class SlotTimeRow(Base):
@@ -383,6 +396,10 @@ class JobRow(Base):
     wants_pause: Mapped[bool]
     checkpoint: Mapped[str]
     step: Mapped[int]
+    # All that it will learn from, once that is known, and what of that was counted in `training_usage`.
+    planned_tokens: Mapped[int] = mapped_column(server_default="0", default=0)
+    tokens: Mapped[int] = mapped_column(server_default="0", default=0)
+    microseconds: Mapped[int] = mapped_column(server_default="0", default=0)
     estimated_finish: Mapped[int | None]
     result: Mapped[dict[str, Any]]
     error: Mapped[dict[str, Any]]

@@ -86,7 +86,10 @@ def _report(messages: TextIO, event: Progress) -> None:
     if event.stage == "checkpoint":
         _tell(messages, kind="checkpoint")
     elif event.stage == "train":
-        _tell(messages, kind="step", step=event.done, total=event.total, values=event.values)
+        spent = {"tokens": event.tokens, "seconds": event.seconds}
+        _tell(messages, kind="step", step=event.done, total=event.total, values=event.values, **spent)
+    elif event.stage == "plan":
+        _tell(messages, kind="plan", tokens=int(event.values["tokens"]))
     elif event.message:
         _tell(messages, kind="message", is_warning=event.stage == "warning", message=event.message)
 

@@ -13,13 +13,14 @@ from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 
 from manylora.database.database import Database
-from manylora.database.tables import MICROSECONDS, JobRow, WorkerRow
+from manylora.database.tables import MICROSECONDS, JobRow, TenantRow, WorkerRow
 from manylora.errors import Conflict
 from manylora.jobs.board import WORKER_GONE_US
 from manylora.jobs.records import LIVE, Job, NewEvent, Status, add_event, job, now_in
 from manylora.tenants.limits import limits_in
+from manylora.usage.training import add_training, tokens_of_a_day
 
-__all__ = ["LEASE_S", "Claim", "Failure", "JobQueue", "Standing"]
+__all__ = ["LEASE_S", "NOTHING", "Claim", "Failure", "JobQueue", "Spent", "Standing"]
 
 LEASE_S: Final = 60.0
 _LEASE_US: Final = int(LEASE_S) * MICROSECONDS
@@ -43,6 +44,17 @@ class Claim:
     def remains(self) -> str:
         """How the names begin, in the store, of what this run writes on its way."""
         return f"{self.job.place}/{self.job.run}"
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What a job has taken by now, what it did in runs before included: tokens learnt from, and microseconds."""
+
+    tokens: int
+    microseconds: int
+
+
+NOTHING: Final = Spent(0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +126,7 @@ class JobQueue:
         *,
         step: int | None = None,
         remaining_s: float | None = None,
+        spent: Spent = NOTHING,
     ) -> Standing:
         """Have the job for longer, and tell what happened; nothing is written where it was lost.
 
@@ -130,9 +143,36 @@ class JobQueue:
                 if new.step is None or new.step > row.step:
                     add_event(session, row.id, now, new)
             row.step = max(row.step, step or 0)
+            _count(session, row, now, spent)
             if remaining_s is not None:
                 row.estimated_finish = now + int(remaining_s * MICROSECONDS)
             return standing
+
+    def plan(self, claim: Claim, tokens: int) -> bool:
+        """So many tokens the job will learn from; False where it was lost, or has failed for want of quota.
+
+        Each token counts once for a day, that of a job under way as if it had been learnt from already.
+        """
+        with self._database.write(None) as session:
+            row = _mine(session, claim)
+            if row is None:
+                return False
+            session.execute(select(TenantRow.name).where(TenantRow.name == row.tenant).with_for_update())
+            now, most = now_in(session), limits_in(session, row.tenant).training_tokens_per_day
+            others = (JobRow.tenant == row.tenant) & (JobRow.status == "running") & (JobRow.id != row.id)
+            open_tokens = func.coalesce(func.sum(JobRow.planned_tokens - JobRow.tokens), 0)
+            taken = tokens_of_a_day(session, row.tenant, now)
+            taken += int(session.execute(select(open_tokens).where(others)).scalar_one())
+            needed = tokens - row.tokens
+            if most is not None and taken + needed > most:
+                message = (
+                    f"The job needs {needed} training tokens, and the tenant '{row.tenant}' has {max(0, most - taken)} "
+                    f"of {most} left for these 24 hours. Submit it again later, or with fewer rows or epochs."
+                )
+                _fail(session, row, now, Failure("quota_exceeded", message))
+                return False
+            row.planned_tokens = tokens
+            return True
 
     def checkpoint(self, claim: Claim, name: str) -> bool:
         """From now on whoever takes the job up begins with this file of the store; False where it was lost."""
@@ -288,6 +328,14 @@ def _standing(row: JobRow | None, claim: Claim) -> Standing:
     if row is None or row.worker != claim.worker or row.run != claim.job.run:
         return "lost"
     return "pause" if row.wants_pause else "mine"
+
+
+def _count(session: Session, row: JobRow, now: int, spent: Spent) -> None:
+    """Put on the bill what was not on it: steps that a run did again after a checkpoint are."""
+    tokens, microseconds = max(row.tokens, spent.tokens), max(row.microseconds, spent.microseconds)
+    name = row.request["name"]
+    add_training(session, row.tenant, name, now, tokens - row.tokens, microseconds - row.microseconds)
+    row.tokens, row.microseconds = tokens, microseconds
 
 
 def _free(row: JobRow, status: str) -> None:

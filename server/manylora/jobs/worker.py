@@ -22,12 +22,13 @@ from typing import Any, Final
 from manylora.catalog.files import FolderLock
 from manylora.catalog.store import Store
 from manylora.database.database import Database
+from manylora.database.tables import MICROSECONDS
 from manylora.errors import ManyloraError, NotFound, StartupError, Unavailable
 from manylora.files import remove_tree
 from manylora.identity import ADAPTER_FILES
 from manylora.jobs.files import fetch_file, find_file
 from manylora.jobs.order import ORDER_FILE, REPORT_FILE
-from manylora.jobs.queue import LEASE_S, Claim, Failure, JobQueue
+from manylora.jobs.queue import LEASE_S, NOTHING, Claim, Failure, JobQueue, Spent
 from manylora.jobs.records import NewEvent, data_file
 from manylora.lifecycle.output import checkpoint_path, report_folder
 from manylora.lifecycle.parameters import renamed
@@ -182,6 +183,8 @@ class _News:
     events: list[NewEvent] = field(default_factory=list)
     step: int | None = None
     remaining_s: float | None = None
+    spent: Spent = NOTHING
+    planned_tokens: int | None = None
     has_checkpoint: bool = False
     last: dict[str, Any] | None = None
 
@@ -235,6 +238,10 @@ class _Run:
     def _goes_on(self, stop: threading.Event) -> bool:
         """Pass on what was said meanwhile, and what is wished; False where the job was lost."""
         self._take(_TICK_S)
+        if self._news.planned_tokens is not None:
+            planned, self._news.planned_tokens = self._news.planned_tokens, None
+            if not self._jobs.plan(self._claim, planned):
+                return False
         is_due = time.monotonic() - self._renewed > _RENEW_S
         standing = self._renew() if self._news.events or is_due else self._jobs.standing(self._claim)
         if standing == "lost":
@@ -268,6 +275,8 @@ class _Run:
         elif kind == "message":
             text = renamed(message["message"], _NAMES)
             self._news.events.append(NewEvent(text, level="warn" if message["is_warning"] else "info"))
+        elif kind == "plan":
+            self._news.planned_tokens = message["tokens"]
         elif kind == "checkpoint":
             self._news.has_checkpoint = True
         else:
@@ -276,6 +285,7 @@ class _Run:
     def _hear_step(self, message: dict[str, Any]) -> None:
         step, total, values = message["step"], message["total"], message["values"]
         self._news.step = step
+        self._news.spent = Spent(message["tokens"], int(message["seconds"] * MICROSECONDS))
         self._news.remaining_s = values.get("remaining_s", self._news.remaining_s)
         every = -(-total // _MOST_METRICS)
         if step % every and step != total:
@@ -289,7 +299,9 @@ class _Run:
 
     def _renew(self) -> str:
         news = self._news
-        standing = self._jobs.renew(self._claim, news.events, step=news.step, remaining_s=news.remaining_s)
+        standing = self._jobs.renew(
+            self._claim, news.events, step=news.step, remaining_s=news.remaining_s, spent=news.spent
+        )
         news.events = []
         self._renewed = time.monotonic()
         return standing

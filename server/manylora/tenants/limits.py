@@ -33,6 +33,7 @@ class TenantLimits:
     max_file_bytes: int | None = None
     max_jobs_queued: int | None = None
     max_jobs_running: int | None = None
+    training_tokens_per_day: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from sqlalchemy import BigInteger, Select, func, literal_column, select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from manylora.database.database import Database
-from manylora.database.tables import MICROSECONDS, SlotTimeRow, StoredRow, UsageRow
+from manylora.database.tables import MICROSECONDS, SlotTimeRow, StoredRow, TrainingUsageRow, UsageRow
 from manylora.errors import InvalidRequest
 from manylora.usage.period import DAY_S, Period, as_rfc3339
 
@@ -42,6 +42,8 @@ class UsageLine:
     slot_us: int = 0
     stored_bytes: int = 0
     byte_us: int = 0
+    training_tokens: int = 0
+    training_us: int = 0
     outcomes: dict[str, int] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
@@ -55,6 +57,8 @@ class UsageLine:
             "slot_seconds": self.slot_us / MICROSECONDS,
             "stored_bytes": self.stored_bytes,
             "stored_byte_hours": round(self.byte_us / _HOUR_US, 3),
+            "training_tokens": self.training_tokens,
+            "training_seconds": self.training_us / MICROSECONDS,
         }
 
 
@@ -120,6 +124,7 @@ def make_report(
         _add_requests(session, sums, period, tenant)
         _add_slot_time(session, sums, period, tenant)
         _add_stored(session, sums, period, tenant, now_us)
+        _add_training(session, sums, period, tenant)
     rest = sorted((item for item in sums.lines.items() if start is None or _order(item) > start), key=_order)
     page = rest[:limit]
     lines = [(_names(groups, key), line) for key, line in page]
@@ -212,6 +217,19 @@ def _add_slot_time(session: Session, sums: _Sums, period: Period, tenant: str | 
     for owner, adapter, number, microseconds in session.execute(query):
         for line in sums.both(owner, owner, adapter, number):
             line.slot_us += int(microseconds)
+
+
+def _add_training(session: Session, sums: _Sums, period: Period, tenant: str | None) -> None:
+    row = TrainingUsageRow
+    keys: Sequence[Any] = (row.tenant, row.adapter, row.quarter // _DAY)
+    summed = (func.sum(row.tokens), func.sum(row.microseconds))
+    query = _within(select(*keys, *summed).group_by(*keys), row.quarter, period)
+    if tenant is not None:
+        query = query.where(row.tenant == tenant)
+    for owner, adapter, number, tokens, microseconds in session.execute(query):
+        for line in sums.both(owner, owner, adapter, number):
+            line.training_tokens += int(tokens)
+            line.training_us += int(microseconds)
 
 
 def _add_stored(session: Session, sums: _Sums, period: Period, tenant: str | None, now_us: int) -> None:

@@ -75,6 +75,7 @@ def train(
     fingerprint = _fingerprint(config)
     if resume:
         load_checkpoint(checkpoint, trainer, fingerprint)
+    listen(trainer.progress("plan", values={"tokens": trainer.planned_tokens}))
     samples = Samples(config.sample, base, trainer, data, listen)
 
     def keep() -> None:

@@ -104,6 +104,16 @@ class Trainer:
         done = (step - warmup) / max(1, self.num_steps - warmup)
         return self.schedule.lr * 0.5 * (1 + math.cos(math.pi * done))
 
+    @property
+    def planned_tokens(self) -> int:
+        """What all steps learn from together, if none is left out."""
+        return self.schedule.epochs * self._tokens_per_epoch
+
+    def progress(self, stage: str, done: int = 0, total: int = 0, values: dict[str, float] | None = None) -> Progress:
+        """An event with what was taken so far."""
+        history = self.history
+        return Progress(stage, done, total, values=values or {}, tokens=history.num_tokens, seconds=history.seconds)
+
     def run(
         self,
         listen: Listener,
@@ -230,7 +240,7 @@ class Trainer:
         remaining = self._remaining_s()
         if remaining is not None:
             values["remaining_s"] = remaining
-        listen(Progress("train", self.history.step, self.num_steps, values=values))
+        listen(self.progress("train", self.history.step, self.num_steps, values))
         if remaining is not None and self.estimate is None:
             self.estimate = (self.history.step, self.history.seconds + remaining)
             sooner = "; early stopping may end it sooner" if self.schedule.early_stop else ""
