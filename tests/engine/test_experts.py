@@ -20,6 +20,7 @@ from manylora.lora.memory.packing import KeepAs
 from tests.engine.harness import available_kernels, build_rig, load
 from tests.engine.oracle import check_greedy, with_adapter
 from tests.engine.test_peft_kinds import LONGER, MOST, PROMPT, apart, logits_of, run
+from tests.models.front_door import try_model
 from tests.models.zoo import make_zoo_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft.*", "ignore::RuntimeWarning:peft.*")
@@ -121,6 +122,16 @@ def test_adapters_on_experts_answer_together_as_in_peft(kernel: str, mixture: tu
         tokens = rig.tokens(name)
         check_greedy(tuned, prompts[name], tokens[:10])
         assert tokens[:10] == tokens[10:], name
+
+
+def test_experts_with_biases_and_weights_the_other_way_round_are_adapted_as_in_peft(tmp_path: Path) -> None:
+    base = make_zoo_model("gpt_oss", tmp_path / "base")
+    names = ["experts.gate_up_proj", "experts.down_proj", "mlp.router.weight"]
+    made = make(base, tmp_path / "tuned", 3, target_modules=["v_proj"], target_parameters=names)
+
+    outcome = try_model(base, {"tuned": made})
+
+    assert outcome.kind == "served", outcome.detail
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 0.03), (torch.int8, 0.2)])

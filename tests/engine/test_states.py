@@ -7,16 +7,20 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import PromptTuningConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from manylora.engine.block_manager import BlockManager
 from manylora.engine.build import EngineBuilder
 from manylora.engine.pieces import Pieces
 from manylora.engine.scheduler import Scheduler
 from manylora.engine.sequence import Sequence
-from manylora.errors import NotEnoughMemory
+from manylora.errors import InvalidAdapter, NotEnoughMemory
+from manylora.lora.format.reader import read
 from manylora.models.loading import load_base
+from manylora.models.wrapping import wrap
 from tests.engine.faults import Faults
-from tests.engine.harness import Rig, available_kernels, build_rig, load
+from tests.engine.harness import TORCH, Rig, available_kernels, build_rig, load
 from tests.engine.oracle import check_greedy, with_adapter
 from tests.engine.plans import FakeSlots, request, step
 from tests.models.front_door import prompts, settings_for
@@ -132,6 +136,14 @@ def test_several_choices_and_a_second_request_find_no_state_of_others(rig: Rig) 
         assert rig.tokens("n", index) == rig.tokens("again", index)
     assert len({tuple(rig.tokens("n", index)) for index in range(3)}) > 1
     assert all(not output.delta.num_cached_tokens for output in rig.outputs["again/0"])
+
+
+def test_virtual_tokens_are_refused_where_a_state_has_seen_none(made: Made, tmp_path: Path) -> None:
+    base, _ = made
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, num_attention_heads=4)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path / "virtual")
+    with pytest.raises(InvalidAdapter, match="something else than keys and values"):
+        read(tmp_path / "virtual", wrap(load(base), TORCH).modules, max_rank=8, max_size=2**24)
 
 
 def test_states_that_take_more_than_the_cache_are_refused(tmp_path: Path) -> None:
