@@ -78,6 +78,7 @@ def test_rows_go_in_and_a_version_that_is_better_comes_out(
     assert [each.id for each in client.fine_tuning.jobs.list()] == [job.id]
     events = list(client.fine_tuning.jobs.list_events(job.id, limit=30))  # over several pages
     metrics = [event for event in reversed(events) if event.type == "metrics"]
+    assert not any(label in event.message for event in events for label in ("fruit", "tool")), "events quote no row"
     losses = [event.data["train_loss"] for event in metrics]  # type: ignore[index]
     assert [event.data["step"] for event in metrics] == list(range(1, 81))  # type: ignore[index]
     assert losses[-1] < losses[0] / 2

@@ -23,6 +23,8 @@ from manylora.lifecycle.train.training import Diverged
 __all__ = ["main"]
 
 _NICENESS: Final = 19
+# Stages whose messages hold numbers alone; those of others quote rows, and no event has any.
+_TOLD: Final = ("data", "estimate", "warning")
 _MOST_LIKELY_KILLED: Final = "1000"  # where memory is short, it is this process that the system ends
 
 
@@ -90,7 +92,7 @@ def _report(messages: TextIO, event: Progress) -> None:
         _tell(messages, kind="step", step=event.done, total=event.total, values=event.values, **spent)
     elif event.stage == "plan":
         _tell(messages, kind="plan", tokens=int(event.values["tokens"]))
-    elif event.message:
+    elif event.message and event.stage in _TOLD:
         _tell(messages, kind="message", is_warning=event.stage == "warning", message=event.message)
 
 

@@ -135,7 +135,7 @@ def checked_data(config: TrainConfig, listen: Listener) -> tuple[Dataset, Datase
     held_out = read_dataset(config.eval_data, reading=config.reading) if config.eval_data else None
     counts = label_counts(train_set)
     if counts:
-        listen(Progress("data", message=f"`data`: {counts}"))
+        listen(Progress("labels", message=f"`data`: {counts}"))
     for remark in remarks(train_set):
         listen(Progress("warning", message=f"`data`: {remark}"))
     if held_out is None:
