@@ -29,6 +29,7 @@ ROUTES: list[tuple[str, str, dict[str, Any]]] = [
     ("GET", "/v1/adapters/{}/versions/1", {}),
     ("GET", "/v1/adapters/{}/versions/1?tenant=acme", {}),
     ("GET", "/v1/adapters/{}/versions/1/download", {}),
+    ("GET", "/v1/adapters/{}/versions/1/card", {}),
     ("PATCH", "/v1/adapters/{}", {"json": {"active_version": 1}}),
     ("PATCH", "/v1/adapters/{}?tenant=acme", {"json": {"pinned": True}}),
     ("DELETE", "/v1/adapters/{}", {}),
