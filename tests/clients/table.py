@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-__all__ = ["CLIENTS", "LEFT_OUT", "PAGE", "Client"]
+__all__ = ["CLIENTS", "PAGE", "Client"]
 
 PAGE = "clients.md"
 
@@ -70,6 +70,3 @@ CLIENTS = (
     Client("guidellm", "guidellm", ("guidellm==0.8.1",), borrows_torch=True),
     Client("aiperf", "aiperf", ("aiperf==0.13.0",)),
 )
-
-LEFT_OUT: dict[str, str] = {}
-"""Clients that are not installed, and why."""
