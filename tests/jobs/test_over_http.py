@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from sqlalchemy import update
 
 from manylora.database.tables import FileRow, JobRow
 from manylora.jobs.files import DataFiles
+from manylora.jobs.judge import Judge
 from manylora.jobs.publisher import Publisher
 from manylora.jobs.queue import Claim, JobQueue
 from manylora.settings import Settings
@@ -347,6 +349,25 @@ async def test_files_expire_and_ended_jobs_leave_nothing_behind(rig: Rig, settin
     assert old not in {path.name for path in (store / "files").iterdir()}
     assert kept in {path.name for path in (store / "files").iterdir()}
     assert (await rig.call("GET", f"/v1/files/{kept}/content", "acme:manager")).content == lines(ROWS)
+
+
+async def test_a_file_outlives_its_time_while_a_job_needs_it(rig: Rig, tmp_path: Path) -> None:
+    file_id = await uploaded(rig)
+    fields: dict[str, Any] = {"suffix": "sums", "validation_file": file_id, "manylora": {"activate": "if_better"}}
+    job_id = (await submit(rig, file_id, **fields)).json()["id"]
+    with rig.catalog.database.write(None) as session:
+        session.execute(update(FileRow).values(expires=1))
+    await _sweep(rig)
+    assert (await rig.call("GET", f"/v1/files/{file_id}", "acme:manager")).status_code == 404
+    claim = await rig.catalog.database.run(partial(JobQueue(rig.catalog.database).claim, "w1", rig.catalog.base))
+    assert claim is not None
+    assert claim.job.id == job_id
+    claim = replace(claim, job=replace(claim.job, result={"label": "sums@1"}))
+    files = DataFiles(rig.catalog.database, rig.catalog.store, tmp_path / "other", max_bytes=1, kept_days=1.0)
+    judge = Judge(rig.catalog, rig.gate, files, tmp_path, address="http://127.0.0.1", model=None)
+    told = await judge._told(claim, tmp_path / "judged")
+    assert Path(told["data"]).read_bytes() == lines(ROWS)
+    await files.aclose()
 
 
 async def _sweep(rig: Rig) -> None:

@@ -90,8 +90,9 @@ def test_a_worker_is_killed_and_the_adapter_is_that_of_an_undisturbed_run(
     found = board.get("acme", job.id)
     assert (found.status, found.run) == ("running", 1)
     assert found.checkpoint
-    with opened.write(None) as session:  # as if a minute had gone by
+    with opened.write(None) as session:  # as if a minute had gone by, and with it the time of the file
         session.execute(update(JobRow).values(lease_until=0))
+        session.execute(update(FileRow).values(expires=1))
 
     assert ended(started(settings)) == 0
 

@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, Final
 
-from sqlalchemy import Select, func, or_, select, tuple_
-from sqlalchemy.orm import Session
+from sqlalchemy import Select, delete, func, or_, select, tuple_
+from sqlalchemy.orm import Session, defer
 
 from manylora.catalog.multipart import Form, read_form
 from manylora.catalog.store import Store
@@ -36,7 +36,7 @@ from manylora.files import clear_folder, remove_tree
 from manylora.jobs.records import FINE_TUNE, LIVE, RESULTS, DataFile, data_file, new_file_id, now_in
 from manylora.tenants.limits import limits_in
 
-__all__ = ["DataFiles", "find_file"]
+__all__ = ["DataFiles", "find_file", "find_needed_file"]
 
 MAX_FILENAME: Final = 255  # characters
 MIN_EXPIRY_S: Final = 3600
@@ -150,17 +150,29 @@ class DataFiles:
 
         return await self._database.run(found)
 
+    async def needed(self, tenant: str, file_id: str) -> DataFile:
+        """The tenant's file for a job that has not ended, be its time over or not. Raises NotFound."""
+
+        def found() -> DataFile:
+            with self._database.read() as session:
+                return data_file(find_needed_file(session, tenant, file_id))
+
+        return await self._database.run(found)
+
     async def page(
         self, tenant: str, *, purpose: str | None, limit: int, after: str | None, is_ascending: bool
     ) -> tuple[Sequence[DataFile], bool]:
-        """The tenant's files by time, behind `after`, and whether there are more. Raises InvalidRequest."""
+        """The tenant's files by time, behind `after`, and whether there are more. Raises InvalidRequest.
+
+        Of the facts, those that have a size of their own are left out: a page may be long.
+        """
 
         def found() -> tuple[Sequence[DataFile], bool]:
             with self._database.read() as session:
                 query = _page(session, tenant, after, is_ascending=is_ascending)
                 query = query if purpose is None else query.where(FileRow.purpose == purpose)
-                rows = session.execute(query.limit(limit + 1)).scalars().all()
-                return [data_file(row) for row in rows[:limit]], len(rows) > limit
+                rows = session.execute(query.limit(limit + 1)).all()
+                return [_listed(*row) for row in rows[:limit]], len(rows) > limit
 
         return await self._database.run(found)
 
@@ -181,7 +193,7 @@ class DataFiles:
     async def delete(self, tenant: str, file_id: str) -> None:
         """Raises NotFound, or Conflict while a job that has not ended needs it."""
 
-        def delete() -> None:
+        def remove() -> None:
             with self._database.write(None) as session:
                 row = find_file(session, tenant, file_id)
                 if session.execute(_jobs_with(file_id).limit(1)).first() is not None:
@@ -191,7 +203,7 @@ class DataFiles:
                 row.is_whole, row.created = False, 0
             self._remove([file_id])
 
-        await self._database.run(delete)
+        await self._database.run(remove)
 
     def sweep(self) -> None:
         """Remove what has expired and what a crash left, some at a time. Blocks."""
@@ -209,7 +221,7 @@ class DataFiles:
         for file_id in ids:
             self._store.erase(f"files/{file_id}")
             with self._database.write(None) as session:
-                session.delete(session.get_one(FileRow, file_id))
+                session.execute(delete(FileRow).where(FileRow.id == file_id))  # perhaps another has removed it, too
 
     @asynccontextmanager
     async def _folder(self) -> AsyncIterator[Path]:
@@ -273,11 +285,23 @@ class _DataForm(Form):
 
 
 def find_file(session: Session, tenant: str, file_id: str) -> FileRow:
-    """Raises NotFound: for another tenant's, too."""
-    row = session.get(FileRow, file_id)
-    if row is None or row.tenant != tenant or not row.is_whole or _is_over(row, now_in(session)):
-        raise NotFound(f"There is no file '{quoted(file_id)}'. GET /v1/files lists yours.")
+    """The tenant's file, while its time lasts. Raises NotFound: for another tenant's, too."""
+    row = find_needed_file(session, tenant, file_id)
+    if _is_over(row, now_in(session)):
+        raise _no_file(file_id)
     return row
+
+
+def find_needed_file(session: Session, tenant: str, file_id: str) -> FileRow:
+    """The tenant's file for a job that has not ended, which keeps it beyond its time. Raises NotFound."""
+    row = session.get(FileRow, file_id)
+    if row is None or row.tenant != tenant or not row.is_whole:
+        raise _no_file(file_id)
+    return row
+
+
+def _no_file(file_id: str) -> NotFound:
+    return NotFound(f"There is no file '{quoted(file_id)}'. GET /v1/files lists yours.")
 
 
 def make_whole(session: Session, file_id: str) -> FileRow:
@@ -303,10 +327,20 @@ def _is_over(row: FileRow, now: int) -> bool:
     return row.expires is not None and row.expires <= now
 
 
-def _page(session: Session, tenant: str, after: str | None, *, is_ascending: bool) -> Select[FileRow]:
+def _listed(row: FileRow, num_rows: int | None, shape: str | None) -> DataFile:
+    values = {name: getattr(row, name) for name in DataFile.__slots__ if name != "facts"}
+    return DataFile(**values, facts={"num_rows": num_rows, "shape": shape})
+
+
+def _page(
+    session: Session, tenant: str, after: str | None, *, is_ascending: bool
+) -> Select[FileRow, int | None, str | None]:
+    """A query for rows without their facts, and the two of these that are always small."""
     now = now_in(session)
     is_there = FileRow.is_whole & or_(FileRow.expires.is_(None), FileRow.expires > now)
-    query = select(FileRow).where(FileRow.tenant == tenant, is_there)
+    small = FileRow.facts["num_rows"].as_integer(), FileRow.facts["shape"].as_string()
+    query = select(FileRow, *small).options(defer(FileRow.facts, raiseload=True))
+    query = query.where(FileRow.tenant == tenant, is_there)
     place = tuple_(FileRow.created, FileRow.id)
     if after is not None:
         start = session.get(FileRow, after)

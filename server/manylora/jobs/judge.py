@@ -87,7 +87,7 @@ class Judge:
     async def _told(self, claim: Claim, folder: Path) -> dict[str, Any]:
         """What the process is told, but for the key; the rows go into the folder. Raises NotFound without them."""
         job, order = claim.job, claim.job.request["order"]
-        file = await self._files.get(job.tenant, str(job.validation_file))
+        file = await self._files.needed(job.tenant, str(job.validation_file))
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         data = folder / f"valid{file.suffix}"
         data.unlink(missing_ok=True)

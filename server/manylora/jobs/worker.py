@@ -26,7 +26,7 @@ from manylora.database.tables import MICROSECONDS
 from manylora.errors import ManyloraError, NotFound, StartupError, Unavailable
 from manylora.files import remove_tree
 from manylora.identity import ADAPTER_FILES
-from manylora.jobs.files import fetch_file, find_file
+from manylora.jobs.files import fetch_file, find_needed_file
 from manylora.jobs.order import ORDER_FILE, REPORT_FILE
 from manylora.jobs.queue import LEASE_S, NOTHING, Claim, Failure, JobQueue, Spent
 from manylora.jobs.records import NewEvent, data_file
@@ -153,7 +153,7 @@ class Worker:
         for file_id, name in ((job.training_file, "train"), (job.validation_file, "valid")):
             if file_id is not None:
                 with self._database.read() as session:
-                    file = data_file(find_file(session, job.tenant, file_id))
+                    file = data_file(find_needed_file(session, job.tenant, file_id))
                 fetch_file(self._store, file, folder / f"{name}{file.suffix}")
         told = {
             "order": job.request["order"], "base": self._place.model, "title": job.request["name"],

@@ -15,6 +15,7 @@ from manylora.lifecycle.data.rows import Example, Message, RowFault, Shape, exam
 __all__ = ["Dataset", "Example", "Facts", "Message", "Reading", "Shape", "examine", "read_dataset"]
 
 MAX_LABELS_TOLD: Final = 1000
+MAX_LABEL_CHARS_TOLD: Final = 65_536  # of all labels together
 _SHOWN: Final = 10
 
 
@@ -53,7 +54,11 @@ def read_dataset(path: Path, *, min_labels: int = 1, reading: Reading = AS_IT_IS
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a sound file holds. `labels` is sorted and None where there are more than `MAX_LABELS_TOLD` of them."""
+    """What a sound file holds.
+
+    `labels` is sorted, and None where there are more than `MAX_LABELS_TOLD` of them or all together have more than
+    `MAX_LABEL_CHARS_TOLD` characters: whoever keeps the facts keeps something small.
+    """
 
     num_rows: int
     shape: Shape
@@ -62,13 +67,15 @@ class Facts:
 
 def examine(path: Path) -> Facts:
     """Read and check a file as `read_dataset` does; no row is kept. Raises InvalidRequest."""
-    num_rows, labels = 0, set[str]()
+    num_rows, num_chars, labels, are_few = 0, 0, set[str](), True
     shape: Shape = "chat"
     for found, example in _examined(path, AS_IT_IS):
         num_rows, shape = num_rows + 1, found
-        if example.label is not None and len(labels) <= MAX_LABELS_TOLD:
+        if are_few and example.label is not None and example.label not in labels:
             labels.add(example.label)
-    return Facts(num_rows, shape, tuple(sorted(labels)) if len(labels) <= MAX_LABELS_TOLD else None)
+            num_chars += len(example.label)
+            are_few = len(labels) <= MAX_LABELS_TOLD and num_chars <= MAX_LABEL_CHARS_TOLD
+    return Facts(num_rows, shape, tuple(sorted(labels)) if are_few else None)
 
 
 def _examined(path: Path, reading: Reading) -> Iterator[tuple[Shape, Example]]:
