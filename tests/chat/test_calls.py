@@ -19,7 +19,16 @@ SYNTAXES: tuple[Syntax, ...] = (
     *("deepseek_v3", "deepseek_v31", "qwen3_coder"),
 )
 TOOLS = ("get_weather", "now")
-CITY = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}
+CITY = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string"},
+        "days": {"type": "integer"},
+        "code": {"$ref": "#/$defs/Code"},
+        "last": {"anyOf": [{"$ref": "#/$defs/Code"}, {"type": "null"}]},
+    },
+    "$defs": {"Code": {"type": "string"}},
+}
 THINK = ("<think>", "</think>")
 
 
@@ -104,6 +113,10 @@ NOW: tuple[str, Any] = ("now", {})
         ("qwen3_coder", "<tool_call><function=now><parameter=a>\n[1, null]\n</parameter><parameter=b>True</parameter>"
          "<parameter=c>NaN</parameter><parameter=d>x y</parameter></function></tool_call>",
          [("now", {"a": [1, None], "b": True, "c": "NaN", "d": "x y"})], ""),
+        ("qwen3_coder", "<tool_call><function=now><parameter=a>1e999</parameter><parameter=b>[-1e400]</parameter>"
+         "</function></tool_call>", [("now", {"a": "1e999", "b": "[-1e400]"})], ""),
+        ("qwen3_coder", "<tool_call><function=get_weather><parameter=code>7</parameter><parameter=last>\n8\n"
+         "</parameter></function></tool_call>", [("get_weather", {"code": "7", "last": "8"})], ""),
         ("qwen3_coder", "<tool_call><function=now><parameter=a>1</parameter>oh</function></tool_call>text",
          [("now", {"a": 1})], "text"),
         ("qwen3_coder", "<tool_call><function=other></function></tool_call>", [],

@@ -85,6 +85,14 @@ def written(grammar: Grammar, seed: int, has_marks: bool) -> str | None:
     return None
 
 
+def takes(grammar: Grammar, answer: str) -> bool:
+    """Whether a model that is held to the grammar may write this and nothing more."""
+    matcher = new_matcher(library(False), in_library_notation(grammar.kind, grammar.source, library(False)))
+    assert not matcher.get_error()
+    ids = tokenizer(False).encode(answer, add_special_tokens=False)
+    return bool(matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting())
+
+
 def calls(pieces: list[Piece]) -> list[tuple[str, Any]]:
     starts = [piece for piece in pieces if isinstance(piece, CallStart)]
     texts = ["".join(p.text for p in pieces if isinstance(p, Arguments) and p.index == s.index) for s in starts]
@@ -156,7 +164,6 @@ def test_a_string_without_quotes_is_held_to_what_a_text_can_be_held_to() -> None
         "color": {"enum": ["r", "</parameter>", "b"]},
         "size": {"const": "xl"},
         "note": {"type": "string", "minLength": 2, "maxLength": 3, "description": "A note"},
-        "free": {"type": "string"},
         "count": {"$ref": "#/$defs/count"},
     }
     schema = {"type": "object", "properties": properties, "required": list(properties)}
@@ -171,6 +178,14 @@ def test_a_string_without_quotes_is_held_to_what_a_text_can_be_held_to() -> None
         jsonschema.validate(arguments, schema)
 
 
+def test_a_string_without_quotes_ends_at_its_tag_alone() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "string"}}}
+    held = CallRules([HeldTool("f", schema, is_lenient=False)], must_call=True, only_one=True).grammar("qwen3_coder")
+
+    assert takes(held, call("qwen3_coder", {"a": '7 <b>\n"</b>\n\n</par'}))
+    assert not takes(held, call("qwen3_coder", {"a": "7</parameter>7"}))
+
+
 def test_a_pattern_of_a_string_without_quotes_is_refused_unless_it_is_lenient() -> None:
     schema = {"type": "object", "properties": {"x": {"type": "string", "maxLength": 2, "pattern": "y"}}}
 
@@ -180,3 +195,100 @@ def test_a_pattern_of_a_string_without_quotes_is_refused_unless_it_is_lenient() 
     assert refused.value.keys == ("pattern",)
     lenient = CallRules([HeldTool("f", schema, is_lenient=True)], must_call=True, only_one=True).grammar("qwen3_coder")
     assert written(lenient, 0, True) is not None
+
+
+CITY_OR_CODE: dict[str, Any] = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "code": {"$ref": "#/$defs/Code"}, "at": {"$ref": "#/$defs/Point"}},
+    "required": ["name", "at"],
+    "additionalProperties": False,
+    "$defs": {
+        "Code": {"type": "string", "maxLength": 5},
+        "Point": {
+            "type": "object",
+            "properties": {"x": {"type": "integer"}},
+            "required": ["x"],
+            "additionalProperties": False,
+        },
+    },
+}
+BEHIND: dict[str, Any] = {
+    "$ref": "#/$defs/All",
+    "$defs": {**CITY_OR_CODE["$defs"], "All": {**CITY_OR_CODE, "$defs": {}}},
+}
+UNNAMED: dict[str, Any] = {"type": "object", "required": ["at"]}
+OPEN: dict[str, Any] = {"type": "object", "additionalProperties": {"type": "string"}}
+EITHER: dict[str, Any] = {"type": "object", "properties": {}, "anyOf": [{"required": ["a"]}, {"required": ["b"]}]}
+
+
+@pytest.mark.parametrize("schema", [CITY_OR_CODE, BEHIND], ids=["models", "a model"])
+@pytest.mark.parametrize(
+    ("syntax", "right", "wrong"),
+    [
+        (
+            "qwen3_coder",
+            {"name": "7", "at": '{"x": 1}', "code": "94110"},
+            {"name": "7", "at": '{"x": 1}', "code": "94110-"},
+        ),
+        (
+            "pythonic",
+            {"name": '"7"', "at": '{"x": 1}', "code": '"94110"'},
+            {"name": '"7"', "at": '{"x": 1}', "code": "94110"},
+        ),
+    ],
+)
+def test_arguments_are_held_to_the_models_that_they_refer_to(
+    schema: dict[str, Any], syntax: Syntax, right: dict[str, str], wrong: dict[str, str]
+) -> None:
+    held = CallRules([HeldTool("f", schema, is_lenient=False)], must_call=True, only_one=True).grammar(syntax)
+
+    assert takes(held, call(syntax, right))
+    assert not takes(held, call(syntax, wrong))
+    assert not takes(held, call(syntax, {"at": right["at"]}))
+    reader = Reading(syntax=syntax, tools=("f",), schemas={"f": schema}).reader()
+    found = calls([*reader.add(call(syntax, right)), *reader.end()])
+    assert found == [("f", {"name": "7", "at": {"x": 1}, "code": "94110"})]
+
+
+def call(syntax: Syntax, arguments: dict[str, str]) -> str:
+    """A call of `f` in a notation that has each argument by itself."""
+    if syntax == "pythonic":
+        return f"[f({', '.join(f'{name}={value}' for name, value in arguments.items())})]"
+    parts = "".join(f"<parameter={name}>\n{value}\n</parameter>\n" for name, value in arguments.items())
+    return f"<tool_call>\n<function=f>\n{parts}</function>\n</tool_call>"
+
+
+@pytest.mark.parametrize("syntax", ["qwen3_coder", "pythonic"])
+def test_arguments_that_no_schema_names_can_be_given(syntax: Syntax) -> None:
+    def held(schema: dict[str, Any], *, is_lenient: bool) -> Grammar:
+        tool = HeldTool("f", schema, is_lenient=is_lenient)
+        return CallRules([tool], must_call=True, only_one=True).grammar(syntax)
+
+    needed = held(UNNAMED, is_lenient=False)
+    assert takes(needed, call(syntax, {"at": "[1]"}))
+    assert not takes(needed, call(syntax, {}))
+    for schema in (UNNAMED, OPEN, EITHER, {"type": "object"}):
+        assert takes(held(schema, is_lenient=True), call(syntax, {"at": "[1]", "a": '"x y"', "b_1": "7"}))
+    for schema in ({"type": "object", "properties": {}}, {"type": "object", "additionalProperties": False}):
+        assert not takes(held(schema, is_lenient=True), call(syntax, {"at": "[1]"}))
+
+
+@pytest.mark.parametrize("syntax", ["qwen3_coder", "pythonic"])
+@pytest.mark.parametrize(
+    ("schema", "is_lenient", "key"),
+    [
+        (OPEN, False, "additionalProperties"),
+        (EITHER, False, "anyOf"),
+        ({**UNNAMED, "additionalProperties": False}, False, "required"),
+        ({"type": "array"}, False, "type"),
+        ({"properties": [1]}, True, "properties"),
+        ({"required": 1}, True, "required"),
+    ],
+)
+def test_what_is_said_of_all_arguments_together_is_refused_where_each_is_held_by_itself(
+    syntax: Syntax, schema: dict[str, Any], is_lenient: bool, key: str
+) -> None:
+    with pytest.raises(InvalidGrammar, match=key) as refused:
+        CallRules([HeldTool("f", schema, is_lenient=is_lenient)], must_call=True, only_one=True).grammar(syntax)
+
+    assert key in refused.value.keys

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from manylora.chat.format import Syntax
-from manylora.chat.parameters import is_text
+from manylora.chat.parameters import SAYS_NOTHING, is_text, resolved, schema_of
 from manylora.errors import InvalidGrammar, quoted
 from manylora.grammars.grammar import Grammar, Whitespace
 
 __all__ = ["CallRules", "HeldTool"]
 
 _MOST_CALLS: Final = 32
+_MOST_OTHERS: Final = 32  # arguments that no schema names
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +108,13 @@ def _llama3_json(rules: CallRules) -> list[str]:
 
 def _pythonic(rules: CallRules) -> list[str]:
     calls = f'"[" {_many(rules, "body", _literal(", "))} "]"'
-    bodies = [f'{_literal(f"{tool.name}(")} {_keywords(tool)} ")"' for tool in rules.tools]
-    return [*_bare(rules, calls, "/[^\\[\\s](.|\\n)*/"), *_choices("body", bodies)]
+    forms = [_properties(tool) for tool in rules.tools]
+    bodies = [
+        f'{_literal(f"{tool.name}(")} {_keywords(tool, *form)} ")"'
+        for tool, form in zip(rules.tools, forms, strict=True)
+    ]
+    others = _OTHER_KEYWORDS if any(is_open for _, is_open in forms) else ()
+    return [*_bare(rules, calls, "/[^\\[\\s](.|\\n)*/"), *_choices("body", bodies), *others]
 
 
 def _deepseek_v3(rules: CallRules) -> list[str]:
@@ -128,10 +134,11 @@ def _deepseek_v31(rules: CallRules) -> list[str]:
 
 
 def _qwen3_coder(rules: CallRules) -> list[str]:
-    bodies, texts = [], []
+    bodies, texts, are_open = [], [], []
     for number, tool in enumerate(rules.tools):
         arguments = []
-        for at, (name, schema, is_required) in enumerate(_properties(tool)):
+        properties, is_open = _properties(tool)
+        for at, (name, schema, is_required) in enumerate(properties):
             begin = _literal(f"<parameter={name}>\n")
             if is_text(schema):
                 texts.append(f"text_{number}_{at}[lazy]: {_raw(name, schema, tool.is_lenient)}")
@@ -139,22 +146,42 @@ def _qwen3_coder(rules: CallRules) -> list[str]:
             else:
                 one = f"{begin} {_json(schema, tool.is_lenient)} {_literal(_VALUE_END)}"
             arguments.append(one if is_required else f"({one})?")
+        if is_open:
+            arguments.append(f"other{{0,{_MOST_OTHERS}}}")
+        are_open.append(is_open)
         head = _literal(f"\n<function={tool.name}>\n")
         bodies.append(" ".join([head, *arguments, _literal("</function>\n"), "closing"]))
     unended = r"UNENDED: ~/(.|\n)*<\/parameter>(.|\n)*/"
     calls = _many(rules, "body", _literal("\n") + " opening")
+    texts += _OTHER_TEXTS if any(are_open) else ()
     return [_marked(rules, "opening", calls), *_choices("body", bodies), *texts, *([unended] if texts else [])]
 
 
 _VALUE_END: Final = "\n</parameter>\n"
-# Of a string's schema what a text can be held to, and what says nothing of it.
+# An argument that no schema names, in Qwen3-Coder's notation and as `name=JSON`.
+_OTHER_TEXTS: Final = (
+    "other: OTHER_BEGIN other_text",
+    r"OTHER_BEGIN: /<parameter=[A-Za-z_][A-Za-z0-9_.-]{0,63}>\n/",
+    f"other_text[lazy]: UNENDED {_literal(_VALUE_END)}",
+)
+_OTHER_KEYWORDS: Final = (
+    f"other: OTHER_BEGIN {_json({}, is_lenient=True)}",
+    "OTHER_BEGIN: /[A-Za-z_][A-Za-z0-9_]{0,63}=/",
+)
+# Of a string's schema what a text can be held to, and what a schema may say of all arguments together.
 _HELD_OF_TEXT: Final = frozenset({"type", "enum", "const", "minLength", "maxLength"})
-_SAYS_NOTHING: Final = frozenset({"title", "description", "default", "examples", "deprecated", "$comment"})
+_OF_ALL: Final = frozenset(
+    {
+        *("$ref", "$dynamicRef", "allOf", "anyOf", "oneOf", "not", "if", "then", "else", "enum", "const"),
+        *("patternProperties", "propertyNames", "minProperties", "maxProperties", "unevaluatedProperties"),
+        *("dependentRequired", "dependentSchemas", "dependencies"),
+    }
+)
 
 
 def _raw(name: str, schema: Mapping[str, Any], is_lenient: bool) -> str:
     """A string as it is, without quotes, with what ends it. Raises InvalidGrammar for what it cannot be held to."""
-    others = tuple(key for key in schema if key not in _HELD_OF_TEXT | _SAYS_NOTHING)
+    others = tuple(key for key in schema if key not in _HELD_OF_TEXT | SAYS_NOTHING)
     if (others and not is_lenient) or re.search(r"[<>\n]", name):
         raise InvalidGrammar(
             f"The argument '{quoted(name)}' cannot be held to its schema in this base's notation. Leave out 'strict'.",
@@ -177,29 +204,63 @@ def _bare(rules: CallRules, calls: str, other: str) -> list[str]:
     return [calls] if rules.must_call else [f"({calls}) | OTHER?", f"OTHER: {other}"]
 
 
-def _properties(tool: HeldTool) -> list[tuple[str, Any, bool]]:
-    """The arguments in the order of the schema, those that are required before the others, and whether they are."""
-    properties = dict(tool.schema.get("properties") or {})
+def _properties(tool: HeldTool) -> tuple[list[tuple[str, Any, bool]], bool]:
+    """The arguments in the order of the schema, those that are required before the others, and whether they are.
+
+    The last says whether there may be others. Raises InvalidGrammar where the schema is none of an object, and, unless
+    it is lenient, where it says more than can be seen to for each argument by itself.
+    """
+    whole = resolved(tool.schema, tool.schema)
+    assert isinstance(whole, Mapping), "a schema of arguments is an object, and so is what it refers to"
+    properties, needed = whole.get("properties") or {}, whole.get("required") or []
+    if not (isinstance(properties, Mapping) and isinstance(needed, list) and all(isinstance(n, str) for n in needed)):
+        raise InvalidGrammar(
+            f"The parameters of '{quoted(tool.name)}' need an object as 'properties', a list of names as 'required'.",
+            keys=("properties", "required"),
+        )
+    names = list(dict.fromkeys([*properties, *needed]))
+    unheld = _unheld(whole, len(names) > len(properties))
+    if unheld and not tool.is_lenient:
+        raise InvalidGrammar(
+            f"The arguments of '{quoted(tool.name)}' cannot be held to '{quoted(unheld[0])}' in this base's notation: "
+            "say in 'properties' what they are, or leave out 'strict'.",
+            keys=unheld,
+        )
     shared = {key: tool.schema[key] for key in ("$defs", "definitions") if key in tool.schema}
-    needed = tool.schema.get("required") or ()
-    parts = {name: {**part, **shared} if isinstance(part, dict) else {} for name, part in properties.items()}
-    ordered = sorted(properties, key=lambda name: name not in needed)
-    return [(name, parts[name], name in needed) for name in ordered]
+    found = {name: schema_of(name, tool.schema) for name in names}
+    parts = {name: {**part, **shared} if isinstance(part, Mapping) else {} for name, part in found.items()}
+    ordered = sorted(names, key=lambda name: name not in needed)
+    has_others = whole.get("additionalProperties", "properties" not in whole) is not False
+    return [(name, parts[name], name in needed) for name in ordered], tool.is_lenient and (bool(unheld) or has_others)
 
 
-def _keywords(tool: HeldTool) -> str:
+def _unheld(schema: Mapping[str, Any], needs_others: bool) -> tuple[str, ...]:
+    """Keys of a schema of all arguments that are not seen to where each is held by itself."""
+    keys = [key for key in schema if key in _OF_ALL]
+    others = schema.get("additionalProperties")
+    if isinstance(others, Mapping) and others:
+        keys.append("additionalProperties")
+    if needs_others and others is False:
+        keys.append("required")
+    if schema.get("type", "object") != "object":
+        keys.append("type")
+    return tuple(keys)
+
+
+def _keywords(tool: HeldTool, properties: Sequence[tuple[str, Any, bool]], is_open: bool) -> str:
     """Arguments as `name=JSON`."""
-    properties = _properties(tool)
     values = {name: f"{_literal(f'{name}=')} {_json(part, tool.is_lenient)}" for name, part, _ in properties}
-    required = [name for name, _, is_required in properties if is_required]
-    optional = [name for name, _, is_required in properties if not is_required]
     comma = _literal(", ")
+    required = [values[name] for name, _, is_required in properties if is_required]
+    optional = [values[name] for name, _, is_required in properties if not is_required]
+    if is_open:
+        optional.append(f"other ({comma} other){{0,{_MOST_OTHERS - 1}}}")
     if required:
-        first = f" {comma} ".join(values[name] for name in required)
-        return " ".join([first, *(f"({comma} {values[name]})?" for name in optional)])
+        first = f" {comma} ".join(required)
+        return " ".join([first, *(f"({comma} {one})?" for one in optional)])
     tails = [
-        " ".join([values[name], *(f"({comma} {values[after]})?" for after in optional[number + 1 :])])
-        for number, name in enumerate(optional)
+        " ".join([one, *(f"({comma} {after})?" for after in optional[number + 1 :])])
+        for number, one in enumerate(optional)
     ]
     return f"({' | '.join(tails)})?" if tails else ""
 

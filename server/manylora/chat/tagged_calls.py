@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from manylora.chat.calls import LONGEST_HEADER, CallFinder, HermesCalls
-from manylora.chat.parameters import is_text, value_of
+from manylora.chat.parameters import is_text, schema_of, value_of
 from manylora.chat.pieces import Piece
 from manylora.chat.scanning import JsonValue
 
@@ -109,7 +109,7 @@ class XmlCalls(HermesCalls):
         super().__init__(is_offered, only_one=only_one, new_id=new_id)
         self._schemas = schemas
         self._tag = ""
-        self._properties: Mapping[str, Any] = {}
+        self._arguments: Mapping[str, Any] = {}  # the schema of all
         self._keys: set[str] = set()
         self._schema: object = None
         self._value: list[str] | None = None  # None: it goes on as it comes
@@ -136,8 +136,7 @@ class XmlCalls(HermesCalls):
 
     def _open(self, name: str) -> None:
         self._call(name)
-        properties = self._schemas.get(name, {}).get("properties")
-        self._properties = properties if isinstance(properties, Mapping) else {}
+        self._arguments = self._schemas.get(name, {})
         self._keys = set()
         self._tag = ""
         self._state = self._in_function
@@ -163,7 +162,7 @@ class XmlCalls(HermesCalls):
     def _begin_value(self, key: str) -> None:
         self._tag, self._ending, self._is_first = "", "", True
         self._is_dropped = key in self._keys
-        self._schema = self._properties.get(key)
+        self._schema = schema_of(key, self._arguments)
         self._value = None if is_text(self._schema) else []
         if not self._is_dropped:
             self._argue(f"{', ' if self._keys else '{'}{json.dumps(key, ensure_ascii=False)}: ")
@@ -194,8 +193,11 @@ class XmlCalls(HermesCalls):
 
     def _end_value(self) -> None:
         if not self._is_dropped:
-            whole = None if self._value is None else value_of("".join(self._value), self._schema)
-            self._argue('"' if self._value is None else json.dumps(whole, ensure_ascii=False))
+            if self._value is None:
+                self._argue('"')
+            else:
+                whole = value_of("".join(self._value), self._schema, self._arguments)
+                self._argue(json.dumps(whole, ensure_ascii=False))
         self._state = self._in_function
 
 
