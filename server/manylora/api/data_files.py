@@ -1,11 +1,13 @@
 """`/v1/files`: OpenAI's routes for files of data that jobs learn from."""
 
-from collections.abc import AsyncIterator, Iterator
-from typing import IO, Annotated, Any, Final, Literal
+from collections.abc import AsyncIterator
+from functools import partial
+from typing import Annotated, Any, Final, Literal
 from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from manylora.api.auth import Manager
 from manylora.database.tables import MICROSECONDS
@@ -75,13 +77,7 @@ def build_router(files: DataFiles) -> APIRouter:
     @router.get("/v1/files/{file_id}/content")
     async def get_content(file_id: str, caller: Manager) -> Response:
         """The file, byte for byte as it came in."""
-        found, content = await files.content(caller.tenant, file_id)
-        headers = {
-            "content-disposition": f"attachment; filename*=UTF-8''{quote(found.filename, safe='')}",
-            "content-length": str(found.size_bytes),
-            "cache-control": "no-store",
-        }
-        return StreamingResponse(_chunks(content), media_type="application/octet-stream", headers=headers)
+        return _Content(files, caller.tenant, file_id)
 
     @router.delete("/v1/files/{file_id}")
     async def delete_file(file_id: str, caller: Manager) -> Response:
@@ -92,15 +88,30 @@ def build_router(files: DataFiles) -> APIRouter:
     return router
 
 
+class _Content(Response):
+    """Sends a file, which is open as long as that takes and no longer. An error comes before its status line."""
+
+    def __init__(self, files: DataFiles, tenant: str, file_id: str) -> None:
+        super().__init__()
+        self._files = files
+        self._tenant = tenant
+        self._file_id = file_id
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._files.content(self._tenant, self._file_id) as (found, content):
+            headers = {
+                "content-disposition": f"attachment; filename*=UTF-8''{quote(found.filename, safe='')}",
+                "content-length": str(found.size_bytes),
+                "cache-control": "no-store",
+            }
+            chunks = iter(partial(content.read, _CHUNK_BYTES), b"")
+            sent = StreamingResponse(chunks, media_type="application/octet-stream", headers=headers)
+            await sent(scope, receive, send)
+
+
 async def _stream(request: Request) -> AsyncIterator[bytes]:
     async for chunk in request.stream():
         if chunk:
-            yield chunk
-
-
-def _chunks(file: IO[bytes]) -> Iterator[bytes]:
-    with file:
-        while chunk := file.read(_CHUNK_BYTES):
             yield chunk
 
 

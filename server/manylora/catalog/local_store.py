@@ -3,6 +3,7 @@
 import os
 import secrets
 from contextlib import suppress
+from io import BufferedReader
 from pathlib import Path
 
 from manylora.catalog.files import BLOB, FolderLock, Orphan, folder_fault
@@ -212,6 +213,13 @@ class LocalStore:
             except FileNotFoundError:
                 return False
             return True
+
+    def open_file(self, name: str, copy: Path) -> BufferedReader | None:
+        with file_errors("The store cannot be read"):
+            try:
+                return (self._root / name).open("rb")
+            except FileNotFoundError:
+                return None
 
     def tidy(self) -> None:
         with file_errors("The store cannot be written"):

@@ -13,7 +13,7 @@ from typing import IO, Final
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from manylora.errors import InvalidRequest, TooLarge, UnsupportedField, quoted
+from manylora.errors import InvalidRequest, ManyloraError, UnsupportedField, quoted
 
 __all__ = ["Form", "read_form"]
 
@@ -31,7 +31,7 @@ async def read_form(
     *,
     max_bytes: int,
     content_length: int | None,
-    too_large: Callable[[], TooLarge],
+    too_large: Callable[[], ManyloraError],
 ) -> None:
     """Feed the body to the form. Raises InvalidRequest, UnsupportedField, or `too_large()` beyond `max_bytes`."""
     limit = max_bytes + _FORM_SLACK_BYTES

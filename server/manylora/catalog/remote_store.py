@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,13 @@ class RemoteStore:
                 return False
             self._filesystem.get_file(f"{self._root}/{name}", os.fspath(target))
             return True
+
+    def open_file(self, name: str, copy: Path) -> BufferedReader | None:
+        try:
+            with remote_errors(_READING):
+                return copy.open("rb") if self.fetch_file(name, copy) else None
+        finally:
+            copy.unlink(missing_ok=True)  # the open file stays
 
     def tidy(self) -> None:
         self._cache.sweep()

@@ -17,6 +17,7 @@ the database does not know are moved to `orphans/`, from where they come back on
 """
 
 import secrets
+from io import BufferedReader
 from pathlib import Path
 from typing import Protocol
 
@@ -101,6 +102,13 @@ class Store(Protocol):
 
     def fetch_file(self, name: str, target: Path) -> bool:
         """Copy a file below the root to `target`; False where there is none."""
+        ...
+
+    def open_file(self, name: str, copy: Path) -> BufferedReader | None:
+        """A file below the root, open from its beginning, None where there is none; replaced or erased, it stays.
+
+        What is not on this machine is copied to `copy` first, of which nothing is left once the file is closed.
+        """
         ...
 
     def tidy(self) -> None:

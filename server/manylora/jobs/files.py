@@ -5,13 +5,18 @@ A row is there before its bytes and after them, so that whatever a crash leaves 
 
 import asyncio
 import hashlib
+import math
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from functools import partial
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import Any, Final, TypeVar
+from weakref import WeakValueDictionary
 
 from sqlalchemy import Select, delete, func, or_, select, tuple_
 from sqlalchemy.orm import Session, defer
@@ -26,6 +31,7 @@ from manylora.errors import (
     InvalidRequest,
     NotFound,
     QuotaExceeded,
+    RateLimited,
     StoreUnavailable,
     TooLarge,
     UnsupportedField,
@@ -39,6 +45,8 @@ from manylora.tenants.limits import limits_in
 __all__ = ["DataFiles", "find_file", "find_needed_file"]
 
 MAX_FILENAME: Final = 255  # characters
+MAX_FILES: Final = 10_000  # of one tenant, without those that jobs have made
+MAX_TRANSFERS: Final = 4  # uploads and downloads of one tenant at a time
 MIN_EXPIRY_S: Final = 3600
 MAX_EXPIRY_S: Final = 2_592_000
 _DAY_S: Final = 86_400
@@ -49,10 +57,17 @@ _CHECKER: Final = "manylora.jobs.check_process"
 # What was begun so long ago and is not whole has been left by a crash.
 _ABANDONED_US: Final = 3_600 * MICROSECONDS
 _SWEPT_AT_ONCE: Final = 100
+_NUM_MOVED_AT_ONCE: Final = 4
+_QUOTA_RETRY_S: Final = 60.0
+_T = TypeVar("_T")
 
 
 class DataFiles:
-    """Used on the event loop. `max_bytes` bounds a file, `kept_days` how long one stays that does not say."""
+    """Used on the event loop. `max_bytes` bounds a file, `kept_days` how long one stays that does not say.
+
+    Bytes move to the store and back on threads of its own, so that a slow store keeps nobody from the database, and a
+    tenant's files are examined one after the other, so that those of another wait for one of them at the most.
+    """
 
     def __init__(self, database: Database, store: Store, scratch: Path, *, max_bytes: int, kept_days: float) -> None:
         self._database = database
@@ -62,6 +77,9 @@ class DataFiles:
         self._kept_us = int(kept_days * _DAY_S) * MICROSECONDS
         self._checker = Helper(_CHECKER)
         self._checking = ThreadPoolExecutor(1, "data-check")
+        self._moving = ThreadPoolExecutor(_NUM_MOVED_AT_ONCE, "data-move")
+        self._transfers: Counter[str] = Counter()
+        self._examining: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         with file_errors("The folder for files of data cannot be made"):
             clear_folder(scratch)
 
@@ -69,46 +87,49 @@ class DataFiles:
         self._checker.close()
         await asyncio.to_thread(self._checking.shutdown)
         self._checker.end()
+        await asyncio.to_thread(self._moving.shutdown)
 
     async def add(
         self, tenant: str, body: AsyncIterator[bytes], content_type: str, content_length: int | None
     ) -> DataFile:
         """Take an upload. Raises InvalidRequest naming the faulty rows, TooLarge, QuotaExceeded, StorageFull, …."""
-        async with self._folder() as folder:
-            form = _DataForm(folder)
-            await read_form(
-                body,
-                content_type,
-                form,
-                max_bytes=self._max_bytes,
-                content_length=content_length,
-                too_large=lambda: TooLarge(
-                    f"The file is larger than the limit of {self._max_bytes} bytes (the setting max_file_size).",
-                    param=_PART,
-                ),
-            )
-            expires_us = form.checked_expiry()
-            path = form.path
-            if path.stat().st_size > self._max_bytes:
-                raise TooLarge(f"The file is larger than the limit of {self._max_bytes} bytes.", param=_PART)
-            facts = await asyncio.get_running_loop().run_in_executor(self._checking, self._examined, path)
-            digest = await asyncio.to_thread(_sha256, path)
-            row = FileRow(
-                id=new_file_id(), tenant=tenant, filename=form.filename, purpose=FINE_TUNE, sha256=digest,
-                size_bytes=path.stat().st_size, facts=facts, is_whole=False,
-            )  # fmt: skip
-            await self._database.run(partial(self._begin, row, expires_us))
-            return await self._database.run(partial(self._store_bytes, row.id, path))
+        with self._transfer(tenant):
+            room = await self._database.run(partial(self._room, tenant))
+            is_short = room.free < self._max_bytes
+            limit, refusal = (room.free, room.refusal) if is_short else (self._max_bytes, self._too_large)
+            if limit <= 0:
+                raise refusal()
+            async with self._folder() as folder:
+                form = _DataForm(folder)
+                await read_form(
+                    body, content_type, form, max_bytes=int(limit), content_length=content_length, too_large=refusal
+                )
+                expires_us = form.checked_expiry()
+                path = form.path
+                if path.stat().st_size > limit:
+                    raise refusal()
+                row = FileRow(
+                    id=new_file_id(), tenant=tenant, filename=form.filename, purpose=FINE_TUNE,
+                    size_bytes=path.stat().st_size, facts=await self._facts(tenant, path),
+                    sha256=await asyncio.to_thread(_sha256, path), is_whole=False,
+                )  # fmt: skip
+                await self._database.run(partial(self._begin, row, expires_us))
+                await self._moved(partial(self._store.keep_file, f"files/{row.id}", path))
+                return await self._database.run(partial(self._make_whole, row.id))
 
     async def add_result(self, tenant: str, filename: str, path: Path) -> str:
         """The id of a file whose bytes are stored and which nobody sees before `make_whole`."""
         row = FileRow(
-            id=new_file_id(), tenant=tenant, filename=filename, purpose=RESULTS, sha256=_sha256(path),
-            size_bytes=path.stat().st_size, facts={}, is_whole=False,
+            id=new_file_id(), tenant=tenant, filename=filename, purpose=RESULTS,
+            sha256=await asyncio.to_thread(_sha256, path), size_bytes=path.stat().st_size, facts={}, is_whole=False,
         )  # fmt: skip
         await self._database.run(partial(self._begin, row, None))
-        await self._database.run(partial(self._store.keep_file, f"files/{row.id}", path))
+        await self._moved(partial(self._store.keep_file, f"files/{row.id}", path))
         return row.id
+
+    async def _facts(self, tenant: str, path: Path) -> dict[str, Any]:
+        async with self._examining.setdefault(tenant, asyncio.Lock()):
+            return await asyncio.get_running_loop().run_in_executor(self._checking, self._examined, path)
 
     def _examined(self, path: Path) -> dict[str, Any]:
         found = self._checker.ask({"path": str(path)})
@@ -124,20 +145,24 @@ class DataFiles:
     def _begin(self, row: FileRow, expires_us: int | None) -> None:
         with self._database.write(None) as session:
             session.execute(select(TenantRow.name).where(TenantRow.name == row.tenant).with_for_update())
-            most = limits_in(session, row.tenant).max_file_bytes
-            kept = bytes_kept(session, row.tenant)
-            if most is not None and row.purpose == FINE_TUNE and kept + row.size_bytes > most:
-                raise QuotaExceeded(
-                    f"The tenant '{row.tenant}' has used up its quota of files' bytes ({kept} of {most}, and this file "
-                    f"has {row.size_bytes}). Delete some.",
-                    retry_after_s=60.0,
-                )
+            if row.purpose == FINE_TUNE:
+                room = _room_in(session, row.tenant)
+                if row.size_bytes > room.free:
+                    raise room.refusal()
             row.created = now_in(session)
             row.expires = row.created + (self._kept_us if expires_us is None else expires_us)
             session.add(row)
 
-    def _store_bytes(self, file_id: str, path: Path) -> DataFile:
-        self._store.keep_file(f"files/{file_id}", path)
+    def _room(self, tenant: str) -> "_Room":
+        with self._database.read() as session:
+            return _room_in(session, tenant)
+
+    def _too_large(self) -> TooLarge:
+        return TooLarge(
+            f"The file is larger than the limit of {self._max_bytes} bytes (the setting max_file_size).", param=_PART
+        )
+
+    def _make_whole(self, file_id: str) -> DataFile:
         with self._database.write(None) as session:
             return data_file(make_whole(session, file_id))
 
@@ -176,19 +201,44 @@ class DataFiles:
 
         return await self._database.run(found)
 
-    async def content(self, tenant: str, file_id: str) -> tuple[DataFile, IO[bytes]]:
-        """The file's bytes, an open file that the caller closes. Raises NotFound or StoreUnavailable."""
+    @asynccontextmanager
+    async def content(self, tenant: str, file_id: str) -> AsyncIterator[tuple[DataFile, BufferedReader]]:
+        """The file and its bytes, open until the block ends. Raises NotFound, RateLimited or StoreUnavailable."""
         found = await self.get(tenant, file_id)
-        copy = self._scratch / secrets.token_hex(8)
-        try:
-            await self._database.run(partial(self.fetch, found, copy))
-            return found, copy.open("rb")
-        finally:
-            copy.unlink(missing_ok=True)  # the open file stays
+        with self._transfer(tenant), await self._moved(partial(self._open, found)) as content:
+            yield found, content
 
-    def fetch(self, file: DataFile, target: Path) -> None:
-        """Write the bytes to `target`. Raises StoreUnavailable where they are not those that were kept. Blocks."""
-        fetch_file(self._store, file, target)
+    def _open(self, file: DataFile) -> BufferedReader:
+        content = self._store.open_file(file.place, self._scratch / secrets.token_hex(8))
+        if content is None:
+            raise _damaged(file)
+        with ExitStack() as stack, file_errors("The store cannot be read"):
+            stack.enter_context(content)
+            if hashlib.file_digest(content, "sha256").hexdigest() != file.sha256:
+                raise _damaged(file)
+            content.seek(0)
+            stack.pop_all()
+        return content
+
+    async def fetch(self, file: DataFile, target: Path) -> None:
+        """Write the bytes to `target`. Raises StoreUnavailable where they are not those that were kept."""
+        await self._moved(partial(fetch_file, self._store, file, target))
+
+    async def _moved(self, move: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._moving, move)
+
+    @contextmanager
+    def _transfer(self, tenant: str) -> Iterator[None]:
+        """Raises RateLimited beyond those that a tenant may have at a time."""
+        if self._transfers[tenant] >= MAX_TRANSFERS:
+            raise RateLimited(f"{MAX_TRANSFERS} files of this tenant are being sent or fetched. Wait for one of them.")
+        self._transfers[tenant] += 1
+        try:
+            yield
+        finally:
+            self._transfers[tenant] -= 1
+            if not self._transfers[tenant]:
+                del self._transfers[tenant]
 
     async def delete(self, tenant: str, file_id: str) -> None:
         """Raises NotFound, or Conflict while a job that has not ended needs it."""
@@ -201,9 +251,9 @@ class DataFiles:
                         f"The file '{file_id}' is needed by a job that has not ended. Cancel that job, or wait for it."
                     )
                 row.is_whole, row.created = False, 0
-            self._remove([file_id])
 
         await self._database.run(remove)
+        await self._moved(partial(self._remove, [file_id]))
 
     def sweep(self) -> None:
         """Remove what has expired and what a crash left, some at a time. Blocks."""
@@ -311,16 +361,46 @@ def make_whole(session: Session, file_id: str) -> FileRow:
     return row
 
 
-def bytes_kept(session: Session, tenant: str) -> int:
-    """What the tenant's files take together."""
-    query = select(func.coalesce(func.sum(FileRow.size_bytes), 0)).where(FileRow.tenant == tenant)
-    return int(session.execute(query).scalar_one())
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """The bytes that a tenant's files take together, and may."""
+
+    tenant: str
+    kept: int
+    most: int | None
+
+    @property
+    def free(self) -> float:
+        """How many bytes more there may be."""
+        return math.inf if self.most is None else self.most - self.kept
+
+    def refusal(self) -> QuotaExceeded:
+        return QuotaExceeded(
+            f"The tenant '{self.tenant}' has used up its quota of files' bytes ({self.kept} of {self.most}), or this "
+            "file has more than it leaves. Delete some.",
+            retry_after_s=_QUOTA_RETRY_S,
+        )
+
+
+def _room_in(session: Session, tenant: str) -> _Room:
+    """Raises QuotaExceeded for a tenant that has as many files as it may have."""
+    own = func.count().filter(FileRow.purpose == FINE_TUNE)
+    query = select(own, func.coalesce(func.sum(FileRow.size_bytes), 0)).where(FileRow.tenant == tenant)
+    count, kept = session.execute(query).one()
+    if count >= MAX_FILES:
+        message = f"The tenant '{tenant}' has {count} files, as many as it may. Delete some."
+        raise QuotaExceeded(message, retry_after_s=_QUOTA_RETRY_S)
+    return _Room(tenant, int(kept), limits_in(session, tenant).max_file_bytes)
 
 
 def fetch_file(store: Store, file: DataFile, target: Path) -> None:
     """Write a file's bytes to `target`. Raises StoreUnavailable where they are not those that were kept."""
     if not store.fetch_file(file.place, target) or _sha256(target) != file.sha256:
-        raise StoreUnavailable(f"The bytes of the file '{file.id}' are missing or damaged in the store.")
+        raise _damaged(file)
+
+
+def _damaged(file: DataFile) -> StoreUnavailable:
+    return StoreUnavailable(f"The bytes of the file '{file.id}' are missing or damaged in the store.")
 
 
 def _is_over(row: FileRow, now: int) -> bool:

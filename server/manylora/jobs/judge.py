@@ -91,7 +91,7 @@ class Judge:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         data = folder / f"valid{file.suffix}"
         data.unlink(missing_ok=True)
-        await self._catalog.database.run(partial(self._files.fetch, file, data))
+        await self._files.fetch(file, data)
         return {
             "data": str(data),
             "adapters": [job.result["label"]],

@@ -132,9 +132,9 @@ class Publisher:
     async def sweep(self) -> None:
         """Remove files that have expired, and what jobs that have ended left in the store."""
         database = self._catalog.database
-        await database.run(self._files.sweep)
+        await asyncio.to_thread(self._files.sweep)
         for job in await database.run(partial(self._queue.with_remains, _SWEPT_AT_ONCE)):
-            await database.run(partial(self._remove, job.place))
+            await asyncio.to_thread(self._remove, job.place)
             await database.run(partial(self._queue.forget_remains, job.id))
 
     def _remove(self, place: str) -> None:
