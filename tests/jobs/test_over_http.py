@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from functools import partial
@@ -12,6 +13,7 @@ import pytest
 from sqlalchemy import update
 
 from manylora.database.tables import FileRow, JobRow
+from manylora.jobs import board, judge
 from manylora.jobs.files import DataFiles
 from manylora.jobs.judge import Judge
 from manylora.jobs.publisher import Publisher
@@ -179,7 +181,7 @@ async def test_a_job_is_refused_by_its_field(rig: Rig) -> None:
     assert (await rig.call("GET", "/v1/fine_tuning/jobs", "acme:manager")).json()["data"] == []
 
 
-async def test_rows_that_do_not_fit_together_are_refused(rig: Rig) -> None:
+async def test_rows_that_do_not_fit_together_are_refused(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     train, other, strange, one = [
         await uploaded(rig, rows)
         for rows in (LABELS, ROWS, [{"text": "sky", "label": "place"}], [{"text": "a", "label": "b"}])
@@ -189,6 +191,10 @@ async def test_rows_that_do_not_fit_together_are_refused(rig: Rig) -> None:
         assert answer.json()["error"]["param"] == "validation_file"
         assert said in answer.json()["error"]["message"]
     assert (await submit(rig, one)).json()["error"]["param"] == "training_file"
+    monkeypatch.setattr(board, "MAX_JUDGED_ROWS", 1)
+    many = await submit(rig, train, validation_file=train, manylora={"activate": "if_better"})
+    assert many.json()["error"]["param"] == "validation_file"
+    monkeypatch.undo()
     judged = {"activate": "if_better", "metric": "accuracy"}
     unfit = await submit(rig, other, validation_file=other, manylora=judged)
     assert unfit.json()["error"]["param"] == "manylora.metric"
@@ -251,7 +257,7 @@ async def test_a_version_is_judged_before_its_job_has_ended(rig: Rig) -> None:
                 claim = await run(partial(queue.claim_result, "j1", rig.catalog.base, "judging"))
                 await asyncio.sleep(0.05)
         assert (await until(rig, job_id, lambda job: True))["status"] == "running"
-        assert (await rig.call("POST", f"/v1/fine_tuning/jobs/{job_id}/cancel", "acme:manager")).status_code == 409
+        assert (await rig.call("POST", f"/v1/fine_tuning/jobs/{job_id}/pause", "acme:manager")).status_code == 409
         shown = (await rig.call("GET", "/v1/adapters/sums", "acme:manager")).json()
         assert (len(shown["versions"]), shown["active_version"]) == (number, None)
         assert await run(partial(queue.hold, claim))
@@ -265,6 +271,45 @@ async def test_a_version_is_judged_before_its_job_has_ended(rig: Rig) -> None:
     assert [job["fine_tuned_model"] for job in ends] == ["sums@1", "sums@2"]
     assert ends[0]["manylora"]["promotion"] == {"promoted": False, "said": "It is no better."}
     assert "could not be compared" in ends[1]["manylora"]["promotion"]["said"]
+
+
+async def test_a_comparison_goes_past_proxies_can_be_cancelled_and_ends_in_time(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr(judge, "_HOLD_EVERY_S", 0.05)
+    scratch = tmp_path / "judged"
+    file_id = await uploaded(rig)
+    with socket.create_server(("127.0.0.1", 0)) as silent, socket.create_server(("127.0.0.1", 0)) as proxy:
+        silent.setblocking(False)
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        files = DataFiles(rig.catalog.database, rig.catalog.store, tmp_path / "got", max_bytes=1, kept_days=1.0)
+        compare = Judge(rig.catalog, rig.gate, files, scratch, address=address, model=None)
+        compare.start()
+        try:
+            for end in ("cancelled", "succeeded"):
+                fields: dict[str, Any] = {"validation_file": file_id, "manylora": {"activate": "if_better"}}
+                job_id = (await submit(rig, file_id, suffix="sums", **fields)).json()["id"]
+                await handed_in(rig, job_id, float(len(end)))
+                async with asyncio.timeout(PATIENCE_S):
+                    asking, _ = await loop.sock_accept(silent)
+                if end == "cancelled":
+                    await rig.call("POST", f"/v1/fine_tuning/jobs/{job_id}/cancel", "acme:manager")
+                else:
+                    monkeypatch.setattr(judge, "MAX_JUDGE_S", 0.0)
+                with asking:
+                    asking.setblocking(False)
+                    async with asyncio.timeout(PATIENCE_S):
+                        while await loop.sock_recv(asking, 65536):
+                            continue
+                job = await until(rig, job_id, lambda job: job["status"] in ("cancelled", "succeeded"))
+                assert job["status"] == end
+            assert "took more than" in job["manylora"]["promotion"]["said"]
+        finally:
+            await compare.aclose()
+            await files.aclose()
 
 
 async def test_what_cannot_be_published_fails_with_its_reason(rig: Rig) -> None:
@@ -318,8 +363,10 @@ async def test_a_job_cancelled_before_its_publication_publishes_nothing(
     def cancel_first(*args: Any) -> Any:
         with rig.catalog.database.write(None) as session:
             session.execute(update(JobRow).values(status="cancelled", worker=None))
-        loop.call_soon_threadsafe(cancelled.set)
-        return keep(*args)
+        try:
+            return keep(*args)
+        finally:
+            loop.call_soon_threadsafe(cancelled.set)
 
     monkeypatch.setattr(rig.catalog._blobs, "keep", cancel_first)
     await handed_in(rig, job_id)

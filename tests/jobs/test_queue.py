@@ -1,7 +1,9 @@
 """The queue as workers see it, on SQLite and PostgreSQL: fair, and a job is one worker's at a time."""
 
 import threading
+import time
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +13,10 @@ from manylora.database.database import Database
 from manylora.database.tables import FileRow, JobRow
 from manylora.errors import Conflict, NotFound, QuotaExceeded
 from manylora.identity import SERVER
+from manylora.jobs import leases
+from manylora.jobs import queue as queue_module
 from manylora.jobs.board import Board, NewJob
+from manylora.jobs.leases import held_by_thread
 from manylora.jobs.order import Order
 from manylora.jobs.queue import Claim, Failure, JobQueue, Spent
 from manylora.jobs.records import Job, NewEvent
@@ -19,6 +24,7 @@ from manylora.tenants.limits import TenantStore
 from manylora.usage.period import Period
 from manylora.usage.report import make_report
 
+PATIENCE_S = 60.0
 FACTS = {"num_rows": 4, "shape": "completion", "labels": []}
 
 
@@ -135,6 +141,86 @@ def test_a_job_that_kills_its_workers_fails(database: Database, queue: JobQueue,
     assert (found.status, found.error["code"]) == ("failed", "worker_lost")
 
 
+def test_what_a_job_failed_at_is_forgotten_once_it_has_come_further(database: Database, queue: JobQueue) -> None:
+    submit(database)
+    for run in range(1, 6):
+        claim = claimed(queue)
+        assert claim.job.run == run
+        assert queue.checkpoint(claim, "jobs/x/1-checkpoint")
+        queue.lose(claim)
+
+
+def test_a_job_whose_files_cannot_be_read_holds_nobody_up(
+    database: Database, queue: JobQueue, board: Board, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queue_module, "MAX_PUT_OFF", 3)
+    stuck = submit(database)
+    queue.put_off(claimed(queue))
+    other = submit(database, "other")
+    assert board.get("acme", stuck.id).status == "queued"
+    assert claimed(queue).job.id == other.id
+    assert queue.claim("w1", "base") is None, "it waits"
+
+    for _ in range(2):
+        run_out(database)
+        queue.put_off(next(claim for claim in iter(partial(claimed, queue), None) if claim.job.id == stuck.id))
+
+    found = board.get("acme", stuck.id)
+    assert (found.status, found.error["code"]) == ("failed", "server_error")
+    assert "3 times" in found.error["message"]
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_what_cannot_be_published_is_tried_only_so_often(
+    database: Database, queue: JobQueue, board: Board, monkeypatch: pytest.MonkeyPatch, counts: bool
+) -> None:
+    monkeypatch.setattr(queue_module, "MAX_PUT_OFF", 3)
+    job = submit(database)
+    queue.lose(claimed(queue))
+    assert queue.hand_in(claimed(queue), {})
+    for _ in range(3):
+        run_out(database)
+        claim = queue.claim_result("p1", "base")
+        assert claim is not None, "what its training died of does not count any more"
+        queue.publish_later(claim, counts=counts)
+    assert board.get("acme", job.id).status == "failed"
+
+
+def test_a_run_that_has_lost_its_job_is_swept_again(database: Database, queue: JobQueue, board: Board) -> None:
+    for write in (
+        lambda claim: queue.checkpoint(claim, "x"),
+        lambda claim: queue.put_back(claim, "x"),
+        lambda claim: queue.hand_in(claim, {}),
+        queue.put_off,
+    ):
+        job = submit(database)
+        claim = claimed(queue)
+        board.cancel("acme", job.id)
+        queue.forget_remains(job.id)
+        write(claim)
+        assert [left.id for left in queue.with_remains(9)] == [job.id]
+        queue.forget_remains(job.id)
+
+
+def test_a_job_is_held_through_what_takes_long(
+    database: Database, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "HOLD_EVERY_S", 0.01)
+    submit(database)
+    claim = claimed(queue)
+    run_out(database)
+    with held_by_thread(queue, claim):
+        until = time.monotonic() + PATIENCE_S
+        while _lease(database, claim) == 0 and time.monotonic() < until:
+            time.sleep(0.01)
+    assert _lease(database, claim) > 0
+
+
+def _lease(database: Database, claim: Claim) -> int:
+    with database.read() as session:
+        return session.get_one(JobRow, claim.job.id).lease_until
+
+
 def test_pausing_and_going_on(database: Database, queue: JobQueue, board: Board) -> None:
     job = submit(database)
     assert board.pause("acme", job.id).status == "paused"
@@ -143,6 +229,9 @@ def test_pausing_and_going_on(database: Database, queue: JobQueue, board: Board)
     claim = claimed(queue)
     assert board.pause("acme", job.id).status == "running"
     assert queue.standing(claim) == "pause"
+    told = board.events("acme", job.id, 50, None)
+    assert board.pause("acme", job.id).wants_pause
+    assert board.events("acme", job.id, 50, None) == told, "nothing has changed"
     assert board.resume("acme", job.id).status == "running"
     assert queue.standing(claim) == "mine"
     board.pause("acme", job.id)
@@ -208,6 +297,21 @@ def test_tokens_are_counted_once_and_bounded_by_the_day(database: Database, queu
     assert (made.total.training_tokens, made.total.training_us) == (700, 8_000_000)
     assert [names for names, _ in made.lines] == [{"tenant": "acme"}]
     assert make_report(database, Period(None, None), (), tenant="x", now_us=0).total.training_tokens == 0
+
+
+def test_a_job_that_waits_again_keeps_the_tokens_that_it_was_granted(database: Database, queue: JobQueue) -> None:
+    TenantStore(database).change("acme", training_tokens_per_day=1000)
+    submit(database)
+    claim = claimed(queue)
+    assert queue.plan(claim, 600)
+    queue.put_back(claim, None)
+    submit(database)
+    again = claimed(queue)
+    assert again.job.id == claim.job.id
+    queue.put_back(again, None)
+    TenantStore(database).change("acme", max_jobs_running=None, training_tokens_per_day=500)
+    assert queue.plan(claimed(queue), 600), "it is not asked for again"
+    assert not queue.plan(claimed(queue), 1)
 
 
 def test_workers_come_and_go(database: Database, queue: JobQueue) -> None:

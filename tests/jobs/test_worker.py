@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,10 +19,13 @@ from sqlalchemy import update
 from manylora.catalog.store import open_store
 from manylora.database.database import Database, open_database
 from manylora.database.tables import FileRow, JobRow
+from manylora.errors import StoreUnavailable
 from manylora.identity import SERVER, TENSOR_FILE
 from manylora.jobs.board import Board, NewJob
 from manylora.jobs.order import Order
+from manylora.jobs.queue import JobQueue
 from manylora.jobs.records import Job
+from manylora.jobs.worker import Place, Worker
 from manylora.jobs.worker_process import Assignment
 from manylora.lifecycle.train.config import LoraShape, Schedule
 from manylora.lifecycle.train.train import train
@@ -63,15 +68,29 @@ def job(settings: Settings, opened: Database, tmp_path: Path) -> Job:
 
 def started(settings: Settings, *moment: str) -> "subprocess.Popen[bytes]":
     assignment = replace(Assignment.of(settings, seats=1, base="base"), log_level="info")
-    return subprocess.Popen([sys.executable, "-m", "tests.jobs.worker_child", json.dumps(asdict(assignment)), *moment])
+    command = [sys.executable, "-m", "tests.jobs.worker_child", json.dumps(asdict(assignment)), *moment]
+    return subprocess.Popen(command, env={**os.environ, "PID_FILE": str(settings.data_dir.parent / "pid")})
 
 
-def ended(worker: "subprocess.Popen[bytes]") -> int:
-    """Its exit status, once it and what it had started have ended."""
-    children = psutil.Process(worker.pid).children(recursive=True)
+def ended(worker: "subprocess.Popen[bytes]", tmp_path: Path) -> int:
+    """Its exit status, once it and the child that waited, if one did, have ended."""
     code = worker.wait(PATIENCE_S)
-    assert not psutil.wait_procs(children, PATIENCE_S)[1]
+    told = tmp_path / "pid"
+    if told.exists():
+        until = time.monotonic() + PATIENCE_S
+        while not has_ended(int(told.read_text())) and time.monotonic() < until:
+            time.sleep(0.05)
+        assert has_ended(int(told.read_text()))
+        told.unlink()
     return code
+
+
+def has_ended(pid: int) -> bool:
+    """Whether nothing runs any more, though nobody may have asked for its exit status yet."""
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def undisturbed(job: Job, tmp_path: Path, base: Path) -> bytes:
@@ -86,7 +105,7 @@ def test_a_worker_is_killed_and_the_adapter_is_that_of_an_undisturbed_run(
     settings: Settings, opened: Database, job: Job, tmp_path: Path, tiny_llama_dir: Path
 ) -> None:
     board = Board(opened)
-    assert ended(started(settings, "after a checkpoint")) == -signal.SIGKILL
+    assert ended(started(settings, "after a checkpoint"), tmp_path) == -signal.SIGKILL
     found = board.get("acme", job.id)
     assert (found.status, found.run) == ("running", 1)
     assert found.checkpoint
@@ -94,7 +113,7 @@ def test_a_worker_is_killed_and_the_adapter_is_that_of_an_undisturbed_run(
         session.execute(update(JobRow).values(lease_until=0))
         session.execute(update(FileRow).values(expires=1))
 
-    assert ended(started(settings)) == 0
+    assert ended(started(settings, "without checkpoints"), tmp_path) == 0
 
     done = board.get("acme", job.id)
     assert (done.status, done.run, done.result["steps"]) == ("publishing", 2, 12)
@@ -121,7 +140,26 @@ def test_a_worker_that_is_asked_to_end_puts_its_job_back(
     while board.get("acme", job.id).status != "paused" and time.monotonic() < until:
         time.sleep(0.05)
 
-    assert ended(worker) == 0
+    assert ended(worker, tmp_path) == 0
     found = board.get("acme", job.id)
     assert (found.status, found.worker) == ("paused", None)
     assert (settings.data_dir / "store" / found.checkpoint).stat().st_size > 0
+
+
+def test_a_job_whose_file_is_damaged_waits_and_no_worker_stays_with_it(
+    settings: Settings, opened: Database, job: Job, tmp_path: Path
+) -> None:
+    store = open_store(settings.resolved_store_url, settings.data_dir / "cache")
+    (tmp_path / "rows.jsonl").write_text("other rows")
+    store.keep_file("files/file-1", tmp_path / "rows.jsonl")
+    queue = JobQueue(opened)
+    claim = queue.claim("w1", "base")
+    assert claim is not None
+    worker = Worker(opened, store, Place("base", None, "cpu", 1, tmp_path), seats=1)
+
+    with pytest.raises(StoreUnavailable, match="damaged"):
+        worker._work(claim, threading.Event())
+
+    assert Board(opened).get("acme", job.id).status == "queued"
+    assert queue.claim("w1", "base") is None
+    store.close()

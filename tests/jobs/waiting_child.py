@@ -34,6 +34,7 @@ def done_once_stopped(
 
 
 if __name__ == "__main__":
+    Path(os.environ["PID_FILE"]).write_text(str(os.getpid()))
     if os.environ["WAIT"] == "after a checkpoint":
         child._tell = tell_and_wait
     else:

@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from manylora.catalog.local_store import LocalStore
+from manylora.errors import StoreUnavailable
 from manylora.jobs import worker
 from manylora.jobs.queue import JobQueue
 from manylora.jobs.worker_process import Assignment, work
@@ -35,6 +37,15 @@ def until_idle(claim: Callable[..., Any], stop: threading.Event) -> Callable[...
     return call
 
 
+def without_checkpoints(keep: Callable[..., Any]) -> Callable[..., Any]:
+    def call(self: Any, name: str, path: Any) -> Any:
+        if "checkpoint" in name:
+            raise StoreUnavailable("No checkpoint can be stored.")
+        return keep(self, name, path)
+
+    return call
+
+
 def main() -> None:
     """`ASSIGNMENT MOMENT`; without a moment it works until there is nothing left to do."""
     stop = threading.Event()
@@ -45,6 +56,8 @@ def main() -> None:
         os.environ["WAIT"] = moment
     if moment == "after a checkpoint":
         JobQueue.checkpoint = after(JobQueue.checkpoint)  # type: ignore[method-assign]
+    if moment == "without checkpoints":
+        LocalStore.keep_file = without_checkpoints(LocalStore.keep_file)  # type: ignore[method-assign]
     JobQueue.claim = until_idle(JobQueue.claim, stop)  # type: ignore[method-assign]
     work(Assignment(**json.loads(sys.argv[1])), stop)
 

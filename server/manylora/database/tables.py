@@ -362,9 +362,10 @@ class JobRow(Base):
     """One fine-tuning job, of a tenant, for the base whose signature is `base`.
 
     `worker` has it until `lease_until`; whatever is written for it is written on that condition. `run` counts how often
-    it was taken up, `num_lost` how often whoever had it fell silent. `turn_from` and `turn_to` are its span of the
-    tenant's virtual time, set when it is first taken up (`jobs.queue`). `wants_pause`: whoever runs it is to leave off.
-    `has_remains`: the store may hold what it wrote on its way.
+    it was taken up, `num_lost` how often whoever had it fell silent and `num_put_off` how often what it needs could not
+    be had, since it last came further; what was put off is taken up after `lease_until`. `turn_from` and `turn_to` are
+    its span of the tenant's virtual time, set when it is first taken up (`jobs.queue`). `wants_pause`: whoever runs it
+    is to leave off. `has_remains`: the store may hold what it wrote on its way.
     """
 
     __tablename__ = "jobs"
@@ -393,6 +394,7 @@ class JobRow(Base):
     lease_until: Mapped[int]
     run: Mapped[int]
     num_lost: Mapped[int]
+    num_put_off: Mapped[int] = mapped_column(server_default="0", default=0)
     wants_pause: Mapped[bool]
     checkpoint: Mapped[str]
     step: Mapped[int]

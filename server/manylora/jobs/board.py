@@ -29,13 +29,14 @@ from manylora.jobs.records import (
 )
 from manylora.tenants.limits import limits_in
 
-__all__ = ["LABEL_METRICS", "TEXT_METRICS", "Board", "NewJob"]
+__all__ = ["LABEL_METRICS", "MAX_JUDGED_ROWS", "TEXT_METRICS", "Board", "NewJob"]
 
 TEXT_METRICS: Final = ("exact_match", "valid_json", "perplexity")
 LABEL_METRICS: Final = (
     "accuracy", "macro_precision", "macro_recall", "macro_f1", "mentioned", "exact_match", "perplexity",
 )  # fmt: skip
 
+MAX_JUDGED_ROWS: Final = 10_000  # of a file that versions are compared on, through the server
 WORKER_GONE_US: Final = 30 * MICROSECONDS
 # What the tenant asks for is not the worker's fault, and a quota is free again when a job ends.
 _RETRY_S: Final = 60.0
@@ -128,10 +129,11 @@ class Board:
         """End the job at once: whoever runs it finds that it has lost it. Raises NotFound or Conflict."""
         with self._database.write(None) as session:
             row = _find(session, tenant, job_id, for_change=True)
-            _expect(row, "cancelled", "queued", "running", "publishing", "paused")
+            _expect(row, "cancelled", "queued", "running", "publishing", "judging", "paused")
             now = now_in(session)
+            stays = f" {row.result['label']} stays." if row.status == "judging" else ""
             row.status, row.finished, row.worker, row.estimated_finish = "cancelled", now, None, None
-            add_event(session, job_id, now, NewEvent("The job was cancelled."))
+            add_event(session, job_id, now, NewEvent(f"The job was cancelled.{stays}"))
             return job(row)
 
     def pause(self, tenant: str, job_id: str) -> Job:
@@ -140,8 +142,9 @@ class Board:
             row = _find(session, tenant, job_id, for_change=True)
             _expect(row, "paused", "queued", "running")
             if row.status == "running":
-                row.wants_pause = True
-                add_event(session, job_id, now_in(session), NewEvent("The job will pause after this step."))
+                if not row.wants_pause:
+                    row.wants_pause = True
+                    add_event(session, job_id, now_in(session), NewEvent("The job will pause after this step."))
             else:
                 row.status = "paused"
                 add_event(session, job_id, now_in(session), NewEvent("The job is paused."))
@@ -212,6 +215,9 @@ def _metric(new: NewJob, held_out: DataFile | None) -> str | None:
     if held_out is None:
         message = "'if_better' compares versions on 'validation_file': send one."
         raise InvalidRequest(message, param="manylora.activate")
+    if held_out.facts["num_rows"] > MAX_JUDGED_ROWS:
+        message = f"'if_better' compares versions on at most {MAX_JUDGED_ROWS} rows: hold fewer out."
+        raise InvalidRequest(message, param="validation_file")
     has_labels = held_out.facts["shape"] == "label"
     metric = new.metric or ("accuracy" if has_labels else "perplexity")
     if metric not in (LABEL_METRICS if has_labels else TEXT_METRICS):

@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -14,15 +15,18 @@ from manylora.catalog.service import Catalog
 from manylora.errors import NotFound, Unavailable
 from manylora.files import remove_tree
 from manylora.jobs.files import DataFiles
-from manylora.jobs.queue import LEASE_S, Claim, JobQueue
+from manylora.jobs.leases import held
+from manylora.jobs.queue import Claim, JobQueue
 from manylora.settings import ENV_PREFIX
 from manylora.tenants.gate import TenantGate
 
-__all__ = ["Judge"]
+__all__ = ["MAX_JUDGE_S", "Judge"]
 
 _MODULE: Final = "manylora.jobs.judge_process"
 _LOOK_EVERY_S: Final = 2.0
-_HOLD_EVERY_S: Final = LEASE_S / 4
+_HOLD_EVERY_S: Final = 5.0  # which is also how soon a job that was cancelled is left
+# Others wait meanwhile, and a tenant's own rate limit may make the rows come slowly.
+MAX_JUDGE_S: Final = 7200.0
 _log = logging.getLogger(__name__)
 
 
@@ -69,11 +73,14 @@ class Judge:
         job, run = claim.job, self._catalog.database.run
         folder = self._scratch / f"{job.id}-judged"
         try:
-            told = await self._told(claim, folder)
+            async with held(self._catalog.database, self._queue, claim):
+                told = await self._told(claim, folder)
             with self._gate.lending(job.tenant, job.id) as key:
                 found = await self._verdict(claim, {**told, "key": key})
         except NotFound as error:
             found = {"promoted": False, "said": f"{job.result['label']} was not promoted: {error.message}"}
+        except Unavailable as error:
+            found = {"fault": error.message, "is_passing": True}
         finally:
             await asyncio.to_thread(remove_tree, folder)
         if found is None:
@@ -104,20 +111,23 @@ class Judge:
 
     async def _verdict(self, claim: Claim, told: dict[str, Any]) -> dict[str, Any] | None:
         """What the process says in the end; None where the job was lost meanwhile."""
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
+        began = time.monotonic()
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", _MODULE,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,  # a traceback quotes what it was about: somebody's data
             start_new_session=True,
-            env={**environment, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+            env=_environment(),
         )  # fmt: skip
         saying = asyncio.create_task(process.communicate(json.dumps(told).encode() + b"\n"))
         try:
             while not (await asyncio.wait([saying], timeout=_HOLD_EVERY_S))[0]:
                 if not await self._catalog.database.run(partial(self._queue.hold, claim)):
                     return None
+                if time.monotonic() - began > MAX_JUDGE_S:
+                    late = f"comparing it took more than {MAX_JUDGE_S:.0f} s. Hold fewer rows out."
+                    return {"promoted": False, "said": f"{claim.job.result['label']} was not promoted: {late}"}
             said, _ = await saying
         finally:
             if process.returncode is None:
@@ -128,3 +138,13 @@ class Judge:
             return {"fault": f"the process ended with exit code {process.returncode}", "is_passing": False}
         found: dict[str, Any] = json.loads(said)
         return found
+
+
+def _environment() -> dict[str, str]:
+    """The process's: no setting of ours, and no proxy, which would learn the lent key and the rows."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(ENV_PREFIX) and not name.lower().endswith("_proxy")
+    }
+    return {**kept, "NO_PROXY": "*", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}

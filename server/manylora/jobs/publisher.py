@@ -20,6 +20,7 @@ from manylora.catalog.upload import Brought
 from manylora.errors import Conflict, ManyloraError, StoreUnavailable, Unavailable
 from manylora.identity import ADAPTER_FILES, Author
 from manylora.jobs.files import DataFiles, make_whole
+from manylora.jobs.leases import held
 from manylora.jobs.order import REPORT_FILE
 from manylora.jobs.queue import Claim, Failure, JobQueue
 from manylora.metrics import Metrics
@@ -76,10 +77,12 @@ class Publisher:
         if claim is None:
             return False
         try:
-            await self._publish(claim)
+            async with held(database, self._queue, claim):
+                await self._publish(claim)
             self._metrics.count_published("succeeded")
-        except Conflict as error:  # cancelled meanwhile
+        except Conflict as error:  # cancelled meanwhile, most often: then there is no later
             _log.info("%s is not published: %s", claim.job.id, error.message)
+            await database.run(partial(self._queue.publish_later, claim, counts=True))
         except ManyloraError as error:
             self._metrics.count_published("refused" if error.status < 500 else "failed")
             if error.status < 500:

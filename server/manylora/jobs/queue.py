@@ -20,11 +20,13 @@ from manylora.jobs.records import LIVE, Job, NewEvent, Status, add_event, job, n
 from manylora.tenants.limits import limits_in
 from manylora.usage.training import add_training, tokens_of_a_day
 
-__all__ = ["LEASE_S", "NOTHING", "Claim", "Failure", "JobQueue", "Spent", "Standing"]
+__all__ = ["LEASE_S", "MAX_PUT_OFF", "NOTHING", "Claim", "Failure", "JobQueue", "Spent", "Standing"]
 
 LEASE_S: Final = 60.0
 _LEASE_US: Final = int(LEASE_S) * MICROSECONDS
-_TRY_AGAIN_US: Final = 10 * MICROSECONDS  # a publication that could not be done now
+_TRY_AGAIN_US: Final = 10 * MICROSECONDS  # what could not be done now; twice as long after each time in a row
+_MOST_WAIT_US: Final = 900 * MICROSECONDS
+MAX_PUT_OFF: Final = 100  # times in a row, which take about a day
 # A job that whoever ran it fell silent of so often takes its workers down with it.
 _MOST_LOST: Final = 3
 _FORGOTTEN_US: Final = 86_400 * MICROSECONDS
@@ -106,7 +108,7 @@ class JobQueue:
                 session.execute(text("SELECT pg_advisory_xact_lock(:n)"), {"n": _CLAIM_LOCK})
             now = now_in(session)
             _take_back(session, now)
-            row = _next(session, base)
+            row = _next(session, base, now)
             if row is None:
                 return None
             row.status, row.worker, row.run, row.lease_until = "running", worker, row.run + 1, now + _LEASE_US
@@ -151,15 +153,19 @@ class JobQueue:
     def plan(self, claim: Claim, tokens: int) -> bool:
         """So many tokens the job will learn from; False where it was lost, or has failed for want of quota.
 
-        Each token counts once for a day, that of a job under way as if it had been learnt from already.
+        Each token counts once for a day, that of a job that was granted its tokens as if it had been learnt from
+        already, whether it runs, waits for another worker or is paused; so it is asked for once.
         """
         with self._database.write(None) as session:
             row = _mine(session, claim)
             if row is None:
                 return False
+            if tokens <= row.planned_tokens:
+                return True
             session.execute(select(TenantRow.name).where(TenantRow.name == row.tenant).with_for_update())
             now, most = now_in(session), limits_in(session, row.tenant).training_tokens_per_day
-            others = (JobRow.tenant == row.tenant) & (JobRow.status == "running") & (JobRow.id != row.id)
+            is_open = JobRow.status.in_(("queued", "running", "paused")) & (JobRow.planned_tokens > 0)
+            others = (JobRow.tenant == row.tenant) & is_open & (JobRow.id != row.id)
             open_tokens = func.coalesce(func.sum(JobRow.planned_tokens - JobRow.tokens), 0)
             taken = tokens_of_a_day(session, row.tenant, now)
             taken += int(session.execute(select(open_tokens).where(others)).scalar_one())
@@ -177,15 +183,16 @@ class JobQueue:
     def checkpoint(self, claim: Claim, name: str) -> bool:
         """From now on whoever takes the job up begins with this file of the store; False where it was lost."""
         with self._database.write(None) as session:
-            row = _mine(session, claim)
+            row = _mine_or_left(session, claim)
             if row is not None:
                 row.checkpoint = name
+                _count_anew(row)
             return row is not None
 
     def put_back(self, claim: Claim, checkpoint: str | None) -> None:
         """The worker leaves off: the job is paused, if that was wished, or waits in front of its tenant's others."""
         with self._database.write(None) as session:
-            row = _mine(session, claim)
+            row = _mine_or_left(session, claim)
             if row is None:
                 return
             row.checkpoint = checkpoint or row.checkpoint
@@ -193,13 +200,32 @@ class JobQueue:
             message = "The job is paused." if row.status == "paused" else "Its worker stops; the job waits for another."
             add_event(session, row.id, now_in(session), NewEvent(message))
 
+    def put_off(self, claim: Claim) -> None:
+        """What the job needs cannot be had now: others go first, later each time, and it fails in the end."""
+        with self._database.write(None) as session:
+            row = _mine_or_left(session, claim)
+            if row is None:
+                return
+            now = now_in(session)
+            _free(row, "paused" if row.wants_pause else "queued")
+            if _wait(row, now):
+                said = "The job's files cannot be read, or what it writes cannot be stored, now: it waits for that."
+                add_event(session, row.id, now, NewEvent(said, level="warn"))
+            else:
+                message = (
+                    f"The job's files could not be read, or what it writes could not be stored, {MAX_PUT_OFF} times "
+                    "in a row. Upload its files again; the server's log says more."
+                )
+                _fail(session, row, now, Failure("server_error", message))
+
     def hand_in(self, claim: Claim, result: Mapping[str, Any]) -> bool:
         """The job is trained, and what came out is in the store; False where it was lost."""
         with self._database.write(None) as session:
-            row = _mine(session, claim)
+            row = _mine_or_left(session, claim)
             if row is None:
                 return False
             _free(row, "publishing")
+            _count_anew(row)
             row.result = dict(result)
             add_event(session, row.id, now_in(session), NewEvent("The training has ended; its adapter is published."))
             return True
@@ -242,13 +268,14 @@ class JobQueue:
         row.result = {**row.result, **result}
         if row.request["activate"] == "if_better":
             _free(row, "judging")
+            _count_anew(row)
             said = f"Published as {result['label']}, which is compared with what its name means now."
             add_event(session, row.id, now, NewEvent(said))
         else:
             _succeed(session, row, now)
 
     def hold(self, claim: Claim) -> bool:
-        """Have a job that is judged for longer; False where it was lost."""
+        """Have a job for longer, in the status that it was claimed in; False where it was lost."""
         with self._database.write(None) as session:
             row = _mine(session, claim, status=claim.job.status)
             if row is not None:
@@ -268,15 +295,19 @@ class JobQueue:
             _succeed(session, row, now)
 
     def publish_later(self, claim: Claim, *, counts: bool) -> None:
-        """Publication, or a judgement, failed for a reason that may pass; with `counts` only so often."""
+        """Publication, or a judgement, failed: another try, with `counts` few of them, else as `put_off`."""
         with self._database.write(None) as session:
             row = _mine(session, claim, status=claim.job.status)
             if row is None:
                 return
             now = now_in(session)
-            row.num_lost += counts
-            row.lease_until = now + _TRY_AGAIN_US
-            if row.num_lost < _MOST_LOST:
+            if counts:
+                row.num_lost += 1
+                row.lease_until = now + _TRY_AGAIN_US
+                goes_on = row.num_lost < _MOST_LOST
+            else:
+                goes_on = _wait(row, now)
+            if goes_on:
                 return
             if row.status == "judging":
                 said = "The version could not be compared, so it was not promoted. The server's log says why."
@@ -324,6 +355,14 @@ def _mine(session: Session, claim: Claim, *, status: str = "running") -> JobRow 
     return row if row is not None and row.status == status and _standing(row, claim) != "lost" else None
 
 
+def _mine_or_left(session: Session, claim: Claim) -> JobRow | None:
+    """For a run that may have written to the store by now: where it has lost its job, that is still to be removed."""
+    row = _mine(session, claim)
+    if row is None and (lost := session.get(JobRow, claim.job.id)) is not None:
+        lost.has_remains = True
+    return row
+
+
 def _standing(row: JobRow | None, claim: Claim) -> Standing:
     if row is None or row.worker != claim.worker or row.run != claim.job.run:
         return "lost"
@@ -341,6 +380,18 @@ def _count(session: Session, row: JobRow, now: int, spent: Spent) -> None:
 def _free(row: JobRow, status: str) -> None:
     row.status, row.worker, row.lease_until = status, None, 0
     row.wants_pause, row.estimated_finish = False, None
+
+
+def _count_anew(row: JobRow) -> None:
+    """It has come further, so what it failed at before is behind it."""
+    row.num_lost = row.num_put_off = 0
+
+
+def _wait(row: JobRow, now: int) -> bool:
+    """Let nobody take it up for a while, longer each time; False where that was so often enough."""
+    row.lease_until = now + min(_TRY_AGAIN_US << min(row.num_put_off, 10), _MOST_WAIT_US)
+    row.num_put_off += 1
+    return row.num_put_off < MAX_PUT_OFF
 
 
 def _succeed(session: Session, row: JobRow, now: int) -> None:
@@ -373,9 +424,9 @@ def _take_back(session: Session, now: int) -> None:
     session.flush()
 
 
-def _next(session: Session, base: str) -> JobRow | None:
+def _next(session: Session, base: str, now: int) -> JobRow | None:
     """The waiting job whose turn it is, with its turn set; see the module."""
-    is_waiting = (JobRow.status == "queued") & (JobRow.base == base)
+    is_waiting = (JobRow.status == "queued") & (JobRow.base == base) & (JobRow.lease_until < now)
     by_tenant = select(JobRow.tenant, func.min(JobRow.created), func.min(JobRow.turn_from)).where(is_waiting)
     waiting = session.execute(by_tenant.group_by(JobRow.tenant)).all()
     if not waiting:
@@ -399,7 +450,7 @@ def _next(session: Session, base: str) -> JobRow | None:
         .order_by(JobRow.turn_from.is_(None), JobRow.created, JobRow.id)
         .limit(1)
     )
-    row = session.execute(first.with_for_update()).scalars().one()
-    if row.turn_from is None:
+    row = session.execute(first.with_for_update()).scalars().one_or_none()
+    if row is not None and row.turn_from is None:  # None: its tenant has just taken it away
         row.turn_from, row.turn_to = start, start + row.cost / limits_in(session, tenant).weight
     return row

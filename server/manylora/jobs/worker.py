@@ -23,10 +23,11 @@ from manylora.catalog.files import FolderLock
 from manylora.catalog.store import Store
 from manylora.database.database import Database
 from manylora.database.tables import MICROSECONDS
-from manylora.errors import ManyloraError, NotFound, StartupError, Unavailable
+from manylora.errors import ManyloraError, NotFound, StartupError, StorageFull, StoreUnavailable, Unavailable
 from manylora.files import remove_tree
 from manylora.identity import ADAPTER_FILES
 from manylora.jobs.files import fetch_file, find_needed_file
+from manylora.jobs.leases import held_by_thread
 from manylora.jobs.order import ORDER_FILE, REPORT_FILE
 from manylora.jobs.queue import LEASE_S, NOTHING, Claim, Failure, JobQueue, Spent
 from manylora.jobs.records import NewEvent, data_file
@@ -137,12 +138,13 @@ class Worker:
         folder = self._place.scratch / f"{claim.job.id}-{claim.job.run}"
         try:
             folder.mkdir(mode=0o700)
-            self._prepare(claim, folder)
+            with held_by_thread(self._queue, claim):
+                self._prepare(claim, folder)
             _Run(self._queue, self._store, self._place, claim, folder).go(stop)
         except NotFound as error:  # of a file that has gone
             self._queue.fail(claim, Failure(error.code, error.message))
         except Unavailable:
-            self._queue.put_back(claim, None)
+            self._queue.put_off(claim)
             raise
         finally:
             remove_tree(folder)
@@ -328,19 +330,31 @@ class _Run:
         self._news.has_checkpoint = False
         with suppress(FileNotFoundError):
             link.hardlink_to(checkpoint_path(self._folder / "adapter"))
-            self._jobs.checkpoint(self._claim, self._keep_checkpoint(link))
+            name = self._keep_checkpoint(link)
+            if name is not None:
+                self._jobs.checkpoint(self._claim, name)
 
-    def _keep_checkpoint(self, path: Path) -> str:
-        """The checkpoint in the store, under a name that no other run writes."""
+    def _keep_checkpoint(self, path: Path) -> str | None:
+        """The checkpoint in the store, under a name that no other run writes; None where it cannot be stored now.
+
+        The training goes on without it: the one that was stored before is good still.
+        """
         name = f"{self._claim.remains}-checkpoint.safetensors"
-        self._store.keep_file(name, path)
-        self._kept = time.monotonic()
+        try:
+            with held_by_thread(self._jobs, self._claim):
+                self._store.keep_file(name, path)
+        except (StoreUnavailable, StorageFull) as error:
+            _log.warning("A checkpoint of %s is not kept: %s", self._claim.job.id, error.message)
+            return None
+        finally:
+            self._kept = time.monotonic()
         return name
 
     def _hand_in(self, said: dict[str, Any]) -> None:
         out = self._folder / "adapter"
-        for path in (*(out / name for name in ADAPTER_FILES), report_folder(out) / REPORT_FILE):
-            self._store.keep_file(f"{self._claim.remains}-{path.name}", path)
+        with held_by_thread(self._jobs, self._claim):
+            for path in (*(out / name for name in ADAPTER_FILES), report_folder(out) / REPORT_FILE):
+                self._store.keep_file(f"{self._claim.remains}-{path.name}", path)
         figures = {name: value for name, value in said.items() if name != "kind"}
         self._jobs.hand_in(self._claim, {**figures, "remains": self._claim.remains})
 
