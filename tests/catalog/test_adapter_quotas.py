@@ -45,6 +45,19 @@ async def test_bytes_run_out_and_come_back_with_a_deletion(settings: Settings) -
         rig.catalog.check_integrity()
 
 
+async def test_cards_count_among_the_bytes(settings: Settings) -> None:
+    async with running(settings, ACME) as rig:
+        size = (await rig.push("x", {**sound_files(), "README.md": b"# x\n"}, ACME)).json()["size_bytes"]
+        _limit(rig, max_adapter_bytes=2 * size + 10)
+        longer = {**sound_files(), "README.md": b"# x\n" + b"y" * (size + 7)}
+        assert f"{size + 4} kept and {size + 7} new" in _refusal(await rig.push("x", longer, who=ACME))
+        assert (await rig.call("GET", "/v1/adapters/x/versions/1/card", ACME)).json()["text"] == "# x\n"
+        with_card = {**sound_files(2.0), "README.md": b"# two\n" + b"y"}
+        assert f"{size + 4} kept and {size + 7} new" in _refusal(await rig.push("x", with_card, who=ACME))
+        assert (await rig.push("x", {**sound_files(2.0), "README.md": b"# two\n"}, who=ACME)).status_code == 201
+        rig.catalog.check_integrity()
+
+
 async def test_pinned_slots_run_out_and_come_back(settings: Settings) -> None:
     async with running(settings, ACME, RIVAL) as rig:
         _limit(rig, max_pinned=1)

@@ -99,6 +99,9 @@ def test_examples_are_the_hubs_widgets() -> None:
     [
         "widget: [", "widget: 3", "widget: {text: a}", "widget:\n- 3\n- [a]\n- text: [b]\n- messages: [c]", "- a", "",
         "widget: " + "[" * 9000, "a: &a [x]\n" + "".join(f"a{n}: &a{n} [*a, *a]\n" for n in range(500)),
+        'widget:\n- text: "\\UFFFFFFFF"', 'widget:\n- text: "a\\uD800b"',
+        "%YAML 1" + "9" * 5000 + ".1\n---\nwidget: []",
+        "widget:\n- text: a\nb: " + "[" * 21 + "]" * 21, "- " * 5000 + "a",
         "widget:\n- text: " + "x" * MAX_FRONT_MATTER, "widget:\n- !!python/object/apply:os.system [id]",
     ],
 )  # fmt: skip

@@ -185,6 +185,13 @@ def test_a_long_answer_is_built_beside_the_event_loop_and_bounded(
     asked: dict[str, Any] = {"model": model, "input": [inputs()[1]] * 3}
     wanted = served.post("/v1/classify", **asked).json()["data"]
     threads, known = set(), classify.shares
+    counted, count = list[int](), classify._num_told
+
+    def told(num_ids: int, head: Any) -> int:
+        counted.append(num_ids)
+        return count(num_ids, head)
+
+    monkeypatch.setattr(classify, "_num_told", told)
 
     def seen(*given: Any, **how: Any) -> Any:
         threads.add(threading.current_thread().name)
@@ -197,6 +204,7 @@ def test_a_long_answer_is_built_beside_the_event_loop_and_bounded(
     answer = served.post("/v1/classify", **asked)
     assert answer.json()["data"] == wanted
     assert threads == {"parser_0"}
+    assert len(counted) == 3 + 3, "all inputs once, and each when it is told"
     for path, field, value in (("/v1/classify", "input", asked["input"] * 2), ("/classify", "inputs", ["x " * 20] * 4)):
         refused = served.post(path, model=model, **{field: value})
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, field)

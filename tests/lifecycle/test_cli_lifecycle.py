@@ -343,6 +343,14 @@ def test_scores_are_written_into_the_card_and_take_the_place_of_earlier_ones(
     assert cards[0].endswith("\n## How it was made\n\nBy hand.\n")
 
 
+def test_a_card_that_is_no_text_is_said_before_the_work(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    data = write_rows(tmp_path / "a.jsonl", label_rows())
+    folder = make_adapter(tiny_llama_dir, tmp_path / "adapter", rank=4)
+    (folder / "README.md").write_bytes("# 名\n".encode("gb18030"))
+    done = run("evaluate", "--data", data, "--model", tmp_path / "none", "--adapter", folder, "--card")
+    assert (done.exit_code, "is no UTF-8 text" in done.stderr) == (1, True), done.output
+
+
 def test_a_card_is_written_into_a_folder_and_not_into_a_server(tmp_path: Path) -> None:
     data = write_rows(tmp_path / "a.jsonl", label_rows())
     done = run("evaluate", "--data", data, "--server", "http://127.0.0.1:9", "--adapter", "x", "--card")

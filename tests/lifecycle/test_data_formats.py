@@ -64,6 +64,16 @@ def test_sharegpt_rows_are_chats_and_their_calls_are_calls(tmp_path: Path) -> No
     assert json.loads(found.tools) == [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
 
 
+def test_sharegpt_turns_have_weights(tmp_path: Path) -> None:
+    turns = [("human", "q"), ("gpt", "bad"), ("human", "again"), ("gpt", "good")]
+    talk: list[dict[str, Any]] = [{"from": who, "value": said} for who, said in turns]
+    talk[1]["weight"] = 0
+
+    found = only(tmp_path, {"conversations": talk})
+
+    assert [message.is_learnt for message in found.messages if message.role == "assistant"] == [False, True]
+
+
 def test_openais_rows_have_tools_weights_parts_and_a_developer(tmp_path: Path) -> None:
     parts = {"role": "user", "content": [{"type": "text", "text": "Weather "}, {"type": "text", "text": "in Paris?"}]}
     developer = {"role": "developer", "content": "Be brief."}

@@ -43,6 +43,22 @@ def test_every_assistant_turn_of_a_chat_is_learnt_and_nothing_else(tmp_path: Pat
     assert tokenizer.decode(one.prompt_ids).endswith("q2<|im_end|>\n<|im_start|>assistant\n")
 
 
+def test_only_the_last_answer_gets_an_end_of_text_that_its_template_does_not_write(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = "<|im_start|>"  # as bases whose turns end with another token than their texts
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }};{% endfor %}" + (
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    turns = [("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "a2")]
+    dataset = _dataset(tmp_path, {"messages": [{"role": r, "content": c} for r, c in turns]})
+
+    [one] = Encoder(tokenizer, max_length=512).encode(dataset, context_length=512)
+
+    learnt = [token for token, is_answer in zip(one.ids, one.is_answer, strict=True) if is_answer]
+    assert tokenizer.decode(learnt) == "a1;a2;<|im_start|>"
+    assert tokenizer.decode(one.ids) == "[user]q1;[assistant]a1;[user]q2;[assistant]a2;<|im_start|>"
+
+
 def test_plain_rendering_is_prompt_completion_and_end_of_text(tmp_path: Path, tokenizer: Any) -> None:
     dataset = _dataset(tmp_path, {"prompt": "2+2=", "completion": " 4"})
 

@@ -142,6 +142,7 @@ class _Answer:
         self._is_activated = body.use_activation
         self._threshold = 0.5 if body.threshold is None else body.threshold
         self._asked_threshold = body.threshold is not None
+        self._checked: Head | None = None
         self._entries: list[orjson.Fragment | None] = [None] * run.num_choices
 
     def arranged(self, deltas: Deltas) -> Deltas:
@@ -160,6 +161,9 @@ class _Answer:
 
     def _check(self, head: Head) -> None:
         """Raises InvalidRequest."""
+        if head is self._checked:  # of all inputs: a request has one adapter
+            return
+        self._checked = head
         if self._asked_threshold and head.problem != "multi":
             raise InvalidRequest(
                 "'threshold' is for adapters of which several labels may hold at once. Leave it out.", param="threshold"

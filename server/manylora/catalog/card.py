@@ -19,6 +19,7 @@ __all__ = ["card_of", "examples_of", "read_card"]
 
 MAX_CARD_BYTES: Final = 131_072
 MAX_FRONT_MATTER: Final = 16_384  # characters
+MAX_FRONT_MATTER_DEPTH: Final = 20
 MAX_EXAMPLES: Final = 8
 _FENCE: Final = "---\n"
 
@@ -54,12 +55,22 @@ def examples_of(card: str) -> list[str]:
     if not card.startswith(_FENCE) or not fence or len(head) > MAX_FRONT_MATTER:
         return []
     try:
-        root = yaml.compose(head, Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, RecursionError):
+        root = yaml.compose(head, Loader=yaml.SafeLoader) if _is_shallow(head) else None
+    except (yaml.YAMLError, ValueError, OverflowError):  # its numbers of versions and characters are unchecked
         return []
     rows = _value(root, "widget")
     found = filter(None, map(_prompt_of, rows.value if isinstance(rows, yaml.SequenceNode) else ()))
     return [text for text, _ in zip(found, range(MAX_EXAMPLES), strict=False)]
+
+
+def _is_shallow(head: str) -> bool:
+    """Whether composing it takes a bounded time: each level is a call in a call."""
+    depth = 0
+    for event in yaml.parse(head, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_FRONT_MATTER_DEPTH:
+            return False
+    return True
 
 
 def _prompt_of(row: yaml.Node) -> str:
@@ -73,7 +84,8 @@ def _prompt_of(row: yaml.Node) -> str:
 
 
 def _text(node: yaml.Node | None) -> str:
-    return str(node.value) if isinstance(node, yaml.ScalarNode) else ""
+    text = str(node.value) if isinstance(node, yaml.ScalarNode) else ""
+    return "" if any("\ud800" <= char <= "\udfff" for char in text) else text  # half a character can be sent to nobody
 
 
 def _value(node: yaml.Node | None, key: str) -> yaml.Node | None:

@@ -10,7 +10,16 @@ from sqlalchemy.orm import Session
 from manylora.catalog.base_signature import BaseSignature
 from manylora.catalog.directory import Entry, Listed, missing
 from manylora.catalog.labels import Label
-from manylora.catalog.records import AdapterRecord, NewVersion, VersionSums, adapter_record, new_id, now_us, ref_of
+from manylora.catalog.records import (
+    AdapterRecord,
+    NewVersion,
+    VersionSums,
+    Wish,
+    adapter_record,
+    new_id,
+    now_us,
+    ref_of,
+)
 from manylora.catalog.saved_mix import parts_of
 from manylora.database.tables import AdapterRow, KeptRow, VersionRow
 from manylora.errors import InvalidRequest, QuotaExceeded
@@ -39,10 +48,12 @@ def get_adapter(session: Session, tenant: str, name: str) -> AdapterRow:
 def load_records(session: Session, rows: Sequence[AdapterRow], base: BaseSignature) -> list[AdapterRecord]:
     """Records in the order of `rows`. Of their versions only the active ones are read."""
     v, ids = VersionRow, [row.id for row in rows]
-    sums = select(v.adapter_id, func.count(), func.max(v.version), func.sum(v.size_bytes)).where(v.adapter_id.in_(ids))
+    sums = select(v.adapter_id, func.count(), func.max(v.version), func.sum(v.size_bytes + v.card_bytes))
     summed = {
         adapter_id: VersionSums(count, newest, int(size_bytes))
-        for adapter_id, count, newest, size_bytes in session.execute(sums.group_by(v.adapter_id))
+        for adapter_id, count, newest, size_bytes in session.execute(
+            sums.where(v.adapter_id.in_(ids)).group_by(v.adapter_id)
+        )
     }
     query = select(v).join(AdapterRow, (AdapterRow.id == v.adapter_id) & (AdapterRow.active_version == v.version))
     active = {found.adapter_id: found for found in session.execute(query.where(v.adapter_id.in_(ids))).scalars()}
@@ -169,6 +180,16 @@ def check_kept(session: Session, tenant: str, row: AdapterRow | None, size_bytes
             raise _exceeded(tenant, what, "Delete old versions")
 
 
+def set_card(session: Session, row: AdapterRow, version: VersionRow, wish: Wish) -> bool:
+    """Let the version have the card that came, if any did; whether it is another one. Raises QuotaExceeded."""
+    if wish.card in (None, version.card):
+        return False
+    if wish.card_bytes > version.card_bytes:
+        check_kept(session, row.tenant, row, wish.card_bytes - version.card_bytes)
+    version.card, version.card_bytes = wish.card or "", wish.card_bytes
+    return True
+
+
 def check_pins(session: Session, tenant: str) -> None:
     """Whether the tenant may pin one more adapter. Raises QuotaExceeded."""
     limits = limits_in(session, tenant)
@@ -199,7 +220,7 @@ def check_counts(session: Session, rows: Sequence[AdapterRow], versions: Mapping
     """Assert that the tenants' sums are those of all rows. Reads all rows: for tests."""
     sums: dict[str, list[int]] = {}
     for row in rows:
-        size_bytes = sum(version.size_bytes for version in versions.get(row.id, ()))
+        size_bytes = sum(version.size_bytes + version.card_bytes for version in versions.get(row.id, ()))
         assert (row.counted_adapters, row.counted_pins) == (not row.is_deleted, row.pinned)
         assert row.counted_bytes == size_bytes
         total = sums.setdefault(row.tenant, [0, 0, 0])
@@ -254,6 +275,8 @@ def add_version(session: Session, row: AdapterRow, new: NewVersion, base: str, d
         virtual_tokens=new.virtual_tokens,
         invocation=" ".join(map(str, new.invocation)),
         mix=new.mix,
+        card="",
+        card_bytes=0,
     )
     row.next_version += 1
     session.flush()  # the adapter's row first: there is no relationship that would order the two

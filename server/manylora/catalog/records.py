@@ -51,6 +51,10 @@ class Wish:
     author: Author = SERVER
     also: "Callable[[Session, Published], None] | None" = None
 
+    @property
+    def card_bytes(self) -> int:
+        return len((self.card or "").encode())
+
 
 @dataclass(frozen=True, slots=True)
 class NewVersion:

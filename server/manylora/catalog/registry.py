@@ -204,7 +204,7 @@ class Registry:
         if newest is None or is_new:
             if wish.activate is None:
                 wish = replace(wish, activate=row is None or not self._is_decided(session, row))
-            queries.check_kept(session, wish.tenant, row, new.size_bytes)
+            queries.check_kept(session, wish.tenant, row, new.size_bytes + wish.card_bytes)
             row = queries.revived_adapter(session, row, wish.tenant, wish.name)
             newest = queries.add_version(session, row, new, self._base.value, wish.defaults or NO_DEFAULTS)
         assert row is not None
@@ -269,9 +269,8 @@ class Registry:
         if wish.activate:
             row.active_version = newest.version
         fields = _change(session, row, wish.pinned, wish.description)
-        if wish.card not in (None, newest.card):
-            newest.card, newest.card_bytes = wish.card or "", len((wish.card or "").encode())
-            fields += [] if is_new else ["card"]
+        if queries.set_card(session, row, newest, wish) and not is_new:
+            fields.append("card")
         mixes.check_not_pinned(session, row)
         if is_new or row.active_version != was or fields:
             action = "upload" if is_new else "change" if row.active_version == was else "promote"

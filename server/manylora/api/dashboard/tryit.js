@@ -163,8 +163,8 @@ export class TryIt {
     this.stop.disabled = false;
     if (!isTalk) this.forget();
     try {
-      await Promise.all(sides.map(([pane, label]) => this.ask(pane, label, asked, isTalk)));
-      if (isTalk) this.prompt.value = "";
+      const answered = await Promise.all(sides.map(([pane, label]) => this.ask(pane, label, asked, isTalk)));
+      if (isTalk && answered.includes(true)) this.prompt.value = "";
     } catch (error) {
       this.session.ask(error.message);
     } finally {
@@ -174,16 +174,18 @@ export class TryIt {
     }
   }
 
+  /** Whether the answer is a turn of the conversation. */
   async ask(pane, label, asked, isTalk) {
     pane.name(label ? this.titleOf(label) : "Nobody");
     if (!label) {
       setText(pane.foot, "Choose an adapter or the base to compare.");
-      return;
+      return false;
     }
     const said = await pane.run(...this.request(label, pane.turns), this.abort.signal, isTalk ? asked : null);
-    if (!isTalk || said === null) return;
+    if (!isTalk || said === null) return false;
     pane.turns.push({ role: "user", content: asked }, { role: "assistant", content: said });
     this.fresh.hidden = false;
     setText(this.go, "Ask on");
+    return true;
   }
 }

@@ -126,11 +126,12 @@ class Encoder:
         pieces = list(self._pieces(example))
         for number, (text, learn) in enumerate(pieces, start=1):
             piece = self._ids(text, special=not ids and not self.is_chat)
-            learnt = self._until_end(piece) if learn else []
-            if number == len(pieces):
+            is_last = number == len(pieces)
+            learnt = self._until_end(piece, is_last=is_last) if learn else []
+            if is_last:
                 piece = learnt
             ids += [*learnt, *piece[len(learnt) :]]
-            is_answer += [True] * len(learnt) + [False] * max(0, len(piece) - len(learnt))
+            is_answer += [True] * len(learnt) + [False] * (len(piece) - len(learnt))
         return Encoded(example, tuple(ids), tuple(is_answer))
 
     def _pieces(self, example: Example) -> Iterator[tuple[str, bool]]:
@@ -176,12 +177,15 @@ class Encoder:
     def _ids(self, text: str, *, special: bool) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=special)["input_ids"])
 
-    def _until_end(self, ids: list[int]) -> list[int]:
-        """An answer ends with the end-of-text token: what a template adds after it is not learnt."""
+    def _until_end(self, ids: list[int], *, is_last: bool) -> list[int]:
+        """An answer ends with the end-of-text token: what a template adds after it is not learnt.
+
+        The last one has it in any case; those before it are as a server renders them.
+        """
         end = self._tokenizer.eos_token_id
         if end in ids:
             return ids[: ids.index(end) + 1]
-        return [*ids, end]
+        return [*ids, end] if is_last else ids
 
     def _cut(self, one: Encoded) -> Encoded:
         excess = len(one) - self.max_length

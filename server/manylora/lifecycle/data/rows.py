@@ -160,9 +160,10 @@ def _from_sharegpt(row: Mapping[str, Any]) -> dict[str, Any]:
         if speaker == "function_call":
             called = _json(said, f"conversations[{index}].value")
             calls = called if isinstance(called, list) else [called]
-            messages.append({"role": "assistant", "content": "", "tool_calls": [{"function": call} for call in calls]})
+            message = {"role": "assistant", "content": "", "tool_calls": [{"function": call} for call in calls]}
         else:
-            messages.append({"role": _SPEAKERS[speaker], "content": said})
+            message = {"role": _SPEAKERS[speaker], "content": said}
+        messages.append({**message, "weight": turn["weight"]} if "weight" in turn else message)
     tools = row.get("tools")
     return {"messages": messages, "tools": _json(tools, "tools") if isinstance(tools, str) and tools else tools}
 

@@ -177,14 +177,25 @@ def _check(request: EvaluateRequest) -> tuple[Dataset, tuple[str, ...]]:
     if not request.server:
         for folder in request.adapters:
             read_adapter_files(Path(folder))
+            if request.card:
+                _card_in(Path(folder))
     return dataset, metrics
+
+
+def _card_in(folder: Path) -> str:
+    """The folder's card, or the title of one that there is not. Raises InvalidParameter where it is no UTF-8 text."""
+    path = folder / CARD_FILE
+    try:
+        return path.read_text(encoding="utf-8") if path.is_file() else f"# {folder.resolve().name}\n"
+    except UnicodeDecodeError as error:
+        raise InvalidParameter(f"{path} is no UTF-8 text, so `card` cannot write into it. Convert it first.") from error
 
 
 def _write_cards(request: EvaluateRequest, report: dict[str, Any]) -> None:
     """Put the scores into each adapter's card, in the place of earlier ones. Raises OSError."""
     for name, folder in _names_of(request.adapters).items():
         path = folder / CARD_FILE
-        before = path.read_text(encoding="utf-8") if path.is_file() else f"# {folder.resolve().name}\n"
+        before = _card_in(folder)
         with atomic_file(path) as draft:
             text = with_section(before, SCORES, scores_table(report, name), before=MADE)
             draft.write_text(text, encoding="utf-8")
