@@ -100,6 +100,18 @@ NOW: tuple[str, Any] = ("now", {})
         ("deepseek_v31", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>now<｜tool▁sep｜>{} and", [NOW], "and"),
         ("deepseek_v31", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>other<｜tool▁sep｜>{}", [],
          "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>other<｜tool▁sep｜>{}"),
+        ("deepseek_v31", '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>{"city": "Paris"}'
+         "<｜tool▁call▁end｜>Done.", [PARIS], "Done."),
+        ("deepseek_v3", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>now\n```json\n{}\n```"
+         "<｜tool▁call▁end｜>\n```py\nDone.", [NOW], "```py\nDone."),
+        ("deepseek_v3", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>now\n```json\n{}\n```\nDone.",
+         [NOW], "Done."),
+        ("deepseek_v3", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>now\n```json\n{}<｜tool▁call▁end｜>"
+         "```py", [NOW], "```py"),
+        ("deepseek_v31", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜>"
+         "<｜tool▁call▁begin｜>other<｜tool▁sep｜>{}", [NOW], "<｜tool▁call▁begin｜>other<｜tool▁sep｜>{}"),
+        ("deepseek_v31", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>now<｜tool▁sep｜>"
+         '{"a": "<｜tool▁call▁end｜>```"}<｜tool▁calls▁end｜>', [("now", {"a": "<｜tool▁call▁end｜>```"})], ""),
         ("deepseek_v31", "<｜tool▁calls▁begin｜><｜tool▁calls▁end｜>", [],
          "<｜tool▁calls▁begin｜><｜tool▁calls▁end｜>"),
         ("deepseek_v3", "<｜tool▁calls▁begin｜> is a mark", [], "<｜tool▁calls▁begin｜> is a mark"),
@@ -131,6 +143,29 @@ def test_calls_are_found_and_what_is_none_stays_text(
 
     assert calls(pieces) == found
     assert said(pieces) == rest
+
+
+@pytest.mark.parametrize(
+    ("syntax", "broken", "begun"),
+    [
+        ("deepseek_v31", "now<｜tool▁sep｜>{{CUT}}<｜tool▁call▁end｜>", ""),
+        ("deepseek_v31", "now<｜tool▁sep｜>{{CUT}}", ""),
+        ("deepseek_v3", "function<｜tool▁sep｜>now\n```json\n{{CUT}}\n```<｜tool▁call▁end｜>\n", "\n"),
+    ],
+)  # fmt: skip
+def test_a_call_that_is_not_whole_ends_at_its_mark(syntax: Syntax, broken: str, begun: str) -> None:
+    cut = '{"a": 1, "b": [<"c<'
+    text = (
+        f"<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>{broken.replace('{{CUT}}', cut + chr(34))}"
+        '<｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>{"city": "Paris"}<｜tool▁call▁end｜><｜tool▁calls▁end｜>Done.'
+    )
+
+    pieces = read(reading(syntax), text)
+
+    arguments = ["".join(p.text for p in pieces if isinstance(p, Arguments) and p.index == at) for at in range(2)]
+    assert [piece.name for piece in pieces if isinstance(piece, CallStart)] == ["now", "get_weather"]
+    assert arguments == [f'{cut}"{begun}', '{"city": "Paris"}']
+    assert said(pieces) == "Done."
 
 
 MARKS = [

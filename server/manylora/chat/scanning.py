@@ -36,6 +36,11 @@ class JsonValue:
     def is_container(self) -> bool:
         return bool(self._characters) and self._characters[0] in "{["
 
+    @property
+    def is_in_string(self) -> bool:
+        """Whether what comes next is within a string, so that nothing of it can be a mark."""
+        return self._is_in_string
+
     def add(self, character: str) -> bool:
         """Whether the character belongs to it."""
         if self._is_in_string:

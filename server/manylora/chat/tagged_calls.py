@@ -19,16 +19,21 @@ _HEADER: Final = re.compile(
 
 
 class DeepSeekCalls(CallFinder):
-    """Calls between marks: each with its name, perhaps behind `function`, and its arguments, perhaps in a fence."""
+    """Calls between marks: each with its name, perhaps behind `function`, and its arguments, perhaps in a fence.
+
+    Arguments that are not whole end with the next mark or fence outside of their strings.
+    """
 
     mark = "<｜tool▁calls▁begin｜>"
     call = "<｜tool▁call▁begin｜>"
     call_end = "<｜tool▁call▁end｜>"
     end_mark = "<｜tool▁calls▁end｜>"
+    fence = "```"
 
     def __init__(self, is_offered: Container[str], *, only_one: bool, new_id: Callable[[], str]) -> None:
         super().__init__(is_offered, only_one=only_one, new_id=new_id)
         self._tag = ""  # of a mark that has begun, or what stands before the arguments
+        self._is_fenced = False  # the call at hand, up to the end of the fence
         self._value = JsonValue()
 
     def _begin_call(self) -> None:
@@ -39,6 +44,10 @@ class DeepSeekCalls(CallFinder):
         """Between the marks of two calls. Behind one, its fence may end and is no text."""
         self._held += character
         is_behind = self._num_calls > 0 and not self._is_called
+        if character == "`" and is_behind and self._is_fenced and self._held.strip() == self.fence:
+            self._is_fenced = False
+            self._held = ""
+            return
         if not self._tag and (character.isspace() or (is_behind and character == "`")):
             return
         self._tag += character
@@ -50,11 +59,10 @@ class DeepSeekCalls(CallFinder):
             self._state = self._in_header
         elif self._tag in marks:
             is_over, self._tag = self._tag == self.end_mark, ""
-            if is_over and not is_behind:
+            if is_behind:
+                self._held, self._is_fenced = "", False
+            if is_over:
                 self._no_call()
-            elif is_over:
-                self._held = ""
-                self._state = self._in_text
 
     def _in_header(self, character: str) -> None:
         self._held += character
@@ -67,6 +75,7 @@ class DeepSeekCalls(CallFinder):
         if match is None or match[1] not in self._is_offered:
             self._no_call()
             return
+        self._is_fenced = self.fence in self._tag
         self._tag = ""
         self._call(match[1])
         self._value = JsonValue()
@@ -74,6 +83,21 @@ class DeepSeekCalls(CallFinder):
         self._in_arguments(character)
 
     def _in_arguments(self, character: str) -> None:
+        tag = self._tag + character
+        ends = (self.call, self.call_end, self.end_mark, self.fence)
+        if not self._value.is_in_string and any(end.startswith(tag) for end in ends):
+            self._tag = tag
+            if tag in ends:
+                self._is_called, self._tag = False, ""
+                self._state = self._in_call
+                for each in tag:
+                    self._in_call(each)
+            return
+        if self._tag:
+            held, self._tag = self._tag, ""
+            self._argue(held)
+            self._in_arguments(character)
+            return
         self._value.add(character)
         self._argue(character)
         if self._value.is_done:
