@@ -287,6 +287,13 @@ def test_thinking_is_up_to_the_template_and_shown_where_it_is_asked_for(
     assert body["usage"]["output_tokens_details"]["thinking_tokens"] == len("<think>so")
 
 
+def test_a_null_in_the_templates_variables_says_nothing_of_thinking(rig: Rig) -> None:
+    answer = ask(rig, thinking={"type": "disabled"}, chat_template_kwargs={"enable_thinking": None})
+
+    assert answer.status_code == 200
+    assert rig.engine.codec.rendered[-1][1].variables == {"enable_thinking": False}
+
+
 def test_tools_go_to_the_template_and_what_must_be_called_is_a_grammar(rig: Rig) -> None:
     rig.engine.codec.form, rig.engine.text = HERMES, CALL * 2
     strict = {**WEATHER, "type": "custom", "description": "Of a city", "strict": True, "eager_input_streaming": True}

@@ -338,7 +338,8 @@ def test_a_turn_of_the_assistant_is_one_message(rig: Rig) -> None:
         thought("4"),
         TOLD,
     ]
-    ask(rig, input=[*items, {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}, thought("5")])
+    refusal = {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}], "phase": "final_answer"}
+    ask(rig, input=[*items, refusal, thought("5")])
 
     told = [
         (each["role"], each["content"], each.get("reasoning_content"), [c["id"] for c in each.get("tool_calls", ())])

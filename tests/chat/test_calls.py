@@ -106,8 +106,8 @@ NOW: tuple[str, Any] = ("now", {})
          "<｜tool▁call▁end｜>\n```py\nDone.", [NOW], "```py\nDone."),
         ("deepseek_v3", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>now\n```json\n{}\n```\nDone.",
          [NOW], "Done."),
-        ("deepseek_v3", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>now\n```json\n{}<｜tool▁call▁end｜>"
-         "```py", [NOW], "```py"),
+        ("deepseek_v3", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>now\n```json\n{}"
+         "<｜tool▁call▁end｜>```py", [NOW], "```py"),
         ("deepseek_v31", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜>"
          "<｜tool▁call▁begin｜>other<｜tool▁sep｜>{}", [NOW], "<｜tool▁call▁begin｜>other<｜tool▁sep｜>{}"),
         ("deepseek_v31", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>now<｜tool▁sep｜>"

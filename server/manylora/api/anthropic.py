@@ -255,8 +255,8 @@ def _thinking(thinking: Thinking | None, effort: str | None, given: dict[str, An
         raise InvalidRequest("'thinking.display' does not go with the type 'disabled'.", param="thinking.display")
     variables = given.get("chat_template_kwargs")
     if variables is None or isinstance(variables, dict):
-        told_so = (variables or {}).get("enable_thinking", is_on)
-        if told_so is not is_on:
+        told_so = (variables or {}).get("enable_thinking")
+        if told_so is not None and told_so is not is_on:
             where = "chat_template_kwargs.enable_thinking"
             raise InvalidRequest(f"'{where}' and 'thinking' differ. Send one.", param=where)
         given["chat_template_kwargs"] = {**(variables or {}), "enable_thinking": is_on}

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from manylora.api.fields import NOTHING, Unsupported, wanted
+from manylora.api.fields import NOTHING, Unsupported, asks_for_nothing, wanted
 from manylora.api.messages import MAX_NAME
 from manylora.api.response_tools import told_as
 from manylora.api.schemas import MAX_MESSAGES
@@ -29,7 +29,8 @@ _SEAL: Final = "manylora."
 _PART_HINTS: Final = frozenset({"prompt_cache_breakpoint"})
 _ANSWERS_PART: Final[Unsupported] = {"annotations": NOTHING}
 _PLAIN_PART: Final[Unsupported] = {"logprobs": NOTHING, **_ANSWERS_PART}
-_ITEM: Final[Unsupported] = {"phase": NOTHING, "created_by": NOTHING}
+_MESSAGE: Final[Unsupported] = {"created_by": NOTHING}
+_ITEM: Final[Unsupported] = {"phase": NOTHING, **_MESSAGE}
 _CALL: Final[Unsupported] = {"caller": ({"type": "direct"}, *NOTHING), "async": NOTHING, **_ITEM}
 
 
@@ -70,13 +71,27 @@ class _Item(Strict):
 
 
 class MessageItem(_Item):
-    """`type` may be left out."""
+    """`type` may be left out.
+
+    With `phase`, clients send back whether a message of the assistant's came between its calls or behind them. Where it
+    stands among the items says the same, so that no template needs it.
+    """
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
     content: str
+    phase: Literal["commentary", "final_answer"] | None = None
 
     _check_content = field_validator("content", mode="plain")(_content)
+
+    @field_validator("phase", mode="before")
+    @classmethod
+    def _check_phase(cls, value: Any, info: ValidationInfo) -> Any:
+        if asks_for_nothing(value):
+            return None
+        if info.data.get("role") != "assistant":
+            raise ValueError("goes with messages of the role 'assistant'. Leave it out")
+        return value
 
 
 class CallItem(_Item, CalledFunction):
@@ -281,7 +296,7 @@ def _add_thoughts(chat: Chat, place: str, item: Any) -> None:
 
 
 _KINDS: Final[Mapping[str, tuple[type[_Item], Unsupported, Callable[[Chat, str, Any], None]]]] = {
-    "message": (MessageItem, _ITEM, _add_message),
+    "message": (MessageItem, _MESSAGE, _add_message),
     "function_call": (CallItem, _CALL, _add_call),
     "function_call_output": (OutputItem, _CALL, _add_output),
     "reasoning": (ReasoningItem, _ITEM, _add_thoughts),
