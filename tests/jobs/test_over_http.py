@@ -215,7 +215,14 @@ async def test_pages_and_a_job_that_nobody_works_at(rig: Rig) -> None:
     assert "--jobs" in events["data"][0]["message"]
     second = (await rig.call("GET", f"{path}/events?limit=1&after={events['first_id']}", "acme:manager")).json()
     assert second["data"] == [events["data"][1]]
-    for strange in (f"{path}/events?after=x", f"{path}/checkpoints?after=x", "/v1/fine_tuning/jobs?after=x"):
+    other = events["first_id"].replace(jobs[0]["id"].removeprefix("ftjob-"), jobs[1]["id"].removeprefix("ftjob-"))
+    assert other != events["first_id"]
+    for strange in (
+        f"{path}/events?after=x",
+        f"{path}/events?after={other}",
+        f"{path}/checkpoints?after=x",
+        "/v1/fine_tuning/jobs?after=x",
+    ):
         assert (await rig.call("GET", strange, "acme:manager")).json()["error"]["param"] == "after"
     assert (await rig.call("DELETE", f"/v1/files/{file_id}", "acme:manager")).status_code == 409
 

@@ -13,7 +13,7 @@ from manylora.database.database import Database
 from manylora.database.tables import FileRow, JobRow
 from manylora.errors import Conflict, NotFound, QuotaExceeded
 from manylora.identity import SERVER
-from manylora.jobs import leases
+from manylora.jobs import leases, records
 from manylora.jobs import queue as queue_module
 from manylora.jobs.board import Board, NewJob
 from manylora.jobs.leases import held_by_thread
@@ -312,6 +312,20 @@ def test_a_job_that_waits_again_keeps_the_tokens_that_it_was_granted(database: D
     TenantStore(database).change("acme", max_jobs_running=None, training_tokens_per_day=500)
     assert queue.plan(claimed(queue), 600), "it is not asked for again"
     assert not queue.plan(claimed(queue), 1)
+
+
+def test_events_are_numbered_for_each_job_and_the_oldest_are_forgotten(
+    database: Database, queue: JobQueue, board: Board, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "MAX_EVENTS", 4)
+    first, second = submit(database), submit(database, "other")
+    claim = claimed(queue)
+    assert claim.job.id == first.id
+    queue.renew(claim, [NewEvent(f"Step {n}/9", step=n) for n in (1, 2, 3)], step=3)
+
+    numbers = [event.number for event in board.events("acme", first.id, 50, None)[0]]
+    assert numbers == [7, 6, 5, 4], "three of its beginning, one of its claim, three of steps"
+    assert [event.number for event in board.events("other", second.id, 50, None)[0]] == [3, 2, 1]
 
 
 def test_workers_come_and_go(database: Database, queue: JobQueue) -> None:

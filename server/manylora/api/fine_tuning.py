@@ -26,7 +26,7 @@ from manylora.tenants.interface import Principal
 __all__ = ["build_router"]
 
 MAX_PAGE: Final = 1000
-_EVENT: Final = re.compile(r"ftevent-([0-9]{1,18})", re.ASCII)
+_NUMBER: Final = re.compile(r"[0-9]{1,18}", re.ASCII)
 _Limit = Annotated[int, Query(ge=1, le=MAX_PAGE)]
 T = TypeVar("T")
 
@@ -119,12 +119,9 @@ def _add_reads(router: APIRouter, board: Board, run: Callable[..., Any]) -> None
     @router.get("/v1/fine_tuning/jobs/{job_id}/events")
     async def list_events(job_id: str, caller: Manager, limit: _Limit = 20, after: str | None = None) -> Response:
         """What was told of a job, newest first: messages, and the losses of its steps (`type` `metrics`)."""
-        match = None if after is None else _EVENT.fullmatch(after)
-        if after is not None and match is None:
-            raise InvalidRequest(f"'after' is no event's id: '{quoted(after)}'.", param="after")
-        before = None if match is None else int(match[1])
+        before = None if after is None else _event_number(job_id, after)
         events, has_more = await run(board.events, caller.tenant, job_id, limit, before)
-        return _private(_page([_event_view(event) for event in events], has_more))
+        return _private(_page([_event_view(job_id, event) for event in events], has_more))
 
     @router.get("/v1/fine_tuning/jobs/{job_id}/checkpoints")
     async def list_checkpoints(job_id: str, caller: Manager, limit: _Limit = 10, after: str | None = None) -> Response:
@@ -191,9 +188,22 @@ def _view(job: Job) -> dict[str, Any]:
     }
 
 
-def _event_view(event: Event) -> dict[str, Any]:
+def _event_id(job_id: str, number: int | str) -> str:
+    return f"ftevent-{job_id.removeprefix('ftjob-')}-{number}"
+
+
+def _event_number(job_id: str, event_id: str) -> int:
+    """Raises InvalidRequest for what is no id of the job's events."""
+    start = _event_id(job_id, "")
+    number = event_id.removeprefix(start)
+    if not event_id.startswith(start) or _NUMBER.fullmatch(number) is None:
+        raise InvalidRequest(f"'after' is no event of this job: '{quoted(event_id)}'.", param="after")
+    return int(number)
+
+
+def _event_view(job_id: str, event: Event) -> dict[str, Any]:
     return {
-        "id": f"ftevent-{event.seq}",
+        "id": _event_id(job_id, event.number),
         "object": "fine_tuning.job.event",
         "created_at": _seconds(event.created),
         "level": event.level,

@@ -409,13 +409,14 @@ class JobRow(Base):
 
 
 class JobEventRow(Base):
-    """What is told of a job, in the order of `seq`."""
+    """What is told of a job, by `number` in the order of its telling; `seq` is everybody's, and shown to nobody."""
 
     __tablename__ = "job_events"
-    __table_args__ = (Index("ix_job_events_job", "job", "seq"),)
+    __table_args__ = (Index("ix_job_events_number", "job", "number"),)
 
     seq: Mapped[int] = mapped_column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True)
     job: Mapped[str]
+    number: Mapped[int]
     created: Mapped[int]
     level: Mapped[str]
     type: Mapped[str]

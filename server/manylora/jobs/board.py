@@ -119,10 +119,10 @@ class Board:
     def events(self, tenant: str, job_id: str, limit: int, after: int | None) -> tuple[Sequence[Event], bool]:
         """What was told of the tenant's job, newest first, behind the event `after`. Raises NotFound."""
         query = select(JobEventRow).where(JobEventRow.job == job_id)
-        query = query if after is None else query.where(JobEventRow.seq < after)
+        query = query if after is None else query.where(JobEventRow.number < after)
         with self._database.read() as session:
             _find(session, tenant, job_id)
-            rows = session.execute(query.order_by(JobEventRow.seq.desc()).limit(limit + 1)).scalars().all()
+            rows = session.execute(query.order_by(JobEventRow.number.desc()).limit(limit + 1)).scalars().all()
             return [event(row) for row in rows[:limit]], len(rows) > limit
 
     def cancel(self, tenant: str, job_id: str) -> Job:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, Final, Literal, TypeAlias
 
-from sqlalchemy import select
+from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
 from manylora.database.replicas import NOW
@@ -16,6 +16,7 @@ from manylora.database.tables import MICROSECONDS, FileRow, JobEventRow, JobRow
 __all__ = [
     "FINE_TUNE",
     "LIVE",
+    "MAX_EVENTS",
     "RESULTS",
     "DataFile",
     "Event",
@@ -31,6 +32,7 @@ __all__ = [
     "now_in",
 ]
 
+MAX_EVENTS: Final = 2000  # of a job; a run tells of about a thousand steps
 FINE_TUNE: Final = "fine-tune"
 RESULTS: Final = "fine-tune-results"
 # `publishing`: trained, and not yet a version; `judging`: a version that is compared with what its name means.
@@ -95,9 +97,9 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """What is told of a job, numbered in the order of its telling."""
+    """What is told of a job, numbered from 1 in the order of its telling."""
 
-    seq: int
+    number: int
     created: int
     level: str
     type: str
@@ -132,10 +134,17 @@ def now_in(session: Session) -> int:
 
 
 def add_event(session: Session, job_id: str, now: int, new: NewEvent) -> None:
-    kind = "message" if new.step is None else "metrics"
-    session.add(
-        JobEventRow(job=job_id, created=now, level=new.level, type=kind, message=new.message, data=dict(new.data))
-    )
+    """Tell of a job whose row the transaction has locked; the oldest event is forgotten where there are too many."""
+    last = session.execute(select(func.max(JobEventRow.number)).where(JobEventRow.job == job_id)).scalar_one()
+    number = (last or 0) + 1
+    row = JobEventRow(
+        job=job_id, number=number, created=now, level=new.level, type="message" if new.step is None else "metrics",
+        message=new.message, data=dict(new.data),
+    )  # fmt: skip
+    session.add(row)
+    if number > MAX_EVENTS:
+        old = (JobEventRow.job == job_id) & (JobEventRow.number <= number - MAX_EVENTS)
+        session.execute(delete(JobEventRow).where(old))
 
 
 def data_file(row: FileRow) -> DataFile:
