@@ -165,6 +165,7 @@ REFUSED_JOBS: list[tuple[dict[str, Any], str]] = [
     ({"manylora": {"dropout": 1.0}}, "manylora.dropout"),
     ({"manylora": {"max_length": 10**6}}, "manylora.max_length"),
     ({"manylora": {"early_stop": 2}}, "manylora.early_stop"),
+    ({"manylora": {"eval_every": 2}}, "manylora.eval_every"),
     ({"manylora": {"activate": "perhaps"}}, "manylora.activate"),
     ({"manylora": {"activate": "if_better"}}, "manylora.activate"),
     ({"manylora": {"metric": "bleu"}}, "manylora.metric"),

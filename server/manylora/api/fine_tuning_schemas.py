@@ -155,10 +155,10 @@ def order_of(body: JobBody, settings: Settings, context_length: int) -> Order:
     ):
         if value > most:
             raise InvalidRequest(f"'manylora.{name}' is {value}, and at most {most} here.", param=f"manylora.{name}")
-    if order.schedule.early_stop and body.validation_file is None:
-        raise InvalidRequest(
-            "'manylora.early_stop' watches the loss on 'validation_file': send one.", param="manylora.early_stop"
-        )
+    for name, used in (("early_stop", "watches the loss on"), ("eval_every", "says how often the loss is taken on")):
+        if getattr(order.schedule, name) and body.validation_file is None:
+            message = f"'manylora.{name}' {used} 'validation_file': send one."
+            raise InvalidRequest(message, param=f"manylora.{name}")
     return order
 
 

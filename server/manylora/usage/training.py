@@ -1,6 +1,9 @@
 """What trainings took, each token once: a job that is resumed counts what it learnt before as counted."""
 
+from typing import Any
+
 from sqlalchemy import func, select
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from manylora.database.tables import MICROSECONDS, TrainingUsageRow
@@ -14,12 +17,12 @@ def add_training(session: Session, tenant: str, adapter: str, now_us: int, token
     if not tokens and not microseconds:
         return
     quarter = quarter_of(now_us / MICROSECONDS)
-    row = session.get(TrainingUsageRow, (quarter, tenant, adapter), with_for_update=True)
-    if row is None:
-        row = TrainingUsageRow(quarter=quarter, tenant=tenant, adapter=adapter, tokens=0, microseconds=0)
-        session.add(row)
-    row.tokens += tokens
-    row.microseconds += microseconds
+    dialect = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
+    insert: Any = dialect.insert(TrainingUsageRow).values(
+        quarter=quarter, tenant=tenant, adapter=adapter, tokens=tokens, microseconds=microseconds
+    )
+    sums = {name: getattr(TrainingUsageRow, name) + insert.excluded[name] for name in ("tokens", "microseconds")}
+    session.execute(insert.on_conflict_do_update(index_elements=["quarter", "tenant", "adapter"], set_=sums))
 
 
 def tokens_of_a_day(session: Session, tenant: str, now_us: int) -> int:
