@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from functools import partial
@@ -10,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import select, update
 
+from manylora.database.database import Database
 from manylora.database.tables import FileRow, JobRow
-from manylora.jobs import board, judge
+from manylora.errors import Conflict
+from manylora.jobs import board, judge, leases
 from manylora.jobs.files import DataFiles
 from manylora.jobs.judge import Judge
 from manylora.jobs.publisher import Publisher
@@ -256,7 +259,7 @@ async def test_a_version_is_judged_before_its_job_has_ended(rig: Rig) -> None:
     fields: dict[str, Any] = {"suffix": "sums", "validation_file": file_id, "manylora": {"activate": "if_better"}}
     queue, run = JobQueue(rig.catalog.database), rig.catalog.database.run
     ends = []
-    for seed, number in ((1.0, 1), (2.0, 2)):
+    for seed, number in ((1.0, 1), (2.0, 2), (3.0, 3)):
         job_id = (await submit(rig, file_id, **fields)).json()["id"]
         await handed_in(rig, job_id, seed)
         claim = None
@@ -271,49 +274,42 @@ async def test_a_version_is_judged_before_its_job_has_ended(rig: Rig) -> None:
         assert await run(partial(queue.hold, claim))
         if number == 1:
             await run(partial(queue.judged, claim, {"promoted": False, "said": "It is no better."}))
-        else:
+        elif number == 2:
             for _ in range(3):  # the judge dies of it
                 await run(partial(queue.publish_later, claim, counts=True))
+        else:
+            assert (await rig.call("POST", f"/v1/fine_tuning/jobs/{job_id}/cancel", "acme:manager")).status_code == 200
         assert not await run(partial(queue.hold, claim))
-        ends.append(await until(rig, job_id, lambda job: job["status"] == "succeeded"))
-    assert [job["fine_tuned_model"] for job in ends] == ["sums@1", "sums@2"]
+        ends.append(await until(rig, job_id, lambda job: job["status"] in ("succeeded", "cancelled")))
+    assert [job["fine_tuned_model"] for job in ends] == ["sums@1", "sums@2", None]
+    assert ends[2]["status"] == "cancelled"
     assert ends[0]["manylora"]["promotion"] == {"promoted": False, "said": "It is no better."}
     assert "could not be compared" in ends[1]["manylora"]["promotion"]["said"]
 
 
-async def test_a_comparison_goes_past_proxies_can_be_cancelled_and_ends_in_time(
+async def test_a_comparison_goes_past_proxies_and_ends_in_time(
     rig: Rig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     loop = asyncio.get_running_loop()
     monkeypatch.setattr(judge, "_HOLD_EVERY_S", 0.05)
-    scratch = tmp_path / "judged"
     file_id = await uploaded(rig)
+    fields: dict[str, Any] = {"validation_file": file_id, "manylora": {"activate": "if_better"}}
+    job_id = (await submit(rig, file_id, suffix="sums", **fields)).json()["id"]
+    await handed_in(rig, job_id)
     with socket.create_server(("127.0.0.1", 0)) as silent, socket.create_server(("127.0.0.1", 0)) as proxy:
         silent.setblocking(False)
         for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
             monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.getsockname()[1]}")
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
         files = DataFiles(rig.catalog.database, rig.catalog.store, tmp_path / "got", max_bytes=1, kept_days=1.0)
-        compare = Judge(rig.catalog, rig.gate, files, scratch, address=address, model=None)
+        compare = Judge(rig.catalog, rig.gate, files, tmp_path / "judged", address=address, model=None)
         compare.start()
         try:
-            for end in ("cancelled", "succeeded"):
-                fields: dict[str, Any] = {"validation_file": file_id, "manylora": {"activate": "if_better"}}
-                job_id = (await submit(rig, file_id, suffix="sums", **fields)).json()["id"]
-                await handed_in(rig, job_id, float(len(end)))
-                async with asyncio.timeout(PATIENCE_S):
-                    asking, _ = await loop.sock_accept(silent)
-                if end == "cancelled":
-                    await rig.call("POST", f"/v1/fine_tuning/jobs/{job_id}/cancel", "acme:manager")
-                else:
-                    monkeypatch.setattr(judge, "MAX_JUDGE_S", 0.0)
-                with asking:
-                    asking.setblocking(False)
-                    async with asyncio.timeout(PATIENCE_S):
-                        while await loop.sock_recv(asking, 65536):
-                            continue
-                job = await until(rig, job_id, lambda job: job["status"] in ("cancelled", "succeeded"))
-                assert job["status"] == end
+            async with asyncio.timeout(PATIENCE_S):
+                asking, _ = await loop.sock_accept(silent)
+            with asking:
+                monkeypatch.setattr(judge, "MAX_JUDGE_S", 0.0)
+                job = await until(rig, job_id, lambda job: job["status"] == "succeeded")
             assert "took more than" in job["manylora"]["promotion"]["said"]
         finally:
             await compare.aclose()
@@ -328,6 +324,49 @@ async def test_what_cannot_be_published_fails_with_its_reason(rig: Rig) -> None:
     assert job["error"]["code"] == "quota_exceeded"
     refused = await submit(rig, job["training_file"], suffix="other", validation_file="file-x")
     assert refused.status_code == 400
+
+
+async def test_a_publication_is_held_while_it_takes_long_and_refused_only_so_often(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "HOLD_EVERY_S", 0.01)
+    database = rig.catalog.database
+    was_held: list[bool] = []
+
+    def run_out() -> None:
+        with database.write(None) as session:
+            session.execute(update(JobRow).values(lease_until=0))
+
+    def lease() -> int:
+        with database.read() as session:
+            return session.execute(select(JobRow.lease_until)).scalar_one()
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        run_out()
+        end = time.monotonic() + PATIENCE_S
+        while lease() == 0 and time.monotonic() < end:
+            time.sleep(0.01)
+        was_held.append(lease() > 0)
+        raise Conflict("Somebody else is at it.")
+
+    monkeypatch.setattr(rig.catalog._registry, "publish", refuse)
+    job_id = (await submit(rig, await uploaded(rig), suffix="sums")).json()["id"]
+    await handed_in(rig, job_id)
+    for tries in (1, 2, 3):
+        async with asyncio.timeout(PATIENCE_S):
+            while len(was_held) < tries:
+                await asyncio.sleep(0.05)
+        async with asyncio.timeout(PATIENCE_S):
+            while (await database.run(partial(_num_lost, database))) < tries:
+                await asyncio.sleep(0.05)
+        await database.run(run_out)
+    assert (await until(rig, job_id, lambda job: job["status"] == "failed"))["error"]["code"] == "server_error"
+    assert was_held == [True] * 3
+
+
+def _num_lost(database: Database) -> int:
+    with database.read() as session:
+        return session.execute(select(JobRow.num_lost)).scalar_one()
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])

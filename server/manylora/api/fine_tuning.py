@@ -49,7 +49,7 @@ def build_router(catalog: Catalog, board: Board) -> APIRouter:
         path = f"/v1/fine_tuning/jobs/{{job_id}}/{action}"
         router.add_api_route(path, change_job, methods=["POST"], name=f"{action}_job")
 
-    add_change("cancel", board.cancel, "End a job that has not ended; nothing of it is published.")
+    add_change("cancel", board.cancel, "End a job that has not ended; nothing more of it is published.")
     add_change("pause", board.pause, "Leave off after the step that runs; `resume` goes on from there.")
     add_change("resume", board.resume, "Put a paused job back into the queue.")
     return router

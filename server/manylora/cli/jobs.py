@@ -119,7 +119,7 @@ def events(
 
 @app.command()
 def cancel(job_id: JobId, as_json: AsJson = False) -> None:
-    """End a job at once; nothing of it is published."""
+    """End a job at once; nothing more of it is published."""
     _change(job_id, "cancel", as_json=as_json)
 
 
