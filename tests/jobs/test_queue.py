@@ -299,19 +299,24 @@ def test_tokens_are_counted_once_and_bounded_by_the_day(database: Database, queu
     assert make_report(database, Period(None, None), (), tenant="x", now_us=0).total.training_tokens == 0
 
 
-def test_a_job_that_waits_again_keeps_the_tokens_that_it_was_granted(database: Database, queue: JobQueue) -> None:
+def test_a_job_that_is_paused_keeps_the_tokens_that_it_was_granted(
+    database: Database, queue: JobQueue, board: Board
+) -> None:
     TenantStore(database).change("acme", training_tokens_per_day=1000)
-    submit(database)
+    first, second = submit(database), submit(database)
     claim = claimed(queue)
     assert queue.plan(claim, 600)
+    board.pause("acme", first.id)
     queue.put_back(claim, None)
-    submit(database)
+    other = claimed(queue)
+    assert other.job.id == second.id
+    assert not queue.plan(other, 500), "600 are granted"
+
+    TenantStore(database).change("acme", training_tokens_per_day=500)
+    board.resume("acme", first.id)
     again = claimed(queue)
-    assert again.job.id == claim.job.id
-    queue.put_back(again, None)
-    TenantStore(database).change("acme", max_jobs_running=None, training_tokens_per_day=500)
-    assert queue.plan(claimed(queue), 600), "it is not asked for again"
-    assert not queue.plan(claimed(queue), 1)
+    assert again.job.id == first.id
+    assert queue.plan(again, 600), "it is not asked for again"
 
 
 def test_events_are_numbered_for_each_job_and_the_oldest_are_forgotten(
