@@ -47,7 +47,7 @@ def test_rows_go_in_and_a_version_that_is_better_comes_out(
         held_out = client.files.create(
             file=file, purpose="fine-tune", expires_after={"anchor": "created_at", "seconds": 3600}
         )
-    assert [each.id for each in client.files.list(purpose="fine-tune")] == [held_out.id, train.id]
+    assert [each.id for each in client.files.list(purpose="fine-tune")][:2] == [held_out.id, train.id]
     assert held_out.expires_at == held_out.created_at + 3600
     assert client.files.content(train.id).read() == (tmp_path / "words.jsonl").read_bytes()
 
@@ -75,7 +75,7 @@ def test_rows_go_in_and_a_version_that_is_better_comes_out(
     assert job.fine_tuned_model == "words@1"
     assert job.trained_tokens
     assert job.finished_at is not None
-    assert [each.id for each in client.fine_tuning.jobs.list()] == [job.id]
+    assert next(iter(client.fine_tuning.jobs.list())).id == job.id
     events = list(client.fine_tuning.jobs.list_events(job.id, limit=30))  # over several pages
     metrics = [event for event in reversed(events) if event.type == "metrics"]
     assert not any(label in event.message for event in events for label in ("fruit", "tool")), "events quote no row"
@@ -145,12 +145,13 @@ def test_a_job_from_a_terminal(server: Server, tmp_path: Path) -> None:
 
 
 def test_a_job_is_cancelled_while_it_runs(client: openai.OpenAI, tmp_path: Path) -> None:
-    with write_rows(tmp_path / "rows.jsonl", label_rows() * 4).open("rb") as file:
+    # 160,000 steps, which end on no machine before they are cancelled
+    with write_rows(tmp_path / "rows.jsonl", label_rows() * 100).open("rb") as file:
         train = client.files.create(file=file, purpose="fine-tune")
     long = client.fine_tuning.jobs.create(
         model="tiny",
         training_file=train.id,
-        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 50}}},
+        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 50, "batch_size": 1}}},
     )
     until = time.monotonic() + PATIENCE_S
     while client.fine_tuning.jobs.retrieve(long.id).status == "queued" and time.monotonic() < until:
