@@ -2,9 +2,14 @@
 
 import asyncio
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
-from manylora.threads import Home, holds, on_event_loop, runs_on
+import pytest
+
+from manylora import threads
+from manylora.threads import Home, holds, on_event_loop, runs_on, started_pool
 
 
 def test_a_lock_is_held_by_the_thread_that_took_it_and_no_other() -> None:
@@ -61,3 +66,23 @@ def test_a_home_is_the_first_thread_that_it_was_used_on() -> None:
         assert pool.submit(home.is_here).result()
         assert not home.is_here()
         assert pool.submit(home.is_here).result()
+
+
+def test_a_pool_is_there_once_all_its_threads_are_so_that_it_may_be_closed_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    may_run = threading.Event()
+
+    class Held(ThreadPoolExecutor):
+        """Threads that take their work and come to nothing yet."""
+
+        def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+            return super().submit(lambda: may_run.wait() and fn(*args, **kwargs))
+
+    monkeypatch.setattr(threads, "ThreadPoolExecutor", Held)
+    with ThreadPoolExecutor(1) as other:
+        made = other.submit(started_pool, 3, "held")
+        with pytest.raises(TimeoutError):
+            made.result(timeout=0.2)
+        may_run.set()
+        made.result(timeout=60).shutdown(cancel_futures=True)

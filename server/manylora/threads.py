@@ -50,7 +50,8 @@ def started_pool(num_threads: int, name: str) -> ThreadPoolExecutor:
     bind them, too. None is done before all have been started.
     """
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
-    all_started = threading.Barrier(num_threads)
+    all_started = threading.Barrier(num_threads + 1)
     for _ in range(num_threads):
         pool.submit(all_started.wait)
+    all_started.wait()  # or a pool closed at once would cancel one's turn, and leave the others here for ever
     return pool

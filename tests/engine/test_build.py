@@ -4,12 +4,15 @@ from pathlib import Path
 
 import pytest
 
+from manylora.engine import build as engine_build
 from manylora.engine.build import EngineBuilder, in_bytes
 from manylora.errors import InvalidSettings, NotEnoughMemory
 from manylora.identity import AdapterRef
 from manylora.metrics import Metrics
+from manylora.models.kv_cache import bytes_per_block
 from manylora.models.loading import load_base
 from manylora.settings import Settings, load_settings
+from tests.models.zoo import make_zoo_model
 from tests.tiny_models import VOCAB_SIZE
 
 
@@ -59,3 +62,19 @@ def test_the_logits_that_the_model_was_checked_with_are_not_kept(tiny_llama_dir:
     tiers.close()
     assert builder.wrapped.survey.probes == []
     assert builder.wrapped.vocab_size == VOCAB_SIZE
+
+
+def test_one_long_sequence_takes_half_of_what_is_free_together_with_the_states(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_zoo_model("lfm2", tmp_path / "base", layer_types=["conv", "full_attention"])
+    builder, settings = build(base, tmp_path, kv_cache_memory=0.4, max_num_seqs=1)
+    needed = -(-builder.context_length // settings.block_size)
+    whole = needed * bytes_per_block(builder.wrapped.survey.kv_shapes, settings.block_size, builder.dtype)
+
+    states = 2 * builder.wrapped.survey.state_bytes
+    monkeypatch.setattr(engine_build, "free_bytes", lambda _device: 2 * (whole + states))
+    assert builder._cache().num_blocks == needed
+    monkeypatch.setattr(engine_build, "free_bytes", lambda _device: 2 * (whole + states) - 2)
+    with pytest.raises(NotEnoughMemory, match="one sequence of"):
+        builder._cache()

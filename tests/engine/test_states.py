@@ -14,13 +14,13 @@ from manylora.engine.block_manager import BlockManager
 from manylora.engine.build import EngineBuilder
 from manylora.engine.pieces import Pieces
 from manylora.engine.scheduler import Scheduler
-from manylora.engine.sequence import Sequence
+from manylora.engine.sequence import Scheduled, Sequence
 from manylora.errors import InvalidAdapter, NotEnoughMemory
 from manylora.lora.format.reader import read
 from manylora.models.loading import load_base
 from manylora.models.wrapping import wrap
 from tests.engine.faults import Faults
-from tests.engine.harness import TORCH, Rig, available_kernels, build_rig, load
+from tests.engine.harness import PIECE_SIZE, TORCH, Rig, available_kernels, build_rig, load
 from tests.engine.oracle import check_greedy, with_adapter
 from tests.engine.plans import FakeSlots, request, step
 from tests.models.front_door import prompts, settings_for
@@ -92,6 +92,21 @@ def test_each_sequence_of_a_batch_gets_what_it_gets_alone(rig: Rig, made: Made) 
             assert numbers(rig, f"alone{i}") == numbers(rig, f"r{i}")
 
 
+def test_a_scored_prompt_gets_what_it_gets_alone_where_a_step_has_room_for_a_part_of_its_logits(made: Made) -> None:
+    rig = build_rig(load(made[0]), kernel=available_kernels[-1], max_prompt_logits=3 * PIECE_SIZE + 3)
+    asked = prompts(lengths=(60, 33, 9, 47))
+    for i, prompt in enumerate(asked):
+        rig.add(f"r{i}", prompt, prompt_logprobs=3, max_tokens=2)
+    rig.run()
+    for i, prompt in enumerate(asked):
+        rig.add(f"alone{i}", prompt, prompt_logprobs=3, max_tokens=2)
+        rig.run()
+        assert len(numbers(rig, f"r{i}")) == len(prompt)
+        if is_exact(rig):
+            assert numbers(rig, f"alone{i}") == numbers(rig, f"r{i}")
+    rig.close()
+
+
 def test_a_preempted_sequence_goes_on_exactly(made: Made) -> None:
     folder, adapter = made
     asked = prompts(lengths=LENGTHS)
@@ -152,6 +167,20 @@ def test_states_that_take_more_than_the_cache_are_refused(tmp_path: Path) -> Non
         EngineBuilder(settings, load_base(settings))._cache()
 
 
+def test_pieces_are_no_longer_than_there_is_memory_for_the_logits_of(tmp_path: Path) -> None:
+    settings = settings_for(make_zoo_model("mamba2", tmp_path / "base"))
+    builder = EngineBuilder(settings, load_base(settings))
+
+    def size(num_logits: int) -> int:
+        memory = num_logits * builder.wrapped.vocab_size * 4
+        builder.settings = settings.model_copy(update={"prompt_logits_memory": memory})
+        pieces = builder._pieces()
+        assert pieces is not None
+        return pieces.size
+
+    assert size(1000) > size(6) == 4
+
+
 # pieces
 
 
@@ -172,31 +201,73 @@ def test_pieces_end_at_the_same_places_wherever_steps_end() -> None:
     assert Pieces(1).cut(seq, 0, 4) == (1, 1, 1, 1)
 
 
-@settings(max_examples=60)
-@given(
-    lengths=st.lists(st.integers(1, 90), min_size=1, max_size=6),
-    outputs=st.integers(1, 8),
-    seats=st.integers(2, 6),
-    size=st.sampled_from([1, 4, 16]),
-)
-def test_every_prompt_is_run_to_its_end_in_whole_pieces(
-    lengths: list[int], outputs: int, seats: int, size: int
-) -> None:
-    """With the least budget with which a server starts, beside any number of answers."""
-    scheduler = Scheduler(
-        BlockManager(400, 4, num_states=seats),
+def planner(pieces: Pieces, seats: int, budget: int, max_prompt_logits: int | None = None) -> Scheduler:
+    return Scheduler(
+        BlockManager(1000, 4, num_states=seats),
         FakeSlots(8),
         max_num_seqs=seats,
-        max_num_batched_tokens=seats + size,
-        pieces=Pieces(size),
+        max_num_batched_tokens=budget,
+        max_prompt_logits=max_prompt_logits,
+        pieces=pieces,
     )
-    for length in lengths:
-        scheduler.add(request(length, outputs))
-    for _ in range(1000):
-        if not scheduler.has_work:
+
+
+@settings(max_examples=40)
+@given(
+    asked=st.lists(st.tuples(st.integers(1, 90), st.booleans(), st.integers(0, 5)), min_size=1, max_size=8),
+    outputs=st.integers(1, 8),
+    seats=st.integers(2, 6),
+    pieces=st.builds(Pieces, st.sampled_from([1, 4, 16]), st.booleans()),
+    more=st.tuples(st.integers(0, 40), st.integers(0, 9)),
+)
+def test_every_prompt_is_run_to_its_end_in_whole_pieces(
+    asked: list[tuple[int, bool, int]], outputs: int, seats: int, pieces: Pieces, more: tuple[int, int]
+) -> None:
+    """From the least budget with which a server starts, beside any number of answers, scored or not."""
+    scheduler = planner(pieces, seats, seats + pieces.size + more[0], pieces.size + more[1])
+    to_come = [(at, request(length, outputs), is_scored) for length, is_scored, at in asked]
+    for number in range(2000):
+        for at, seq, is_scored in to_come:
+            if at == number:
+                seq.wants_prompt_logits = is_scored
+                scheduler.add(seq)
+        if number > 5 and not scheduler.has_work:
             return
         for item in step(scheduler).scheduled:
-            assert (
-                item.start + item.num_tokens >= item.seq.num_prompt_tokens or not (item.start + item.num_tokens) % size
-            )
+            end = item.start + item.num_tokens
+            is_border = end >= item.seq.num_prompt_tokens or not end % pieces.size
+            assert is_border or (item.start and not pieces.continues)
     raise AssertionError("a prompt was never run to its end")
+
+
+def test_short_prompts_that_keep_coming_do_not_keep_a_long_one_waiting() -> None:
+    scheduler = planner(Pieces(64), 64, 128)
+    scheduler.add(long := request(1000, 1))
+    for _ in range(-(-1000 // 64)):
+        scheduler.add(request(30, 45))
+        step(scheduler)
+    assert long.num_output_tokens
+
+
+@pytest.mark.parametrize("kind", ["long", "preempted"])
+def test_a_step_beside_streams_runs_few_tokens_one_by_one(kind: str) -> None:
+    """Of a prompt behind its first piece where states take single tokens alone, or of an answer once more."""
+    pieces = Pieces(64, continues=kind == "preempted")
+    scheduler = planner(pieces, 64, 512)
+    scheduler.add(request(4, 2000))
+    step(scheduler)
+    scheduler.add(seq := request(70 if kind == "preempted" else 1000, 1000))
+    if kind == "preempted":
+        seq.tokens += [1] * 900
+    most = 0
+    while seq.num_uncomputed > 1:
+        for item in step(scheduler).scheduled:
+            most = max(most, len(pieces.cut(item.seq, item.start, item.start + item.num_tokens)))
+    assert 8 < most <= 32
+
+
+def test_a_step_is_halved_between_pieces_as_far_as_there_are_several() -> None:
+    scheduler = planner(Pieces(8), 4, 64)
+    seq = sequence(20, num_output=3)
+    assert [scheduler.half_of(Scheduled(seq, 0, count)) for count in (20, 16, 8, 1)] == [8, 8, 4, 0]
+    assert scheduler.half_of(Scheduled(seq, 20, 3)) == 1

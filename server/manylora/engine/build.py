@@ -316,12 +316,14 @@ class EngineBuilder(Builder):
     def _pieces(self) -> Pieces | None:
         """Those in which layers that keep states run prompts; None where no layer does.
 
-        A step has room for one beside a token of every other sequence, so that every prompt gets on.
+        A step has room for one beside a token of every other sequence, and for the logits of one, so that every prompt
+        gets on.
         """
         survey = self.wrapped.survey
         if not survey.keepers:
             return None
-        most = max(1, self.settings.max_num_batched_tokens - self.settings.max_num_seqs)
+        beside = max(1, self.settings.max_num_batched_tokens - self.settings.max_num_seqs)
+        most = min(beside, self._max_prompt_logits())
         return Pieces(min(_MOST_IN_PIECE, 1 << (most.bit_length() - 1)), survey.continues)
 
     def _cache(self) -> KVCache:
@@ -329,11 +331,13 @@ class EngineBuilder(Builder):
         shapes = self.wrapped.survey.kv_shapes
         per_block = bytes_per_block(shapes, settings.block_size, self.dtype)
         needed = -(-self.context_length // settings.block_size)
-        room = in_bytes(settings.kv_cache_memory, self.device) - self._states_bytes()
+        states = self._states_bytes()
+        room = in_bytes(settings.kv_cache_memory, self.device) - states
         if not per_block:  # no layer attends: blocks hold nothing and are only counted
             return KVCache(shapes, needed * settings.max_num_seqs, settings.block_size, self.dtype, self.device)
         num_blocks = max(0, room) // per_block
-        if isinstance(settings.kv_cache_memory, float) and needed * per_block <= in_bytes(_MOST_OF_FREE, self.device):
+        may_take = in_bytes(_MOST_OF_FREE, self.device) - states
+        if isinstance(settings.kv_cache_memory, float) and needed * per_block <= may_take:
             num_blocks = max(num_blocks, needed)  # a share says how much may be taken, not that nothing may be served
         if num_blocks < needed:
             raise NotEnoughMemory(

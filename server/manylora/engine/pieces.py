@@ -29,17 +29,33 @@ class Pieces:
             at = until
         return tuple(sizes)
 
+    def runs_singly(self, seq: Sequence) -> bool:
+        """Whether the sequence's next tokens are pieces of one token each, as they are to its end then."""
+        return seq.num_computed >= (seq.num_prompt_tokens if self.continues else 1)
+
+    def num_alike(self, seq: Sequence) -> int:
+        """How many of the sequence's next tokens are run in the same way: in pieces as long as may be, or singly."""
+        if self.runs_singly(seq):
+            return seq.num_uncomputed
+        return seq.num_prompt_tokens - seq.num_computed if self.continues else self.first_of(seq)
+
+    def first_of(self, seq: Sequence) -> int:
+        """How many tokens the sequence's next piece has, without which it does not get on."""
+        if self.runs_singly(seq):
+            return 1
+        return min(self._border(seq.num_computed), seq.num_prompt_tokens) - seq.num_computed
+
     def fit(self, seq: Sequence, count: int, most: int, *, is_first: bool) -> int:
-        """So many of the sequence's next tokens, or as many less as make whole pieces.
+        """So many of the sequence's next tokens, all alike, or as many less as make whole pieces.
 
         Of none it becomes a whole one where there is room for `most` and it is this sequence's turn (`is_first`).
         """
-        start, end = seq.num_computed, seq.num_prompt_tokens
-        if start + count >= end:
+        start = seq.num_computed
+        if self.runs_singly(seq) or start + count >= seq.num_prompt_tokens:
             return count
         whole = (start + count) // self.size * self.size - start
         if whole <= 0 and is_first:
-            whole = min(self._border(start), end) - start
+            whole = self.first_of(seq)
         return whole if 0 < whole <= most else 0
 
     def _border(self, at: int) -> int:

@@ -5,7 +5,9 @@ the step is run again in parts, down to single sequences: who fails alone has fa
 with nobody's input shows whether the engine can run anything at all; where that fails, the engine has ended.
 
 Running again changes no answer. A step writes its keys and values to the same places each time, and what it found
-reaches a sequence only once it is whole; with the C++ kernels a row is the same to the last bit in any batch.
+reaches a sequence only once it is whole; with the C++ kernels a row is the same to the last bit in any batch. Where
+layers keep a state, parts of a prompt end where its pieces do; a single piece that memory is too short for runs in
+halves, and their sums may differ from the whole's in the last bits.
 """
 
 import gc
@@ -184,7 +186,7 @@ class Recovery:
         if half:
             return [part[half:], part[:half]]
         number, item = part[0]
-        first = item.num_tokens // 2
+        first = self._scheduler.half_of(item)
         if not first or not fault.is_memory or self._spare_block is None:
             return []
         rest = Scheduled(item.seq, item.start + first, item.num_tokens - first)

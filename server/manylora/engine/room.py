@@ -16,6 +16,7 @@ _SHARE_ALONE: Final = 2.0  # the same for a prompt beside which there is nothing
 _SHARE_OF_FIRST: Final = 0.5  # of what prompts may take, for the one that came first, while others wait
 
 _COPIED: Final = 0.02  # what a virtual token costs that is only copied into the cache, in tokens that run
+_SINGLE: Final = 8.0  # what a token costs besides that layers with a state run by itself, in tokens that run together
 _SCORED: Final = 3.0  # what a token costs whose logits are wanted and looked through, in tokens that run for the cache
 
 
@@ -40,7 +41,8 @@ class Room:
     """What a step may still take: tokens, and among them prompt tokens whose logits are wanted.
 
     `effort` is what prompts may take, in tokens at the beginning of one; `kept` is the part of it that is the first's.
-    `pieces`: what a prompt's part has to be made of, if of something.
+    `pieces`: what a prompt's part has to be made of, if of something: then the `kept_tokens` of the first's next piece
+    are its, too, and the `kept_logits` wanted of them, as what others leave of a step may be less than a piece.
     """
 
     tokens: int
@@ -49,6 +51,8 @@ class Room:
     pieces: Pieces | None = None
     effort: float = field(init=False)
     kept: float = field(init=False, default=0.0)
+    kept_tokens: int = field(init=False, default=0)
+    kept_logits: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         self.effort = float(self.tokens)
@@ -61,15 +65,18 @@ class Room:
             self.effort *= _SHARE_ALONE
         for seq in first if others_wait else ():
             self.kept = min(self.effort * _SHARE_OF_FIRST, seq.num_uncomputed * self._cost_of(seq, seq.num_tokens))
+            if self.pieces is not None:
+                self.kept_tokens = self.pieces.first_of(seq)
+                self.kept_logits = self.kept_tokens if seq.scores_prompt else 0
 
     def open_kept(self) -> None:
         """Now it is the first's turn."""
-        self.kept = 0.0
+        self.kept, self.kept_tokens, self.kept_logits = 0.0, 0, 0
 
     @property
     def has_any(self) -> bool:
         """Another prompt can have a token."""
-        return self.tokens > 0 and self.effort - self.kept > 0
+        return self.tokens - self.kept_tokens > 0 and self.effort - self.kept > 0
 
     def fits(self, seq: Sequence, num_copied: int = 0) -> int:
         """How many of the sequence's tokens; of one that wants more than there is, one at least while there is any.
@@ -77,19 +84,24 @@ class Room:
         The next `num_copied` of them are virtual ones that need not run.
         """
         first = seq.num_computed + num_copied
-        count = min(seq.num_uncomputed - num_copied, self.tokens)
+        most = self.tokens - self.kept_tokens
+        count = min(seq.num_uncomputed - num_copied, most)
+        if self.pieces is not None:
+            count = min(count, self.pieces.num_alike(seq))
         if count > 1:
             effort = self.effort - self.kept
             middle = first + int(min(count, effort)) // 2
             count = min(count, int(effort / self._cost_of(seq, middle)) or int(effort > 0))
-        if self.pieces is not None and count > 0:
-            count = self.pieces.fit(seq, count, self.tokens, is_first=not self.kept)
         if seq.wants_prompt_logits and seq.scores_prompt:
-            count = min(count, max(0, -first) + self.prompt_logits)
+            most = min(most, max(0, -first) + self.prompt_logits - self.kept_logits)
+            count = min(count, most)
+        if self.pieces is not None and count > 0:
+            count = self.pieces.fit(seq, count, most, is_first=not self.kept)
         return num_copied + count if count > 0 else 0
 
     def _cost_of(self, seq: Sequence, place: int) -> float:
-        return self.cost.at(seq.num_virtual + place) * (_SCORED if seq.scores_prompt and place >= 0 else 1.0)
+        cost = self.cost.at(seq.num_virtual + place) * (_SCORED if seq.scores_prompt and place >= 0 else 1.0)
+        return cost + _SINGLE if self.pieces is not None and self.pieces.runs_singly(seq) else cost
 
     def take(self, seq: Sequence, count: int, num_copied: int = 0) -> None:
         """So many tokens of the sequence, or with less than 0, so many given back. `num_copied`: as in `fits`."""

@@ -176,6 +176,13 @@ class Scheduler:
             self.blocks.mark_computed(seq)
         self.blocks.shrink(seq, seq.num_tokens)
 
+    def half_of(self, item: Scheduled) -> int:
+        """How many of its tokens are about half of them, and whole pieces where there are several."""
+        if self._pieces is None:
+            return item.num_tokens // 2
+        sizes = self._pieces.cut(item.seq, item.start, item.start + item.num_tokens)
+        return sum(sizes[: len(sizes) // 2]) or item.num_tokens // 2
+
     def fail(self, seq: Sequence, error: ManyloraError) -> None:
         """End a sequence and keep its error for `take_failed`."""
         self._failed.append((seq, error))
