@@ -102,6 +102,7 @@ def test_adapters_on_experts_answer_together_as_in_peft(kernel: str, mixture: tu
     """With the base, while prompts are cut into pieces and blocks run out, and again over cached prefixes."""
     base, made = mixture
     rig = build_rig(load(base), made, kernel=kernel, num_blocks=24, max_num_batched_tokens=48, max_num_seqs=16)
+    rig.bring_in()
     for name, folder in made.items():
         assert read(folder, rig.wrapped.modules, max_rank=8, max_size=2**24).kind == "lora", name
     prompts: dict[str | None, list[int]] = {name: LONGER if n % 2 else PROMPT for n, name in enumerate(made)}

@@ -139,6 +139,7 @@ def test_32_mixes_of_64_adapters_answer_together_as_alone_and_as_in_peft(
     rig = build_rig(
         load(tiny_llama_dir), plain, kernel=kernel, num_blocks=40, max_num_batched_tokens=64, num_slots=NUM_PLAIN
     )
+    rig.bring_in()
     wanted: dict[str, Wanted] = {str(n): (mix, LONGER if n % 8 == 0 else PROMPT) for n, mix in enumerate(mixes)}
     wanted |= {"base": (None, PROMPT), **{name: (name, PROMPT) for name in ("p00", "p01")}}
     found = run(rig, wanted, max_tokens=8)

@@ -114,6 +114,7 @@ def test_all_kinds_answer_together_as_in_peft(kernel: str, made: Made, tiny_llam
     adapters = {name: made[name] for name in SERVED}
     rig = build_rig(load(tiny_llama_dir), adapters, kernel=kernel, num_blocks=24, max_num_batched_tokens=96,
                     num_slots=128, max_num_seqs=128)  # fmt: skip
+    rig.bring_in()
     prompts: dict[str | None, list[int]] = {name: LONGER if n % 3 == 0 else PROMPT for n, name in enumerate(adapters)}
     found = run(rig, {None: PROMPT, **prompts}, max_tokens=12)
     again = run(rig, prompts, max_tokens=12)  # over blocks of the prefix cache

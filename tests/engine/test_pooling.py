@@ -125,6 +125,7 @@ def test_vectors_and_answers_are_those_that_each_gets_alone(
     alone = build_rig(load(tiny_llama_dir), adapters, kernel=kernel, num_blocks=200, prefix_cache=False)
     ask_all(alone, alone=True)
     together = build_rig(load(tiny_llama_dir), adapters, kernel=kernel, num_blocks=34, max_num_batched_tokens=11)
+    together.bring_in()
     put_in = Faults(together).install()
     if faults:
         put_in.after("forward", 2, 5, 9)
