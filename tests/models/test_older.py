@@ -4,11 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
+from transformers.models.bloom.modeling_bloom import build_alibi_tensor as build_bloom_alibi
+from transformers.models.falcon import modeling_falcon
 
+from manylora.errors import ModelUnusable
 from manylora.models.wrapping import wrap
 from tests.engine.harness import TORCH
-from tests.models.front_door import make_adapters, try_model
+from tests.models.front_door import answer_all, make_adapters, prompts, try_model
 from tests.models.zoo import WINDOW, make_zoo_model
 
 
@@ -29,6 +33,30 @@ def test_every_form_is_served_as_in_peft(model_type: str, form: dict[str, Any], 
     outcome = try_model(folder, make_adapters(folder))
 
     assert outcome.kind == "served", outcome.detail
+
+
+def test_alibi_of_falcon_is_exact_where_transformers_rounds_positions_to_bfloat16(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    form: dict[str, Any] = {"alibi": True, "num_attention_heads": 32, "hidden_size": 64, "max_position_embeddings": 512}
+    folder = make_zoo_model("falcon", tmp_path / "base", **form)
+    asked = prompts(lengths=(400,))
+    with pytest.raises(ModelUnusable, match="computes attention that this server does not reproduce"):
+        answer_all(folder, {}, asked)  # in float32, where that shows
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def logits() -> torch.Tensor:
+        """Of transformers, at positions that bfloat16 does not have."""
+        with torch.no_grad():
+            found: torch.Tensor = model(torch.tensor(asked)).logits[0, 257:]
+        return found
+
+    rounded = logits()
+    monkeypatch.setattr(modeling_falcon, "build_alibi_tensor", build_bloom_alibi)
+    exact = logits()
+    found = answer_all(folder, {}, asked)[None, 0].logits[257:]
+    assert float((found - exact).square().mean().sqrt() / exact.std()) < 1e-4
+    assert float((found - rounded).square().mean().sqrt() / exact.std()) > 1e-3
 
 
 def test_only_what_a_position_may_see_is_kept_of_local_layers_and_keys_are_not_repeated(tmp_path: Path) -> None:

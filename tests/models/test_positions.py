@@ -4,15 +4,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, GPT2Config, LlamaConfig
+from structlog.testing import capture_logs
+from transformers import AutoConfig, BloomConfig, GPT2Config, LlamaConfig, MptConfig
 
 from manylora.engine.build import EngineBuilder
 from manylora.errors import InvalidSettings
 from manylora.models.loading import load_base
-from manylora.models.positions import position_limit
+from manylora.models.positions import UNSTATED_LIMIT, position_limit
 from manylora.settings import Settings
 from tests.engine.harness import build_rig, load
 from tests.engine.oracle import check_greedy, with_adapter
+from tests.models.front_door import settings_for
+from tests.models.zoo import make_zoo_model
 from tests.tiny_models import make_tiny_model
 
 ORIGINAL = 40
@@ -38,6 +41,22 @@ def long_phi3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_limit_is_the_configs_own() -> None:
     assert position_limit(LlamaConfig(max_position_embeddings=300)) == 300
     assert position_limit(GPT2Config(n_positions=77)) == 77
+    assert position_limit(MptConfig(max_seq_len=8192)) == 8192
+    assert position_limit(BloomConfig(seq_length=4096)) == 4096
+    assert position_limit(BloomConfig()) == 0
+
+
+def test_a_limit_that_is_assumed_is_told(tmp_path: Path) -> None:
+    folder = make_zoo_model("mamba2", tmp_path / "base")
+
+    def told(**values: Any) -> list[Any]:
+        settings = settings_for(folder, **values)
+        with capture_logs() as logs:
+            EngineBuilder(settings, load_base(settings))
+        return [each["tokens"] for each in logs if each["event"] == "context_length_assumed"]
+
+    assert told() == [UNSTATED_LIMIT]
+    assert told(max_model_len=UNSTATED_LIMIT) == []
 
 
 def test_long_rope_reaches_as_far_as_one_set_of_frequencies(long_phi3: Path) -> None:

@@ -311,6 +311,8 @@ class EngineBuilder(Builder):
         most = batch_limit(self.base.model.config)
         if most and self.settings.max_num_batched_tokens > most:
             raise InvalidSettings(f"max_num_batched_tokens: this model computes at most {most} tokens in one pass.")
+        if not wanted and not own:
+            _log.warning("context_length_assumed", tokens=UNSTATED_LIMIT, change_with="--max-model-len")
         return wanted or own or UNSTATED_LIMIT
 
     def _pieces(self) -> Pieces | None:

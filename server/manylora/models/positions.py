@@ -7,6 +7,7 @@ from typing import Any
 __all__ = ["UNSTATED_LIMIT", "batch_limit", "position_limit", "probe_starts"]
 
 UNSTATED_LIMIT = 2048  # the longest sequence of a model whose config names none
+_LENGTHS = ("max_position_embeddings", "max_seq_len", "seq_length")  # what configs call it: most, MPT's, BLOOM's
 _FARTHEST = 2**20  # positions beyond are not tried: masks as wide as that are built
 _MAX_STARTS = 4
 # Fields of a config at whose value a model begins to compute otherwise.
@@ -21,7 +22,7 @@ def position_limit(config: Any) -> int:
     models are served up to their original context, where there is one set of frequencies.
     """
     text = config.get_text_config()
-    longest = int(getattr(text, "max_position_embeddings", 0) or 0)
+    longest = next((int(stated) for name in _LENGTHS if (stated := getattr(text, name, None))), 0)
     for rope in _ropes(getattr(text, "rope_parameters", None)):
         original = int(rope.get("original_max_position_embeddings") or 0)
         if rope.get("rope_type") == "longrope" and original:
