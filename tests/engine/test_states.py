@@ -242,8 +242,11 @@ def test_every_prompt_is_run_to_its_end_in_whole_pieces(
 
 def test_short_prompts_that_keep_coming_do_not_keep_a_long_one_waiting() -> None:
     scheduler = planner(Pieces(64), 64, 128)
+    for _ in range(60):  # until there are as many streams as there will be
+        scheduler.add(request(30, 45))
+        step(scheduler)
     scheduler.add(long := request(1000, 1))
-    for _ in range(-(-1000 // 64)):
+    for _ in range(1 + 1000 // 64):
         scheduler.add(request(30, 45))
         step(scheduler)
     assert long.num_output_tokens
