@@ -13,7 +13,7 @@ JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count() or 1))')
 IN_PROCESSES := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 PYTEST := $(BIN)/python -m pytest $(IN_PROCESSES)
 # SlipCover notes a line once, where a tracer is called for it each time: a tenth of a tracer's cost.
-COVERED := $(BIN)/python -m slipcover -m pytest $(IN_PROCESSES)
+COVERED := $(BIN)/python -m slipcover --json --out build/coverage.json -m pytest $(IN_PROCESSES)
 # The files with tests of a marker: to collect all for the sake of a few takes 15 seconds.
 MARKED = $(shell grep -rlF 'pytest.mark.$(1)' tests --include='test_*.py')
 ARGS ?=
@@ -43,9 +43,11 @@ serve: $(VENV)/.runtime
 lifecycle: $(VENV)/.lifecycle
 	@echo "manylora's commands are in $(BIN): source $(BIN)/activate"
 
-# All of them together must run as much of the server as pyproject.toml says; a choice of them by ARGS need not.
+# All of them together must run as much of the server as scripts/check_coverage.py says; a choice by ARGS need not.
 test: check
+	@mkdir -p build
 	$(if $(ARGS),$(PYTEST),$(COVERED)) -m "not soak and not alone" $(ARGS)
+	$(if $(ARGS),,$(BIN)/python scripts/check_coverage.py build/coverage.json)
 	$(BIN)/python -m pytest -m alone $(call MARKED,alone)
 
 # Another build of the extension, in which AVX2 stands in for AVX512 and VNNI; see csrc/paths/emulate.h. Paths that this
