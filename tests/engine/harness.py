@@ -185,6 +185,14 @@ def checked_model(
     return wrapped, cache
 
 
+def refs_of(adapters: Mapping[str, Path]) -> dict[str, AdapterRef]:
+    """Each public, in its first version, and with what its config says that it does to prompts."""
+    return {
+        name: AdapterRef(f"id-{name}", "public", name, 1, name, *done_to_prompts(folder))
+        for name, folder in adapters.items()
+    }
+
+
 def build_rig(
     model: PreTrainedModel,
     adapters: Mapping[str, Path] | None = None,
@@ -242,8 +250,5 @@ def build_rig(
         eos_ids=eos_ids,
         max_model_len=num_blocks * block_size,
     )
-    refs = {
-        name: AdapterRef(f"id-{name}", "public", name, 1, name, *done_to_prompts(folder))
-        for name, folder in (adapters or {}).items()
-    }
+    refs = refs_of(adapters or {})
     return Rig(engine, scheduler, tiers, wrapped, refs, loaded=loaded, is_exact=backend is not TORCH)

@@ -71,11 +71,20 @@ def test_rows_go_in_and_a_version_that_is_better_comes_out(
 
     job = ended(client, job)
 
+    assert next(iter(client.fine_tuning.jobs.list())).id == job.id
+    check_result(client, server, job, rows)
+    check_that_worse_is_not_promoted(client, server, train.id, held_out.id)
+    assert client.files.delete(train.id).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.files.retrieve(train.id)
+
+
+def check_result(client: openai.OpenAI, server: Server, job: FineTuningJob, rows: list[dict[str, str]]) -> None:
+    """What is told of a job whose version answers with the labels of `rows`, and was promoted for it."""
     assert job.status == "succeeded", client.fine_tuning.jobs.list_events(job.id).data[0].message
     assert job.fine_tuned_model == "words@1"
     assert job.trained_tokens
     assert job.finished_at is not None
-    assert next(iter(client.fine_tuning.jobs.list())).id == job.id
     events = list(client.fine_tuning.jobs.list_events(job.id, limit=30))  # over several pages
     metrics = [event for event in reversed(events) if event.type == "metrics"]
     assert not any(label in event.message for event in events for label in ("fruit", "tool")), "events quote no row"
@@ -100,12 +109,14 @@ def test_rows_go_in_and_a_version_that_is_better_comes_out(
     assert "words@1 was promoted: accuracy gain" in promotion["said"]
     assert "over base" in promotion["said"]
 
+
+def check_that_worse_is_not_promoted(client: openai.OpenAI, server: Server, train: str, held_out: str) -> None:
     worse = ended(
         client,
         client.fine_tuning.jobs.create(
             model="tiny",
-            training_file=train.id,
-            validation_file=held_out.id,
+            training_file=train,
+            validation_file=held_out,
             suffix="words",
             hyperparameters={"n_epochs": 1},
             extra_body={"manylora": {"activate": "if_better", "metric": "perplexity", "render": "plain"}},
@@ -116,9 +127,6 @@ def test_rows_go_in_and_a_version_that_is_better_comes_out(
     assert not promotion["promoted"]
     assert "words@2 was not promoted: perplexity gain -" in promotion["said"]
     assert server.client.get("/v1/adapters/words").json()["active_version"] == 1
-    assert client.files.delete(train.id).deleted
-    with pytest.raises(openai.NotFoundError):
-        client.files.retrieve(train.id)
 
 
 def test_a_job_from_a_terminal(server: Server, tmp_path: Path) -> None:

@@ -38,6 +38,11 @@ class Gathering:
             if entry.is_resident:
                 self._hold(entry)
 
+    def end_of(self, entries: Sequence[Entry]) -> None:
+        """`end`, if these are what is gathered."""
+        if self.is_of(entries):
+            self.end()
+
     def end(self) -> None:
         """Let go of what is there of the group, if there is one."""
         entries, self.ids, self.entries, self._error = self.entries, (), (), None

@@ -104,8 +104,7 @@ class AdapterTiers:
             try:
                 return self._acquire_all(entries, tenant)
             except BaseException:
-                if self._gathering.is_of(entries):
-                    self._gathering.end()
+                self._gathering.end_of(entries)
                 for entry in entries:
                     self._settle(entry)
                 raise
@@ -118,8 +117,7 @@ class AdapterTiers:
             self._raise_error_of(entry)
         if all(entry.is_resident for entry in entries):
             slots = tuple(self._take(entry) for entry in entries)
-            if gathering.is_of(entries):
-                gathering.end()
+            gathering.end_of(entries)
             return slots
         for entry in entries:
             if not entry.is_resident:
