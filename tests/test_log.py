@@ -9,7 +9,7 @@ import pytest
 import structlog
 from opentelemetry import trace
 
-from manylora.log import configure_logging, get_logger
+from manylora.log import RecentLines, configure_logging, get_logger
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +49,18 @@ def test_exceptions_are_one_json_line_with_the_traceback() -> None:
         get_logger("manylora.x").exception("failed")
     (line,) = stream.getvalue().splitlines()
     assert "ValueError: invalid literal" in json.loads(line)["exception"]
+
+
+def test_lines_of_requests_are_remembered_as_text_and_only_the_newest() -> None:
+    recent = RecentLines(2)
+    for number, request_id in enumerate(("a", None, "b", "a", "a")):
+        event = {"event": "x" * number, "request_id": request_id, "what": recent, "much": "y" * 9000, "number": number}
+        assert recent.note(None, "info", event) is event
+    assert [line["fields"]["number"] for line in recent.of("a")] == [3, 4]
+    assert recent.of("b") == []
+    (line, _) = recent.of("a")
+    assert isinstance(line["fields"]["what"], str)
+    assert len(line["fields"]["much"]) < 9000
 
 
 def test_lines_below_the_level_are_dropped() -> None:

@@ -7,13 +7,19 @@ lines of code and never the values of variables. What comes from strangers canno
 import logging
 import sys
 import traceback
-from typing import Any, TextIO
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, Final, TextIO
 
 import structlog
 from opentelemetry import trace
 from structlog.typing import EventDict, ExcInfo, Processor
 
-__all__ = ["configure_logging", "get_logger"]
+__all__ = ["NUM_REMEMBERED_LINES", "RECENT", "RecentLines", "configure_logging", "get_logger"]
+
+NUM_REMEMBERED_LINES: Final = 5000
+_VALUE_LENGTH: Final = 2000  # characters of a line's field that are remembered
+_OWN_FIELDS: Final = ("timestamp", "level", "event", "exc_info")
 
 # Loggers that say in many lines what one of ours says in one, or that would write the URLs of stored files.
 _QUIET = ("httpx", "httpcore", "uvicorn.access", "urllib3", "botocore", "aiobotocore", "fsspec", "alembic")
@@ -58,6 +64,44 @@ def get_logger(name: str) -> structlog.stdlib.BoundLogger:
     return logger
 
 
+class RecentLines:
+    """The newest lines of this process that belong to a request, for whoever asks for one request's.
+
+    Threads may write while one reads: a `deque` takes and gives whole entries.
+    """
+
+    def __init__(self, most: int = NUM_REMEMBERED_LINES) -> None:
+        self._lines: deque[dict[str, Any]] = deque(maxlen=most)
+
+    def note(self, _logger: object, _method: str, event: EventDict) -> EventDict:
+        """As a processor of structlog: keep what the line says, as text, so that no frame or object lives on in it."""
+        if event.get("request_id") is not None:
+            fields = {name: _remembered(value) for name, value in event.items() if name not in _OWN_FIELDS}
+            if event.get("exc_info"):
+                fields["traceback"] = _traceback_of(event["exc_info"])
+            self._lines.append({**{name: str(event.get(name, "")) for name in _OWN_FIELDS[:3]}, "fields": fields})
+        return event
+
+    def of(self, request_id: str) -> list[Mapping[str, Any]]:
+        """The lines of one request, oldest first: {timestamp, level, event, fields}."""
+        return [line for line in list(self._lines) if line["fields"]["request_id"] == request_id]
+
+
+RECENT: Final = RecentLines()
+
+
+def _remembered(value: Any) -> Any:
+    return value if isinstance(value, bool | int | float | None) else str(value)[:_VALUE_LENGTH]
+
+
+def _traceback_of(info: Any) -> str:
+    """Its end, which says most. `info` as loggers take it: an exception, a triple, or True for the one in the air."""
+    if isinstance(info, BaseException):
+        info = (type(info), info, info.__traceback__)
+    triple = info if isinstance(info, tuple) else sys.exc_info()
+    return "".join(traceback.format_exception(*triple))[-_VALUE_LENGTH:]
+
+
 def configure_logging(*, level: str, as_json: bool, stream: TextIO | None = None) -> None:
     """Send everything to `stream` (default: standard error), as JSON lines or coloured text."""
     target = stream or sys.stderr
@@ -71,7 +115,7 @@ def configure_logging(*, level: str, as_json: bool, stream: TextIO | None = None
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.StackInfoRenderer(),
     ]
-    renderers: list[Any] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
+    renderers: list[Any] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta, RECENT.note]
     if as_json:
         renderers += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     else:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import platformdirs
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, ValidationError
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -93,6 +93,7 @@ def parse_marks(text: str) -> str:
 
 
 Size = Annotated[int | float, BeforeValidator(parse_size)]
+Price = Annotated[float, Field(ge=0, le=1_000_000, allow_inf_nan=False)]
 
 
 def default_data_dir() -> Path:
@@ -302,6 +303,17 @@ class Settings(BaseSettings):
     usage_wait_s: float = Field(default=1.0, gt=0)
     """Seconds that the end of an answer waits for its usage to be in the database; then it is kept in a journal in
     `data_dir`, from which it is written later, and nobody waits again until the database has answered."""
+    price_currency: Annotated[str, StringConstraints(pattern=r"^[A-Z]{3}$")] = "USD"
+    """Currency of the prices below, as ISO 4217 names it."""
+    price_prompt: Price | None = None
+    """What 1,000 prompt tokens cost, so that usage is told in money (`GET /v1/usage`, the dashboard); unset: nothing.
+    No request is refused for it."""
+    price_cached: Price | None = None
+    """What 1,000 prompt tokens cost that came from the prefix cache; unset: `price_prompt`."""
+    price_completion: Price | None = None
+    """What 1,000 generated tokens cost."""
+    price_training: Price | None = None
+    """What 1,000 tokens cost that fine-tuning jobs learn from."""
     store_url: str | None = None
     """fsspec URL of the adapter files, such as `s3://bucket/prefix`; unset: a folder in `data_dir`."""
     orphan_days: float = Field(default=30.0, gt=0)

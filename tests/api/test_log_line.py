@@ -96,3 +96,18 @@ def test_other_lines_about_a_request_have_its_id(rig: Rig, as_before: None) -> N
         ("request_failed", request_id),
         ("request", request_id),
     ]
+    found = rig.client.get(f"/v1/logs/{request_id}").json()
+    assert [(line["event"], line["level"]) for line in found["data"]] == [
+        ("request_failed", "error"),
+        ("request", "info"),
+    ]
+    assert "the engine tripped" in found["data"][0]["fields"]["traceback"]
+    assert found["data"][1]["fields"]["status"] == 500
+    assert rig.client.get("/v1/logs/another").json()["data"] == []
+
+
+@pytest.mark.parametrize("role", [Role.USER, Role.MANAGER])
+def test_lines_of_requests_are_for_admins(rig: Rig, role: Role) -> None:
+    rig.gate.keys |= {"acme": Principal("acme", role)}
+    answer = rig.client.get("/v1/logs/any", headers={"authorization": "Bearer acme"})
+    assert answer.status_code == 403

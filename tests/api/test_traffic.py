@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from manylora.api.record import Counts, RequestRecord
 from manylora.api.traffic import LATENCY_WINDOW_S, RATE_WINDOW_S, Traffic, percentiles
 from manylora.engine.interface import AdapterRef, RequestTiming, Tier
-from manylora.errors import QueueFull
+from manylora.errors import InvalidRequest, QueueFull
 
 from .fakes import make_ref
 
@@ -103,6 +103,16 @@ def test_refusals_of_the_server_are_listed_and_the_callers_mistakes_are_not() ->
     view = traffic.view("acme", on_device)
     assert [e["code"] for e in view["recent_errors"]] == ["queue_full"]
     assert view["totals"]["outcomes"] == {"rejected": 1, "error": 1}
+
+
+def test_the_callers_mistakes_are_a_list_of_their_own() -> None:
+    traffic = Traffic()
+    for tenant in ("acme", "rival"):
+        traffic.begin(tenant)
+        traffic.end(Counts().frozen(InvalidRequest("no"), request_id=tenant, tenant=tenant))
+    assert traffic.view(None, on_device)["recent_errors"] == []
+    assert [e["request_id"] for e in traffic.client_errors(None)] == ["rival", "acme"]
+    assert [e["request_id"] for e in traffic.client_errors("acme")] == ["acme"]
 
 
 @given(st.lists(st.floats(min_value=0, max_value=100), min_size=1, max_size=300))

@@ -12,7 +12,6 @@ from .test_layers import MODULES, PACKAGE, imports
 SMALL_LINES = 60
 # Modules below so many lines with one importer, and why they are not a part of it.
 REASONS = {
-    "api.examples": "data for one page, which the module that makes the page has no need to carry",
     "api.query": "a dependency of all routes, put in front of them in one place",
     "api.usage": "a router: all routers are put together in one place",
     "catalog.orphans": "a command's work without its printing; the command imports it when it runs",

@@ -9,11 +9,16 @@ from manylora.database.database import Database
 from manylora.database.tables import StoredRow
 from manylora.errors import InvalidRequest
 from manylora.usage.period import DAY_S, QUARTER_S, Period
-from manylora.usage.report import GROUPS, Group, UsageReport, make_report, parse_groups
+from manylora.usage.prices import Prices
+from manylora.usage.report import GROUPS, MAX_HOURS, Group, UsageReport, make_report, parse_groups
 from manylora.usage.store import Batch, UsageStore
 
 DAY = 20_781 * DAY_S  # 2026-11-24
 NOW_US = (DAY + 2 * DAY_S) * 1_000_000
+FINEST: tuple[Group, ...] = ("tenant", "adapter", "day")
+GROUPINGS = [
+    groups for n in range(4) for groups in itertools.combinations(GROUPS, n) if not {"day", "hour"} <= set(groups)
+]
 
 
 @pytest.fixture
@@ -48,7 +53,7 @@ def found(made: UsageReport, *columns: str) -> list[tuple[Any, ...]]:
 
 
 def test_the_finest_rows_are_in_order_of_day_tenant_and_adapter(filled: Database) -> None:
-    made = report(filled, *GROUPS)
+    made = report(filled, *FINEST)
     assert found(made, "day", "tenant", "adapter", "adapter_tenant", "requests") == [
         ("2026-11-24", "acme", None, None, 1),
         ("2026-11-24", "acme", "sql", "acme", 3),
@@ -61,15 +66,53 @@ def test_the_finest_rows_are_in_order_of_day_tenant_and_adapter(filled: Database
     assert made.lines[1][1].outcomes == {"cancelled": 1, "ok": 2}
 
 
-@pytest.mark.parametrize("groups", [g for n in range(4) for g in itertools.combinations(GROUPS, n)])
+@pytest.mark.parametrize("groups", GROUPINGS)
 def test_every_grouping_sums_to_the_same_total(filled: Database, groups: tuple[Group, ...]) -> None:
-    made = report(filled, *groups)
+    made = report(filled, *groups, start=DAY)
     total = made.total
     assert (total.requests, total.prompt_tokens, total.completion_tokens, total.cached_tokens) == (7, 21, 12, 6)
     assert (total.slot_us, total.outcomes) == (1_500_008, {"cancelled": 1, "ok": 6})
     for name in ("requests", "prompt_tokens", "completion_tokens", "cached_tokens", "slot_us"):
         assert sum(getattr(line, name) for _, line in made.lines) == getattr(total, name)
     assert all(set(names) - {"adapter_tenant"} == set(groups) for names, _ in made.lines)
+
+
+def test_hours_are_told_apart_from_their_beginnings(filled: Database) -> None:
+    made = report(filled, "hour", start=DAY)
+    assert found(made, "hour", "requests") == [
+        ("2026-11-24T00:00:00Z", 5),
+        ("2026-11-24T23:00:00Z", 1),
+        ("2026-11-25T00:00:00Z", 1),
+    ]
+
+
+def test_bytes_are_cut_at_each_hour(database: Database) -> None:
+    with database.write(None) as session:
+        session.add(StoredRow(tenant="acme", adapter="sql", at=(DAY + QUARTER_S) * 1_000_000, size_bytes=100))
+    made = report(database, "hour", start=DAY, end=DAY + 2 * 3600)
+    assert found(made, "stored_byte_hours", "stored_bytes") == [(75.0, 100), (100.0, 100)]
+
+
+@pytest.mark.parametrize("start", [None, DAY + 2 * DAY_S - MAX_HOURS * 3600 - QUARTER_S])
+def test_hours_need_a_beginning_that_is_near(filled: Database, start: int | None) -> None:
+    with pytest.raises(InvalidRequest, match="31 days") as caught:
+        report(filled, "hour", start=start)
+    assert caught.value.param == "from"
+    assert report(filled, "hour", start=DAY + 2 * DAY_S - MAX_HOURS * 3600).total.requests == 7
+
+
+def test_lines_and_total_say_what_they_cost(filled: Database) -> None:
+    prices = Prices.of("EUR", prompt=0.1, cached=None, completion=0.3, training=None)
+    assert prices is not None
+    shown = report(filled, "tenant").as_dict(prices)
+    assert [row["cost"] for row in shown["data"]] == [0.0048, 0.0, 0.0009]
+    assert shown["total"]["cost"] == 0.0057
+    told = {"currency": "EUR", "per_tokens": 1000, "prompt": 0.1, "cached": 0.1, "completion": 0.3, "training": 0.0}
+    assert shown["prices"] == told
+    cheaper = Prices.of("EUR", prompt=0.1, cached=0.0, completion=0.3, training=None)
+    assert report(filled, "tenant").as_dict(cheaper)["total"]["cost"] == 0.0051
+    assert Prices.of("EUR", prompt=None, cached=None, completion=None, training=None) is None
+    assert "cost" not in report(filled, "tenant").as_dict()["total"]
 
 
 def test_a_tenant_sees_its_own_rows_alone(filled: Database) -> None:
@@ -85,7 +128,7 @@ def test_the_beginning_counts_and_the_end_does_not(filled: Database) -> None:
 
 
 def test_an_empty_database_has_no_rows_and_a_total_of_nothing(database: Database) -> None:
-    made = report(database, *GROUPS).as_dict()
+    made = report(database, *FINEST).as_dict()
     assert made["data"] == []
     assert made["total"]["requests"] == 0
 

@@ -145,6 +145,7 @@ async def test_every_row_of_the_finest_grouping_has_its_names(rig: Rig) -> None:
         ("from=yesterday", "from"), ("to=2026-11-24T12:07:00Z", "to"), ("from=2026-11-24&to=2026-11-23", "to"),
         ("group_by=month", "group_by"), ("format=csv", "format"), ("from=2026-11-24&from=2026-11-25", "from"),
         ("tenant=rival", "tenant"), ("limit=0", "limit"), ("limit=10001", "limit"), ("after=x", "after"),
+        ("group_by=day,hour", "group_by"), ("group_by=hour", "from"),
         ("after=WzEsMiwzLDRd", "after"), ("after=é", "after"), ("after=bnVsbA==", "after"),
     ],
 )  # fmt: skip
@@ -154,6 +155,16 @@ async def test_bad_values_are_400_in_openais_form(rig: Rig, query: str, param: s
     error = answer.json()["error"]
     assert (error["type"], error["param"]) == ("invalid_request_error", param)
     assert error["message"]
+
+
+async def test_prices_turn_usage_into_money(tmp_path: Path) -> None:
+    settings = Settings(data_dir=tmp_path / "data", price_prompt=1, price_completion=2, price_currency="CHF")
+    async with running(settings, *KEYS) as rig:
+        await ask(rig, "acme:user")
+        answer = await usage(rig, "acme:user")
+        assert (answer["prices"]["currency"], answer["prices"]["completion"]) == ("CHF", 2)
+        used = answer["total"]
+        assert used["cost"] == (used["prompt_tokens"] + 2 * used["completion_tokens"]) / 1000 > 0
 
 
 async def test_without_a_key_there_is_no_usage(rig: Rig) -> None:

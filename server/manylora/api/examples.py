@@ -17,6 +17,7 @@ PARAMETERS: Final[Mapping[str, str]] = {
     "key_id": "key_0123456789abcdef01234567",
     "file_id": "file-0123456789abcdef01234567",
     "job_id": "ftjob-0123456789abcdef01234567",
+    "request_id": "0123456789abcdef0123456789abcdef",
 }
 
 BODIES: Final[Mapping[str, Mapping[str, Any]]] = {

@@ -1,4 +1,4 @@
-"""`/health`, `/ready`, `/version`, `/metrics`, `/metrics/router` and `/v1/stats`."""
+"""`/health`, `/ready`, `/version`, `/metrics`, `/metrics/router`, `/v1/logs/{request_id}` and `/v1/stats`."""
 
 import platform
 from dataclasses import asdict
@@ -7,12 +7,13 @@ from typing import Annotated, Any
 import anyio.to_thread
 from fastapi import APIRouter, Query, Request
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from manylora import __version__
 from manylora.api.auth import Admin, Caller, current_principal, has_role
 from manylora.api.state import Services, ServicesDep
 from manylora.errors import Draining, NotFound, PermissionDenied, Unavailable
+from manylora.log import NUM_REMEMBERED_LINES, RECENT
 from manylora.tenants.interface import Role
 
 __all__ = ["router"]
@@ -62,16 +63,28 @@ async def router_metrics(request: Request, services: ServicesDep) -> Response:
     return Response(services.router_metrics.render(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
+@router.get("/v1/logs/{request_id}")
+async def log_lines(_caller: Admin, request_id: str) -> JSONResponse:
+    """What this process has logged of one request, oldest first, as far as its newest lines remember it.
+
+    `kept` is how many lines of all requests are remembered.
+    """
+    body = {"object": "list", "data": RECENT.of(request_id), "kept": NUM_REMEMBERED_LINES}
+    return JSONResponse(body, headers={"cache-control": "no-store"})
+
+
 @router.get("/v1/stats")
 async def stats(
     caller: Caller,
     services: ServicesDep,
     timeline: bool = False,
+    client_errors: bool = False,
     tenant: Annotated[str | None, Query(description="What this tenant sees; another's: for admin keys.")] = None,
 ) -> dict[str, Any]:
     """What the dashboard draws: sequences, blocks, slots and traffic of the caller's tenant (of all, for admins).
 
-    `you` is who asks. With `timeline=true` the last five minutes come with it.
+    `you` is who asks. With `timeline=true` the last five minutes come with it, with `client_errors=true` the newest
+    requests that were answered with 4xx for what they said.
     """
     if not has_role(caller, Role.ADMIN):
         if tenant not in (None, caller.tenant):
@@ -89,6 +102,7 @@ async def stats(
         "you": {"tenant": caller.tenant, "role": caller.role, "is_open": services.gate.is_open},
         "tenant": tenant,
         **({"timeline": services.traffic.timeline(tenant)} if timeline else {}),
+        **({"client_errors": services.traffic.client_errors(tenant)} if client_errors else {}),
         **services.traffic.view(tenant, services.engine.tier_of),
     }
 

@@ -74,6 +74,7 @@ class Traffic:
         self._seconds: deque[tuple[int, Counter[TrafficKey]]] = deque(maxlen=LATENCY_WINDOW_S + 1)
         self._finished: deque[tuple[float, RequestRecord]] = deque(maxlen=_MAX_FINISHED)
         self._errors: deque[RequestRecord] = deque(maxlen=_MAX_ERRORS)
+        self._client_errors: deque[RequestRecord] = deque(maxlen=_MAX_ERRORS)
         self._tenants: dict[str, _Totals] = {}
         self._adapters: OrderedDict[str, tuple[AdapterRef, _Totals]] = OrderedDict()
 
@@ -93,8 +94,8 @@ class Traffic:
         self._active[finished.tenant] -= 1
         self._finished.append((self._clock(), finished))
         self._tenants.setdefault(finished.tenant, _Totals()).add(finished)
-        if finished.error is not None and finished.outcome != "invalid":
-            self._errors.append(finished)
+        if finished.error is not None:
+            (self._client_errors if finished.outcome == "invalid" else self._errors).append(finished)
         if finished.adapter is not None:
             ref, totals = self._adapters.setdefault(finished.adapter.id, (finished.adapter, _Totals()))
             self._adapters.move_to_end(ref.id)
@@ -131,6 +132,10 @@ class Traffic:
             "adapters": self._adapter_rows(tenant, recent, now, tier_of),
             "recent_errors": [_error_row(f) for f in reversed(self._errors) if tenant in (None, f.tenant)],
         }
+
+    def client_errors(self, tenant: str | None) -> list[dict[str, Any]]:
+        """The newest requests that were at fault themselves, of one tenant or of all, the newest first."""
+        return [_error_row(f) for f in reversed(self._client_errors) if tenant in (None, f.tenant)]
 
     def _totals(self, tenant: str | None) -> _Totals:
         if tenant is not None:

@@ -13,6 +13,7 @@ from manylora.api.auth import Caller, has_role
 from manylora.tenants.interface import Role
 from manylora.usage.ledger import UsageLedger
 from manylora.usage.period import parse_period
+from manylora.usage.prices import Prices
 from manylora.usage.report import UsageReport, make_report, parse_groups
 
 __all__ = ["build_router"]
@@ -20,11 +21,11 @@ __all__ = ["build_router"]
 MAX_ROWS: Final = 10_000
 
 _Moment = Annotated[str | None, Query(description="2026-11-24 (midnight UTC) or RFC 3339, on a quarter of an hour.")]
-_Groups = Annotated[str | None, Query(description="Comma list of tenant, adapter, day.")]
+_Groups = Annotated[str | None, Query(description="Comma list of tenant, adapter, and day or hour.")]
 
 
-def build_router(usage: UsageLedger) -> APIRouter:
-    """The route over this ledger."""
+def build_router(usage: UsageLedger, prices: Prices | None = None) -> APIRouter:
+    """The route over this ledger. With `prices` it says what was used in money, too."""
     router = APIRouter(tags=["operations"])
 
     @router.get("/v1/usage")
@@ -44,11 +45,11 @@ def build_router(usage: UsageLedger) -> APIRouter:
         await usage.flush()
         tenant = None if has_role(caller, Role.ADMIN) else caller.tenant
         report = partial(make_report, usage.database, period, groups, tenant=tenant, limit=limit, after=after)
-        body = await usage.database.run(partial(_render, report))
+        body = await usage.database.run(partial(_render, report, prices))
         return Response(body, media_type="application/json", headers={"cache-control": "no-store"})
 
     return router
 
 
-def _render(report: Callable[..., UsageReport]) -> bytes:
-    return orjson.dumps(report(now_us=time.time_ns() // 1000).as_dict())
+def _render(report: Callable[..., UsageReport], prices: Prices | None) -> bytes:
+    return orjson.dumps(report(now_us=time.time_ns() // 1000).as_dict(prices))

@@ -8,7 +8,7 @@ import typer
 
 from manylora.cli.answers import USAGE, Remote, console, fail, in_bytes, print_json, server, table
 
-_GROUPS: Final = ("day", "tenant", "adapter", "adapter_tenant")
+_GROUPS: Final = ("day", "hour", "tenant", "adapter", "adapter_tenant")
 _OUTCOMES: Final = ("ok", "cancelled", "invalid", "rejected", "error")
 _SUMS: Final = (
     "prompt_tokens", "completion_tokens", "cached_tokens", "slot_seconds", "stored_bytes", "stored_byte_hours",
@@ -28,7 +28,7 @@ def usage(
     end: Annotated[
         str | None, typer.Option("--to", metavar="TIME", help="The first moment that does not count; default: now.")
     ] = None,
-    group_by: Annotated[str, typer.Option(help="Comma list of tenant, adapter, day.")] = "tenant,adapter",
+    group_by: Annotated[str, typer.Option(help="Comma list of tenant, adapter, and day or hour.")] = "tenant,adapter",
     as_csv: Annotated[bool, typer.Option("--csv", help="CSV for a spreadsheet.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON for scripts.")] = False,
 ) -> None:
@@ -68,17 +68,25 @@ def _write_csv(answer: dict[str, Any]) -> None:
     """A header and one record for each row; an empty adapter is the base."""
     groups = _groups(answer)
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow([*groups, "requests", *(f"requests_{name}" for name in _OUTCOMES), *_SUMS])
+    money = ["cost"] if answer.get("prices") else []
+    writer.writerow([*groups, "requests", *(f"requests_{name}" for name in _OUTCOMES), *_SUMS, *money])
     for row in answer["data"]:
         outcomes = [row["outcomes"].get(name, 0) for name in _OUTCOMES]
         writer.writerow(
-            [*(row[name] for name in groups), row["requests"], *outcomes, *(row.get(name, 0) for name in _SUMS)]
+            [
+                *(row[name] for name in groups),
+                row["requests"],
+                *outcomes,
+                *(row.get(name, 0) for name in (*_SUMS, *money)),
+            ]
         )
 
 
 def _show(answer: dict[str, Any]) -> None:
     groups = _groups(answer)
-    columns = [*groups, "requests", "ok", "prompt tokens", "completion tokens", "slot hours", "stored"]
+    prices = answer.get("prices")
+    money = [prices["currency"]] if prices else []
+    columns = [*groups, "requests", "ok", "prompt tokens", "completion tokens", "slot hours", "stored", *money]
     rows = [[_name(name, row[name]) for name in groups] + _cells(row) for row in answer["data"]]
     if groups:
         rows.append(["total", *[""] * (len(groups) - 1), *_cells(answer["total"])])
@@ -93,4 +101,5 @@ def _name(column: str, name: str | None) -> str:
 
 def _cells(row: dict[str, Any]) -> list[str]:
     counts = (row["requests"], row["outcomes"].get("ok", 0), row["prompt_tokens"], row["completion_tokens"])
-    return [*map(str, counts), f"{row['slot_seconds'] / 3600:.2f}", in_bytes(row["stored_bytes"])]
+    money = [f"{row['cost']:.2f}"] if "cost" in row else []
+    return [*map(str, counts), f"{row['slot_seconds'] / 3600:.2f}", in_bytes(row["stored_bytes"]), *money]

@@ -41,6 +41,7 @@ from manylora.tenants.gate import TenantGate
 from manylora.tenants.seal import Seal
 from manylora.usage.interface import UsageSink
 from manylora.usage.ledger import UsageLedger
+from manylora.usage.prices import Prices
 
 __all__ = ["Foundation", "Parts", "ServingEngine", "load_foundation", "open_parts"]
 
@@ -109,7 +110,7 @@ class Parts:
                 history.build_router(self.catalog),
                 inspection.build_router(self.catalog, self.inspect),
                 tenants.build_router(self.gate),
-                usage_routes.build_router(self.usage),
+                usage_routes.build_router(self.usage, _prices(self.settings)),
                 data_files.build_router(self.files),
                 fine_tuning.build_router(self.catalog, Board(self.catalog.database)),
                 dashboard_routes.build_router(self.settings.root_path),
@@ -203,6 +204,16 @@ async def _open_jobs(settings: Settings, catalog: Catalog, metrics: Metrics, sta
         worker.start()
         stack.push_async_callback(worker.aclose)
     return files
+
+
+def _prices(settings: Settings) -> Prices | None:
+    return Prices.of(
+        settings.price_currency,
+        prompt=settings.price_prompt,
+        cached=settings.price_cached,
+        completion=settings.price_completion,
+        training=settings.price_training,
+    )
 
 
 async def _charge_probe(metrics: Metrics, usage: UsageSink, tenant: str, adapter: AdapterRef, num_tokens: int) -> None:

@@ -1,4 +1,4 @@
-"""Usage summed up: one row for each tenant, adapter and day, or for fewer of the three."""
+"""Usage summed up: one row for each tenant, adapter and day or hour, or for fewer of the three."""
 
 import base64
 from collections.abc import Iterable, Iterator, Sequence
@@ -6,28 +6,28 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal, get_args
 
 import orjson
-from sqlalchemy import BigInteger, Select, func, literal_column, select
+from sqlalchemy import BigInteger, ColumnElement, Select, func, literal_column, select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from manylora.database.database import Database
 from manylora.database.tables import MICROSECONDS, SlotTimeRow, StoredRow, TrainingUsageRow, UsageRow
 from manylora.errors import InvalidRequest
 from manylora.usage.period import DAY_S, Period, as_rfc3339
+from manylora.usage.prices import Prices
 
 __all__ = ["DEFAULT_GROUPS", "GROUPS", "Group", "UsageLine", "UsageReport", "make_report", "parse_groups"]
 
-Group = Literal["tenant", "adapter", "day"]
+Group = Literal["tenant", "adapter", "day", "hour"]
 GROUPS: Final[tuple[Group, ...]] = get_args(Group)
 DEFAULT_GROUPS: Final[tuple[Group, ...]] = ("tenant", "adapter")
-_DAY_US: Final = DAY_S * MICROSECONDS
-# Not a parameter: PostgreSQL takes an expression with one for another than the same in GROUP BY.
-_DAY: Final = literal_column(str(DAY_S), BigInteger)
+MAX_HOURS: Final = 31 * 24  # that may be told apart at once: what is stored is cut at each of them
+_HOUR_S: Final = 3600
 _HOUR_US: Final = 3600 * MICROSECONDS
 _LONGEST_ECHO: Final = 40
 
-# What tells rows apart: tenant, owner, adapter, number of the day. Those that are not grouped by are None.
+# What tells rows apart: tenant, owner, adapter, number of the day or hour. Those that are not grouped by are None.
 _Key = tuple[str | None, str | None, str | None, int | None]
-# Where a row stands: day, tenant, adapter, owner.
+# Where a row stands: day or hour, tenant, adapter, owner.
 _Place = tuple[int, str, str, str]
 
 
@@ -46,8 +46,8 @@ class UsageLine:
     training_us: int = 0
     outcomes: dict[str, int] = field(default_factory=dict)
 
-    def as_dict(self) -> dict[str, Any]:
-        """The line as `GET /v1/usage` shows it."""
+    def as_dict(self, prices: Prices | None = None) -> dict[str, Any]:
+        """The line as `GET /v1/usage` shows it, with what it costs where there are prices."""
         return {
             "requests": self.requests,
             "outcomes": self.outcomes,
@@ -59,6 +59,7 @@ class UsageLine:
             "stored_byte_hours": round(self.byte_us / _HOUR_US, 3),
             "training_tokens": self.training_tokens,
             "training_seconds": self.training_us / MICROSECONDS,
+            **({} if prices is None else {"cost": prices.cost(self)}),
         }
 
 
@@ -76,15 +77,16 @@ class UsageReport:
     last_id: str | None = None
     has_more: bool = False
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self, prices: Prices | None = None) -> dict[str, Any]:
         """The answer of `GET /v1/usage`."""
         return {
             "object": "usage",
             "from": as_rfc3339(self.period.start_s),
             "to": as_rfc3339(self.period.end_s),
             "group_by": self.groups,
-            "data": [{**names, **line.as_dict()} for names, line in self.lines],
-            "total": self.total.as_dict(),
+            "data": [{**names, **line.as_dict(prices)} for names, line in self.lines],
+            "total": self.total.as_dict(prices),
+            "prices": None if prices is None else prices.as_dict(),
             "last_id": self.last_id,
             "has_more": self.has_more,
         }
@@ -101,6 +103,8 @@ def parse_groups(text: str | None) -> tuple[Group, ...]:
             raise InvalidRequest(f"'group_by' takes {', '.join(GROUPS)}, not {shown!r}.", param="group_by")
     if len(set(wanted)) < len(wanted):
         raise InvalidRequest("'group_by' names something twice.", param="group_by")
+    if "day" in wanted and "hour" in wanted:
+        raise InvalidRequest("'group_by' takes days or hours, not both.", param="group_by")
     return tuple(group for group in GROUPS if group in wanted)
 
 
@@ -116,8 +120,10 @@ def make_report(
 ) -> UsageReport:
     """Usage of `tenant` in a period, with None of all tenants: at most `limit` rows after `after`, or all. Blocks.
 
-    Raises InvalidRequest for an `after` that no page has given.
+    Raises InvalidRequest for an `after` that no page has given, and for more hours than `MAX_HOURS`.
     """
+    if "hour" in groups:
+        _check_hours(period, now_us)
     start = None if after is None else _read_id(after)
     sums = _Sums(groups)
     with database.read(is_long=True) as session:
@@ -132,28 +138,41 @@ def make_report(
     return UsageReport(period, groups, lines, sums.total, last_id, len(rest) > len(page))
 
 
+def _check_hours(period: Period, now_us: int) -> None:
+    end_s = now_us // MICROSECONDS if period.end_s is None else period.end_s
+    if period.start_s is None or end_s - period.start_s > MAX_HOURS * _HOUR_S:
+        raise InvalidRequest(f"Hours are told for {MAX_HOURS // 24} days at most: send a later 'from'.", param="from")
+
+
 class _Sums:
-    """Lines by key, and their total."""
+    """Lines by key, and their total. `unit_s`: how long is what times fall into, a day or an hour."""
 
     def __init__(self, groups: tuple[Group, ...]) -> None:
         self.lines: dict[_Key, UsageLine] = {}
         self.total = UsageLine()
-        self.by_tenant, self.by_adapter, self.by_day = (group in groups for group in GROUPS)
+        self.by_tenant, self.by_adapter = "tenant" in groups, "adapter" in groups
+        self.by_time = "day" in groups or "hour" in groups
+        self.unit_s = _HOUR_S if "hour" in groups else DAY_S
 
-    def both(self, tenant: str, owner: str, adapter: str, day: int) -> tuple[UsageLine, UsageLine]:
+    @property
+    def unit(self) -> ColumnElement[int]:
+        """Not a parameter: PostgreSQL takes an expression with one for another than the same in GROUP BY."""
+        return literal_column(str(self.unit_s), BigInteger)
+
+    def both(self, tenant: str, owner: str, adapter: str, number: int) -> tuple[UsageLine, UsageLine]:
         """The line that these names belong to, and the total."""
         key: _Key = (
             tenant if self.by_tenant else None,
             owner if self.by_adapter else None,
             adapter if self.by_adapter else None,
-            day if self.by_day else None,
+            number if self.by_time else None,
         )
         return self.lines.setdefault(key, UsageLine()), self.total
 
 
 def _order(item: tuple[_Key, UsageLine]) -> _Place:
-    (tenant, owner, adapter, day), _ = item
-    return day or 0, tenant or "", adapter or "", owner or ""
+    (tenant, owner, adapter, number), _ = item
+    return number or 0, tenant or "", adapter or "", owner or ""
 
 
 def _write_id(place: _Place) -> str:
@@ -173,10 +192,12 @@ def _read_id(text: str) -> _Place:
 
 
 def _names(groups: tuple[Group, ...], key: _Key) -> dict[str, Any]:
-    tenant, owner, adapter, day = key
+    tenant, owner, adapter, number = key
     names: dict[str, Any] = {}
-    if day is not None:
-        names["day"] = (as_rfc3339(day * DAY_S) or "")[:10]
+    if number is not None and "hour" in groups:
+        names["hour"] = as_rfc3339(number * _HOUR_S)
+    elif number is not None:
+        names["day"] = (as_rfc3339(number * DAY_S) or "")[:10]
     if "tenant" in groups:
         names["tenant"] = tenant
     if "adapter" in groups:
@@ -192,7 +213,7 @@ def _within(query: Select[Any], quarter: InstrumentedAttribute[int], period: Per
 
 def _add_requests(session: Session, sums: _Sums, period: Period, tenant: str | None) -> None:
     row = UsageRow
-    keys: Sequence[Any] = (row.tenant, row.owner, row.adapter, row.quarter // _DAY, row.outcome)
+    keys: Sequence[Any] = (row.tenant, row.owner, row.adapter, row.quarter // sums.unit, row.outcome)
     counts = (row.requests, row.prompt_tokens, row.completion_tokens, row.cached_tokens)
     query = _within(select(*keys, *map(func.sum, counts)).group_by(*keys), row.quarter, period)
     if tenant is not None:
@@ -210,7 +231,7 @@ def _add_requests(session: Session, sums: _Sums, period: Period, tenant: str | N
 
 def _add_slot_time(session: Session, sums: _Sums, period: Period, tenant: str | None) -> None:
     row = SlotTimeRow
-    keys: Sequence[Any] = (row.tenant, row.adapter, row.quarter // _DAY)
+    keys: Sequence[Any] = (row.tenant, row.adapter, row.quarter // sums.unit)
     query = _within(select(*keys, func.sum(row.microseconds)).group_by(*keys), row.quarter, period)
     if tenant is not None:
         query = query.where(row.tenant == tenant)
@@ -221,7 +242,7 @@ def _add_slot_time(session: Session, sums: _Sums, period: Period, tenant: str | 
 
 def _add_training(session: Session, sums: _Sums, period: Period, tenant: str | None) -> None:
     row = TrainingUsageRow
-    keys: Sequence[Any] = (row.tenant, row.adapter, row.quarter // _DAY)
+    keys: Sequence[Any] = (row.tenant, row.adapter, row.quarter // sums.unit)
     summed = (func.sum(row.tokens), func.sum(row.microseconds))
     query = _within(select(*keys, *summed).group_by(*keys), row.quarter, period)
     if tenant is not None:
@@ -237,13 +258,14 @@ def _add_stored(session: Session, sums: _Sums, period: Period, tenant: str | Non
     query = select(StoredRow).where(StoredRow.at < end_us).order_by(StoredRow.tenant, StoredRow.adapter, StoredRow.id)
     if tenant is not None:
         query = query.where(StoredRow.tenant == tenant)
+    unit_us = sums.unit_s * MICROSECONDS
     for span in _spans(session.execute(query).scalars(), end_us):
         start_us = max(span.start_us, 0 if period.start_s is None else period.start_s * MICROSECONDS)
         while start_us < span.end_us:
-            day = start_us // _DAY_US
-            line_end_us = min(end_us, (day + 1) * _DAY_US) if sums.by_day else end_us
+            number = start_us // unit_us
+            line_end_us = min(end_us, (number + 1) * unit_us) if sums.by_time else end_us
             cut = min(span.end_us, line_end_us)
-            line, total = sums.both(span.tenant, span.tenant, span.adapter, day)
+            line, total = sums.both(span.tenant, span.tenant, span.adapter, number)
             line.byte_us += span.size_bytes * (cut - start_us)
             total.byte_us += span.size_bytes * (cut - start_us)
             if cut == line_end_us:
