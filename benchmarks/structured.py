@@ -13,6 +13,7 @@ import argparse
 import json
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,9 @@ def schema(row: int) -> dict[str, Any]:
 def compile_all(base: LoadedBase, rows: int) -> list[Compiled]:
     codec = base.codec
     compiler = GrammarCompiler(
-        lambda: Vocabulary(codec.compiled_json(), base.config.vocab_size, tuple(codec.eos_ids)), 2**30
+        lambda: Vocabulary(codec.compiled_json(), base.config.vocab_size, tuple(codec.eos_ids)),
+        partial(codec.encode, add_special_tokens=False),
+        2**30,
     )
     whitespace = Whitespace(separators=(", ", ": "))
     made = [

@@ -4,6 +4,7 @@ import json
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -74,7 +75,8 @@ def grammars_of(folder: Path, num_rows: int = VOCAB_SIZE) -> GrammarCompiler:
     """A compiler for the model in `folder`, as a server has it."""
     tokenizer = load_tokenizer(folder)
     codec = HuggingFaceCodec(tokenizer, [END_OF_TURN])
-    return GrammarCompiler(lambda: Vocabulary(codec.compiled_json(), num_rows, (END_OF_TURN,)), 2**28)
+    encode = partial(codec.encode, add_special_tokens=False)
+    return GrammarCompiler(lambda: Vocabulary(codec.compiled_json(), num_rows, (END_OF_TURN,)), encode, 2**28)
 
 
 @dataclass

@@ -24,6 +24,10 @@ def vocabulary() -> Vocabulary:
     return Vocabulary(make_tokenizer().backend_tokenizer.to_str(), VOCAB_SIZE, (END_OF_TURN,))
 
 
+def encode(text: str) -> list[int]:
+    return list(make_tokenizer().encode(text, add_special_tokens=False))
+
+
 class Heard(GrammarEvents):
     """What a compiler told."""
 
@@ -41,7 +45,7 @@ class Heard(GrammarEvents):
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[GrammarCompiler]:
-    compiler = GrammarCompiler(vocabulary, 2**28)
+    compiler = GrammarCompiler(vocabulary, encode, 2**28)
     yield compiler
     compiler.close()
 
@@ -53,7 +57,7 @@ def heard() -> Heard:
 
 @pytest.fixture
 def own(heard: Heard) -> Iterator[GrammarCompiler]:
-    compiler = GrammarCompiler(vocabulary, 2**20, heard)
+    compiler = GrammarCompiler(vocabulary, encode, 2**20, heard)
     yield compiler
     compiler.close()
 
@@ -196,7 +200,7 @@ def test_a_tenant_waits_behind_itself_and_has_no_end_of_grammars_waiting(
     run = Helper.ask
 
     def held_back(self: Any, request: dict[str, Any]) -> Any:
-        if request["source"].startswith('["flood'):
+        if request.get("source", "").startswith('["flood'):
             may_go_on.wait(PATIENCE_S)
         return run(self, request)
 
@@ -223,7 +227,7 @@ def children() -> list[psutil.Process]:
 
 def test_a_trial_that_was_killed_is_started_again_and_ends_with_the_compiler(heard: Heard) -> None:
     before = set(children())
-    compiler = GrammarCompiler(vocabulary, 2**20, heard)
+    compiler = GrammarCompiler(vocabulary, encode, 2**20, heard)
     made(compiler, Grammar.choice(["a"]))
     mine = set(children()) - before
     assert len(mine) == 1
@@ -251,7 +255,7 @@ def test_where_grammars_cannot_be_tried_the_server_says_so(
 @pytest.mark.parametrize(("tokenizer", "eos"), [(None, (2,)), ("{}", (2,)), (make_tokenizer().backend_tokenizer, ())])
 def test_a_tokenizer_that_cannot_be_used_is_a_refusal(tokenizer: Any, eos: tuple[int, ...]) -> None:
     text = tokenizer if tokenizer is None or isinstance(tokenizer, str) else tokenizer.to_str()
-    compiler = GrammarCompiler(lambda: Vocabulary(text, VOCAB_SIZE, eos), 2**20)
+    compiler = GrammarCompiler(lambda: Vocabulary(text, VOCAB_SIZE, eos), encode, 2**20)
     with pytest.raises(InvalidRequest, match="tokenizer"):
         made(compiler, Grammar.choice(["a"]))
     compiler.close()

@@ -23,7 +23,7 @@ EOS = (END_OF_TURN, 0)
 
 @pytest.fixture(scope="module")
 def compiler() -> Iterator[GrammarCompiler]:
-    compiler = GrammarCompiler(lambda: Vocabulary(TOKENIZER.backend_tokenizer.to_str(), PADDED, EOS), 2**28)
+    compiler = GrammarCompiler(lambda: Vocabulary(TOKENIZER.backend_tokenizer.to_str(), PADDED, EOS), encode, 2**28)
     yield compiler
     compiler.close()
 
@@ -33,6 +33,10 @@ def masks() -> Iterator[MaskMaker]:
     masks = MaskMaker(EOS)
     yield masks
     masks.close()
+
+
+def encode(text: str) -> list[int]:
+    return list(TOKENIZER.encode(text, add_special_tokens=False))
 
 
 def made(compiler: GrammarCompiler, grammar: Grammar) -> Compiled:

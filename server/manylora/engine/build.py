@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -179,6 +180,7 @@ class Builder:
         codec = self._codec
         return GrammarCompiler(
             lambda: Vocabulary(codec.compiled_json(), vocab_size, tuple(sorted(codec.eos_ids))),
+            partial(codec.encode, add_special_tokens=False),
             in_bytes(self.settings.grammar_memory, torch.device("cpu")),
             _GrammarMetrics(metrics),
         )

@@ -17,12 +17,12 @@ from typing import Any, Final
 import llguidance
 
 from manylora.children import Helper
-from manylora.errors import InvalidGrammar, ManyloraError, QueueFull
+from manylora.errors import InvalidGrammar, InvalidRequest, ManyloraError, QueueFull
 from manylora.grammars.grammar import MAX_GRAMMAR_BYTES, Grammar
 from manylora.grammars.language import mask_words, new_matcher
 from manylora.grammars.threads import start_thread
 from manylora.grammars.trial import MAX_COMPILE_BYTES, MAX_COMPILE_S
-from manylora.grammars.vocabulary import Vocabulary
+from manylora.grammars.vocabulary import Spelling, Vocabulary
 from manylora.log import get_logger
 from manylora.lora.memory.line import LoadLine
 
@@ -109,12 +109,19 @@ class _Job:
 
 
 class GrammarCompiler:
-    """Makes grammars ready, a few at a time, and keeps `budget_bytes` of them. Its threads start with the first."""
+    """Makes grammars ready, a few at a time, and keeps `budget_bytes` of them. Its threads start with the first.
+
+    `encode` gives the ids of text without special tokens around it; any thread.
+    """
 
     def __init__(
-        self, vocabulary: Callable[[], Vocabulary], budget_bytes: int, events: GrammarEvents | None = None
+        self,
+        vocabulary: Callable[[], Vocabulary],
+        encode: Callable[[str], list[int]],
+        budget_bytes: int,
+        events: GrammarEvents | None = None,
     ) -> None:
-        self._vocabulary = vocabulary
+        self._encode = encode
         self._budget_bytes = budget_bytes
         self._events = events or GrammarEvents()
         self._lock = threading.Lock()
@@ -173,13 +180,6 @@ class GrammarCompiler:
             return done
         return None
 
-    def tokenizer(self) -> llguidance.LLTokenizer:
-        """The base's, built when it is first needed. Raises InvalidRequest where it cannot be."""
-        with self._building:
-            if self._built is None:
-                self._built = self._vocabulary().build()
-            return self._built
-
     @property
     def kept_bytes(self) -> int:
         with self._lock:
@@ -234,8 +234,18 @@ class GrammarCompiler:
         self._events.on_compile(time.perf_counter() - began, "ok" if isinstance(made, Compiled) else "refused")
         return made
 
+    def _tokenizer(self, trial: Helper) -> llguidance.LLTokenizer:
+        """The base's, built when it is first needed. Raises InvalidRequest where it cannot be."""
+        with self._building:
+            if self._built is None:
+                found = trial.ask({})
+                if "refused" in found:
+                    raise InvalidRequest(found["refused"])
+                self._built = Spelling.from_json(found).build(self._encode)
+            return self._built
+
     def _make(self, trial: Helper, grammar: Grammar) -> Compiled:
-        tokenizer = self.tokenizer()
+        tokenizer = self._tokenizer(trial)
         found = trial.ask({"kind": grammar.kind, "source": grammar.source})
         if "text" not in found:
             raise _refusal(found)

@@ -2,21 +2,24 @@
 
 A grammar can make the library that follows it run for minutes, or end the process that it runs in. Here that is a
 child, which shares the vocabulary's memory with its parent and which nobody misses. The vocabulary comes first by
-standard input, then the requests; the process ends with them.
+standard input, then the requests, each a grammar, or nothing, which asks what the vocabulary's tokens spell; the
+process ends with them.
 """
 
 import json
 import resource
 import sys
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
 import llguidance
 
 from manylora.children import Bounds, in_child, read_frame, write_frame
+from manylora.errors import InvalidRequest
 from manylora.grammars.grammar import GrammarKind
 from manylora.grammars.language import in_library_notation, try_out
-from manylora.grammars.vocabulary import Vocabulary
+from manylora.grammars.vocabulary import Spelling, Vocabulary
 
 __all__ = ["MAX_COMPILE_BYTES", "MAX_COMPILE_S", "MAX_WAIT_S", "main"]
 
@@ -57,14 +60,28 @@ def main() -> None:
     vocabulary = read_frame(sys.stdin.buffer)
     if vocabulary is None:
         return
-    tokenizer = Vocabulary.from_json(vocabulary).build()
+    try:
+        tokenizer = Vocabulary.from_json(vocabulary).build()
+    except InvalidRequest as error:
+        refusal = {"refused": error.message}
+        _answer(lambda asked: refusal)
+        return
     nothing = _bytes_of_nothing(tokenizer)
+
+    def found(asked: dict[str, Any]) -> dict[str, Any]:
+        if "kind" not in asked:
+            return Spelling.of(tokenizer).as_json()
+        tried = _in_child(tokenizer, asked["kind"], asked["source"])
+        if "num_bytes" in tried:
+            tried["num_bytes"] = max(0, tried["num_bytes"] - nothing)
+        return tried
+
+    _answer(found)
+
+
+def _answer(work: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     while (request := read_frame(sys.stdin.buffer)) is not None:
-        asked = json.loads(request)
-        found = _in_child(tokenizer, asked["kind"], asked["source"])
-        if "num_bytes" in found:
-            found["num_bytes"] = max(0, found["num_bytes"] - nothing)
-        write_frame(sys.stdout.buffer, json.dumps(found).encode())
+        write_frame(sys.stdout.buffer, json.dumps(work(json.loads(request))).encode())
 
 
 if __name__ == "__main__":
