@@ -11,7 +11,12 @@ from typing import Final
 from manylora.engine.pieces import Pieces
 from manylora.engine.sequence import Sequence
 
-_SHARE_BESIDE_STREAMS: Final = 0.5  # of the tokens of a step, for prompts while others take a token in each step
+# Of the tokens of a step, for prompts while others take a token in each step: beside few, whom each token of a prompt
+# keeps waiting by a good part of their own step, half of what they take beside many, whose step is long anyway.
+_SHARE_BESIDE_FEW: Final = 0.25
+_SHARE_BESIDE_MANY: Final = 0.5
+_FEW_STREAMS: Final = 8
+_MANY_STREAMS: Final = 32
 _SHARE_ALONE: Final = 2.0  # the same for a prompt beside which there is nothing, so that it runs in few steps
 _SHARE_OF_FIRST: Final = 0.5  # of what prompts may take, for the one that came first, while others wait
 
@@ -34,6 +39,11 @@ class PromptCost:
     def at(self, position: int) -> float:
         seen = sum(min(position, window) if window else position for window in self.windows)
         return 1.0 + seen / len(self.windows) / self.positions
+
+
+def _share_beside(num_streams: int) -> float:
+    part = (num_streams - _FEW_STREAMS) / (_MANY_STREAMS - _FEW_STREAMS)
+    return _SHARE_BESIDE_FEW + (_SHARE_BESIDE_MANY - _SHARE_BESIDE_FEW) * min(1.0, max(0.0, part))
 
 
 @dataclass(slots=True)
@@ -60,7 +70,7 @@ class Room:
     def begin_prompts(self, num_streams: int, first: SequenceOf[Sequence], *, others_wait: bool) -> None:
         """All that goes on by a token has taken its share. `first` has the prompt that came first, if there is one."""
         if num_streams:
-            self.effort = min(self.tokens, max(1.0, (self.tokens + num_streams) * _SHARE_BESIDE_STREAMS))
+            self.effort = min(self.tokens, max(1.0, (self.tokens + num_streams) * _share_beside(num_streams)))
         elif first and not others_wait:
             self.effort *= _SHARE_ALONE
         for seq in first if others_wait else ():
