@@ -18,7 +18,7 @@ COVERED := $(BIN)/python -m slipcover --json --out build/coverage.json -m pytest
 MARKED = $(shell grep -rlF 'pytest.mark.$(1)' tests --include='test_*.py')
 ARGS ?=
 
-.PHONY: help serve lifecycle test emulated sanitize soak clients check quick format docs clean distclean
+.PHONY: help serve lifecycle test emulated interpreted sanitize soak clients check quick format docs clean distclean
 .DEFAULT_GOAL := help
 
 help:
@@ -27,6 +27,7 @@ help:
 	@echo "make lifecycle  install what train, evaluate, choose-rank and the other commands of an adapter's life need"
 	@echo "make test     install what is needed, then check and all tests (JOBS=0: one after the other)"
 	@echo "make emulated the kernels' tests on the CPU paths that this machine lacks"
+	@echo "make interpreted  the programs for GPUs, in Triton's interpreter"
 	@echo "make soak     ten minutes of load on a server that is watched, and servers that are killed at work"
 	@echo "make sanitize the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make clients  other programs' clients, each installed by itself, against a real server (ARGS=--quick: a few)"
@@ -46,7 +47,7 @@ lifecycle: $(VENV)/.lifecycle
 # All of them together must run as much of the server as scripts/check_coverage.py says; a choice by ARGS need not.
 test: check
 	@mkdir -p build
-	$(if $(ARGS),$(PYTEST),$(COVERED)) -m "not soak and not alone" $(ARGS)
+	$(if $(ARGS),$(PYTEST),$(COVERED)) -m "not soak and not interpreted and not alone" $(ARGS)
 	$(if $(ARGS),,$(BIN)/python scripts/check_coverage.py build/coverage.json)
 	$(BIN)/python -m pytest -m alone $(call MARKED,alone)
 
@@ -56,6 +57,10 @@ emulated: $(VENV)/.dev
 	MANYLORA_EMULATE=1 $(BIN)/python setup.py -q build --build-lib build/emulated/lib --build-temp build/emulated/temp
 	MANYLORA_TESTED_PATHS="$$($(BIN)/python -c 'from manylora.kernels.native import CPU_PATHS, available_cpu_paths; print(*(path for path in CPU_PATHS if path not in available_cpu_paths()))')" \
 	PYTHONPATH=build/emulated/lib $(PYTEST) tests/kernels --ignore=tests/kernels/test_headers.py $(ARGS)
+
+# Triton interprets or compiles, and decides so when it is imported: `make test` compiles the programs for devices.
+interpreted: $(VENV)/.dev
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreted -p no:cacheprovider $(call MARKED,interpreted) $(ARGS)
 
 # In a process of its own beside `make test`, so it leaves pytest's cache to that one.
 soak: $(VENV)/.dev
@@ -74,7 +79,7 @@ clients: $(VENV)/.dev
 	$(BIN)/python -m tests.clients $(ARGS)
 
 quick: $(VENV)/.dev
-	$(PYTEST) -m "not slow and not soak" $(ARGS)
+	$(PYTEST) -m "not slow and not soak and not interpreted" $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

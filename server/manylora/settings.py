@@ -133,7 +133,8 @@ class Settings(BaseSettings):
     """Longest sequence, prompt and answer together, in tokens; unset: the model's own limit (of a LongRoPE model its
     original context, since one longer sequence would change the answers of all others in its batch)."""
     kernels: Literal["auto", "torch"] = "auto"
-    """`auto` takes the C++ kernels where they were built for this machine; `torch` never does."""
+    """`auto` takes the C++ kernels where they were built for this machine, and on CUDA those in Triton, which torch
+    brings there; `torch` takes neither."""
     tool_parser: Literal[
         "auto",
         "hermes",

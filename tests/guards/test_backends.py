@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
@@ -78,6 +80,53 @@ def test_one_module_chooses_the_kernels() -> None:
 )
 def test_the_rule_sees_each_way_to_decide(source: str) -> None:
     assert list(decisions(ast.parse(source)))
+
+
+def imports_of(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (each.name for each in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+
+
+def test_only_programs_and_what_launches_them_import_triton() -> None:
+    found = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if any(name.split(".")[0] == "triton" for name in imports_of(ast.parse(path.read_text(encoding="utf-8"))))
+    }
+
+    assert {name for name in found if not re.fullmatch(r"kernels/(programs/\w+|triton_\w+)\.py", name)} == set()
+    assert found, "the names above are those of modules that there are"
+
+
+def test_programs_calculate_in_float32() -> None:
+    """The interpreter takes the bits of a bfloat16 for a number; the helpers widen what they multiply there."""
+    for path in sorted((PACKAGE / "kernels" / "programs").glob("*.py")):
+        dots = [
+            (path.name, node.lineno)
+            for function in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(function, ast.FunctionDef) and not function.name.startswith("_dot")
+            for node in ast.walk(function)
+            if isinstance(node, ast.Attribute) and node.attr == "dot"
+        ]
+        assert dots == [], "products are made by the helpers, which know what the interpreter does"
+
+
+@pytest.mark.parametrize("choice", ["torch", "auto"])
+def test_a_cpu_needs_no_triton(choice: str) -> None:
+    """Torch itself imports it where it is there, so it is taken away."""
+    script = """
+import sys
+sys.modules["triton"] = None
+from manylora.models.backends import choose
+from manylora.settings import Settings
+import manylora.engine.build
+backend = choose(Settings(device="cpu", kernels=sys.argv[1]))
+assert not any(name.startswith("manylora.kernels.triton") for name in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", script, choice], check=True)
 
 
 def test_kernels_know_no_request() -> None:

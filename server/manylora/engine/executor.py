@@ -177,6 +177,7 @@ class LocalExecutor:
 
     def _batch(self, step: StepInput) -> Batch:
         starts = step.query_starts.tolist()
+        num_decode = int((np.diff(step.query_starts) == 1).sum())
         batch = Batch(
             token_ids=self._tensor(step.token_ids),
             positions=self._tensor(step.positions),
@@ -184,11 +185,11 @@ class LocalExecutor:
             block_tables=self._tensor(step.block_tables),
             query_starts=self._tensor(step.query_starts),
             context_lens=self._tensor(step.context_lens),
-            num_decode=int((np.diff(step.query_starts) == 1).sum()),
+            num_decode=num_decode,
             starts=tuple(starts),
             lens=tuple(step.context_lens.tolist()),
             logit_rows=self._tensor(step.logit_rows),
-            lora=self._plan(step.slots, step.mixes),
+            lora=self._plan(step.slots, step.mixes, num_decode),
             logit_lora=self._plan(step.slots[step.logit_rows], step.mixes),
         )
         return batch if not step.states else replace(batch, pieces=self._pieces(batch, step))
@@ -203,8 +204,8 @@ class LocalExecutor:
         sizes = [each.sizes for each in step.states]
         return cut(batch, sizes, states, step.slots, lambda slots: self._plan(slots, step.mixes))
 
-    def _plan(self, row_slots: np.ndarray, mixes: Sequence[Parts]) -> LoraPlan | None:
-        return plan_of(self._kernel, self._memory, row_slots, mixes)
+    def _plan(self, row_slots: np.ndarray, mixes: Sequence[Parts], num_single: int | None = None) -> LoraPlan | None:
+        return plan_of(self._kernel, self._memory, row_slots, mixes, num_single)
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(self._device)

@@ -83,7 +83,11 @@ class LoraKernel(Protocol):
 
 
 def plan_of(
-    kernel: LoraKernel, memory: DeviceMemory, row_slots: np.ndarray, mixes: Sequence[Parts] = ()
+    kernel: LoraKernel,
+    memory: DeviceMemory,
+    row_slots: np.ndarray,
+    mixes: Sequence[Parts] = (),
+    num_single: int | None = None,
 ) -> LoraPlan | None:
     """What the kernel is to do for rows with these slots (`rows.group_rows`); None where no row has an adapter."""
     rows = group_rows(
@@ -93,6 +97,7 @@ def plan_of(
         inputs=memory.inputs.flags,
         outputs=memory.outputs.flags,
         mixes=mixes,
+        num_single=num_single,
     )
     return kernel.plan(rows, memory) if rows is not None else None
 

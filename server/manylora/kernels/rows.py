@@ -47,7 +47,8 @@ class LoraRows:
     `segment_slots` int32 [S]: each segment's slot. `segment_starts` int32 [S + 1]: its run in `order`.
     `touched`: per site, whether any adapter of these rows does anything there. `changed`: the sites at which any
     changes an input or an output; None where none does at any, so that a step of plain low rank looks no further.
-    `mixes`: the rows that have several adapters, where there are some.
+    `mixes`: the rows that have several adapters, where there are some. `host_order`: `order` on the host.
+    `num_single`: of the step's rows so many come first, of sequences that have one row each; None: all are such.
     """
 
     order: torch.Tensor
@@ -57,7 +58,9 @@ class LoraRows:
     changed: ChangedSites | None
     slots: tuple[int, ...]
     starts: tuple[int, ...]
+    host_order: np.ndarray
     mixes: MixedRows | None = None
+    num_single: int | None = None
 
     def touches(self, sites: Collection[int]) -> bool:
         """Whether any adapter of the step does anything at one of these sites; layers that none touches do nothing."""
@@ -98,12 +101,13 @@ def group_rows(
     inputs: np.ndarray | None = None,
     outputs: np.ndarray | None = None,
     mixes: Sequence[Parts] = (),
+    num_single: int | None = None,
 ) -> LoraRows | None:
     """Group rows by slot, and those of mixes by mix.
 
     `row_slots` int32 [T], -1 for the bare base, `mix_number(i)` for `mixes[i]`; `touches`, `inputs`, `outputs` bool
     [sites, slots]: whether a slot's adapter has anything at the site, and whether it changes the input or the output
-    there (none does where left out). None when no row has an adapter.
+    there (none does where left out). `num_single`: see `LoraRows`. None when no row has an adapter.
     """
     mixed = _mixed(row_slots, touches, device, inputs, outputs, mixes) if mixes else None
     rows = np.flatnonzero(row_slots >= 0).astype(np.int32)
@@ -120,7 +124,9 @@ def group_rows(
         changed=None if inputs is None or outputs is None else _changed(inputs[:, slots], outputs[:, slots]),
         slots=tuple(slots.tolist()),
         starts=tuple(ends.tolist()),
+        host_order=order,
         mixes=mixed,
+        num_single=num_single,
     )
 
 

@@ -122,10 +122,9 @@ class TorchPlan(LoraPlan):
         self._memory = memory
         slabs: dict[int, Slab] = {}
         by_slab: dict[int, list[tuple[int, np.ndarray]]] = {}
-        order = rows.order.cpu().numpy()
         for index, slot in enumerate(rows.slots):
             slab, place = memory.locate(slot)
-            mine = order[rows.starts[index] : rows.starts[index + 1]]
+            mine = rows.host_order[rows.starts[index] : rows.starts[index + 1]]
             slabs[id(slab)] = slab
             by_slab.setdefault(id(slab), []).append((place, mine))
         self._has_dense = any(slab.layout.dense for slab in slabs.values())

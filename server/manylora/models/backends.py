@@ -5,8 +5,9 @@ who needs a part of it (the engine's builder, tests, benchmarks) takes it from t
 imported by its creator, so that a machine without it never pays.
 """
 
+import importlib.util
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
@@ -25,7 +26,7 @@ from manylora.models.layers import LayerKernel
 if TYPE_CHECKING:
     from manylora.settings import Settings
 
-__all__ = ["Backend", "choose", "free_bytes", "has_bfloat16", "select_device", "select_dtype"]
+__all__ = ["Backend", "choose", "free_bytes", "has_bfloat16", "select_device", "select_dtype", "triton"]
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
@@ -58,7 +59,11 @@ def choose(settings: "Settings") -> Backend:
     device = select_device(settings.device)
     wanted = FORMATS[settings.quantization]
     if device.type != "cpu":
-        return _torch_on_gpu(device, wanted)
+        return (
+            _torch_on_gpu(device, wanted)
+            if settings.kernels == "torch" or not _has_triton()
+            else triton(device, wanted)
+        )
     if settings.kernels == "torch" or not native.is_available():
         return _torch_on_cpu(device, wanted)
     return _cpp(device, wanted)
@@ -82,6 +87,18 @@ def _cpp(device: torch.device, wanted: WeightFormat) -> Backend:
         allocate=zeros,
         before_step=ThreadPlacement(native).before_step,
     )
+
+
+def triton(device: torch.device, wanted: WeightFormat) -> Backend:
+    """Torch operations, and programs in Triton where those would be many: on a GPU, or in Triton's interpreter."""
+    from manylora.kernels.triton_lora import TritonKernel
+
+    return replace(_torch_on_gpu(device, wanted), lora=TritonKernel())
+
+
+def _has_triton() -> bool:
+    """Torch brings it with CUDA."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def _torch_on_cpu(device: torch.device, wanted: WeightFormat) -> Backend:

@@ -180,7 +180,8 @@ class DeviceMemory:
 
     `touches` bool [sites, slots] on the host: whether the slot's adapter has any term at the site.
     `tables` int64 [sites, slots, TABLE_FIELDS] on the device, a `TableEntry` for each low-rank or dense term, and
-    `ranks` int32 [sites, slots] on the host, the low-rank ones' ranks.
+    `ranks` int32 [sites, slots] on the host, the low-rank ones' ranks, `has_dense` bool [sites, slots] the sites of
+    whole matrices, `formats` int32 [slots] the number of each slot's type (`DTYPE_CODES`).
     `inputs`, `outputs`: how the slots change what goes into each site and what comes out.
     `heads`: what the scores of a slot's adapter mean, of those that have some.
     `named`: slots that the step under way reads; whoever runs it says so. `allocate`, `fill` and `publish` may run
@@ -195,6 +196,8 @@ class DeviceMemory:
         self.tables = torch.zeros(num_sites, num_slots, TABLE_FIELDS, dtype=torch.int64, device=device)
         self.ranks = np.zeros((num_sites, num_slots), dtype=np.int32)
         self.touches = np.zeros((num_sites, num_slots), dtype=np.bool_)
+        self.has_dense = np.zeros((num_sites, num_slots), dtype=np.bool_)
+        self.formats = np.zeros(num_slots, dtype=np.int32)
         self.inputs = Changes(num_sites, num_slots, device)
         self.outputs = Changes(num_sites, num_slots, device)
         self.slabs: dict[int, Slab] = {}
@@ -221,6 +224,8 @@ class DeviceMemory:
         self._point(place, ranks)
         self.ranks[:, place.slot] = ranks
         self.touches[packed.layout.sites, place.slot] = True
+        self.has_dense[list(packed.layout.dense), place.slot] = True
+        self.formats[place.slot] = DTYPE_CODES[TORCH_DTYPES[packed.layout.dtype]]
         if packed.head is not None:
             self.heads[place.slot] = packed.head
 
@@ -270,6 +275,7 @@ class DeviceMemory:
         self.tables[:, slot] = 0
         self.ranks[:, slot] = 0
         self.touches[:, slot] = False
+        self.has_dense[:, slot] = False
         self.inputs.withdraw(slot)
         self.outputs.withdraw(slot)
         self._ready.pop(slot, None)
