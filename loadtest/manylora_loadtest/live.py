@@ -98,7 +98,7 @@ def _adapter_table(recent: list[RequestResult]) -> Table:
 
 
 def _recent(progress: Progress) -> list[RequestResult]:
-    """Those that ended in the last ten seconds; results are in order of their end."""
+    """Requests that ended in the last ten seconds; results are in order of their end."""
     recent: list[RequestResult] = []
     for result in reversed(progress.results):
         if result.end_s < progress.now_s - _WINDOW_S:

@@ -95,7 +95,10 @@ def _remembered(value: Any) -> Any:
 
 
 def _traceback_of(info: Any) -> str:
-    """Its end, which says most. `info` as loggers take it: an exception, a triple, or True for the one in the air."""
+    """The end of a traceback, which says most.
+
+    `info` as loggers take it: an exception, a triple, or True for the one in the air.
+    """
     if isinstance(info, BaseException):
         info = (type(info), info, info.__traceback__)
     triple = info if isinstance(info, tuple) else sys.exc_info()

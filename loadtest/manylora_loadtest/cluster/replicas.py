@@ -62,7 +62,7 @@ class Replica:
         return tier, changed
 
     def die(self) -> list[int]:
-        """Its requests, which somebody else has to answer. Its adapters are gone."""
+        """The replica's requests, by number, which another one has to answer. What it held of adapters is gone."""
         lost = [*self.running, *self.queue]
         self.is_alive = False
         self.running.clear()

@@ -29,7 +29,7 @@ _DELTAS: Final = {
 
 
 class MessageStream(TypedEventStream):
-    """Its sign of life is an event that Anthropic's clients know."""
+    """A stream of Messages. Its sign of life is an event that Anthropic's clients know."""
 
     comment = b'event: ping\ndata: {"type":"ping"}\n\n'
 
@@ -126,7 +126,7 @@ class MessageAnswer:
         return deltas
 
     async def keep(self, choice: int, logprobs: Sequence[TokenLogprob]) -> None:
-        """This API has none."""
+        """Log-probabilities are dropped: the Messages API has none."""
 
     def add(self, choice: int, delta: Delta) -> None:
         self._take(delta)

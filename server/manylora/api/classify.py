@@ -183,7 +183,7 @@ class _Answer:
         raise NotImplementedError
 
     def add(self, choice: int, delta: Delta) -> None:
-        """It has been taken in on the way here."""
+        """Nothing to do: an answer is no text, and was taken in before it came here."""
 
     def whole(self) -> bytes:
         raise NotImplementedError

@@ -83,7 +83,7 @@ def _openai(error: ManyloraError) -> dict[str, Any]:
 
 
 def tgi_error(error: ManyloraError) -> dict[str, Any]:
-    """Its clients know three types, and go by the status where there is another one."""
+    """An error's body as TGI sends it; its clients know three types, and go by the status where there is another."""
     return {"error": error.message, "error_type": _TGI_TYPES.get(error.status, error.code)}
 
 

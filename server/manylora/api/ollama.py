@@ -273,7 +273,7 @@ async def generate(request: Request, caller: Caller, services: ServicesDep) -> R
 
 @router.get("/api/version")
 async def version() -> dict[str, str]:
-    """This server's own version."""
+    """The version of manylora that runs, in Ollama's shape."""
     return {"version": __version__}
 
 

@@ -67,11 +67,11 @@ class Renderer(Protocol):
         ...
 
     def last_events(self) -> Sequence[Event]:
-        """Those that it ends with."""
+        """The events that a stream ends with."""
         ...
 
     def failed(self, error: ManyloraError) -> Sequence[Event]:
-        """Those that it ends with, in place of all that were to come, where an error comes after the first."""
+        """The events that a stream ends with, in place of all to come, where an error comes after the first."""
         ...
 
 

@@ -31,11 +31,11 @@ class RetiredVersions:
             return set(session.execute(select(RetiredRow.blob).distinct()).scalars())
 
     def forget(self, version_id: str) -> None:
-        """Its files are gone."""
+        """Note that a version's files are gone."""
         with self._database.write(None) as session:
             session.execute(delete(RetiredRow).where(RetiredRow.version_id == version_id))
 
     def forget_older(self, before: float) -> None:
-        """Those that were deleted before a time in Unix seconds: nobody removes their files any more."""
+        """Forget versions that were deleted before a time in Unix seconds: nobody removes their files any more."""
         with self._database.write(None) as session:
             session.execute(delete(RetiredRow).where(RetiredRow.at < before * MICROSECONDS))

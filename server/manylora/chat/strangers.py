@@ -58,7 +58,7 @@ class StrangersTemplates:
 
 
 def _helpers() -> "LifoQueue[Helper]":
-    """Those that have run come first."""
+    """The processes that render templates; those that have run before come first."""
     idle: LifoQueue[Helper] = LifoQueue()
     for _ in range(NUM_RENDERERS):
         idle.put(Helper(_MODULE))

@@ -24,7 +24,10 @@ _log = logging.getLogger(__name__)
 
 
 class Replicas:
-    """This server among them; a SQLite database has one. `base` names the base model that it serves. Methods block."""
+    """Servers that share a database, and this one's place among them; a SQLite database has one.
+
+    `base` names the base model that this one serves. Methods block.
+    """
 
     def __init__(self, database: Database, base: str) -> None:
         self.id = f"replica_{secrets.token_hex(12)}"

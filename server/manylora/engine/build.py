@@ -318,7 +318,7 @@ class EngineBuilder(Builder):
         return wanted or own or UNSTATED_LIMIT
 
     def _pieces(self) -> Pieces | None:
-        """Those in which layers that keep states run prompts; None where no layer does.
+        """The pieces in which layers that keep states run prompts; None where no layer keeps one.
 
         A step has room for one beside a token of every other sequence, and for the logits of one, so that every prompt
         gets on.

@@ -42,7 +42,7 @@ class Constraints:
         self._seqs.append(seq)
 
     def due(self) -> list[Sequence]:
-        """Those that go on, or end, without the model. The first token comes from a step in any case."""
+        """Sequences that go on, or end, without the model. The first token comes from a step in any case."""
         if not self._seqs:
             return []
         self._seqs = [seq for seq in self._seqs if seq.constraint is not None]

@@ -329,7 +329,7 @@ class Scheduler:
                 self._slots.release(ref)
 
     def _give_up(self, seq: Sequence) -> None:
-        """It waits no more: for its adapters neither, unless others want them."""
+        """Let a sequence wait no more: for its adapters neither, unless others want them."""
         gathered = self._slots.gathered
         if gathered and gathered == seq.mix.ids and not any(s.mix.ids == gathered for s in self.waiting):
             self._slots.stop_gathering()

@@ -46,7 +46,7 @@ class TokenRules:
 
     @classmethod
     def of(cls, params: SamplingParams, eos_ids: Iterable[int], vocab_size: int) -> "TokenRules | None":
-        """Those of a request; None where it has none."""
+        """The rules of a request; None where it has none."""
         if not (params.allowed_token_ids or params.bad_words or params.min_tokens):
             return None
         return cls(params, eos_ids, vocab_size)

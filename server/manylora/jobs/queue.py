@@ -383,7 +383,7 @@ def _free(row: JobRow, status: str) -> None:
 
 
 def _count_anew(row: JobRow) -> None:
-    """It has come further, so what it failed at before is behind it."""
+    """Count attempts from none: the job has come further, so what it failed at before is behind it."""
     row.num_lost = row.num_put_off = 0
 
 

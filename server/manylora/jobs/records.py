@@ -61,7 +61,7 @@ class DataFile:
 
     @property
     def place(self) -> str:
-        """Its name in the store."""
+        """The file's name in the store."""
         return f"files/{self.id}"
 
 

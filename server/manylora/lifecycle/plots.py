@@ -94,7 +94,7 @@ def _add_new_fonts() -> None:
 
 @lru_cache(1024)
 def _characters(path: str) -> frozenset[str]:
-    """Those that a font has; none of one that has a box for every character, which comes with matplotlib."""
+    """Characters that a font has; none of one that has a box for every character, which comes with matplotlib."""
     from matplotlib.ft2font import FT2Font
 
     try:

@@ -109,7 +109,7 @@ class SelfCheck:
             )
 
     def proven(self, candidates: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-        """Those of `candidates` that compute what the layers at their paths do, early and far out, adapted and not.
+        """Which of `candidates` compute what the layers at their paths do, early and far out, adapted and not.
 
         A candidate takes the residual stream, which it changes in place, and the layer's keyword arguments.
         """

@@ -128,7 +128,7 @@ def wrap_surveyed(model: PreTrainedModel, backend: Backend, found: Survey) -> Wr
 
 
 def _served_experts(model: PreTrainedModel) -> dict[str, ModuleSpec]:
-    """Those of a mixture's experts and routers that are computed as transformers' interface says."""
+    """Experts and routers of a mixture that are computed as transformers' interface says."""
     found = adaptable_experts(model)
     for path, experts in containers(model):
         if not AdaptedExperts(experts, {}, ForwardContext()).agrees(SAME.get(model.dtype, SAME[torch.bfloat16])):

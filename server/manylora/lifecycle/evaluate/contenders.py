@@ -1,4 +1,4 @@
-"""Those who are evaluated: the base and adapters, in this process or on a running server."""
+"""Systems that are evaluated: the base and adapters, in this process or on a running server."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -46,7 +46,7 @@ class Outcomes:
         return self._each(lambda a, _: a[index], self)
 
     def swapped(self, other: "Outcomes", where: NDArray[np.bool_]) -> "Outcomes":
-        """This system's outcomes, with the other's at the places where `where` is true."""
+        """Outcomes of one system, with another's at the places where `where` is true."""
         return self._each(lambda a, b: np.where(where, b, a), other)
 
     def _each(self, make: Callable[[Any, Any], Any], other: "Outcomes") -> "Outcomes":

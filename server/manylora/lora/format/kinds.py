@@ -53,7 +53,7 @@ class Reading(Protocol):
 
 
 def without_norms(modules: Mapping[str, ModuleSpec]) -> dict[str, ModuleSpec]:
-    """Those that a delta can be added to."""
+    """Modules that a delta can be added to."""
     return {path: spec for path, spec in modules.items() if spec.kind != "norm"}
 
 

@@ -159,7 +159,7 @@ class Reordered:
         return self.view.num_bytes
 
     def values(self, _base: object = None) -> Floats:
-        """They do not depend on the base's."""
+        """The tensor's values, which do not depend on the base's."""
         return self.order(self.view.to_float32())
 
 

@@ -162,7 +162,7 @@ class OutputExtent:
     end: int
 
     def parts(self) -> Iterator[tuple[int, int]]:
-        """Those of the two that there are."""
+        """Where the scale and the shift begin, with the length of each; what is not there is left out."""
         for at in (self.scale, self.shift):
             if at is not None:
                 yield at, self.width * self.float_elements

@@ -177,7 +177,7 @@ class AdapterTiers:
                 self._refile(entry)
 
     def _let_go(self, entry: Entry) -> None:
-        """It is gathered no more."""
+        """Release a part of a mix, or stop waiting for it: the mix is gathered no more."""
         if entry.is_resident:
             self.release(entry.ref)
         else:
