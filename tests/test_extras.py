@@ -16,13 +16,14 @@ import typer
 from manylora.cli.main import build
 from manylora.packages import install_command
 from tests.lifecycle.helpers import label_rows, write_rows
+from tests.speech.tiny import make_whisper
 from tests.tiny_adapters import make_adapter
 
 ROOT: Final = Path(__file__).parents[1]
 # What the extras of pyproject.toml bring.
 HIDDEN: Final = (
     "aiohttp", "locust", "matplotlib", "opentelemetry.exporter", "opentelemetry.sdk", "peft", "psycopg", "pyarrow",
-    "s3fs", "scipy", "sklearn",
+    "s3fs", "scipy", "sklearn", "soundfile", "soxr",
 )  # fmt: skip
 DONE, FAILED, NOT_FOUND, UNREACHABLE = 0, 1, 4, 8
 # What a command that asks a server says where there is none.
@@ -72,6 +73,7 @@ COMMANDS: Final[dict[str, tuple[str, int, str | tuple[str, ...]]]] = {
     "worker": ("{model} --data-dir {data}", FAILED, ("peft", "matplotlib")),
     "serve :jobs": ("{model} --jobs 1 --data-dir {out}/d", FAILED, ("peft", "matplotlib")),
     "serve :tracing": ("{model} --tracing --data-dir {out}/d", FAILED, ("opentelemetry.sdk", "opentelemetry.exporter")),
+    "serve :speech": ("{speech} --data-dir {out}/d", FAILED, ("soundfile", "soxr")),
     "serve :s3": ("{model} --store-url s3://bucket/x --data-dir {out}/d", FAILED, ("s3fs",)),
     "serve :postgresql": ("{model} --database-url postgresql://nowhere/x --data-dir {out}/d", FAILED, ("psycopg",)),
 }
@@ -94,7 +96,8 @@ def test_every_command_is_here() -> None:
 def results(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int | None, str]]:
     folder = tmp_path_factory.mktemp("extras")
     places = {
-        "model": tiny_llama_dir, "adapter": make_adapter(tiny_llama_dir, folder / "adapter", rank=2),
+        "model": tiny_llama_dir, "speech": make_whisper(folder / "speech"),
+        "adapter": make_adapter(tiny_llama_dir, folder / "adapter", rank=2),
         "rows": write_rows(folder / "rows.jsonl", label_rows()), "out": folder / "out", "data": folder / "data",
     }  # fmt: skip
     (folder / "rows.jsonl.parquet").write_bytes(b"PAR1")

@@ -32,7 +32,7 @@ CONTRACT = {
 MORE = {
     "histogram": "grammar_compile_seconds",
     "counter": "adapter_load_failures adapter_not_finite engine_step_failures adapter_files_damaged connections_ended "
-    "quota_fallback structured_requests drafted_tokens accepted_draft_tokens fine_tuning_published",
+    "quota_fallback structured_requests drafted_tokens accepted_draft_tokens sound_seconds fine_tuning_published",
     "gauge": "engine_ready device_tier_bytes adapter_orphans fine_tuning_jobs fine_tuning_workers",
 }
 

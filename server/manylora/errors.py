@@ -6,6 +6,7 @@
     │   ├── WrongModelType              400 invalid_request_error  wrong_model_type
     │   ├── InvalidGrammar              400 invalid_request_error  invalid_grammar
     │   ├── NothingAllowed              400 invalid_request_error  nothing_allowed
+    │   ├── InvalidAudio                400 invalid_request_error  invalid_audio
     │   ├── ContextLengthExceeded       400 invalid_request_error  context_length_exceeded
     │   ├── MethodNotAllowed            405 invalid_request_error  method_not_allowed
     │   ├── RequestTimeout              408 invalid_request_error  request_timeout
@@ -124,6 +125,12 @@ class NothingAllowed(InvalidRequest):
     """What the request rules out leaves no token to go on with."""
 
     code = "nothing_allowed"
+
+
+class InvalidAudio(InvalidRequest):
+    """A file that is no sound, or sound that is not transcribed."""
+
+    code = "invalid_audio"
 
 
 class ContextLengthExceeded(InvalidRequest):

@@ -96,6 +96,8 @@ class EndedRequest(Protocol):
     @property
     def accepted_tokens(self) -> int: ...
     @property
+    def sound_s(self) -> float: ...
+    @property
     def gaps_s(self) -> Sequence[float]: ...
 
 
@@ -238,6 +240,7 @@ class _Series:
         self.cached_tokens = metrics.prefix_cache_hit_tokens.labels(tenant, adapter)
         self.drafted_tokens = metrics.drafted_tokens.labels(tenant, adapter)
         self.accepted_tokens = metrics.accepted_tokens.labels(tenant, adapter)
+        self.sound = metrics.sound.labels(tenant, adapter)
 
 
 class Metrics:
@@ -324,6 +327,7 @@ class Metrics:
         self.completion_tokens = self._counter("completion_tokens", "Tokens generated.", _BY_CALLER)
         self.drafted_tokens = self._counter("drafted_tokens", "Tokens of answers guessed and run.", _BY_CALLER)
         self.accepted_tokens = self._counter("accepted_draft_tokens", "Guessed tokens that were right.", _BY_CALLER)
+        self.sound = self._counter("sound_seconds", "Seconds of sound written down.", _BY_CALLER)
         self.prefix_cache_hit_tokens = self._counter(
             "prefix_cache_hit_tokens", "Prompt tokens taken from the prefix cache.", _BY_CALLER
         )
@@ -367,6 +371,7 @@ class Metrics:
         series.cached_tokens.inc(request.cached_tokens)
         series.drafted_tokens.inc(request.drafted_tokens)
         series.accepted_tokens.inc(request.accepted_tokens)
+        series.sound.inc(request.sound_s)
         for gap in request.gaps_s:
             series.gap.observe(gap)
 

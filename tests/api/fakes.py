@@ -26,6 +26,7 @@ from manylora.engine.interface import (
     RequestTiming,
     Residency,
     SamplingParams,
+    Sound,
     Tier,
     TokenLogprob,
 )
@@ -278,6 +279,7 @@ class FakeEngine:
         weight: float = 1.0,
         cache_salt: str | None = None,
         priority: int = 0,
+        sound: Sound | None = None,
     ) -> FakeGeneration:
         if self.is_draining:
             raise Draining("The server is shutting down.")

@@ -19,6 +19,8 @@ REASONS = {
     "catalog.verify": "a command's work without its printing; the command imports it when it runs",
     "engine.drafting": "the interface that a drafter implements, and the one that drafts nothing",
     "engine.effect": "arithmetic on two answers, beside the bridge to asyncio",
+    "engine.speech_executor": "the device part of a step, which could be in another process than the host's",
+    "engine.speech_runner": "the host part of a step, which knows no torch",
     "cli.mixes": "one command and what shows its results; the module of the other commands is long enough without it",
     "kernels.native_attention": "one of two implementations of the same attention, chosen by the backend",
     "kernels.tiles": "arithmetic on the host, without Triton, which the module that launches programs needs",

@@ -2,7 +2,8 @@
 
 Work of Python's own takes turns with the event loop and the engine for the interpreter's lock, so there is one lane for
 all of it. What runs without that lock takes a CPU from the engine: one long text at a time, short ones beside it.
-Templates of strangers run in other processes, as long as these are let; there tenants take turns.
+Templates of strangers run in other processes, as long as these are let; there tenants take turns, as they do where
+files of sound are decoded.
 """
 
 import asyncio
@@ -15,9 +16,10 @@ from typing import Any, Final, TypeVar
 from manylora.chat.strangers import NUM_RENDERERS
 from manylora.errors import QueueFull
 
-__all__ = ["INLINE_CHARACTERS", "LONG_TEXT", "PYTHON", "SHORT_TEXT", "TEMPLATES", "Turns", "beside_loop"]
+__all__ = ["INLINE_CHARACTERS", "LONG_TEXT", "MEDIA", "PYTHON", "SHORT_TEXT", "TEMPLATES", "Turns", "beside_loop"]
 
 MAX_TEMPLATES_WAITING: Final = 64
+MAX_MEDIA_WAITING: Final = 64
 # Up to here the work takes a millisecond, and a thread's turn is not worth waiting for.
 INLINE_CHARACTERS: Final = 4096
 
@@ -34,16 +36,17 @@ class Turns:
     On the event loop's thread.
     """
 
-    def __init__(self, lane: ThreadPoolExecutor, most_waiting: int) -> None:
+    def __init__(self, lane: ThreadPoolExecutor, most_waiting: int, what: str) -> None:
         self._lane = lane
         self._most_waiting = most_waiting
+        self._what = what  # waits, in words
         self._turns: dict[str, asyncio.Lock] = {}
         self._waiting: Counter[str] = Counter()
 
     async def run(self, tenant: str, work: Callable[..., T], *args: Any, **named: Any) -> T:
         """The work's result, once it is the tenant's turn. Raises QueueFull where too much of the tenant's waits."""
         if self._waiting[tenant] >= self._most_waiting:
-            raise QueueFull(f"{self._most_waiting} chats of yours wait for their templates. Come back soon.")
+            raise QueueFull(f"{self._most_waiting} {self._what}. Come back soon.")
         self._waiting[tenant] += 1
         turn = self._turns.setdefault(tenant, asyncio.Lock())
         try:
@@ -55,7 +58,10 @@ class Turns:
                 del self._waiting[tenant], self._turns[tenant]
 
 
-TEMPLATES: Final = Turns(ThreadPoolExecutor(NUM_RENDERERS, "templates"), MAX_TEMPLATES_WAITING)
+TEMPLATES: Final = Turns(
+    ThreadPoolExecutor(NUM_RENDERERS, "templates"), MAX_TEMPLATES_WAITING, "chats of yours wait for their templates"
+)
+MEDIA: Final = Turns(ThreadPoolExecutor(1, "media"), MAX_MEDIA_WAITING, "files of yours wait to be decoded")
 
 
 async def beside_loop(lane: ThreadPoolExecutor, work: Callable[..., T], *args: Any, **named: Any) -> T:

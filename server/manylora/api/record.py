@@ -31,7 +31,7 @@ class RequestRecord:
 
     `drafted_tokens` were guessed and run, and of these `accepted_tokens` are in the answer.
     `prompt_tokens` counts prompts that were computed, once for all `n` choices. Times are seconds, `finished_at`
-    is a Unix time. What a request never came to is None, 0 or empty.
+    is a Unix time; `sound_s` is the length of what was written down. What a request never came to is None, 0 or empty.
     """
 
     request_id: str
@@ -47,6 +47,7 @@ class RequestRecord:
     cached_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    sound_s: float = 0.0
     gaps_s: tuple[float, ...] = field(default=(), repr=False)
     progress: tuple[Progress, ...] = ()  # of each prompt that reached the engine
     error: ErrorFacts | None = None
@@ -83,6 +84,8 @@ class RequestRecord:
         if self.drafted_tokens:
             fields["drafted_tokens"] = self.drafted_tokens
             fields["accepted_tokens"] = self.accepted_tokens
+        if self.sound_s:
+            fields["sound_s"] = round(self.sound_s, 2)
         if self.ttft_s is not None:
             fields["ttft_ms"] = round(self.ttft_s * 1000, 1)
         if self.timing is not None:
@@ -129,6 +132,7 @@ class Counts:
     cached_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    sound_s: float = 0.0
     timings: list[RequestTiming] = field(default_factory=list)  # of each prompt, from its first delta on
     gaps: list[float] = field(default_factory=list)
     last_token: dict[int, float] = field(default_factory=dict)  # by choice
@@ -181,6 +185,7 @@ class Counts:
             cached_tokens=self.cached_tokens,
             drafted_tokens=self.drafted_tokens,
             accepted_tokens=self.accepted_tokens,
+            sound_s=self.sound_s,
             gaps_s=tuple(self.gaps),
             progress=progress,
             error=ErrorFacts.of(error),

@@ -5,6 +5,7 @@ every id is checked, wherever it comes from: a tokenizer can have tokens that th
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from manylora.api.schemas import (
 )
 from manylora.api.structured import ANSWER_FIELDS, asked_for
 from manylora.chat.pieces import Reader
-from manylora.engine.interface import CompiledGrammar, EngineClient, ModelInfo, SamplingParams, TextCodec
+from manylora.engine.interface import CompiledGrammar, EngineClient, ModelInfo, SamplingParams, Sound, TextCodec
 from manylora.errors import ContextLengthExceeded, InvalidGrammar, InvalidRequest, quoted
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "read_body",
 ]
 
+TOKENS_PER_SECOND: Final = 50  # of sound: the positions that a model of speech makes of it
 MAX_ECHO_LOGPROBS: Final = 1_048_576
 MAX_ECHO_CHARACTERS: Final = 8_388_608
 MAX_ENCODED_CHARACTERS: Final = 1_048_576
@@ -83,13 +85,21 @@ async def check_connected(request: Request) -> None:
 class Prompt:
     """One prompt as the engine takes it: its ids, what is asked for with them, and its text as `echo` repeats it.
 
-    `reader` makes what reads one answer to it, where that is more than text.
+    `reader` makes what reads one answer to it, where that is more than text. `sound` is a window of `sound_s` seconds
+    to write down.
     """
 
     ids: tuple[int, ...]
     params: SamplingParams
     text: str = ""
     reader: Callable[[], Reader] | None = None
+    sound: Sound | None = None
+    sound_s: float = 0.0
+
+    @property
+    def num_tokens(self) -> int:
+        """What it counts as: its ids, and fifty tokens for each second of sound."""
+        return len(self.ids) + math.ceil(self.sound_s * TOKENS_PER_SECOND)
 
 
 async def prompts_of(

@@ -130,6 +130,11 @@ def check_kind(body: InferenceRequest, model: ModelInfo) -> None:
             "This server's model is a decoder: its adapters have no labels of their own. Ask a server of an encoder, "
             "or /v1/completions with 'guided_choice'."
         )
+    if model.kind == "transcribe":
+        raise WrongModelType(
+            "This server's model is one of speech: it writes down what is said in a file of sound. Ask "
+            "/v1/audio/transcriptions, or a server of another model."
+        )
     if model.kind == "pool" and not isinstance(body, InputsRequest):
         raise WrongModelType(
             "This server's model is an encoder: it turns texts into vectors and writes none. Ask /v1/embeddings, or a "
@@ -237,7 +242,12 @@ class Run:
     # the answer
 
     async def answer(
-        self, renderer: Renderer, *, is_streamed: bool, stream: type[EventStream] = EventStream
+        self,
+        renderer: Renderer,
+        *,
+        is_streamed: bool,
+        stream: type[EventStream] = EventStream,
+        media_type: str = "application/json",
     ) -> Response:
         """The response, which a stream begins once it is sent. Raises ClientGone where nobody waits for it any more."""
         headers = {ADAPTER_HEADER: self.named.label}
@@ -245,7 +255,7 @@ class Run:
             keep_alive_s = self.services.settings.stream_keep_alive_s
             return stream(self._events(renderer), headers=headers, keep_alive_s=keep_alive_s, failed=renderer.failed)
         content = await while_connected(self._request.receive, self._whole(renderer))
-        return Response(content, headers=headers, media_type="application/json")
+        return Response(content, headers=headers, media_type=media_type)
 
     async def _whole(self, renderer: Renderer) -> bytes:
         with self._missing_once_gone():
@@ -284,7 +294,7 @@ class Run:
     async def _start(self) -> None:
         """Charge the quota and queue the prompts."""
         most = sum(prompt.params.max_tokens * prompt.params.n for prompt in self.prompts)
-        num_prompt_tokens = sum(len(prompt.ids) for prompt in self.prompts)
+        num_prompt_tokens = sum(prompt.num_tokens for prompt in self.prompts)
         self._lease = await self.services.gate.admit(self._principal, num_prompt_tokens, most)
         for number, prompt in enumerate(self.prompts):
             generation = self.services.engine.generate(
@@ -296,6 +306,7 @@ class Run:
                 weight=self._principal.weight,
                 cache_salt=self._cache_salt,
                 priority=self._priority,
+                sound=prompt.sound,
             )
             self._generations.append(generation)
 
@@ -316,7 +327,7 @@ class Run:
         counts, now, num_tokens = self.counts, time.perf_counter(), len(delta.token_ids)
         if prompt not in self._heard:
             self._heard[prompt] = 0
-            counts.prompt_tokens += len(self.prompts[prompt].ids)
+            self._count_prompt(self.prompts[prompt])
             counts.timings.append(self._generations[prompt].timing)
         counts.cached_tokens += delta.num_cached_tokens
         counts.drafted_tokens += delta.num_drafted
@@ -328,6 +339,10 @@ class Run:
             raise Draining("The server stopped before this answer was finished. Send the request again.")
         if delta.finish_reason is FinishReason.ERROR:
             raise ManyloraError("The engine failed on this request.")
+
+    def _count_prompt(self, prompt: Prompt) -> None:
+        self.counts.prompt_tokens += prompt.num_tokens
+        self.counts.sound_s += prompt.sound_s
 
     # the end
 
@@ -358,7 +373,7 @@ class Run:
         reached = tuple(generation.progress for generation in self._generations)
         for prompt, progress in enumerate(reached):
             if progress.num_output_tokens and prompt not in self._heard:
-                self.counts.prompt_tokens += len(self.prompts[prompt].ids)
+                self._count_prompt(self.prompts[prompt])
             self.counts.completion_tokens += progress.num_output_tokens - self._heard.get(prompt, 0)
         return reached
 

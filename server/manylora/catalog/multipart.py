@@ -116,7 +116,11 @@ class Form:
 
     def write_to(self, path: Path) -> None:
         """Write the part that begins to a new file."""
-        self._file = path.open("xb")
+        self.write_into(path.open("xb"))
+
+    def write_into(self, file: IO[bytes]) -> None:
+        """Write the part that begins into an open file, which is closed with the form."""
+        self._file = file
         self._open.append(self._file)
 
     def refuse(self, error: InvalidRequest) -> None:

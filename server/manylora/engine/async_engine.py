@@ -31,6 +31,7 @@ from manylora.engine.interface import (
     RequestTiming,
     Residency,
     SamplingParams,
+    Sound,
     Task,
     TextCodec,
     Tier,
@@ -171,6 +172,7 @@ class AsyncEngine:
         self._is_stopping = False
         self.is_draining = False
         self._num_probes = 0
+        self.probe_sound: Sound | None = None  # what a model of speech hears when an adapter's effect is measured
         tiers.on_change = self._wake.set  # it may let the engine go on
 
     async def start(self) -> None:
@@ -208,6 +210,7 @@ class AsyncEngine:
         weight: float = 1.0,
         cache_salt: str | None = None,
         priority: int = 0,
+        sound: Sound | None = None,
     ) -> RunningGeneration:
         """Queue a request; see `interface.EngineClient`."""
         self._check_open()
@@ -245,8 +248,8 @@ class AsyncEngine:
             )
             for i in range(params.n)
         ]
-        for seq in seqs[1:]:
-            seq.seed = seqs[0].seed
+        for seq in seqs:
+            seq.seed, seq.sound = seqs[0].seed, sound
         seqs[0].followers = seqs[1:]
         return self._submit(seqs)
 
@@ -326,17 +329,12 @@ class AsyncEngine:
         return await asyncio.to_thread(effect_of, a, b)
 
     def _probe(
-        self,
-        name: str,
-        prompt: list[int],
-        params: SamplingParams,
-        tried: AdapterRef | None,
-        tenant: str,
-        weight: float,
+        self, name: str, prompt: list[int], params: SamplingParams, tried: AdapterRef | None, tenant: str, weight: float
     ) -> RunningGeneration:
         """A probe runs at the expense of the tenant's fair share."""
-        captures = params.task is Task.SCORE
-        seq = Sequence(name, list(prompt), params, adapter=tried, tenant=tenant, weight=weight, capture_logits=captures)
+        captures, ids = params.task is Task.SCORE, list(prompt)
+        seq = Sequence(name, ids, params, adapter=tried, tenant=tenant, weight=weight, capture_logits=captures)
+        seq.sound = self.probe_sound
         return self._submit([seq])
 
     def tier_of(self, ref: AdapterRef) -> Tier:

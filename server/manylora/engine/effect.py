@@ -16,7 +16,7 @@ def probes_of(
 ) -> list[tuple[list[int], SamplingParams, AdapterRef | None]]:
     """The two runs whose answers must differ: a prompt without the adapter and with it, or of a head two texts."""
     ids = list(prompt)
-    if model.kind == "generate":
+    if model.kind != "pool":
         params = SamplingParams(max_tokens=0)
     elif adapter.head is None:
         params = SamplingParams(max_tokens=0, pooling="mean")

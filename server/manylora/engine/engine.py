@@ -10,7 +10,7 @@ import numpy as np
 
 from manylora.engine.constraints import Constraints, is_late
 from manylora.engine.detokenizer import Decode, Detokenizer
-from manylora.engine.interface import Delta, FinishReason, Task, TokenLogprob
+from manylora.engine.interface import Delta, FinishReason, SamplingParams, Task, TokenLogprob
 from manylora.engine.model_runner import Outcome, Runner, allowed_bits
 from manylora.engine.pooling import Pool
 from manylora.engine.recovery import (
@@ -25,7 +25,8 @@ from manylora.engine.recovery import (
 )
 from manylora.engine.scheduler import Scheduler
 from manylora.engine.sequence import Scheduled, Sequence
-from manylora.engine.token_rules import TokenRules
+from manylora.engine.speech_rules import SpeechRules
+from manylora.engine.token_rules import Rules, TokenRules
 from manylora.errors import ManyloraError
 from manylora.grammars.masks import MaskMaker
 from manylora.threads import Home
@@ -82,9 +83,14 @@ class Engine:
         for each in (seq, *seq.followers):
             each.detokenizer = self._detokenizer(each)
             each.max_num_tokens = min(each.max_num_tokens, self._max_model_len - each.num_virtual)
-            each.rules = TokenRules.of(each.params, self._eos_ids, self._vocab_size)
+            each.rules = self._rules(each.params)
             self._constraints.add(each)
         self.scheduler.add(seq)
+
+    def _rules(self, params: SamplingParams) -> Rules | None:
+        if params.speech is not None:
+            return SpeechRules(params.speech, self._vocab_size)
+        return TokenRules.of(params, self._eos_ids, self._vocab_size)
 
     def _detokenizer(self, seq: Sequence) -> Detokenizer:
         params = seq.params

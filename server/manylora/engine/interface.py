@@ -18,6 +18,7 @@ from manylora.chat.pieces import Reader
 from manylora.grammars.grammar import CompiledGrammar, Grammar, Whitespace
 from manylora.identity import PUBLIC_TENANT, AdapterRef, Mix, Tier
 from manylora.lora.format.spec import Adapter, Head
+from manylora.sound.tokens import Sound, SpeechForm, SpeechInfo
 
 __all__ = [
     "PUBLIC_TENANT",
@@ -40,6 +41,9 @@ __all__ = [
     "RequestTiming",
     "Residency",
     "SamplingParams",
+    "Sound",
+    "SpeechForm",
+    "SpeechInfo",
     "Task",
     "TextCodec",
     "Tier",
@@ -51,8 +55,8 @@ __all__ = [
 Pooling: TypeAlias = Literal["cls", "last", "mean"]
 """What becomes of a text's tokens: the first one's hidden state (of encoders), the last one's, or the mean of all."""
 
-ModelKind: TypeAlias = Literal["generate", "pool"]
-"""What a base does: write text on, or turn whole texts into vectors."""
+ModelKind: TypeAlias = Literal["generate", "pool", "transcribe"]
+"""What a base does: write text on, turn whole texts into vectors, or write down what is said."""
 
 
 class FinishReason(StrEnum):
@@ -90,7 +94,7 @@ class SamplingParams:
     their ranks.
 
     With `pooling` nothing is generated: the answer is one vector of hidden states. With `reads_head`, on encoders
-    alone, it is the scores of the adapter's labels.
+    alone, it is the scores of the adapter's labels. `speech` says how sound is written down.
     """
 
     max_tokens: int
@@ -119,6 +123,7 @@ class SamplingParams:
     prompt_ranks: bool = False
     pooling: Pooling | None = None
     reads_head: bool = False
+    speech: SpeechForm | None = None
 
     @property
     def task(self) -> Task:
@@ -221,7 +226,8 @@ class ModelInfo:
 
     `hidden_size`: numbers of an embedding, 0 where the model gives none; `dimensions`: to how many it may be cut;
     `normalizes`: whether it gets length 1;
-    `num_virtual_tokens`: of a request's adapter, by which its context is shorter than the base's.
+    `num_virtual_tokens`: of a request's adapter, by which its context is shorter than the base's; `speech`: of one
+    speech alone.
     """
 
     name: str
@@ -239,6 +245,7 @@ class ModelInfo:
     kind: ModelKind = "generate"
     normalizes: bool = True
     num_virtual_tokens: int = 0
+    speech: SpeechInfo | None = None
 
     @property
     def most_prompt_tokens(self) -> int:
@@ -418,8 +425,9 @@ class EngineClient(Protocol):
         weight: float = 1.0,
         cache_salt: str | None = None,
         priority: int = 0,
+        sound: Sound | None = None,
     ) -> Generation:
-        """Queue a request, with an adapter or a mix of several.
+        """Queue a request, with an adapter or a mix of several. `sound`: what is to be written down.
 
         Raises QueueFull, Draining, EngineDead, InvalidRequest or ContextLengthExceeded at once.
 

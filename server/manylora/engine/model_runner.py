@@ -145,7 +145,7 @@ class ModelRunner:
             _take_hidden(scheduled, self._executor.hidden(), outcomes)
         if not rows and not scored:
             return outcomes
-        sampled = self._executor.sample(logits, sampling_input(seqs, ahead, rows, scored))
+        sampled = self._executor.sample(logits, self._sampling_input(seqs, ahead, rows, scored))
         found = iter(sampled.scored)
         at = 0
         if scored:
@@ -157,6 +157,11 @@ class ModelRunner:
             _take(sampled, at, draft, outcomes[number])
             at += len(draft) + 1
         return outcomes
+
+    def _sampling_input(
+        self, seqs: SequenceOf[Sequence], ahead: SequenceOf[Ahead], rows: SequenceOf[int], scored: list[Scored]
+    ) -> SamplingInput:
+        return sampling_input(seqs, ahead, rows, scored)
 
     def _build(self, planned: SequenceOf[Scheduled]) -> StepInput:
         size = self._block_size

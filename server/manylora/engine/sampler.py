@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from manylora.engine.interface import TokenLogprob
-from manylora.engine.step_input import Adjustment, Allowed, Draw, Sampled, SamplingInput, Scored, ScoredRows
+from manylora.engine.step_input import Adjustment, Allowed, Draw, Sampled, SamplingInput, Scored, ScoredRows, Weighed
 
 NUM_CANDIDATES = 256  # top-p is first tried among this many; the full sort is for flat distributions only
 MIN_TEMPERATURE = 1e-30  # lower ones, which float32 would round to 0, draw the likeliest token all the same
@@ -35,6 +35,8 @@ def sample(logits: torch.Tensor, wanted: SamplingInput) -> Sampled:
             _adjust(logits[each.row], each)
     if wanted.allowed is not None:
         logits = _held(logits, wanted.allowed)
+    if wanted.weighed is not None:
+        logits = _weighed(logits, wanted.weighed)
     highest, chosen = largest(logits)
     if wanted.draw is not None:
         rows = _on(wanted.draw.rows, logits)
@@ -97,6 +99,16 @@ def _held(logits: torch.Tensor, to: Allowed) -> torch.Tensor:
     if len(to.rows) == len(logits):
         return logits + forbidding
     return logits.index_add(0, _on(to.rows, logits), forbidding)
+
+
+def _weighed(logits: torch.Tensor, by: Weighed) -> torch.Tensor:
+    """The logits with -inf before `by.first` in those rows where all from there on are likelier than any before."""
+    rows = _on(by.rows, logits)
+    mine = logits[rows].float()
+    is_beyond = mine[:, by.first :].logsumexp(-1) > mine[:, : by.first].amax(-1)
+    changed = logits.clone()
+    changed[rows[is_beyond], : by.first] = -torch.inf
+    return changed
 
 
 def _draw(logits: torch.Tensor, how: Draw) -> torch.Tensor:

@@ -238,6 +238,7 @@ class Scheduler:
             count = self._fits(seq, room)
             if count:
                 self._add(work, room, seq, count)
+                room.effort -= seq.num_encoded
 
     def _may_begin(self, seq: Sequence, room: Room) -> bool:
         """Whether what has to run at once of a sequence has room in the step."""
@@ -273,7 +274,7 @@ class Scheduler:
         if not seq.num_charged:
             seq.num_charged = seq.num_prompt_tokens
             seq.num_cached_tokens = max(0, seq.num_computed)
-            self.waiting.charge(seq, seq.num_uncomputed - self._num_copied(seq), 0)
+            self.waiting.charge(seq, seq.num_uncomputed - self._num_copied(seq) + seq.num_encoded, 0)
 
     def _is_meant(self, seq: Sequence) -> bool:
         return self._only is None or seq in self._only

@@ -8,9 +8,9 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 from manylora.engine.detokenizer import Detokenizer
-from manylora.engine.interface import AdapterRef, FinishReason, Mix, SamplingParams, Task, TokenLogprob
+from manylora.engine.interface import AdapterRef, FinishReason, Mix, SamplingParams, Sound, Task, TokenLogprob
 from manylora.engine.pooling import Pool
-from manylora.engine.token_rules import TokenRules
+from manylora.engine.token_rules import Rules
 from manylora.grammars.masks import Constraint
 
 
@@ -53,6 +53,7 @@ class Sequence:
     place of the first token that the mix acts on, as it says of the prompt; handed in where it was asked already.
     """
 
+    sound: Sound | None = None  # what it writes down
     state_slot = -1  # where layers keep a state of it, while it has blocks
 
     def __init__(
@@ -102,7 +103,7 @@ class Sequence:
         self.draws: Draws | None = None
         self.detokenizer: Detokenizer | None = None  # from the time it is added until it has finished
         self.constraint: Constraint | None = None  # the same, where it is held to a grammar
-        self.rules: TokenRules | None = None  # the same, where its request rules tokens out
+        self.rules: Rules | None = None  # the same, where its request rules tokens out
         self.drafting: Any = None  # what the drafter knows of it
         self.prompt_logprobs: list[TokenLogprob] = []
         self.captured: list[Any] = []  # logits of the prompt's chunks so far, where they are asked for
@@ -115,6 +116,11 @@ class Sequence:
         self.first_scheduled_s: float | None = None
         self.first_token_s: float | None = None
         self.finished_s: float | None = None
+
+    @property
+    def num_encoded(self) -> int:
+        """Positions of sound that run when it begins."""
+        return 0 if self.sound is None else self.sound.num_positions
 
     @property
     def num_tokens(self) -> int:

@@ -39,6 +39,18 @@ class StateInput:
 
 
 @dataclass(frozen=True, slots=True)
+class SoundInput:
+    """A spectrogram float32 [mels, frames] that a sequence begins to write down.
+
+    What its encoder makes of it, with the adapter in `slot` (as of a step's tokens), is kept in `state_slot`.
+    """
+
+    sound: np.ndarray
+    slot: int
+    state_slot: int
+
+
+@dataclass(frozen=True, slots=True)
 class StepInput:
     """T tokens of S sequences, one sequence after the other, without padding; those with one token first.
 
@@ -49,7 +61,8 @@ class StepInput:
     `logit_rows` int64 [L]: the tokens whose logits are wanted; `hidden_rows`
     int64 [P]: those whose hidden states are, as the head of the model would get them. `prefixes`: virtual
     tokens that have to be in the cache before the step. `states`: one for each sequence where layers keep a state of
-    it, else none.
+    it, else none. Of a model of speech, `sounds` are heard before the step, and `heard` [S] has the slot of what
+    each sequence looks at; -1: a sequence that is nobody's.
     """
 
     token_ids: np.ndarray
@@ -64,6 +77,8 @@ class StepInput:
     mixes: tuple[Parts, ...] = ()
     prefixes: tuple[PrefixInput, ...] = ()
     states: tuple[StateInput, ...] = ()
+    sounds: tuple[SoundInput, ...] = ()
+    heard: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, prefixes: tuple[PrefixInput, ...]) -> Self:
@@ -119,6 +134,16 @@ class Allowed:
 
 
 @dataclass(frozen=True, slots=True)
+class Weighed:
+    """Rows in which tokens from `first` on weigh as one: where together they are likelier than each before, none of
+    those may come. `rows` int64 [N] are their numbers among those that are sampled.
+    """
+
+    rows: np.ndarray
+    first: int
+
+
+@dataclass(frozen=True, slots=True)
 class Draw:
     """Rows that are drawn by chance: their numbers `rows` int64 [N] among those that are sampled, and for each its
     `temperature`, `top_p`, `min_p`, `typical_p` float32, `top_k` int64 (0: all) and `uniform` float64, in [0, 1).
@@ -165,6 +190,7 @@ class SamplingInput:
     allowed: Allowed | None
     draw: Draw | None
     scored: list[Scored]
+    weighed: Weighed | None = None
 
 
 @dataclass(slots=True)

@@ -7,19 +7,30 @@ cannot go on.
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from manylora.engine.interface import SamplingParams
 
-__all__ = ["Bits", "TokenRules"]
+__all__ = ["Bits", "Rules", "TokenRules", "clear_bits", "open_bits", "set_bits"]
 
 Bits = npt.NDArray[np.uint32]
 """A bit for each token of the vocabulary, token i's the bit i % 32 of word i // 32."""
 
 _ALL: Final = np.uint32(0xFFFFFFFF)
+
+
+class Rules(Protocol):
+    """What may come next in one sequence. They remember nothing, so a step may ask them again."""
+
+    def allowed(self, tokens: Sequence[int], num_output: int, by_grammar: Bits | None = None) -> Bits | None:
+        """What may come after `tokens`, the last `num_output` of which are the answer's, of what the grammar allows.
+
+        None where nothing is ruled out; no bit is set where nothing may come.
+        """
+        ...
 
 
 class TokenRules:
@@ -28,12 +39,10 @@ class TokenRules:
     __slots__ = ("_by_prefix", "_ends", "_has_ruled_out", "_lengths", "_min_tokens", "_open")
 
     def __init__(self, params: SamplingParams, eos_ids: Iterable[int], vocab_size: int) -> None:
-        num_words = -(-vocab_size // 32)
-        self._open: Bits = np.zeros(num_words, np.uint32) if params.allowed_token_ids else np.full(num_words, _ALL)
-        _set(self._open, params.allowed_token_ids)
-        _clear(self._open, range(vocab_size, 32 * num_words))
+        self._open = open_bits(vocab_size, is_open=not params.allowed_token_ids)
+        set_bits(self._open, params.allowed_token_ids)
         alone = [word[0] for word in params.bad_words if len(word) == 1]
-        _clear(self._open, alone)
+        clear_bits(self._open, alone)
         self._has_ruled_out = bool(params.allowed_token_ids or alone)
         by_prefix = defaultdict[tuple[int, ...], list[int]](list)
         for *prefix, last in params.bad_words:
@@ -62,20 +71,30 @@ class TokenRules:
         bits = self._open.copy() if by_grammar is None else self._open & by_grammar
         for length in self._lengths:
             if length <= num_output and (last := self._by_prefix.get(tuple(tokens[-length:]))):
-                _clear(bits, last)
+                clear_bits(bits, last)
         if is_early:
             going_on = bits.copy()
-            _clear(going_on, self._ends)
+            clear_bits(going_on, self._ends)
             return going_on if going_on.any() else bits
         return bits
 
 
-def _set(bits: Bits, token_ids: Iterable[int]) -> None:
+def open_bits(vocab_size: int, *, is_open: bool = True) -> Bits:
+    """Bits for a vocabulary, all of whose tokens are set, or none."""
+    num_words = -(-vocab_size // 32)
+    bits: Bits = np.full(num_words, _ALL) if is_open else np.zeros(num_words, np.uint32)
+    clear_bits(bits, range(vocab_size, 32 * num_words))
+    return bits
+
+
+def set_bits(bits: Bits, token_ids: Iterable[int]) -> None:
+    """Set these tokens' bits, in place."""
     ids = np.fromiter(token_ids, np.int64)
     np.bitwise_or.at(bits, ids // 32, _bit_of(ids))
 
 
-def _clear(bits: Bits, token_ids: Iterable[int]) -> None:
+def clear_bits(bits: Bits, token_ids: Iterable[int]) -> None:
+    """Clear these tokens' bits, in place."""
     ids = np.fromiter(token_ids, np.int64)
     if ids.size:
         np.bitwise_and.at(bits, ids // 32, ~_bit_of(ids))

@@ -30,6 +30,7 @@ __all__ = [
     "num_parameters",
     "read_config",
     "read_encoder_config",
+    "read_speech_config",
     "refuse_coded",
     "some",
     "stored_tensors",
@@ -90,11 +91,16 @@ def read_encoder_config(folder: Path) -> "PretrainedConfig":
     return _read(folder)
 
 
-def _read(folder: Path, *, may_unpack: bool = False) -> "PretrainedConfig":
+def read_speech_config(folder: Path) -> "PretrainedConfig":
+    """The config of a model of speech, which is encoder and decoder in one. Raises ModelUnusable."""
+    return _read(folder, has_encoder=True)
+
+
+def _read(folder: Path, *, may_unpack: bool = False, has_encoder: bool = False) -> "PretrainedConfig":
     import transformers
 
     raw = config_json(folder)
-    _refuse_others(folder, raw, may_unpack=may_unpack)
+    _refuse_others(folder, raw, may_unpack=may_unpack, has_encoder=has_encoder)
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a class of config checks its own values, and raises what it likes
@@ -129,9 +135,11 @@ def config_json(folder: Path) -> dict[str, Any]:
     return raw
 
 
-def _refuse_others(folder: Path, raw: dict[str, Any], *, may_unpack: bool) -> None:
-    if raw.get("is_encoder_decoder"):
-        raise ModelUnusable(f"{folder} holds an encoder-decoder model. Only decoder-only language models are served.")
+def _refuse_others(folder: Path, raw: dict[str, Any], *, may_unpack: bool, has_encoder: bool) -> None:
+    if raw.get("is_encoder_decoder") and not has_encoder:
+        raise ModelUnusable(
+            f"{folder} holds an encoder-decoder model. Of these Whisper is served, and no language model."
+        )
     quantized = raw.get("quantization_config")
     if isinstance(quantized, dict) and not (may_unpack and quantized.get("quant_method") == _UNPACKED):
         method = quantized.get("quant_method", "an unnamed method")

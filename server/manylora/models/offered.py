@@ -11,6 +11,7 @@ from manylora.models.encoder_loading import is_encoder, offered_modules
 from manylora.models.experts import adaptable_experts
 from manylora.models.loading import resolve_model
 from manylora.models.modules import adaptable_modules, adaptable_norms, stated_shapes, with_past
+from manylora.models.speech_loading import is_speech, offered_speech_modules
 from manylora.models.text_part import beside_text
 
 __all__ = ["modules_of"]
@@ -21,6 +22,8 @@ def modules_of(model: str | None) -> Mapping[str, ModuleSpec]:
     folder = resolve_model(model)
     if is_encoder(folder):
         return offered_modules(folder)
+    if is_speech(folder):
+        return offered_speech_modules(folder)
     config = checkpoint.read_config(folder, to_serve=True)
     try:
         with torch.device("meta"):

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Depends, FastAPI
 from starlette.types import Scope
 
 from manylora import __version__
-from manylora.api import anthropic, classify, embeddings, ollama, openai, ops, responses, sagemaker, tgi, tokens
+from manylora.api import anthropic, audio, classify, embeddings, ollama, openai, ops, responses, sagemaker, tgi, tokens
 from manylora.api.docs import install_docs
 from manylora.api.errors import install_error_handlers
 from manylora.api.middleware import (
@@ -90,7 +90,7 @@ def create_app(
         departure=departure or Departure(),
         following=following,
     )
-    inference = (openai, responses, anthropic, embeddings, classify, tokens, tgi, ollama, sagemaker)
+    inference = (openai, responses, anthropic, embeddings, classify, audio, tokens, tgi, ollama, sagemaker)
     routers = (ops.router, *(each.router for each in inference), *extra_routers)
     for router in routers:
         app.include_router(router)

@@ -1,4 +1,4 @@
-"""What an encoder offers to adapters beside its modules.
+"""What an encoder, or a model of speech, offers to adapters beside its modules.
 
 An adapter may have been trained on the bare encoder or on the encoder inside a model with a head, which puts a name
 before every path: `bert.encoder.layer.0…` for `encoder.layer.0…`. Its tensors say which, and what its config names is
@@ -13,7 +13,7 @@ from manylora.lora.format.heads import HeadPlan
 from manylora.lora.format.spec import AdaptedModule, BaseWeights, ModuleSpec
 from manylora.lora.format.tensors import TensorView
 
-__all__ = ["EncoderModules", "Naming", "naming_of", "plan_of", "tasks_of"]
+__all__ = ["EncoderModules", "Naming", "SpeechModules", "naming_of", "plan_of", "tasks_of"]
 
 _PREFIX: Final = "base_model.model."
 _POOLER: Final = "pooler."
@@ -31,6 +31,10 @@ class EncoderModules(dict[str, ModuleSpec]):
         super().__init__(modules)
         self.prefix = prefix
         self.heads = heads or {}
+
+
+class SpeechModules(dict[str, ModuleSpec]):
+    """The modules of a model of speech by path, of its encoder and its decoder."""
 
 
 class Naming:
@@ -71,7 +75,9 @@ class _Renamed:
 
 def tasks_of(modules: Mapping[str, ModuleSpec]) -> frozenset[str]:
     """What adapters for a base with these modules may have been trained for, in PEFT's words."""
-    return frozenset({"FEATURE_EXTRACTION", *modules.heads} if isinstance(modules, EncoderModules) else {"CAUSAL_LM"})
+    if isinstance(modules, EncoderModules):
+        return frozenset({"FEATURE_EXTRACTION", *modules.heads})
+    return frozenset({"SEQ_2_SEQ_LM" if isinstance(modules, SpeechModules) else "CAUSAL_LM"})
 
 
 def plan_of(config: Mapping[str, Any], modules: Mapping[str, ModuleSpec]) -> HeadPlan | None:
