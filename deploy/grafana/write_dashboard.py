@@ -166,6 +166,20 @@ def adapters_on_the_move() -> list[Panel]:
     ]  # fmt: skip
 
 
+def canaries() -> list[Panel]:
+    which = "tenant, adapter, version"
+    name = "{{tenant}}/{{adapter}}@{{version}}"
+    failed = total("canary_requests_total", which, extra=ERROR)
+    return [
+        lines("Requests beside a canary", "For the name of an adapter while a version is tried.",
+              "reqps", (busiest(total("canary_requests_total", which)), name), stacked=True),
+        lines("Their errors", "Share of answers that failed through our fault.", "percentunit",
+              (busiest(ratio(failed, total("canary_requests_total", which, extra=ANSWERED))), name)),
+        lines("Their first token, p95", "By the version that answered.", "s",
+              (busiest(quantile(0.95, "canary_time_to_first_token_seconds", which)), name)),
+    ]  # fmt: skip
+
+
 def engine() -> list[Panel]:
     where = SERVER
     steps = ratio(*(total(f"step_duration_seconds_{part}", "phase", where) for part in ("sum", "count")))
@@ -208,6 +222,7 @@ ROWS = (
     ("By adapter", lambda: by("adapter", "adapters")),
     ("By tenant", lambda: by("tenant", "tenants")),
     ("Adapters on the move", adapters_on_the_move),
+    ("Canaries", canaries),
     ("Engine", engine),
     ("Process", process),
 )

@@ -38,6 +38,7 @@ JOB_STATUSES: Final = ("queued", "running", "publishing", "judging", "paused")
 _PREFIX: Final = "manylora"
 _BY_CALLER: Final = ("tenant", "adapter")  # who asks, and for what
 _BY_OWNER: Final = ("tenant", "adapter")  # whose adapter it is
+_BY_VERSION: Final = (*_BY_CALLER, "version")
 
 
 class EngineCounts(Protocol):
@@ -68,13 +69,15 @@ class EngineCounts(Protocol):
 class EndedRequest(Protocol):
     """What the metrics read of a request for text: `api.record.RequestRecord` has this shape.
 
-    Times are seconds; None where the request never got that far.
+    Times are seconds; None where the request never got that far. `tried_version` is None where no canary decided.
     """
 
     @property
     def tenant(self) -> str: ...
     @property
     def adapter_name(self) -> str | None: ...
+    @property
+    def tried_version(self) -> int | None: ...
     @property
     def outcome(self) -> str: ...
     @property
@@ -257,6 +260,7 @@ class Metrics:
         self._callers = _Labels(free_labels, reserve_labels)
         self._owners = _Labels(free_labels, reserve_labels)
         self._owners_lock = threading.Lock()
+        self._versions = BusiestNames(free_labels, reserve_labels)
         self._series: dict[tuple[str, str], _Series] = {}
         self.request_duration = self._histogram("request_duration_seconds", "Arrival to last token.", _BY_CALLER)
         self.time_to_first_token = self._histogram("time_to_first_token_seconds", "Arrival to first token.", _BY_CALLER)
@@ -300,25 +304,26 @@ class Metrics:
         self.adapter_files_damaged = self._counter(
             "adapter_files_damaged", "Reads of an adapter's stored files that were not those that were stored.", ()
         )
-        self.adapter_orphans = Gauge(
-            f"{_PREFIX}_adapter_orphans", "Adapters whose files were set aside.", registry=self.registry
-        )
+        self.adapter_orphans = self._gauge("adapter_orphans", "Adapters whose files were set aside.")
         self.quota_fallback = self._counter(
             "quota_fallback", "Requests admitted by this server's part of a quota, as the database did not answer.", ()
         )
         self._count_jobs()
+        self._count_canaries()
         self.connections_ended = self._counter("connections_ended", "Connections that a bound ended.", ("reason",))
 
     def _count_jobs(self) -> None:
-        self.jobs = Gauge(
-            f"{_PREFIX}_fine_tuning_jobs", "Jobs that have not ended, by status.", ("status",), registry=self.registry
-        )
-        self.job_workers = Gauge(
-            f"{_PREFIX}_fine_tuning_workers", "Workers for this base that were seen lately.", registry=self.registry
-        )
+        self.jobs = self._gauge("fine_tuning_jobs", "Jobs that have not ended, by status.", ("status",))
+        self.job_workers = self._gauge("fine_tuning_workers", "Workers for this base that were seen lately.")
         self.jobs_published = self._counter(
             "fine_tuning_published", "Results of jobs that this server published, or could not, by result.", ("result",)
         )
+
+    def _count_canaries(self) -> None:
+        text = "Requests for the name of an adapter with a canary, by the version that answered."
+        self.canary_requests = self._counter("canary_requests", text, (*_BY_VERSION, "outcome"))
+        text = "Arrival to first token, of these."
+        self.canary_ttft = self._histogram("canary_time_to_first_token_seconds", text, _BY_VERSION)
 
     def _count_tokens(self) -> None:
         self.prompt_tokens = self._counter(
@@ -338,11 +343,13 @@ class Metrics:
     def _counter(self, name: str, text: str, labels: tuple[str, ...]) -> Counter:
         return Counter(f"{_PREFIX}_{name}", text, labels, registry=self.registry)
 
+    def _gauge(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Gauge:
+        return Gauge(f"{_PREFIX}_{name}", text, labels, registry=self.registry)
+
     def watch_engine(self, read: Callable[[], EngineCounts], is_ready: Callable[[], bool]) -> None:
         """Expose the gauges that `read()` and `is_ready()` give; called once, when the engine exists."""
         self.registry.register(_EngineCollector(read))
-        text = "1 while the engine steps, 0 once it has died."
-        ready = Gauge(f"{_PREFIX}_engine_ready", text, registry=self.registry)
+        ready = self._gauge("engine_ready", "1 while the engine steps, 0 once it has died.")
         ready.set_function(lambda: float(is_ready()))
 
     def render(self) -> bytes:
@@ -374,6 +381,17 @@ class Metrics:
         series.sound.inc(request.sound_s)
         for gap in request.gaps_s:
             series.gap.observe(gap)
+        if request.tried_version is not None:
+            self._observe_canary(request, tenant, adapter, request.tried_version)
+
+    def _observe_canary(self, request: EndedRequest, tenant: str, adapter: str, version: int) -> None:
+        has_label = self._versions.see((tenant, adapter, version)) and adapter != OTHER_LABEL
+        labels = (tenant, adapter, str(version) if has_label else OTHER_LABEL)
+        for outcome in OUTCOMES:  # see `_Series`
+            self.canary_requests.labels(*labels, outcome)
+        self.canary_requests.labels(*labels, request.outcome).inc()
+        if request.ttft_s is not None:
+            self.canary_ttft.labels(*labels).observe(request.ttft_s)
 
     # recorded by the engine and the catalog
 
@@ -451,7 +469,7 @@ class Metrics:
 class NoMetrics(Metrics):
     """Records nothing and has nothing to show, for servers that run with metrics switched off."""
 
-    is_on = False
+    is_on: ClassVar = False
 
     def observe_request(self, request: EndedRequest) -> None: ...
 

@@ -350,6 +350,9 @@ class FakeDirectory:
     def mix_of(self, ref: AdapterRef) -> Mix:
         return Mix.of(ref)
 
+    def drawn(self, ref: AdapterRef, who: str) -> tuple[AdapterRef, str]:
+        return ref, ""
+
     def defaults_of(self, ref: AdapterRef) -> str:
         return self.defaults.get(ref.label, "")
 

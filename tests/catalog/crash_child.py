@@ -47,8 +47,8 @@ async def _body(name: str, seed: float) -> AsyncIterator[bytes]:
 async def _step(catalog: Catalog, chance: random.Random) -> None:
     name, seed = chance.choice(NAMES), chance.choice(SEEDS)
     entry = catalog.directory.own(TENANT, name)
-    actions = ["upload", "mix", "promote", "rollback", "pin", "delete", "delete version"]
-    action = chance.choices(actions, [6, 2, 2, 1, 1, 1, 1])[0]
+    actions = ["upload", "mix", "promote", "rollback", "pin", "delete", "delete version", "canary"]
+    action = chance.choices(actions, [6, 2, 2, 1, 1, 1, 1, 2])[0]
     versions = [] if entry is None else list(entry.versions)
     if action not in ("upload", "mix") and not versions:
         return
@@ -66,6 +66,8 @@ async def _step(catalog: Catalog, chance: random.Random) -> None:
             await catalog.update(TENANT, name, active_version=number)
         elif action == "rollback":
             result = (await catalog.rollback(TENANT, name)).active_version
+        elif action == "canary":
+            await catalog.canaries.begin(TENANT, name, number, share=0.5, until=None)
         elif action == "pin":
             await catalog.update(TENANT, name, pinned=chance.random() < 0.5)
         else:

@@ -456,6 +456,13 @@ def _mix_view(version: VersionRecord) -> list[dict[str, Any]] | None:
     return [part.model_dump(exclude={"digest"}) for part in version.mix] or None
 
 
+def _canary_view(catalog: Catalog, adapter: AdapterRecord) -> dict[str, Any] | None:
+    """The version that answers a share of the requests for the bare name, as this server does it."""
+    entry = catalog.directory.own(adapter.tenant, adapter.name)
+    canary = None if entry is None else entry.canary
+    return None if canary is None else {"version": canary.version, "share": canary.share}
+
+
 def _status(catalog: Catalog, version: VersionRecord) -> str:
     if not version.is_ready:
         return _OTHER_BASE
@@ -478,6 +485,7 @@ def adapter_view(catalog: Catalog, adapter: AdapterRecord) -> dict[str, Any]:
         "newest_version": adapter.sums.newest,
         "num_versions": adapter.sums.count,
         "pinned": adapter.pinned,
+        "canary": _canary_view(catalog, adapter),
         "created": adapter.created_s,
         "digest": active.ref.digest if active else None,
         "rank": active.rank if active else None,

@@ -16,6 +16,7 @@ from starlette.responses import RedirectResponse, Response
 from manylora.api.adapters import ImportBody, LoadBody, PatchBody, UnloadBody
 from manylora.api.anthropic import CountRequest, MessagesRequest
 from manylora.api.auth import current_principal
+from manylora.api.canaries import CanaryBody
 from manylora.api.classify import ClassifyRequest
 from manylora.api.embeddings import EmbeddingRequest
 from manylora.api.examples import BODIES, PARAMETERS
@@ -50,6 +51,7 @@ _BODIES: Final = (
     LoadBody,
     UnloadBody,
     RollbackBody,
+    CanaryBody,
     JobBody,
     KeyBody,
     TenantBody,

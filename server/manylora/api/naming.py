@@ -16,11 +16,13 @@ from manylora.api.schemas import Body, InferenceRequest
 from manylora.catalog.interface import AdapterDirectory, Following
 from manylora.errors import AdapterNotFound, InvalidRequest, quoted
 from manylora.identity import NAME_PATTERN, PUBLIC_TENANT, AdapterRef, Mix
+from manylora.tenants.interface import Principal
 
 __all__ = [
     "AdapterName",
     "Named",
     "adapter_of",
+    "asker",
     "is_path",
     "looked_up",
     "missing",
@@ -99,18 +101,25 @@ def without_alias(directory: AdapterDirectory, tenant: str, base: str, aliases: 
 def adapter_of(
     body: Body, directory: AdapterDirectory, tenant: str, base: str, aliases: Mapping[str, str]
 ) -> AdapterRef | None:
-    """The adapter of a request that has `model`, `adapter_id` or both; None for the base.
+    """The adapter of a request that has `model`, `adapter_id` or both; None for the base. A name is the active one.
 
     Raises AdapterNotFound, or InvalidRequest where the two fields name different adapters.
     """
+    return _found(body, directory, tenant, base, aliases)[0]
+
+
+def _found(
+    body: Body, directory: AdapterDirectory, tenant: str, base: str, aliases: Mapping[str, str]
+) -> tuple[AdapterRef | None, bool]:
+    """`adapter_of`, and whether it is named without a version."""
     model, adapter_id = body.model, body.adapter_id
     if model is not None:
         model = without_alias(directory, tenant, base, aliases, model)
     by_model = parse_model(model, base) if model is not None else None
     if adapter_id is None:
         if by_model is None or model is None:
-            return None
-        return resolve(directory, tenant, by_model, written=model, param="model")
+            return None, False
+        return resolve(directory, tenant, by_model, written=model, param="model"), by_model.version is None
     by_id = _parse_adapter(adapter_id, param="adapter_id")
     if by_model is not None and by_model.name != by_id.name:
         raise _conflict(model, adapter_id)
@@ -119,15 +128,26 @@ def adapter_of(
         other = resolve(directory, tenant, by_model, written=model, param="model")
         if other != ref:
             raise _conflict(model, adapter_id)
-    return ref
+    return ref, by_id.version is None and (by_model is None or by_model.version is None)
+
+
+def asker(body: InferenceRequest, principal: Principal) -> str:
+    """Who asks, as canaries tell them apart: the tenant's user that the body names, else the key."""
+    if body.user is not None:
+        return f"{principal.tenant}/user/{body.user}"
+    return f"{principal.tenant}/key/{principal.key_id or ''}"
 
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """What a request names: one adapter, a saved mix or none (`adapter`), and what runs for it."""
+    """What a request names: one adapter, a saved mix or none (`adapter`), and what runs for it.
+
+    `canary` is the id of the one that decided on the version, empty where none did.
+    """
 
     adapter: AdapterRef | None = None
     mix: Mix = field(default_factory=Mix)
+    canary: str = ""
 
     @property
     def label(self) -> str:
@@ -142,13 +162,19 @@ class Named:
 
 
 def named_by(
-    body: InferenceRequest, directory: AdapterDirectory, tenant: str, base: str, aliases: Mapping[str, str]
+    body: InferenceRequest, directory: AdapterDirectory, tenant: str, base: str, aliases: Mapping[str, str], *, who: str
 ) -> Named:
-    """The adapters of a request, which may name several. Raises as `adapter_of` does."""
-    ref = adapter_of(body, directory, tenant, base, aliases)
+    """The adapters of a request, which may name several. A canary decides on the version of one that is named alone.
+
+    Raises as `adapter_of` does.
+    """
+    ref, is_bare = _found(body, directory, tenant, base, aliases)
     named = body.mixed
     if not named.parts:
-        return Named(ref, directory.mix_of(ref)) if ref is not None else Named()
+        if ref is None:
+            return Named()
+        ref, canary = directory.drawn(ref, who) if is_bare else (ref, "")
+        return Named(ref, directory.mix_of(ref), canary)
     if ref is not None:
         raise InvalidRequest(
             f"'{named.field}' names adapters, and so does '{'adapter_id' if body.adapter_id else 'model'}'. Name all "

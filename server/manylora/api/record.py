@@ -51,10 +51,16 @@ class RequestRecord:
     gaps_s: tuple[float, ...] = field(default=(), repr=False)
     progress: tuple[Progress, ...] = ()  # of each prompt that reached the engine
     error: ErrorFacts | None = None
+    canary: str = ""  # the id of the one that decided on the adapter's version
 
     @property
     def adapter_name(self) -> str | None:
         return self.adapter.name if self.adapter else None
+
+    @property
+    def tried_version(self) -> int | None:
+        """The version that answered where a canary decided on it."""
+        return self.adapter.version if self.canary and self.adapter else None
 
     @property
     def queue_s(self) -> float | None:
@@ -81,6 +87,8 @@ class RequestRecord:
             "completion_tokens": self.completion_tokens,
             "cached_tokens": self.cached_tokens,
         }
+        if self.canary:
+            fields["canary"] = self.canary
         if self.drafted_tokens:
             fields["drafted_tokens"] = self.drafted_tokens
             fields["accepted_tokens"] = self.accepted_tokens
@@ -168,6 +176,7 @@ class Counts:
         request_id: str,
         tenant: str,
         adapter: AdapterRef | None = None,
+        canary: str = "",
         progress: tuple[Progress, ...] = (),
     ) -> RequestRecord:
         """The record of the request, which ends now, with `error` or well."""
@@ -189,4 +198,5 @@ class Counts:
             gaps_s=tuple(self.gaps),
             progress=progress,
             error=ErrorFacts.of(error),
+            canary=canary,
         )

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from manylora.api.defaults import check_template_allowed, with_defaults
 from manylora.api.fields import renamed
 from manylora.api.inputs import InputsRequest
-from manylora.api.naming import Named, looked_up, missing, named_by
+from manylora.api.naming import Named, asker, looked_up, missing, named_by
 from manylora.api.record import Counts, RequestRecord
 from manylora.api.requests import Prompt, check_connected, prompts_of, read_body
 from manylora.api.schemas import InferenceRequest
@@ -104,7 +104,8 @@ async def answered(
         run.log.update(body.annotations())
         aliases = services.settings.resolved_model_aliases
         base = services.engine.model.name
-        find = partial(named_by, body, services.directory, principal.tenant, base, aliases)
+        who = asker(body, principal)
+        find = partial(named_by, body, services.directory, principal.tenant, base, aliases, who=who)
         try:
             run.named = await looked_up(find, services.following)
             check_template_allowed(body, is_allowed=services.settings.allow_request_chat_template)
@@ -364,6 +365,7 @@ class Run:
                     request_id=self._request.scope["manylora.request_id"],
                     tenant=self._principal.tenant,
                     adapter=self.adapter,
+                    canary=self.named.canary,
                     progress=progress,
                 )
             )

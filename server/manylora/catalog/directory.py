@@ -1,11 +1,12 @@
 """The adapters in memory, so that a request's name becomes an identity without a query."""
 
 import heapq
+import time
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from manylora.catalog.interface import PublishedAdapter
+from manylora.catalog.interface import Canary, PublishedAdapter
 from manylora.catalog.saved_mix import SavedPart
 from manylora.database.tables import MICROSECONDS
 from manylora.errors import AdapterNotFound
@@ -34,6 +35,7 @@ class Entry:
     pinned: bool
     active_version: int | None
     versions: Mapping[int, Listed]
+    canary: Canary | None = None
 
 
 def missing(name: str, version: int | None = None) -> AdapterNotFound:
@@ -84,6 +86,18 @@ class Directory:
         """The active version, if there is one that can be used."""
         listed = None if entry.active_version is None else entry.versions[entry.active_version]
         return listed if listed is not None and self._is_usable(listed) else None
+
+    def drawn(self, ref: AdapterRef, who: str) -> tuple[AdapterRef, str]:
+        """The version that answers a request for the bare name of `ref`; see `AdapterDirectory`."""
+        entry = self.own(ref.tenant, ref.name)
+        canary = None if entry is None else entry.canary
+        if entry is None or canary is None or entry.active_version != ref.version:
+            return ref, ""
+        listed = entry.versions.get(canary.version)
+        is_over = canary.until is not None and time.time() * MICROSECONDS >= canary.until
+        if is_over or listed is None or not self._is_usable(listed):
+            return ref, ""
+        return listed.ref if canary.takes(who) else ref, canary.id
 
     def has_parts(self, mix: Sequence[SavedPart]) -> bool:
         """Whether each is still there and made for this base; so it is for the none of what is not a mix."""

@@ -46,6 +46,17 @@ def note(
     )  # fmt: skip
 
 
+def expected(row: AdapterRow, active_version: int | None) -> AdapterRow:
+    """The row. Raises Conflict where another version is active than somebody believes; None believes nothing."""
+    if active_version not in (None, row.active_version):
+        now = "none" if row.active_version is None else f"'{row.name}@{row.active_version}'"
+        raise Conflict(
+            f"'{row.name}@{active_version}' is not the active version any more, but {now}. "
+            f"GET /v1/adapters/{row.name}/history says who changed that; decide again."
+        )
+    return row
+
+
 def earlier(session: Session, row: AdapterRow, base: BaseSignature) -> tuple[VersionRow, int | None]:
     """The version that was active before the present one and can be again; and what comes before that.
 

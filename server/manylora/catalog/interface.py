@@ -2,11 +2,32 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from hashlib import sha256
+from typing import Final, Protocol
 
 from manylora.identity import AdapterRef, Mix
 
-__all__ = ["AdapterDirectory", "Following", "PublishedAdapter"]
+__all__ = ["AdapterDirectory", "Canary", "Following", "PublishedAdapter"]
+
+_RANGE: Final = 2.0**64
+
+
+@dataclass(frozen=True, slots=True)
+class Canary:
+    """A version that answers a share of the requests for the bare name; `until` is in Unix microseconds."""
+
+    id: str
+    version: int
+    share: float
+    until: int | None
+
+    def takes(self, who: str) -> bool:
+        """Whether the version answers whoever is called so: always the same, on every server.
+
+        Who is taken at one share is taken at any larger one of the same canary; of another, others are.
+        """
+        drawn = int.from_bytes(sha256(f"{self.id}\0{who}".encode("utf-8", "surrogatepass")).digest()[:8])
+        return drawn / _RANGE < self.share
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +64,13 @@ class AdapterDirectory(Protocol):
         """What runs for a version: itself, or the versions that a saved mix has.
 
         Answered from memory, as `resolve` is.
+        """
+        ...
+
+    def drawn(self, ref: AdapterRef, who: str) -> tuple[AdapterRef, str]:
+        """The version that answers whoever is called `who` a request for the bare name of `ref`, the active one.
+
+        And the id of the canary that decided so; empty, and `ref` itself, where none runs. Answered from memory.
         """
         ...
 

@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session
 
 from manylora.catalog.base_signature import BaseSignature
 from manylora.catalog.directory import Entry, Listed, missing
+from manylora.catalog.interface import Canary
 from manylora.catalog.labels import Label
 from manylora.catalog.records import (
     AdapterRecord,
@@ -21,7 +22,7 @@ from manylora.catalog.records import (
     ref_of,
 )
 from manylora.catalog.saved_mix import parts_of
-from manylora.database.tables import AdapterRow, KeptRow, VersionRow
+from manylora.database.tables import AdapterRow, CanaryRow, KeptRow, VersionRow
 from manylora.errors import InvalidRequest, QuotaExceeded
 from manylora.tenants.limits import exceeded, limits_in
 
@@ -113,23 +114,27 @@ def entries(session: Session, base: BaseSignature, ids: Sequence[str] | None = N
 
 
 def _entries(session: Session, base: BaseSignature, ids: Sequence[str] | None) -> list[Entry]:
-    a, v = AdapterRow, VersionRow
+    a, v, c = AdapterRow, VersionRow, CanaryRow
     query = select(
         a.tenant, a.name, a.pinned, a.active_version, v.id, v.version, v.digest, v.blob, v.created, v.base, v.defaults,
         v.virtual_tokens, v.invocation, v.rank, v.mix,
-    ).join(v, v.adapter_id == a.id)  # fmt: skip
+        c.id.label("canary"), c.version.label("tried"), c.share, c.until,
+    ).join(v, v.adapter_id == a.id).outerjoin(c, c.id == a.canary)  # fmt: skip
     if ids is not None:
         query = query.where(a.id.in_(ids))
     facts: dict[tuple[str, str], tuple[bool, int | None]] = {}
+    canaries: dict[tuple[str, str], Canary] = {}
     versions: dict[tuple[str, str], dict[int, Listed]] = {}
     pieces = query.order_by(a.created, a.id, v.version).execution_options(yield_per=_ROWS_AT_ONCE)
     for row in session.execute(pieces):
         key = (row.tenant, row.name)
         facts[key] = (row.pinned, row.active_version)
+        if row.canary is not None:
+            canaries[key] = Canary(row.canary, row.tried, row.share, row.until)
         ref, is_ready = ref_of(row, row), base.fits(row.base)
         listed = Listed(ref, row.blob, row.created, is_ready, row.defaults, row.rank, parts_of(row.mix))
         versions.setdefault(key, {})[row.version] = listed
-    return [Entry(*key, *facts[key], MappingProxyType(versions[key])) for key in facts]
+    return [Entry(*key, *facts[key], MappingProxyType(versions[key]), canaries.get(key)) for key in facts]
 
 
 def newest_version(session: Session, row: AdapterRow) -> VersionRow | None:

@@ -14,7 +14,7 @@ from hashlib import sha256
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
-from manylora.catalog import history, mixes, queries
+from manylora.catalog import canaries, history, mixes, queries
 from manylora.catalog.base_signature import BaseSignature
 from manylora.catalog.defaults import NO_DEFAULTS
 from manylora.catalog.directory import Directory, Entry, missing
@@ -51,6 +51,7 @@ class _Transaction:
     def mirror(self, row: AdapterRow) -> AdapterRecord:
         """Note the adapter, as the transaction has it by now, for the directory."""
         row.revision = self.revision
+        canaries.settle(self.session, row)
         self.session.flush()
         (record,) = queries.load_records(self.session, [row], self._base)
         note_stored(self.session, record.tenant, record.name, record.sums.size_bytes, now_us())
@@ -302,7 +303,7 @@ class Registry:
         """
         with self._write() as transaction:
             session = transaction.session
-            row = _expected(queries.get_adapter(session, tenant, name), if_active)
+            row = history.expected(queries.get_adapter(session, tenant, name), if_active)
             was = row.active_version
             if active_version is not None:
                 version = queries.get_version(session, row, active_version)
@@ -325,6 +326,14 @@ class Registry:
                 history.note(session, row, author, action, was=was, version=row.active_version, fields=fields)
             return transaction.mirror(row)
 
+    @contextmanager
+    def changing(self, tenant: str, name: str) -> Iterator[tuple[Session, AdapterRow]]:
+        """One transaction over the tenant's adapter, for what is changed of it elsewhere. Raises AdapterNotFound."""
+        with self._write() as transaction:
+            row = queries.get_adapter(transaction.session, tenant, name)
+            yield transaction.session, row
+            transaction.mirror(row)
+
     def rollback(
         self, tenant: str, name: str, *, if_active: int | None = None, author: Author = SERVER
     ) -> AdapterRecord:
@@ -335,7 +344,7 @@ class Registry:
         """
         with self._write() as transaction:
             session = transaction.session
-            row = _expected(queries.get_adapter(session, tenant, name), if_active)
+            row = history.expected(queries.get_adapter(session, tenant, name), if_active)
             version, before = history.earlier(session, row, self._base)
             was, row.active_version = row.active_version, version.version
             mixes.check_not_pinned(session, row)
@@ -449,6 +458,7 @@ class Registry:
             rows = session.execute(select(AdapterRow)).scalars().all()
             queries.check_counts(session, rows, versions)
             history.check(session, rows)
+            canaries.check(session, rows)
             for row in rows:
                 numbers = [v.version for v in versions.get(row.id, [])]
                 assert bool(numbers) != row.is_deleted
@@ -473,17 +483,6 @@ class Registry:
 def _content_key(digest: str, wish: Wish) -> str:
     """What a folder's content is known by: with other defaults it is another."""
     return digest if not wish.defaults else f"{digest}+{sha256(wish.defaults.encode()).hexdigest()[:16]}"
-
-
-def _expected(row: AdapterRow, active_version: int | None) -> AdapterRow:
-    """The row. Raises Conflict where another version is active than somebody believes; None believes nothing."""
-    if active_version not in (None, row.active_version):
-        now = "none" if row.active_version is None else f"'{row.name}@{row.active_version}'"
-        raise Conflict(
-            f"'{row.name}@{active_version}' is not the active version any more, but {now}. "
-            f"GET /v1/adapters/{row.name}/history says who changed that; decide again."
-        )
-    return row
 
 
 def _change(session: Session, row: AdapterRow, pinned: bool | None, description: str | None) -> list[str]:

@@ -19,6 +19,7 @@ from manylora.catalog import base_signature, folders, sources
 from manylora.catalog.base_names import BaseNames
 from manylora.catalog.belonging import check_owner
 from manylora.catalog.blobs import Blobs
+from manylora.catalog.canary_watch import Canaries
 from manylora.catalog.card import card_of
 from manylora.catalog.defaults import DefaultsCheck, canonical
 from manylora.catalog.directory import Directory, Listed, missing
@@ -90,6 +91,7 @@ class Catalog:
         self._retirement: Retirement | None = None
         self._pins: Pins | None = None
         self.following = Follower(database, self._registry, self.refresh)
+        self.canaries = Canaries(database, self._registry, self._base)
         self._labelling: asyncio.Task[None] | None = None
         self._is_closing = False
         self._count_upload: Callable[[str, str], None] = lambda _tenant, _result: None
@@ -185,6 +187,7 @@ class Catalog:
         await self._freeing.start(self._pins.share)
         self._pins.sync_all()
         self.following.start(notices or Notices(self.database))
+        self.canaries.start()
         write_labels = asyncio.to_thread(self._blobs.write_missing_labels, lambda: self._is_closing)
         self._labelling = asyncio.create_task(write_labels, name="catalog-labels")
 
@@ -193,6 +196,7 @@ class Catalog:
         self._is_closing = True
         if self._labelling is not None:
             await self._labelling
+        await self.canaries.aclose()
         await self.following.aclose()
         if self._retirement is not None:
             await self._retirement.aclose()

@@ -13,6 +13,7 @@ from typing import IO, Annotated, Any
 
 import typer
 
+from manylora.cli import canaries as cli_canaries
 from manylora.cli import mixes as cli_mixes
 from manylora.cli import store as cli_store
 from manylora.cli.answers import (
@@ -52,6 +53,7 @@ _LABEL = re.compile(r"([^@/?#]+)(?:@([0-9]+))?")
 
 def register(program: typer.Typer) -> None:
     """Add `adapters` to the program."""
+    cli_canaries.register(app)
     cli_mixes.register(app)
     cli_store.register(app)
     program.add_typer(app, name="adapters")

@@ -61,6 +61,7 @@ class AdapterRow(Base):
     counted_pins: Mapped[int] = mapped_column(server_default="0")
     counted_bytes: Mapped[int] = mapped_column(server_default="0")
     revision: Mapped[int] = mapped_column(server_default="0", default=0)
+    canary: Mapped[str] = mapped_column(server_default="", default="")  # the id of the one that runs
 
 
 class VersionRow(Base):
@@ -128,6 +129,48 @@ class ChangeRow(Base):
     by_role: Mapped[str]
     by_key: Mapped[str | None]
     note: Mapped[str]
+
+
+class CanaryRow(Base):
+    """A version that a share of an adapter's requests is answered by, beside the version that is active meanwhile.
+
+    It runs while the adapter's row names it. `until` and `ended` are Unix microseconds, `reason` why it has ended.
+    """
+
+    __tablename__ = "canaries"
+    __table_args__ = (
+        Index("ix_canaries_adapter", "adapter_id", "created"),
+        Index("ix_canaries_ended", "ended"),
+    )
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    adapter_id: Mapped[str] = mapped_column(ForeignKey("adapters.id"))
+    version: Mapped[int]
+    beside: Mapped[int]
+    share: Mapped[float]
+    until: Mapped[int | None]
+    created: Mapped[int]
+    ended: Mapped[int | None]
+    reason: Mapped[str]
+
+
+class CanaryCountRow(Base):
+    """Requests for the bare name while a canary ran, by the version that answered and how they ended.
+
+    `first_tokens` of them came to one, `ttft_us` after their arrivals, added up.
+    """
+
+    __tablename__ = "canary_counts"
+
+    canary: Mapped[str] = mapped_column(primary_key=True)
+    version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    outcome: Mapped[str] = mapped_column(primary_key=True)
+    requests: Mapped[int]
+    prompt_tokens: Mapped[int]
+    completion_tokens: Mapped[int]
+    cached_tokens: Mapped[int]
+    first_tokens: Mapped[int]
+    ttft_us: Mapped[int]
 
 
 class KeptRow(Base):

@@ -12,7 +12,17 @@ from typing import Protocol
 
 from fastapi import FastAPI
 
-from manylora.api import adapters, dashboard_routes, data_files, defaults, fine_tuning, history, inspection, tenants
+from manylora.api import (
+    adapters,
+    canaries,
+    dashboard_routes,
+    data_files,
+    defaults,
+    fine_tuning,
+    history,
+    inspection,
+    tenants,
+)
 from manylora.api import usage as usage_routes
 from manylora.api.inspection import Inspect
 from manylora.api.state import Departure
@@ -108,6 +118,7 @@ class Parts:
             extra_routers=(
                 adapters.build_router(self.catalog),
                 history.build_router(self.catalog),
+                canaries.build_router(self.catalog),
                 inspection.build_router(self.catalog, self.inspect),
                 tenants.build_router(self.gate),
                 usage_routes.build_router(self.usage, _prices(self.settings)),

@@ -10,7 +10,7 @@ __all__ = ["UsageSink", "Use"]
 class Use(Protocol):
     """What one request used, whatever its outcome: `api.record.RequestRecord` has this shape.
 
-    `tenant` is the caller's.
+    `tenant` is the caller's. `canary` is the id of the one that decided on the version, empty where none did.
     """
 
     @property
@@ -25,6 +25,10 @@ class Use(Protocol):
     def completion_tokens(self) -> int: ...
     @property
     def cached_tokens(self) -> int: ...
+    @property
+    def ttft_s(self) -> float | None: ...
+    @property
+    def canary(self) -> str: ...
 
 
 class UsageSink(Protocol):

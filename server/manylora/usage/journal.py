@@ -94,7 +94,8 @@ def _line(numbered: Numbered) -> bytes:
     number, batch = numbered
     usage = [[*key, *counts] for key, counts in batch.usage.items()]
     slots = [[*key, time_us] for key, time_us in batch.slots.items()]
-    return json.dumps({"batch": number, "usage": usage, "slots": slots}).encode() + b"\n"
+    canaries = [[*key, *counts] for key, counts in batch.canaries.items()]
+    return json.dumps({"batch": number, "usage": usage, "slots": slots, "canaries": canaries}).encode() + b"\n"
 
 
 def _parsed(line: bytes) -> Numbered:
@@ -104,6 +105,8 @@ def _parsed(line: bytes) -> Numbered:
         batch.usage[quarter, tenant, owner, adapter, outcome] = [int(count) for count in counts]
     for quarter, tenant, adapter, time_us in entry["slots"]:
         batch.slots[quarter, tenant, adapter] = int(time_us)
+    for canary, version, outcome, *counts in entry.get("canaries", ()):  # which earlier releases did not write
+        batch.canaries[canary, version, outcome] = [int(count) for count in counts]
     return int(entry["batch"]), batch
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from manylora.database.database import Database
+from manylora.database.tables import MICROSECONDS
 from manylora.errors import ManyloraError
 from manylora.identity import AdapterRef
 from manylora.lora.memory.occupancy import Occupancy, Stay
@@ -106,6 +107,9 @@ class UsageLedger:
         """Count one request."""
         counts = (1, use.prompt_tokens, use.completion_tokens, use.cached_tokens)
         self._add(use.tenant, use.adapter, use.outcome, counts)
+        if use.canary and use.adapter is not None:
+            waited = (0, 0) if use.ttft_s is None else (1, round(use.ttft_s * MICROSECONDS))
+            self._next.batch.add_canary((use.canary, use.adapter.version, use.outcome), (*counts, *waited))
 
     def add_probe(self, tenant: str, adapter: AdapterRef, prompt_tokens: int) -> None:
         """Count what an upload has run, which is no request; see `interface.UsageSink`."""

@@ -9,7 +9,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from manylora.database.database import Database
-from manylora.database.tables import MICROSECONDS, SlotTimeRow, StoredRow, UsageRow, UsageWriterRow
+from manylora.database.tables import MICROSECONDS, CanaryCountRow, SlotTimeRow, StoredRow, UsageRow, UsageWriterRow
 
 __all__ = ["Batch", "UsageKey", "UsageStore", "note_stored"]
 
@@ -17,30 +17,39 @@ __all__ = ["Batch", "UsageKey", "UsageStore", "note_stored"]
 UsageKey = tuple[int, str, str, str, str]
 Counts = Sequence[int]  # requests, prompt tokens, completion tokens, cached tokens
 SlotKey = tuple[int, str, str]  # quarter, tenant, adapter
+CanaryKey = tuple[str, int, str]  # canary, version, outcome
 
 _USAGE_KEY: Final = ("quarter", "tenant", "owner", "adapter", "outcome")
 _USAGE_SUMS: Final = ("requests", "prompt_tokens", "completion_tokens", "cached_tokens")
 _SLOT_KEY: Final = ("quarter", "tenant", "adapter")
 _SLOT_SUMS: Final = ("microseconds",)
+_CANARY_KEY: Final = ("canary", "version", "outcome")
+_CANARY_SUMS: Final = (*_USAGE_SUMS, "first_tokens", "ttft_us")
 # A process that was killed leaves its row behind, and perhaps a journal, by which a start knows what it had written.
 _FORGET_WRITERS_US: Final = 90 * 86_400 * MICROSECONDS
 
 
 @dataclass(slots=True)
 class Batch:
-    """What is to be added: four counts per key, and microseconds in slots."""
+    """What is to be added: four counts per key, microseconds in slots, and six counts of canaries' versions."""
 
     usage: dict[UsageKey, list[int]] = field(default_factory=dict)
     slots: dict[SlotKey, int] = field(default_factory=dict)
+    canaries: dict[CanaryKey, list[int]] = field(default_factory=dict)
 
     @property
     def is_empty(self) -> bool:
-        return not self.usage and not self.slots
+        return not self.usage and not self.slots  # what a canary decided on is usage, too
 
     def add(self, key: UsageKey, counts: Counts) -> None:
         """Add to a key's counts."""
         mine = self.usage.setdefault(key, [0, 0, 0, 0])
         self.usage[key] = [a + b for a, b in zip(mine, counts, strict=True)]
+
+    def add_canary(self, key: CanaryKey, counts: Counts) -> None:
+        """Add to what requests came to that a canary decided on."""
+        mine = self.canaries.setdefault(key, [0] * len(_CANARY_SUMS))
+        self.canaries[key] = [a + b for a, b in zip(mine, counts, strict=True)]
 
     def copy(self) -> "Batch":
         copied = Batch()
@@ -52,6 +61,8 @@ class Batch:
             self.add(key, counts)
         for slot, microseconds in other.slots.items():
             self.add_slot_time(slot, microseconds)
+        for canary, sums in other.canaries.items():
+            self.add_canary(canary, sums)
 
     @property
     def num_requests(self) -> int:
@@ -69,6 +80,7 @@ class UsageStore:
         self._writer = writer
         self._add_usage = self._adding(UsageRow, _USAGE_KEY, _USAGE_SUMS)
         self._add_slots = self._adding(SlotTimeRow, _SLOT_KEY, _SLOT_SUMS)
+        self._add_canaries = self._adding(CanaryCountRow, _CANARY_KEY, _CANARY_SUMS)
         self._number_batch = self._numbering()
 
     def prepare(self) -> None:
@@ -113,6 +125,10 @@ class UsageStore:
             named = (*_SLOT_KEY, *_SLOT_SUMS)
             times = [dict(zip(named, (*key, time_us), strict=True)) for key, time_us in sorted(batch.slots.items())]
             connection.execute(self._add_slots, times)
+        if batch.canaries:
+            fields = (*_CANARY_KEY, *_CANARY_SUMS)
+            found = [dict(zip(fields, (*key, *sums), strict=True)) for key, sums in sorted(batch.canaries.items())]
+            connection.execute(self._add_canaries, found)
 
     def forget_writer(self, now_us: int) -> None:
         """Nothing of this process will be sent again, nor of those that went silent long ago."""
