@@ -194,22 +194,22 @@ class _EngineCollector(Collector):
         ("host_tier_bytes", "Bytes of adapters in host memory.", "host_tier_bytes"),
     )
 
+    _PREEMPTIONS: Final = (f"{_PREFIX}_preemptions", "Sequences put back because blocks ran out.")
+
     def __init__(self, read: Callable[[], EngineCounts]) -> None:
         self._read = read
 
     def describe(self) -> Iterable[Metric]:
         return [
             *(GaugeMetricFamily(f"{_PREFIX}_{name}", text) for name, text, _ in self._GAUGES),
-            CounterMetricFamily(f"{_PREFIX}_preemptions", "Sequences put back because blocks ran out."),
+            CounterMetricFamily(*self._PREEMPTIONS),
         ]
 
     def collect(self) -> Iterator[Metric]:
         counts = self._read()
         for name, text, attribute in self._GAUGES:
             yield GaugeMetricFamily(f"{_PREFIX}_{name}", text, value=getattr(counts, attribute))
-        yield CounterMetricFamily(
-            f"{_PREFIX}_preemptions", "Sequences put back because blocks ran out.", value=counts.preemptions
-        )
+        yield CounterMetricFamily(*self._PREEMPTIONS, value=counts.preemptions)
 
 
 class _WithoutCreated(CollectorRegistry):
@@ -268,9 +268,9 @@ class Metrics:
             "inter_token_latency_seconds", "Between two tokens of one choice.", _BY_CALLER
         )
         self.queue_wait = self._histogram("queue_wait_seconds", "Arrival to first scheduled step.", _BY_CALLER)
-        self.adapter_load = self._histogram(
-            "adapter_load_seconds", "Bringing an adapter up one tier, by the tier it left.", (*_BY_OWNER, "tier")
-        )
+        by_tier = (*_BY_OWNER, "tier")
+        text = "Bringing an adapter up one tier, by the tier it left."
+        self.adapter_load = self._histogram("adapter_load_seconds", text, by_tier)
         self.step_duration = self._histogram("step_duration_seconds", "One engine step, by phase.", ("phase",))
         self.requests = self._counter("requests", "Inference requests by outcome.", (*_BY_CALLER, "outcome"))
         self._count_tokens()
@@ -280,9 +280,7 @@ class Metrics:
         self.adapter_load_failures = self._counter(
             "adapter_load_failures", "Loads of an adapter that failed, on the way to the device.", _BY_OWNER
         )
-        self.adapter_evictions = self._counter(
-            "adapter_evictions", "Adapters evicted from a tier.", (*_BY_OWNER, "tier")
-        )
+        self.adapter_evictions = self._counter("adapter_evictions", "Adapters evicted from a tier.", by_tier)
         self.adapter_not_finite = self._counter(
             "adapter_not_finite", "Sequences of one adapter, in no mix, ended by NaN or infinite logits.", _BY_OWNER
         )
@@ -297,13 +295,11 @@ class Metrics:
             "Requests held to a grammar, by its kind and by whether it was ready (`hit`) or had to be made (`miss`).",
             ("kind", "cache"),
         )
-        self.grammar_compile = self._histogram(
-            "grammar_compile_seconds", "Making a grammar ready, or finding that it cannot be followed.", ("result",)
-        )
+        text = "Making a grammar ready, or finding that it cannot be followed."
+        self.grammar_compile = self._histogram("grammar_compile_seconds", text, ("result",))
         self.uploads = self._counter("uploads", "Adapter uploads by result.", ("tenant", "result"))
-        self.adapter_files_damaged = self._counter(
-            "adapter_files_damaged", "Reads of an adapter's stored files that were not those that were stored.", ()
-        )
+        text = "Reads of an adapter's stored files that were not those that were stored."
+        self.adapter_files_damaged = self._counter("adapter_files_damaged", text, ())
         self.adapter_orphans = self._gauge("adapter_orphans", "Adapters whose files were set aside.")
         self.quota_fallback = self._counter(
             "quota_fallback", "Requests admitted by this server's part of a quota, as the database did not answer.", ()
@@ -322,8 +318,7 @@ class Metrics:
     def _count_canaries(self) -> None:
         text = "Requests for the name of an adapter with a canary, by the version that answered."
         self.canary_requests = self._counter("canary_requests", text, (*_BY_VERSION, "outcome"))
-        text = "Arrival to first token, of these."
-        self.canary_ttft = self._histogram("canary_time_to_first_token_seconds", text, _BY_VERSION)
+        self.canary_ttft = self._histogram("canary_time_to_first_token_seconds", "First token of these.", _BY_VERSION)
 
     def _count_tokens(self) -> None:
         self.prompt_tokens = self._counter(
@@ -388,8 +383,7 @@ class Metrics:
         has_label = self._versions.see((tenant, adapter, version)) and adapter != OTHER_LABEL
         labels = (tenant, adapter, str(version) if has_label else OTHER_LABEL)
         for outcome in OUTCOMES:  # see `_Series`
-            self.canary_requests.labels(*labels, outcome)
-        self.canary_requests.labels(*labels, request.outcome).inc()
+            self.canary_requests.labels(*labels, outcome).inc(outcome == request.outcome)
         if request.ttft_s is not None:
             self.canary_ttft.labels(*labels).observe(request.ttft_s)
 

@@ -293,6 +293,8 @@ class Settings(BaseSettings):
     """Largest file of data that a tenant may upload."""
     file_days: float = Field(default=30.0, gt=0)
     """Days that a file of data is kept whose upload does not say how long."""
+    job_days: float = Field(default=90.0, gt=0)
+    """Days that a fine-tuning job is listed after it has ended, with its events."""
 
     # state
     data_dir: Path = Field(default_factory=default_data_dir)

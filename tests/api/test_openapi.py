@@ -52,8 +52,10 @@ async def test_every_example_runs(settings: Settings, tmp_path: Path) -> None:
     loaded = write_sound(tmp_path / "allowed" / "loaded", 5.0)
     allowing = settings.model_copy(update={"import_allow": (f"file://{tmp_path / 'allowed'}",)})
     async with running(allowing, "ops:admin") as rig:
-        for seed in (1.0, 2.0):
+        for seed in (1.0, 2.0, 3.0):
             await rig.push("billing", {**sound_files(seed), "README.md": b"# Bills"}, "ops:admin")
+        canary = "PUT /v1/adapters/{name}/canary"  # one that is to be shown before it is begun by its example
+        await rig.call("PUT", "/v1/adapters/billing/canary", "ops:admin", json=BODIES[canary])
         key, _ = KeyStore(rig.catalog.database).create("acme", Role.USER)
         schema = (await rig.call("GET", "/openapi.json")).json()
         rows = {"file": ("rows.jsonl", b'{"prompt": "1+1=", "completion": "2"}\n')}

@@ -133,6 +133,25 @@ def test_a_mix_is_saved_and_shown_with_its_parts(shell: Shell, tmp_path: Path) -
         assert shell.run(who, "adapters", "delete", name, "--yes").exit_code == 0
 
 
+def test_a_canary_is_begun_shown_and_stopped(shell: Shell, tmp_path: Path) -> None:
+    who = "acme:manager"
+    for number in (1, 2):
+        folder = write_sound(tmp_path / f"v{number}", 20.0 + number)
+        assert shell.run(who, "adapters", "push", str(folder), "--name", "tried").exit_code == 0
+    begun = shell.run(who, "adapters", "canary", "tried@2", "--share", "0.25", "--hours", "2", "--note", "try it")
+    assert begun.exit_code == 0, begun.output
+    assert begun.stdout.startswith("tried@2 at 0.25 runs until ")
+    found = shell.json(who, "adapters", "canary", "tried")
+    assert (found["version"], found["active_version"], found["share"], found["ended"]) == (2, 1, 0.25, None)
+    assert shell.json(who, "adapters", "show", "tried")["canary"] == {"version": 2, "share": 0.25}
+    stopped = shell.run(who, "adapters", "canary", "tried", "--stop")
+    assert "(stopped)" in stopped.stdout
+    assert "try it" in shell.run(who, "adapters", "history", "tried").stdout
+    for wrong in (("tried@2",), ("tried", "--share", "0.1"), ("tried@2", "--share", "0.1", "--stop"), ("no/name",)):
+        assert shell.run(who, "adapters", "canary", *wrong).exit_code == 2, wrong
+    assert shell.run(who, "adapters", "canary", "tried@1", "--share", "0.1").exit_code == 6
+
+
 def test_what_is_pushed_comes_back_byte_for_byte(shell: Shell, tmp_path: Path) -> None:
     folder = write_sound(tmp_path / "bytes", 6.0)
     (folder / CONFIG_FILE).write_text(json.dumps(json.loads((folder / CONFIG_FILE).read_text()), indent=7))

@@ -258,3 +258,31 @@ async def test_guessed_names_cost_few_looks(pair: tuple[Rig, Rig], monkeypatch: 
     assert {answer.status_code for answer in answers} == {404}
     most = 3 + (time.monotonic() - began) / 0.1
     assert 1 <= looks <= most
+
+
+async def test_a_user_has_one_version_of_a_canary_on_both_and_both_count_it(pair: tuple[Rig, Rig]) -> None:
+    a, b = pair
+    for _ in range(2):
+        await a.push("tried", some_files(), "acme:manager")
+    body = {"version": 2, "share": 0.5}
+    begun = await a.call("PUT", "/v1/adapters/tried/canary", "acme:manager", json=body)
+    assert begun.status_code == 200, begun.text
+
+    async def heard(rig: Rig, user: str) -> str:
+        asked = {"model": "tried", "prompt": "hi", "max_tokens": 2, "user": user}
+        headers = rig.headers("acme:manager") | token(begun)
+        return str(
+            (await rig.client.post("/v1/completions", json=asked, headers=headers)).headers["x-manylora-adapter"]
+        )
+
+    users = [f"u{n}" for n in range(60)]
+    here, there = [[await heard(rig, user) for user in users] for rig in (a, b)]
+    assert here == there
+    assert set(here) == {"tried@1", "tried@2"}
+    for rig in (a, b):
+        found = (await rig.call("GET", "/v1/adapters/tried/canary", "acme:manager")).json()
+        counts = {f"tried@{arm['version']}": arm["requests"] for arm in found["versions"]}
+        assert counts == {label: 2 * here.count(label) for label in set(here)}
+    ended = await b.call("PATCH", "/v1/adapters/tried", "acme:manager", json={"active_version": 2})
+    assert (await ask(a, "tried", token(ended))).headers["x-manylora-adapter"] == "tried@2"
+    assert (await a.call("GET", "/v1/adapters/tried/canary", "acme:manager")).json()["reason"] == "promoted"

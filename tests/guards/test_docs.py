@@ -137,6 +137,7 @@ def routes() -> Iterator[str]:
     from manylora.api import (
         adapters,
         anthropic,
+        canaries,
         classify,
         dashboard_routes,
         data_files,
@@ -160,6 +161,7 @@ def routes() -> Iterator[str]:
     built = (
         adapters.build_router(catalog),
         history.build_router(catalog),
+        canaries.build_router(catalog),
         inspection.build_router(catalog, catalog),
         tenants.build_router(catalog),
         data_files.build_router(catalog),
@@ -176,7 +178,7 @@ def routes() -> Iterator[str]:
 
 def documented_routes() -> set[str]:
     text = (DOCS / "api.md").read_text(encoding="utf-8")
-    spoken = re.findall(r"`(GET|POST|PATCH|DELETE) (/[^`? ]*)", text)
+    spoken = re.findall(r"`(GET|POST|PUT|PATCH|DELETE) (/[^`? ]*)", text)
     found = {f"{method} {shape(path)}" for method, path in spoken}
     # A row may write `DELETE /x`, `…/versions/{n}` for two routes.
     for method, path, more in re.findall(r"`(\w+) (/[^`]*)`, `…(/[^`]*)`", text):

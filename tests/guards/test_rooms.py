@@ -24,6 +24,7 @@ REASONS = {
     "cli.mixes": "one command and what shows its results; the module of the other commands is long enough without it",
     "kernels.native_attention": "one of two implementations of the same attention, chosen by the backend",
     "kernels.tiles": "arithmetic on the host, without Triton, which the module that launches programs needs",
+    "lifecycle.train.memory": "an estimate from a base's config, which is nothing of how a training runs",
     "lora.memory.eviction": "arithmetic without locks and tiers, tested by itself",
     "usage.training": "rows of the bill that jobs write, in the package whose bill it is",
     "models.masks": "what a mask comes to, told without a model; the survey is long enough without it",

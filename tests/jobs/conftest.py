@@ -8,9 +8,9 @@ import pytest
 from manylora.database.database import Database, open_database
 from manylora.settings import Settings
 from tests.catalog import postgres
-from tests.catalog.conftest import cluster
+from tests.catalog.conftest import cluster, s3, s3_server
 
-__all__ = ["cluster"]
+__all__ = ["cluster", "s3", "s3_server"]
 
 
 @pytest.fixture

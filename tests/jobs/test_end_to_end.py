@@ -136,7 +136,8 @@ def test_a_job_from_a_terminal(server: Server, tmp_path: Path) -> None:
         env = {"MANYLORA_URL": str(server.client.base_url), "COLUMNS": "300"}
         return CliRunner().invoke(build(), ["jobs", *words], env=env)
 
-    done = run("submit", str(rows), "--name", "typed", "--epochs", "1", "--rank", "2", "--follow")
+    so = ("--name", "typed", "--epochs", "1", "--lr-multiplier", "20", "--seed", "1", "--follow")
+    done = run("submit", str(rows), "--rank", "2", *so)
     assert done.exit_code == 0, done.output
     assert "Step 4/4: training loss=" in done.stdout
     assert "succeeded: typed@1" in done.stdout
@@ -144,12 +145,25 @@ def test_a_job_from_a_terminal(server: Server, tmp_path: Path) -> None:
     assert newest["fine_tuned_model"] == "typed@1"
     assert "n_epochs 1" in run("show", newest["id"]).stdout
     assert run("events", newest["id"]).stdout.splitlines()[-1].endswith("The job has succeeded: typed@1")
+    further = run("submit", str(rows), "--start", "typed@1", "--eval", str(rows), *so)
+    assert "succeeded: typed@2" in further.stdout, further.output
+    assert _first_loss(further.stdout) < _first_loss(done.stdout), "it begins where the other has ended"
+    (latest, *_) = json.loads(run("list", "--json").stdout)
+    assert (latest["manylora"]["started_from"], latest["manylora"]["rank"]) == ("typed@1", 2)
+    told = [json.loads(line) for line in run("events", latest["id"], "--json").stdout.splitlines()]
+    found = [event["data"]["report"] for event in told if "report" in (event["data"] or {})]
+    reports = {report["file"]: report for report in found}
+    assert reports["training_file"]["rows"]["used"] == reports["validation_file"]["shared"]["count"] == 32
     assert run("cancel", newest["id"]).exit_code == 6
     assert run("show", "ftjob-x").exit_code == 4
     assert run("submit", str(rows), "--rank", "0").exit_code == 2
     failed = run("submit", str(rows), "--targets", "nowhere", "--follow")
     assert failed.exit_code == 1
     assert "nowhere" in failed.stdout
+
+
+def _first_loss(shown: str) -> float:
+    return float(shown.partition("training loss=")[2].split()[0].rstrip(","))
 
 
 def test_a_job_is_cancelled_while_it_runs(client: openai.OpenAI, tmp_path: Path) -> None:

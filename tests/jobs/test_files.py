@@ -14,9 +14,10 @@ import pytest
 from manylora.catalog.cache import DownloadCache
 from manylora.catalog.local_store import LocalStore
 from manylora.catalog.remote_store import RemoteStore
+from manylora.catalog.store import open_store
 from manylora.database.database import Database
 from manylora.database.tables import FileRow
-from manylora.errors import QuotaExceeded, RateLimited, StoreUnavailable
+from manylora.errors import NotFound, QuotaExceeded, RateLimited, StoreUnavailable
 from manylora.jobs import files as files_module
 from manylora.jobs.files import MAX_TRANSFERS, DataFiles
 from manylora.jobs.records import DataFile
@@ -80,6 +81,30 @@ async def test_a_page_of_files_leaves_their_labels_out(files: DataFiles, databas
     assert (await files.get("acme", "file-1")).facts["labels"] == ["fruit", "tool"]
 
 
+@ON_SQLITE
+@pytest.mark.slow
+async def test_files_in_an_object_store_come_back_whole_and_go(database: Database, s3: str, tmp_path: Path) -> None:
+    store = open_store(f"{s3}/store", tmp_path / "cache")
+    files = DataFiles(database, store, tmp_path / "received", max_bytes=2**24, kept_days=1.0)
+    upload = Upload(num_more=40)
+    kept = await upload.sent_to(files)
+    assert kept.size_bytes == len(ROWS) + 40 * 2**18
+    await files.fetch(kept, tmp_path / "back.jsonl")
+    assert (tmp_path / "back.jsonl").read_bytes() == ROWS + b" " * 40 * 2**18
+    assert list((tmp_path / "received").iterdir()) == []
+
+    store.write(kept.place, ROWS)
+    with pytest.raises(StoreUnavailable, match="damaged"):
+        await files.fetch(kept, tmp_path / "back.jsonl")
+
+    await files.delete("acme", kept.id)
+    assert store.names("files") == set()
+    with pytest.raises(NotFound):
+        await files.get("acme", kept.id)
+    await files.aclose()
+    store.close()
+
+
 async def test_two_servers_sweep_the_same_files(files: DataFiles, database: Database, store: OddStore) -> None:
     add(database, "file-1", "file-2", expires=1)
     store.other = files.sweep
@@ -135,9 +160,9 @@ async def test_a_tenants_files_are_examined_in_turn_with_those_of_others(
     files: DataFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order = list[str]()
-    monkeypatch.setattr(files, "_examined", lambda path: order.append(path.name))
+    monkeypatch.setattr(files, "_examined", lambda path, _name: order.append(path.name))
     asked = [("acme", "1"), ("acme", "2"), ("acme", "3"), ("other", "4")]
-    await asyncio.gather(*(files._facts(tenant, Path(name)) for tenant, name in asked))
+    await asyncio.gather(*(files._facts(tenant, Path(name), name) for tenant, name in asked))
     assert order == ["1", "4", "2", "3"]
 
 

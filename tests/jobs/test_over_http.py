@@ -85,7 +85,8 @@ async def until(rig: Rig, job_id: str, is_so: Callable[[dict[str, Any]], bool]) 
 REFUSED_UPLOADS: list[tuple[bytes, str, dict[str, str], str, str]] = [
     (lines([*ROWS, {"prompt": "x"}]), "rows.jsonl", {}, "file", "row 3: missing completion"),
     (b'{"prompt": "a", "completion": "b"}\n{"prompt"\n', "rows.jsonl", {}, "file", "row 2, column"),
-    (b"", "rows.jsonl", {}, "file", "is empty"),
+    (b"", "mine.jsonl", {}, "file", "mine.jsonl is empty"),
+    (lines([{"question": "a", "answer": "b"}]), "q.jsonl", {}, "file", "q.jsonl: the first row has the fields answer"),
     (lines(ROWS), "rows.xlsx", {}, "file", "ends in .jsonl"),
     (lines(ROWS), "rows.jsonl", {"purpose": "assistants"}, "purpose", "fine-tune"),
     (lines(ROWS), "rows.jsonl", {"expires_after[anchor]": "now"}, "expires_after[anchor]", "created_at"),
@@ -106,6 +107,7 @@ async def test_an_upload_is_refused_by_its_field(rig: Rig) -> None:
         assert answer.status_code == 400, (name, fields)
         assert answer.json()["error"]["param"] == param
         assert said in answer.json()["error"]["message"]
+        assert "`" not in answer.json()["error"]["message"], "what it calls things is the command line's"
     assert (await rig.call("GET", "/v1/files", "acme:manager")).json()["data"] == []
     assert list((rig.settings.data_dir / "received").iterdir()) == []
 
@@ -155,6 +157,10 @@ REFUSED_JOBS: list[tuple[dict[str, Any], str]] = [
     ({"seed": -1}, "seed"),
     ({"method": {"type": "reinforcement"}}, "method.type"),
     ({"method": {"type": "supervised", "dpo": {}}}, "method.dpo"),
+    ({"method": {"type": "dpo", "supervised": {}}}, "method.supervised"),
+    ({"method": {"type": "dpo"}}, "method.type"),  # of rows with one answer
+    ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}}}, "method.dpo.hyperparameters.beta"),
+    ({"method": {"type": "dpo"}, "manylora": {"init": "pissa"}}, "manylora.init"),
     ({"integrations": [{"type": "wandb"}]}, "integrations"),
     ({"hyperparameters": {"n_epochs": 0}}, "hyperparameters.n_epochs"),
     ({"hyperparameters": {"n_epochs": "many"}}, "hyperparameters.n_epochs"),

@@ -7,10 +7,10 @@ from functools import partial
 from typing import Any
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import select, update
 
 from manylora.database.database import Database
-from manylora.database.tables import FileRow, JobRow
+from manylora.database.tables import FileRow, JobEventRow, JobRow
 from manylora.errors import Conflict, NotFound, QuotaExceeded
 from manylora.identity import SERVER
 from manylora.jobs import leases, records
@@ -62,17 +62,20 @@ def run_out(database: Database) -> None:
         session.execute(update(JobRow).values(lease_until=0))
 
 
-def test_fifty_tenants_with_many_jobs_have_one_turn_after_the_other(database: Database, queue: JobQueue) -> None:
+@pytest.mark.parametrize("rounds", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_fifty_tenants_with_many_jobs_have_one_turn_after_the_other(
+    database: Database, queue: JobQueue, rounds: int
+) -> None:
     names = [f"t{n:02}" for n in range(50)]
     for tenant in names:  # one after the other: who came first has no advantage but within a round
-        for _ in range(3):
+        for _ in range(rounds):
             submit(database, tenant)
     order = []
     while (claim := queue.claim("w1", "base")) is not None:
         order.append(claim.job.tenant)
         queue.fail(claim, Failure("x", "y"))
 
-    assert [sorted(order[start : start + 50]) for start in (0, 50, 100)] == [names] * 3
+    assert [sorted(order[start : start + 50]) for start in range(0, 50 * rounds, 50)] == [names] * rounds
 
 
 def test_shares_follow_weight_and_size_and_nobody_saves_up_turns(database: Database, queue: JobQueue) -> None:
@@ -186,6 +189,18 @@ def test_what_cannot_be_published_is_tried_only_so_often(
     assert board.get("acme", job.id).status == "failed"
 
 
+def test_tenants_take_turns_at_being_published_and_judged(database: Database, queue: JobQueue) -> None:
+    for tenant in ("busy", "busy", "busy", "one", "a"):
+        submit(database, tenant)
+    while (claim := queue.claim("w1", "base")) is not None:
+        assert queue.hand_in(claim, {})
+    order, last = [], ""
+    while (claim := queue.claim_result("p1", "base", after=last)) is not None:
+        last = claim.job.tenant
+        order.append(last)
+    assert order == ["a", "busy", "one", "busy", "busy"]
+
+
 def test_a_run_that_has_lost_its_job_is_swept_again(database: Database, queue: JobQueue, board: Board) -> None:
     for write in (
         lambda claim: queue.checkpoint(claim, "x"),
@@ -200,6 +215,34 @@ def test_a_run_that_has_lost_its_job_is_swept_again(database: Database, queue: J
         write(claim)
         assert [left.id for left in queue.with_remains(9)] == [job.id]
         queue.forget_remains(job.id)
+
+
+def test_ended_jobs_are_forgotten_with_their_events_and_turns_go_on(
+    database: Database, queue: JobQueue, board: Board
+) -> None:
+    jobs = [submit(database, tenant) for tenant in ("acme", "other", "acme")]
+    for _ in jobs:
+        queue.fail(claimed(queue), Failure("x", "y"))
+    waiting = submit(database)
+    assert queue.forget_ended(0, 9) == 0, "the store may hold something of them"
+    for job in jobs:
+        queue.forget_remains(job.id)
+    assert queue.forget_ended(10**15, 9) == 0, "it is not long ago"
+
+    assert queue.forget_ended(-1, 1) == 1
+    assert queue.forget_ended(-1, 9) == 1, "the last one's turn is where the others' begin"
+
+    left, _ = board.page("acme", 9, None)
+    assert waiting.id in [job.id for job in left]
+    with database.read() as session:
+        kept = set(session.execute(select(JobRow.id)).scalars())
+        assert set(session.execute(select(JobEventRow.job)).scalars()) == kept
+        assert len(kept) == 2
+    assert claimed(queue).job.id == waiting.id
+    with database.read() as session:
+        row = session.get_one(JobRow, waiting.id)
+        assert row.turn_from is not None
+        assert row.turn_from > 0
 
 
 def test_a_job_is_held_through_what_takes_long(

@@ -12,13 +12,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from manylora.errors import InvalidRequest, ManyloraError
+from manylora.errors import InvalidRequest, ManyloraError, NotEnoughMemory
 from manylora.lifecycle.base import Base, load_base
 from manylora.lifecycle.data.batches import padding_share
 from manylora.lifecycle.data.data import read_dataset
 from manylora.lifecycle.output import checkpoint_path, report_folder
 from manylora.lifecycle.progress import Progress, ignore
+from manylora.lifecycle.train import memory
 from manylora.lifecycle.train.config import LoraShape, TrainConfig
+from manylora.lifecycle.train.memory import least_bytes
 from manylora.lifecycle.train.train import _fingerprint, _settings, encode, prepare, train
 from manylora.lifecycle.train.training import Trainer
 from manylora.lora.format.reader import read
@@ -165,6 +167,28 @@ def test_accumulated_batches_make_the_step_of_one_large_batch(config: TrainConfi
 
     assert [r["steps"] for r in reports] == [1, 1]
     assert reports[0]["train_loss"][0][1] == pytest.approx(reports[1]["train_loss"][0][1], rel=1e-5)
+
+
+def test_a_training_that_the_machine_cannot_hold_is_refused_before_its_first_step(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = load_base(config.base, device="cpu", dtype="float32")
+    trainer = _trainer(config, base)
+    examples = list(trainer._train)
+    few, many = (least_bytes(base, examples, replace(config.schedule, batch_size=size), 0) for size in (1, 8))
+    longest = max(len(example) for example in examples)
+    assert few >= longest * base.model.config.num_hidden_layers * base.model.config.hidden_size * 4
+    assert few < many
+
+    told: list[Progress] = []
+    monkeypatch.setattr(memory, "free_bytes", lambda _device: few)
+    train(replace(config, schedule=replace(config.schedule, epochs=1)), overwrite=True, listen=told.append)
+    assert any(event.stage == "warning" and "want of memory" in event.message for event in told)
+    monkeypatch.setattr(memory, "total_bytes", lambda _device: few)
+    told.clear()
+    with pytest.raises(NotEnoughMemory, match=r"at least .* GB beside the base.*`batch_size`"):
+        train(config, overwrite=True, listen=told.append)
+    assert not any(event.stage in ("plan", "train") for event in told)
 
 
 def test_learning_rate_rises_then_falls_as_a_cosine(config: TrainConfig) -> None:
@@ -432,7 +456,7 @@ def test_a_checkpoint_of_before_there_were_other_kinds_is_gone_on_from(config: T
     for part, names in {"lora": ("dora", "init", "trained_tokens"), "schedule": ("lr_ratio",)}.items():
         for name in names:
             del values[part][name]
-    for name in ("reading", "tool_prompt"):
+    for name in ("reading", "tool_prompt", "method", "beta", "start"):
         del values[name]
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
     for path in (config.data, config.eval_data):

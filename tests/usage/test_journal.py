@@ -1,6 +1,7 @@
 """What the database does not take is in a journal on this machine's disk, and comes from there."""
 
 import asyncio
+import dataclasses
 import os
 import threading
 from collections.abc import Iterator
@@ -8,9 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from manylora.database.database import Database, Topic
+from manylora.database.tables import CanaryCountRow
 from manylora.usage.journal import journal_of, read_journal
 from manylora.usage.store import Batch
 
@@ -149,3 +152,21 @@ def test_an_append_that_fails_leaves_the_journal_as_it_was(folder: Path, monkeyp
     assert journal.path.read_bytes() == before
     journal.append([(2, batch)])
     assert [number for number, _ in read_journal(journal.path)] == [1, 2]
+
+
+async def test_what_a_canary_decided_on_is_counted_once_whatever_was_killed(broken: Broken, folder: Path) -> None:
+    ledger = ledger_of(broken, Clock())
+    broken.is_down = True
+    tried = dataclasses.replace(use(tokens=5), canary="canary_1", ttft_s=0.25)  # type: ignore[type-var]
+    for _ in range(3):
+        ledger.add(tried)
+        await ledger.stored()
+    killed(ledger)
+    broken.is_down = False
+    await taken_over(ledger_of(broken, Clock()), folder)
+    with broken.read() as session:
+        [row] = session.execute(select(CanaryCountRow)).scalars()
+        assert (row.canary, row.version, row.outcome) == ("canary_1", 3, "ok")
+        assert (row.requests, row.prompt_tokens, row.completion_tokens, row.cached_tokens) == (3, 30, 15, 3)
+        assert (row.first_tokens, row.ttft_us) == (3, 750_000)
+    assert rows(broken)[0][5] == 3, "beside what everybody's usage has"

@@ -10,7 +10,7 @@ from manylora.api.audio_form import AudioRequest, Upload, received
 from manylora.api.auth import Caller
 from manylora.api.defaults import with_defaults
 from manylora.api.lanes import MEDIA
-from manylora.api.naming import looked_up, missing, named_by
+from manylora.api.naming import asker, looked_up, missing, named_by
 from manylora.api.record import ClientGone
 from manylora.api.requests import Prompt
 from manylora.api.run import Run
@@ -21,6 +21,7 @@ from manylora.errors import InvalidRequest, WrongModelType, quoted
 from manylora.sound.reading import read
 from manylora.sound.spectrogram import spectrogram
 from manylora.sound.windows import Window, windows
+from manylora.tenants.interface import Principal
 
 __all__ = ["router"]
 
@@ -49,7 +50,7 @@ async def create_transcription(request: Request, caller: Caller, services: Servi
     """What is said in a file, in its own language."""
     run = Run(request, caller, services)
     async with run.ends_on_error():
-        return await _written_down(run, request, services, caller.tenant, task="transcribe")
+        return await _written_down(run, request, services, caller, task="transcribe")
 
 
 @router.post("/v1/audio/translations", openapi_extra=_documented(_FIELDS))
@@ -57,10 +58,10 @@ async def create_translation(request: Request, caller: Caller, services: Service
     """What is said in a file, in English."""
     run = Run(request, caller, services)
     async with run.ends_on_error():
-        return await _written_down(run, request, services, caller.tenant, task="translate")
+        return await _written_down(run, request, services, caller, task="translate")
 
 
-async def _written_down(run: Run, request: Request, services: Services, tenant: str, *, task: str) -> Response:
+async def _written_down(run: Run, request: Request, services: Services, caller: Principal, *, task: str) -> Response:
     """The response to a form of either route."""
     speech = _speech_of(services.engine.model)
     upload = await received(request, _FIELDS | (_OF_TRANSCRIPTS if task == "transcribe" else {}))
@@ -71,14 +72,22 @@ async def _written_down(run: Run, request: Request, services: Services, tenant: 
         named_by,
         body,
         services.directory,
-        tenant,
+        caller.tenant,
         services.engine.model.name,
         services.settings.resolved_model_aliases,
+        who=asker(body, caller),
     )
     run.named = await looked_up(find, services.following)
     with_defaults(body, services.directory, run.named)  # of which a transcript has none, but some may be locked
     heard, prompts = await MEDIA.run(
-        tenant, _prompts, upload, body, services.engine.model, services.engine.codec, task, services.engine.max_choices
+        caller.tenant,
+        _prompts,
+        upload,
+        body,
+        services.engine.model,
+        services.engine.codec,
+        task,
+        services.engine.max_choices,
     )
     if await request.is_disconnected():
         raise ClientGone

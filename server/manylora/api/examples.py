@@ -46,7 +46,7 @@ BODIES: Final[Mapping[str, Mapping[str, Any]]] = {
     "POST /v1/adapters": {"name": "imported", "source": "hf://owner/repository", "note": "first try"},
     "PATCH /v1/adapters/{name}": {"active_version": 2, "note": "better on the March letters"},
     "POST /v1/adapters/{name}/rollback": {"note": "worse than before"},
-    "PUT /v1/adapters/{name}/canary": {"version": 2, "share": 0.1, "note": "trained on the March letters"},
+    "PUT /v1/adapters/{name}/canary": {"version": 3, "share": 0.1, "note": "trained on the March letters"},
     "POST /v1/fine_tuning/jobs": {
         "model": "base-model",
         "training_file": PARAMETERS["file_id"],

@@ -11,17 +11,19 @@ from fastapi.responses import JSONResponse, Response
 from manylora.api.auth import Manager, author_of
 from manylora.api.bodies import read_body
 from manylora.api.fields import renamed
-from manylora.api.fine_tuning_schemas import JobBody, order_of
+from manylora.api.fine_tuning_schemas import JobBody, check_goes_on, order_of
 from manylora.api.json_body import documented
-from manylora.api.naming import without_alias
+from manylora.api.naming import looked_up, parse_model, resolve, without_alias
 from manylora.api.state import Services, ServicesDep
 from manylora.catalog.service import Catalog
 from manylora.database.tables import MICROSECONDS
-from manylora.errors import InvalidRequest, WrongModelType, quoted
-from manylora.identity import check_name
+from manylora.errors import AdapterNotFound, InvalidRequest, WrongModelType, quoted
+from manylora.identity import AdapterRef, check_name
 from manylora.jobs.board import Board, NewJob
 from manylora.jobs.records import Event, Job
 from manylora.tenants.interface import Principal
+from manylora.usage.prices import Prices
+from manylora.usage.report import UsageLine
 
 __all__ = ["build_router"]
 
@@ -29,21 +31,23 @@ MAX_PAGE: Final = 1000
 _NUMBER: Final = re.compile(r"[0-9]{1,18}", re.ASCII)
 _Limit = Annotated[int, Query(ge=1, le=MAX_PAGE)]
 T = TypeVar("T")
+_View = Callable[[Job], dict[str, Any]]
 
 
-def build_router(catalog: Catalog, board: Board) -> APIRouter:
-    """The routes over the board of jobs."""
+def build_router(catalog: Catalog, board: Board, prices: Prices | None = None) -> APIRouter:
+    """The routes over the board of jobs. With `prices` they say what a job has cost so far."""
     router = APIRouter(tags=["fine-tuning"])
+    view = partial(_view, prices=prices)
 
     async def run(work: Callable[..., T], *args: Any) -> T:
         return await catalog.database.run(partial(work, *args))
 
-    _add_submission(router, catalog, board)
-    _add_reads(router, board, run)
+    _add_submission(router, catalog, board, view)
+    _add_reads(router, board, run, view)
 
     def add_change(action: str, change: Callable[[str, str], Job], said: str) -> None:
         async def change_job(job_id: str, caller: Manager) -> Response:
-            return _private(_view(await run(change, caller.tenant, job_id)))
+            return _private(view(await run(change, caller.tenant, job_id)))
 
         change_job.__doc__ = said
         path = f"/v1/fine_tuning/jobs/{{job_id}}/{action}"
@@ -55,26 +59,37 @@ def build_router(catalog: Catalog, board: Board) -> APIRouter:
     return router
 
 
-def _add_submission(router: APIRouter, catalog: Catalog, board: Board) -> None:
+def _add_submission(router: APIRouter, catalog: Catalog, board: Board, view: _View) -> None:
     @router.post("/v1/fine_tuning/jobs", openapi_extra=documented("JobBody"))
     async def create_job(request: Request, caller: Manager, services: ServicesDep) -> Response:
-        """Ask for a training of the base on a file of rows. What would end it is refused now, by its field."""
+        """Ask for a training on a file of rows, of the base or on from an adapter.
+
+        What would end it is refused now, by its field.
+        """
         body = await read_body(request, JobBody)
-        new = _new_job(body, caller, services, catalog.base)
-        return _private(_view(await catalog.database.run(partial(board.submit, new))))
+        try:
+            start = await looked_up(partial(_start_of, body, caller, services), services.following)
+        except AdapterNotFound as error:  # which is a field of this request, and not what the path names
+            raise InvalidRequest(error.message, param="model") from None
+        new = _new_job(body, caller, services, catalog.base, start)
+        return _private(view(await catalog.database.run(partial(board.submit, new))))
 
 
-def _new_job(body: JobBody, caller: Principal, services: Services, base: str) -> NewJob:
+def _start_of(body: JobBody, caller: Principal, services: Services) -> AdapterRef | None:
+    """The version that `model` names, None for the base. Raises AdapterNotFound, or InvalidRequest for a mix."""
+    base, aliases = services.engine.model.name, services.settings.resolved_model_aliases
+    named = without_alias(services.directory, caller.tenant, base, aliases, body.model)
+    wanted = parse_model(named, base)
+    if wanted is None:
+        return None
+    check_goes_on(body)
+    return resolve(services.directory, caller.tenant, wanted, written=body.model, param="model")
+
+
+def _new_job(body: JobBody, caller: Principal, services: Services, base: str, start: AdapterRef | None) -> NewJob:
     model = services.engine.model
     if model.kind != "generate":
         raise WrongModelType("The base is an encoder, and jobs train bases that write text.", param="model")
-    aliases = services.settings.resolved_model_aliases
-    if without_alias(services.directory, caller.tenant, model.name, aliases, body.model) != model.name:
-        raise InvalidRequest(
-            f"A job trains the base '{model.name}', not '{quoted(body.model)}'. What comes out is named by 'suffix' or "
-            "'manylora.name'.",
-            param="model",
-        )
     name = body.manylora.name or body.suffix
     if name is not None:
         try:
@@ -101,20 +116,21 @@ def _new_job(body: JobBody, caller: Principal, services: Services, base: str) ->
             "manylora": asked,
         },
         author=author_of(caller),
+        start=start,
     )
 
 
-def _add_reads(router: APIRouter, board: Board, run: Callable[..., Any]) -> None:
+def _add_reads(router: APIRouter, board: Board, run: Callable[..., Any], view: _View) -> None:
     @router.get("/v1/fine_tuning/jobs")
     async def list_jobs(caller: Manager, limit: _Limit = 20, after: str | None = None) -> Response:
         """The caller's jobs, newest first."""
         jobs, has_more = await run(board.page, caller.tenant, limit, after)
-        return _private(_page([_view(job) for job in jobs], has_more))
+        return _private(_page([view(job) for job in jobs], has_more))
 
     @router.get("/v1/fine_tuning/jobs/{job_id}")
     async def get_job(job_id: str, caller: Manager) -> Response:
         """One job, as it stands now."""
-        return _private(_view(await run(board.get, caller.tenant, job_id)))
+        return _private(view(await run(board.get, caller.tenant, job_id)))
 
     @router.get("/v1/fine_tuning/jobs/{job_id}/events")
     async def list_events(job_id: str, caller: Manager, limit: _Limit = 20, after: str | None = None) -> Response:
@@ -145,7 +161,7 @@ def _private(body: dict[str, Any]) -> Response:
     return JSONResponse(body, headers={"cache-control": "no-store"})
 
 
-def _view(job: Job) -> dict[str, Any]:
+def _view(job: Job, *, prices: Prices | None) -> dict[str, Any]:
     said, order, result = job.request["said"], job.request["order"], job.result
     schedule = order["schedule"]
     hyperparameters = {
@@ -153,6 +169,9 @@ def _view(job: Job) -> dict[str, Any]:
         "batch_size": schedule["batch_size"],
         "learning_rate_multiplier": said["learning_rate_multiplier"],
     }
+    method = order.get("method", "supervised")  # of a job of an earlier release, which knew one
+    more = {"beta": order["beta"]} if method == "dpo" else {}
+    start = job.request.get("start")
     is_done = job.status == "succeeded"
     return {
         "id": job.id,
@@ -163,7 +182,7 @@ def _view(job: Job) -> dict[str, Any]:
         "error": dict(job.error) or None,
         "fine_tuned_model": result["label"] if is_done else None,
         "hyperparameters": hyperparameters,
-        "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+        "method": {"type": method, method: {"hyperparameters": {**hyperparameters, **more}}},
         "model": said["model"],
         "organization_id": job.tenant,
         "result_files": [result["report"]] if is_done else [],
@@ -179,9 +198,14 @@ def _view(job: Job) -> dict[str, Any]:
             **said["manylora"],
             "name": job.request["name"],
             "activate": job.request["activate"],
-            "rank": order["lora"]["rank"],
+            "rank": start["rank"] if start else order["lora"]["rank"],
+            "started_from": start["label"] if start else None,
             "max_length": order["max_length"],
             "step": job.step,
+            "tokens": job.tokens,
+            "planned_tokens": job.planned_tokens or None,
+            "seconds": job.microseconds / MICROSECONDS,
+            "cost": None if prices is None else prices.cost(UsageLine(training_tokens=job.tokens)),
             "promotion": result.get("promotion"),
             "started_at": _seconds(job.started),
         },

@@ -14,10 +14,11 @@ from manylora.api.strict import Strict
 from manylora.errors import InvalidRequest
 from manylora.jobs.order import Activate, Order
 from manylora.lifecycle.parameters import Init, Render
-from manylora.lifecycle.train.config import LoraShape, Schedule, check_settings
+from manylora.lifecycle.parameters import Method as LearningMethod
+from manylora.lifecycle.train.config import LoraShape, Schedule, check_method, check_settings
 from manylora.settings import Settings
 
-__all__ = ["JobBody", "order_of"]
+__all__ = ["JobBody", "check_goes_on", "order_of"]
 
 MAX_EPOCHS: Final = 50
 MAX_BATCH_SIZE: Final = 256
@@ -26,7 +27,10 @@ MAX_TARGETS: Final = 256
 MAX_TARGET_LENGTH: Final = 256
 MAX_INSTRUCTION: Final = 16_384
 MAX_SUFFIX: Final = 64
-_SUPERVISED: Final = "method.supervised.hyperparameters"
+MAX_SAMPLES: Final = 8
+_SHAPE: Final = ("rank", "alpha", "targets", "dropout", "rslora", "dora", "init", "trained_tokens")
+# Preferences move a model more than answers do: this part of the supervised learning rate is the usual one.
+_PREFERENCE_LR: Final = 0.1
 
 
 Metric: TypeAlias = Literal[
@@ -58,11 +62,24 @@ class Supervised(Strict):
     hyperparameters: Hyperparameters | None = None
 
 
-class Method(Strict):
-    """How a job learns: from answers as they stand in the rows."""
+class PreferenceHyperparameters(Hyperparameters):
+    """`beta`: how dearly it pays to leave the base's answers."""
 
-    type: Literal["supervised"]
+    beta: Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, _AUTO] = None
+
+
+class Preference(Strict):
+    """How `method.type` `dpo` learns."""
+
+    hyperparameters: PreferenceHyperparameters | None = None
+
+
+class Method(Strict):
+    """How a job learns: from answers as they stand in the rows, or from which of two is preferred."""
+
+    type: Literal["supervised", "dpo"]
     supervised: Supervised | None = None
+    dpo: Preference | None = None
 
 
 class Extension(Strict):
@@ -93,6 +110,7 @@ class Extension(Strict):
     weight_decay: float | None = None
     early_stop: int | None = None
     eval_every: int | None = None
+    sample: Annotated[int, Field(ge=0, le=MAX_SAMPLES)] | None = None
 
 
 class JobBody(Body):
@@ -123,32 +141,46 @@ class JobBody(Body):
     @property
     def chosen(self) -> Hyperparameters:
         """From wherever they were sent."""
-        supervised = None if self.method is None else self.method.supervised
-        new = None if supervised is None else supervised.hyperparameters
+        chosen = None if self.method is None else self.method.supervised or self.method.dpo
+        new = None if chosen is None else chosen.hyperparameters
         return new or self.hyperparameters or Hyperparameters()
+
+    @property
+    def learns_by(self) -> LearningMethod:
+        return "supervised" if self.method is None else self.method.type
 
 
 def order_of(body: JobBody, settings: Settings, context_length: int) -> Order:
     """What is to be trained, with every default in its place. Raises InvalidRequest naming the field at fault."""
+    _check_method_is_one(body)
     chosen, more = body.chosen, body.manylora
     plain = Schedule(seed=secrets.randbelow(2**31) if body.seed is None else body.seed)
-    lr = plain.lr * (chosen.learning_rate_multiplier or 1.0)
+    method, beta = body.learns_by, getattr(chosen, "beta", None) or Order().beta
+    lr = plain.lr * (_PREFERENCE_LR if method == "dpo" else 1.0) * (chosen.learning_rate_multiplier or 1.0)
     schedule = _with(
         replace(plain, lr=lr, epochs=chosen.n_epochs or plain.epochs, batch_size=chosen.batch_size or plain.batch_size),
         more,
         ("accumulate", "lr_ratio", "warmup", "weight_decay", "early_stop", "eval_every"),
     )
-    shape = ("rank", "alpha", "targets", "dropout", "rslora", "dora", "init", "trained_tokens")
-    lora: LoraShape = _with(LoraShape(), more, shape)
+    lora: LoraShape = _with(LoraShape(), more, _SHAPE)
     order: Order = _with(
-        Order(lora, schedule, tool_prompt=settings.tool_prompt, max_length=min(Order().max_length, context_length)),
+        Order(
+            lora,
+            schedule,
+            tool_prompt=settings.tool_prompt,
+            max_length=min(Order().max_length, context_length),
+            method=method,
+            beta=beta,
+        ),
         more,
-        ("render", "instruction", "max_length"),
+        ("render", "instruction", "max_length", "sample"),
     )
     try:
         check_settings(order.lora, order.schedule, order.max_length, None)
+        check_method(order.method, order.beta, order.lora)
     except InvalidRequest as error:
-        raise _named(error, "hyperparameters" if body.hyperparameters is not None else _SUPERVISED) from None
+        where = "hyperparameters" if body.hyperparameters is not None else f"method.{method}.hyperparameters"
+        raise _named(error, where) from None
     for name, value, most in (
         ("rank", order.lora.rank, settings.max_rank),
         ("max_length", order.max_length, context_length),
@@ -159,7 +191,27 @@ def order_of(body: JobBody, settings: Settings, context_length: int) -> Order:
         if getattr(order.schedule, name) and body.validation_file is None:
             message = f"'manylora.{name}' {used} 'validation_file': send one."
             raise InvalidRequest(message, param=f"manylora.{name}")
+    if order.sample and body.validation_file is None:
+        message = "'manylora.sample' answers rows of 'validation_file': send one."
+        raise InvalidRequest(message, param="manylora.sample")
     return order
+
+
+def _check_method_is_one(body: JobBody) -> None:
+    other = "dpo" if body.learns_by == "supervised" else "supervised"
+    if body.method is not None and getattr(body.method, other) is not None:
+        message = f"'method.{other}' does not go with 'method.type' {body.learns_by}."
+        raise InvalidRequest(message, param=f"method.{other}")
+
+
+def check_goes_on(body: JobBody) -> None:
+    """Of a job that goes on from an adapter. Raises InvalidRequest for what its matrices say already."""
+    if body.learns_by == "dpo":
+        raise InvalidRequest("'method' dpo compares with the base: 'model' names the base then.", param="method.type")
+    said = next((name for name in _SHAPE if name != "dropout" and getattr(body.manylora, name) is not None), None)
+    if said is not None:
+        message = f"'manylora.{said}' is what the adapter in 'model' has, which the job goes on from. Leave it out."
+        raise InvalidRequest(message, param=f"manylora.{said}")
 
 
 def _with(value: Any, more: Extension, names: tuple[str, ...]) -> Any:
@@ -169,7 +221,7 @@ def _with(value: Any, more: Extension, names: tuple[str, ...]) -> Any:
 
 def _named(error: InvalidRequest, where: str) -> InvalidRequest:
     """The lifecycle's refusal with its parameters called as the request calls them."""
-    own = {"epochs": "n_epochs", "batch_size": "batch_size", "lr": "learning_rate_multiplier"}
+    own = {"epochs": "n_epochs", "batch_size": "batch_size", "lr": "learning_rate_multiplier", "beta": "beta"}
     name = error.param or ""
     field = f"{where}.{own[name]}" if name in own else f"manylora.{name}"
     error.message = error.message.replace(f"`{name}`", f"'{field}'")

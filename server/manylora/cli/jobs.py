@@ -3,6 +3,8 @@
 The server is `MANYLORA_URL`, the key `MANYLORA_KEY`; see `cli.answers` for the exit codes.
 """
 
+import json
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +40,7 @@ def register(program: typer.Typer) -> None:
 def submit(
     data: Annotated[Path, typer.Argument(help="Rows to learn from: .jsonl, .json, .csv, .tsv or .parquet.")],
     held_out: Annotated[Path | None, typer.Option("--eval", help="Held-out rows, to keep the best step.")] = None,
+    start: Annotated[str | None, typer.Option(help="An adapter of the server to go on from, NAME[@VERSION].")] = None,
     name: Annotated[str | None, typer.Option(help="The adapter whose next version comes out.")] = None,
     activate: Annotated[
         str, typer.Option(help="Whether its name means the version: never, always or if_better.")
@@ -45,6 +48,8 @@ def submit(
     epochs: Annotated[int | None, typer.Option(help="Times that each row is seen.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows in one forward pass.")] = None,
     lr_multiplier: Annotated[float | None, typer.Option(help="Multiplies the default learning rate.")] = None,
+    method: Annotated[str, typer.Option(help="How it learns: supervised, or dpo from preferences.")] = "supervised",
+    beta: Annotated[float | None, typer.Option(help="DPO: how dearly it pays to leave the base's answers.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same one gives the same adapter.")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of the low-rank matrices.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Scale numerator; twice the rank when left out.")] = None,
@@ -59,18 +64,20 @@ def submit(
     for path in (data, held_out):
         if path is not None and not path.is_file():
             fail(f"{path} is not a file.", USAGE)
-    chosen = {"n_epochs": epochs, "batch_size": batch_size, "learning_rate_multiplier": lr_multiplier}
+    chosen = {
+        "n_epochs": epochs, "batch_size": batch_size, "learning_rate_multiplier": lr_multiplier, "beta": beta,
+    }  # fmt: skip
     more = {
         "name": name, "activate": activate, "rank": rank, "alpha": alpha, "instruction": instruction, "render": render,
         "max_length": max_length, "targets": None if targets is None else list(words_of(targets)),
     }  # fmt: skip
     with server(as_json=as_json) as remote:
         body: dict[str, Any] = {
-            "model": _base(remote),
+            "model": start or _base(remote),
             "training_file": _uploaded(remote, data),
             "validation_file": None if held_out is None else _uploaded(remote, held_out),
             "seed": seed,
-            "method": {"type": "supervised", "supervised": {"hyperparameters": _given(chosen)}},
+            "method": {"type": method, method: {"hyperparameters": _given(chosen)}},
             "manylora": _given(more),
         }
         job = remote.call("POST", _JOBS, json=_given(body))
@@ -193,7 +200,8 @@ def _follow(remote: Remote, job_id: str, *, as_json: bool) -> dict[str, Any]:
 
 def _tell(event: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
-        print_json(event)
+        sys.stdout.write(json.dumps(event) + "\n")  # a line each, as they come
+        sys.stdout.flush()
         return
     style = {"warn": "yellow", "error": "red"}.get(event["level"])
     text = "".join(c if c.isprintable() else "�" for c in event["message"])

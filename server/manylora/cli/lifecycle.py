@@ -60,8 +60,8 @@ _CHOOSING = Flags(
     without=frozenset(
         f"training.{name}"
         for name in (
-            "eval_data", "lora.rank", "lora.targets", "schedule.max_grad_norm", "schedule.early_stop",
-            "schedule.eval_every", "schedule.checkpoint_every", "title", "command",
+            "eval_data", "start", "method", "beta", "lora.rank", "lora.targets", "schedule.max_grad_norm",
+            "schedule.early_stop", "schedule.eval_every", "schedule.checkpoint_every", "title", "command",
         )
     ),
 )  # fmt: skip

@@ -9,9 +9,9 @@ from sqlalchemy.orm import Session
 
 from manylora.catalog import queries
 from manylora.database.database import Database
-from manylora.database.tables import MICROSECONDS, JobEventRow, JobRow, TenantRow, WorkerRow
+from manylora.database.tables import MICROSECONDS, JobEventRow, JobRow, TenantRow, VersionRow, WorkerRow
 from manylora.errors import Conflict, InvalidRequest, NotFound, QuotaExceeded, quoted
-from manylora.identity import Author
+from manylora.identity import AdapterRef, Author
 from manylora.jobs.files import find_file
 from manylora.jobs.order import Activate, Order
 from manylora.jobs.records import (
@@ -44,7 +44,10 @@ _RETRY_S: Final = 60.0
 
 @dataclass(frozen=True, slots=True)
 class NewJob:
-    """What a tenant submits. `name` None: its id makes one. `said` is the request as answers repeat it."""
+    """What a tenant submits. `name` None: its id makes one. `said` is the request as answers repeat it.
+
+    `start` is the version whose weights the training goes on from; None: it begins with the base.
+    """
 
     tenant: str
     base: str
@@ -57,6 +60,7 @@ class NewJob:
     min_gain: float
     said: Mapping[str, Any]
     author: Author
+    start: AdapterRef | None = None
 
 
 class Board:
@@ -73,7 +77,8 @@ class Board:
             held_out = None
             if new.validation_file is not None:
                 held_out = _data(session, new.tenant, new.validation_file, "validation_file")
-            _check_data(train_set, held_out)
+            _check_data(train_set, held_out, new.order.method)
+            start = None if new.start is None else _start(session, new.start)
             metric = _metric(new, held_out)
             _check_queue(session, new.tenant)
             job_id = new_job_id()
@@ -83,7 +88,7 @@ class Board:
             row = JobRow(
                 id=job_id, tenant=new.tenant, status="queued", base=new.base, author=asdict(new.author),
                 request={"said": dict(new.said), "order": new.order.as_json(), "name": name, "activate": new.activate,
-                         "metric": metric, "min_gain": new.min_gain},
+                         "metric": metric, "min_gain": new.min_gain, "start": start},
                 training_file=new.training_file, validation_file=new.validation_file,
                 cost=float(max(1, train_set.size_bytes) * new.order.schedule.epochs), created=now, started=None,
                 finished=None, turn_from=None, turn_to=None, worker=None, lease_until=0, run=0, num_lost=0,
@@ -187,9 +192,27 @@ def _data(session: Session, tenant: str, file_id: str, param: str) -> DataFile:
     return found
 
 
-def _check_data(train_set: DataFile, held_out: DataFile | None) -> None:
+def _start(session: Session, ref: AdapterRef) -> dict[str, Any]:
+    """What the job keeps of the version that it goes on from. Raises InvalidRequest for one that it cannot."""
+    row = session.get(VersionRow, ref.id)
+    if row is None:
+        raise NotFound(f"The adapter '{ref.label}' was deleted.")
+    if row.kind != "lora" or row.mix or row.virtual_tokens or row.invocation:
+        raise InvalidRequest(
+            f"'{ref.label}' is no plain low-rank adapter ({row.kind}), and only those are gone on from.", param="model"
+        )
+    return {"id": row.id, "label": ref.label, "rank": row.rank}
+
+
+def _check_data(train_set: DataFile, held_out: DataFile | None, method: str) -> None:
     """Raises InvalidRequest for what training would refuse of these files."""
     facts = train_set.facts
+    if (facts["shape"] == "preference") != (method == "dpo"):
+        raise InvalidRequest(
+            f"'training_file' has {facts['shape']} rows. Preferences ('preferred_output', 'non_preferred_output') are "
+            "learnt by 'method' dpo, and all other rows by supervised.",
+            param="method.type",
+        )
     if facts["shape"] == "label" and facts["labels"] is not None and len(facts["labels"]) < 2:
         raise InvalidRequest("'training_file' has only one label: a classifier needs two.", param="training_file")
     if held_out is None:
@@ -218,6 +241,11 @@ def _metric(new: NewJob, held_out: DataFile | None) -> str | None:
     if held_out.facts["num_rows"] > MAX_JUDGED_ROWS:
         message = f"'if_better' compares versions on at most {MAX_JUDGED_ROWS} rows: hold fewer out."
         raise InvalidRequest(message, param="validation_file")
+    if held_out.facts["shape"] == "preference":
+        message = (
+            "'if_better' compares answers, and no preferences: say 'never' or 'always', or try the version on a share."
+        )
+        raise InvalidRequest(message, param="manylora.activate")
     has_labels = held_out.facts["shape"] == "label"
     metric = new.metric or ("accuracy" if has_labels else "perplexity")
     if metric not in (LABEL_METRICS if has_labels else TEXT_METRICS):

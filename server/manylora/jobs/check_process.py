@@ -19,11 +19,12 @@ _NICENESS: Final = 10  # the engine comes first
 
 
 def examined(asked: dict[str, Any]) -> dict[str, Any]:
-    """The `facts` of a file, or its `fault`."""
+    """The `facts` of a file, or its `fault`, which calls it by the `name` that it was sent under."""
+    path = Path(asked["path"])
     try:
-        return {"facts": asdict(examine(Path(asked["path"])))}
+        return {"facts": asdict(examine(path))}
     except InvalidRequest as error:
-        return {"fault": error.message}
+        return {"fault": error.message.replace(path.name, asked["name"], 1)}
 
 
 def main() -> None:

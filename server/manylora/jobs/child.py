@@ -20,10 +20,11 @@ from manylora.lifecycle.output import checkpoint_path
 from manylora.lifecycle.progress import Progress
 from manylora.lifecycle.train.training import Diverged
 
-__all__ = ["main"]
+__all__ = ["MAX_SAMPLE_CHARACTERS", "main"]
 
 _NICENESS: Final = 19
-# Stages whose messages hold numbers alone; those of others quote rows, and no event has any.
+MAX_SAMPLE_CHARACTERS: Final = 1000  # of either text
+# Stages whose messages hold numbers alone; those of others quote rows, which no event does unasked.
 _TOLD: Final = ("data", "estimate", "warning")
 _MOST_LIKELY_KILLED: Final = "1000"  # where memory is short, it is this process that the system ends
 
@@ -92,6 +93,11 @@ def _report(messages: TextIO, event: Progress) -> None:
         _tell(messages, kind="step", step=event.done, total=event.total, values=event.values, **spent)
     elif event.stage == "plan":
         _tell(messages, kind="plan", tokens=int(event.values["tokens"]))
+    elif event.sample is not None:  # asked for, and the tenant's own
+        texts = {name: event.sample[name][:MAX_SAMPLE_CHARACTERS] for name in ("wanted", "answered")}
+        _tell(messages, kind="sample", sample={**event.sample, **texts})
+    elif event.report is not None:
+        _tell(messages, kind="report", report=event.report)
     elif event.message and event.stage in _TOLD:
         _tell(messages, kind="message", is_warning=event.stage == "warning", message=event.message)
 

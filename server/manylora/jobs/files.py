@@ -110,7 +110,7 @@ class DataFiles:
                     raise refusal()
                 row = FileRow(
                     id=new_file_id(), tenant=tenant, filename=form.filename, purpose=FINE_TUNE,
-                    size_bytes=path.stat().st_size, facts=await self._facts(tenant, path),
+                    size_bytes=path.stat().st_size, facts=await self._facts(tenant, path, form.filename),
                     sha256=await asyncio.to_thread(_sha256, path), is_whole=False,
                 )  # fmt: skip
                 await self._database.run(partial(self._begin, row, expires_us))
@@ -127,12 +127,12 @@ class DataFiles:
         await self._moved(partial(self._store.keep_file, f"files/{row.id}", path))
         return row.id
 
-    async def _facts(self, tenant: str, path: Path) -> dict[str, Any]:
+    async def _facts(self, tenant: str, path: Path, name: str) -> dict[str, Any]:
         async with self._examining.setdefault(tenant, asyncio.Lock()):
-            return await asyncio.get_running_loop().run_in_executor(self._checking, self._examined, path)
+            return await asyncio.get_running_loop().run_in_executor(self._checking, self._examined, path, name)
 
-    def _examined(self, path: Path) -> dict[str, Any]:
-        found = self._checker.ask({"path": str(path)})
+    def _examined(self, path: Path, name: str) -> dict[str, Any]:
+        found = self._checker.ask({"path": str(path), "name": quoted(name)})
         if "facts" in found:
             facts: dict[str, Any] = found["facts"]
             return facts

@@ -58,10 +58,11 @@ class Judge:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def _run(self) -> None:
-        look = partial(self._queue.claim_result, self._id, self._catalog.base, "judging")
+        look, last = partial(self._queue.claim_result, self._id, self._catalog.base, "judging"), ""
         while True:
             try:
-                while (claim := await self._catalog.database.run(look)) is not None:
+                while (claim := await self._catalog.database.run(partial(look, after=last))) is not None:
+                    last = claim.job.tenant
                     await self._judge(claim)
             except Unavailable as error:
                 _log.warning("Versions cannot be judged now: %s", error.message)

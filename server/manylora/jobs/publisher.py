@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 from manylora.catalog.records import Payer, Published, Wish
 from manylora.catalog.service import Catalog
 from manylora.catalog.upload import Brought
+from manylora.database.tables import MICROSECONDS
 from manylora.errors import Conflict, ManyloraError, StoreUnavailable, Unavailable
 from manylora.identity import ADAPTER_FILES, Author
 from manylora.jobs.files import DataFiles, make_whole
@@ -31,18 +32,26 @@ _LOOK_EVERY_S: Final = 1.0
 _COUNT_EVERY: Final = 5  # looks
 _SWEEP_EVERY: Final = 60
 _SWEPT_AT_ONCE: Final = 20
+_DAY_US: Final = 86_400 * MICROSECONDS
 _log = logging.getLogger(__name__)
 
 
 class Publisher:
-    """Runs beside the requests, on the event loop, from `start` to `aclose`."""
+    """Runs beside the requests, on the event loop, from `start` to `aclose`.
 
-    def __init__(self, catalog: Catalog, queue: JobQueue, files: DataFiles, metrics: Metrics) -> None:
+    `kept_days` after they ended, jobs are forgotten.
+    """
+
+    def __init__(
+        self, catalog: Catalog, queue: JobQueue, files: DataFiles, metrics: Metrics, *, kept_days: float = 90.0
+    ) -> None:
         self._id = f"publisher_{secrets.token_hex(8)}"
         self._catalog = catalog
         self._queue = queue
         self._files = files
         self._metrics = metrics
+        self._last = ""  # whose job was published last
+        self._kept_us = int(kept_days * _DAY_US)
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -73,9 +82,11 @@ class Publisher:
     async def publish_next(self) -> bool:
         """Publish what the job that has waited longest came to; whether there was one."""
         database = self._catalog.database
-        claim = await database.run(partial(self._queue.claim_result, self._id, self._catalog.base))
+        look = partial(self._queue.claim_result, self._id, self._catalog.base, after=self._last)
+        claim = await database.run(look)
         if claim is None:
             return False
+        self._last = claim.job.tenant
         try:
             async with held(database, self._queue, claim):
                 await self._publish(claim)
@@ -133,12 +144,13 @@ class Publisher:
             self._metrics.show_jobs(counts, await run(partial(self._queue.num_workers, self._catalog.base)))
 
     async def sweep(self) -> None:
-        """Remove files that have expired, and what jobs that have ended left in the store."""
+        """Remove files that have expired, what jobs that have ended left in the store, and at last these jobs."""
         database = self._catalog.database
         await asyncio.to_thread(self._files.sweep)
         for job in await database.run(partial(self._queue.with_remains, _SWEPT_AT_ONCE)):
             await asyncio.to_thread(self._remove, job.place)
             await database.run(partial(self._queue.forget_remains, job.id))
+        await database.run(partial(self._queue.forget_ended, self._kept_us, _SWEPT_AT_ONCE))
 
     def _remove(self, place: str) -> None:
         for name in self._catalog.store.names(place):

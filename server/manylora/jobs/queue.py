@@ -9,14 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias
 
-from sqlalchemy import func, select, text
+from sqlalchemy import case, delete, func, select, text
 from sqlalchemy.orm import Session
 
 from manylora.database.database import Database
-from manylora.database.tables import MICROSECONDS, JobRow, TenantRow, WorkerRow
+from manylora.database.tables import MICROSECONDS, JobEventRow, JobRow, TenantRow, WorkerRow
 from manylora.errors import Conflict
 from manylora.jobs.board import WORKER_GONE_US
-from manylora.jobs.records import LIVE, Job, NewEvent, Status, add_event, job, now_in
+from manylora.jobs.records import ENDED, LIVE, Job, NewEvent, Status, add_event, job, now_in
 from manylora.tenants.limits import limits_in
 from manylora.usage.training import add_training, tokens_of_a_day
 
@@ -246,14 +246,19 @@ class JobQueue:
 
     # publication
 
-    def claim_result(self, publisher: str, base: str, status: Status = "publishing") -> Claim | None:
-        """A trained job that is to be published, or judged; the publisher has it from now on."""
+    def claim_result(
+        self, publisher: str, base: str, status: Status = "publishing", *, after: str = ""
+    ) -> Claim | None:
+        """A trained job that is to be published, or judged; the publisher has it from now on.
+
+        The tenant `after` had the last turn: those behind it by name come first, and of each its oldest.
+        """
         with self._database.read() as session:  # most often there is none, and nothing is to be written
-            if session.execute(_due(status, base, now_in(session))).first() is None:
+            if session.execute(_due(status, base, now_in(session), after)).first() is None:
                 return None
         with self._database.write(None) as session:
             now = now_in(session)
-            row = session.execute(_due(status, base, now).with_for_update(skip_locked=True)).scalars().first()
+            row = session.execute(_due(status, base, now, after).with_for_update(skip_locked=True)).scalars().first()
             if row is None:
                 return None
             row.worker, row.lease_until = publisher, now + _LEASE_US
@@ -329,7 +334,7 @@ class JobQueue:
 
     def with_remains(self, limit: int) -> list[Job]:
         """Jobs that have ended, and whose way the store may still hold."""
-        query = select(JobRow).where(JobRow.has_remains, JobRow.status.in_(("succeeded", "failed", "cancelled")))
+        query = select(JobRow).where(JobRow.has_remains, JobRow.status.in_(ENDED))
         with self._database.read() as session:
             return [job(row) for row in session.execute(query.limit(limit)).scalars()]
 
@@ -338,6 +343,23 @@ class JobQueue:
         with self._database.write(None) as session:
             session.get_one(JobRow, job_id).has_remains = False
 
+    def forget_ended(self, kept_us: int, limit: int) -> int:
+        """Forget jobs that ended so long ago, with what was told of them, and say how many; what they used stays.
+
+        The one with the latest turn stays, too: it is what the virtual time is read from.
+        """
+        latest = select(func.max(JobRow.turn_from)).scalar_subquery()
+        with self._database.read() as session:  # most often there is none; what has ended stays so
+            is_old = JobRow.status.in_(ENDED) & (JobRow.finished < now_in(session) - kept_us) & ~JobRow.has_remains
+            is_spare = JobRow.turn_from.is_(None) | (JobRow.turn_from < latest)
+            query = select(JobRow.id).where(is_old, is_spare).order_by(JobRow.id).limit(limit)
+            found = list(session.execute(query).scalars())
+        if found:
+            with self._database.write(None) as session:
+                session.execute(delete(JobEventRow).where(JobEventRow.job.in_(found)))
+                session.execute(delete(JobRow).where(JobRow.id.in_(found), ~JobRow.has_remains))
+        return len(found)
+
     def counts(self, base: str) -> dict[str, int]:
         """How many jobs for the base have each status that is not an end."""
         query = select(JobRow.status, func.count()).where(JobRow.base == base, JobRow.status.in_(LIVE))
@@ -345,9 +367,10 @@ class JobQueue:
             return dict(session.execute(query.group_by(JobRow.status)).all())
 
 
-def _due(status: Status, base: str, now: int) -> Any:
+def _due(status: Status, base: str, now: int, after: str) -> Any:
     due = (JobRow.status == status) & (JobRow.base == base) & (JobRow.lease_until < now)
-    return select(JobRow).where(due).order_by(JobRow.created).limit(1)
+    had_its_turn = case((JobRow.tenant > after, 0), else_=1)
+    return select(JobRow).where(due).order_by(had_its_turn, JobRow.tenant, JobRow.created).limit(1)
 
 
 def _mine(session: Session, claim: Claim, *, status: str = "running") -> JobRow | None:

@@ -14,6 +14,7 @@ from manylora.database.replicas import NOW
 from manylora.database.tables import MICROSECONDS, FileRow, JobEventRow, JobRow
 
 __all__ = [
+    "ENDED",
     "FINE_TUNE",
     "LIVE",
     "MAX_EVENTS",
@@ -37,6 +38,7 @@ FINE_TUNE: Final = "fine-tune"
 RESULTS: Final = "fine-tune-results"
 # `publishing`: trained, and not yet a version; `judging`: a version that is compared with what its name means.
 Status: TypeAlias = Literal["queued", "running", "publishing", "judging", "paused", "succeeded", "failed", "cancelled"]
+ENDED: Final = ("succeeded", "failed", "cancelled")
 LIVE: Final = ("queued", "running", "publishing", "judging", "paused")
 
 
@@ -67,7 +69,11 @@ class DataFile:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One job. `run` is the how manieth time it was taken up; `estimated_finish` is known while it runs."""
+    """One job. `run` is the how manieth time it was taken up; `estimated_finish` is known while it runs.
+
+    `tokens` and `microseconds` are what it has taken by now, `planned_tokens` all that it learns from, 0 before that
+    is known.
+    """
 
     id: str
     tenant: str
@@ -85,6 +91,9 @@ class Job:
     wants_pause: bool
     checkpoint: str
     step: int
+    planned_tokens: int
+    tokens: int
+    microseconds: int
     estimated_finish: int | None
     result: Mapping[str, Any]
     error: Mapping[str, Any]
@@ -109,12 +118,17 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class NewEvent:
-    """What is to be told. With a `step`, the figures of that step of the training."""
+    """What is to be told. With a `step`, what came of that step of the training, its figures unless said otherwise."""
 
     message: str
     level: Literal["info", "warn", "error"] = "info"
     data: Mapping[str, Any] = field(default_factory=dict)
     step: int | None = None
+    is_figures: bool = True
+
+    @property
+    def type(self) -> Literal["message", "metrics"]:
+        return "message" if self.step is None or not self.is_figures else "metrics"
 
 
 def new_file_id() -> str:
@@ -138,7 +152,7 @@ def add_event(session: Session, job_id: str, now: int, new: NewEvent) -> None:
     last = session.execute(select(func.max(JobEventRow.number)).where(JobEventRow.job == job_id)).scalar_one()
     number = (last or 0) + 1
     row = JobEventRow(
-        job=job_id, number=number, created=now, level=new.level, type="message" if new.step is None else "metrics",
+        job=job_id, number=number, created=now, level=new.level, type=new.type,
         message=new.message, data=dict(new.data),
     )  # fmt: skip
     session.add(row)

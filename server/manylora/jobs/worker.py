@@ -9,6 +9,7 @@ import logging
 import os
 import queue
 import secrets
+import shutil
 import subprocess
 import sys
 import threading
@@ -22,15 +23,23 @@ from typing import Any, Final
 from manylora.catalog.files import FolderLock
 from manylora.catalog.store import Store
 from manylora.database.database import Database
-from manylora.database.tables import MICROSECONDS
-from manylora.errors import ManyloraError, NotFound, StartupError, StorageFull, StoreUnavailable, Unavailable
+from manylora.database.tables import MICROSECONDS, VersionRow
+from manylora.errors import (
+    AdapterLoadFailed,
+    ManyloraError,
+    NotFound,
+    StartupError,
+    StorageFull,
+    StoreUnavailable,
+    Unavailable,
+)
 from manylora.files import remove_tree
 from manylora.identity import ADAPTER_FILES
 from manylora.jobs.files import fetch_file, find_needed_file
 from manylora.jobs.leases import held_by_thread
-from manylora.jobs.order import ORDER_FILE, REPORT_FILE
+from manylora.jobs.order import ORDER_FILE, REPORT_FILE, START_FOLDER
 from manylora.jobs.queue import LEASE_S, NOTHING, Claim, Failure, JobQueue, Spent
-from manylora.jobs.records import NewEvent, data_file
+from manylora.jobs.records import Job, NewEvent, data_file
 from manylora.lifecycle.output import checkpoint_path, report_folder
 from manylora.lifecycle.parameters import renamed
 from manylora.settings import ENV_PREFIX
@@ -51,6 +60,13 @@ _NAMES: Final = {
     "eval_data": "validation_file",
     "epochs": "n_epochs",
     "lr": "learning_rate_multiplier",
+}
+# Figures of a training from preferences, as events call them, which have those of a step as `train_…`.
+_PREFERENCE: Final = {
+    "margin": "train_margin",
+    "preferred": "train_preferred",
+    "eval_margin": "valid_margin",
+    "eval_preferred": "valid_preferred",
 }
 _log = logging.getLogger(__name__)
 
@@ -157,6 +173,8 @@ class Worker:
                 with self._database.read() as session:
                     file = data_file(find_needed_file(session, job.tenant, file_id))
                 fetch_file(self._store, file, folder / f"{name}{file.suffix}")
+        if job.request.get("start"):
+            self._fetch_start(job, folder / START_FOLDER)
         told = {
             "order": job.request["order"], "base": self._place.model, "title": job.request["name"],
             "device": self._place.device, "threads": self._place.threads,
@@ -164,6 +182,22 @@ class Worker:
         (folder / ORDER_FILE).write_text(json.dumps(told), encoding="utf-8")
         if job.checkpoint and not self._store.fetch_file(job.checkpoint, checkpoint_path(folder / "adapter")):
             _log.warning("The checkpoint of %s is not in the store: it begins again.", job.id)
+
+    def _fetch_start(self, job: Job, folder: Path) -> None:
+        """The version that the training goes on from. Raises NotFound where it was deleted, or Unavailable."""
+        start = job.request["start"]
+        with self._database.read() as session:
+            version = session.get(VersionRow, start["id"])
+            if version is None:
+                raise NotFound(f"The adapter {start['label']}, which the job goes on from, was deleted.")
+            blob = version.blob
+        try:
+            files = self._store.local_folder(blob)
+        except AdapterLoadFailed as error:
+            raise StoreUnavailable(f"The files of {start['label']} cannot be read: {error.message}") from error
+        folder.mkdir()
+        for name in ADAPTER_FILES:
+            shutil.copyfile(files / name, folder / name)
 
     @contextmanager
     def _faults(self, stop: threading.Event) -> Iterator[None]:
@@ -277,6 +311,13 @@ class _Run:
         elif kind == "message":
             text = renamed(message["message"], _NAMES)
             self._news.events.append(NewEvent(text, level="warn" if message["is_warning"] else "info"))
+        elif kind == "report":
+            report = {**message["report"], "file": _NAMES.get(message["report"]["file"])}
+            self._news.events.append(NewEvent(f"What is in '{report['file']}'.", data={"report": report}))
+        elif kind == "sample":
+            sample = message["sample"]
+            text = f"Step {sample['step']}: row {sample['row']} of validation_file was answered."
+            self._news.events.append(NewEvent(text, data=sample, step=sample["step"], is_figures=False))
         elif kind == "plan":
             self._news.planned_tokens = message["tokens"]
         elif kind == "checkpoint":
@@ -297,6 +338,9 @@ class _Run:
         if "eval_loss" in values:
             data["valid_loss"] = values["eval_loss"]
             said += f", validation loss={values['eval_loss']:.4f}"
+        for name, called in _PREFERENCE.items():
+            if name in values:
+                data[called] = values[name]
         self._news.events.append(NewEvent(said, data=data, step=step))
 
     def _renew(self) -> str:

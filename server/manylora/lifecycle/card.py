@@ -37,7 +37,8 @@ class Card:
             ("Training", f"{report['steps']} steps in {report['seconds']:.0f} s on {report['device']}"),
         ]
         if report["best_eval_loss"] is not None:
-            facts.append(("Held-out loss", f"{report['best_eval_loss']:.4f} nats per answer token"))
+            unit = "a pair of answers" if report["settings"].get("method") == "dpo" else "nats per answer token"
+            facts.append(("Held-out loss", f"{report['best_eval_loss']:.4f} {unit}"))
         made = ((MADE, f"```\n{command}\n```"),) if command else ()
         return Card(title, tuple(facts), made)
 

@@ -11,11 +11,12 @@ from typing import Final, Literal
 
 from manylora.errors import InvalidRequest
 
-__all__ = ["DeviceName", "DtypeName", "Init", "InvalidParameter", "Render", "renamed"]
+__all__ = ["DeviceName", "DtypeName", "Init", "InvalidParameter", "Method", "Render", "renamed"]
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
 Init = Literal["zero", "pissa"]
+Method = Literal["supervised", "dpo"]
 Render = Literal["auto", "chat", "plain"]
 
 _NAMED: Final = re.compile(r"`([a-z][a-z_]*)`")

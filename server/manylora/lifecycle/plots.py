@@ -23,7 +23,12 @@ def _figure(width: float = 7.0, height: float = 4.2, *, columns: int = 1) -> tup
 
 
 def loss_curve(
-    path: Path, train: Sequence[tuple[int, float]], held_out: Sequence[tuple[int, float]], best_step: int
+    path: Path,
+    train: Sequence[tuple[int, float]],
+    held_out: Sequence[tuple[int, float]],
+    best_step: int,
+    *,
+    of: str = "answer token (nats)",
 ) -> None:
     """Training loss per step (thin) with its running mean, and evaluation loss with the best step marked."""
     figure, axes = _figure()
@@ -35,7 +40,7 @@ def loss_curve(
     if held_out:
         axes.plot([s for s, _ in held_out], [v for _, v in held_out], "o-", color="#e6550d", label="held out")
         axes.axvline(best_step, color="#e6550d", linestyle=":", label=f"kept: step {best_step}")
-    axes.set(xlabel="optimizer step", ylabel="loss per answer token (nats)", yscale="log")
+    axes.set(xlabel="optimizer step", ylabel=f"loss per {of}", yscale="log")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=_DPI, format="png")

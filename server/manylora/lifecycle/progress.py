@@ -1,14 +1,16 @@
 """How a long command says where it is, without knowing who listens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
     """`done` of `total` units of `stage`; `message` is for a person, `values` are the newest figures.
 
-    `tokens` and `seconds` are what a training has taken so far, what it did before it was resumed included.
+    `tokens` and `seconds` are what a training has taken so far, what it did before it was resumed included. `sample` is
+    how a held-out row was answered: `step`, `row`, `wanted`, `answered`; `report`, what is to be known of a file.
     """
 
     stage: str
@@ -18,6 +20,8 @@ class Progress:
     values: dict[str, float] = field(default_factory=dict)
     tokens: int = 0
     seconds: float = 0.0
+    sample: Mapping[str, Any] | None = None
+    report: Mapping[str, Any] | None = None
 
 
 Listener = Callable[[Progress], None]

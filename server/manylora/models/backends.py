@@ -194,6 +194,13 @@ def has_bfloat16(capabilities: Mapping[str, Any]) -> bool:
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 
 
+def total_bytes(device: torch.device) -> int:
+    """The memory that `device` has."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return int(psutil.virtual_memory().total)
+
+
 def free_bytes(device: torch.device) -> int:
     """The memory that is free on `device` now."""
     if device.type == "cuda":

@@ -109,6 +109,7 @@ class Parts:
 
     def app(self, *, may_run_open: bool = True, departure: Departure | None = None) -> FastAPI:
         """The HTTP application over these parts, for any ASGI server; see `create_app`."""
+        prices = _prices(self.settings)
         return create_app(
             self.settings,
             self.engine,
@@ -121,9 +122,9 @@ class Parts:
                 canaries.build_router(self.catalog),
                 inspection.build_router(self.catalog, self.inspect),
                 tenants.build_router(self.gate),
-                usage_routes.build_router(self.usage, _prices(self.settings)),
+                usage_routes.build_router(self.usage, prices),
                 data_files.build_router(self.files),
-                fine_tuning.build_router(self.catalog, Board(self.catalog.database)),
+                fine_tuning.build_router(self.catalog, Board(self.catalog.database), prices),
                 dashboard_routes.build_router(self.settings.root_path),
             ),
             usage=self.usage,
@@ -207,7 +208,8 @@ async def _open_jobs(settings: Settings, catalog: Catalog, metrics: Metrics, sta
         kept_days=settings.file_days,
     )
     stack.push_async_callback(files.aclose)
-    publisher = Publisher(catalog, JobQueue(catalog.database), files, metrics)
+    queue = JobQueue(catalog.database)
+    publisher = Publisher(catalog, queue, files, metrics, kept_days=settings.job_days)
     publisher.start()
     stack.push_async_callback(publisher.aclose)
     if settings.jobs:

@@ -84,7 +84,7 @@ def collate(examples: Sequence[Encoded], *, pad_id: int, device: torch.device) -
 def check_known(examples: Sequence[Encoded], num_embeddings: int) -> None:
     """Raises InvalidRequest for a token that the model has no embedding for, with its row."""
     for example in examples:
-        highest = max(example.ids)
+        highest = max((*example.ids, *(example.rejected.ids if example.rejected is not None else ())))
         if highest >= num_embeddings:
             raise InvalidRequest(
                 f"row {example.example.row} has the token {highest}, and the model has embeddings for 0 to "

@@ -12,7 +12,19 @@ from manylora.errors import InvalidRequest
 from manylora.lifecycle.data.files import AS_IT_IS, Reading, rows_of
 from manylora.lifecycle.data.rows import Example, Message, RowFault, Shape, example_of, shape_of
 
-__all__ = ["Dataset", "Example", "Facts", "Message", "Reading", "Shape", "examine", "read_dataset"]
+__all__ = [
+    "AS_IT_IS",
+    "Dataset",
+    "Example",
+    "Facts",
+    "Message",
+    "Reading",
+    "RowFault",
+    "Shape",
+    "examine",
+    "read_dataset",
+    "rows_as_examples",
+]
 
 MAX_LABELS_TOLD: Final = 1000
 MAX_LABEL_CHARS_TOLD: Final = 65_536  # of all labels together
@@ -41,7 +53,7 @@ def read_dataset(path: Path, *, min_labels: int = 1, reading: Reading = AS_IT_IS
     Raises InvalidRequest that names the file and every faulty row (the first ten), or that says that the
     file is missing, empty, not in its encoding, of an unknown kind, or has fewer than `min_labels` different labels.
     """
-    found = list(_examined(path, reading))
+    found = list(_examined(path, reading, otherwise=" `columns` says which field is which."))
     shape = found[0][0]
     examples = [example for _, example in found]
     dataset = Dataset(path, shape, tuple(examples))
@@ -78,24 +90,40 @@ def examine(path: Path) -> Facts:
     return Facts(num_rows, shape, tuple(sorted(labels)) if are_few else None)
 
 
-def _examined(path: Path, reading: Reading) -> Iterator[tuple[Shape, Example]]:
-    """The sound rows with their shape, one at least. Raises InvalidRequest, for faulty rows once all were read."""
+def rows_as_examples(
+    path: Path, reading: Reading, *, otherwise: str = ""
+) -> Iterator[tuple[int, Shape, Example | RowFault]]:
+    """Every row by number, as an example or with what is wrong with it; all have the shape of the first one.
+
+    Raises InvalidRequest where the file cannot be read or is empty, or its first row is of no known shape; `otherwise`
+    is what can then be done beside changing the file.
+    """
     shape: Shape | None = None
-    problems: list[str] = []
-    num_faulty = 0
     for number, row in rows_of(path, reading):
         if shape is None:
             try:
                 shape = shape_of(row)
             except RowFault as fault:
-                raise InvalidRequest(f"{path.name}: the first row {fault}.") from None
+                raise InvalidRequest(f"{path.name}: the first row {fault}.{otherwise}") from None
         try:
-            yield shape, example_of(number, row, shape)
+            found: Example | RowFault = example_of(number, row, shape)
         except RowFault as fault:
-            num_faulty += 1
-            problems += [f"row {number}: {fault}"] if num_faulty <= _SHOWN else []
+            found = fault
+        yield number, shape, found
     if shape is None:
         raise InvalidRequest(f"{path.name} is empty: there is no row to work with.")
+
+
+def _examined(path: Path, reading: Reading, *, otherwise: str = "") -> Iterator[tuple[Shape, Example]]:
+    """The sound rows with their shape, one at least. Raises InvalidRequest, for faulty rows once all were read."""
+    problems: list[str] = []
+    num_faulty = 0
+    for number, shape, found in rows_as_examples(path, reading, otherwise=otherwise):
+        if isinstance(found, RowFault):
+            num_faulty += 1
+            problems += [f"row {number}: {found}"] if num_faulty <= _SHOWN else []
+        else:
+            yield shape, found
     if problems:
         more = f"; and {num_faulty - _SHOWN} more rows" if num_faulty > _SHOWN else ""
         raise InvalidRequest(f"{path.name}: {'; '.join(problems)}{more}.")

@@ -20,15 +20,24 @@ from manylora.models.chat_template import ChatTemplate
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One example as ids. `is_answer[i]` says that token i is to be predicted (counted in the loss)."""
+    """One example as ids. `is_answer[i]` says that token i is to be predicted (counted in the loss).
+
+    `rejected` is the same prompt with the answer that the wanted one is preferred to, of preferences.
+    """
 
     example: Example
     ids: tuple[int, ...]
     is_answer: tuple[bool, ...]
     num_cut: int = 0  # prompt tokens dropped from the left to fit
+    rejected: "Encoded | None" = None
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all that a training runs for it."""
+        return len(self) + (0 if self.rejected is None else len(self.rejected))
 
     @property
     def first_answer(self) -> int:
@@ -79,13 +88,18 @@ class Encoder:
         encoded, too_long = [], []
         self._check_tools(dataset)
         for example in dataset.examples:
-            one = self._encode(example)
-            if len(one) > context_length:
-                too_long.append(f"row {example.row} has {len(one)} tokens")
-            elif len(one) - one.first_answer >= self.max_length:
+            sides = [self._encode(example)]
+            if example.rejected is not None:
+                sides.append(self._encode(replace(example, messages=(*example.prompt, example.rejected))))
+            longest = max(sides, key=len)
+            if len(longest) > context_length:
+                too_long.append(f"row {example.row} has {len(longest)} tokens")
+            elif len(longest) - longest.first_answer >= self.max_length:
                 too_long.append(f"row {example.row}'s answer does not fit {self.max_length} tokens")
             else:
-                encoded.append(self._cut(one))
+                excess = max(0, len(longest) - self.max_length)  # both keep the same prompt
+                one, *rejected = (_without(side, excess) for side in sides)
+                encoded.append(replace(one, rejected=rejected[0]) if rejected else one)
         if too_long:
             more = f" and {len(too_long) - 5} more rows" if len(too_long) > 5 else ""
             raise InvalidParameter(
@@ -187,11 +201,9 @@ class Encoder:
             return ids[: ids.index(end) + 1]
         return [*ids, end] if is_last else ids
 
-    def _cut(self, one: Encoded) -> Encoded:
-        excess = len(one) - self.max_length
-        if excess <= 0:
-            return one
-        return Encoded(one.example, one.ids[excess:], one.is_answer[excess:], excess)
+
+def _without(one: Encoded, excess: int) -> Encoded:
+    return Encoded(one.example, one.ids[excess:], one.is_answer[excess:], excess) if excess else one
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +226,7 @@ def length_statistics(encoded: Sequence[Encoded]) -> LengthStatistics:
     answers = np.array([e.num_answer_tokens for e in encoded])
     return LengthStatistics(
         num_examples=len(encoded),
-        num_tokens=int(lengths.sum()),
+        num_tokens=sum(e.num_tokens for e in encoded),
         median=int(np.median(lengths)),
         p95=int(np.percentile(lengths, 95)),
         longest=int(lengths.max()),

@@ -14,7 +14,7 @@ from manylora.lifecycle.data.data import Dataset, Example
 if TYPE_CHECKING:
     from manylora.lifecycle.data.encoding import Encoded
 
-__all__ = ["Seen", "label_counts", "remarks", "seen"]
+__all__ = ["OddRows", "Seen", "label_counts", "odd_rows", "remarks", "seen"]
 
 _ROWS: Final = 5  # that a remark names
 _LABELS: Final = 20  # that are counted out
@@ -29,23 +29,40 @@ def label_counts(dataset: Dataset) -> str:
     return f"labels: {told}{f' and {len(counts) - _LABELS} more' if len(counts) > _LABELS else ''}"
 
 
-def remarks(dataset: Dataset) -> list[str]:
-    """What speaks against a file's rows, a sentence each, with the first rows that it is about."""
+@dataclass(frozen=True, slots=True)
+class OddRows:
+    """Numbers of rows that repeat earlier ones, that want another answer to the same question, that ask nothing."""
+
+    repeated: list[int]
+    contrary: list[int]
+    empty: list[int]
+
+
+def odd_rows(examples: Sequence[Example]) -> OddRows:
+    """What speaks against rows."""
     by_prompt: dict[Any, list[Example]] = {}
-    for example in dataset.examples:
+    for example in examples:
         by_prompt.setdefault((example.prompt, example.tools), []).append(example)
     twice, contrary = list[int](), list[int]()
     for same in by_prompt.values():
         answers: dict[Any, Example] = {}
         for example in same:
-            answers.setdefault(example.messages[-1], example)
-        twice += [example.row for example in same if answers[example.messages[-1]] is not example]
-        contrary += [example.row for example in same] if len(answers) > 1 else []
-    empty = [example.row for example in dataset.examples if _says_nothing(example)]
+            answers.setdefault((example.messages[-1], example.rejected), example)
+        twice += [e.row for e in same if answers[e.messages[-1], e.rejected] is not e]
+        contrary += [e.row for e in same] if len({e.messages[-1] for e in same}) > 1 else []
+    return OddRows(twice, contrary, [example.row for example in examples if _says_nothing(example)])
+
+
+def remarks(dataset: Dataset) -> list[str]:
+    """What speaks against a file's rows, a sentence each, with the first rows that it is about."""
+    odd = odd_rows(dataset.examples)
     found = [
-        (twice, "Rows that repeat earlier ones, which so weigh more"),
-        (contrary, "Rows that ask what another one asks and want a different answer, which cannot be learnt for sure"),
-        (empty, "Rows that ask nothing with a letter or digit"),
+        (odd.repeated, "Rows that repeat earlier ones, which so weigh more"),
+        (
+            odd.contrary,
+            "Rows that ask what another one asks and want a different answer, which cannot be learnt for sure",
+        ),
+        (odd.empty, "Rows that ask nothing with a letter or digit"),
     ]
     return [f"{said}: {len(rows)} ({_named(rows)})." for rows, said in found if rows]
 

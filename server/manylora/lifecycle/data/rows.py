@@ -5,25 +5,29 @@
     {"text": str, "label": str}                     classification; the answer is the label
     {"instruction", "input", "output"}              Alpaca's; perhaps with `system` and `history`
     {"conversations": [{"from", "value"}, …]}       ShareGPT's; perhaps with `system` and `tools`
+    {"input": {"messages"}, "preferred_output", "non_preferred_output"}     OpenAI's preferences: two answers
+    {"prompt", "chosen", "rejected"}                TRL's: each a text, or messages
 
 This module imports no torch.
 """
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 __all__ = ["Example", "Message", "RowFault", "Shape", "example_of", "shape_of"]
 
-Shape = Literal["completion", "chat", "label"]
+Shape = Literal["completion", "chat", "label", "preference"]
 _FIELDS: Final[dict[Shape, tuple[str, ...]]] = {
     "completion": ("prompt", "completion"),
     "chat": ("messages",),
     "label": ("text", "label"),
+    "preference": ("input", "preferred_output", "non_preferred_output"),
 }
 _ALPACA: Final = ("instruction", "output")
 _SHAREGPT: Final = "conversations"
+_TRL: Final = ("prompt", "chosen", "rejected")
 _ROLES: Final = ("system", "user", "assistant", "tool")
 _OTHER_ROLES: Final = {"developer": "system"}
 _SPEAKERS: Final = {
@@ -55,12 +59,16 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row: a chat whose last message is the answer wanted. `row` is 1-based; `tools` is JSON, empty without any."""
+    """One row: a chat whose last message is the answer wanted. `row` is 1-based; `tools` is JSON, empty without any.
+
+    `rejected` is the answer in its place that the wanted one is preferred to, where rows are preferences.
+    """
 
     row: int
     messages: tuple[Message, ...]
     label: str | None = None
     tools: str = ""
+    rejected: Message | None = None
 
     @property
     def prompt(self) -> tuple[Message, ...]:
@@ -72,7 +80,8 @@ class Example:
 
     @property
     def has_tools(self) -> bool:
-        return bool(self.tools) or any(message.calls for message in self.messages)
+        said = self.messages if self.rejected is None else (*self.messages, self.rejected)
+        return bool(self.tools) or any(message.calls for message in said)
 
 
 def shape_of(row: Mapping[str, Any]) -> Shape:
@@ -84,10 +93,12 @@ def shape_of(row: Mapping[str, Any]) -> Shape:
         return "completion"
     if _SHAREGPT in row:
         return "chat"
+    if all(field in row for field in _TRL):
+        return "preference"
     have = ", ".join(sorted(map(str, row))) or "nothing"
     raise RowFault(
         f"has the fields {have}; needed are prompt and completion, or messages, or text and label, or Alpaca's "
-        "instruction and output, or ShareGPT's conversations. `columns` says which field is which"
+        "instruction and output, or ShareGPT's conversations, or input, preferred_output and non_preferred_output"
     )
 
 
@@ -97,6 +108,8 @@ def example_of(number: int, row: Mapping[str, Any], shape: Shape) -> Example:
         found = _from_sharegpt(row) if "messages" not in row and _SHAREGPT in row else row
         _need(found, ("messages",))
         return _chat(number, found["messages"], found.get("tools"))
+    if shape == "preference":
+        return _preference(number, row)
     if shape == "completion" and "prompt" not in row and _ALPACA[0] in row:
         return _alpaca(number, row)
     question, answer = _texts(row, _FIELDS[shape])
@@ -189,6 +202,45 @@ def _chat(number: int, messages: object, tools: object) -> Example:
     if not found:
         raise RowFault("every assistant's message has the weight 0, so there is nothing to learn")
     return Example(number, tuple(found), tools=_tools(tools))
+
+
+def _preference(number: int, row: Mapping[str, Any]) -> Example:
+    """Of what was said before only the last answer is compared, so nothing else in it is learnt."""
+    names = _FIELDS["preference"]
+    if "input" not in row and _TRL[1] in row:
+        row = _from_trl(row)
+    _need(row, names)
+    asked = row["input"]
+    if not isinstance(asked, dict) or not isinstance(asked.get("messages"), list) or not asked["messages"]:
+        raise RowFault("input must be an object with messages, a list of at least one")
+    before = [_message(message, f"input.messages[{index}]") for index, message in enumerate(asked["messages"])]
+    if before[-1].role == "assistant":
+        raise RowFault("the last of input.messages must not be the assistant's: its answers are in the two outputs")
+    wanted, rejected = (_only_answer(row[name], name) for name in names[1:])
+    if wanted == rejected:
+        raise RowFault("preferred_output and non_preferred_output are the same, so nothing is preferred")
+    messages = (*(replace(message, is_learnt=False) for message in before), wanted)
+    return Example(number, messages, tools=_tools(asked.get("tools")), rejected=rejected)
+
+
+def _only_answer(value: object, name: str) -> Message:
+    if not isinstance(value, list) or len(value) != 1:
+        raise RowFault(f"{name} must be a list of one message, the assistant's")
+    message = _message(value[0], f"{name}[0]")
+    if message.role != "assistant":
+        raise RowFault(f"{name}[0] must be the assistant's")
+    if not message.content.strip() and not message.calls:
+        raise RowFault(f"{name}[0] is empty")
+    return replace(message, is_learnt=True)
+
+
+def _from_trl(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row as OpenAI's preference, with whatever is wrong in it left to be found there."""
+    asked, *answers = (row[name] for name in _TRL)
+    said = [[{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer for answer in answers]
+    messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+    found = {"messages": messages, "tools": row.get("tools")}
+    return dict(zip(_FIELDS["preference"], (found, *said), strict=True))
 
 
 def _message(message: object, where: str) -> Message:

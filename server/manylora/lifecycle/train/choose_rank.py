@@ -22,7 +22,7 @@ from manylora.lifecycle.output import atomic_file, atomic_folder, checkpoint_pat
 from manylora.lifecycle.parameters import InvalidParameter
 from manylora.lifecycle.plots import rank_curve
 from manylora.lifecycle.progress import Listener, Progress, ignore
-from manylora.lifecycle.train.config import ChooseConfig, LoraShape, check_settings
+from manylora.lifecycle.train.config import ChooseConfig, LoraShape, check_settings, check_shape
 from manylora.lifecycle.train.train import MEMORY_ADVICE, TrainResult, add_lora, encoder_of, train
 from manylora.lifecycle.train.training import Trainer
 
@@ -217,6 +217,7 @@ def _check(config: ChooseConfig, *, resume: bool, overwrite: bool) -> Dataset:
     if config.train_final:
         refuse_existing(training.out, overwrite=overwrite)
     dataset = read_dataset(training.data, min_labels=2, reading=training.reading)
+    check_shape("supervised", dataset.shape)
     smallest = min((sum(e.label == label for e in dataset.examples) for label in dataset.labels), default=len(dataset))
     if smallest < config.folds:
         raise InvalidParameter(

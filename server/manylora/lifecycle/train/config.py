@@ -1,14 +1,16 @@
 """What training is told, and its checks: everything that can be refused before a model is looked for."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
-from manylora.lifecycle.data.data import Dataset, Reading, read_dataset
+from manylora.lifecycle.data.data import Dataset, Example, Reading, Shape, read_dataset
 from manylora.lifecycle.data.look import label_counts, remarks
+from manylora.lifecycle.data.report import of_examples
 from manylora.lifecycle.output import refuse_existing
-from manylora.lifecycle.parameters import DeviceName, DtypeName, Init, InvalidParameter, Render
+from manylora.lifecycle.parameters import DeviceName, DtypeName, Init, InvalidParameter, Method, Render
 from manylora.lifecycle.progress import Listener, Progress
 
 
@@ -55,7 +57,12 @@ class TrainConfig:
     eval_data: Annotated[Path | None, "Held-out rows, to keep the best step"] = None
     base: Annotated[str | None, "The base; the default model when left out"] = None
     base_name: Annotated[str | None, "The base's name in the adapter's config"] = None
+    start: Annotated[Path | None, "Folder of an adapter whose weights and shape the training goes on from"] = None
     reading: Reading = field(default_factory=Reading)
+    method: Annotated[Method, "supervised, or dpo: of two answers in each row the preferred one is made likelier"] = (
+        "supervised"
+    )
+    beta: Annotated[float, "DPO: how dearly it pays to leave the base's answers"] = 0.1
     lora: LoraShape = field(default_factory=LoraShape)
     schedule: Schedule = field(default_factory=Schedule)
     render: Annotated[Render, "How a row becomes text: chat (the base's template), plain, or auto"] = "auto"
@@ -118,10 +125,26 @@ def check_settings(lora: LoraShape, schedule: Schedule, max_length: int, threads
         raise InvalidParameter(f"`dropout` must be at least 0 and below 1, not {lora.dropout}.")
 
 
+def check_method(method: Method, beta: float, lora: LoraShape) -> None:
+    """Raises InvalidParameter."""
+    if not (math.isfinite(beta) and beta > 0):
+        raise InvalidParameter(f"`beta` must be positive, not {beta}.")
+    if method == "dpo" and lora.init != "zero":
+        raise InvalidParameter("`init` pissa takes parts out of the base, which `method` dpo compares with. Use zero.")
+
+
+def check_shape(method: Method, shape: Shape) -> None:
+    """Raises InvalidParameter for rows that the method does not learn from."""
+    if (shape == "preference") != (method == "dpo"):
+        needed = "rows with two answers, preferred_output and non_preferred_output" if method == "dpo" else "one answer"
+        raise InvalidParameter(f"`data` has {shape} rows, and `method` {method} learns from {needed}.")
+
+
 def check(config: TrainConfig, *, overwrite: bool, listen: Listener) -> tuple[Dataset, Dataset | None]:
     """The rows to learn from and those held out. Raises InvalidRequest for bad data or settings."""
     refuse_existing(config.out, overwrite=overwrite)
     check_settings(config.lora, config.schedule, config.max_length, config.threads)
+    check_method(config.method, config.beta, config.lora)
     if config.schedule.early_stop and config.eval_data is None:
         raise InvalidParameter("`early_stop` watches the evaluation loss: give `eval_data` too.")
     if config.sample < 0 or (config.sample and config.eval_data is None):
@@ -133,13 +156,16 @@ def checked_data(config: TrainConfig, listen: Listener) -> tuple[Dataset, Datase
     """The rows to learn from and those held out, with what is odd about them told. Raises InvalidRequest."""
     train_set = read_dataset(config.data, min_labels=2, reading=config.reading)
     held_out = read_dataset(config.eval_data, reading=config.reading) if config.eval_data else None
+    check_shape(config.method, train_set.shape)
     counts = label_counts(train_set)
     if counts:
         listen(Progress("labels", message=f"`data`: {counts}"))
     for remark in remarks(train_set):
         listen(Progress("warning", message=f"`data`: {remark}"))
+    _tell_report("data", train_set, (), listen)
     if held_out is None:
         return train_set, None
+    _tell_report("eval_data", held_out, train_set.examples, listen)
     if held_out.shape != train_set.shape:
         raise InvalidParameter(f"`eval_data` has {held_out.shape} rows, `data` has {train_set.shape} rows.")
     unseen = set(held_out.labels) - set(train_set.labels)
@@ -154,6 +180,15 @@ def checked_data(config: TrainConfig, listen: Listener) -> tuple[Dataset, Datase
         )
         listen(Progress("warning", message=message))
     return train_set, held_out
+
+
+def _tell_report(name: str, dataset: Dataset, learnt: Sequence[Example], listen: Listener) -> None:
+    """What is to be known of the rows, for a program; and for a person what looks personal in them."""
+    report = of_examples(name, dataset.shape, dataset.examples, learnt)
+    listen(Progress("report", report={"file": name, **report.numbers()}))
+    told = ", ".join(f"{kind} {found.count}, first in row {found.rows[0]}" for kind, found in report.personal.items())
+    if told:
+        listen(Progress("warning", message=f"`{name}`: Rows that may have a person's data: {told}."))
 
 
 def check_checkpoint(checkpoint: Path, *, resume: bool, overwrite: bool) -> None:

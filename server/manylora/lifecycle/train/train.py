@@ -10,11 +10,12 @@ from typing import Any, Final
 
 import torch
 
+from manylora.identity import TENSOR_FILE
 from manylora.lifecycle.adapter_files import plain_config, write_adapter
 from manylora.lifecycle.base import Base, load_base, load_tokenizer, memory_faults, quiet_peft
 from manylora.lifecycle.card import Card, write_card
 from manylora.lifecycle.data.batches import check_known, epoch_order, padding_share
-from manylora.lifecycle.data.data import Dataset, Reading
+from manylora.lifecycle.data.data import Dataset
 from manylora.lifecycle.data.encoding import Encoded, Encoder, length_statistics, tell_lengths
 from manylora.lifecycle.data.look import Seen, seen
 from manylora.lifecycle.evaluate.contenders import generate
@@ -25,6 +26,9 @@ from manylora.lifecycle.plots import loss_curve
 from manylora.lifecycle.progress import Listener, Progress, ignore
 from manylora.lifecycle.train.checkpoint import discard_checkpoint, load_checkpoint, save_checkpoint
 from manylora.lifecycle.train.config import LoraShape, Schedule, TrainConfig, check, check_checkpoint, checked_data
+from manylora.lifecycle.train.memory import check_memory
+from manylora.lifecycle.train.objectives import Preferences
+from manylora.lifecycle.train.start import going_on, started
 from manylora.lifecycle.train.training import Diverged, Trainer
 
 __all__ = ["LoraShape", "TrainConfig", "TrainResult", "add_lora", "encode", "prepare", "report_folder", "train"]
@@ -32,7 +36,7 @@ __all__ = ["LoraShape", "TrainConfig", "TrainResult", "add_lora", "encode", "pre
 REPORT = "train.json"
 CURVE = "loss.png"
 _LATER: Final = {"lora": ("dora", "init", "trained_tokens"), "schedule": ("lr_ratio",)}
-_LATER_WHOLE: Final = ("reading", "tool_prompt")
+_LATER_WHOLE: Final = ("reading", "tool_prompt", "method", "beta", "start")
 # What is not small beside the base's own numbers, and so would carry the rounding to 16 bits into them.
 _WHOLE: Final = ("lora_magnitude_vector", "trainable_tokens_delta")
 MEMORY_ADVICE = "Lower `batch_size` (and raise `accumulate` as much, for the same result), or `max_length`."
@@ -61,6 +65,7 @@ def train(
     ManyloraError when training diverges or the disk is full.
     """
     need("peft", "matplotlib")
+    config = going_on(config)
     train_set, held_out = check(config, overwrite=overwrite, listen=listen)
     checkpoint = checkpoint_path(config.out)
     check_checkpoint(checkpoint, resume=resume, overwrite=overwrite)
@@ -72,6 +77,8 @@ def train(
     )
     check_known([*data.train, *data.held_out], base.num_embeddings)
     trainer = prepare(config, base, data)
+    num_parameters = sum(p.numel() for p in trainer.parameters.values())
+    check_memory(base, data.train, config.schedule, num_parameters, MEMORY_ADVICE, listen)
     fingerprint = _fingerprint(config)
     if resume:
         load_checkpoint(checkpoint, trainer, fingerprint)
@@ -94,7 +101,8 @@ def train(
     _write(config, base, trainer, report)
     discard_checkpoint(checkpoint)
     with decoration("The loss curve", listen), atomic_file(report_folder(config.out) / CURVE) as draft:
-        loss_curve(draft, report["train_loss"], report["eval_loss"], report["best_step"])
+        of = {"of": "pair of answers"} if config.method == "dpo" else {}
+        loss_curve(draft, report["train_loss"], report["eval_loss"], report["best_step"], **of)
     return TrainResult(True, config.out, report)
 
 
@@ -119,8 +127,10 @@ class Samples:
         step = self.trainer.history.step
         for one, answer in zip(examples, answers, strict=True):
             row, wanted = one.example.row, one.example.answer
-            self.taken.append({"step": step, "row": row, "wanted": wanted, "answered": answer})
-            self.listen(Progress("sample", message=f"step {step}, row {row}: {answer!r}, wanted {wanted!r}"))
+            sample = {"step": step, "row": row, "wanted": wanted, "answered": answer}
+            self.taken.append(sample)
+            message = f"step {step}, row {row}: {answer!r}, wanted {wanted!r}"
+            self.listen(Progress("sample", message=message, sample=sample))
 
 
 def preview(config: TrainConfig, count: int, listen: Listener = ignore) -> list[Seen]:
@@ -179,9 +189,18 @@ def encoder_of(config: TrainConfig, tokenizer: Any) -> Encoder:
 
 
 def prepare(config: TrainConfig, base: Base, data: TrainData) -> Trainer:
-    """The trainer on fresh low-rank matrices, the same for the same seed."""
+    """The trainer on low-rank matrices, fresh ones, the same for the same seed, or those that it goes on from."""
     torch.manual_seed(config.schedule.seed)
-    return Trainer(add_lora(base, config.lora), base, data.train, data.held_out, config.schedule)
+    model = _wrapped(config, base)
+    objective = Preferences(model, base, config.beta) if config.method == "dpo" else None
+    return Trainer(model, base, data.train, data.held_out, config.schedule, objective)
+
+
+def _wrapped(config: TrainConfig, base: Base) -> Any:
+    if config.start is None:
+        return add_lora(base, config.lora)
+    with quiet_peft():
+        return started(base.model, config.start, config.lora.dropout)
 
 
 def add_lora(base: Base, shape: LoraShape) -> Any:
@@ -230,11 +249,13 @@ def _fingerprint(config: TrainConfig) -> str:
         for name in _LATER[part]:  # so that a checkpoint of before there was such a setting can be gone on from
             if getattr(default, name) == getattr(getattr(config, part), name):
                 del settings[part][name]
+    plain = TrainConfig(config.data, config.out)
     for name in _LATER_WHOLE:
-        if getattr(config, name) in (Reading(), False):
+        if getattr(config, name) == getattr(plain, name):
             del settings[name]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for path in (config.data, config.eval_data):
+    start = None if config.start is None else config.start / TENSOR_FILE
+    for path in (config.data, config.eval_data, start):
         if path is not None:
             digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -244,7 +265,7 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
     """The settings without what differs from machine to machine: folders and the command's spelling."""
     values = asdict(replace(config, command="", threads=None, sample=0))
     del values["sample"]  # changes nothing that comes out
-    for key in ("data", "eval_data", "out", "base"):
+    for key in ("data", "eval_data", "out", "base", "start"):
         values[key] = Path(values[key]).name if values[key] is not None else None
     return values
 

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from manylora.errors import ManyloraError
-from manylora.lifecycle.base import Base, accepts_logits_to_keep
-from manylora.lifecycle.data.batches import answer_nll, collate, epoch_order, sorted_batches
+from manylora.lifecycle.base import Base
+from manylora.lifecycle.data.batches import epoch_order, sorted_batches
 from manylora.lifecycle.data.encoding import Encoded
 from manylora.lifecycle.progress import Listener, Progress
 from manylora.lifecycle.train.config import Schedule
+from manylora.lifecycle.train.objectives import Answers, Objective
 
 _ENOUGH_STEPS = 3
 _FORWARD_SHARE = 0.5  # of a training step's time, before an evaluation was measured: it has no backward pass
@@ -70,19 +71,25 @@ class Trainer:
     """
 
     def __init__(
-        self, model: nn.Module, base: Base, train: Sequence[Encoded], held_out: Sequence[Encoded], schedule: Schedule
+        self,
+        model: nn.Module,
+        base: Base,
+        train: Sequence[Encoded],
+        held_out: Sequence[Encoded],
+        schedule: Schedule,
+        objective: Objective | None = None,
     ) -> None:
         self.model = model
         self.schedule = schedule
         self.history = History()
         self.estimate: tuple[int, float] | None = None
         self._pace = Pace()
-        self._base = base
+        self.objective = objective or Answers(model, base)
+        self._values: dict[str, float] = {}
         self._train = train
         self._held_out = held_out
-        self._tokens_per_epoch, self._held_out_tokens = sum(map(len, train)), sum(map(len, held_out))
+        self._tokens_per_epoch, self._held_out_tokens = _num_tokens(train), _num_tokens(held_out)
         self._order: tuple[int, list[list[int]]] = (-1, [])
-        self._keeps_logits = accepts_logits_to_keep(base.model)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.optimizer = torch.optim.AdamW(_groups(self.parameters, schedule), lr=schedule.lr)
@@ -157,30 +164,34 @@ class Trainer:
         return loss
 
     def evaluation_loss(self, examples: Sequence[Encoded]) -> float:
-        """Mean negative log-likelihood per answer token, in nats."""
+        """The objective's mean over these."""
         self.model.eval()
-        total, count = 0.0, 0
+        total, sums = 0.0, dict[str, float]()
+        count = sum(map(self.objective.weight, examples))
         with torch.inference_mode():
             for indices in sorted_batches(examples, self.schedule.batch_size * 2):
-                batch = collate([examples[i] for i in indices], pad_id=self._base.pad_id, device=self._base.device)
-                total += float(answer_nll(self.model, batch, keeps_logits=self._keeps_logits).sum())
-                count += batch.num_targets
+                part = self.objective.summed([examples[i] for i in indices])
+                total += float(part.loss)
+                _add(sums, part.values)
+        self._values |= {f"eval_{name}": value / count for name, value in sums.items()}
         return total / count
 
     def _step(self) -> float:
-        """One optimizer step over `accumulate` batches; the loss is the mean over their answer tokens."""
+        """One optimizer step over `accumulate` batches; the loss is the objective's mean over them."""
         epoch, within = divmod(self.history.step, self.steps_per_epoch)
         group = self._batches(epoch)[within * self.schedule.accumulate : (within + 1) * self.schedule.accumulate]
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        count = sum(self._train[i].num_answer_tokens for indices in group for i in indices)
-        loss = 0.0
+        count = sum(self.objective.weight(self._train[i]) for indices in group for i in indices)
+        loss, sums = 0.0, dict[str, float]()
         for indices in group:
-            batch = collate([self._train[i] for i in indices], pad_id=self._base.pad_id, device=self._base.device)
-            part = answer_nll(self.model, batch, keeps_logits=self._keeps_logits).sum() / count
+            found = self.objective.summed([self._train[i] for i in indices])
+            part = found.loss / count
             torch.autograd.backward(part)
             loss += float(part.detach())
-            self.history.num_tokens += batch.num_tokens
+            self.history.num_tokens += found.num_tokens
+            _add(sums, found.values)
+        self._values |= {name: value / count for name, value in sums.items()}
         norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.schedule.max_grad_norm))
         self._check(loss, norm, [self._train[i].example.row for indices in group for i in indices])
         for parameters in self.optimizer.param_groups:
@@ -234,7 +245,7 @@ class Trainer:
                 parameter.copy_(self.best[name])
 
     def _tell(self, listen: Listener, loss: float) -> None:
-        values: dict[str, float] = {"loss": loss}
+        values: dict[str, float] = {"loss": loss, **self._values}
         if self.history.eval_loss:
             values["eval_loss"] = self.history.eval_loss[-1][1]
         remaining = self._remaining_s()
@@ -256,6 +267,15 @@ class Trainer:
         every = self._evaluation_interval
         at_the_end = self.num_steps % every != 0
         return self.num_steps // every - self.history.step // every + at_the_end
+
+
+def _num_tokens(examples: Sequence[Encoded]) -> int:
+    return sum(example.num_tokens for example in examples)
+
+
+def _add(sums: dict[str, float], values: Mapping[str, float]) -> None:
+    for name, value in values.items():
+        sums[name] = sums.get(name, 0.0) + value
 
 
 def _groups(parameters: Mapping[str, nn.Parameter], schedule: Schedule) -> list[dict[str, Any]]:
