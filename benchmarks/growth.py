@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON lines, one for each point")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--turns", type=int, default=4)
-    parser.add_argument("--quantization", default="none", choices=["none", "int8"])
+    parser.add_argument("--quantization", default="none", choices=["none", "int8", "int4"])
     parser.add_argument("--lora-dtype", default="auto")
     args = parser.parse_args()
     records = measure(args)

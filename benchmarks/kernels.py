@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional
 
 from manylora.kernels import native
-from manylora.kernels.weights import pack_int8, pack_panels
+from manylora.kernels.weights import pack_int4, pack_int8, pack_panels
 from manylora.lora.memory.device_memory import DTYPE_CODES, TableEntry
 
 SHAPES = ((576, 960), (576, 3072), (1536, 576))  # in, out: a small model's q/k/v, gate/up and down
@@ -56,15 +56,18 @@ def linears(rows: int, dtype: torch.dtype) -> Iterator[dict[str, object]]:
         weights = copies(lambda size=size, width=width: (torch.randn(width, size) / size**0.5).to(dtype))  # type: ignore[misc]
         plain, panels = cycle(weights), cycle([pack_panels(each) for each in weights])
         rounded = cycle([pack_int8(each) for each in weights])
-        torch_s, panels_s, int8_s = in_turns(
+        nibbles = cycle([pack_int4(each) for each in weights])
+        torch_s, panels_s, int8_s, int4_s = in_turns(
             lambda x=x, w=plain: functional.linear(x, next(w)),  # type: ignore[misc]
             lambda x=x, w=panels: native.linear(x, next(w)),  # type: ignore[misc]
             lambda x=x, w=rounded: native.int8_linear(x, next(w)),  # type: ignore[misc]
+            lambda x=x, w=nibbles: native.int4_linear(x, next(w)),  # type: ignore[misc]
         )
         flops = 2 * rows * size * width
         for name, taken, weight_bytes in (
             ("linear", panels_s, size * width * dtype.itemsize),
             ("int8_linear", int8_s, size * width),
+            ("int4_linear", int4_s, size * width * 5 // 8),
         ):
             yield {"kernel": name, "shape": [size, width], **figures(taken, torch_s, flops, weight_bytes)}
 

@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--rows", default="1,8,32,64")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--kernels", default="auto", choices=["auto", "torch"])
-    parser.add_argument("--quantization", default="none", choices=["none", "int8"])
+    parser.add_argument("--quantization", default="none", choices=["none", "int8", "int4"])
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--lora-dtype", default="auto")
     parser.add_argument("--max-num-batched-tokens", type=int)

@@ -123,8 +123,9 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Number format of the weights and the KV cache; `auto` is bfloat16 on a CPU that computes in it, else float32,
     and on CUDA the model's own."""
-    quantization: Literal["none", "int8"] = "none"
-    """How the base's linears are kept; `int8` rounds them, and what they multiply, to 8 bits: faster, on CPUs only."""
+    quantization: Literal["none", "int8", "int4"] = "none"
+    """How the base's linears are kept, on CPUs: `int8` rounds them, and what they multiply, to 8 bits, `int4` to 4 bits
+    in groups of 32 (what makes the logits to 8). Both are faster and take a half and a third of the memory."""
     lora_dtype: Literal["auto", "bfloat16", "float16", "float32", "int8"] = "auto"
     """Number format that adapters are kept in, in host memory and on the device. `auto` is `dtype`, beside an int8 base
     bfloat16 in place of float32, and with the C++ kernels the files' own where that is narrower, which loses nothing.
@@ -252,6 +253,9 @@ class Settings(BaseSettings):
     kv_cache_memory: Size = 0.1
     """Memory for the KV cache: bytes, or a share of what is free once the model is loaded; a share is raised to what
     one sequence of `max_model_len` needs, if that is at most half of what is free."""
+    kv_cache_dtype: Literal["auto", "int8"] = "auto"
+    """Number format of the KV cache, on CPUs: `auto` is the model's; `int8` rounds each token's keys and values to 8
+    bits with a scale for each head, so that the same memory holds almost twice the tokens."""
     block_size: int = Field(default=16, ge=1)
     """Tokens in one block of the KV cache."""
     prefix_cache: bool = True

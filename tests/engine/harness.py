@@ -176,10 +176,11 @@ def checked_model(
     model: PreTrainedModel, backend: Backend, num_blocks: int, block_size: int, *, poison: bool
 ) -> tuple[WrappedModel, KVCache]:
     wrapped = wrap(model, backend)
-    cache = KVCache(wrapped.survey.kv_shapes, num_blocks, block_size, model.dtype, torch.device("cpu"))
+    dtype = backend.cache_dtype(model.dtype)
+    cache = KVCache(wrapped.survey.kv_shapes, num_blocks, block_size, dtype, torch.device("cpu"))
     if poison:
         for room in (*cache.keys, *cache.values):
-            room.fill_(float("nan"))
+            room.fill_(float("nan") if dtype.is_floating_point else -1)  # which as a scale is NaN as well
     wrapped.attach_cache(cache)
     check = SelfCheck(wrapped, cache)
     fused.exchange(wrapped, check.proven(fused.candidates(wrapped, cache)))

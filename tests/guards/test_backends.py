@@ -25,7 +25,10 @@ def literals(setting: str) -> set[str]:
 
 KINDS = literals("device") | literals("kernels") | literals("quantization") | {"native", "cpp", "triton", "meta", "mps"}
 FORMATS = set(get_args(NumberFormat)) | literals("quantization")
-CLASSES = {"Whole", "Int8", "PanelWeight", "Int8Weight", "Paneled", "Packed", "Rounded", "TorchKernel", "NativeKernel"}
+CLASSES = {
+    *("Whole", "Int8", "Int4", "PanelWeight", "Int8Weight", "Int4Weight"),
+    *("Paneled", "Packed", "Rounded", "RoundedToNibbles", "Unpacked", "TorchKernel", "NativeKernel"),
+}
 ASKING = {"is_cuda", "is_cpu", "is_available"}
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from manylora.kernels import native
-from manylora.kernels.weights import pack_int8, pack_panels
+from manylora.kernels.kv_entries import entry_width
+from manylora.kernels.weights import pack_int4, pack_int8, pack_panels
 from manylora.lora.memory.device_memory import OutputEntry
 from tests.kernels.lora_case import make_case
 
@@ -79,6 +80,14 @@ def _write_kv() -> Arguments:
     }  # fmt: skip
 
 
+def _in_a_rounded_cache(make: Callable[[], Arguments]) -> Callable[[], Arguments]:
+    def made() -> Arguments:
+        rounded = torch.zeros(2, 4, 2, 8, entry_width(16, torch.int8), dtype=torch.int8)
+        return make() | {"k_cache": rounded[0], "v_cache": rounded[1]}
+
+    return made
+
+
 def _rope() -> Arguments:
     written = _write_kv()
     turns = {"cos": torch.randn(3, 8), "sin": torch.randn(3, 8)}
@@ -107,6 +116,14 @@ def _int8() -> Arguments:
     }  # fmt: skip
 
 
+def _int4() -> Arguments:
+    weight = pack_int4(torch.randn(70, 201))
+    return {
+        "x": torch.randn(3, 201), "packed": weight.packed, "scales": weight.scales, "out_features": 70,
+        "bias": torch.randn(70), "group_size": weight.group_size,
+    }  # fmt: skip
+
+
 def _change() -> Arguments:
     # Kept alive by the operator's own arguments: `out` and the vector are one tensor.
     out = torch.ones(4, 16)
@@ -130,6 +147,9 @@ OPERATORS = (
     Operator("paged_attention", _attention, indices=("block_tables", "query_starts", "context_lens"),
              free={("block_tables", 0)}),  # a third sequence's row
     Operator("write_kv", _write_kv, indices=("slots",), may_be_negative=("slots",)),
+    Operator("paged_attention", _in_a_rounded_cache(_attention),
+             indices=("block_tables", "query_starts", "context_lens"), free={("block_tables", 0)}),
+    Operator("write_kv", _in_a_rounded_cache(_write_kv), indices=("slots",), may_be_negative=("slots",)),
     Operator("rms_norm", _norm, free={("x", 0)}),
     Operator("add_rms_norm_", _add_norm),
     Operator("silu_and_mul", lambda: {"gate_up": torch.randn(3, 24)}, free={("gate_up", 0)}),
@@ -138,6 +158,7 @@ OPERATORS = (
              free={("q", 1)}),  # the number of heads
     Operator("linear", _linear, free={("x", 0)}),
     Operator("int8_linear", _int8, free={("x", 0)}),
+    Operator("int4_linear", _int4, free={("x", 0), ("scales", 2)}),  # offsets
 )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import torch
 
 from manylora.kernels import native
 from manylora.kernels.batch import AttentionOptions
+from manylora.kernels.kv_entries import as_entries, entry_width, read_entries
 from manylora.kernels.reference import attention
 from tests.kernels.tolerance import assert_close, assert_same_bits
 
@@ -27,6 +28,7 @@ class AttentionCase:
     chunk: int = 0
     sinks: torch.Tensor | None = None
     slopes: torch.Tensor | None = None
+    is_rounded: bool = False  # the cache: then what is attended to is what can be read back from it
     q: torch.Tensor = field(init=False)
     keys: list[torch.Tensor] = field(init=False)
     values: list[torch.Tensor] = field(init=False)
@@ -46,16 +48,19 @@ class AttentionCase:
         order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(2)).int()
         tables = torch.full((len(used), max(used) + 2), -1, dtype=torch.int32)
         shape = (num_blocks, self.kv_heads, self.block_size)
-        k_cache = torch.full((*shape, self.head_dim), float("nan"), dtype=self.dtype)
-        v_cache = torch.full((*shape, self.value_dim), float("nan"), dtype=self.dtype)
+        kept_as, nothing = (torch.int8, -1) if self.is_rounded else (self.dtype, float("nan"))  # as a scale: NaN too
+        k_cache, v_cache = (
+            torch.full((*shape, entry_width(width, kept_as)), nothing, dtype=kept_as)
+            for width in (self.head_dim, self.value_dim)
+        )
         taken = 0
         for s, count in enumerate(used):
             tables[s, :count] = order[taken : taken + count]
             taken += count
             at = torch.arange(self.sequences[s][1])
             blocks = tables[s][at // self.block_size].long()
-            k_cache[blocks, :, at % self.block_size] = self.keys[s]
-            v_cache[blocks, :, at % self.block_size] = self.values[s]
+            k_cache[blocks, :, at % self.block_size] = as_entries(self.keys[s], k_cache)
+            v_cache[blocks, :, at % self.block_size] = as_entries(self.values[s], v_cache)
         counts = torch.tensor([0] + [n for n, _ in self.sequences])
         lens = torch.tensor([length for _, length in self.sequences], dtype=torch.int32)
         out = torch.full((*self.q.shape[:2], self.value_dim), float("nan"), dtype=self.dtype)
@@ -69,7 +74,11 @@ class AttentionCase:
         """The specification, one sequence after the other."""
         queries = torch.split(self.q, [n for n, _ in self.sequences])
         options = AttentionOptions(self.scale, self.window, self.softcap, self.chunk, self.sinks, self.slopes)
-        return torch.cat([attention(*each, options) for each in zip(queries, self.keys, self.values, strict=True)])
+        keys, values = self.keys, self.values
+        if self.is_rounded:
+            room = torch.empty(0, dtype=torch.int8)
+            keys, values = ([read_entries(as_entries(each, room)) for each in kept] for kept in (keys, values))
+        return torch.cat([attention(*each, options) for each in zip(queries, keys, values, strict=True)])
 
 
 @pytest.mark.parametrize("head_dim", [1, 7, 33, 64, 80, 96, 128, 256])

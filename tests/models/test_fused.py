@@ -14,7 +14,7 @@ from manylora.errors import ModelUnusable
 from manylora.kernels import native
 from manylora.kernels.batch import AttentionOptions, ForwardContext
 from manylora.kernels.interface import SiteGroup
-from manylora.kernels.matmul import MatmulFactory, int8, packed, paneled
+from manylora.kernels.matmul import MatmulFactory, int4, int8, packed, paneled
 from manylora.kernels.rows import group_rows
 from manylora.lora.memory.device_memory import DTYPE_CODES, DeviceMemory, TableEntry
 from manylora.models import fused
@@ -81,7 +81,7 @@ def test_a_layer_with_a_linear_that_computes_in_its_own_way_is_left_alone_by_the
     assert "model.layers.1" in fused.candidates(ours, cache)
 
 
-@pytest.mark.parametrize("matmul", [paneled, packed, int8])
+@pytest.mark.parametrize("matmul", [paneled, packed, int8, int4])
 def test_layer_in_cpp_is_its_operators_one_after_the_other(matmul: MatmulFactory, tmp_path: Path) -> None:
     """Whichever kind of matmul it holds, and with an adapter on half of its linears."""
     if not native.is_available():

@@ -365,11 +365,6 @@ def test_a_quantised_checkpoint_is_refused_with_its_method(folder: Path) -> None
         load_base(settings(folder))
 
 
-def test_int8_without_the_kernels_is_refused_and_not_ignored(tiny_llama_dir: Path) -> None:
-    with pytest.raises(InvalidSettings, match=r"int8 needs the C\+\+ kernels"):
-        load_base(settings(tiny_llama_dir, quantization="int8", kernels="torch"))
-
-
 def test_too_little_memory_for_the_weights_is_said_before_loading(
     tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -174,6 +174,7 @@ def test_parts_that_do_more_than_multiply_are_served_with_adapters_on_all_others
         {"dtype": "bfloat16"},
         {"dtype": "float16"},
         pytest.param({"quantization": "int8"}, marks=needs_kernels),
+        pytest.param({"quantization": "int4"}, marks=needs_kernels),
     ],
     ids=str,
 )

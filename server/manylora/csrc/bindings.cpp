@@ -25,6 +25,11 @@ at::Tensor int8_linear_alone(const at::Tensor& x, const at::Tensor& packed, cons
   return int8_linear(x, packed, scales, group_sums, bias, group_size, Soon{});
 }
 
+at::Tensor int4_linear_alone(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& scales,
+                             int64_t out_features, const std::optional<at::Tensor>& bias, int64_t group_size) {
+  return int4_linear(x, packed, scales, out_features, bias, group_size, Soon{});
+}
+
 template <size_t N>
 std::vector<std::string> names_of(const EntryField (&fields)[N]) {
   std::vector<std::string> names;
@@ -72,6 +77,8 @@ TORCH_LIBRARY(manylora, m) {
   m.def("linear(Tensor x, Tensor packed, int out_features, Tensor? bias) -> Tensor");
   m.def(
       "int8_linear(Tensor x, Tensor packed, Tensor scales, Tensor group_sums, Tensor? bias, int group_size) -> Tensor");
+  m.def(
+      "int4_linear(Tensor x, Tensor packed, Tensor scales, int out_features, Tensor? bias, int group_size) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(manylora, CPU, m) {
@@ -87,6 +94,7 @@ TORCH_LIBRARY_IMPL(manylora, CPU, m) {
   m.impl("rope_write_kv", rope_write_kv);
   m.impl("linear", linear_alone);
   m.impl("int8_linear", int8_linear_alone);
+  m.impl("int4_linear", int4_linear_alone);
 }
 
 }  // namespace manylora

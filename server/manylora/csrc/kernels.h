@@ -115,13 +115,16 @@ struct MixArgs {
   const OutputEntry* changes;  // [num_members, num_slots]
 };
 
+constexpr int64_t kScaleBytes = 4;  // behind the 8-bit numbers of an entry of a rounded cache
+
 struct CacheView {
-  void* data;  // [num_blocks, num_kv_heads, block_size, head_dim or value_dim]
+  void* data;  // [num_blocks, num_kv_heads, block_size, head_dim or value_dim, and kScaleBytes where it is rounded]
   int64_t block_stride, head_stride, position_stride;
 };
 
 struct AttentionArgs {
   DType dtype;
+  bool is_rounded;  // the cache: int8, each entry with a scale; else it is of dtype
   void* out;
   const void* q;
   int64_t out_row_stride, out_head_stride, q_row_stride, q_head_stride;
@@ -140,6 +143,7 @@ struct AttentionArgs {
 
 struct WriteKvArgs {
   DType dtype;
+  bool is_rounded;  // as for AttentionArgs
   const void* k;
   const void* v;
   int64_t k_row_stride, k_head_stride, v_row_stride, v_head_stride;
@@ -181,6 +185,9 @@ struct GatedArgs {
 constexpr int64_t kPanelWidth = 64;
 constexpr int64_t kBf16Depth = 2;  // float32 and float16: 1
 constexpr int64_t kInt8Depth = 4;
+// In 4 bits [ceil(N / 64)][ceil(K / 8)][64][4]: of 8 inputs of an output the first four are the bytes' lower halves.
+constexpr int64_t kInt4Depth = 8;
+constexpr int64_t kInt4Block = 32;  // inputs that share a scale of x; groups of weights are so many or a multiple
 
 // What is read soon after an operator, to be asked for meanwhile: see paths/soon.h.
 struct MemoryRange {
@@ -217,6 +224,20 @@ struct Int8LinearArgs {
   Soon soon;
 };
 
+struct Int4LinearArgs {
+  DType dtype;
+  Rows<void*> out;
+  Rows<const void*> x;
+  const uint8_t* packed;
+  const uint16_t* scales;  // float16 [ceil(N / 64)][num_groups][1 or 2][64]: scales and, if there are, offsets
+  bool has_offsets;        // else they are -8 scales
+  const float* bias;       // [N] or null
+  int8_t* quantised;       // scratch [num_rows, K rounded up to 8]: x in steps of its block's scale
+  float* row_scales;       // scratch [num_rows, num_blocks, 2]: scales of x, and these times the sums of its steps
+  int64_t num_rows, in_features, out_features, group_size;
+  Soon soon;
+};
+
 struct Kernels {
   const char* name;
   void (*add_lora)(const LoraArgs&);
@@ -229,6 +250,7 @@ struct Kernels {
   void (*rope_write_kv)(const RopeArgs&);
   void (*linear)(const LinearArgs&);
   void (*int8_linear)(const Int8LinearArgs&);
+  void (*int4_linear)(const Int4LinearArgs&);
 };
 
 // Null where the compiler or the architecture cannot build the path; whether the CPU has it is dispatch.cpp's matter.

@@ -237,7 +237,7 @@ struct FusedDecoderLayer : torch::CustomClassHolder {
       : input_norm_(std::move(input_norm)), mlp_norm_(std::move(mlp_norm)), qkv_(std::move(qkv)), o_(std::move(o)),
         gate_up_(std::move(gate_up)), down_(std::move(down)), keys_(std::move(keys)), values_(std::move(values)),
         scale_(scale), window_(window), softcap_(softcap) {
-    TORCH_CHECK_VALUE(keys_.dim() == 4 && keys_.size(3) > 0, "keys must be [blocks, heads, block_size, head_dim]");
+    TORCH_CHECK_VALUE(keys_.dim() == 4 && head_dim() > 0, "keys must be [blocks, heads, block_size, head_dim]");
   }
 
   void forward_(Tensor residual, const c10::intrusive_ptr<Step>& step) const {
@@ -248,6 +248,8 @@ struct FusedDecoderLayer : torch::CustomClassHolder {
   }
 
  private:
+  int64_t head_dim() const { return keys_.size(3) - (keys_.scalar_type() == at::kChar ? kScaleBytes : 0); }
+
   Tensor input_normed(const Tensor& residual, const Step& step) const {
     ML_PROFILED("rms_norm");
     Tensor normed = rms_norm(residual, input_norm_->weight, input_norm_->eps, 0);
@@ -268,15 +270,15 @@ struct FusedDecoderLayer : torch::CustomClassHolder {
   }
 
   Tensor attend(const Tensor& qkv, const Step& step) const {
-    int64_t num_kv = keys_.size(1), head_dim = keys_.size(3), rows = qkv.size(0);
-    Tensor heads = qkv.view({rows, -1, head_dim});
+    int64_t num_kv = keys_.size(1), rows = qkv.size(0);
+    Tensor heads = qkv.view({rows, -1, head_dim()});
     int64_t num_heads = heads.size(1) - 2 * num_kv;
     Tensor q = turn_and_write(heads, num_heads, num_kv, step);
     Tensor out = at::empty(q.sizes(), q.options());
     ML_PROFILED("paged_attention");
     paged_attention(out, q, keys_, values_, step.block_tables, step.query_starts, step.context_lens, scale_, window_,
                     softcap_);
-    return out.view({rows, num_heads * head_dim});
+    return out.view({rows, num_heads * head_dim()});
   }
 
   Tensor turn_and_write(const Tensor& heads, int64_t num_heads, int64_t num_kv, const Step& step) const {

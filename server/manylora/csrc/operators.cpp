@@ -1,6 +1,8 @@
 // See operators.h. Every check is here, of shapes and of indices: the kernels trust their arguments.
 
 #include "operators.h"
+
+#include "checks.h"
 #include "kernels.h"
 
 #include <ATen/ops/empty.h>
@@ -14,23 +16,6 @@ namespace manylora {
 using at::Tensor;
 
 namespace {
-
-DType dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat: return DType::f32;
-    case at::kBFloat16: return DType::bf16;
-    case at::kHalf: return DType::f16;
-    default: TORCH_CHECK_TYPE(false, "expected float32, bfloat16 or float16, got ", tensor.scalar_type());
-  }
-}
-
-void check(const Tensor& tensor, const char* name, int64_t dim, at::ScalarType type) {
-  TORCH_CHECK_VALUE(tensor.device().is_cpu(), name, " must be on the CPU, is on ", tensor.device());
-  TORCH_CHECK_VALUE(tensor.dim() == dim, name, " must have ", dim, " dimensions, has ", tensor.dim());
-  TORCH_CHECK_TYPE(tensor.scalar_type() == type, name, " must be ", type, ", is ", tensor.scalar_type());
-  TORCH_CHECK_VALUE(tensor.numel() == 0 || tensor.size(-1) == 1 || tensor.stride(-1) == 1, name,
-                    " must be contiguous in its last dimension");
-}
 
 template <class T>
 const T* indices(const Tensor& tensor, const char* name, int64_t dim) {
@@ -60,15 +45,28 @@ CacheView cache_view(const Tensor& cache) {
   return {cache.data_ptr(), cache.stride(0), cache.stride(1), cache.stride(2)};
 }
 
+// Whether the caches are rounded; their type else is `type`. `widths`: numbers of an entry of each.
+bool check_caches(const Tensor& k_cache, const Tensor& v_cache, at::ScalarType type, int64_t (&widths)[2]) {
+  bool is_rounded = k_cache.scalar_type() == at::kChar;
+  const Tensor* caches[] = {&k_cache, &v_cache};
+  const char* names[] = {"k_cache", "v_cache"};
+  for (int i = 0; i < 2; ++i) {
+    check(*caches[i], names[i], 4, is_rounded ? at::kChar : type);
+    widths[i] = caches[i]->size(3) - (is_rounded ? kScaleBytes : 0);
+    TORCH_CHECK_VALUE(widths[i] >= 0, names[i], " must have room for a scale in each entry");
+  }
+  return is_rounded;
+}
+
 WriteKvArgs write_kv_args(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
                           const Tensor& slots) {
   check(k, "k", 3, k.scalar_type());
   check(v, "v", 3, k.scalar_type());
-  check(k_cache, "k_cache", 4, k.scalar_type());
-  check(v_cache, "v_cache", 4, k.scalar_type());
+  int64_t widths[2];
+  bool is_rounded = check_caches(k_cache, v_cache, k.scalar_type(), widths);
   TORCH_CHECK_VALUE(k.sizes().slice(0, 2) == v.sizes().slice(0, 2) &&
                         k_cache.sizes().slice(0, 3) == v_cache.sizes().slice(0, 3) && k_cache.size(1) == k.size(1) &&
-                        k_cache.size(3) == k.size(2) && v_cache.size(3) == v.size(2) && slots.numel() == k.size(0),
+                        widths[0] == k.size(2) && widths[1] == v.size(2) && slots.numel() == k.size(0),
                     "k, v, the caches and slots do not fit together");
   const int64_t* rows = indices<int64_t>(slots, "slots", 1);
   int64_t num_positions = k_cache.size(0) * k_cache.size(2);
@@ -76,6 +74,7 @@ WriteKvArgs write_kv_args(const Tensor& k, const Tensor& v, const Tensor& k_cach
                     "slots reach past the cache's ", num_positions, " positions");
   WriteKvArgs args{};
   args.dtype = dtype_of(k);
+  args.is_rounded = is_rounded;
   args.k = k.const_data_ptr();
   args.v = v.const_data_ptr();
   args.k_row_stride = k.stride(0);
@@ -337,16 +336,17 @@ void paged_attention(Tensor out, const Tensor& q, const Tensor& k_cache, const T
                      const std::optional<Tensor>& slopes) {
   check(q, "q", 3, q.scalar_type());
   check(out, "out", 3, q.scalar_type());
-  check(k_cache, "k_cache", 4, q.scalar_type());
-  check(v_cache, "v_cache", 4, q.scalar_type());
-  TORCH_CHECK_VALUE(out.sizes().slice(0, 2) == q.sizes().slice(0, 2) && out.size(2) == v_cache.size(3),
+  int64_t widths[2];
+  bool is_rounded = check_caches(k_cache, v_cache, q.scalar_type(), widths);
+  TORCH_CHECK_VALUE(out.sizes().slice(0, 2) == q.sizes().slice(0, 2) && out.size(2) == widths[1],
                     "out must have q's rows and heads, and the width of v_cache");
-  TORCH_CHECK_VALUE(k_cache.sizes().slice(0, 3) == v_cache.sizes().slice(0, 3) && k_cache.size(3) == q.size(2),
+  TORCH_CHECK_VALUE(k_cache.sizes().slice(0, 3) == v_cache.sizes().slice(0, 3) && widths[0] == q.size(2),
                     "k_cache and v_cache must have the same shape but for their widths, the former with q's head_dim");
   TORCH_CHECK_VALUE(k_cache.size(1) && q.size(1) % k_cache.size(1) == 0,
                     "the query heads must be a multiple of the key/value heads");
   AttentionArgs args{};
   args.dtype = dtype_of(q);
+  args.is_rounded = is_rounded;
   args.out = out.data_ptr();
   args.q = q.const_data_ptr();
   args.out_row_stride = out.stride(0);
@@ -365,7 +365,7 @@ void paged_attention(Tensor out, const Tensor& q, const Tensor& k_cache, const T
   args.num_heads = q.size(1);
   args.num_kv_heads = k_cache.size(1);
   args.head_dim = q.size(2);
-  args.value_dim = v_cache.size(3);
+  args.value_dim = widths[1];
   args.block_size = k_cache.size(2);
   check_sequences(args, q.size(0), block_tables.size(1), k_cache.size(0));
   args.scale = static_cast<float>(scale);
@@ -413,79 +413,6 @@ Tensor rope_write_kv(const Tensor& q, const Tensor& k, const Tensor& v, const Te
   args.sin = {sin.const_data_ptr<float>(), sin.stride(0)};
   args.rotary_dim = cos.size(1);
   kernels().rope_write_kv(args);
-  return out;
-}
-
-Tensor linear(const Tensor& x, const Tensor& packed, int64_t out_features, const std::optional<Tensor>& bias,
-              const Soon& soon) {
-  check(x, "x", 2, x.scalar_type());
-  check(packed, "packed", 4, x.scalar_type());
-  TORCH_CHECK_VALUE(out_features >= 0, "out_features must not be negative");
-  int64_t in_features = x.size(1), depth = x.scalar_type() == at::kBFloat16 ? kBf16Depth : 1;
-  TORCH_CHECK_VALUE(packed.is_contiguous() && packed.size(0) == (out_features + kPanelWidth - 1) / kPanelWidth &&
-                        packed.size(1) == (in_features + depth - 1) / depth && packed.size(2) == kPanelWidth &&
-                        packed.size(3) == depth,
-                    "packed does not fit x and out_features");
-  if (bias) {
-    check(*bias, "bias", 1, at::kFloat);
-    TORCH_CHECK_VALUE(bias->numel() == out_features, "bias must have one entry per output");
-  }
-  Tensor out = at::empty({x.size(0), out_features}, x.options()), inputs;
-  LinearArgs args{};
-  args.dtype = dtype_of(x);
-  if (args.dtype != DType::f32) inputs = at::empty({x.size(0), packed.size(1) * depth}, x.options().dtype(at::kFloat));
-  args.out = {out.data_ptr(), out.stride(0)};
-  args.x = {x.const_data_ptr(), x.stride(0)};
-  args.packed = packed.const_data_ptr();
-  args.bias = bias ? bias->const_data_ptr<float>() : nullptr;
-  args.inputs = inputs.defined() ? inputs.data_ptr() : nullptr;
-  args.num_rows = x.size(0);
-  args.in_features = in_features;
-  args.out_features = out_features;
-  args.soon = soon;
-  kernels().linear(args);
-  return out;
-}
-
-Tensor int8_linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const Tensor& group_sums,
-                   const std::optional<Tensor>& bias, int64_t group_size, const Soon& soon) {
-  check(x, "x", 2, x.scalar_type());
-  check(packed, "packed", 4, at::kChar);
-  check(scales, "scales", 1, at::kFloat);
-  check(group_sums, "group_sums", 2, at::kInt);
-  int64_t in_features = x.size(1), out_features = scales.numel();
-  TORCH_CHECK_VALUE(packed.is_contiguous() && packed.size(0) == (out_features + kPanelWidth - 1) / kPanelWidth &&
-                        packed.size(1) == (in_features + kInt8Depth - 1) / kInt8Depth &&
-                        packed.size(2) == kPanelWidth && packed.size(3) == kInt8Depth,
-                    "packed does not fit x and scales");
-  TORCH_CHECK_VALUE(group_size > 0 && group_size % kInt8Depth == 0, "group_size must be a multiple of ", kInt8Depth);
-  int64_t num_groups = (in_features + group_size - 1) / group_size;
-  TORCH_CHECK_VALUE(group_sums.is_contiguous() && group_sums.size(0) == num_groups &&
-                        group_sums.size(1) == packed.size(0) * kPanelWidth,
-                    "group_sums does not fit packed and group_size");
-  if (bias) {
-    check(*bias, "bias", 1, at::kFloat);
-    TORCH_CHECK_VALUE(bias->numel() == out_features, "bias must have one entry per output");
-  }
-  Tensor out = at::empty({x.size(0), out_features}, x.options());
-  Tensor quantised = at::empty({x.size(0), packed.size(1) * kInt8Depth}, x.options().dtype(at::kShort));
-  Tensor row_scales = at::empty({x.size(0), num_groups}, scales.options());
-  Int8LinearArgs args{};
-  args.dtype = dtype_of(x);
-  args.out = {out.data_ptr(), out.stride(0)};
-  args.x = {x.const_data_ptr(), x.stride(0)};
-  args.packed = packed.const_data_ptr<int8_t>();
-  args.scales = scales.const_data_ptr<float>();
-  args.group_sums = group_sums.const_data_ptr<int32_t>();
-  args.bias = bias ? bias->const_data_ptr<float>() : nullptr;
-  args.quantised = quantised.data_ptr();
-  args.row_scales = row_scales.data_ptr<float>();
-  args.num_rows = x.size(0);
-  args.in_features = in_features;
-  args.out_features = out_features;
-  args.group_size = group_size;
-  args.soon = soon;
-  kernels().int8_linear(args);
   return out;
 }
 

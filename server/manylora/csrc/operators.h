@@ -44,6 +44,8 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& packed, int64_t out_fea
 at::Tensor int8_linear(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& scales,
                        const at::Tensor& group_sums, const std::optional<at::Tensor>& bias, int64_t group_size,
                        const Soon& soon);
+at::Tensor int4_linear(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& scales, int64_t out_features,
+                       const std::optional<at::Tensor>& bias, int64_t group_size, const Soon& soon);
 void place_threads(at::IntArrayRef cpus, bool apart);
 std::tuple<int64_t, int64_t> thread_times(at::IntArrayRef cpus);
 

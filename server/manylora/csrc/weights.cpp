@@ -45,6 +45,22 @@ struct Int8Weight final : Weight {
   MaybeTensor bias;
 };
 
+// Panels of `int4_linear`.
+struct Int4Weight final : Weight {
+  Int4Weight(Tensor packed, Tensor scales, int64_t out_features, int64_t group_size, MaybeTensor bias)
+      : packed(std::move(packed)), scales(std::move(scales)), out_features(out_features), group_size(group_size),
+        bias(std::move(bias)) {}
+
+  Tensor multiply(const Tensor& x, const Soon& soon) const override {
+    ML_PROFILED("int4_linear");
+    return int4_linear(x, packed, scales, out_features, bias, group_size, soon);
+  }
+
+  Tensor packed, scales;
+  int64_t out_features, group_size;
+  MaybeTensor bias;
+};
+
 // In oneDNN's own order.
 struct OneDnnWeight final : Weight {
   OneDnnWeight(Tensor ordered, MaybeTensor bias) : ordered(std::move(ordered)), bias(std::move(bias)) {
@@ -72,6 +88,11 @@ WeightPtr int8(Tensor packed, Tensor scales, Tensor group_sums, int64_t group_si
                                          std::move(bias));
 }
 
+WeightPtr int4(Tensor packed, Tensor scales, int64_t out_features, int64_t group_size, MaybeTensor bias) {
+  return c10::make_intrusive<Int4Weight>(std::move(packed), std::move(scales), out_features, group_size,
+                                         std::move(bias));
+}
+
 WeightPtr onednn(Tensor ordered, MaybeTensor bias) {
   return c10::make_intrusive<OneDnnWeight>(std::move(ordered), std::move(bias));
 }
@@ -79,7 +100,11 @@ WeightPtr onednn(Tensor ordered, MaybeTensor bias) {
 }  // namespace
 
 void register_weights(torch::Library& m) {
-  m.class_<Weight>("Weight").def_static("panels", panels).def_static("int8", int8).def_static("onednn", onednn);
+  m.class_<Weight>("Weight")
+      .def_static("panels", panels)
+      .def_static("int8", int8)
+      .def_static("int4", int4)
+      .def_static("onednn", onednn);
 }
 
 }  // namespace manylora

@@ -333,12 +333,13 @@ class EngineBuilder(Builder):
     def _cache(self) -> KVCache:
         settings = self.settings
         shapes = self.wrapped.survey.kv_shapes
-        per_block = bytes_per_block(shapes, settings.block_size, self.dtype)
+        dtype = self.backend.cache_dtype(self.dtype)
+        per_block = bytes_per_block(shapes, settings.block_size, dtype)
         needed = -(-self.context_length // settings.block_size)
         states = self._states_bytes()
         room = in_bytes(settings.kv_cache_memory, self.device) - states
         if not per_block:  # no layer attends: blocks hold nothing and are only counted
-            return KVCache(shapes, needed * settings.max_num_seqs, settings.block_size, self.dtype, self.device)
+            return KVCache(shapes, needed * settings.max_num_seqs, settings.block_size, dtype, self.device)
         num_blocks = max(0, room) // per_block
         may_take = in_bytes(_MOST_OF_FREE, self.device) - states
         if isinstance(settings.kv_cache_memory, float) and needed * per_block <= may_take:
@@ -349,7 +350,7 @@ class EngineBuilder(Builder):
                 f"{self.context_length} needs {-(-needed * per_block // 2**10):,} KiB: raise --kv-cache-memory "
                 "or lower --max-model-len."
             )
-        return KVCache(shapes, num_blocks, settings.block_size, self.dtype, self.device)
+        return KVCache(shapes, num_blocks, settings.block_size, dtype, self.device)
 
     def _states_bytes(self) -> int:
         """What the states of all sequences take, as they are before a step and after it. Raises NotEnoughMemory."""

@@ -12,6 +12,7 @@ from manylora.engine.sampler import sample
 from manylora.engine.step_input import PrefixInput, Sampled, SamplingInput, StepInput
 from manylora.kernels.batch import Batch, Piece
 from manylora.kernels.interface import LoraKernel, LoraPlan, plan_of
+from manylora.kernels.kv_entries import as_entries, read_entries, width_of
 from manylora.kernels.rows import Parts
 from manylora.lora.memory.device_memory import DeviceMemory, HeldPrefix
 from manylora.models.kv_cache import KVCache
@@ -116,14 +117,14 @@ class LocalExecutor:
         slots = self._tensor(prefix.kv_slots)
         blocks, offsets = slots // size, slots % size
         for room, kept in self._kept(held) if begin < copied else ():
-            room[blocks[begin:copied], :, offsets[begin:copied]] = kept[begin:copied].to(room.dtype)
+            room[blocks[begin:copied], :, offsets[begin:copied]] = as_entries(kept[begin:copied], room)
         if copied < end:
             assert held.embeddings is not None
             self._run_embeddings(held.embeddings[:end], slots, copied)
         if held.num_ready < end:  # those before `begin` may have come from blocks that others had computed
             new = slice(held.num_ready, end)
             for room, kept in self._kept(held):
-                kept[new].copy_(room[blocks[new], :, offsets[new]])
+                kept[new].copy_(read_entries(room[blocks[new], :, offsets[new]]))
             self._memory.keep_prefix(prefix.slot, held, end)
 
     def _kept(self, held: HeldPrefix) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -131,7 +132,7 @@ class LocalExecutor:
         at = 0
         for keys, values in zip(self._cache.keys, self._cache.values, strict=True):
             for room in (keys, values):
-                heads, size = room.shape[1], room.shape[3]
+                heads, size = room.shape[1], width_of(room)
                 yield room, held.past[:, at : at + heads * size].unflatten(1, (heads, size))  # type: ignore[no-untyped-call]
                 at += heads * size
 

@@ -118,7 +118,7 @@ class Attention(Protocol):
         """Store the step's k, v [T, kv_heads, their width] in a layer's cache and attend to it.
 
         q [T, heads, keys' width] -> [T, heads, values' width]. `keys`, `values` [blocks, kv_heads, block_size, their
-        width]; see `reference.write_kv` and `reference.attention`.
+        width], of a rounded cache their entries' (`kv_entries`); see `reference.write_kv` and `reference.attention`.
         """
         ...
 

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from manylora.kernels import native
 from manylora.kernels.cpu import cpu_multiplies
-from manylora.kernels.weights import Int8Weight, PanelWeight, pack_int8, pack_panels
+from manylora.kernels.weights import Int4Weight, Int8Weight, PanelWeight, pack_int4, pack_int8, pack_panels
 
 __all__ = [
     "BaseMatmul",
@@ -17,9 +17,12 @@ __all__ = [
     "ReadableMatmul",
     "can_pack",
     "dense",
+    "int4",
     "int8",
     "packed",
     "paneled",
+    "unpacked_int4",
+    "unpacked_int8",
     "widened",
 ]
 
@@ -178,6 +181,55 @@ class Rounded:
 def int8(weight: torch.Tensor, bias: torch.Tensor | None) -> Rounded:
     """Quantise the weight."""
     return Rounded(pack_int8(weight), _float(bias))
+
+
+@dataclass(frozen=True, slots=True)
+class RoundedToNibbles:
+    """The product with the weight rounded to 4 bits and, on the way, the inputs to 8; see `native.int4_linear`."""
+
+    weight: Int4Weight
+    bias: torch.Tensor | None
+
+    def __call__(self, x: torch.Tensor, /) -> torch.Tensor:
+        return native.int4_linear(x, self.weight, self.bias)
+
+    def rows(self, begin: int, end: int, _in_features: int) -> torch.Tensor:
+        return self.weight.rows(begin, end)
+
+    def handle(self) -> Any:
+        weight = self.weight
+        return torch.classes.manylora.Weight.int4(
+            weight.packed, weight.scales, weight.out_features, weight.group_size, self.bias
+        )
+
+
+def int4(weight: torch.Tensor, bias: torch.Tensor | None) -> RoundedToNibbles:
+    """Quantise the weight."""
+    return RoundedToNibbles(pack_int4(weight), _float(bias))
+
+
+@dataclass(frozen=True, slots=True)
+class Unpacked:
+    """Torch's product with a weight that is kept rounded and read back in every call; inputs stay as they are."""
+
+    weight: Int4Weight | Int8Weight
+    bias: torch.Tensor | None
+
+    def __call__(self, x: torch.Tensor, /) -> torch.Tensor:
+        return functional.linear(x, self.weight.dequantised().to(x.dtype), self.bias)
+
+    def rows(self, begin: int, end: int, _in_features: int) -> torch.Tensor:
+        return self.weight.rows(begin, end)
+
+
+def unpacked_int4(weight: torch.Tensor, bias: torch.Tensor | None) -> Unpacked:
+    """Quantise the weight to 4 bits."""
+    return Unpacked(pack_int4(weight), bias)
+
+
+def unpacked_int8(weight: torch.Tensor, bias: torch.Tensor | None) -> Unpacked:
+    """Quantise the weight to 8 bits."""
+    return Unpacked(pack_int8(weight), bias)
 
 
 def _float(bias: torch.Tensor | None) -> torch.Tensor | None:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
-from manylora.kernels.weights import Int8Weight, PanelWeight
+from manylora.kernels.weights import Int4Weight, Int8Weight, PanelWeight
 
 CPU_PATHS = ("avx512_bf16", "avx512", "avx2_vnni", "avx2", "portable")
 
@@ -178,7 +178,7 @@ def paged_attention(
     query_starts[s]:query_starts[s + 1] (int32 [S + 1]), the last of which is its position context_lens[s] - 1 (int32
     [S]; this step's keys are written before). Key j lies in block block_tables[s, j // block_size] (int32 [S,
     max_blocks]); what lies behind context_lens is not read. A window, a soft cap or a chunk of 0 is none. sinks, slopes
-    float32 [heads].
+    float32 [heads]. Caches of int8 are rounded ones, with entries of `kv_entries`.
     """
     torch.ops.manylora.paged_attention(
         out, q, k_cache, v_cache, block_tables, query_starts, context_lens, scale, sliding_window, softcap,
@@ -192,7 +192,7 @@ def write_kv(
     """`reference.write_kv`.
 
     k [T, kv_heads, head_dim], v [T, kv_heads, value_dim]; the caches [blocks, kv_heads, block_size, …] of the same
-    width and dtype; slots int64 [T], negative to leave a row out.
+    width and dtype, or rounded ones; slots int64 [T], negative to leave a row out.
     """
     torch.ops.manylora.write_kv(k, v, k_cache, v_cache, slots)
 
@@ -262,5 +262,17 @@ def int8_linear(x: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None =
     """
     out: torch.Tensor = torch.ops.manylora.int8_linear(
         x, weight.packed, weight.scales, weight.group_sums, bias, weight.group_size
+    )
+    return out
+
+
+def int4_linear(x: torch.Tensor, weight: Int4Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`reference.int4_linear`, x [T, in_features], bias float32 [out_features] -> [T, out_features] of x's dtype.
+
+    Sums within a block of 32 inputs are exact, those of blocks are made in float32. A row's result does not depend on
+    the rows beside it.
+    """
+    out: torch.Tensor = torch.ops.manylora.int4_linear(
+        x, weight.packed, weight.scales, weight.out_features, bias, weight.group_size
     )
     return out

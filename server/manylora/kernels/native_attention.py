@@ -4,6 +4,7 @@ import torch
 
 from manylora.kernels import native
 from manylora.kernels.batch import AttentionOptions, Batch
+from manylora.kernels.kv_entries import width_of
 
 
 class NativeAttention:
@@ -20,7 +21,7 @@ class NativeAttention:
         options: AttentionOptions,
     ) -> torch.Tensor:
         native.write_kv(k, v, keys, values, batch.kv_slots)
-        out = torch.empty((*q.shape[:2], values.shape[3]), dtype=q.dtype, device=q.device)
+        out = torch.empty((*q.shape[:2], width_of(values)), dtype=q.dtype, device=q.device)
         native.paged_attention(
             out, q, keys, values, batch.block_tables, batch.query_starts, batch.context_lens,
             options.scale, options.window, options.softcap, options.chunk, options.sinks, options.slopes,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from manylora.kernels.batch import AttentionOptions
-from manylora.kernels.weights import Int8Weight
+from manylora.kernels.weights import INT4_GROUP, Int4Weight, Int8Weight
 
 __all__ = [
     "Dense",
@@ -21,6 +21,7 @@ __all__ = [
     "attention",
     "change_output",
     "gelu_tanh_and_mul",
+    "int4_linear",
     "int8_linear",
     "linear",
     "rms_norm",
@@ -226,5 +227,23 @@ def int8_linear(x: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None =
         rounded = torch.where(steps > 0, (columns / steps).round(), 0.0)
         result += steps * (rounded @ integers.T)
     result *= weight.scales.double()
+    result[~x.isfinite().all(dim=1)] = float("nan")
+    return result if bias is None else result + bias.double()
+
+
+def int4_linear(x: torch.Tensor, weight: Int4Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [T, in_features], rounded to 8 bits by row and block of 32 inputs, times a weight in 4 bits, plus bias.
+
+        result[t, n] = sum over blocks b of s[t, b] * sum over k in b of q[t, k] * W[n, k]
+        s[t, b] = max over k in b of |x[t, k]| / 127          q[t, k] = x[t, k] / s[t, b], rounded to an integer
+
+    W is `weight.dequantised()`. A row with a NaN or an infinity is NaN throughout.
+    """
+    result = torch.zeros(len(x), weight.out_features, dtype=torch.float64)
+    weights = torch.split(weight.dequantised().double(), INT4_GROUP, dim=1)
+    for columns, part in zip(torch.split(x.double(), INT4_GROUP, dim=1), weights, strict=True):
+        steps = columns.abs().amax(dim=1, keepdim=True) / 127
+        rounded = torch.where(steps > 0, (columns / steps).round(), 0.0)
+        result += steps * (rounded @ part.T)
     result[~x.isfinite().all(dim=1)] = float("nan")
     return result if bias is None else result + bias.double()

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from manylora.kernels.batch import AttentionOptions, Batch
+from manylora.kernels.kv_entries import as_entries, read_entries, width_of
 
 __all__ = ["TorchAttention", "hidden_from", "prefill"]
 
@@ -55,18 +56,19 @@ class TorchAttention:
         if self._step is not batch.context_lens:  # every step has its own
             self._step, self._views, self._written = batch.context_lens, {}, {}
         self._write(k, v, keys, values, batch)
-        out = q.new_empty((*q.shape[:2], values.shape[3]))
+        out = q.new_empty((*q.shape[:2], width_of(values)))
         n = batch.num_decode
         if n:
             view = self._view(batch, keys.shape[1], keys.shape[2], options)
             out[:n] = _decode(q[:n], keys, values, view, options, is_direct=self._multiplies(q.dtype))
         for s in range(n, len(batch.lens)):
             rows, length = slice(batch.starts[s], batch.starts[s + 1]), batch.lens[s]
-            if rows.stop - rows.start == length:  # the whole of it: nothing to be brought together from blocks
+            # The whole of it: nothing to be brought together from blocks, unless it was rounded there.
+            if rows.stop - rows.start == length and keys.is_floating_point():
                 past = k[rows].transpose(0, 1), v[rows].transpose(0, 1)
             else:
                 table = batch.block_tables[s, : -(-length // keys.shape[2])].long()
-                past = _flat(keys, table)[:, :length], _flat(values, table)[:, :length]
+                past = (_flat(keys, table, length).to(q.dtype), _flat(values, table, length).to(q.dtype))
             out[rows] = prefill(q[rows], *past, options)
         return out
 
@@ -79,7 +81,7 @@ class TorchAttention:
             self._written[num_kv] = ((block[:, None] * num_kv + heads) * block_size + offset[:, None]).flatten()
         for new, cache in ((k, keys), (v, values)):
             flat = cache.view(-1, cache.shape[3])
-            flat.index_copy_(0, self._written[num_kv], new.reshape(-1, cache.shape[3]))
+            flat.index_copy_(0, self._written[num_kv], as_entries(new.reshape(-1, new.shape[2]), cache))
 
     def _view(self, batch: Batch, num_kv: int, block_size: int, options: AttentionOptions) -> _DecodeView:
         """What the decoding sequences look at, in layers with as many heads and the same window or chunk."""
@@ -119,9 +121,9 @@ def _decode_view(batch: Batch, block_size: int, num_kv: int, window: int, chunk:
     return _DecodeView(entries.flatten(), hidden[:, None, None], unseen.flatten(), ahead)
 
 
-def _flat(cache: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """One sequence's blocks as [KVH, positions, D]."""
-    return cache[table].transpose(0, 1).flatten(1, 2)
+def _flat(cache: torch.Tensor, table: torch.Tensor, length: int) -> torch.Tensor:
+    """The first positions of one sequence's blocks, [KVH, length, D]."""
+    return read_entries(cache[table].transpose(0, 1).flatten(1, 2)[:, :length])
 
 
 def _softmax(
@@ -156,8 +158,9 @@ def _decode(
 
     def gather(cache: torch.Tensor) -> torch.Tensor:
         """[n, KVH, L, D], a copy. Behind a sequence's end blocks hold what others left there, and 0 * NaN is NaN."""
-        rows = cache.flatten(2).flatten(0, 1).index_select(0, view.entries).to(wide)
-        return rows.view(-1, cache.shape[3]).index_fill_(0, view.unseen, 0).view(n, num_kv, -1, cache.shape[3])
+        rows = cache.flatten(2).flatten(0, 1).index_select(0, view.entries)
+        found = read_entries(rows.view(-1, cache.shape[3])).to(wide)
+        return found.index_fill_(0, view.unseen, 0).view(n, num_kv, -1, found.shape[1])
 
     k, v = gather(keys), gather(values)
     grouped = q.reshape(n, num_kv, -1, dim).to(wide)

@@ -8,17 +8,17 @@ imported by its creator, so that a machine without it never pays.
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import psutil
 import torch
 
 from manylora.errors import InvalidSettings
-from manylora.kernels import matmul, native
+from manylora.kernels import kv_entries, matmul, native
 from manylora.kernels.cpu import cpu_multiplies
 from manylora.kernels.interface import Attention, LoraKernel
 from manylora.kernels.matmul import BaseMatmul, MatmulFactory
-from manylora.kernels.weights import FORMATS, WeightFormat
+from manylora.kernels.weights import FORMATS, Tolerance, WeightFormat
 from manylora.lora.memory.device_memory import Allocate
 from manylora.lora.memory.pages import zeros
 from manylora.models.layers import LayerKernel
@@ -30,25 +30,46 @@ __all__ = ["Backend", "choose", "free_bytes", "has_bfloat16", "select_device", "
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
+_KV_DTYPES: Final[Mapping[str, torch.dtype | None]] = {"auto": None, "int8": torch.int8}
+# What makes the logits is kept in another format than the rest: to round it costs most and saves little.
+_HEADS: Final[Mapping[str, str]] = {"int4": "int8"}
 
 
 @dataclass(frozen=True, slots=True)
 class Backend:
     """The parts that compute a model on `device`.
 
-    `matmul` makes every linear of the base, whose weights it keeps in `format`; `attention` serves the model's own
-    layers, `layers` takes the place of those of the usual shape, `lora` adds the adapters' deltas; `allocate` gives the
-    memory that adapters lie in. `before_step` is called on the thread that steps, before each step.
+    `matmul` makes the linears of the base, whose weights it keeps in `format`, but for those that make the logits,
+    which are `head`'s. `attention` serves the model's own layers, `layers` takes the place of those of the usual shape,
+    `lora` adds the adapters' deltas; `allocate` gives the memory that adapters lie in. `before_step` is called on the
+    thread that steps, before each step. `kv_dtype`: what keys and values are kept in; None is what the model computes
+    in.
     """
 
     device: torch.device
     format: WeightFormat
     matmul: MatmulFactory
+    head: MatmulFactory
     attention: Attention
     layers: LayerKernel[Any]
     lora: LoraKernel
     allocate: Allocate
     before_step: Callable[[], None]
+    kv_dtype: torch.dtype | None = None
+
+    @property
+    def head_format(self) -> WeightFormat:
+        """What the weights of `head` are kept in."""
+        return FORMATS[_HEADS.get(self.format.name, self.format.name)]
+
+    def cache_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The type of the KV cache of a model that computes in `dtype`."""
+        return self.kv_dtype or dtype
+
+    def tolerance(self, dtype: torch.dtype) -> Tolerance:
+        """How far a model that computes in `dtype` may be from the untouched one."""
+        own = self.format.tolerance(dtype)
+        return own if self.kv_dtype is None else own.widened(kv_entries.ROUNDED)
 
 
 def choose(settings: "Settings") -> Backend:
@@ -58,15 +79,18 @@ def choose(settings: "Settings") -> Backend:
     """
     device = select_device(settings.device)
     wanted = FORMATS[settings.quantization]
+    kv_dtype = _KV_DTYPES[settings.kv_cache_dtype]
     if device.type != "cpu":
+        if kv_dtype is not None:
+            raise InvalidSettings("kv_cache_dtype: int8 is for CPUs. Leave it out, or choose --device cpu.")
         return (
             _torch_on_gpu(device, wanted)
             if settings.kernels == "torch" or not _has_triton()
             else triton(device, wanted)
         )
-    if settings.kernels == "torch" or not native.is_available():
-        return _torch_on_cpu(device, wanted)
-    return _cpp(device, wanted)
+    is_native = settings.kernels != "torch" and native.is_available()
+    backend = _cpp(device, wanted) if is_native else _torch_on_cpu(device, wanted)
+    return replace(backend, kv_dtype=kv_dtype)
 
 
 def _cpp(device: torch.device, wanted: WeightFormat) -> Backend:
@@ -76,11 +100,12 @@ def _cpp(device: torch.device, wanted: WeightFormat) -> Backend:
     from manylora.kernels.placement import ThreadPlacement
     from manylora.models.native_layers import NativeLayers
 
-    held: Mapping[str, MatmulFactory] = {"none": _panels, "int8": matmul.int8}
+    held: Mapping[str, MatmulFactory] = {"none": _panels, "int8": matmul.int8, "int4": matmul.int4}
     return Backend(
         device=device,
         format=wanted,
         matmul=held[wanted.name],
+        head=held[_HEADS.get(wanted.name, wanted.name)],
         attention=NativeAttention(),
         layers=NativeLayers(),
         lora=NativeKernel(),
@@ -102,13 +127,13 @@ def _has_triton() -> bool:
 
 
 def _torch_on_cpu(device: torch.device, wanted: WeightFormat) -> Backend:
-    """Torch operations on a CPU."""
-    if wanted.name != "none":
-        raise InvalidSettings(
-            f"quantization: {wanted.name} needs the C++ kernels. Leave out --kernels torch; if they were not built, "
-            "install a C++ compiler and install manylora again."
-        )
-    return _torch(device, wanted, _by_onednn, zeros, multiplies=cpu_multiplies, sums_in_bags=True)
+    """Torch operations on a CPU. Rounded weights take no more room here than there, and more time."""
+    held: Mapping[str, MatmulFactory] = {
+        "none": _by_onednn,
+        "int8": matmul.unpacked_int8,
+        "int4": matmul.unpacked_int4,
+    }
+    return _torch(device, wanted, held, zeros, multiplies=cpu_multiplies, sums_in_bags=True)
 
 
 def _torch_on_gpu(device: torch.device, wanted: WeightFormat) -> Backend:
@@ -119,13 +144,13 @@ def _torch_on_gpu(device: torch.device, wanted: WeightFormat) -> Backend:
     def allocate(numel: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(numel, dtype=dtype, device=device)
 
-    return _torch(device, wanted, matmul.dense, allocate, multiplies=lambda dtype: True, sums_in_bags=False)
+    return _torch(device, wanted, {"none": matmul.dense}, allocate, multiplies=lambda _: True, sums_in_bags=False)
 
 
 def _torch(
     device: torch.device,
     wanted: WeightFormat,
-    make_matmul: MatmulFactory,
+    held: Mapping[str, MatmulFactory],
     allocate: Allocate,
     *,
     multiplies: Callable[[torch.dtype], bool],
@@ -139,7 +164,8 @@ def _torch(
     return Backend(
         device=device,
         format=wanted,
-        matmul=make_matmul,
+        matmul=held[wanted.name],
+        head=held[_HEADS.get(wanted.name, wanted.name)],
         attention=attention,
         layers=TorchLayers(attention),
         lora=TorchKernel(multiplies, sums_in_bags=sums_in_bags),

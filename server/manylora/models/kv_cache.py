@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from manylora.kernels.kv_entries import entry_width
+
 
 @dataclass(frozen=True, slots=True)
 class KVShape:
@@ -22,6 +24,8 @@ class KVShape:
 class KVCache:
     """`keys[layer]` and `values[layer]`: [num_blocks + 1, num_heads, block_size, head_dim or value_dim].
 
+    In int8, with a scale behind the numbers of each entry (`kernels.kv_entries`).
+
     The last block is spare: it belongs to no sequence, so that a step can be tried without any.
     Blocks are never cleared: readers look at no position behind a sequence's length.
     """
@@ -35,8 +39,8 @@ class KVCache:
         self.values: list[torch.Tensor] = []
         for shape in shapes:
             room = (num_blocks + 1, shape.num_heads, block_size)
-            self.keys.append(torch.empty((*room, shape.head_dim), dtype=dtype, device=device))
-            self.values.append(torch.empty((*room, shape.value_dim), dtype=dtype, device=device))
+            self.keys.append(torch.empty((*room, entry_width(shape.head_dim, dtype)), dtype=dtype, device=device))
+            self.values.append(torch.empty((*room, entry_width(shape.value_dim, dtype)), dtype=dtype, device=device))
 
     @property
     def spare_block(self) -> int:
@@ -45,4 +49,7 @@ class KVCache:
 
 def bytes_per_block(shapes: list[KVShape], block_size: int, dtype: torch.dtype) -> int:
     """Keys and values of all layers, in bytes, for one block."""
-    return sum(shape.size for shape in shapes) * block_size * dtype.itemsize
+    entries = sum(
+        shape.num_heads * (entry_width(shape.head_dim, dtype) + entry_width(shape.value_dim, dtype)) for shape in shapes
+    )
+    return entries * block_size * dtype.itemsize

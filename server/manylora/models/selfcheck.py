@@ -61,7 +61,7 @@ class SelfCheck:
         self._wrapped = wrapped
         self._cache = cache
         self._backend = wrapped.backend
-        self._tolerance = wrapped.backend.format.tolerance(wrapped.model.dtype)
+        self._tolerance = wrapped.backend.tolerance(wrapped.model.dtype)
         self._memory = self._load_adapter(PROBE_STRENGTH)
 
     def _load_adapter(self, strength: float) -> DeviceMemory:

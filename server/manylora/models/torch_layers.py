@@ -7,6 +7,7 @@ from torch.nn import functional
 
 from manylora.kernels.batch import AttentionOptions, Batch
 from manylora.kernels.interface import Attention
+from manylora.kernels.kv_entries import width_of
 from manylora.models.layers import Layer, LayerParts, Norm
 
 
@@ -30,7 +31,7 @@ class TorchLayers:
         return TorchStep(cos[:, None], torch.cat((-sin[:, :half], sin[:, half:]), dim=1)[:, None], batch)
 
     def layer(self, parts: LayerParts, keys: torch.Tensor, values: torch.Tensor) -> Layer[TorchStep]:
-        heads = (-1, keys.shape[3])
+        heads = (-1, width_of(keys))
 
         def forward_(residual: torch.Tensor, step: TorchStep) -> None:
             qkv = parts.qkv(rms_norm(residual, parts.input_norm, step.batch)).unflatten(1, heads)

@@ -227,7 +227,8 @@ def _replace_linears(wrapped: WrappedModel, group: list[str]) -> None:
     site_group = SiteGroup(
         wrapped.sites[group[0]], offsets, torch.tensor(offsets, dtype=torch.int32, device=weight.device)
     )
-    matmul = wrapped.backend.matmul(weight, bias)
+    is_head = group[0] in wrapped.survey.on_logit_rows
+    matmul = (wrapped.backend.head if is_head else wrapped.backend.matmul)(weight, bias)
     _require_close(matmul, weight, bias, group[0], wrapped.backend.format)
     for path, first, width, own in zip(group, offsets, widths, biases, strict=False):
         wrapped.served[path] = ServedLinear(matmul, first, width, weight.shape[1], own)
@@ -236,7 +237,7 @@ def _replace_linears(wrapped: WrappedModel, group: list[str]) -> None:
         site_group,
         wrapped.context,
         in_features=weight.shape[1],
-        on_logit_rows=group[0] in wrapped.survey.on_logit_rows,
+        on_logit_rows=is_head,
     )
     if len(group) == 1:
         wrapped.model.set_submodule(group[0], linear)

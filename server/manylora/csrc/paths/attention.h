@@ -26,9 +26,9 @@ struct AttentionTask {
   int64_t partial;  // index of the first row's partial result, or -1: the task sees all keys of its rows
 };
 
-template <class T>
+template <class C>
 struct KeyBlock {
-  const T *keys[kKeysPerBlock], *values[kKeysPerBlock];
+  const C *keys[kKeysPerBlock], *values[kKeysPerBlock];
   int64_t count;
 };
 
@@ -39,11 +39,43 @@ struct AttentionBuffers {
   float* sums;        // [rows, padded_dim]: weighted values, not yet normalised
   float* maxima;      // [rows]
   float* totals;      // [rows]
+  float* key_scales;  // [kKeysPerBlock]: of a rounded cache, what the block's keys are multiplied by
+  float* value_scales;
 };
 
+// Lanes of T from a cache of C. The integers of a rounded one are exact in every T; their scale meets the scores.
+template <class T, class C>
+struct CacheLanes {
+  static ML_INLINE vu load_lanes(const C* p) { return Lanes<T>::load_lanes(p); }
+  static ML_INLINE vu load_lanes(const C* p, int64_t count) { return Lanes<T>::load_lanes(p, count); }
+};
 template <class T>
+struct CacheLanes<T, int8_t> {
+  static ML_INLINE vu load_lanes(const int8_t* p) {
+    if constexpr (Lanes<T>::per_lane == 1)
+      return bitcast<vu>(load(p));
+    else
+      return joined(load(p), load(p + W));
+  }
+  static ML_INLINE vu load_lanes(const int8_t* p, int64_t count) {
+    if constexpr (Lanes<T>::per_lane == 1)
+      return bitcast<vu>(load(p, count));
+    else
+      return joined(load(p, std::min<int64_t>(count, W)), load(p + W, std::max<int64_t>(count - W, 0)));
+  }
+
+ private:
+  static ML_INLINE vu joined(vf first, vf second) {
+    vh halves[2] = {narrow(first, bf16{}), narrow(second, bf16{})};
+    return load_bits<vu>(halves);
+  }
+};
+
+// In T, over a cache of C: T itself, or int8_t with a scale at the end of each entry.
+template <class T, class C>
 struct Attention {
   using L = Lanes<T>;
+  static constexpr bool kIsRounded = !std::is_same_v<T, C>;
   const AttentionArgs& args;
   int64_t group = args.num_heads / args.num_kv_heads;
   int64_t head_lanes = (args.head_dim + L::per_lane - 1) / L::per_lane;
@@ -67,24 +99,32 @@ struct Attention {
                        rows * kKeysPerBlock,
                        padded(rows * padded_dim),
                        padded(rows),
-                       padded(rows)};
+                       padded(rows),
+                       kKeysPerBlock,
+                       kKeysPerBlock};
     int64_t total = 0;
     for (int64_t size : sizes) total += size;
     float* memory = static_cast<float*>(scratch(total * sizeof(float)));
-    float* parts[6];
-    for (int i = 0; i < 6; memory += sizes[i++]) parts[i] = memory;
-    return {
-        reinterpret_cast<vu*>(parts[0]), reinterpret_cast<uint32_t*>(parts[1]), parts[2], parts[3], parts[4], parts[5]};
+    float* parts[8];
+    for (int i = 0; i < 8; memory += sizes[i++]) parts[i] = memory;
+    return {reinterpret_cast<vu*>(parts[0]),
+            reinterpret_cast<uint32_t*>(parts[1]),
+            parts[2],
+            parts[3],
+            parts[4],
+            parts[5],
+            parts[6],
+            parts[7]};
   }
 
   // Where the task's keys and values from `begin` on lie.
-  void find_entries(const AttentionTask& task, int64_t begin, KeyBlock<T>& block) const {
+  void find_entries(const AttentionTask& task, int64_t begin, KeyBlock<C>& block) const {
     const int32_t* table = args.block_tables + task.sequence * args.block_table_stride;
     block.count = std::min(kKeysPerBlock, task.last_key - begin);
     int64_t page = begin / args.block_size, offset = begin % args.block_size;
     for (int64_t i = 0; i < block.count; ++i) {
-      block.keys[i] = cache_entry<const T>(args.k_cache, table[page], task.kv_head, offset);
-      block.values[i] = cache_entry<const T>(args.v_cache, table[page], task.kv_head, offset);
+      block.keys[i] = cache_entry<const C>(args.k_cache, table[page], task.kv_head, offset);
+      block.values[i] = cache_entry<const C>(args.v_cache, table[page], task.kv_head, offset);
       if (++offset == args.block_size) {
         offset = 0;
         ++page;
@@ -93,9 +133,10 @@ struct Attention {
   }
   // Asks the memory for entries [begin, end), as the CPU cannot foresee the block table. A few at a time, between what
   // is computed: the CPU waits when it is asked for more than it can have under way.
-  ML_INLINE void ask_for(const T* const* entries, int64_t width, int64_t begin, int64_t end) const {
+  ML_INLINE void ask_for(const C* const* entries, int64_t width, int64_t begin, int64_t end) const {
+    if (kIsRounded) width += kScaleBytes;
     for (int64_t i = begin; i < end; ++i)
-      for (int64_t at = 0; at < width; at += kLineBytes / int64_t(sizeof(T)))
+      for (int64_t at = 0; at < width; at += kLineBytes / int64_t(sizeof(C)))
         __builtin_prefetch(entries[i] + at, 0, kPrefetchInto);
   }
   // Blocks begin at multiples of their size, so that a row's sums do not depend on how queries are cut into tasks.
@@ -113,8 +154,8 @@ struct Attention {
     }
   }
 
-  void pack_keys(const KeyBlock<T>& block, const KeyBlock<T>& next, vu* packed) const {
-    const T* const* keys = block.keys;
+  void pack_keys(const KeyBlock<C>& block, const KeyBlock<C>& next, vu* packed) const {
+    const C* const* keys = block.keys;
     int64_t count = block.count;
     for (int64_t first = 0; first < count; first += W) {
       ask_for(next.keys, args.head_dim, std::min(first, next.count), std::min(first + W, next.count));
@@ -124,8 +165,8 @@ struct Attention {
         for (int i = 0; i < W; ++i) {
           bool present = first + i < count;
           square[i] = !present                   ? vu{}
-                      : width == W * L::per_lane ? L::load_lanes(keys[first + i] + offset)
-                                                 : L::load_lanes(keys[first + i] + offset, width);
+                      : width == W * L::per_lane ? CacheLanes<T, C>::load_lanes(keys[first + i] + offset)
+                                                 : CacheLanes<T, C>::load_lanes(keys[first + i] + offset, width);
         }
         transpose(square);
         for (int i = 0; i < W; ++i) packed[((lane + i) * kKeysPerBlock + first) / W] = square[i];
@@ -166,6 +207,7 @@ struct Attention {
     for (int64_t i = 0; i < kKeysPerBlock; i += W) {
       vi key = lane_numbers(LaneIndices{}) + int32_t(i);
       vf score = load(weights + i) * args.scale;
+      if constexpr (kIsRounded) score *= load(at.key_scales + i);
       if (args.softcap > 0) score = vtanh(score / args.softcap) * args.softcap;
       if (slope != 0) score += __builtin_convertvector(key + int32_t(ahead), vf) * slope;
       score = ((key >= int32_t(begin)) & (key < int32_t(end))) ? score : splat(-INFINITY);
@@ -176,8 +218,9 @@ struct Attention {
     vf total = {};
     for (int64_t i = 0; i < kKeysPerBlock; i += W) {
       vf weight = vexp(load(weights + i) - maximum);
-      store(weights + i, weight);
       total += weight;
+      if constexpr (kIsRounded) weight *= load(at.value_scales + i);
+      store(weights + i, weight);
     }
     float correction = vexp(splat(at.maxima[row] - maximum))[0];
     at.totals[row] = at.totals[row] * correction + sum_lanes(total);
@@ -189,15 +232,15 @@ struct Attention {
 
   // sums += weights * values for R rows and NV vectors of the head, the last one with `width` elements.
   template <int R, int NV>
-  ML_INLINE void value_tile(const AttentionBuffers& at, const T* const* values, int64_t row, int64_t begin, int64_t end,
-                            int64_t d, int64_t width, const KeyBlock<T>* next) const {
+  ML_INLINE void value_tile(const AttentionBuffers& at, const C* const* values, int64_t row, int64_t begin, int64_t end,
+                            int64_t d, int64_t width, const KeyBlock<C>* next) const {
     const float* weights = at.weights + row * kKeysPerBlock;
     vf sums[R][NV];
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < NV; ++v) sums[r][v] = load(at.sums + (row + r) * padded_dim + d + v * W);
     for (int64_t key = begin; key < end; ++key) {
       if (next) ask_for(next->values, args.value_dim, key, std::min(key + 1, next->count));
-      const T* at_key = values[key] + d;
+      const C* at_key = values[key] + d;
       vf value[NV];
 #pragma GCC unroll 8
       for (int v = 0; v < NV; ++v) value[v] = width == W ? load(at_key + v * W) : load(at_key + v * W, width);
@@ -213,8 +256,8 @@ struct Attention {
   }
 
   template <int R>
-  void add_values(const AttentionBuffers& at, const T* const* values, int64_t row, int64_t begin, int64_t end,
-                  const KeyBlock<T>* next) const {
+  void add_values(const AttentionBuffers& at, const C* const* values, int64_t row, int64_t begin, int64_t end,
+                  const KeyBlock<C>* next) const {
     constexpr int NV = kTileVectors<R>;
     int64_t d = 0;
     for (; d + NV * W <= args.value_dim; d += NV * W, next = nullptr)
@@ -227,7 +270,7 @@ struct Attention {
   // null.
   template <int R>
   void attend_tile(const AttentionTask& task, const AttentionBuffers& at, int64_t row, int64_t first,
-                   const KeyBlock<T>& block, const KeyBlock<T>* next) const {
+                   const KeyBlock<C>& block, const KeyBlock<C>* next) const {
     int64_t count = block.count;
     score_tile<R>(at, row, count);
     int64_t begin = count, end = 0;
@@ -244,10 +287,16 @@ struct Attention {
     if (begin < end) add_values<R>(at, block.values, row, begin, end, next);
   }
 
-  void attend_block(const AttentionTask& task, const AttentionBuffers& at, const KeyBlock<T>& block, int64_t first,
-                    int64_t rows, const KeyBlock<T>& next) const {
+  void attend_block(const AttentionTask& task, const AttentionBuffers& at, const KeyBlock<C>& block, int64_t first,
+                    int64_t rows, const KeyBlock<C>& next) const {
     pack_keys(block, next, at.packed_keys);
-    const KeyBlock<T>* wanted = &next;
+    if constexpr (kIsRounded) {
+      for (int64_t i = 0; i < kKeysPerBlock; ++i) {
+        at.key_scales[i] = i < block.count ? scale_of(block.keys[i], args.head_dim) : 0;
+        at.value_scales[i] = i < block.count ? scale_of(block.values[i], args.value_dim) : 0;
+      }
+    }
+    const KeyBlock<C>* wanted = &next;
     int64_t row = 0;
     for (; row + 4 <= rows; row += 4, wanted = nullptr) attend_tile<4>(task, at, row, first, block, wanted);
     if (rows - row == 3) attend_tile<3>(task, at, row, first, block, wanted);
@@ -263,7 +312,7 @@ struct Attention {
     std::fill_n(at.sums, rows * padded_dim, 0.f);
     std::fill_n(at.totals, rows, 0.f);
     std::fill_n(at.maxima, rows, -INFINITY);
-    KeyBlock<T> blocks[2];
+    KeyBlock<C> blocks[2];
     find_entries(task, first_block(task), blocks[0]);
     for (int64_t first = first_block(task), i = 0; first < task.last_key; first += kKeysPerBlock, i ^= 1) {
       blocks[i ^ 1].count = 0;
@@ -347,10 +396,10 @@ struct Attention {
   }
 };
 
-template <class T>
+template <class T, class C>
 void attend(const AttentionArgs& args) {
   constexpr int64_t kCostPerThread = 1 << 20;  // multiply-adds done in the time that waking another thread takes
-  Attention<T> attention{args};
+  Attention<T, C> attention{args};
   auto plan = attention.plan();
   const AttentionTask* tasks = plan.tasks.data();
   std::unique_ptr<float[]> partials(new float[plan.num_partials * attention.partial_size]);
@@ -370,7 +419,10 @@ void attend(const AttentionArgs& args) {
 }
 
 void paged_attention(const AttentionArgs& args) {
-  with_dtype(args.dtype, [&](auto type) { attend<decltype(type)>(args); });
+  with_dtype(args.dtype, [&](auto type) {
+    using T = decltype(type);
+    args.is_rounded ? attend<T, int8_t>(args) : attend<T, T>(args);
+  });
 }
 
 }  // namespace

@@ -73,7 +73,7 @@ ML_INLINE void rotate_head(T* to, const T* from, const float* cos, const float* 
   std::memcpy(to + rotary_dim, from + rotary_dim, (head_dim - rotary_dim) * sizeof(T));
 }
 
-template <class T>
+template <class T, class C>
 void rope_token(const RopeArgs& args, int64_t token) {
   const WriteKvArgs& kv = args.kv;
   const float* cos = args.cos.data + token * args.cos.stride;
@@ -88,17 +88,25 @@ void rope_token(const RopeArgs& args, int64_t token) {
   const T* v = static_cast<const T*>(kv.v) + token * kv.v_row_stride;
   int64_t block = slot / kv.block_size, position = slot % kv.block_size;
   for (int64_t head = 0; head < kv.num_kv_heads; ++head) {
-    T* key = cache_entry<T>(kv.k_cache, block, head, position);
-    rotate_head(key, k + head * kv.k_head_stride, cos, sin, args.rotary_dim, kv.head_dim);
-    std::memcpy(cache_entry<T>(kv.v_cache, block, head, position), v + head * kv.v_head_stride,
-                kv.head_dim * sizeof(T));
+    C* key = cache_entry<C>(kv.k_cache, block, head, position);
+    T* turned = nullptr;
+    if constexpr (std::is_same_v<T, C>)
+      turned = key;
+    else
+      turned = static_cast<T*>(scratch(kv.head_dim * sizeof(T)));
+    rotate_head(turned, k + head * kv.k_head_stride, cos, sin, args.rotary_dim, kv.head_dim);
+    if constexpr (!std::is_same_v<T, C>) write_entry(key, turned, kv.head_dim);
+    write_entry(cache_entry<C>(kv.v_cache, block, head, position), v + head * kv.v_head_stride, kv.head_dim);
   }
 }
 
 void rope_write_kv(const RopeArgs& args) {
   int64_t elements = (args.num_heads + 2 * args.kv.num_kv_heads) * args.kv.head_dim;
   with_dtype(args.kv.dtype, [&](auto type) {
-    for_rows(args.kv.num_tokens, elements, [&](int64_t token) { rope_token<decltype(type)>(args, token); });
+    using T = decltype(type);
+    for_rows(args.kv.num_tokens, elements, [&](int64_t token) {
+      args.kv.is_rounded ? rope_token<T, int8_t>(args, token) : rope_token<T, T>(args, token);
+    });
   });
 }
 

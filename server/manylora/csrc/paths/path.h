@@ -9,6 +9,7 @@
 #include "attention.h"
 #include "cache.h"
 #include "elementwise.h"
+#include "int4.h"
 #include "int8.h"
 #include "linear.h"
 #include "lora.h"
@@ -17,8 +18,9 @@
 
 #ifdef ML_PATH_FUNCTION
 const manylora::Kernels* manylora::ML_PATH_FUNCTION() {
-  static constexpr Kernels table = {ML_PATH_NAME, add_lora,         change_output, add_mixes, paged_attention, write_kv,
-                                    rms_norm,     gated_activation, rope_write_kv, linear,    int8_linear};
+  static constexpr Kernels table = {ML_PATH_NAME,    add_lora, change_output, add_mixes,
+                                    paged_attention, write_kv, rms_norm,      gated_activation,
+                                    rope_write_kv,   linear,   int8_linear,   int4_linear};
   return &table;
 }
 #endif

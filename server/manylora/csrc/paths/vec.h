@@ -150,6 +150,15 @@ ML_INLINE void store(T* p, vf v, int64_t count) {
   vh bits = narrow(v, T{});
   __builtin_memcpy(p, &bits, count * sizeof(T));
 }
+// The lanes' lowest bytes.
+ML_INLINE void store_bytes(int8_t* to, vi lanes, int64_t count) {
+#if ML_HAS_AVX512
+  auto narrow = _mm512_cvtepi32_epi8((__m512i)lanes);
+#else
+  auto narrow = __builtin_convertvector(lanes, vq);
+#endif
+  __builtin_memcpy(to, &narrow, count);
+}
 // Rounds to T and back, for results that are defined as rounded on the way.
 ML_INLINE vf round_to(vf v, float) { return v; }
 template <class T>

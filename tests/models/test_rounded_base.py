@@ -1,4 +1,4 @@
-"""The base with its linears rounded to 8 bits: the same model but for the rounding, and adapters beside it exact."""
+"""The base with its linears rounded to 8 or 4 bits: the same model but for the rounding, adapters beside it exact."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,11 +8,12 @@ import torch
 
 from manylora.errors import ModelUnusable
 from manylora.kernels import native
-from manylora.kernels.matmul import BaseMatmul, int8
+from manylora.kernels.matmul import BaseMatmul, ReadableMatmul, Rounded, RoundedToNibbles, int8
 from manylora.kernels.weights import FORMATS
 from manylora.models import fused
-from manylora.models.backends import choose
+from manylora.models.backends import Backend, choose
 from manylora.models.kv_cache import KVCache
+from manylora.models.linear import AdaptedLinear
 from manylora.models.selfcheck import SelfCheck
 from manylora.models.wrapping import wrap
 from manylora.settings import Settings
@@ -24,11 +25,22 @@ if not native.is_available():
     pytest.skip("the C++ kernels are not installed", allow_module_level=True)
 
 INT8 = choose(Settings(device="cpu", quantization="int8"))
+INT4 = choose(Settings(device="cpu", quantization="int4"))
+BY_TORCH = choose(Settings(device="cpu", quantization="int4", kernels="torch"))
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "phi3", "gpt2", "gemma2"])
-def test_rounded_model_differs_from_the_whole_one_by_its_rounding_only(architecture: str, tmp_path: Path) -> None:
-    ours = wrap(load(make_tiny_model(architecture, tmp_path)), INT8)
+@pytest.mark.parametrize(
+    ("architecture", "backend"),
+    [
+        *((each, INT8) for each in ("llama", "qwen2", "phi3", "gpt2", "gemma2")),
+        *((each, INT4) for each in ("llama", "qwen2", "gpt2")),
+        ("llama", BY_TORCH),
+    ],
+)
+def test_rounded_model_differs_from_the_whole_one_by_its_rounding_only(
+    architecture: str, backend: Backend, tmp_path: Path
+) -> None:
+    ours = wrap(load(make_tiny_model(architecture, tmp_path)), backend)
     cache = KVCache(ours.survey.kv_shapes, 8, 4, torch.float32, torch.device("cpu"))
     ours.attach_cache(cache)
     rounded = SelfCheck(ours, cache)
@@ -36,7 +48,7 @@ def test_rounded_model_differs_from_the_whole_one_by_its_rounding_only(architect
 
     rounded.check()
 
-    ours.backend = replace(INT8, format=FORMATS["none"])
+    ours.backend = replace(backend, format=FORMATS["none"])
     with pytest.raises(ModelUnusable, match="logits differ"):
         SelfCheck(ours, cache).check()
 
@@ -47,6 +59,29 @@ def test_a_rounded_linear_that_computes_something_else_is_named(tmp_path: Path) 
 
     with pytest.raises(ModelUnusable, match=r"layers\.0\.mlp\.down_proj cannot be kept in int8"):
         wrap(load(make_tiny_model("llama", tmp_path)), replace(INT8, matmul=mistaken))
+
+
+def test_what_makes_the_logits_is_kept_in_8_bits_beside_a_base_in_4(tmp_path: Path) -> None:
+    ours = wrap(load(make_tiny_model("llama", tmp_path)), INT4)
+    kinds = {path: type(m.matmul) for path, m in ours.model.named_modules() if isinstance(m, AdaptedLinear)}
+
+    assert kinds.pop("lm_head") is Rounded
+    assert set(kinds.values()) == {RoundedToNibbles}
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_torch_multiplies_by_the_weights_that_the_cpp_kernels_hold(quantization: str) -> None:
+    weight, bias, x = torch.randn(70, 96), torch.randn(70), torch.randn(5, 96)
+    ours, theirs = (
+        choose(Settings(device="cpu", quantization=quantization, kernels=kernels)).matmul(weight, bias)
+        for kernels in ("auto", "torch")
+    )
+    assert isinstance(ours, ReadableMatmul)
+    assert isinstance(theirs, ReadableMatmul)
+
+    assert torch.equal(ours.rows(3, 67, 96), theirs.rows(3, 67, 96))
+    torch.testing.assert_close(theirs(x), x @ theirs.rows(0, 70, 96).T + bias)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=0.02, atol=0.15)
 
 
 def test_an_adapters_delta_is_made_from_the_input_as_it_was() -> None:
