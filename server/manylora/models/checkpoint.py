@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
+    "INDEX",
     "StoredTensor",
     "auto_class",
     "causal_class_names",
@@ -27,6 +28,7 @@ __all__ = [
     "has_more_than_text",
     "load_model",
     "load_tokenizer",
+    "names_in",
     "num_parameters",
     "read_config",
     "read_encoder_config",
@@ -38,7 +40,8 @@ __all__ = [
 ]
 
 _log = get_logger("manylora.models")
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _TOKENIZERS = (
     "tokenizer.json",
@@ -219,12 +222,12 @@ def _not_causal(folder: Path, config: Any) -> ModelUnusable:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint, all present. Raises ModelUnusable."""
-    if (folder / _INDEX).is_file():
+    if (folder / INDEX).is_file():
         try:
-            index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
             names = sorted({str(name) for name in index["weight_map"].values()})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelUnusable(f"{folder / _INDEX} is not usable: {error}") from error
+            raise ModelUnusable(f"{folder / INDEX} is not usable: {error}") from error
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise ModelUnusable(f"{folder} lacks {some(missing)}. Fetch the checkpoint again.")
@@ -236,7 +239,7 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder} has its weights as pickles only, which can run code when read. "
             "Convert them to safetensors (`model.save_pretrained` in transformers does it)."
         )
-    raise ModelUnusable(f"{folder} has no weights: neither {_SINGLE} nor {_INDEX}.")
+    raise ModelUnusable(f"{folder} has no weights: neither {_SINGLE} nor {INDEX}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,6 +266,15 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         except (SafetensorError, OSError) as error:
             raise ModelUnusable(f"{path} is no whole safetensors file: {error}. Fetch the checkpoint again.") from error
     return found
+
+
+def names_in(path: Path) -> list[str]:
+    """The names of a file's tensors. Raises ModelUnusable."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise ModelUnusable(f"{path} is no whole safetensors file: {error}. Fetch the checkpoint again.") from error
 
 
 def num_parameters(folder: Path) -> int:

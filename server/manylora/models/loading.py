@@ -10,7 +10,7 @@ import torch
 
 from manylora.chat.format import FormatOverrides
 from manylora.errors import ModelUnusable, NotEnoughMemory
-from manylora.models import backends, checkpoint, default_model, gguf, whisper_package
+from manylora.models import backends, checkpoint, default_model, four_bits, gguf, whisper_package
 from manylora.models.model_cache import default_cache
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def resolve_model(model: str | None) -> Path:
         return default_model.ensure()
     path = Path(model).expanduser()
     if model and path.is_dir():
-        return path
+        return _plain(path)
     if path.is_file():
         if not gguf.is_gguf(path):
             raise ModelUnusable(f"{path} is no GGUF file. Give a GGUF file or the folder of a Hugging Face checkpoint.")
@@ -71,7 +71,14 @@ def resolve_model(model: str | None) -> Path:
         return whisper_package.ensure_whisper()
     if model.startswith((".", "/", "~")) or model.endswith(".gguf") or not _HUB_ID.fullmatch(model):
         raise ModelUnusable(f"There is no model at {model!r}. Give a folder, a GGUF file or a Hugging Face id.")
-    return _from_hub(model)
+    return _plain(_from_hub(model))
+
+
+def _plain(folder: Path) -> Path:
+    """The folder, or that of its whole weights where they are packed in 4 bits."""
+    if (folder / "config.json").is_file() and four_bits.is_four_bits(folder):
+        return four_bits.ensure_plain(folder, default_cache())
+    return folder
 
 
 def _from_hub(model: str) -> Path:
