@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manylora.errors import InvalidSettings
-from manylora.settings import Settings, load_settings, parse_size
+from manylora.settings import PROFILES, Settings, load_settings, parse_size
 
 
 @pytest.fixture(autouse=True)
@@ -131,3 +131,23 @@ def test_state_lives_in_the_data_directory_unless_a_url_says_otherwise(tmp_path:
     assert settings.resolved_database_url == f"sqlite:///{tmp_path}/registry.sqlite3"
     assert settings.resolved_store_url == f"file://{tmp_path}/store"
     assert load_settings(store_url="s3://bucket/x").resolved_store_url == "s3://bucket/x"
+
+
+def test_a_profile_gives_defaults_and_every_other_source_beats_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "manylora.toml").write_text("profile = 'small'\nmax_slots = 3\n")
+    monkeypatch.setenv("MANYLORA_MAX_NUM_SEQS", "5")
+    found = load_settings(adapter_memory="1GiB")
+    assert (found.quantization, found.kv_cache_dtype) == ("int4", "int8")
+    assert (found.max_slots, found.max_num_seqs, found.adapter_memory) == (3, 5, 2**30)
+    assert load_settings(profile="default", max_slots=None).quantization == "none"
+    with pytest.raises(InvalidSettings, match="profile"):
+        load_settings(profile="tiny")
+
+
+@pytest.mark.parametrize("profile", list(PROFILES))
+def test_profiles_name_settings_and_change_what_they_name(profile: str) -> None:
+    plain = load_settings()
+    for name, value in PROFILES[profile].items():
+        assert getattr(load_settings(profile=profile), name) == value != getattr(plain, name)

@@ -1,4 +1,4 @@
-"""Every setting, in one frozen object: defaults < `manylora.toml` < `MANYLORA_*` environment < flags.
+"""Every setting, in one frozen object: defaults < those of `profile` < `manylora.toml` < `MANYLORA_*` < flags.
 
 An unknown key, from whichever source, is an error. `docs/configuration.md` lists each setting, and a test
 holds the two together.
@@ -7,11 +7,13 @@ holds the two together.
 import os
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import platformdirs
 from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -100,6 +102,34 @@ def default_data_dir() -> Path:
     return Path(platformdirs.user_data_dir("manylora"))
 
 
+# What `profile` says for settings that no other source does.
+PROFILES: Final[Mapping[str, Mapping[str, Any]]] = {
+    "default": {},
+    "small": {
+        "quantization": "int4",
+        "kv_cache_dtype": "int8",
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 256,
+        "max_queue": 256,
+        "max_slots": 16,
+        "prompt_logits_memory": 64 * 2**20,
+        "grammar_memory": 32 * 2**20,
+        "adapter_memory": 128 * 2**20,
+        "host_tier_memory": 128 * 2**20,
+    },
+}
+
+
+class _ProfileSource(PydanticBaseSettingsSource):
+    """The defaults of the profile that the other sources name."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        return self().get(field_name), field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        return dict(PROFILES.get(str(self.current_state.get("profile", "default")), {}))
+
+
 class Settings(BaseSettings):
     """All settings. Names are the command line's flags with `_` for `-`."""
 
@@ -111,6 +141,10 @@ class Settings(BaseSettings):
         protected_namespaces=(),
         use_attribute_docstrings=True,
     )
+
+    profile: Literal["default", "small"] = "default"
+    """Which defaults the settings below have where nothing says otherwise: `small` is for 1 to 2 GB of memory (int4
+    base, int8 KV cache, few sequences, small tiers)."""
 
     # the base model
     model: str | None = None
@@ -336,7 +370,8 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+        given = (init_settings, env_settings, TomlConfigSettingsSource(settings_cls))
+        return *given, _ProfileSource(settings_cls)
 
     @property
     def resolved_database_url(self) -> str:

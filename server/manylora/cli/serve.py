@@ -38,14 +38,39 @@ def flag_of(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _serve(**flags: Any) -> None:
+def _serve(*, dry_run: bool, **flags: Any) -> None:
     settings = load_settings(**{name: value for name, value in flags.items() if value not in (None, [])})
+    if dry_run:
+        _report_memory(settings)
+        return
     typer.echo(f"manylora {__version__} is starting …", err=True)
     from manylora.serving.imports import uncollected
 
     with uncollected():
         from manylora.serving.process import serve
     serve(settings, _announce)
+
+
+def _report_memory(settings: Settings) -> None:
+    from manylora.serving.imports import uncollected
+
+    with uncollected():
+        from manylora.models.memory_report import memory_report
+    found = memory_report(settings)
+    per_token = "not said by the config" if found.kv_per_token is None else f"{found.kv_per_token / 2**10:.1f} KiB"
+    rows = {
+        f"{found.parameters:,} parameters": found.base,
+        "  linears": found.linears,
+        "  what makes the logits": found.head,
+        "  embedding, norms and others": found.others,
+        f"KV cache ({per_token} a token)": found.kv_cache,
+        **{f"at most, by {flag_of(name)}": size for name, size in found.limits.items()},
+        "together": found.total,
+        "free now": found.free,
+    }
+    typer.echo(f"{settings.model or 'the default model'}, --profile {settings.profile}:")
+    for title, size in rows.items():
+        typer.echo(f"{title:44} {size / 2**20:>10,.1f} MiB")
 
 
 def _announce(what: "Announcement") -> None:
@@ -79,6 +104,10 @@ def _with_flags(function: Callable[..., None]) -> Callable[..., None]:
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(name, field))
         for name, field in Settings.model_fields.items()
     ]
+    option = typer.Option("--dry-run", help="Say what the base will take of the memory, and end without loading it.")
+    parameters.append(
+        inspect.Parameter("dry_run", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option])
+    )
 
     def command(**flags: Any) -> None:
         function(**flags)
