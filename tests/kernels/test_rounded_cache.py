@@ -49,9 +49,9 @@ def test_turned_keys_are_rounded_as_they_would_be_kept(cpu_path: str, dtype: tor
     cos, sin = torch.randn(2, 5, 8)
     whole, rounded = torch.zeros(2, 4, 2, 8, 16).to(dtype), rooms(16, kv_heads=2)
     slots = torch.tensor([3, 31, -1, 8, 0])
-    out = native.rope_write_kv(q, k, v, cos, sin, *rounded, slots)
+    out = native.rope_write_kv(q, k, v, cos, sin, rounded[0], rounded[1], slots)
     assert_close(out, rope(q, cos, sin))
-    assert_same_bits(native.rope_write_kv(q, k, v, cos, sin, *whole, slots), out)
+    assert_same_bits(native.rope_write_kv(q, k, v, cos, sin, whole[0], whole[1], slots), out)
     for kept, entries in zip(whole, rounded, strict=True):
         for slot in (3, 31, 8, 0):
             at = slot // 8, slice(None), slot % 8
@@ -126,7 +126,8 @@ def test_torch_attends_to_the_same_entries(multiplies: bool) -> None:
         blocks = batch.block_tables[s][at // BLOCK].long()
         for room, kept in zip((keys, values), past[s], strict=True):
             room[blocks, :, at % BLOCK] = as_entries(kept, room)
-        wanted.append(attention(q[rows], *read_entries(as_entries(past[s], ROOM)), options))
+        read = read_entries(as_entries(past[s], ROOM))
+        wanted.append(attention(q[rows], read[0], read[1], options))
     before = keys.clone()
 
     found = attend(q, k, v, keys, values, batch, options)

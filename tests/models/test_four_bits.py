@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ def words(integers: torch.Tensor) -> torch.Tensor:
 
 def rounded(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Integers [in, out], zero points and scales [groups, out] of a weight [out, in]."""
-    columns = weight.T.float().unflatten(0, (-1, GROUP))
+    columns = weight.T.float().reshape(-1, GROUP, len(weight))
     low, high = columns.aminmax(dim=1)
     scales = ((high - low) / 15).half()
     zeros = (-low / scales.float()).round().clamp(1, 15)
@@ -48,7 +49,7 @@ def awq(weight: torch.Tensor) -> dict[str, torch.Tensor]:
     order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
 
     def shuffled(values: torch.Tensor) -> torch.Tensor:
-        return words(values.unflatten(1, (-1, 8))[:, :, order].flatten(1))
+        return words(values.view(len(values), -1, 8)[:, :, order].flatten(1))
 
     return {"qweight": shuffled(integers), "qzeros": shuffled(zeros), "scales": scales}
 
@@ -59,7 +60,7 @@ def wanted(weight: torch.Tensor) -> torch.Tensor:
     return ((integers - zeros[groups]) * scales[groups].float()).T
 
 
-METHODS = {
+METHODS: dict[str, tuple[Callable[[torch.Tensor], dict[str, torch.Tensor]], dict[str, object]]] = {
     "gptq": (gptq, {"quant_method": "gptq", "bits": 4}),
     "gptq_v2": (
         lambda weight: gptq(weight, added=0),
@@ -79,7 +80,7 @@ def pack_checkpoint(source: Path, folder: Path, method: str) -> dict[str, torch.
     """A packed copy of a checkpoint, in two files that share the parts of its weights. Returns these as they were."""
     shutil.copytree(source, folder)
     pack, said = METHODS[method]
-    whole = load_file(folder / "model.safetensors")
+    whole: dict[str, torch.Tensor] = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     files: list[dict[str, torch.Tensor]] = [{}, {}]
     for name, tensor in whole.items():

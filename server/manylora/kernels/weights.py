@@ -380,9 +380,9 @@ def _round_groups(values: torch.Tensor, shares: _Shares) -> tuple[torch.Tensor, 
             break
         is_all = len(where[0]) == open_.numel()
         found = _fit(values if is_all else values[where], mean if is_all else mean[where], share)
-        found = tuple(each.view(-1, 1) for each in found)
-        better = found[0] > gain[where]
-        for kept, new in zip((gain, scale, offset), found, strict=True):
+        fits = [each.view(-1, 1) for each in found]
+        better = fits[0] > gain[where]
+        for kept, new in zip((gain, scale, offset), fits, strict=True):
             kept[where] = torch.where(better, new, kept[where])
     kept_scale, kept_offset = scale.half(), offset.half()
     return _nibbles(values, kept_scale.float(), kept_offset.float()).to(torch.uint8), kept_scale, kept_offset
