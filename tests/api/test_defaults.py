@@ -8,6 +8,7 @@ import pytest
 
 from manylora.api.defaults import FIELDS, MAX_SYSTEM_PROMPT, check
 from manylora.api.structured import ANSWER_FIELDS
+from manylora.chat.format import ChatFormat
 from manylora.engine.interface import Grammar
 from manylora.errors import InvalidAdapter, InvalidGrammar
 
@@ -133,6 +134,34 @@ def test_embeddings_are_pooled_as_the_adapter_says(rig: Rig) -> None:
         assert params(rig).pooling == pooling
 
 
+@pytest.mark.parametrize(
+    ("name", "said", "own", "param", "expected"),
+    [
+        ("include_stop_str_in_output", True, False, "include_stop", False),
+        ("bad_words", ["x"], [], "bad_words", ()),
+        ("allowed_token_ids", [5], [], "allowed_token_ids", ()),
+    ],
+)
+def test_a_request_may_ask_for_nothing_where_the_adapter_asks_for_something(
+    rig: Rig, name: str, said: Any, own: Any, param: str, expected: Any
+) -> None:
+    says(rig, **{name: said})
+    rig.complete(model="alpha")
+    assert getattr(params(rig), param)
+    rig.complete(model="alpha", **{name: own})
+    assert getattr(params(rig), param) == expected
+    says(rig, **{name: said}, locked=[name])
+    assert rig.complete(model="alpha", **{name: own}).json()["error"]["param"] == name
+
+
+def test_a_chat_is_counted_with_its_system_prompt(rig: Rig) -> None:
+    says(rig, system_prompt="Be brief.")
+    for messages in ([{"role": "user", "content": "hi"}], [{"role": "system", "content": "x"}]):
+        rig.chat(model="alpha", messages=messages)
+        tokens = rig.client.post("/tokenize", json={"model": "alpha", "messages": messages}).json()["tokens"]
+        assert tokens == list(rig.engine.generations[-1].prompt_ids)
+
+
 # locked fields
 
 LOCKED = [
@@ -182,6 +211,24 @@ def test_locked_pooling_cannot_be_changed(rig: Rig) -> None:
     assert answers == [200, 400]
 
 
+def test_who_locks_the_answers_look_is_called_no_tools(rig: Rig) -> None:
+    rig.engine.codec.form = ChatFormat(takes_tools=True, syntax="hermes")
+    tool: dict[str, Any] = {"type": "function", "function": {"name": "f"}}
+    strict = {"type": "function", "function": {"name": "f", "strict": True}}
+    says(rig, choices=CHOICES, locked=["choices"])
+    for asked, param in (
+        ({"tools": [tool], "tool_choice": "required"}, "tool_choice"),
+        ({"tools": [strict]}, "tools"),
+    ):
+        refused = rig.chat(model="alpha", **asked)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
+    assert rig.chat(model="alpha", tools=[tool]).status_code == 200
+    assert params(rig).grammar == FakeCompiled(Grammar.choice(CHOICES))
+    says(rig, choices=CHOICES)
+    assert rig.chat(model="alpha", tools=[tool], tool_choice="required").status_code == 200
+    assert params(rig).grammar.grammar.kind == "tool_calls", "a request's own comes first"
+
+
 # what may be said
 
 
@@ -213,6 +260,8 @@ def test_everything_that_is_wrong_is_said_at_once(rig: Rig) -> None:
         ({"locked": "temperature", "temperature": 1}, "locked"),
         ({"guided_regex": ""}, "guided_regex"),
         ({"max_tokens": "many"}, "max_tokens"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"choices": ["a"], "guided_choice": ["b"]}, "guided_choice"),
         ({"response_format": {"type": "xml"}}, "response_format"),
     ],
 )

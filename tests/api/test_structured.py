@@ -162,6 +162,14 @@ FAULTS = [
         {"structured_outputs": {"json": {}, "whitespace_pattern": " ", "disable_any_whitespace": True}},
         "structured_outputs.whitespace_pattern",
     ),
+    ({"structured_outputs": {"regex": "a", "whitespace_pattern": " "}}, "structured_outputs.whitespace_pattern"),
+    ({"structured_outputs": {"choice": ["a"], "separators": [",", ":"]}}, "structured_outputs.separators"),
+    (
+        {"structured_outputs": {"grammar": 'root ::= "a"', "disable_any_whitespace": True}},
+        "structured_outputs.disable_any_whitespace",
+    ),
+    ({"structured_outputs": {"json": 5}}, "structured_outputs.json"),
+    ({"guided_json": 5}, "guided_json"),
     ({"guided_regex": 5}, "guided_regex"),
     ({"guided_whitespace_pattern": " "}, "guided_whitespace_pattern"),
     ({"guided_whitespace_pattern": " ", "guided_regex": "a"}, "guided_whitespace_pattern"),
@@ -184,6 +192,9 @@ def test_a_fault_is_a_400_on_its_field(fields: dict[str, Any], param: str, rig: 
     assert rig.engine.compiled == []
 
 
+NOT = {"begin": "<a>", "schema": {"not": {}}, "end": ""}
+
+
 def test_what_the_compiler_refuses_is_named_by_its_place_in_the_schema(rig: Rig) -> None:
     schema = {
         "type": "object",
@@ -202,10 +213,14 @@ def test_what_the_compiler_refuses_is_named_by_its_place_in_the_schema(rig: Rig)
         ({"guided_json": {"type": "string"}}, "guided_json"),
         ({"structured_outputs": {"regex": "a"}}, "structured_outputs.regex"),
         ({"structured_outputs": {"json": {"not": {}}}}, "structured_outputs.json.not"),
+        (
+            {"response_format": {"type": "structural_tag", "structures": [NOT], "triggers": ["<a"]}},
+            "response_format.structures[0].schema.not",
+        ),
     ):
         assert rig.complete(**fields).json()["error"]["param"] == param
     assert rig.engine.generations == []
-    assert [each.outcome for each in rig.finished] == ["invalid"] * 4
+    assert [each.outcome for each in rig.finished] == ["invalid"] * 5
 
 
 def test_a_place_deep_in_a_schema_is_cut_as_everything_that_is_quoted(rig: Rig) -> None:

@@ -187,6 +187,38 @@ def test_an_answer_is_greedy_unless_something_asks_for_chance(
     assert rig.last_params.temperature == temperature
 
 
+# What the adapter says, what of it holds, and what a request sends that comes before it.
+BY_THE_ADAPTER: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
+    ({"temperature": 0.7}, "temperature", {"temperature": 0.5}),
+    ({"top_k": 5}, "top_k", {"top_k": 7}),
+    ({"top_p": 0.5}, "top_p", {"top_p": 0.6}),
+    ({"repetition_penalty": 1.3}, "repetition_penalty", {"repetition_penalty": 1.0}),
+    ({"ignore_eos": True}, "ignore_eos", {"ignore_eos_token": False}),
+    ({"seed": 3}, "seed", {"seed": 4}),
+]
+
+
+@pytest.mark.parametrize(("said", "param", "own"), BY_THE_ADAPTER, ids=lambda value: None)
+def test_what_a_request_leaves_out_is_for_its_adapter_to_say(
+    rig: Rig, said: dict[str, Any], param: str, own: dict[str, Any]
+) -> None:
+    [(name, value)] = said.items()
+    rig.directory.defaults["alpha@1"] = orjson.dumps({**said, "locked": [name]}).decode()
+    assert ask(rig, adapter_id="alpha").status_code == 200
+    assert getattr(rig.last_params, param) == value
+    assert ask(rig, adapter_id="alpha", **own).status_code == 400
+    rig.directory.defaults["alpha@1"] = orjson.dumps(said).decode()
+    assert ask(rig, adapter_id="alpha", **own).status_code == 200
+    assert getattr(rig.last_params, param) == next(iter(own.values()))
+
+
+def test_the_seed_of_an_adapters_chance_is_told(rig: Rig) -> None:
+    rig.directory.defaults["alpha@1"] = orjson.dumps({"temperature": 0.7, "include_stop_str_in_output": False}).decode()
+    body = ask(rig, adapter_id="alpha", details=True).json()
+    assert body["details"]["seed"] == rig.last_params.seed
+    assert not rig.last_params.include_stop
+
+
 @pytest.mark.parametrize(("seed", "ours"), [(5, 5), (2**63 - 1, 2**63 - 1), (2**63, -(2**63)), (2**64 - 1, -1)])
 def test_a_seed_is_an_unsigned_number(rig: Rig, seed: int, ours: int) -> None:
     body = ask(rig, seed=seed, do_sample=True, details=True).json()

@@ -119,6 +119,11 @@ def test_strict_tools_are_a_grammar_and_go_with_a_response_format(hermes: Rig) -
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "structured_outputs.regex")
 
 
+def test_a_call_that_must_be_made_goes_with_no_other_grammar(hermes: Rig) -> None:
+    refused = hermes.chat(tools=[WEATHER], tool_choice="required", guided_choice=["a"])
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "guided_choice")
+
+
 def test_a_schema_that_nothing_can_be_held_to_is_named(hermes: Rig) -> None:
     hermes.engine.refuse_grammar = InvalidGrammar("An answer cannot be held to 'not'.", keys=("not",))
     bad = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"x": {"not": {}}}}}}
@@ -161,6 +166,10 @@ def test_earlier_turns_have_their_calls_as_objects(hermes: Rig) -> None:
         ({"tools": [{"type": "function", "function": {"name": "f", "description": "x" * 2**20}}]}, "tools"),
         ({"tools": [WEATHER], "tool_choice": "maybe"}, "tool_choice"),
         ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "string"}}}]},
+            "tools[0].function.parameters",
+        ),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"messages": [{"role": "user", "content": "a", "tool_calls": [NOW]}]}, "messages[0].tool_calls"),
         (

@@ -250,6 +250,23 @@ def test_arguments_are_held_to_the_models_that_they_refer_to(
     assert found == [("f", {"name": "7", "at": {"x": 1}, "code": "94110"})]
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"properties": {"x": {"type": "integer"}}, "required": ["x"]},
+        {"anyOf": [{"properties": {"x": {"type": "integer"}}, "required": ["x"]}, {"type": "null"}]},
+        {"$ref": "#/$defs/it", "$defs": {"it": {"properties": {"x": {"type": "integer"}}, "required": ["x"]}}},
+    ],
+)
+def test_arguments_are_an_object_whether_their_schema_says_it_or_not(schema: dict[str, Any]) -> None:
+    held = CallRules([HeldTool("f", schema, is_lenient=False)], must_call=True, only_one=True).grammar("hermes")
+    found = {
+        arguments: takes(held, f'<tool_call>\n{{"name": "f", "arguments": {arguments}}}\n</tool_call>')
+        for arguments in ('{"x": 5}', '{"x": "a"}', "5", '"a"', "null")
+    }
+    assert found == {'{"x": 5}': True, '{"x": "a"}': False, "5": False, '"a"': False, "null": False}
+
+
 def call(syntax: Syntax, arguments: dict[str, str]) -> str:
     """A call of `f` in a notation that has each argument by itself."""
     if syntax == "pythonic":

@@ -9,6 +9,7 @@ from typing import Any
 import psutil
 import pytest
 
+from manylora.chat.holding import CallRules, HeldTool
 from manylora.children import Helper
 from manylora.errors import InvalidGrammar, InvalidRequest, QueueFull, Unavailable
 from manylora.grammars import compiler as module
@@ -78,6 +79,12 @@ def chain(length: int) -> dict[str, Any]:
     return {"$defs": {**links, f"d{length}": {"type": "string"}}, "$ref": "#/$defs/d0"}
 
 
+def calls_with(properties: dict[str, Any]) -> Grammar:
+    """A call of a tool with these arguments."""
+    tool = HeldTool("f", {"type": "object", "properties": properties, "required": list(properties)}, is_lenient=False)
+    return CallRules([tool], must_call=True, only_one=True).grammar("hermes")
+
+
 REFUSED = [
     (Grammar.json_schema({"type": "object", "properties": {"a": {"not": {}}}}), "'not'", ("not",)),
     (Grammar.json_schema({"type": "array", "uniqueItems": True, "contains": {}}), "'uniqueItems'", ("uniqueItems",)),
@@ -93,6 +100,14 @@ REFUSED = [
     (Grammar.json_schema({"type": "string", "pattern": "(?=a)b"}), "look-around", ()),
     (Grammar.regex("(?=a)b"), "look-around", ()),
     (Grammar.regex("("), "unclosed", ()),
+    (calls_with({"limit": {"type": "array", "uniqueItems": True}}), "held to 'uniqueItems' of", ("uniqueItems",)),
+    (calls_with({"a": {"type": "string", "format": "path"}}), "Unknown format: path. ", ("format",)),
+    (calls_with({"a": False}), "No answer satisfies the schema: ", ()),
+    (
+        Grammar.structural_tag([{"begin": "<a>", "schema": {"not": {}}, "end": ""}], ["<a"]),
+        "held to 'not' of",
+        ("not",),
+    ),
     (Grammar.grammar("start: nowhere"), "nowhere", ()),
     (Grammar.grammar("start: <|no_such_token|>"), "no_such_token", ()),
     (Grammar.grammar("root ::= ("), "Expected", ()),

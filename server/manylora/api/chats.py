@@ -57,10 +57,10 @@ class RenderedChat:
                 param=param,
             )
         is_json = asked is not None and asked.grammar.kind == "json_schema"
-        if asked is not None and not is_json and not tools.must_call:
+        if asked is not None and not is_json:
+            which = "'tool_choice', which asks for a call and it" if tools.must_call else "strict tools, whose calls it"
             raise InvalidRequest(
-                f"'{asked.param}' does not go with strict tools, whose calls it would rule out. Send a JSON schema, or "
-                "'tool_choice' none.",
+                f"'{asked.param}' does not go with {which} would rule out. Send a JSON schema, or 'tool_choice' none.",
                 param=asked.param,
             )
         rules = tools.rules(asked.grammar.source if asked is not None and is_json else None)

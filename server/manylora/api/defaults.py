@@ -30,7 +30,15 @@ from manylora.engine.interface import AdapterRef, EngineClient, Grammar, Mix
 from manylora.errors import InvalidAdapter, InvalidGrammar, InvalidRequest, Problem, quoted
 from manylora.identity import DEFAULTS_FILE
 
-__all__ = ["FIELDS", "chat_template_of", "check", "check_template_allowed", "check_unlocked", "with_defaults"]
+__all__ = [
+    "FIELDS",
+    "chat_template_of",
+    "check",
+    "check_template_allowed",
+    "check_unlocked",
+    "with_defaults",
+    "with_system_prompt",
+]
 
 MAX_SYSTEM_PROMPT: Final = 16_384
 _HELLO: Final = Message(role="user", content="hi")  # that every template has to take
@@ -111,10 +119,10 @@ def with_defaults(
         return body, None
     given = body.model_fields_set
     found = {name: value for name, value in defaults.values.items() if name not in given}
-    if not given.intersection(ANSWER_FIELDS):
+    if not given.intersection(ANSWER_FIELDS) and not (isinstance(body, ChatRequest) and body.used_tools.must_call):
         found |= defaults.answer
-    if isinstance(body, ChatRequest) and defaults.system_prompt is not None and not _system_messages(body):
-        found["messages"] = [Message(role="system", content=defaults.system_prompt), *body.messages]
+    if isinstance(body, ChatRequest):
+        found["messages"] = _prompted(body.messages, defaults.system_prompt)
     if isinstance(body, ChatRequest) and defaults.chat_template is not None and "chat_template" not in given:
         found["chat_template"] = defaults.chat_template
     return body.model_copy(update=found), defaults.max_tokens
@@ -135,6 +143,20 @@ def chat_template_of(directory: AdapterDirectory, adapter: AdapterRef | None) ->
     """The template that the adapter's version has in place of the base's."""
     text = "" if adapter is None else directory.defaults_of(adapter)
     return _parsed(text).chat_template if text else None
+
+
+def with_system_prompt(
+    messages: list[Message], directory: AdapterDirectory, adapter: AdapterRef | None
+) -> list[Message]:
+    """The messages of a chat as the adapter's version completes them."""
+    text = "" if adapter is None else directory.defaults_of(adapter)
+    return _prompted(messages, _parsed(text).system_prompt) if text else messages
+
+
+def _prompted(messages: list[Message], system_prompt: str | None) -> list[Message]:
+    if system_prompt is None or _system_messages(messages):
+        return messages
+    return [Message(role="system", content=system_prompt), *messages]
 
 
 def _check_locked(body: InferenceRequest, defaults: _Defaults, adapter: AdapterRef) -> None:
@@ -161,16 +183,18 @@ def _at_odds(body: InferenceRequest, defaults: _Defaults) -> Iterable[str]:
         asked = asked_for(fields) if fields else None
         if asked is not None and asked.grammar != defaults.grammar:
             yield next(name for name in ANSWER_FIELDS if name in fields)
+        if isinstance(body, ChatRequest) and body.used_tools.are_held:
+            yield "tool_choice" if body.used_tools.must_call else "tools"
     if "chat_template" in locked & given and getattr(body, "chat_template", None) != defaults.chat_template:
         yield "chat_template"
     if "system_prompt" in locked and isinstance(body, ChatRequest):
-        sent = _system_messages(body)
+        sent = _system_messages(body.messages)
         if sent and [message.content for message in sent] != [defaults.system_prompt]:
             yield "messages"
 
 
-def _system_messages(body: ChatRequest) -> list[Message]:
-    return [message for message in body.messages if message.role in ("system", "developer")]
+def _system_messages(messages: list[Message]) -> list[Message]:
+    return [message for message in messages if message.role in ("system", "developer")]
 
 
 @lru_cache(256)
@@ -237,6 +261,8 @@ def _problems(raw: Mapping[str, Any], engine: EngineClient) -> list[Problem]:
     ]
     if found:
         return found
+    if raw.get("choices") is not None and raw.get("guided_choice") is not None:
+        return [_problem("guided_choice", "'guided_choice' and 'choices' say the same. Leave one of them out.")]
     together = {name: raw[name] for name in (*_SAMPLING, *ANSWER_FIELDS, "max_tokens") if raw.get(name) is not None}
     try:
         body = _body(together | _choices(raw))
@@ -244,6 +270,8 @@ def _problems(raw: Mapping[str, Any], engine: EngineClient) -> list[Problem]:
         asked_for(answer)
     except InvalidRequest as error:
         return [_problem(error.param or DEFAULTS_FILE, error.message)]
+    if body.token_limit == 0:
+        return [_problem("max_tokens", "'max_tokens' must be 1 or more: chats take it from here, too.")]
     if body.token_limit is not None and body.min_tokens > body.token_limit:
         return [_problem("min_tokens", f"'min_tokens' is more than 'max_tokens', {body.token_limit}.")]
     return []

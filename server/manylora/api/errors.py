@@ -5,6 +5,7 @@ around the routes, the check of the key, the route itself.
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
@@ -45,6 +46,8 @@ __all__ = [
 ]
 
 _log = get_logger("manylora.api")
+# What Pydantic puts behind the place of a field that may be of several types: the type that it tried.
+_TYPE: Final = re.compile(r"bool|str|int|float|(?:dict|list|literal)\[.*\]")
 
 # What a caller is told of an exception that nobody foresaw: nothing of its inside.
 INTERNAL_ERROR = ManyloraError("The server failed to answer this request. The log has the details.")
@@ -135,11 +138,17 @@ def invalid_from(errors: Sequence[ErrorDetails], *where: int | str) -> InvalidRe
     if unknown is not None:
         return unsupported_field(field_path((*where, *unknown["loc"])))
     first = errors[0]
-    place = quoted(field_path((*where, *first["loc"])))  # a key of an object is the caller's to choose
+    # A key of an object is the caller's to choose.
+    place = quoted(field_path((*where, *_without_types(first["loc"]))))
     if first["type"] == "missing":
         return InvalidRequest(f"The field '{place}' is required.", param=place)
     text = first["msg"].removeprefix("Value error, ")
     return InvalidRequest(f"{place}: {text}" if place else text, param=place or None)
+
+
+def _without_types(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """The place of a field that may be of several types, without the type that was tried."""
+    return loc[:-1] if len(loc) > 1 and isinstance(loc[-1], str) and _TYPE.fullmatch(loc[-1]) else loc
 
 
 def field_path(loc: tuple[int | str, ...]) -> str:

@@ -80,13 +80,20 @@ class Asked:
     """What a body of any API asks for: in the terms of this server's own requests, and in which words to answer.
 
     `names` says what fields of `body` are called in the API that the body came by, for errors about them; `stream`, how
-    a stream of that API is framed.
+    a stream of that API is framed; `otherwise`, that API's own defaults: the fields of `body` that hold where neither
+    the request nor the adapter says anything.
     """
 
     body: InferenceRequest
     renderer: "Callable[[Run], Renderer]"
     names: Mapping[str, str] = field(default_factory=dict)
     stream: type[EventStream] = EventStream
+    otherwise: Mapping[str, Any] = field(default_factory=dict)
+
+    def completed(self, body: InferenceRequest) -> InferenceRequest:
+        """The body, with the adapter's defaults in it, with those of the API."""
+        unsaid = {name: value for name, value in self.otherwise.items() if name not in body.model_fields_set}
+        return body.model_copy(update=unsaid) if unsaid else body
 
 
 async def answered(
@@ -111,7 +118,7 @@ async def answered(
             check_template_allowed(body, is_allowed=services.settings.allow_request_chat_template)
             body, max_tokens = with_defaults(body, services.directory, run.named)
             prompts = await prompts_of(
-                body,
+                asked.completed(body),
                 services.engine,
                 principal.tenant,
                 max_tokens=max_tokens,

@@ -406,7 +406,12 @@ class ChatRequest(GenerationRequest):
         return self
 
 
-_SWITCHES: Final = ("parallel_tool_calls", "add_generation_prompt", "continue_final_message", "include_reasoning")
+_SWITCHES: Final = (
+    *("parallel_tool_calls", "add_generation_prompt", "continue_final_message", "include_reasoning"),
+    "include_stop_str_in_output",
+)
+# An adapter may have others, which an empty list of a request's own takes away.
+_LISTS: Final = ("allowed_token_ids", "bad_words")
 _NAMES_ADAPTER: Final = frozenset(("adapter_id", "adapters", "lora"))
 _MAY_BE_NOTHING: Final = frozenset(
     [
@@ -435,7 +440,7 @@ def checked(schema: type[T], raw: Any) -> T:
 
 
 def _is_nothing(name: str, value: Any) -> bool:
-    if name in _SWITCHES and isinstance(value, bool):
+    if (name in _SWITCHES and isinstance(value, bool)) or (name in _LISTS and value == []):
         return False
     return name in _MAY_BE_NOTHING and asks_for_nothing(value) and not (name == "guided_json" and value == {})
 

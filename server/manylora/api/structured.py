@@ -96,12 +96,7 @@ class StructuredOutputs(Strict):
 
     def whitespace(self) -> Whitespace:
         """Raises InvalidRequest where more than one field is about it."""
-        ways = {
-            "disable_any_whitespace": self.disable_any_whitespace,
-            "whitespace_pattern": self.whitespace_pattern,
-            "separators": self.separators,
-        }
-        asked = [name for name, value in ways.items() if value]
+        asked = self._whitespace_fields
         if len(asked) > 1:
             raise InvalidRequest(
                 f"'{asked[0]}' and '{asked[1]}' both say what stands between the parts of JSON. Send one.",
@@ -109,6 +104,20 @@ class StructuredOutputs(Strict):
             )
         pair = (self.separators[0], self.separators[1]) if self.separators else None
         return Whitespace(self.disable_any_whitespace, self.whitespace_pattern, pair)
+
+    @property
+    def whitespace_field(self) -> str | None:
+        """The field that is about it."""
+        return next(iter(self._whitespace_fields), None)
+
+    @property
+    def _whitespace_fields(self) -> list[str]:
+        ways = {
+            "disable_any_whitespace": self.disable_any_whitespace,
+            "whitespace_pattern": self.whitespace_pattern,
+            "separators": self.separators,
+        }
+        return [name for name, value in ways.items() if value]
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +215,13 @@ def _of_outputs(value: StructuredOutputs) -> Iterator[Asked | None]:
             "'structural_tag'. Send one of them.",
             param=where,
         )
+    asked = next(each for each in found if each is not None)
+    if whitespace != Whitespace() and asked.grammar.kind not in ("json_schema", "structural_tag"):
+        name = value.whitespace_field
+        raise InvalidRequest(
+            f"'{where}.{name}' is about JSON, and '{asked.param}' asks for something else. Leave it out.",
+            param=f"{where}.{name}",
+        )
     yield from found
 
 
@@ -255,7 +271,8 @@ def _of_tag(
         {"begin": each.begin, "schema": True if each.schema_ is None else each.schema_, "end": each.end}
         for each in structures
     ]
-    return Asked(Grammar.structural_tag(parts, triggers, whitespace), param)
+    schemas = {"structures": [{"schema": part["schema"]} for part in parts]}
+    return Asked(Grammar.structural_tag(parts, triggers, whitespace), param, schemas)
 
 
 def _parsed(text: str, param: str) -> Any:

@@ -22,7 +22,7 @@ from manylora.api.schemas import MAX_N, MAX_STOPS, CompletionRequest, Int, check
 from manylora.api.state import ServicesDep
 from manylora.api.strict import Strict
 from manylora.api.structured import check_goes_with
-from manylora.api.tgi_answers import GenerateAnswer, Shape
+from manylora.api.tgi_answers import UINT64, GenerateAnswer, Shape
 from manylora.api.translation import valid
 from manylora.errors import InvalidRequest, quoted
 from manylora.identity import MAX_MIX_WEIGHT, MAX_MIXED
@@ -55,7 +55,8 @@ _NAMES: Final = {
     "truncate_prompt_tokens": "parameters.truncate",
     "n": "parameters.best_of",
 }
-_UINT64: Final = 2**64
+# What holds, and not the model's own, where neither the request nor its adapter says anything.
+_OTHERWISE: Final = {"top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "include_stop_str_in_output": True}
 
 
 class Grammar(Strict):
@@ -99,7 +100,7 @@ class Parameters(Strict):
     top_k: Int | None = Field(default=None, ge=1)
     top_p: float | None = Field(default=None, gt=0, le=1)
     typical_p: float | None = Field(default=None, gt=0, le=1)
-    seed: Int | None = Field(default=None, ge=0, lt=_UINT64)
+    seed: Int | None = Field(default=None, ge=0, lt=UINT64)
     repetition_penalty: float | None = Field(default=None, gt=0)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
@@ -145,20 +146,19 @@ def asked_by(raw: Any, *, shape: Shape, streams: bool | None) -> Asked:
     if streams is False and body.stream:
         raise InvalidRequest("'stream' is not for this route. Send it to /generate_stream.", param="stream")
     asked = body.parameters
-    seed = secrets.randbits(63) if asked.is_sampled and asked.seed is None else asked.seed
     _check_together(body, is_streamed)
     try:
-        completion = checked(_Completion, _in_our_words(body, seed, is_streamed))
+        completion = checked(_Completion, _in_our_words(body, is_streamed))
     except InvalidRequest as error:
         raise renamed(error, _names(asked)) from None
     said = shape.for_request(
         inputs=body.inputs if asked.return_full_text else "",
-        seed=seed if asked.is_sampled else None,
         has_details=asked.details or asked.decoder_input_details,
         num_top=asked.top_n_tokens or 0,
         num_alternatives=asked.return_k_alternatives or 0,
     )
-    return Asked(completion, lambda run: GenerateAnswer(run, said), names=_names(asked))
+    otherwise = {**_OTHERWISE, "temperature": 1.0 if asked.is_sampled else 0.0, "seed": secrets.randbits(63)}
+    return Asked(completion, lambda run: GenerateAnswer(run, said), names=_names(asked), otherwise=otherwise)
 
 
 def _checked(raw: Any) -> GenerateRequest:
@@ -234,8 +234,10 @@ def _check_merged(merged: MergedAdapters) -> None:
             raise InvalidRequest(f"'{where}.{name}' means nothing for 'linear'. Leave it out.", param=f"{where}.{name}")
 
 
-def _in_our_words(body: GenerateRequest, seed: int | None, is_streamed: bool) -> dict[str, Any]:
+def _in_our_words(body: GenerateRequest, is_streamed: bool) -> dict[str, Any]:
+    """What is sent, and nothing more: what is left out is for the adapter to say, and then for `_OTHERWISE`."""
     asked = body.parameters
+    is_said = asked.is_sampled or asked.temperature == 0
     best_of = asked.best_of or 1
     has_tokens = is_streamed or asked.details or asked.decoder_input_details or best_of > 1
     merged = asked.merged_adapters
@@ -245,17 +247,16 @@ def _in_our_words(body: GenerateRequest, seed: int | None, is_streamed: bool) ->
         "prompt": body.inputs,
         "stream": is_streamed,
         "max_tokens": asked.max_new_tokens,
-        "temperature": (1 if asked.temperature is None else asked.temperature) if asked.is_sampled else 0,
-        "top_p": asked.top_p or 1,
-        "top_k": asked.top_k or 0,
+        "temperature": asked.temperature if is_said else None,
+        "top_p": asked.top_p,
+        "top_k": asked.top_k,
         "typical_p": asked.typical_p,
-        "seed": seed if seed is None or seed < _UINT64 // 2 else seed - _UINT64,
-        "repetition_penalty": asked.repetition_penalty or 1,
+        "seed": asked.seed if asked.seed is None or asked.seed < UINT64 // 2 else asked.seed - UINT64,
+        "repetition_penalty": asked.repetition_penalty,
         "frequency_penalty": asked.frequency_penalty,
         "presence_penalty": asked.presence_penalty,
         "stop": asked.stop or None,
-        "include_stop_str_in_output": True,
-        "ignore_eos": asked.ignore_eos_token,
+        "ignore_eos": asked.ignore_eos_token if "ignore_eos_token" in asked.model_fields_set else None,
         "truncate_prompt_tokens": asked.truncate,
         "add_special_tokens": body.add_special_tokens,
         "n": best_of,

@@ -18,19 +18,19 @@ from manylora.api.token_details import finite
 from manylora.engine.interface import Delta, FinishReason, TokenLogprob
 from manylora.errors import ManyloraError
 
-__all__ = ["GenerateAnswer", "Shape"]
+__all__ = ["UINT64", "GenerateAnswer", "Shape"]
 
 # A prompt's tokens come all at once. So many are put into JSON at a time, a millisecond's work.
 _TOKENS_AT_ONCE: Final = 64
+UINT64: Final = 2**64
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What an answer is to hold. `inputs`: what stands before each text; `seed`: of an answer by chance."""
+    """What an answer is to hold. `inputs`: what stands before each text."""
 
     is_listed: bool = False
     inputs: str = ""
-    seed: int | None = None
     has_details: bool = False
     num_top: int = 0
     num_alternatives: int = 0
@@ -67,6 +67,9 @@ class GenerateAnswer:
         self._shape = shape
         self._codec = run.services.engine.codec
         self._choices = [_Choice() for _ in range(run.num_choices)]
+        params = run.prompts[0].params
+        # Of an answer by chance; the clients know it as an unsigned number.
+        self._seed = params.seed % UINT64 if params.temperature and params.seed is not None else None
         self._prefill: list[bytes] = []
         self._fresh: Sequence[TokenLogprob] = ()
         # An answer that is held to a grammar can end without another token, and the last event has one.
@@ -197,7 +200,7 @@ class GenerateAnswer:
         details: dict[str, Any] = {
             "finish_reason": choice.finish_reason,
             "generated_tokens": choice.num_tokens,
-            "seed": self._shape.seed,
+            "seed": self._seed,
             "prefill": _array(self._prefill),
             "tokens": _array(choice.tokens),
         }
@@ -210,7 +213,7 @@ class GenerateAnswer:
             "prompt_tokens": num_prompt_tokens,
             "input_length": num_prompt_tokens,
             "generated_tokens": choice.num_tokens,
-            "seed": self._shape.seed,
+            "seed": self._seed,
         }
         return {
             "generated_text": self._text(choice),

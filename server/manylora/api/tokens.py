@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from manylora.api.auth import Caller
 from manylora.api.chats import rendered
-from manylora.api.defaults import chat_template_of
+from manylora.api.defaults import chat_template_of, with_system_prompt
 from manylora.api.fields import TOKENIZE_UNSUPPORTED, Unsupported
 from manylora.api.json_body import documented
 from manylora.api.lanes import INLINE_CHARACTERS, PYTHON, beside_loop
@@ -69,7 +69,8 @@ async def tokenize(request: Request, caller: Caller, services: ServicesDep) -> R
     text = body.prompt
     if body.messages is not None:
         template = chat_template_of(services.directory, adapter)
-        text = await rendered(body.messages, engine.codec, template=template, tenant=caller.tenant)
+        messages = with_system_prompt(body.messages, services.directory, adapter)
+        text = await rendered(messages, engine.codec, template=template, tenant=caller.tenant)
     assert text is not None, "the schema asks for one of the two"
     if len(text) <= INLINE_CHARACTERS:
         return _json(_tokens_of(text, body, engine))

@@ -34,6 +34,13 @@ class Function(Strict):
             raise ValueError("must be 1 to 64 letters, digits, '_', '-' and '.'")
         return value
 
+    @field_validator("parameters")
+    @classmethod
+    def _check_parameters(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value and value.get("type", "object") != "object":
+            raise ValueError("must be the schema of an object, of the type 'object'")
+        return value
+
     @property
     def schema_of_arguments(self) -> dict[str, Any]:
         if self.parameters:

@@ -27,7 +27,7 @@ class HeldTool:
 
     def arguments(self) -> str:
         """What the grammar says of them."""
-        return _json(self.schema, self.is_lenient)
+        return _json({"type": "object", **self.schema}, self.is_lenient)
 
 
 @dataclass(frozen=True, slots=True)

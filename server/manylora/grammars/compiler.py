@@ -5,6 +5,7 @@ grammar that many requests have in common is made once, and has a budget of byte
 """
 
 import json
+import re
 import threading
 import time
 from collections import Counter, OrderedDict
@@ -48,6 +49,9 @@ _LIMIT_WORDS: Final = (
 # Keys of a schema that the library names when it cannot follow what they say.
 _NAMED_KEYS: Final = ("oneOf", "patternProperties", "patternProperty", "minProperties", "multipleOf", "$ref")
 _MOST_SAID: Final = 300  # characters of what the library says of a fault
+# Of a grammar with schemas in it, where the one at fault stands; and the lines of the grammar that are repeated below.
+_PLACE: Final = re.compile(r"at \d+\(\d+\): failed to compile JSON schema: ")
+_REPEATED: Final = re.compile(r"^ *\d+ \| .*", re.MULTILINE | re.DOTALL)
 
 
 class GrammarEvents:
@@ -302,7 +306,8 @@ def _refusal(found: dict[str, Any]) -> InvalidGrammar:
 
 def fault_for_caller(fault: str) -> InvalidGrammar:
     """What the library says of a grammar, in words for who wrote it; `keys` are the schema's that it names."""
-    lines = fault.strip().splitlines() or [fault]
+    fault = _REPEATED.sub("", _PLACE.sub("", fault, count=1), count=1).strip()
+    lines = fault.splitlines() or [fault]
     said = next((line.removeprefix("error: ") for line in lines if line.startswith("error:")), lines[0])[:_MOST_SAID]
     if fault.startswith("Unimplemented keys"):
         keys = tuple(json.loads(fault.partition(":")[2]))
