@@ -12,6 +12,7 @@ from unittest.mock import patch
 
 import torch
 import triton
+from torch._subclasses.fake_tensor import FakeTensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
@@ -85,7 +86,7 @@ def _launch(program: Any, grid: Any, args: tuple[Any, ...], kwargs: dict[str, An
             types[name], constants[name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             types[name] = "*" + _TYPES[value.dtype]
-            if value.is_meta or value.data_ptr() % 16 == 0:
+            if value.is_meta or isinstance(value, FakeTensor) or value.data_ptr() % 16 == 0:
                 aligned.append(name)
         elif isinstance(value, float):
             types[name] = "fp32"

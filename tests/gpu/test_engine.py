@@ -7,6 +7,7 @@ import torch
 
 from manylora.kernels.weights import FORMATS
 from manylora.models.backends import triton
+from manylora.models.fused import FusedDecoderLayer
 from tests.conftest import ModelMaker
 from tests.engine.harness import build_rig, load
 from tests.engine.oracle import check_greedy, with_adapter
@@ -22,6 +23,7 @@ def test_adapters_and_the_base_in_one_batch(architecture: str, tiny_model_dir: M
     base = tiny_model_dir(architecture)
     adapters = {f"rank{rank}": make_adapter(base, tmp_path / str(rank), rank=rank, seed=rank) for rank in (2, 9)}
     rig = build_rig(load(base), adapters, kernel=BACKEND)
+    assert any(isinstance(module, FusedDecoderLayer) for module in rig.wrapped.model.modules())
     requests = {"base": None, **{name: name for name in adapters}}
     for request, used in requests.items():
         rig.add(request, PROMPT, used, max_tokens=3)

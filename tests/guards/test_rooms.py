@@ -25,6 +25,8 @@ REASONS = {
     "kernels.native_attention": "one of two implementations of the same attention, chosen by the backend",
     "kernels.tiles": "arithmetic on the host, without Triton, which the module that launches programs needs",
     "lifecycle.train.memory": "an estimate from a base's config, which is nothing of how a training runs",
+    "kernels.triton_elementwise": "launches of programs, beside the others of Triton; layers know no program",
+    "models.triton_layers": "one of three implementations of the same layers, chosen by the backend",
     "lora.memory.eviction": "arithmetic without locks and tiers, tested by itself",
     "usage.training": "rows of the bill that jobs write, in the package whose bill it is",
     "models.masks": "what a mask comes to, told without a model; the survey is long enough without it",

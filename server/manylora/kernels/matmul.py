@@ -11,6 +11,7 @@ from manylora.kernels.cpu import cpu_multiplies
 from manylora.kernels.weights import Int4Weight, Int8Weight, PanelWeight, pack_int4, pack_int8, pack_panels
 
 __all__ = [
+    "AddingMatmul",
     "BaseMatmul",
     "MatmulFactory",
     "NativeMatmul",
@@ -46,6 +47,15 @@ class ReadableMatmul(BaseMatmul, Protocol):
 
 
 @runtime_checkable
+class AddingMatmul(BaseMatmul, Protocol):
+    """One that adds its product to what is there."""
+
+    def add_to_(self, out: torch.Tensor, x: torch.Tensor) -> None:
+        """out [T, out_features] += the product of x [T, in_features], rounded once."""
+        ...
+
+
+@runtime_checkable
 class NativeMatmul(BaseMatmul, Protocol):
     """One that the C++ layers compute as well."""
 
@@ -69,6 +79,12 @@ class Dense:
 
     def __call__(self, x: torch.Tensor, /) -> torch.Tensor:
         return functional.linear(x, self.weight, self.bias)
+
+    def add_to_(self, out: torch.Tensor, x: torch.Tensor) -> None:
+        if self.bias is None:
+            out.addmm_(x, self.weight.T)
+        else:
+            out += self(x)
 
     def rows(self, begin: int, end: int, _in_features: int) -> torch.Tensor:
         return self.weight[begin:end]

@@ -115,10 +115,15 @@ def _cpp(device: torch.device, wanted: WeightFormat) -> Backend:
 
 
 def triton(device: torch.device, wanted: WeightFormat) -> Backend:
-    """Torch operations, and programs in Triton where those would be many: on a GPU, or in Triton's interpreter."""
+    """Torch's matmuls, and programs in Triton for what stands between them: on a GPU, or in Triton's interpreter."""
+    from manylora.kernels.triton_attention import TritonAttention
     from manylora.kernels.triton_lora import TritonKernel
+    from manylora.models.triton_layers import TritonLayers
 
-    return replace(_torch_on_gpu(device, wanted), lora=TritonKernel())
+    attention = TritonAttention()
+    return replace(
+        _torch_on_gpu(device, wanted), attention=attention, layers=TritonLayers(attention), lora=TritonKernel()
+    )
 
 
 def _has_triton() -> bool:

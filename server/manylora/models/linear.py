@@ -5,7 +5,7 @@ from torch import nn
 
 from manylora.kernels.batch import ForwardContext
 from manylora.kernels.interface import LoraPlan, SiteGroup
-from manylora.kernels.matmul import BaseMatmul
+from manylora.kernels.matmul import AddingMatmul, BaseMatmul
 
 
 class AdaptedLinear(nn.Module):
@@ -49,6 +49,21 @@ class AdaptedLinear(nn.Module):
         out = self.matmul(rows)
         plan.add_(out, rows, self.group, given)
         return out.view(*x.shape[:-1], self.out_features)
+
+    def add_to_(self, out: torch.Tensor, x: torch.Tensor) -> None:
+        """`out` [T, out_features] += what `forward` gives for x [T, in_features], by a matmul that can add.
+
+        Adapters that change the input or the output change this linear's own, so that it stands by itself first.
+        """
+        assert isinstance(self.matmul, AddingMatmul)
+        plan = self._context.current().lora
+        if plan is None or not plan.rows.touches(self.group.sites):
+            self.matmul.add_to_(out, x)
+        elif plan.rows.mixes is not None or plan.rows.changed is not None:
+            out += self(x)
+        else:
+            self.matmul.add_to_(out, x)
+            plan.add_(out, x, self.group)
 
 
 class KeptLinear(AdaptedLinear):
