@@ -13,13 +13,15 @@ from manylora.tenants.keys import KeyStore
 from tests.catalog.rig import running, sound_files, write_sound
 
 pytestmark = pytest.mark.anyio
-# What cannot be tried here, without a hub, a model and a classifier; and what takes the adapter away.
+# What cannot be tried here, without a hub, a model, a classifier and sound; and what takes the adapter away.
 ELSEWHERE = {
     "POST /v1/adapters",
     "POST /v1/files",
     "GET /v1/adapters/{name}/versions/{n}/inspection",
     "POST /v1/classify",
     "POST /classify",
+    "POST /v1/audio/transcriptions",
+    "POST /v1/audio/translations",
 }
 LAST = ("POST /v1/unload_lora_adapter", "POST /v1/fine_tuning/jobs/{job_id}/cancel")
 

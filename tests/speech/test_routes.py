@@ -265,3 +265,19 @@ def test_adapters_for_other_tasks_are_refused_and_modules_are_told_without_weigh
     said = served.upload(folder, "other")
     assert said.status_code == 422
     assert said.json()["error"]["problems"][0]["where"].endswith("task_type")
+
+
+def test_convolutions_are_no_targets(base: Path, served: Served, tmp_path: Path) -> None:
+    folder = make_speech_adapter(base, tmp_path / "adapter", "convolution")
+    said = served.upload(folder, "convolution")
+    assert said.status_code == 422
+    assert "conv1" in said.text
+
+
+def test_an_adapter_is_named_as_lorax_does(base: Path, served: Served, tmp_path: Path) -> None:
+    assert served.upload(make_speech_adapter(base, tmp_path / "adapter", "usual"), "named").status_code == 201
+    by_model, by_id = post_sounds(
+        served, [(wav(sound(0)), {"model": "named"}), (wav(sound(0)), {"adapter_id": "named"})]
+    )
+    assert by_id.status_code == 200, by_id.text
+    assert by_model.json()["text"] == by_id.json()["text"]

@@ -54,6 +54,7 @@ TUNED: Final[dict[str, tuple[int, Any]]] = {
     "decoder": (2, r".*decoder\.layers.*(fc1|fc2|self_attn\.k_proj)"),
     "cross": (5, r".*encoder_attn\.(q|k|v|out)_proj"),
     "words": (2, r".*(decoder\.embed_tokens|decoder\.layers\.1\.fc2)"),
+    "convolution": (2, ["conv1", "q_proj"]),
     "first": (1, r".*encoder\.layers\.0\..*(q_proj|fc2)"),
 }
 
@@ -231,7 +232,7 @@ def post_sounds(
             *(
                 served.client.post(
                     f"/v1/audio/{task}",
-                    data={"model": "base", **fields},
+                    data=fields if "adapter_id" in fields else {"model": "base", **fields},
                     files={"file": (name, file)} if file is not None else {"nothing": ("", b"")},
                 )
                 for file, fields in forms

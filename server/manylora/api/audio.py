@@ -29,6 +29,7 @@ router = APIRouter(tags=["inference"])
 _FIELDS: Final = {
     "file": {"type": "string", "format": "binary", "description": "WAV, FLAC, Ogg or MP3"},
     "model": {"type": "string", "description": "The base or an adapter."},
+    "adapter_id": {"type": "string", "description": "LoRAX's way to name an adapter."},
     "prompt": {"type": "string", "description": "What was said before, or words in the spelling that is wanted."},
     "response_format": {"type": "string", "enum": list(MEDIA_TYPES)},
     "temperature": {"type": "number", "minimum": 0, "maximum": 1},
@@ -41,7 +42,7 @@ _OF_TRANSCRIPTS: Final = {
 
 
 def _documented(properties: dict[str, object]) -> dict[str, object]:
-    schema = {"type": "object", "required": ["file", "model"], "properties": properties}
+    schema = {"type": "object", "required": ["file"], "properties": properties}
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 

@@ -30,7 +30,7 @@ class AudioRequest(InferenceRequest):
     prompt: str | None = Field(default=None, max_length=MAX_PROMPT_CHARACTERS)
     response_format: Literal["json", "text", "srt", "verbose_json", "vtt"] = "json"
     temperature: float | None = Field(default=None, ge=0, le=1)
-    timestamp_granularities: list[Literal["segment"]] | None = None
+    timestamp_granularities: Literal["segment"] | None = None
     stream: bool = False
 
     @property
@@ -124,5 +124,5 @@ def _values(fields: dict[str, str]) -> dict[str, Any]:
             raise InvalidRequest(
                 f"'{_GRANULARITIES}' can be 'segment' alone: words have no times here.", param=_GRANULARITIES
             )
-        found["timestamp_granularities"] = [found.pop(_GRANULARITIES)]
+        found["timestamp_granularities"] = found.pop(_GRANULARITIES)
     return found

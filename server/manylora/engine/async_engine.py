@@ -172,7 +172,7 @@ class AsyncEngine:
         self._is_stopping = False
         self.is_draining = False
         self._num_probes = 0
-        self.probe_sound: Sound | None = None  # what a model of speech hears when an adapter's effect is measured
+        self.own_sound: Sound | None = None  # what a model of speech hears where nobody sent any
         tiers.on_change = self._wake.set  # it may let the engine go on
 
     async def start(self) -> None:
@@ -249,7 +249,7 @@ class AsyncEngine:
             for i in range(params.n)
         ]
         for seq in seqs:
-            seq.seed, seq.sound = seqs[0].seed, sound
+            seq.seed, seq.sound = seqs[0].seed, sound or self.own_sound
         seqs[0].followers = seqs[1:]
         return self._submit(seqs)
 
@@ -334,7 +334,7 @@ class AsyncEngine:
         """A probe runs at the expense of the tenant's fair share."""
         captures, ids = params.task is Task.SCORE, list(prompt)
         seq = Sequence(name, ids, params, adapter=tried, tenant=tenant, weight=weight, capture_logits=captures)
-        seq.sound = self.probe_sound
+        seq.sound = self.own_sound
         return self._submit([seq])
 
     def tier_of(self, ref: AdapterRef) -> Tier:

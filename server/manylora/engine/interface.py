@@ -427,7 +427,9 @@ class EngineClient(Protocol):
         priority: int = 0,
         sound: Sound | None = None,
     ) -> Generation:
-        """Queue a request, with an adapter or a mix of several. `sound`: what is to be written down.
+        """Queue a request, with an adapter or a mix of several.
+
+        `sound` is what is to be written down; without any, a model of speech hears noise.
 
         Raises QueueFull, Draining, EngineDead, InvalidRequest or ContextLengthExceeded at once.
 

@@ -78,12 +78,12 @@ class SpeechBuilder(Builder):
         return engine, tiers
 
     def build(self, source: AdapterSource, metrics: Metrics, occupancy: Occupancy | None = None) -> AsyncEngine:
-        """The engine with its bridge to asyncio, not started yet; its probes are of made-up sound."""
+        """The engine with its bridge to asyncio, not started yet; for probes and to warm up it hears made-up sound."""
         engine = super().build(source, metrics, occupancy)
         config = self.base.model.config
         frames = _FRAMES_PER_POSITION * config.max_source_positions
         noise = np.random.default_rng(0).standard_normal((config.num_mel_bins, frames))
-        engine.probe_sound = Sound((0.5 * noise).astype(np.float32), config.max_source_positions)
+        engine.own_sound = Sound((0.5 * noise).astype(np.float32), config.max_source_positions)
         return engine
 
     def _reader(self, source: AdapterSource) -> Callable[[AdapterRef], Adapter]:
