@@ -89,6 +89,7 @@ def serving(folder: Path) -> Iterator[Stage]:
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "manylora", "serve", "--port", str(port), "--data-dir", str(folder / "data")]
     command += ["--adapters", str(ROOT / "adapters"), "--max-slots", "48", "--max-model-len", "2048"]
+    command += ["--jobs", "1", "--price-prompt", "0.02", "--price-cached", "0.002", "--price-completion", "0.06"]
     with (folder / "server.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
@@ -157,14 +158,14 @@ def load(stage: Stage, duration_s: float, rate: float) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def looking(browser: Browser, stage: Stage, *, who: str = "ops", **options: Any) -> Iterator[Page]:
-    """The page, signed in."""
+def looking(browser: Browser, stage: Stage, tab: str = "now", *, who: str = "ops", **options: Any) -> Iterator[Page]:
+    """A tab of the page, signed in."""
     context = browser.new_context(**{**DESKTOP, **options})
     context.add_init_script(f"sessionStorage.setItem('manylora.key', {json.dumps(stage.keys[who])})")
     try:
         page = context.new_page()
-        page.goto(f"{stage.url}/dashboard")
-        page.wait_for_selector("#adapters-body tr")
+        page.goto(f"{stage.url}/dashboard#{tab}")
+        page.wait_for_selector("#adapters-body tr", state="attached")
         page.wait_for_timeout(2500)  # two polls
         yield page
     finally:
@@ -178,7 +179,7 @@ def idle(browser: Browser, stage: Stage, out: Path) -> None:
 
 def under_load(browser: Browser, stage: Stage, out: Path) -> None:
     """The page as it was left open beside the load, then the others."""
-    tall = {"width": 1440, "height": 1270}
+    tall = {"width": 1440, "height": 900}
     with (
         looking(browser, stage, viewport=tall) as light,
         looking(browser, stage, viewport=tall, color_scheme="dark") as dark,
@@ -186,24 +187,47 @@ def under_load(browser: Browser, stage: Stage, out: Path) -> None:
         light.wait_for_timeout(HISTORY_S * 1000)
         save(light.screenshot(), out / "dashboard-load.png")
         save(dark.screenshot(), out / "dashboard-dark.png")
-    with looking(browser, stage, **PHONE) as page:
-        shots = [page.screenshot()]
-        for part in (".pair", "#adapters"):
-            page.locator(part).evaluate("(e) => e.scrollIntoView()")
-            page.wait_for_timeout(300)
-            shots.append(page.screenshot())
-        save(side_by_side(*shots), out / "dashboard-phone.png")
+    for tab in ("adapters", "usage", "errors"):
+        with looking(browser, stage, tab) as page:
+            save(page.screenshot(), out / f"dashboard-{tab}.png")
+    for name, more in (("phone", {}), ("phone-dark", {"color_scheme": "dark", "locale": "zh-CN"})):
+        shots = []
+        for tab in ("now", "adapters", "usage", "tenants"):
+            with looking(browser, stage, tab, **PHONE, **more) as page:
+                shots.append(page.screenshot())
+        save(side_by_side(*shots), out / f"dashboard-{name}.png")
+
+
+def running_it(browser: Browser, stage: Stage, out: Path) -> None:
+    """What admins and managers do: keys and quotas, a training that waits for a worker and one that has run."""
+    rows = "".join(json.dumps({"prompt": f"{n} + 1 =", "completion": f" {n + 1}"}) + "\n" for n in range(64))
+    sent = stage.call("POST", "/v1/files", data={"purpose": "fine-tune"}, files={"file": ("sums.jsonl", rows.encode())})
+    base = stage.call("GET", "/v1/stats").json()["server"]["model"]
+    body = {
+        "model": base,
+        "training_file": sent.json()["id"],
+        "suffix": "sums",
+        "manylora": {"rank": 4, "eval_every": 4},
+    }
+    body |= {"validation_file": sent.json()["id"], "hyperparameters": {"n_epochs": 4}}
+    job = stage.call("POST", "/v1/fine_tuning/jobs", json=body).json()["id"]
+    with looking(browser, stage, "tenants") as page:
+        save(page.screenshot(), out / "dashboard-tenants.png")
+    with looking(browser, stage, f"jobs/{job}") as page:
+        expect(page.locator("#job [data-status]")).to_have_text("succeeded", timeout=600_000)
+        page.wait_for_timeout(1000)
+        save(page.screenshot(), out / "dashboard-jobs.png")
 
 
 def trying(browser: Browser, stage: Stage, out: Path) -> None:
-    with looking(browser, stage) as page:
+    with looking(browser, stage, "try") as page:
         page.locator("#try-adapter").fill("sql")
         page.locator("#try-prompt").fill(
             "Table hotels(city, chain, stars, beds). Show the city of all hotels with more than 3 stars."
         )
         page.get_by_role("button", name="Run both").click()
         expect(page.get_by_role("button", name="Run both")).to_be_enabled(timeout=120_000)
-        save(page.locator("#try").screenshot(), out / "dashboard-try.png")
+        save(page.locator("#tab-try").screenshot(), out / "dashboard-try.png")
 
 
 def refused(browser: Browser, stage: Stage, out: Path) -> None:
@@ -213,19 +237,18 @@ def refused(browser: Browser, stage: Stage, out: Path) -> None:
     config = json.loads((folder / FILES[0]).read_text())
     config |= {"use_dora": True, "r": 128, "lora_rank": 8, "target_modules": [*config["target_modules"], "w_gate"]}
     (folder / FILES[0]).write_text(json.dumps(config))
-    with looking(browser, stage) as page:
+    with looking(browser, stage, "adapters") as page:
         page.locator("#upload-button").click()
         page.locator("#upload input[type=file]").set_input_files([folder / name for name in FILES])
         page.locator("#upload-name").fill("claims-es")
         page.locator("#upload").get_by_role("button", name="Upload").click()
         page.wait_for_selector(".problems li")
-        page.evaluate("document.querySelector('#adapters').scrollIntoView()")
         page.wait_for_timeout(300)
         save(page.screenshot(), out / "dashboard-refused.png")
 
 
 def detail(browser: Browser, stage: Stage, out: Path) -> None:
-    with looking(browser, stage) as page:
+    with looking(browser, stage, "adapters") as page:
         page.locator("#filter").fill("city-zh")
         page.get_by_role("button", name="city-zh", exact=True).first.click()
         page.locator("#detail").get_by_role("button", name="Inspect").click()
@@ -278,6 +301,7 @@ def main() -> None:
         trying(browser, stage, out)
         refused(browser, stage, out)
         detail(browser, stage, out)
+        running_it(browser, stage, out)
         browser.close()
 
 

@@ -1,6 +1,7 @@
 """The dashboard's files: complete, checked by browsers in the right way, and under a policy that loads nothing else."""
 
 import gzip
+import hashlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,9 +18,9 @@ SOURCES = [path for path in sorted(FOLDER.rglob("*")) if path.suffix in (".js", 
 OWN_SCRIPTS = [path for path in SOURCES if path.suffix == ".js" and "vendor" not in path.parts]
 # Ways to put a string into a page as markup, or to run it.
 UNSAFE = re.compile(
-    r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|DOMParser|srcdoc|\beval\(|new Function|on\w+=\""
+    r"innerHTML|InnerHTML|outerHTML|insertAdjacentHTML|document\.write|DOMParser|srcdoc|\beval\(|new Function|on\w+=\""
 )
-NAMESPACES = ("http://www.w3.org/2000/svg",)
+NAMESPACES = ("http://www.w3.org/2000/svg", "http://www.w3.org/1998/Math/MathML", "http://www.w3.org/1999/xhtml")
 
 
 @pytest.fixture
@@ -92,6 +93,17 @@ def test_files_are_packed_for_those_who_can_unpack(client: TestClient) -> None:
 
 def test_a_slash_at_the_end_leads_to_the_page(client: TestClient) -> None:
     assert client.get("/dashboard/").url.path == "/dashboard"
+
+
+def test_libraries_are_as_they_were_published_and_have_their_licences() -> None:
+    vendor = FOLDER / "vendor"
+    listed = {}
+    for line in (vendor / "SHA256SUMS").read_text(encoding="utf-8").splitlines():
+        digest, _, name = line.partition("  ")
+        listed[name] = digest
+    found = {path.relative_to(vendor).as_posix(): path for path in vendor.rglob("*.*")}
+    assert listed == {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in found.items()}
+    assert {name.partition("/")[0] for name in listed} == {path.parent.name for path in vendor.glob("*/LICENSE")}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)

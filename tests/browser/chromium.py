@@ -60,9 +60,14 @@ class Visit:
         if response.status >= 400 and response.status not in self.expected:
             self.complaints.append(f"{response.status}: {response.request.method} {response.url}")
 
-    def open(self) -> "Visit":
-        self.page.goto(f"{self.url}/dashboard")
+    def open(self, tab: str = "") -> "Visit":
+        """Show the page, at a tab's address or at none."""
+        self.page.goto(f"{self.url}/dashboard{tab and f'#{tab}'}")
         return self
+
+    def to(self, tab: str) -> None:
+        """Go to a tab by its link."""
+        self.page.locator(f"#sections a[href='#{tab}']").click()
 
     def until(self, expression: str, argument: Any = None) -> None:
         """Wait until a JavaScript expression or function gives something true."""

@@ -87,15 +87,17 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def open_page(browser: Browser, server: Server) -> Iterator[OpenPage]:
-    """`open_page()` shows the dashboard of the open server, `open_page(of=…)` of another; all is checked at the end."""
+    """`open_page(tab=…)` shows the dashboard of the open server, `of` of another; all is checked at the end."""
     with ExitStack() as stack:
         visits: list[Visit] = []
 
-        def open_one(of: Server | None = None, expected: set[int] | None = None, **options: Any) -> Visit:
+        def open_one(
+            of: Server | None = None, expected: set[int] | None = None, tab: str = "", **options: Any
+        ) -> Visit:
             visit = stack.enter_context(visiting(browser, (of or server).url, **options))
             visit.expected = expected or set()
             visits.append(visit)
-            return visit.open()
+            return visit.open(tab)
 
         yield open_one
         for visit in visits:

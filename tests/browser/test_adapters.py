@@ -56,7 +56,7 @@ def open_adapter(page: Page, name: str) -> Any:
 def test_a_folder_dropped_on_the_page_becomes_an_adapter(
     open_page: OpenPage, server: Server, folders: dict[str, Path]
 ) -> None:
-    visit = open_page()
+    visit = open_page(tab="adapters")
     page = visit.page
     expect(page.locator("#upload-button")).to_be_visible()
     visit.drop(folders["spare"])
@@ -72,7 +72,7 @@ def test_a_folder_dropped_on_the_page_becomes_an_adapter(
 def test_an_archive_and_two_files_can_be_dropped_too(
     open_page: OpenPage, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    visit = open_page()
+    visit = open_page(tab="adapters")
     page = visit.page
     expect(page.locator("#upload-button")).to_be_visible()
     archive = Path(shutil.make_archive(str(tmp_path / "From Archive"), "zip", folders["other"]))
@@ -86,7 +86,7 @@ def test_an_archive_and_two_files_can_be_dropped_too(
 
 
 def test_progress_is_shown_while_bytes_travel(open_page: OpenPage, folders: dict[str, Path]) -> None:
-    visit = open_page()
+    visit = open_page(tab="adapters")
     page = visit.page
     expect(page.locator("#upload-button")).to_be_visible()
     page.evaluate(
@@ -107,7 +107,7 @@ def test_a_refused_upload_lists_every_problem_and_stores_nothing(
 ) -> None:
     problems = problems_of(server, broken)
     assert len(problems) >= 3
-    visit = open_page(expected={422})
+    visit = open_page(expected={422}, tab="adapters")
     page = visit.page
     expect(page.locator("#upload-button")).to_be_visible()
     visit.drop(broken)
@@ -122,7 +122,7 @@ def test_a_refused_upload_lists_every_problem_and_stores_nothing(
 
 def test_hostile_text_in_problems_stays_text(open_page: OpenPage, server: Server, broken: Path) -> None:
     assert any(HOSTILE in p["message"] + p["where"] for p in problems_of(server, broken))
-    visit = open_page(expected={422})
+    visit = open_page(expected={422}, tab="adapters")
     page = visit.page
     expect(page.locator("#upload-button")).to_be_visible()
     visit.drop(broken)
@@ -134,7 +134,7 @@ def test_hostile_text_in_problems_stays_text(open_page: OpenPage, server: Server
 
 def test_hostile_names_and_errors_stay_text(open_page: OpenPage, server: Server) -> None:
     """A registry that let such names in, or another program behind the same address."""
-    visit = open_page(permissions=["clipboard-read", "clipboard-write"])
+    visit = open_page(permissions=["clipboard-read", "clipboard-write"], tab="adapters")
     page = visit.page
 
     def poisoned(name: str, change: Callable[[dict[str, Any]], None]) -> None:
@@ -159,10 +159,12 @@ def test_hostile_names_and_errors_stay_text(open_page: OpenPage, server: Server)
     poisoned("stats", in_stats)
     page.reload()
     expect(page.locator("#adapters-body")).to_contain_text(HOSTILE)
-    expect(page.locator("#errors .message")).to_have_text(HOSTILE)
     expect(page.locator("#model")).to_have_text(HOSTILE)
+    visit.to("now")
     expect(page.locator(".slot").first).to_contain_text(HOSTILE)
-    page.locator("#errors .request").click()
+    visit.to("errors")
+    expect(page.locator("#errors-list .message")).to_have_text(HOSTILE)
+    page.locator("#errors-list .request").click()
     expect(page.locator(".toast")).to_contain_text("id is copied")
     assert page.evaluate("navigator.clipboard.readText()") == HOSTILE
     assert page.locator("img").count() == 0
@@ -170,7 +172,7 @@ def test_hostile_names_and_errors_stay_text(open_page: OpenPage, server: Server)
 
 
 def test_the_policy_stops_markup_even_if_the_code_would_write_it(open_page: OpenPage) -> None:
-    visit = open_page()
+    visit = open_page(tab="adapters")
     refused = visit.page.evaluate(
         "(text) => { try { document.body.innerHTML = text; } catch (e) { return e.name; } }", HOSTILE
     )
@@ -186,10 +188,12 @@ def test_promoting_and_rolling_back_change_what_the_try_it_box_answers(
     upload(server.url, folders["other"], "promoted", activate="false")
     first, second = (complete(server.url, f"promoted@{n}", PROMPT) for n in (1, 2))
     assert first != second
-    page = open_page().page
+    visit = open_page(tab="adapters")
+    page = visit.page
     expect(row_of(page, "promoted")).to_contain_text("1 of 2")
 
     def answer() -> str:
+        visit.to("try")
         page.locator("#try-adapter").fill("promoted")
         page.locator("#try-mode").select_option("completion")
         page.locator("#try-tokens").fill("24")
@@ -201,11 +205,13 @@ def test_promoting_and_rolling_back_change_what_the_try_it_box_answers(
 
     assert answer() == first
     expect(page.locator(".pane-head .hint").first).to_contain_text("promoted@1")
+    visit.to("adapters")
     drawer = open_adapter(page, "promoted")
     drawer.get_by_role("button", name="Promote").click()
     expect(drawer.locator("[data-active=true]")).to_contain_text("Version 2")
     drawer.get_by_role("button", name="Close").click()
     assert answer() == second
+    visit.to("adapters")
     drawer = open_adapter(page, "promoted")
     drawer.get_by_role("button", name="Roll back to this").click()
     expect(drawer.locator("[data-active=true]")).to_contain_text("Version 1")
@@ -213,6 +219,7 @@ def test_promoting_and_rolling_back_change_what_the_try_it_box_answers(
     assert answer() == first
     page.get_by_role("button", name="Undo").last.click()
     expect(page.locator(".toast").last).to_contain_text("promoted@2 answers again")
+    visit.to("adapters")
     drawer = open_adapter(page, "promoted")
     expect(drawer.locator("[data-active=true]")).to_contain_text("Version 2")
     drawer.get_by_role("button", name="History").click()
@@ -232,7 +239,7 @@ def test_older_versions_are_fetched_when_they_are_asked_for(
 ) -> None:
     for number in range(5):
         upload(server.url, folders["spare" if number % 2 else "other"], "old", activate="false" if number else "true")
-    page = open_page().page
+    page = open_page(tab="adapters").page
     page.route("**/v1/adapters/old?*", lambda route: route.continue_(url=route.request.url.replace("=50", "=2")))
     drawer = open_adapter(page, "old")
     names = drawer.locator(".version-line strong")
@@ -250,13 +257,16 @@ def test_pinning_brings_the_adapter_to_the_device_and_marks_it(
     open_page: OpenPage, server: Server, folders: dict[str, Path]
 ) -> None:
     upload(server.url, folders["spare"], "kept")
-    page = open_page().page
+    visit = open_page(tab="adapters")
+    page = visit.page
     drawer = open_adapter(page, "kept")
     drawer.get_by_role("button", name="Pin").click()
     expect(drawer.get_by_role("button", name="Unpin")).to_be_visible()
     drawer.get_by_role("button", name="Close").click()
     expect(row_of(page, "kept").get_by_label("pinned")).to_be_visible()
+    visit.to("now")
     expect(page.locator(".slot.pinned")).to_contain_text("kept")
+    visit.to("adapters")
     page.locator("#tier-filter").select_option("pinned")
     expect(page.locator("#adapters-body tr")).to_have_count(1)
     drawer = open_adapter(page, "kept")
@@ -270,7 +280,7 @@ def test_a_versions_defaults_are_shown(open_page: OpenPage, server: Server, fold
     defaults = {"system_prompt": "Be brief.", "choices": ["yes", "no"], "locked": ["choices"]}
     path = f"{server.url}/v1/adapters/told"
     assert httpx.patch(path, json={"defaults": defaults}, timeout=120).status_code == 200
-    page = open_page().page
+    page = open_page(tab="adapters").page
     drawer = open_adapter(page, "told")
     drawer.get_by_role("button", name="Defaults").click()
     expect(drawer.locator(".defaults dt")).to_have_text(["choices (locked)", "system_prompt"])
@@ -284,7 +294,7 @@ def test_a_versions_defaults_are_shown(open_page: OpenPage, server: Server, fold
 
 def test_deleting_asks_first_and_then_is_final(open_page: OpenPage, server: Server, folders: dict[str, Path]) -> None:
     upload(server.url, folders["spare"], "doomed")
-    page = open_page().page
+    page = open_page(tab="adapters").page
     drawer = open_adapter(page, "doomed")
     dialog = page.locator("#confirm-dialog")
     drawer.get_by_role("button", name="Delete adapter").click()
@@ -299,7 +309,7 @@ def test_deleting_asks_first_and_then_is_final(open_page: OpenPage, server: Serv
 
 
 def test_a_downloaded_version_is_the_servers_archive(open_page: OpenPage, server: Server) -> None:
-    page = open_page().page
+    page = open_page(tab="adapters").page
     drawer = open_adapter(page, NAMES[0])
     with page.expect_download() as download:
         drawer.get_by_role("button", name="Download").click()
@@ -309,7 +319,7 @@ def test_a_downloaded_version_is_the_servers_archive(open_page: OpenPage, server
 
 
 def test_the_table_sorts_and_filters(open_page: OpenPage) -> None:
-    page = open_page().page
+    page = open_page(tab="adapters").page
     names = page.locator("#adapters-body button.name")
     expect(names.first).to_be_visible()
     page.get_by_role("button", name="Adapter", exact=True).click()
@@ -332,7 +342,7 @@ def test_an_adapter_that_names_another_base_is_marked_in_the_table_the_drawer_an
     config["base_model_name_or_path"] = "Qwen/Qwen2.5-0.5B-Instruct"
     (folder / "adapter_config.json").write_text(json.dumps(config))
     upload(server.url, folder, "stranger")
-    page = open_page().page
+    page = open_page(tab="adapters").page
     row = page.locator("#adapters-body tr", has_text="stranger")
     expect(row.locator(".badge.warn")).to_have_text("other name")
     expect(page.locator("#adapters-body tr", has_text="sql").first.locator(".badge.warn")).to_be_hidden()
@@ -372,7 +382,7 @@ def test_a_card_is_shown_as_text_and_its_examples_are_tried(
     files.append(("files", ("README.md", card.encode())))
     said = httpx.post(f"{server.url}/v1/adapters", data={"name": "carded"}, files=files, timeout=60).json()
     assert (said["version"], said["card_bytes"]) == (1, len(card.encode()))
-    page = open_page().page
+    page = open_page(tab="adapters").page
     drawer = open_adapter(page, "carded")
     drawer.get_by_role("button", name="Card").click()
     prose = drawer.locator(".prose")
@@ -399,6 +409,6 @@ def test_a_card_nested_beyond_reason_is_its_plain_text(
     files = [("files", (n, (folders["other"] / n).read_bytes())) for n in (CONFIG_FILE, TENSOR_FILE)]
     files.append(("files", ("README.md", CARD.encode())))
     assert httpx.post(f"{server.url}/v1/adapters", data={"name": "deep"}, files=files, timeout=60).status_code == 201
-    drawer = open_adapter(open_page().page, "deep")
+    drawer = open_adapter(open_page(tab="adapters").page, "deep")
     drawer.get_by_role("button", name="Card").click()
     expect(drawer.locator(".prose > pre")).to_contain_text(HOSTILE)

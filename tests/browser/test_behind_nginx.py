@@ -72,18 +72,20 @@ def test_an_upload_and_a_download(proxied: str, folders: dict[str, Path]) -> Non
 def test_the_dashboard_opens_from_wherever_one_begins(visit: Visit, start: str) -> None:
     visit.page.goto(f"{visit.url}{start}")
     expect(visit.page.locator("#health-text")).to_contain_text("Ready")
+    visit.to("adapters")
     expect(visit.page.get_by_role("button", name="sql", exact=True).first).to_be_visible()
     visit.requests[:] = [url for url in visit.requests if url != visit.url]  # what was typed, without the slash
 
 
 def test_the_dashboard_uploads_and_asks(visit: Visit, folders: dict[str, Path]) -> None:
-    page = visit.open().page
+    page = visit.open("adapters").page
     expect(page.locator("#upload-button")).to_be_visible()
     visit.drop(folders["spare"])
     page.get_by_role("button", name="Upload", exact=True).click()
     expect(page.locator("#upload")).to_contain_text("is ready and active")
     assert complete(visit.url, "sales-notes", "The quick") != ""
-    page.fill("#try-form textarea", "The quick")
+    visit.to("try")
+    page.get_by_label("Prompt", exact=True).fill("The quick")
     page.locator("#try-form button[type=submit]").click()
     expect(page.locator("#try-panes")).to_contain_text("tokens")
 

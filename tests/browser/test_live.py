@@ -47,7 +47,9 @@ def number_of(page: Page, tile: str) -> float:
 def test_the_tiles_show_what_runs_now(open_page: OpenPage) -> None:
     visit = open_page()
     page = visit.page
-    visit.until("[...document.querySelectorAll('.tile .number')].every((n) => n.textContent !== '–')")
+    visit.until("[...document.querySelectorAll('.tile:not([hidden]) .number')].every((n) => n.textContent !== '–')")
+    for tile in ("TTFT p95", "TPOT p95"):
+        expect(page.locator(".tile", has_text=tile)).to_be_visible()
     visit.until("parseFloat(document.querySelector('.tile .number').textContent) > 0")
     assert number_of(page, "Throughput") > 0
     expect(page.locator(".tile", has_text="In the batch").locator(".number")).not_to_have_text("0")
@@ -102,7 +104,7 @@ def test_slots_in_use_are_hot_and_say_what_they_hold(open_page: OpenPage) -> Non
 
 @pytest.mark.usefixtures("load")
 def test_the_table_has_traffic_by_adapter(open_page: OpenPage) -> None:
-    visit = open_page()
+    visit = open_page(tab="adapters")
     row = visit.page.locator("#adapters-body tr", has_text=NAMES[0])
     expect(row).to_contain_text("device")
     expect(row.locator("td[data-column=ttft]")).to_contain_text("s")
@@ -145,9 +147,11 @@ def test_an_adapter_whose_logits_are_no_numbers_is_marked(
     for prompt, status in (("The quick", 200), ("我", 500), ("我", 500)):
         body = {"model": "spoiling", "prompt": prompt, "max_tokens": 2}
         assert httpx.post(f"{own_server.url}/v1/completions", json=body, timeout=60).status_code == status
-    page = open_page(own_server).page
+    visit = open_page(own_server, tab="adapters")
+    page = visit.page
     rows = page.locator("#adapters-body tr")
     expect(rows.filter(has_text="spoiling").locator(".badge.bad")).to_have_text("NaN: 2")
     for other in rows.filter(has_not_text="spoiling").all():
         expect(other.locator(".badge.bad")).to_be_hidden()
+    visit.to("errors")
     expect(page.get_by_text("adapter_not_finite").first).to_be_visible()

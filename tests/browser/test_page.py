@@ -40,7 +40,7 @@ def sign_in(page: Page, key: str) -> None:
 
 
 def signed_in(open_page: OpenPage, keyed_server: Server, key: str, **options: Any) -> Page:
-    page = open_page(of=keyed_server, expected={401}, **options).page
+    page = open_page(**({"of": keyed_server, "expected": {401}, "tab": "adapters"} | options)).page
     sign_in(page, key)
     expect(page.locator("#health-text")).to_contain_text("Ready")
     return page
@@ -134,7 +134,7 @@ MAY = {
 def test_a_user_who_drops_an_adapter_is_told_which_role_it_takes(
     open_page: OpenPage, keyed_server: Server, keys: dict[str, str], folders: dict[str, Path]
 ) -> None:
-    visit = open_page(of=keyed_server, expected={401})
+    visit = open_page(of=keyed_server, expected={401}, tab="adapters")
     sign_in(visit.page, keys["user"])
     expect(visit.page.locator("#health-text")).to_contain_text("Ready")
     visit.drop(folders["spare"])
@@ -145,7 +145,7 @@ def test_a_user_who_drops_an_adapter_is_told_which_role_it_takes(
 def test_a_manager_uploads_with_its_key(
     open_page: OpenPage, keyed_server: Server, keys: dict[str, str], folders: dict[str, Path]
 ) -> None:
-    visit = open_page(of=keyed_server, expected={401})
+    visit = open_page(of=keyed_server, expected={401}, tab="adapters")
     page = visit.page
     sign_in(page, keys["manager"])
     expect(page.locator("#upload-button")).to_be_visible()
@@ -195,8 +195,10 @@ def overflow(page: Page) -> int:
 def test_the_page_fits_a_phone(open_page: OpenPage, folders: dict[str, Path]) -> None:
     visit = open_page(**PHONE)
     page = visit.page
-    expect(page.locator("#adapters-body tr").first).to_be_visible()
     visit.until("document.querySelector('#chart-ttft canvas')")
+    assert overflow(page) == 0
+    visit.to("adapters")
+    expect(page.locator("#adapters-body tr").first).to_be_visible()
     assert overflow(page) == 0
     table = page.locator(".table-wrap")
     assert table.evaluate("(e) => e.scrollWidth - e.clientWidth") <= 0
@@ -213,7 +215,7 @@ def test_the_page_fits_a_phone(open_page: OpenPage, folders: dict[str, Path]) ->
 
 
 def test_what_a_finger_must_hit_is_large_enough(open_page: OpenPage) -> None:
-    page = open_page(**PHONE).page
+    page = open_page(tab="adapters", **PHONE).page
     expect(page.locator("#adapters-body tr").first).to_be_visible()
     small = page.evaluate(
         "[...document.querySelectorAll('button, select, input:not([type=checkbox]):not(.sr-only)')]"
@@ -227,6 +229,11 @@ def test_the_slots_are_walked_with_arrow_keys(open_page: OpenPage) -> None:
     page = open_page().page
     slots = page.locator(".slot")
     expect(slots).to_have_count(12)
+    assert page.locator(".slot[data-heat=empty]:visible").count() == 0
+    fold = page.locator("#slots-fold")
+    expect(fold).to_contain_text("empty slot")
+    fold.click()
+    expect(page.locator(".slot:visible")).to_have_count(12)
     slots.first.focus()
     page.keyboard.press("ArrowRight")
     expect(slots.nth(1)).to_be_focused()
@@ -237,7 +244,7 @@ def test_the_slots_are_walked_with_arrow_keys(open_page: OpenPage) -> None:
 
 
 def test_every_control_has_a_name(open_page: OpenPage) -> None:
-    page = open_page().page
+    page = open_page(tab="adapters").page
     expect(page.locator("#adapters-body tr").first).to_be_visible()
     page.locator("#upload-button").click()
     nameless = page.evaluate(
@@ -252,7 +259,7 @@ def test_every_control_has_a_name(open_page: OpenPage) -> None:
 
 
 def test_the_inside_of_an_adapter_is_drawn(open_page: OpenPage) -> None:
-    visit = open_page()
+    visit = open_page(tab="adapters")
     page = visit.page
     drawer = drawer_of(page, "sql")
     drawer.get_by_role("button", name="Inspect").click()
@@ -276,7 +283,7 @@ def test_the_inside_of_an_adapter_is_drawn(open_page: OpenPage) -> None:
 
 
 def test_the_inside_fits_a_phone(open_page: OpenPage) -> None:
-    page = open_page(**PHONE).page
+    page = open_page(tab="adapters", **PHONE).page
     drawer = drawer_of(page, "sql")
     drawer.get_by_role("button", name="Inspect").click()
     expect(drawer.locator(".spectra canvas")).to_be_visible()
@@ -284,7 +291,7 @@ def test_the_inside_fits_a_phone(open_page: OpenPage) -> None:
 
 
 def test_what_was_done_is_told_above_the_drawer(open_page: OpenPage) -> None:
-    page = open_page().page
+    page = open_page(tab="adapters").page
     drawer = drawer_of(page, "support-de")
     drawer.get_by_role("button", name="Pin").click()
     toast = page.locator(".toast")
@@ -296,7 +303,7 @@ def test_what_was_done_is_told_above_the_drawer(open_page: OpenPage) -> None:
 
 
 def test_numbers_without_news_say_how_old_they_are(open_page: OpenPage) -> None:
-    page = open_page().page
+    page = open_page(tab="adapters").page
     health = page.locator("#health-text")
     expect(health).to_contain_text("Ready")
     page.route("**/v1/stats*", lambda _: None)  # never answered
@@ -308,12 +315,12 @@ def test_numbers_without_news_say_how_old_they_are(open_page: OpenPage) -> None:
 
 
 def test_an_adapter_has_an_address_that_can_be_sent(open_page: OpenPage) -> None:
-    page = open_page().page
+    page = open_page(tab="adapters").page
     drawer = drawer_of(page, "support-de")
     page.wait_for_url("**/dashboard#adapters/public/support-de")
     drawer.get_by_role("button", name="Close").click()
-    page.wait_for_url("**/dashboard")
-    page.goto(f"{page.url}#adapters/public/support-de")
+    page.wait_for_url("**/dashboard#adapters")
+    page.goto(f"{page.url}/public/support-de")
     expect(drawer.locator("h2")).to_have_text("support-de")
     page.reload()
     expect(drawer.locator("h2")).to_have_text("support-de")

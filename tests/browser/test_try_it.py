@@ -18,7 +18,7 @@ PROMPT = "The quick brown"
 
 
 def test_the_base_answers_beside_the_adapter(open_page: OpenPage, server: Server) -> None:
-    page = open_page().page
+    page = open_page(tab="try").page
     page.locator("#try-adapter").fill("sql")
     page.locator("#try-mode").select_option("completion")
     page.locator("#try-tokens").fill("24")
@@ -32,7 +32,7 @@ def test_the_base_answers_beside_the_adapter(open_page: OpenPage, server: Server
 
 
 def test_a_chat_with_a_missing_adapter_says_why(open_page: OpenPage) -> None:
-    page = open_page(expected={404}).page
+    page = open_page(expected={404}, tab="try").page
     page.locator("#try-adapter").fill("nobody")
     page.locator("#try-prompt").fill(PROMPT)
     page.get_by_role("button", name="Run both").click()
@@ -45,7 +45,7 @@ def test_two_versions_hold_a_conversation_that_can_be_copied(
 ) -> None:
     upload(server.url, folders["spare"], "talker")
     upload(server.url, folders["other"], "talker", activate="false")
-    visit = open_page(permissions=["clipboard-read", "clipboard-write"])
+    visit = open_page(permissions=["clipboard-read", "clipboard-write"], tab="try")
     page = visit.page
     expect(page.locator("#try-other")).to_have_value("tiny")
     expect(page.locator("#try-names option[value='talker@2']")).to_have_count(1)
@@ -100,7 +100,7 @@ def test_two_versions_hold_a_conversation_that_can_be_copied(
 def test_a_copied_request_takes_the_key_from_the_environment(
     open_page: OpenPage, keyed_server: Server, keys: dict[str, str]
 ) -> None:
-    visit = open_page(keyed_server, {401}, permissions=["clipboard-read", "clipboard-write"])
+    visit = open_page(keyed_server, {401}, tab="try", permissions=["clipboard-read", "clipboard-write"])
     page = visit.page
     page.locator("#key-input").fill(keys["user"])
     page.get_by_role("button", name="Use key").click()

@@ -3,24 +3,24 @@
 import { getJson } from "./api.js";
 import { byId, h, icon, PIN, setText } from "./dom.js";
 import { bytes, count, ms, rate } from "./format.js";
+import { t, tierName } from "./words.js";
 
 const PAGE = 1000;
 const ROWS = 15;
 const MOST = 10_000;
 const TIERS = { device: 0, host: 1, disk: 2 };
-const TIER_NAMES = { device: "device", host: "host", disk: "disk" };
 
 /** Sorting compares `value`; text columns start ascending, numbers descending. */
 const COLUMNS = [
-  { id: "name", label: "Adapter", text: true, value: (a) => a.name },
-  { id: "tenant", label: "Tenant", text: true, wide: true, value: (a) => a.tenant },
-  { id: "version", label: "Version", wide: true, value: (a) => a.version ?? 0 },
-  { id: "tier", label: "Tier", text: true, value: (a) => TIERS[a.tier] ?? 3 },
-  { id: "pinned", label: "Pinned", wide: true, value: (a) => (a.pinned ? 1 : 0) },
-  { id: "requests", label: "Requests", hint: "in the last 5 minutes", value: (a) => a.requests },
-  { id: "tokens", label: "Tokens/s", hint: "in the last 10 seconds", value: (a) => a.tokensPerS },
-  { id: "ttft", label: "TTFT p95", hint: "of requests in the last 5 minutes", value: (a) => a.ttft },
-  { id: "size", label: "Size", wide: true, value: (a) => a.size },
+  { id: "name", label: t("table.adapter"), text: true, value: (a) => a.name },
+  { id: "tenant", label: t("table.tenant"), text: true, wide: true, value: (a) => a.tenant },
+  { id: "version", label: t("table.version"), wide: true, value: (a) => a.version ?? 0 },
+  { id: "tier", label: t("table.tier"), text: true, value: (a) => TIERS[a.tier] ?? 3 },
+  { id: "pinned", label: t("table.pinned"), wide: true, value: (a) => (a.pinned ? 1 : 0) },
+  { id: "requests", label: t("tile.requests"), hint: t("table.last_5_min"), value: (a) => a.requests },
+  { id: "tokens", label: t("table.tokens_s"), hint: t("table.last_10_s"), value: (a) => a.tokensPerS },
+  { id: "ttft", label: t("tile.ttft"), hint: t("table.last_5_min"), value: (a) => a.ttft },
+  { id: "size", label: t("table.size"), wide: true, value: (a) => a.size },
 ];
 
 export class AdapterTable {
@@ -32,7 +32,7 @@ export class AdapterTable {
     this.sort = { id: "requests", up: false };
     this.limit = ROWS;
     this.order = [];
-    this.isHeld = false;
+    this.held = { pointer: false, focus: false };
     this.stats = { adapters: [], now: 0 };
     this.head();
     const changed = () => {
@@ -46,8 +46,11 @@ export class AdapterTable {
       this.draw(true);
     });
     const body = byId("adapters-body");
-    body.addEventListener("pointerenter", () => { this.isHeld = true; });
-    body.addEventListener("pointerleave", () => { this.isHeld = false; });
+    const hold = (name, is) => { this.held[name] = is; };
+    body.addEventListener("pointerenter", () => hold("pointer", true));
+    body.addEventListener("pointerleave", () => hold("pointer", false));
+    body.addEventListener("focusin", () => hold("focus", true));
+    body.addEventListener("focusout", (event) => hold("focus", body.contains(event.relatedTarget)));
   }
 
   head() {
@@ -88,6 +91,7 @@ export class AdapterTable {
       after = `&after=${encodeURIComponent(page.data.at(-1).id)}`;
     }
     this.listed = found;
+    byId("adapters-skeleton").hidden = true;
     this.draw(false);
   }
 
@@ -121,17 +125,17 @@ export class AdapterTable {
     this.fill(shown);
     const more = byId("adapters-more");
     more.hidden = shown.length === matching.length;
-    setText(more, `Show more (${count(matching.length - shown.length)} left)`);
+    setText(more, t("table.more", { value: count(matching.length - shown.length) }));
     const total = `${count(all.length)}${this.isCut ? "+" : ""}`;
-    setText(byId("adapters-count"), matching.length === all.length ? total : `${count(matching.length)} of ${total}`);
+    setText(byId("adapters-count"), matching.length === all.length ? total : t("count.of", { part: count(matching.length), whole: total }));
     const empty = byId("adapters-empty");
-    empty.hidden = shown.length > 0;
-    setText(empty, all.length ? "No adapter matches this filter." : "No adapters yet. Upload one, or start the server with --adapters DIR.");
+    empty.hidden = shown.length > 0 || !byId("adapters-skeleton").hidden;
+    setText(empty, all.length ? t("table.no_match") : t("table.none"));
   }
 
-  /** While the pointer rests on the table the order stays, so that rows do not run away from a click. */
+  /** While the pointer or the focus rests on the table the order stays, so that rows do not run away from a click. */
   sorted(adapters, isForced) {
-    if (this.isHeld && !isForced) {
+    if ((this.held.pointer || this.held.focus) && !isForced) {
       const place = new Map(this.order.map((key, i) => [key, i]));
       return adapters.toSorted((a, b) => (place.get(a.key) ?? Infinity) - (place.get(b.key) ?? Infinity) || 0);
     }
@@ -163,7 +167,7 @@ export class AdapterTable {
   row() {
     let current = null;
     const open = h("button", { type: "button", class: "name", onclick: () => this.onopen(current) });
-    const pin = h("span", { class: "pin", title: "pinned", role: "img", "aria-label": "pinned" }, icon(PIN));
+    const pin = h("span", { class: "pin", title: t("slot.pinned"), role: "img", "aria-label": t("slot.pinned") }, icon(PIN));
     const narrowPin = h("span", { class: "pin narrow", "aria-hidden": "true" }, icon(PIN)); // where there is no column for it
     const spoiled = h("span", { class: "badge bad" });
     const about = h("span", { class: "about" });
@@ -181,15 +185,15 @@ export class AdapterTable {
         for (const mark of [pin, narrowPin]) mark.toggleAttribute("hidden", !a.pinned);
         spoiled.toggleAttribute("hidden", !a.notFinite);
         setText(spoiled, `NaN: ${count(a.notFinite)}`);
-        spoiled.title = "requests of the last 5 minutes that failed because the adapter's logits hold NaN or infinity";
+        spoiled.title = t("table.spoiled");
         setText(about, a.description);
         setText(base, a.remark.text);
         base.title = a.remark.title;
         base.toggleAttribute("hidden", !a.remark.text);
         setText(cells.tenant, a.tenant);
-        setText(cells.version, a.version === null ? "none" : `${a.version}${a.numVersions > 1 ? ` of ${a.numVersions}` : ""}`);
-        setText(tier, TIER_NAMES[a.tier] ?? "–");
-        tier.title = TIER_NAMES[a.tier] ?? "";
+        setText(cells.version, a.version === null ? t("table.no_version") : a.numVersions > 1 ? t("count.of", { part: a.version, whole: a.numVersions }) : String(a.version));
+        setText(tier, tierName(a.tier));
+        tier.title = tierName(a.tier);
         tier.dataset.tier = a.tier ?? "";
         setText(cells.requests, count(a.requests));
         setText(cells.tokens, rate(a.tokensPerS));
@@ -205,9 +209,9 @@ export class AdapterTable {
 export function baseRemark(found) {
   const { status, report = found } = found;
   const { base_model: name, base_model_differs: differs } = report;
-  if (status === "other_base") return { text: "other base", title: "Made for a base model of other shapes: it cannot be used with this one." };
-  if (status === "missing_part") return { text: "lacks a part", title: "An adapter of this mix was deleted: it cannot be used until it is saved anew." };
-  if (differs) return { text: "other name", title: `It names ${name} as its base, and another model is served.` };
+  if (status === "other_base") return { text: t("remark.other_base"), title: t("remark.other_base_note") };
+  if (status === "missing_part") return { text: t("remark.missing_part"), title: t("remark.missing_part_note") };
+  if (differs) return { text: t("remark.other_name"), title: t("remark.other_name_note", { name }) };
   return { text: "", title: "" };
 }
 

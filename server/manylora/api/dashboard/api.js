@@ -1,5 +1,7 @@
 // Talking to the server. Addresses are relative to the page, so that it also works behind a path prefix.
 
+import { t } from "./words.js";
+
 const KEY = "manylora.key";
 
 /** The API key, kept in this tab and nowhere else. */
@@ -13,7 +15,7 @@ export const key = {
 export class ApiError extends Error {
   constructor(status, body) {
     const error = (body && body.error) || {};
-    super(typeof error.message === "string" ? error.message : `The server answered ${status}.`);
+    super(typeof error.message === "string" ? error.message : t("api.answered", { status }));
     this.status = status;
     this.code = error.code || null;
     this.problems = Array.isArray(error.problems) ? error.problems : [];
@@ -94,7 +96,7 @@ export function upload(path, form, { onprogress, signal }) {
     xhr.responseType = "text";
     xhr.upload.addEventListener("progress", (event) => onprogress(event.loaded, event.total));
     xhr.upload.addEventListener("load", () => onprogress(1, 1));
-    xhr.addEventListener("error", () => reject(new Error("The connection broke before the server had answered.")));
+    xhr.addEventListener("error", () => reject(new Error(t("api.broke"))));
     xhr.addEventListener("abort", () => reject(new DOMException("cancelled", "AbortError")));
     xhr.addEventListener("load", () => {
       let body = null;

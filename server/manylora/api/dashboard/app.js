@@ -5,30 +5,46 @@ import { ApiError, getJson, key } from "./api.js";
 import { Charts } from "./charts.js";
 import { Detail } from "./detail.js";
 import { byId, setText, toast } from "./dom.js";
+import { Errors } from "./errors.js";
 import { count, duration, ms, rate } from "./format.js";
-import { Meters, showErrors, Tiles } from "./live.js";
+import { Jobs } from "./jobs.js";
+import { Meters, Tiles } from "./live.js";
 import { Session } from "./session.js";
 import { SlotMap } from "./slots.js";
+import { Tabs } from "./tabs.js";
+import { Tenants } from "./tenants.js";
 import { TryIt } from "./tryit.js";
 import { Uploader } from "./upload.js";
+import { Usage } from "./usage.js";
+import { html, render } from "./view.js";
+import { offerLanguages, t, translate } from "./words.js";
 
 const POLL_MS = 1000;
 const LIST_MS = 10_000;
 const STALE_MS = 3000; // without news, from when on the page says how old its numbers are
 const PATIENCE = 3; // failed polls before the page calls the server unreachable
 
+translate();
+offerLanguages(byId("language-button"));
 const session = new Session(() => onWho());
+const tabs = new Tabs((name, rest) => onTab(name, rest));
 const charts = new Charts(
   { throughput: byId("chart-throughput"), ttft: byId("chart-ttft"), tpot: byId("chart-tpot"), queue: byId("chart-queue") },
   { rate, ms, count },
 );
 const tiles = new Tiles();
 const meters = new Meters();
-const tryIt = new TryIt(session);
-const detail = new Detail(session, { onchange: () => loadAdapters(), ontry: (label, prompt) => tryIt.choose(label, prompt) });
+const tryIt = new TryIt(session, tabs);
+const detail = new Detail(session, tabs, { onchange: () => loadAdapters(), ontry: (label, prompt) => tryIt.choose(label, prompt) });
 const table = new AdapterTable((adapter) => detail.open(adapter));
 const slots = new SlotMap((resident) => detail.open(resident));
-const uploader = new Uploader(session, { onuploaded: () => loadAdapters() });
+const panels = {
+  usage: mount("usage", Usage),
+  tenants: mount("tenants", Tenants),
+  jobs: mount("jobs", Jobs),
+};
+const errors = mount("errors", Errors);
+const uploader = new Uploader(session, tabs, { onuploaded: () => loadAdapters(), onrows: (file) => panels.jobs.take(file) });
 
 let timer = null;
 let isPolling = false;
@@ -37,7 +53,25 @@ let hasTimeline = false;
 let isRefused = false;
 let listedAt = -Infinity;
 let heardAt = null; // when the newest numbers came
-let isFirst = true;
+let isListed = false;
+let model = null;
+
+/** A tab that is a component, drawn in its place. */
+function mount(name, Part) {
+  let part;
+  render(html`<${Part} onmade=${(made) => { part = made; }} session=${session} tabs=${tabs} base=${() => model} />`, byId(`tab-${name}`));
+  return part;
+}
+
+function onTab(name, rest) {
+  for (const [each, panel] of Object.entries(panels)) panel.look(each === name);
+  if (name === "jobs") panels.jobs.open(rest);
+  if (name === "errors") {
+    errors.openLines(rest);
+    soon(0);
+  }
+  if (name === "adapters" && isListed) detail.openAddressed();
+}
 
 function health(state, text) {
   byId("health-dot").dataset.state = state;
@@ -47,18 +81,29 @@ function health(state, text) {
 
 function onWho() {
   isRefused = false;
-  uploader.allow(session.has("manager"));
-  document.body.dataset.role = session.you ? session.you.role : "";
   listedAt = -Infinity;
   soon(0);
+  uploader.allow(session.has("manager"));
+  document.body.dataset.role = session.you ? session.you.role : "";
+  if (session.you === null) return; // what may be offered is known with the first answer
+  tabs.offer("jobs", session.has("manager"));
+  tabs.offer("tenants", session.has("admin"));
+  for (const [name, panel] of Object.entries(panels)) {
+    panel.forceUpdate();
+    if (tabs.now === name) panel.look(true);
+  }
+  errors.forceUpdate();
 }
 
 function show(stats) {
   heardAt = performance.now();
+  document.body.dataset.heard = "";
   const { server } = stats;
   const state = server.is_draining ? "warn" : server.is_ready ? "good" : "wait";
-  health(state, `${server.is_draining ? "Draining" : server.is_ready ? "Ready" : "Starting"}, up ${duration(stats.uptime_s)}`);
-  setText(byId("model"), server.model);
+  const standing = server.is_draining ? "draining" : server.is_ready ? "ready" : "starting";
+  health(state, t(`health.${standing}`, { time: duration(stats.uptime_s) }));
+  model = server.model;
+  setText(byId("model"), model);
   setText(byId("foot-version"), `manylora ${server.version}`);
   session.learn(stats.you);
   tryIt.setBase(server.model);
@@ -68,7 +113,7 @@ function show(stats) {
   meters.show(stats);
   slots.show(stats);
   table.show(stats);
-  showErrors(stats.recent_errors, stats.now);
+  if (tabs.now === "errors") errors.show(stats);
 }
 
 async function loadAdapters() {
@@ -79,8 +124,8 @@ async function loadAdapters() {
     if (isAnswer(error)) toast(error.message, "bad");
     return; // without an answer: the next poll tells whether the server is gone
   }
-  if (isFirst) detail.openAddressed();
-  isFirst = false;
+  if (!isListed && tabs.now === "adapters") detail.openAddressed();
+  isListed = true;
   tryIt.setNames(table.usable((tenant) => session.mayUse(tenant)));
 }
 
@@ -89,13 +134,13 @@ const isAnswer = (error) => error instanceof ApiError;
 function failed(error) {
   if (error.status === 401 || error.status === 403) {
     isRefused = true;
-    health("wait", "Waiting for a key");
+    health("wait", t("health.key"));
     byId("key-button").hidden = false;
     session.ask(key.get() === null ? null : error.message);
     return;
   }
   failures += 1;
-  if (failures >= PATIENCE || document.body.dataset.health === undefined) health("bad", "Server unreachable, trying again");
+  if (failures >= PATIENCE || document.body.dataset.health === undefined) health("bad", t("health.unreachable"));
 }
 
 async function poll() {
@@ -113,7 +158,9 @@ async function poll() {
 
 async function ask() {
   try {
-    const stats = await getJson(hasTimeline ? "v1/stats" : "v1/stats?timeline=true");
+    const wanted = { timeline: !hasTimeline, client_errors: tabs.now === "errors" };
+    const query = Object.keys(wanted).filter((name) => wanted[name]).map((name) => `${name}=true`).join("&");
+    const stats = await getJson(query ? `v1/stats?${query}` : "v1/stats");
     hasTimeline = true;
     failures = 0;
     return stats;
@@ -127,7 +174,7 @@ async function ask() {
 function watch() {
   if (heardAt === null || isRefused || document.hidden) return;
   const age = performance.now() - heardAt;
-  if (age > STALE_MS && failures < PATIENCE) health("warn", `No news for ${Math.round(age / 1000)} s`);
+  if (age > STALE_MS && failures < PATIENCE) health("warn", t("health.no_news", { s: Math.round(age / 1000) }));
 }
 
 function soon(delay) {
@@ -137,12 +184,11 @@ function soon(delay) {
 
 function themes() {
   const order = ["auto", "light", "dark"];
-  const names = { auto: "Auto", light: "Light", dark: "Dark" };
   const button = byId("theme-button");
   const label = () => {
     const now = document.documentElement.dataset.theme ?? "auto";
-    setText(button, names[now]);
-    button.setAttribute("aria-label", `Colours: ${now === "auto" ? "as the system" : now}`);
+    setText(button, t(`theme.${now}`));
+    button.setAttribute("aria-label", t("theme.label", { name: t(now === "auto" ? "theme.system" : `theme.${now}.lower`) }));
     return now;
   };
   button.addEventListener("click", () => {
@@ -162,9 +208,9 @@ function themes() {
 
 themes();
 setInterval(watch, POLL_MS);
-addEventListener("hashchange", () => detail.openAddressed());
 document.addEventListener("visibilitychange", () => {
   hasTimeline = false; // the minutes in the background were not polled: ask for them
   soon(0);
 });
+tabs.follow();
 poll();

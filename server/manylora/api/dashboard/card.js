@@ -2,6 +2,7 @@
 // builds each element itself, with words as text. No markup of the card's own, no picture, and only links to the web.
 
 import { h } from "./dom.js";
+import { t } from "./words.js";
 import { lexer } from "./vendor/marked/marked.esm.js";
 
 const DEEPEST = 20;
@@ -17,7 +18,7 @@ export function cardView(card, ontry) {
 /** Buttons with the prompts that a card gives as examples; null where there are none. */
 export function exampleList(examples, ontry) {
   if (!examples.length) return null;
-  return h("ul", { class: "examples", "aria-label": "Example prompts" }, examples.map((text) =>
+  return h("ul", { class: "examples", "aria-label": t("card.examples") }, examples.map((text) =>
     h("li", {}, h("button", { type: "button", class: "example", title: text, onclick: () => ontry(text) }, text))));
 }
 
@@ -83,7 +84,7 @@ function span(token, depth) {
     case "checkbox":
       return token.checked ? "☑ " : "☐ ";
     case "image":
-      return link(token.href, [token.text || "picture"]);
+      return link(token.href, [token.text || t("card.picture")]);
     case "link":
       return link(token.href, inline(token.tokens, depth));
     case "html":

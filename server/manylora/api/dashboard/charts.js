@@ -1,6 +1,7 @@
 // The charts: what was measured at each poll, over a window that moves with the clock.
 
-import { h, setText } from "./dom.js";
+import { byId, h, setText } from "./dom.js";
+import { LOCALE, t } from "./words.js";
 
 const WINDOW_S = 300;
 const WHOLE = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000];
@@ -9,7 +10,7 @@ const css = (name) => getComputedStyle(document.documentElement).getPropertyValu
 
 /** One chart in `host`: `series` is [{label, colour, fill?}], `bands` pairs of them to shade between, `format` writes one value. */
 class Chart {
-  constructor(host, { title, note, series, format, axis, bands = [], heading = "h2", height = 150, isWhole = false, empty = "No requests in the last five minutes" }) {
+  constructor(host, { title, note, series, format, axis, bands = [], heading = "h2", height = 150, isWhole = false, empty = t("chart.empty") }) {
     this.series = series;
     this.format = format;
     this.axis = axis;
@@ -107,7 +108,7 @@ class Chart {
 }
 
 function clockTick(seconds) {
-  return new Date(seconds * 1000).toLocaleTimeString("en-GB", { hour: "2-digit", minute: "2-digit" });
+  return new Date(seconds * 1000).toLocaleTimeString(LOCALE, { hour: "2-digit", minute: "2-digit" });
 }
 
 const PERCENTILES = ["p50", "p95", "p99"];
@@ -118,28 +119,28 @@ export class Charts {
     const lines = PERCENTILES.map((label) => ({ label, colour: label }));
     const millis = (value) => (value >= 1000 ? `${+(value / 1000).toFixed(1)} s` : `${+value.toFixed(1)} ms`);
     this.throughput = new Chart(hosts.throughput, {
-      title: "Throughput",
-      note: "completion tokens per second",
-      series: [{ label: "tokens/s", colour: "rate", fill: true }],
+      title: t("tile.throughput"),
+      note: t("chart.tokens_s"),
+      series: [{ label: t("unit.tokens_s"), colour: "rate", fill: true }],
       format: format.rate,
       axis: (value) => (value >= 1000 ? `${+(value / 1000).toFixed(1)}k` : String(+value.toFixed(2))),
     });
     this.ttft = new Chart(hosts.ttft, {
-      title: "Time to first token", note: "requests of the last 30 s", series: lines, bands: SPREAD, format: format.ms, axis: millis,
+      title: t("chart.ttft"), note: t("chart.last_30_s"), series: lines, bands: SPREAD, format: format.ms, axis: millis,
     });
     this.tpot = new Chart(hosts.tpot, {
-      title: "Time per output token", note: "requests of the last 30 s", series: lines, bands: SPREAD, format: format.ms, axis: millis,
+      title: t("chart.tpot"), note: t("chart.last_30_s"), series: lines, bands: SPREAD, format: format.ms, axis: millis,
     });
     this.queue = new Chart(hosts.queue, {
-      title: "Batch and queue",
-      note: "since this page was opened",
+      title: t("chart.queue"),
+      note: t("chart.since_open"),
       heading: "h3",
       height: 112,
-      series: [{ label: "running", colour: "rate", fill: true }, { label: "waiting", colour: "p95" }],
+      series: [{ label: t("chart.running"), colour: "rate", fill: true }, { label: t("chart.waiting"), colour: "p95" }],
       format: format.count,
       axis: format.count,
       isWhole: true,
-      empty: "Nothing runs, nobody waits",
+      empty: t("chart.queue_empty"),
     });
     this.all = [this.throughput, this.ttft, this.tpot, this.queue];
     const redraw = () => this.all.forEach((chart) => chart.plot && chart.draw());
@@ -164,5 +165,8 @@ export class Charts {
     this.tpot.add(stats.now, PERCENTILES.map((p) => stats.live.tpot_ms[p]));
     this.queue.add(stats.now, [stats.running, stats.waiting + stats.waiting_for_adapter]);
     this.all.forEach((chart) => chart.show(stats.now));
+    const isIdle = [this.throughput, this.ttft, this.tpot].every((chart) => chart.isEmpty());
+    byId("charts").hidden = isIdle;
+    byId("charts-idle").hidden = !isIdle;
   }
 }

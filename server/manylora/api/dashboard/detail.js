@@ -8,24 +8,26 @@ import { bytes, day } from "./format.js";
 import { historyView } from "./history.js";
 import { Inspection } from "./inspect.js";
 import { reportView } from "./report.js";
+import { t, tierName } from "./words.js";
 
 const PAGE = 50; // versions
 
 /** What a saved mix is made of, in words. */
 function mixOf(parts) {
-  return `mix of ${parts.map((part) => `${part.weight} × ${part.name}@${part.version}`).join(" + ")}`;
+  return t("detail.mix", { parts: parts.map((part) => `${part.weight} × ${part.name}@${part.version}`).join(" + ") });
 }
 
 export class Detail {
-  constructor(session, { onchange, ontry }) {
+  constructor(session, tabs, { onchange, ontry }) {
     this.session = session;
+    this.tabs = tabs;
     this.onchange = onchange;
     this.ontry = ontry;
     this.dialog = byId("detail");
     this.adapter = null;
     this.versions = new Map(); // by number: those that were fetched so far
     this.unfolded = null; // what is shown below a version: {button, place, shown}
-    this.dialog.addEventListener("close", () => history.replaceState(null, "", location.pathname + location.search));
+    this.dialog.addEventListener("close", () => history.replaceState(null, "", `#${this.tabs.now}`));
     this.dialog.addEventListener("click", (event) => {
       if (event.target === this.dialog) this.dialog.close();
     });
@@ -85,15 +87,15 @@ export class Detail {
   /** Make a version active; what that took the place of is one click away. */
   async promote(number) {
     const { adapter } = this;
-    const undo = adapter.active_version === null ? null : { label: "Undo", run: () => this.rollBack(adapter, number) };
-    await this.change({ active_version: number }, `${adapter.name}@${number} answers from now on.`, undo);
+    const undo = adapter.active_version === null ? null : { label: t("undo"), run: () => this.rollBack(adapter, number) };
+    await this.change({ active_version: number }, t("detail.answers_now", { label: `${adapter.name}@${number}` }), undo);
   }
 
   /** Undo a promotion, unless somebody has made another version active since. */
   async rollBack(adapter, from) {
     await this.guarded(async () => {
       const { active_version: number } = await send("POST", this.path(adapter, "/rollback"), { if_active: from });
-      toast(`${adapter.name}@${number} answers again.`);
+      toast(t("detail.answers_again", { label: `${adapter.name}@${number}` }));
       if (this.dialog.open && this.adapter.id === adapter.id) await this.open(adapter);
       this.onchange();
     });
@@ -104,14 +106,14 @@ export class Detail {
     const { adapter } = this;
     const may = this.session.mayManage(adapter.tenant);
     const versions = [...this.versions.values()].toSorted((a, b) => b.version - a.version);
-    const older = adapter.next_before === null ? null : h("button", { type: "button", class: "quiet", onclick: () => this.older() }, "Older versions");
+    const older = adapter.next_before === null ? null : h("button", { type: "button", class: "quiet", onclick: () => this.older() }, t("detail.older"));
     this.dialog.replaceChildren(
       h("div", { class: "drawer-head" },
-        h("div", {}, h("h2", { id: "detail-title" }, adapter.name), h("p", { class: "hint" }, `tenant ${adapter.tenant}`)),
-        h("button", { type: "button", class: "quiet", "aria-label": "Close", onclick: () => this.dialog.close() }, "Close")),
-      h("p", { class: "about" }, adapter.description || "No description."),
+        h("div", {}, h("h2", { id: "detail-title" }, adapter.name), h("p", { class: "hint" }, t("detail.tenant", { tenant: adapter.tenant }))),
+        h("button", { type: "button", class: "quiet", onclick: () => this.dialog.close() }, t("close"))),
+      h("p", { class: "about" }, adapter.description || t("detail.no_description")),
       this.actions(may),
-      h("h3", {}, adapter.num_versions === 1 ? "1 version" : `${adapter.num_versions} versions`),
+      h("h3", {}, t("detail.versions", { n: adapter.num_versions })),
       h("ol", { class: "versions" }, versions.map((version) => this.version(version, may))),
       h("div", { class: "actions" }, older),
       ...this.history(),
@@ -121,49 +123,49 @@ export class Detail {
   actions(may) {
     const { adapter } = this;
     const tryIt = this.session.mayUse(adapter.tenant) && adapter.status === "ready"
-      ? h("button", { type: "button", class: "primary", onclick: () => this.tryIt(adapter.name) }, "Try it")
+      ? h("button", { type: "button", class: "primary", onclick: () => this.tryIt(adapter.name) }, t("tab.try"))
       : null;
     if (!may) {
-      const why = this.session.has("manager") ? `It belongs to the tenant ${adapter.tenant}.` : "Changing adapters takes a key with the role manager.";
+      const why = this.session.has("manager") ? t("detail.belongs", { tenant: adapter.tenant }) : t("detail.takes_manager");
       return h("div", { class: "actions" }, tryIt, h("span", { class: "hint" }, why));
     }
-    const pin = () => this.change({ pinned: !adapter.pinned }, adapter.pinned ? `${adapter.name} may leave the device again.` : `${adapter.name} stays on the device.`);
+    const pin = () => this.change({ pinned: !adapter.pinned }, t(adapter.pinned ? "detail.may_leave" : "detail.stays", { name: adapter.name }));
     return h("div", { class: "actions" },
       tryIt,
-      h("button", { type: "button", "aria-pressed": String(adapter.pinned), onclick: pin }, adapter.pinned ? "Unpin" : "Pin"),
-      h("button", { type: "button", class: "danger push", onclick: () => this.remove() }, "Delete adapter"));
+      h("button", { type: "button", "aria-pressed": String(adapter.pinned), onclick: pin }, t(adapter.pinned ? "detail.unpin" : "detail.pin")),
+      h("button", { type: "button", class: "danger push", onclick: () => this.remove() }, t("detail.delete")));
   }
 
   version(version, may) {
     const { adapter } = this;
     const isActive = version.version === adapter.active_version;
     const isReady = version.status === "ready";
-    const notReady = { other_base: " · made for another base model", missing_part: " · an adapter of it was deleted" };
+    const notReady = { other_base: t("detail.other_base"), missing_part: t("detail.missing_part") }[version.status];
     const remark = baseRemark(version);
     const label = `${adapter.name}@${version.version}`;
     const place = h("div", { class: "version-report" });
     const fold = (text, show) => this.folded(text, place, show);
     const path = `/versions/${version.version}`;
     const buttons = version.mix ? [] : [
-      fold("Report", async () => ({ element: reportView(await getJson(this.path(adapter, path))) })),
-      ...(version.card_bytes ? [fold("Card", () => this.card(version))] : []),
-      ...(Object.keys(version.defaults).length ? [fold("Defaults", () => ({ element: defaultsView(version.defaults) }))] : []),
-      fold("Inspect", () => Inspection.load(this.path(adapter, `${path}/inspection`))),
+      fold(t("detail.report"), async () => ({ element: reportView(await getJson(this.path(adapter, path))) })),
+      ...(version.card_bytes ? [fold(t("detail.card"), () => this.card(version))] : []),
+      ...(Object.keys(version.defaults).length ? [fold(t("detail.defaults"), () => ({ element: defaultsView(version.defaults) }))] : []),
+      fold(t("detail.inspect"), () => Inspection.load(this.path(adapter, `${path}/inspection`))),
     ];
     if (may && !isActive && isReady) {
       const isOlder = adapter.active_version !== null && version.version < adapter.active_version;
-      buttons.push(h("button", { type: "button", class: "quiet", onclick: () => this.promote(version.version) }, isOlder ? "Roll back to this" : "Promote"));
+      buttons.push(h("button", { type: "button", class: "quiet", onclick: () => this.promote(version.version) }, t(isOlder ? "detail.roll_back" : "detail.promote")));
     }
-    if (!isActive && isReady && this.session.mayUse(adapter.tenant)) buttons.push(h("button", { type: "button", class: "quiet", onclick: () => this.tryIt(label) }, "Try"));
-    if (!version.mix && this.session.has("manager")) buttons.push(h("button", { type: "button", class: "quiet", onclick: () => this.guarded(() => download(this.path(adapter, `/versions/${version.version}/download`), `${label}.tar.gz`)) }, "Download"));
-    if (may && !isActive) buttons.push(h("button", { type: "button", class: "quiet danger-text", onclick: () => this.removeVersion(version.version) }, "Delete"));
+    if (!isActive && isReady && this.session.mayUse(adapter.tenant)) buttons.push(h("button", { type: "button", class: "quiet", onclick: () => this.tryIt(label) }, t("detail.try")));
+    if (!version.mix && this.session.has("manager")) buttons.push(h("button", { type: "button", class: "quiet", onclick: () => this.guarded(() => download(this.path(adapter, `/versions/${version.version}/download`), `${label}.tar.gz`)) }, t("detail.download")));
+    if (may && !isActive) buttons.push(h("button", { type: "button", class: "quiet danger-text", onclick: () => this.removeVersion(version.version) }, t("delete")));
     return h("li", { data: { active: String(isActive) } },
       h("div", { class: "version-line" },
-        h("strong", {}, `Version ${version.version}`),
-        isActive && isReady ? h("span", { class: "badge" }, "active") : null,
+        h("strong", {}, t("version", { number: version.version })),
+        isActive && isReady ? h("span", { class: "badge" }, t("detail.active")) : null,
         remark.text ? h("span", { class: "badge warn", title: remark.title }, remark.text) : null,
-        h("span", { class: "tier", data: { tier: version.tier ?? "" } }, version.tier ?? "–")),
-      h("p", { class: "hint" }, `${version.mix ? mixOf(version.mix) : `${version.kind}, rank ${version.rank} · ${bytes(version.size_bytes)}`} · ${day(version.created)}${notReady[version.status] ?? ""}`),
+        h("span", { class: "tier", data: { tier: version.tier ?? "" } }, tierName(version.tier))),
+      h("p", { class: "hint" }, `${version.mix ? mixOf(version.mix) : `${version.kind}, ${t("detail.rank", { rank: version.rank })} · ${bytes(version.size_bytes)}`} · ${day(version.created)}${notReady ? ` · ${notReady}` : ""}`),
       h("div", { class: "version-actions" }, buttons),
       place);
   }
@@ -183,7 +185,7 @@ export class Detail {
     if (!this.session.has("admin") && this.session.you?.tenant !== adapter.tenant) return [];
     const place = h("div", { class: "version-report" });
     const show = async () => ({ element: historyView(await getJson(this.path(adapter, "/history"))) });
-    return [h("div", { class: "version-actions" }, this.folded("History", place, show)), place];
+    return [h("div", { class: "version-actions" }, this.folded(t("detail.history"), place, show)), place];
   }
 
   /** A button that shows something in a place, and folds it away again. */
@@ -226,13 +228,12 @@ export class Detail {
 
   async remove() {
     const { adapter } = this;
-    const what = adapter.num_versions === 1 ? "its one version" : `its ${adapter.num_versions} versions`;
-    const sure = await confirmed(`Delete ${adapter.name}?`, `New requests cannot name it from now on. Running ones finish, then ${what} and the files go. This cannot be undone.`, "Delete adapter");
+    const sure = await confirmed(t("detail.delete_sure", { label: adapter.name }), t("detail.delete_note", { n: adapter.num_versions }), t("detail.delete"));
     if (!sure) return;
     await this.guarded(async () => {
       await send("DELETE", this.path(adapter));
       this.dialog.close();
-      toast(`${adapter.name} is deleted.`);
+      toast(t("detail.deleted", { label: adapter.name }));
       this.onchange();
     });
   }
@@ -240,10 +241,10 @@ export class Detail {
   async removeVersion(number) {
     const { adapter } = this;
     const label = `${adapter.name}@${number}`;
-    if (!(await confirmed(`Delete ${label}?`, "Its files go once running requests have finished. This cannot be undone.", "Delete version"))) return;
+    if (!(await confirmed(t("detail.delete_sure", { label }), t("detail.delete_version_note"), t("detail.delete_version")))) return;
     await this.guarded(async () => {
       await send("DELETE", this.path(adapter, `/versions/${number}`));
-      toast(`${label} is deleted.`);
+      toast(t("detail.deleted", { label }));
       this.onchange();
       await this.open(adapter);
     });
@@ -255,7 +256,7 @@ function defaultsView({ locked = [], ...fields }) {
   const shown = (value) => (typeof value === "string" ? value : JSON.stringify(value));
   return h("dl", { class: "facts defaults" },
     Object.entries(fields).flatMap(([name, value]) => [
-      h("dt", {}, locked.includes(name) ? `${name} (locked)` : name),
+      h("dt", {}, locked.includes(name) ? t("detail.locked", { name }) : name),
       h("dd", {}, shown(value)),
     ]));
 }

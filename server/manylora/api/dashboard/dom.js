@@ -1,6 +1,8 @@
 // Building elements. Every value goes in as text: adapter names and error messages come from strangers,
 // and the page's policy forbids turning strings into markup altogether.
 
+import { t } from "./words.js";
+
 const SVG = "http://www.w3.org/2000/svg";
 
 export const byId = (id) => document.getElementById(id);
@@ -66,7 +68,7 @@ export async function copy(text, done) {
     await navigator.clipboard.writeText(text);
     toast(done);
   } catch {
-    toast("The browser lets this page copy only over https or on localhost.", "bad");
+    toast(t("copy.refused"), "bad");
   }
 }
 
@@ -79,7 +81,7 @@ export function confirmed(title, text, action) {
       answer = value;
       dialog.close();
     };
-    const cancel = h("button", { type: "button", onclick: close(false) }, "Cancel");
+    const cancel = h("button", { type: "button", onclick: close(false) }, t("cancel"));
     dialog.replaceChildren(
       h("h2", { id: "confirm-title" }, title),
       h("p", {}, text),

@@ -1,5 +1,7 @@
 // Numbers as people read them.
 
+import { LOCALE, t } from "./words.js";
+
 const plain = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 
 export const NONE = "–";
@@ -39,21 +41,21 @@ export function bytes(value) {
 }
 
 export function duration(seconds) {
-  if (seconds < 60) return `${Math.floor(seconds)} s`;
-  if (seconds < 3600) return `${Math.floor(seconds / 60)} min`;
-  if (seconds < 86400) return `${Math.floor(seconds / 3600)} h ${Math.floor((seconds % 3600) / 60)} min`;
-  return `${Math.floor(seconds / 86400)} d ${Math.floor((seconds % 86400) / 3600)} h`;
+  if (seconds < 60) return t("time.s", { s: Math.floor(seconds) });
+  if (seconds < 3600) return t("time.min", { min: Math.floor(seconds / 60) });
+  if (seconds < 86400) return t("time.h", { h: Math.floor(seconds / 3600), min: Math.floor((seconds % 3600) / 60) });
+  return t("time.d", { d: Math.floor(seconds / 86400), h: Math.floor((seconds % 86400) / 3600) });
 }
 
 export function ago(unixSeconds, now = Date.now() / 1000) {
   const seconds = Math.max(0, now - unixSeconds);
-  return seconds < 2 ? "just now" : `${duration(seconds)} ago`;
+  return seconds < 2 ? t("time.now") : t("time.ago", { time: duration(seconds) });
 }
 
 export const percent = (part, whole) => (whole > 0 ? `${Math.round((100 * part) / whole)} %` : NONE);
 
 export const clock = (unixSeconds) =>
-  new Date(unixSeconds * 1000).toLocaleTimeString("en-GB", { hour: "2-digit", minute: "2-digit", second: "2-digit" });
+  new Date(unixSeconds * 1000).toLocaleTimeString(LOCALE, { hour: "2-digit", minute: "2-digit", second: "2-digit" });
 
 export const day = (unixSeconds) =>
-  new Date(unixSeconds * 1000).toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" });
+  new Date(unixSeconds * 1000).toLocaleString(LOCALE, { dateStyle: "medium", timeStyle: "short" });

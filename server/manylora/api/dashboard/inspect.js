@@ -3,6 +3,7 @@
 import { getJson } from "./api.js";
 import { h, setText } from "./dom.js";
 import { bytes, count } from "./format.js";
+import { t } from "./words.js";
 
 const MOST_KINDS = 8; // colours there are; further kinds of module share the last
 const PLOT_HEIGHT = 170;
@@ -22,9 +23,9 @@ function place(path) {
 function measures(modules) {
   const isRelative = modules.every((m) => m.relative_norm !== null);
   const size = isRelative
-    ? { id: "size", label: "Size of the change", unit: "‖ΔW‖ / ‖W‖", value: (m) => m.relative_norm, top: null }
-    : { id: "size", label: "Size of the change", unit: "‖ΔW‖", value: (m) => m.norm, top: null };
-  const use = { id: "use", label: "Use of the rank", unit: "effective rank / rank", value: (m) => m.effective_rank / m.rank, top: 1 };
+    ? { id: "size", label: t("inspect.size"), unit: "‖ΔW‖ / ‖W‖", value: (m) => m.relative_norm, top: null }
+    : { id: "size", label: t("inspect.size"), unit: "‖ΔW‖", value: (m) => m.norm, top: null };
+  const use = { id: "use", label: t("inspect.use"), unit: t("inspect.use_unit"), value: (m) => m.effective_rank / m.rank, top: 1 };
   return [size, use];
 }
 
@@ -51,9 +52,9 @@ export class Inspection {
   head(report) {
     const remarks = report.warnings.length
       ? h("ul", { class: "warnings" }, report.warnings.map((warning) => h("li", {}, warning)))
-      : h("p", { class: "good-line" }, "Nothing odd: every module uses its rank, none holds most of the change.");
+      : h("p", { class: "good-line" }, t("inspect.nothing_odd"));
     return h("div", {},
-      h("p", { class: "hint" }, `${count(this.modules.length)} modules · ${count(report.num_parameters)} parameters · ${bytes(report.size_bytes)} · ${report.dtype}`),
+      h("p", { class: "hint" }, t("inspect.head", { modules: count(this.modules.length), parameters: count(report.num_parameters), size: bytes(report.size_bytes), dtype: report.dtype })),
       remarks);
   }
 
@@ -62,19 +63,19 @@ export class Inspection {
       type: "button", class: "quiet", "aria-pressed": String(measure === this.measure),
       onclick: (event) => this.choose(measure, event.currentTarget),
     }, measure.label));
-    this.choices = h("div", { class: "segments", role: "group", "aria-label": "What the map shows" }, choices);
+    this.choices = h("div", { class: "segments", role: "group", "aria-label": t("inspect.choice") }, choices);
     this.cells = new Map();
     const rows = this.kinds.map((kind) => h("div", { class: "heat-row" }, h("span", { class: "heat-kind", title: kind }, kind), this.row(kind)));
     this.note = h("p", { class: "slots-note" });
     this.scale = h("p", { class: "heat-scale" }, h("span", {}), h("i", {}), h("span", {}));
-    const host = h("div", { class: "heat", role: "img", "aria-label": "Map of layers and kinds of module" }, rows,
-      h("div", { class: "heat-row" }, h("span", { class: "heat-kind" }), h("div", { class: "heat-layers" }, h("span", {}, this.layerName(this.layers[0])), h("span", {}, `layer ${this.layers.at(-1)}`))));
+    const host = h("div", { class: "heat", role: "img", "aria-label": t("inspect.map") }, rows,
+      h("div", { class: "heat-row" }, h("span", { class: "heat-kind" }), h("div", { class: "heat-layers" }, h("span", {}, this.layerName(this.layers[0])), h("span", {}, this.layerName(this.layers.at(-1))))));
     host.addEventListener("mouseleave", () => this.explain(null));
     return h("div", {}, this.choices, host, h("div", { class: "heat-foot" }, this.note, this.scale));
   }
 
   layerName(layer) {
-    return layer < 0 ? "outside" : `layer ${layer}`;
+    return layer < 0 ? t("inspect.outside") : t("inspect.layer", { layer });
   }
 
   row(kind) {
@@ -108,19 +109,19 @@ export class Inspection {
   explain(module) {
     if (this.marked === module) return;
     this.marked = module;
-    setText(this.note, module === null ? "Point at a module to see its numbers." : this.numbers(module));
+    setText(this.note, module === null ? t("inspect.point") : this.numbers(module));
     if (this.plot) this.drawSpectra(module);
   }
 
   numbers(m) {
-    const norm = m.relative_norm === null ? `‖ΔW‖ ${short(m.norm)}` : `‖ΔW‖ ${short(m.norm)}, ${short(100 * m.relative_norm)} % of ‖W‖`;
-    return `${m.path} · ${norm} · effective rank ${m.effective_rank.toFixed(1)} of ${m.rank}`;
+    const norm = m.relative_norm === null ? `‖ΔW‖ ${short(m.norm)}` : t("inspect.norm", { norm: `‖ΔW‖ ${short(m.norm)}`, percent: short(100 * m.relative_norm), whole: "‖W‖" });
+    return `${m.path} · ${norm} · ${t("inspect.effective", { rank: m.effective_rank.toFixed(1), of: m.rank })}`;
   }
 
   chart() {
-    this.frame = h("div", { class: "spectra", role: "img", "aria-label": "Singular values by kind of module" });
+    this.frame = h("div", { class: "spectra", role: "img", "aria-label": t("inspect.spectra_label") });
     const keys = this.kinds.map((kind, i) => h("li", { data: { kind: String(Math.min(i, MOST_KINDS - 1)) } }, h("span", { class: "key" }, kind)));
-    return h("div", {}, h("h4", {}, "Singular values of ΔW"), h("p", { class: "hint" }, "the mean over the layers, for each kind of module, as a share of the largest"), h("ul", { class: "readings kinds" }, keys), this.frame);
+    return h("div", {}, h("h4", {}, t("inspect.spectra")), h("p", { class: "hint" }, t("inspect.spectra_note")), h("ul", { class: "readings kinds" }, keys), this.frame);
   }
 
   /** Mean spectrum of each kind, every module's scaled to its own largest value first; `marked` in ink on top. */

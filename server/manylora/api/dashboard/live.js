@@ -1,7 +1,8 @@
-// The tiles on top, the meters, the list of errors.
+// The tiles on top and the meters.
 
-import { byId, copy, h, setText } from "./dom.js";
-import { ago, bytes, clock, count, ms, msParts, percent, rate } from "./format.js";
+import { byId, h, setText } from "./dom.js";
+import { bytes, count, ms, msParts, percent, rate } from "./format.js";
+import { t } from "./words.js";
 
 function tile(label) {
   const number = h("span", { class: "number" }, "–");
@@ -21,27 +22,37 @@ function tile(label) {
 
 export class Tiles {
   constructor() {
-    this.tokens = tile("Throughput");
-    this.requests = tile("Requests");
-    this.running = tile("In the batch");
-    this.ttft = tile("TTFT p95");
-    this.tpot = tile("TPOT p95");
-    this.failed = tile("Failed");
+    this.tokens = tile(t("tile.throughput"));
+    this.requests = tile(t("tile.requests"));
+    this.running = tile(t("tile.batch"));
+    this.ttft = tile(t("tile.ttft"));
+    this.tpot = tile(t("tile.tpot"));
+    this.failed = tile(t("tile.failed"));
     const all = [this.tokens, this.requests, this.running, this.ttft, this.tpot, this.failed];
     byId("tiles").replaceChildren(...all.map((one) => one.box));
   }
 
   show(stats) {
     const { rates, live, totals } = stats;
-    this.tokens.set(rate(rates.completion_tokens_per_s), "tokens/s", `${count(totals.completion_tokens)} since start`);
-    this.requests.set(rate(rates.requests_per_s), "per s", `${count(totals.requests)} since start`);
+    this.tokens.set(rate(rates.completion_tokens_per_s), t("unit.tokens_s"), t("tile.since_start", { value: count(totals.completion_tokens) }));
+    this.requests.set(rate(rates.requests_per_s), t("unit.per_s"), t("tile.since_start", { value: count(totals.requests) }));
     const waiting = stats.waiting + stats.waiting_for_adapter;
-    const queue = waiting === 0 ? "nobody waits" : `${count(waiting)} waiting, ${count(stats.waiting_for_adapter)} for an adapter`;
-    this.running.set(count(stats.running), stats.running === 1 ? "sequence" : "sequences", queue, waiting > stats.running && waiting > 8 ? "warn" : "");
-    this.ttft.set(...msParts(live.ttft_ms.p95), `p50 ${ms(live.ttft_ms.p50)} · p99 ${ms(live.ttft_ms.p99)}`);
-    this.tpot.set(...msParts(live.tpot_ms.p95), `p50 ${ms(live.tpot_ms.p50)} · p99 ${ms(live.tpot_ms.p99)}`);
+    const queue = waiting === 0 ? t("tile.nobody_waits") : t("tile.waiting", { value: count(waiting), part: count(stats.waiting_for_adapter) });
+    this.running.set(count(stats.running), t("unit.sequences", { n: stats.running }), queue, waiting > stats.running && waiting > 8 ? "warn" : "");
+    this.latency(this.ttft, live, stats.latency, "ttft_ms");
+    this.latency(this.tpot, live, stats.latency, "tpot_ms");
     const { error = 0, rejected = 0 } = totals.outcomes;
-    this.failed.set(count(error), error === 1 ? "error" : "errors", `${count(rejected)} turned away`, error > 0 ? "bad" : "");
+    this.failed.box.hidden = error + rejected === 0;
+    this.failed.set(count(error), t("unit.errors", { n: error }), t("tile.turned_away", { value: count(rejected) }), error > 0 ? "bad" : "");
+  }
+
+  /** Of the last half minute; while nothing runs, of the last five; a tile without either is not shown. */
+  latency(one, live, recent, name) {
+    const isLive = live[name].p95 !== null;
+    const times = (isLive ? live : recent)[name];
+    one.box.hidden = times.p95 === null;
+    const note = `p50 ${ms(times.p50)} · p99 ${ms(times.p99)}`;
+    one.set(...msParts(times.p95), isLive ? note : t("tile.of_5_min", { note }));
   }
 }
 
@@ -68,12 +79,12 @@ function meter(label) {
 
 export class Meters {
   constructor() {
-    this.blocks = meter("KV cache blocks");
-    this.slots = meter("Adapter slots");
-    this.prefix = meter("Prompt from prefix cache");
-    this.queue = meter("Waiting");
-    this.memory = meter("Host memory of adapters");
-    this.preemptions = meter("Preemptions");
+    this.blocks = meter(t("meter.blocks"));
+    this.slots = meter(t("slots.title"));
+    this.prefix = meter(t("meter.prefix"));
+    this.queue = meter(t("meter.waiting"));
+    this.memory = meter(t("meter.host"));
+    this.preemptions = meter(t("meter.preemptions"));
     const all = [this.blocks, this.slots, this.prefix, this.queue, this.memory, this.preemptions];
     byId("meters").replaceChildren(...all.map((one) => one.box));
   }
@@ -81,30 +92,12 @@ export class Meters {
   show(stats) {
     const { totals, latency } = stats;
     const share = (used, total) => (total > 0 ? used / total : 0);
-    this.blocks.set(`${count(stats.kv_blocks_used)} of ${count(stats.kv_blocks_total)}`, share(stats.kv_blocks_used, stats.kv_blocks_total), `${percent(stats.kv_blocks_used, stats.kv_blocks_total)} held by sequences`, true);
-    this.slots.set(`${count(stats.slots_resident)} of ${count(stats.slots_total)}`, share(stats.slots_resident, stats.slots_total), `${count(stats.slots_used)} in use, ${bytes(stats.device_tier_bytes)} on the device`);
-    this.prefix.set(percent(totals.prefix_cache_hit_tokens, totals.prompt_tokens), null, `${count(totals.prefix_cache_hit_tokens)} of ${count(totals.prompt_tokens)} prompt tokens`);
-    this.queue.set(count(stats.waiting + stats.waiting_for_adapter), null, `queue wait p95 ${ms(latency.queue_ms.p95)}`);
-    this.memory.set(bytes(stats.host_tier_bytes), null, "ready to be copied to the device");
-    this.preemptions.set(count(stats.preemptions), null, stats.steps === undefined ? "" : `${count(stats.steps)} engine steps`);
+    const of = (part, whole) => t("count.of", { part: count(part), whole: count(whole) });
+    this.blocks.set(of(stats.kv_blocks_used, stats.kv_blocks_total), share(stats.kv_blocks_used, stats.kv_blocks_total), t("meter.held", { value: percent(stats.kv_blocks_used, stats.kv_blocks_total) }), true);
+    this.slots.set(of(stats.slots_resident, stats.slots_total), share(stats.slots_resident, stats.slots_total), t("meter.in_use", { value: count(stats.slots_used), size: bytes(stats.device_tier_bytes) }));
+    this.prefix.set(percent(totals.prefix_cache_hit_tokens, totals.prompt_tokens), null, t("meter.prompt_tokens", { value: of(totals.prefix_cache_hit_tokens, totals.prompt_tokens) }));
+    this.queue.set(count(stats.waiting + stats.waiting_for_adapter), null, latency.queue_ms.p95 === null ? "" : t("meter.queue_wait", { value: ms(latency.queue_ms.p95) }));
+    this.memory.set(bytes(stats.host_tier_bytes), null, t("meter.ready_to_copy"));
+    this.preemptions.set(count(stats.preemptions), null, stats.steps === undefined ? "" : t("meter.steps", { value: count(stats.steps) }));
   }
-}
-
-export function showErrors(errors, now) {
-  const list = byId("errors");
-  setText(byId("errors-count"), errors.length ? `newest ${errors.length}` : "");
-  byId("errors-empty").hidden = errors.length > 0;
-  const newest = errors.length ? `${errors.length} ${errors[0].request_id} ${errors[0].at}` : "";
-  if (list.dataset.newest === newest) {
-    list.querySelectorAll("time").forEach((time) => setText(time, ago(Number(time.dataset.at), now)));
-    return;
-  }
-  list.dataset.newest = newest;
-  list.replaceChildren(...errors.map((error) => h("li", {},
-    h("time", { data: { at: error.at }, title: clock(error.at) }, ago(error.at, now)),
-    h("code", { class: "code" }, error.code || "error"),
-    h("span", { class: "subject" }, [error.tenant, error.adapter ?? "base"].filter(Boolean).join(" · ")),
-    h("span", { class: "message" }, error.message),
-    h("button", { type: "button", class: "quiet request", title: "Copy the request's id, which log lines have too", onclick: () => copy(error.request_id, "The request's id is copied.") }, error.request_id),
-  )));
 }

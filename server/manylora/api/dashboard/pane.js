@@ -3,6 +3,7 @@
 import { stream } from "./api.js";
 import { h, setText } from "./dom.js";
 import { count, ms, rate } from "./format.js";
+import { t, tierName } from "./words.js";
 
 export class Pane {
   constructor(title) {
@@ -10,14 +11,14 @@ export class Pane {
     this.title = h("h3", {}, title);
     this.badge = h("span", { class: "hint" });
     this.text = h("div", { class: "answer", tabindex: 0, role: "region" });
-    this.foot = h("p", { class: "answer-foot", role: "status" }, "Not run yet.");
+    this.foot = h("p", { class: "answer-foot", role: "status" }, t("pane.not_run"));
     this.element = h("section", { class: "pane", "aria-busy": "false" }, h("div", { class: "pane-head" }, this.title, this.badge), this.text, this.foot);
     this.name(title);
   }
 
   name(title) {
     setText(this.title, title);
-    this.text.setAttribute("aria-label", `Answer of ${title}`);
+    this.text.setAttribute("aria-label", t("pane.answer_of", { title }));
     this.element.setAttribute("aria-label", title);
   }
 
@@ -37,7 +38,7 @@ export class Pane {
     this.text.append(...(asked === null ? [] : [h("p", { class: "asked" }, asked)]), said);
     delete this.element.dataset.state;
     setText(this.badge, "");
-    setText(this.foot, "Waiting…");
+    setText(this.foot, t("pane.waiting"));
     this.element.setAttribute("aria-busy", "true");
     try {
       for await (const event of stream(path, body, signal)) {
@@ -54,7 +55,7 @@ export class Pane {
       }
       return said.textContent;
     } catch (error) {
-      if (error.name === "AbortError") setText(this.foot, `Stopped. ${this.foot.textContent}`);
+      if (error.name === "AbortError") setText(this.foot, t("pane.stopped", { said: this.foot.textContent }));
       else {
         this.element.dataset.state = "bad";
         setText(this.foot, error.message);
@@ -67,13 +68,13 @@ export class Pane {
   }
 
   origin({ adapter, load_tier: tier }) {
-    setText(this.badge, adapter ? `${adapter.name}@${adapter.version} · from ${tier}` : "no adapter");
+    setText(this.badge, adapter ? t("pane.from", { label: `${adapter.name}@${adapter.version}`, tier: tierName(tier) }) : t("pane.no_adapter"));
   }
 
   summary(started, first, tokens) {
-    if (first === null) return "Waiting…";
+    if (first === null) return t("pane.waiting");
     const seconds = (performance.now() - first) / 1000;
-    const speed = tokens > 1 && seconds > 0 ? ` · ${rate((tokens - 1) / seconds)} tokens/s` : "";
-    return `first token after ${ms(first - started)} · ${count(tokens)} tokens${speed}`;
+    const speed = tokens > 1 && seconds > 0 ? ` · ${rate((tokens - 1) / seconds)} ${t("unit.tokens_s")}` : "";
+    return `${t("pane.first_token", { value: ms(first - started) })} · ${t("count.tokens", { value: count(tokens) })}${speed}`;
   }
 }

@@ -2,6 +2,7 @@
 
 import { h } from "./dom.js";
 import { count } from "./format.js";
+import { t } from "./words.js";
 
 /** Every problem with its code, its place and what to do. */
 export function problemList(problems) {
@@ -18,12 +19,12 @@ const line = (label, value) => [h("dt", {}, label), h("dd", {}, value)];
 export function reportView(version) {
   const { matched = [], warnings = [], effect = null, base_model: base = null } = version.report ?? {};
   const list = h("dl", { class: "facts" },
-    line("Modules", `${count(matched.length)} matched`),
-    line("Targets", (version.target_modules ?? []).join(", ")),
-    base ? line("Trained on", base) : null,
-    line("Rank, alpha", `${version.rank}, ${version.alpha}`),
-    effect ? line("Effect", `largest logit change ${effect.max_abs_logit_delta.toPrecision(3)}, KL ${effect.kl.toPrecision(3)} nats on ${effect.prompt_tokens} tokens`) : null,
-    line("Digest", h("code", { class: "digest" }, version.digest)),
+    line(t("report.modules"), t("report.matched", { value: count(matched.length) })),
+    line(t("report.targets"), (version.target_modules ?? []).join(", ")),
+    base ? line(t("report.base"), base) : null,
+    line(t("report.rank"), `${version.rank}, ${version.alpha}`),
+    effect ? line(t("report.effect"), t("report.effect_of", { most: effect.max_abs_logit_delta.toPrecision(3), kl: effect.kl.toPrecision(3), tokens: effect.prompt_tokens })) : null,
+    line(t("report.digest"), h("code", { class: "digest" }, version.digest)),
   );
   const remarks = warnings.length
     ? h("ul", { class: "warnings" }, warnings.map((warning) => h("li", {}, typeof warning === "string" ? warning : warning.message)))

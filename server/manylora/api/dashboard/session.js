@@ -2,14 +2,11 @@
 
 import { key } from "./api.js";
 import { byId, h, setText } from "./dom.js";
+import { t } from "./words.js";
 
 const RANK = { user: 0, manager: 1, admin: 2 };
 
-const MAY = {
-  user: "may use adapters and see the traffic of its own tenant",
-  manager: "may also upload, promote, pin and delete the adapters of its own tenant",
-  admin: "may manage the adapters of every tenant and see all traffic",
-};
+const may = (role) => t("key.may", { what: role in RANK ? t(`key.may.${role}`) : role });
 
 export class Session {
   constructor(onchange) {
@@ -38,8 +35,8 @@ export class Session {
     if (!isNew) return;
     const who = byId("who");
     who.hidden = false;
-    setText(who, you.is_open ? "open server" : `${you.tenant} · ${you.role}`);
-    who.title = you.is_open ? "No API key exists: everybody is admin." : `This key ${MAY[you.role] ?? ""}.`;
+    setText(who, you.is_open ? t("key.open_server") : `${you.tenant} · ${you.role}`);
+    who.title = you.is_open ? t("key.open_server_note") : may(you.role);
     byId("key-button").hidden = you.is_open;
     this.onchange();
   }
@@ -62,17 +59,17 @@ export class Session {
       location.reload();
     };
     dialog.replaceChildren(
-      h("h2", { id: "key-title" }, "API key"),
-      h("p", { id: "key-note" }, "This server asks for a key. It stays in this tab and is forgotten when the tab is closed."),
-      ...(held && this.you && !reason ? [h("p", { class: "hint" }, `Signed in for the tenant ${this.you.tenant}. This key ${MAY[this.you.role] ?? ""}.`)] : []),
+      h("h2", { id: "key-title" }, t("key.title")),
+      h("p", { id: "key-note" }, t("key.note")),
+      ...(held && this.you && !reason ? [h("p", { class: "hint" }, `${t("key.signed_in", { tenant: this.you.tenant })} ${may(this.you.role)}`)] : []),
       ...(reason ? [h("p", { class: "problem-line", role: "alert" }, reason)] : []),
       h("form", { onsubmit: submit },
-        h("label", { for: "key-input" }, "Key"),
+        h("label", { for: "key-input" }, t("key.label")),
         input,
         h("div", { class: "actions" },
-          held && h("button", { type: "button", onclick: forget }, "Forget key"),
-          h("button", { type: "button", onclick: () => dialog.close() }, "Cancel"),
-          h("button", { type: "submit", class: "primary" }, "Use key"))),
+          held && h("button", { type: "button", onclick: forget }, t("key.forget")),
+          h("button", { type: "button", onclick: () => dialog.close() }, t("cancel")),
+          h("button", { type: "submit", class: "primary" }, t("key.use")))),
     );
     dialog.showModal();
     input.focus();

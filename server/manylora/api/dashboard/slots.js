@@ -2,6 +2,7 @@
 
 import { byId, h, setText } from "./dom.js";
 import { ago, bytes, count, rate } from "./format.js";
+import { t } from "./words.js";
 
 const MOST_CELLS = 1024;
 const NAMED_CELLS = 48;
@@ -17,13 +18,13 @@ function heat(resident, use, now) {
 
 function describe(resident, use, now) {
   const parts = [
-    `slot ${resident.slot}`,
+    t("slot.number", { slot: resident.slot }),
     `${resident.name}@${resident.version} (${resident.tenant})`,
     bytes(resident.size_bytes),
-    resident.users === 0 ? "idle" : `${count(resident.users)} running`,
+    resident.users === 0 ? t("slot.idle") : t("slot.running", { value: count(resident.users) }),
   ];
-  if (use) parts.push(`${rate(use.tokens_per_s)} tokens/s`, `used ${ago(use.last_used, now)}`);
-  if (resident.pinned) parts.push("pinned");
+  if (use) parts.push(`${rate(use.tokens_per_s)} ${t("unit.tokens_s")}`, t("slot.used", { when: ago(use.last_used, now) }));
+  if (resident.pinned) parts.push(t("slot.pinned"));
   return parts.join(" · ");
 }
 
@@ -37,6 +38,12 @@ export class SlotMap {
     this.onopen = onopen;
     this.focused = 0;
     this.hovered = null;
+    this.isUnfolded = false;
+    this.fold = byId("slots-fold");
+    this.fold.addEventListener("click", () => {
+      this.isUnfolded = !this.isUnfolded;
+      this.foldEmpty();
+    });
     this.host.addEventListener("keydown", (event) => this.move(event));
     this.host.addEventListener("mouseleave", () => this.explain(null));
     this.host.addEventListener("focusout", () => this.explain(null));
@@ -55,11 +62,31 @@ export class SlotMap {
       if (resident) this.paint(slot, String(heat(resident, uses.get(resident.id), stats.now)), describe(resident, uses.get(resident.id), stats.now), resident);
       else if (foreign > 0) {
         foreign -= 1;
-        this.paint(slot, "foreign", "holds another tenant's adapter", null);
-      } else this.paint(slot, "empty", `slot ${slot} · empty`, null);
+        this.paint(slot, "foreign", t("slot.foreign"), null);
+      } else this.paint(slot, "empty", t("slot.empty", { slot }), null);
     }
-    setText(byId("slots-count"), `${count(stats.slots_resident)} of ${count(stats.slots_total)} hold an adapter`);
+    setText(byId("slots-count"), t("slots.count", { part: count(stats.slots_resident), whole: count(stats.slots_total) }));
+    this.foldEmpty();
     this.explain(this.hovered);
+  }
+
+  /** Show the empty slots, or one button in their place. */
+  foldEmpty() {
+    const empty = this.cells.filter((cell) => cell.dataset.heat === "empty");
+    for (const cell of this.cells) cell.hidden = !this.isUnfolded && cell.dataset.heat === "empty";
+    this.fold.hidden = empty.length === 0;
+    this.fold.setAttribute("aria-expanded", String(this.isUnfolded));
+    setText(this.fold, this.isUnfolded ? t("slots.fold_empty") : t("slots.show_empty", { n: empty.length }));
+    this.host.hidden = this.cells.every((cell) => cell.hidden);
+    if (this.cells[this.focused]?.hidden) this.rove(this.cells.findIndex((cell) => !cell.hidden));
+  }
+
+  /** Put one cell into the tab order in place of the one that is in it. */
+  rove(next) {
+    if (next < 0) return;
+    this.cells[this.focused].tabIndex = -1;
+    this.cells[next].tabIndex = 0;
+    this.focused = next;
   }
 
   build(total) {
@@ -88,7 +115,7 @@ export class SlotMap {
 
   explain(slot) {
     this.hovered = slot;
-    setText(this.note, slot === null ? "Point at a slot to see what it holds." : this.texts[slot] ?? "");
+    setText(this.note, slot === null ? t("slots.point") : this.texts[slot] ?? "");
   }
 
   /** Arrow keys walk over the cells; only one of them is in the tab order. */
@@ -97,10 +124,9 @@ export class SlotMap {
     const step = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: columns, ArrowUp: -columns, Home: -Infinity, End: Infinity }[event.key];
     if (step === undefined) return;
     event.preventDefault();
-    const next = Math.max(0, Math.min(this.cells.length - 1, this.focused + step));
-    this.cells[this.focused].tabIndex = -1;
-    this.cells[next].tabIndex = 0;
-    this.focused = next;
-    this.cells[next].focus();
+    const shown = this.cells.flatMap((cell, i) => (cell.hidden ? [] : [i]));
+    const at = shown.indexOf(this.focused) + step;
+    this.rove(shown[Math.max(0, Math.min(shown.length - 1, at))]);
+    this.cells[this.focused].focus();
   }
 }

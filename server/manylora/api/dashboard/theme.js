@@ -1,11 +1,15 @@
-// Runs before the first paint, so that a chosen theme does not flash. Not a module: modules run too late.
+// Runs before the first paint, so that chosen colours and a chosen language do not flash. Not a module: modules run too late.
 (function () {
   "use strict";
-  let chosen = null;
-  try {
-    chosen = localStorage.getItem("manylora.theme");
-  } catch {
-    // storage is switched off: follow the system
-  }
-  if (chosen === "light" || chosen === "dark") document.documentElement.dataset.theme = chosen;
+  const chosen = (name) => {
+    try {
+      return localStorage.getItem(`manylora.${name}`);
+    } catch {
+      return null; // storage is switched off: follow the system
+    }
+  };
+  const theme = chosen("theme");
+  if (theme === "light" || theme === "dark") document.documentElement.dataset.theme = theme;
+  const language = chosen("language") ?? navigator.languages.find((one) => /^(en|zh)\b/i.test(one)) ?? "en";
+  document.documentElement.lang = language.startsWith("zh") ? "zh-CN" : "en";
 })();

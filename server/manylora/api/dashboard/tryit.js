@@ -5,52 +5,54 @@ import { exampleList } from "./card.js";
 import { byId, copy, h, setText } from "./dom.js";
 import { Pane } from "./pane.js";
 import { asCurl, asPython } from "./snippets.js";
+import { t } from "./words.js";
 
 const field = (label, control, size = "") => h("label", { class: size }, h("span", {}, label), control);
 const number = (id, attributes) => h("input", { id, type: "number", ...attributes });
 
 export class TryIt {
-  constructor(session) {
+  constructor(session, tabs) {
     this.session = session;
+    this.tabs = tabs;
     this.base = null;
     this.known = new Map(); // adapters that may be asked, by name
     this.shownFor = null; // the version whose examples are shown
-    this.left = new Pane("Adapter");
-    this.right = new Pane("Base");
+    this.left = new Pane(t("table.adapter"));
+    this.right = new Pane(t("try.base"));
     this.build();
   }
 
   build() {
-    const chooser = (id) => h("input", { id, list: "try-names", autocomplete: "off", spellcheck: "false", placeholder: "adapter, adapter@2 or the base", onchange: () => this.chosen() });
+    const chooser = (id) => h("input", { id, list: "try-names", autocomplete: "off", spellcheck: "false", placeholder: t("try.chooser"), onchange: () => this.chosen() });
     this.adapter = chooser("try-adapter");
     this.other = chooser("try-other");
     this.names = h("datalist", { id: "try-names" });
-    this.mode = h("select", { id: "try-mode", onchange: () => this.chosen() }, h("option", { value: "chat" }, "Chat"), h("option", { value: "completion" }, "Completion"));
+    this.mode = h("select", { id: "try-mode", onchange: () => this.chosen() }, h("option", { value: "chat" }, t("try.chat")), h("option", { value: "completion" }, t("try.completion")));
     this.tokens = number("try-tokens", { min: 1, max: 4096, value: 96, required: true });
     this.temperature = number("try-temperature", { min: 0, max: 2, step: 0.1, value: 0, required: true });
     this.topP = number("try-top-p", { min: 0.05, max: 1, step: 0.05, placeholder: "1" });
-    this.seed = number("try-seed", { min: 0, step: 1, placeholder: "by chance" });
-    this.system = h("textarea", { id: "try-system", rows: 1, placeholder: "A system message before the prompt" });
-    this.prompt = h("textarea", { id: "try-prompt", rows: 3, required: true, placeholder: "Write something for both to answer" });
+    this.seed = number("try-seed", { min: 0, step: 1, placeholder: t("try.by_chance") });
+    this.system = h("textarea", { id: "try-system", rows: 1, placeholder: t("try.system_note") });
+    this.prompt = h("textarea", { id: "try-prompt", rows: 3, required: true, placeholder: t("try.prompt_note") });
     this.talk = h("input", { id: "try-talk", type: "checkbox", onchange: () => this.forget() });
-    this.go = h("button", { type: "submit", class: "primary", title: "Ctrl-Enter" }, "Run both");
-    this.stop = h("button", { type: "button", disabled: true, onclick: () => this.abort?.abort() }, "Stop");
-    this.fresh = h("button", { type: "button", hidden: true, onclick: () => this.forget() }, "New conversation");
+    this.go = h("button", { type: "submit", class: "primary", title: "Ctrl-Enter" }, t("try.run"));
+    this.stop = h("button", { type: "button", disabled: true, onclick: () => this.abort?.abort() }, t("try.stop"));
+    this.fresh = h("button", { type: "button", hidden: true, onclick: () => this.forget() }, t("try.fresh"));
     this.examples = h("div", { class: "example-shelf" });
-    this.systemField = field("System", this.system);
-    this.talkField = h("label", { class: "check" }, this.talk, h("span", {}, "Conversation"));
+    this.systemField = field(t("try.system"), this.system);
+    this.talkField = h("label", { class: "check" }, this.talk, h("span", {}, t("try.talk")));
     const form = byId("try-form");
     form.replaceChildren(
-      field("Prompt", this.prompt, "prompt"),
+      field(t("try.prompt"), this.prompt, "prompt"),
       this.examples,
       this.systemField,
-      h("div", { class: "fields" }, field("First", this.adapter, "grow"), field("Second", this.other, "grow"), this.names, field("As", this.mode)),
+      h("div", { class: "fields" }, field(t("try.first"), this.adapter, "grow"), field(t("try.second"), this.other, "grow"), this.names, field(t("try.as"), this.mode)),
       h("div", { class: "fields" },
-        field("Tokens", this.tokens, "small"), field("Temperature", this.temperature, "small"),
-        field("Top p", this.topP, "small"), field("Seed", this.seed, "small"), this.talkField,
+        field(t("try.tokens"), this.tokens, "small"), field(t("try.temperature"), this.temperature, "small"),
+        field(t("try.top_p"), this.topP, "small"), field(t("try.seed"), this.seed, "small"), this.talkField,
         h("div", { class: "actions" }, this.go, this.stop, this.fresh,
-          h("button", { type: "button", class: "quiet", onclick: () => this.copy("curl") }, "Copy as curl"),
-          h("button", { type: "button", class: "quiet", onclick: () => this.copy("Python") }, "Copy as Python"))));
+          h("button", { type: "button", class: "quiet", onclick: () => this.copy("curl") }, t("try.copy", { kind: "curl" })),
+          h("button", { type: "button", class: "quiet", onclick: () => this.copy("Python") }, t("try.copy", { kind: "Python" })))));
     form.addEventListener("submit", (event) => {
       event.preventDefault();
       this.run();
@@ -66,7 +68,7 @@ export class TryIt {
     this.adapter.value = label;
     if (prompt !== null) this.prompt.value = prompt;
     this.chosen();
-    byId("try").scrollIntoView({ block: "start" });
+    this.tabs.open("try");
     this.prompt.focus({ preventScroll: true });
   }
 
@@ -98,7 +100,7 @@ export class TryIt {
   }
 
   titleOf(label) {
-    return label === this.base ? `Base: ${label}` : `Adapter: ${label}`;
+    return t(label === this.base ? "try.is_base" : "try.is_adapter", { label });
   }
 
   /** Something else is to be asked: what was said so far is of no use to it. */
@@ -113,7 +115,7 @@ export class TryIt {
   forget() {
     for (const pane of [this.left, this.right]) pane.clear();
     this.fresh.hidden = true;
-    setText(this.go, "Run both");
+    setText(this.go, t("try.run"));
   }
 
   /** Offer the prompts from the card of whoever answers first. */
@@ -150,7 +152,7 @@ export class TryIt {
     const model = this.adapter.value.trim() || this.base;
     const [path, { stream_options: _, ...body }] = this.request(model, this.left.turns);
     const text = kind === "curl" ? asCurl(path, { ...body, stream: false }, !this.session.you?.is_open) : asPython(path, body);
-    await copy(text, `Copied as ${kind}, without the key.`);
+    await copy(text, t("try.copied", { kind }));
   }
 
   async run() {
@@ -176,16 +178,16 @@ export class TryIt {
 
   /** Whether the answer is a turn of the conversation. */
   async ask(pane, label, asked, isTalk) {
-    pane.name(label ? this.titleOf(label) : "Nobody");
+    pane.name(label ? this.titleOf(label) : t("try.nobody"));
     if (!label) {
-      setText(pane.foot, "Choose an adapter or the base to compare.");
+      setText(pane.foot, t("try.choose"));
       return false;
     }
     const said = await pane.run(...this.request(label, pane.turns), this.abort.signal, isTalk ? asked : null);
     if (!isTalk || said === null) return false;
     pane.turns.push({ role: "user", content: asked }, { role: "assistant", content: said });
     this.fresh.hidden = false;
-    setText(this.go, "Ask on");
+    setText(this.go, t("try.go_on"));
     return true;
   }
 }

@@ -4,6 +4,7 @@ import { upload } from "./api.js";
 import { byId, h, setText, toast } from "./dom.js";
 import { bytes } from "./format.js";
 import { problemList, reportView } from "./report.js";
+import { t } from "./words.js";
 
 const CONFIG = "adapter_config.json";
 const WEIGHTS = "adapter_model.safetensors";
@@ -47,15 +48,18 @@ function stage(found) {
     const files = [config, weights, ...beside].map(({ file }) => ["files", file, file.name]);
     return { parts: files, name: proposed(parent) };
   }
-  return { fault: `An adapter is one archive (.zip, .tar, .tar.gz, .tgz), or the two files ${CONFIG} and ${WEIGHTS}. This was: ${found.map(({ file }) => file.name).join(", ") || "nothing"}.` };
+  return { fault: t("upload.fault", { config: CONFIG, weights: WEIGHTS, found: found.map(({ file }) => file.name).join(", ") || t("upload.nothing") }) };
 }
 
 const proposed = (text) => text.toLowerCase().replace(/[^a-z0-9._-]+/g, "-").replace(/^[^a-z0-9]+/, "").slice(0, 64);
 
 export class Uploader {
-  constructor(session, { onuploaded }) {
+  /** `onrows` takes what is dropped on the tab of jobs: a file of rows. */
+  constructor(session, tabs, { onuploaded, onrows }) {
     this.session = session;
+    this.tabs = tabs;
     this.onuploaded = onuploaded;
+    this.onrows = onrows;
     this.host = byId("upload");
     this.staged = null;
     this.depth = 0;
@@ -75,34 +79,34 @@ export class Uploader {
   }
 
   build() {
-    const files = h("input", { type: "file", multiple: true, class: "sr-only", tabindex: -1, "aria-label": "Adapter files", onchange: () => this.take([...files.files].map((file) => ({ path: file.name, file }))) });
-    this.input = files;
-    this.browse = h("button", { type: "button", onclick: () => files.click() }, "Choose files");
+    const files = h("input", { type: "file", multiple: true, class: "sr-only", tabindex: -1, "aria-label": t("upload.files"), onchange: () => this.takeChosen(files) });
+    const whole = h("input", { type: "file", webkitdirectory: true, class: "sr-only", tabindex: -1, "aria-label": t("upload.folder_of"), onchange: () => this.takeChosen(whole) });
+    this.browse = h("button", { type: "button", onclick: () => files.click() }, t("upload.choose"));
     this.zone = h("div", { class: "zone" },
-      h("p", { class: "zone-title" }, "Drop an adapter here"),
-      h("p", { class: "hint" }, `${CONFIG} and ${WEIGHTS}, their folder, or one archive of them`),
-      this.browse, files);
-    this.name = h("input", { id: "upload-name", required: true, pattern: NAME, maxlength: 64, autocomplete: "off", spellcheck: "false", placeholder: "legal-contracts", title: "lower-case letters, digits, dot, dash and underscore; up to 64" });
-    this.about = h("input", { id: "upload-description", maxlength: 400, autocomplete: "off", placeholder: "optional" });
+      h("p", { class: "zone-title" }, t("upload.drop_here")),
+      h("p", { class: "hint" }, t("upload.what", { config: CONFIG, weights: WEIGHTS })),
+      h("div", { class: "actions" }, h("button", { type: "button", onclick: () => whole.click() }, t("upload.choose_folder")), this.browse), files, whole);
+    this.name = h("input", { id: "upload-name", required: true, pattern: NAME, maxlength: 64, autocomplete: "off", spellcheck: "false", placeholder: "legal-contracts", title: t("upload.name_rule") });
+    this.about = h("input", { id: "upload-description", maxlength: 400, autocomplete: "off", placeholder: t("optional") });
     this.activate = h("select", {},
-      h("option", { value: "" }, "if it is the first version of its name"),
-      h("option", { value: "true" }, "at once"),
-      h("option", { value: "false" }, "not yet"));
+      h("option", { value: "" }, t("upload.if_first")),
+      h("option", { value: "true" }, t("upload.at_once")),
+      h("option", { value: "false" }, t("upload.not_yet")));
     this.pinned = h("input", { type: "checkbox" });
     this.list = h("ul", { class: "staged" });
-    this.submit = h("button", { type: "submit", class: "primary", disabled: true }, "Upload");
-    this.cancel = h("button", { type: "button", hidden: true, onclick: () => this.abort?.abort() }, "Cancel");
-    this.bar = h("progress", { max: 1, value: 0, hidden: true, "aria-label": "Upload progress" });
+    this.submit = h("button", { type: "submit", class: "primary", disabled: true }, t("upload.go"));
+    this.cancel = h("button", { type: "button", hidden: true, onclick: () => this.abort?.abort() }, t("cancel"));
+    this.bar = h("progress", { max: 1, value: 0, hidden: true, "aria-label": t("upload.progress") });
     this.state = h("p", { class: "hint", role: "status" });
     this.result = h("div", { class: "result" });
     this.form = h("form", { class: "upload-form", onsubmit: (event) => this.start(event) },
       this.list,
       h("div", { class: "fields" },
-        h("label", {}, h("span", {}, "Name"), this.name),
-        h("label", { class: "grow" }, h("span", {}, "Description"), this.about)),
+        h("label", {}, h("span", {}, t("upload.name")), this.name),
+        h("label", { class: "grow" }, h("span", {}, t("upload.description")), this.about)),
       h("div", { class: "checks" },
-        h("label", {}, "Make it active", this.activate),
-        h("label", {}, this.pinned, "Pin to the device")),
+        h("label", {}, t("upload.activate"), this.activate),
+        h("label", {}, this.pinned, t("upload.pin"))),
       h("div", { class: "actions" }, this.submit, this.cancel, this.bar, this.state));
     this.host.replaceChildren(this.zone, this.form, this.result);
   }
@@ -110,7 +114,11 @@ export class Uploader {
   listen() {
     const veil = byId("drop-veil");
     const carriesFiles = (event) => event.dataTransfer && [...event.dataTransfer.types].includes("Files");
-    const show = (on) => { veil.hidden = !on; };
+    const isRows = () => this.tabs.now === "jobs";
+    const show = (on) => {
+      veil.hidden = !on;
+      setText(veil.firstElementChild, t(isRows() ? "drop.rows" : "drop.adapter"));
+    };
     addEventListener("dragenter", (event) => {
       if (!carriesFiles(event)) return;
       this.depth += 1;
@@ -127,13 +135,21 @@ export class Uploader {
       event.preventDefault();
       this.depth = 0;
       show(false);
-      if (!this.session.has("manager")) toast("Uploading takes a key with the role manager.", "bad");
+      if (!this.session.has("manager")) toast(t("upload.takes_manager"), "bad");
+      else if (isRows()) this.onrows(event.dataTransfer.files[0]);
       else this.take(await filesOf(event.dataTransfer));
     });
   }
 
+  /** What a picker gave, and the same again if it is chosen again. */
+  takeChosen(picker) {
+    this.take([...picker.files].map((file) => ({ path: file.webkitRelativePath || file.name, file })));
+    picker.value = "";
+  }
+
   take(found) {
     if (this.abort) return;
+    this.tabs.open("adapters");
     const { parts, name, fault } = stage(found);
     this.staged = parts ?? null;
     this.host.hidden = false;
@@ -181,18 +197,17 @@ export class Uploader {
 
   progress(sent, total) {
     this.bar.value = total > 0 ? sent / total : 0;
-    setText(this.state, sent >= total ? "Sent. The server checks it…" : `${bytes(sent)} of ${bytes(total)}`);
+    setText(this.state, sent >= total ? t("upload.sent") : t("count.of", { part: bytes(sent), whole: bytes(total) }));
   }
 
   accepted(status, version) {
     const label = `${version.name}@${version.version}`;
-    const stays = version.active_version === null ? "Nothing answers to the name yet" : `${version.name}@${version.active_version} goes on answering to the name`;
-    const ready = version.active ? `${label} is ready and active.` : `${label} is ready. ${stays}: compare them in Try it, then promote it in the adapter's drawer.`;
-    const text = status === 200 ? `${label} has exactly this content already. Nothing new was stored.` : ready;
+    const waits = version.active_version === null ? "upload.ready_unnamed" : "upload.ready_waits";
+    const key = status === 200 ? "upload.known" : version.active ? "upload.ready" : waits;
+    const text = t(key, { label, active: `${version.name}@${version.active_version}` });
     setText(this.state, "");
     this.result.replaceChildren(h("p", { class: "good-line", role: "status" }, text), reportView(version));
     this.staged = null;
-    this.input.value = "";
     this.list.replaceChildren();
     for (const field of [this.name, this.about]) field.value = "";
     this.onuploaded(version);
@@ -201,12 +216,12 @@ export class Uploader {
   refused(error) {
     setText(this.state, "");
     if (error.name === "AbortError") {
-      setText(this.state, "Cancelled. Nothing was stored.");
+      setText(this.state, t("upload.cancelled"));
       return;
     }
     if (error.status === 401) this.session.ask(error.message);
     const problems = error.problems ?? [];
-    const title = problems.length === 0 ? error.message : `Refused: ${problems.length === 1 ? "one problem" : `${problems.length} problems`}. Nothing was stored.`;
+    const title = problems.length === 0 ? error.message : t("upload.refused", { n: problems.length });
     this.result.replaceChildren(h("p", { class: "problem-line", role: "alert" }, title), ...(problems.length ? [problemList(problems)] : []));
   }
 }
