@@ -32,7 +32,7 @@ class AdapterRef:
     `id` is unique for ever: a name uploaded again makes a new version with a new id, so nothing that is
     keyed by the id (slots, prefix-cache hashes, counts) can answer for another version. `num_virtual_tokens`: positions
     that it takes before each prompt. `invocation`: token ids from whose last run in a prompt on it acts; none: it acts
-    everywhere.
+    everywhere. `head`: the task that it has a head of its own for, such as "SEQ_CLS"; empty for none.
     """
 
     id: str
@@ -42,6 +42,7 @@ class AdapterRef:
     digest: str
     num_virtual_tokens: int = 0
     invocation: tuple[int, ...] = ()
+    head: str = ""
 
     def acts_from(self, prompt_ids: Sequence[int]) -> int:
         """The place of the first token of a prompt that the adapter acts on, `NEVER` where it is not invoked."""

@@ -17,6 +17,7 @@ from manylora.engine.interface import (
     CompiledGrammar,
     Delta,
     Effect,
+    EncodedPair,
     EngineStats,
     FinishReason,
     Grammar,
@@ -66,6 +67,9 @@ class FakeCodec:
 
     def encode_many(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         return [self.encode(text, add_special_tokens=add_special_tokens) for text in texts]
+
+    def encode_pairs(self, pairs: Sequence[tuple[str, str]], *, add_special_tokens: bool = True) -> list[EncodedPair]:
+        raise InvalidRequest("This tokenizer joins no texts.")
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return [BOS] * add_special_tokens + [ord(c) % 900 for c in text]

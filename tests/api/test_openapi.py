@@ -22,6 +22,7 @@ ELSEWHERE = {
     "POST /classify",
     "POST /v1/audio/transcriptions",
     "POST /v1/audio/translations",
+    "POST /v1/question-answering",
 }
 LAST = ("POST /v1/unload_lora_adapter", "POST /v1/fine_tuning/jobs/{job_id}/cancel")
 

@@ -243,6 +243,7 @@ NOT_PICKED = {
     "/detokenize": "computes nothing",
     "/api/show": "computes nothing",
     "/classify": "text-embeddings-inference's bodies have no model",
+    "/rerank": "text-embeddings-inference's bodies have no model",
     "/v1/fine_tuning/jobs": "whichever worker is free trains, on the base that all replicas have",
 }
 

@@ -148,6 +148,8 @@ def routes() -> Iterator[str]:
         ollama,
         openai,
         ops,
+        questions,
+        rerank,
         responses,
         sagemaker,
         tenants,
@@ -169,7 +171,7 @@ def routes() -> Iterator[str]:
         usage.build_router(catalog),
         dashboard_routes.build_router(),
     )
-    inference = (openai, responses, anthropic, embeddings, classify, tokens, tgi, ollama, sagemaker)
+    inference = (openai, responses, anthropic, embeddings, classify, rerank, questions, tokens, tgi, ollama, sagemaker)
     for router in (ops.router, *(each.router for each in inference), *built):
         for route in router.routes:
             if isinstance(route, APIRoute) and "assets" not in route.path:

@@ -164,6 +164,10 @@ class _Answer:
         if head is self._checked:  # of all inputs: a request has one adapter
             return
         self._checked = head
+        if head.task == "QUESTION_ANS":
+            raise InvalidRequest(
+                "The adapter answers questions and has no labels. Ask /v1/question-answering.", param="model"
+            )
         if self._asked_threshold and head.problem != "multi":
             raise InvalidRequest(
                 "'threshold' is for adapters of which several labels may hold at once. Leave it out.", param="threshold"

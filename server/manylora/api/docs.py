@@ -23,6 +23,8 @@ from manylora.api.examples import BODIES, PARAMETERS
 from manylora.api.fine_tuning_schemas import JobBody
 from manylora.api.history import RollbackBody
 from manylora.api.ollama import OllamaChatRequest, OllamaGenerateRequest
+from manylora.api.questions import QuestionRequest
+from manylora.api.rerank import RerankRequest, ScoreRequest
 from manylora.api.responses import ResponseRequest
 from manylora.api.schemas import ChatRequest, CompletionRequest
 from manylora.api.tenants import KeyBody, TenantBody
@@ -41,6 +43,9 @@ _BODIES: Final = (
     CountRequest,
     EmbeddingRequest,
     ClassifyRequest,
+    ScoreRequest,
+    RerankRequest,
+    QuestionRequest,
     TokenizeRequest,
     DetokenizeRequest,
     GenerateRequest,

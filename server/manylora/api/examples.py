@@ -29,6 +29,12 @@ BODIES: Final[Mapping[str, Mapping[str, Any]]] = {
     "POST /v1/embeddings": {"model": "billing", "input": ["a text", "another one"]},
     "POST /v1/classify": {"model": "billing", "input": "a text"},
     "POST /classify": {"model": "billing", "input": "a text"},
+    "POST /v1/score": {"model": "billing", "text_1": "a question", "text_2": ["a text", "another one"]},
+    **{
+        f"POST {path}": {"model": "billing", "query": "a question", "documents": ["a text", "another one"]}
+        for path in ("/rerank", "/v1/rerank", "/v2/rerank")
+    },
+    "POST /v1/question-answering": {"model": "billing", "question": "When is it due?", "context": "It is due in May."},
     "POST /tokenize": {"model": "billing", "prompt": "Once upon a time"},
     "POST /detokenize": {"model": "billing", "tokens": [1, 2, 3]},
     "POST /generate": _TGI,

@@ -18,6 +18,7 @@ __all__ = [
     "MESSAGE_UNSUPPORTED",
     "NOTHING",
     "PART_UNSUPPORTED",
+    "RERANK_UNSUPPORTED",
     "STREAM_OPTION_UNSUPPORTED",
     "TOKENIZE_UNSUPPORTED",
     "Unsupported",
@@ -117,6 +118,14 @@ CLASSIFY_UNSUPPORTED: Final[Unsupported] = {
     "mm_processor_kwargs": _NOTHING,
     "prompt_name": _NOTHING,
     "request_id": _NOTHING,
+}
+RERANK_UNSUPPORTED: Final[Unsupported] = {
+    "max_chunks_per_doc": _NOTHING,
+    "max_tokens_per_doc": _NOTHING,
+    "mm_processor_kwargs": _NOTHING,
+    "rank_fields": (["text"], *_NOTHING),
+    "request_id": _NOTHING,
+    "softmax": _NOTHING,
 }
 TOKENIZE_UNSUPPORTED: Final[Unsupported] = {
     "tools": _NOTHING,

@@ -8,14 +8,23 @@ from manylora.api.schemas import MAX_INPUTS, InferenceRequest, Prompt, checked_p
 from manylora.engine.interface import Pooling
 from manylora.errors import InvalidRequest
 
-__all__ = ["InputsRequest", "PoolRequest"]
+__all__ = ["InputsRequest", "PoolRequest", "ReadRequest"]
 
 
-class InputsRequest(InferenceRequest):
+class ReadRequest(InferenceRequest):
     """A body whose prompts are read and not written on. `reads_head`: by the adapter's head."""
 
-    prompt_field: ClassVar[str] = "input"
     reads_head: ClassVar[bool] = False
+
+    @property
+    def token_limit(self) -> int:
+        return 0
+
+
+class InputsRequest(ReadRequest):
+    """A body whose prompts are its `input`."""
+
+    prompt_field: ClassVar[str] = "input"
 
     input: str | list[str] | list[int] | list[list[int]]
 
@@ -33,10 +42,6 @@ class InputsRequest(InferenceRequest):
     @property
     def prompts(self) -> list[Prompt]:
         return one_by_one(self.input)
-
-    @property
-    def token_limit(self) -> int:
-        return 0
 
 
 class PoolRequest(InputsRequest):

@@ -16,12 +16,24 @@ from typing import Any, Final, TypeVar
 from manylora.chat.strangers import NUM_RENDERERS
 from manylora.errors import QueueFull
 
-__all__ = ["INLINE_CHARACTERS", "LONG_TEXT", "MEDIA", "PYTHON", "SHORT_TEXT", "TEMPLATES", "Turns", "beside_loop"]
+__all__ = [
+    "INLINE_CHARACTERS",
+    "LONG_TEXT",
+    "MEDIA",
+    "PYTHON",
+    "SHORT_TEXT",
+    "TEMPLATES",
+    "Turns",
+    "beside_loop",
+    "text_lane",
+]
 
 MAX_TEMPLATES_WAITING: Final = 64
 MAX_MEDIA_WAITING: Final = 64
 # Up to here the work takes a millisecond, and a thread's turn is not worth waiting for.
 INLINE_CHARACTERS: Final = 4096
+# Up to here it is done soon, so it need not stand behind the long ones.
+_SHORT_CHARACTERS: Final = 2**18
 
 T = TypeVar("T")
 
@@ -62,6 +74,11 @@ TEMPLATES: Final = Turns(
     ThreadPoolExecutor(NUM_RENDERERS, "templates"), MAX_TEMPLATES_WAITING, "chats of yours wait for their templates"
 )
 MEDIA: Final = Turns(ThreadPoolExecutor(1, "media"), MAX_MEDIA_WAITING, "files of yours wait to be decoded")
+
+
+def text_lane(num_characters: int) -> ThreadPoolExecutor:
+    """Where texts of so many characters are encoded that are not encoded at once."""
+    return SHORT_TEXT if num_characters <= _SHORT_CHARACTERS else LONG_TEXT
 
 
 async def beside_loop(lane: ThreadPoolExecutor, work: Callable[..., T], *args: Any, **named: Any) -> T:

@@ -14,9 +14,10 @@ from typing import Final, TypeVar
 from starlette.requests import ClientDisconnect, Request
 
 from manylora.api.chats import RenderedChat, rendered_beside
-from manylora.api.inputs import InputsRequest, PoolRequest
+from manylora.api.inputs import PoolRequest, ReadRequest
 from manylora.api.json_body import require_json
-from manylora.api.lanes import INLINE_CHARACTERS, LONG_TEXT, PYTHON, SHORT_TEXT, beside_loop
+from manylora.api.lanes import INLINE_CHARACTERS, PYTHON, SHORT_TEXT, beside_loop, text_lane
+from manylora.api.pairs import PairsRequest, encoded_pairs
 from manylora.api.record import ClientGone
 from manylora.api.room import Behind, PromptEngine, fit_to_context, room_for_answer, too_long
 from manylora.api.sampling import check_token_ids, sampling_params
@@ -29,8 +30,17 @@ from manylora.api.schemas import (
 )
 from manylora.api.structured import ANSWER_FIELDS, asked_for
 from manylora.chat.pieces import Reader
-from manylora.engine.interface import CompiledGrammar, EngineClient, ModelInfo, SamplingParams, Sound, TextCodec
+from manylora.engine.interface import (
+    CompiledGrammar,
+    EncodedPair,
+    EngineClient,
+    ModelInfo,
+    SamplingParams,
+    Sound,
+    TextCodec,
+)
 from manylora.errors import ContextLengthExceeded, InvalidGrammar, InvalidRequest, quoted
+from manylora.identity import Mix
 
 __all__ = [
     "INLINE_IDS",
@@ -49,11 +59,10 @@ MAX_ECHO_CHARACTERS: Final = 8_388_608
 MAX_ENCODED_CHARACTERS: Final = 1_048_576
 _INLINE_BYTES: Final = 65_536
 INLINE_IDS: Final = 16_384
-# Up to here it is done soon, so it need not stand behind the long ones.
-_SHORT_CHARACTERS: Final = 2**18
 # Encodings take a hundred bytes for a character, so that many prompts are encoded some at a time.
 _BATCH_CHARACTERS: Final = 2**20
 
+NO_MIX: Final = Mix()
 T = TypeVar("T")
 R = TypeVar("R")
 _Encoded = tuple[tuple[int, ...], str]  # a prompt's ids, and its text as `echo` repeats it
@@ -85,14 +94,15 @@ async def check_connected(request: Request) -> None:
 class Prompt:
     """One prompt as the engine takes it: its ids, what is asked for with them, and its text as `echo` repeats it.
 
-    `reader` makes what reads one answer to it, where that is more than text. `sound` is a window of `sound_s` seconds
-    to write down.
+    `reader` makes what reads one answer to it, where that is more than text; `pair` is it where it is two texts.
+    `sound` is a window of `sound_s` seconds to write down.
     """
 
     ids: tuple[int, ...]
     params: SamplingParams
     text: str = ""
     reader: Callable[[], Reader] | None = None
+    pair: EncodedPair | None = None
     sound: Sound | None = None
     sound_s: float = 0.0
 
@@ -108,18 +118,28 @@ async def prompts_of(
     tenant: str,
     *,
     max_tokens: int | None = None,
-    num_virtual_tokens: int = 0,
+    mix: Mix = NO_MIX,
 ) -> tuple[Prompt, ...]:
     """Every prompt of the body; all have the same number of choices. What is quick to check is checked first.
 
     `max_tokens`: what an answer may have where the body does not say and the context leaves so much.
-    `num_virtual_tokens`: what the adapter takes of the context before each prompt.
+    `mix`: what runs, which may take a part of the context before each prompt, and may have a head that reads pairs.
 
     Raises InvalidRequest, also where the model's chat template refuses the messages or no answer can be held to the
     grammar, ContextLengthExceeded, and what `EngineClient.compile` does.
     """
-    engine: PromptEngine = Behind.of(client, num_virtual_tokens) if num_virtual_tokens else client
-    if isinstance(body, InputsRequest):
+    num_virtual = mix.num_virtual_tokens
+    engine: PromptEngine = Behind.of(client, num_virtual) if num_virtual else client
+    head = mix.refs[0].head if mix.refs and mix.is_plain else ""
+    if isinstance(body, PairsRequest) and (head or body.needs_head):
+        _check_num_choices(body, body.num_pairs, 1, engine.max_choices)
+        pairs = await encoded_pairs(body, head, engine)
+        return tuple(
+            Prompt(each.ids, SamplingParams(max_tokens=0, reads_head=True, second_from=second), pair=each)
+            for each in pairs
+            for second in (each.second_from if body.has_types else 0,)
+        )
+    if isinstance(body, ReadRequest):
         return await _pooled_prompts(body, engine)
     assert isinstance(body, GenerationRequest)
     params = sampling_params(body, engine.model)
@@ -147,7 +167,7 @@ async def prompts_of(
     )
 
 
-async def _pooled_prompts(body: InputsRequest, engine: PromptEngine) -> tuple[Prompt, ...]:
+async def _pooled_prompts(body: ReadRequest, engine: PromptEngine) -> tuple[Prompt, ...]:
     """Every prompt of a body whose prompts become vectors or scores."""
     if not engine.model.hidden_size:
         raise InvalidRequest("This server's base model gives no hidden states, so it has no embeddings.", param="model")
@@ -250,7 +270,7 @@ async def num_chat_tokens(request: ChatRequest, engine: EngineClient, tenant: st
 
 def lane_of(text: str) -> ThreadPoolExecutor:
     """Where a text is encoded that is not encoded at once."""
-    return SHORT_TEXT if len(text) <= _SHORT_CHARACTERS else LONG_TEXT
+    return text_lane(len(text))
 
 
 def counted_ids(text: str, engine: EngineClient, *, special: bool, param: str) -> list[int]:
@@ -309,8 +329,7 @@ async def _encode(
     if num_characters <= INLINE_CHARACTERS:
         encode, special = engine.codec.encode, request.has_special_tokens
         return [_checked(encode(text, add_special_tokens=special), request, engine) for text in texts]
-    lane = SHORT_TEXT if num_characters <= _SHORT_CHARACTERS else LONG_TEXT
-    return await beside_loop(lane, _encode_long, request, texts, engine)
+    return await beside_loop(text_lane(num_characters), _encode_long, request, texts, engine)
 
 
 def _encode_long(request: InferenceRequest, texts: Sequence[str], engine: PromptEngine) -> list[tuple[int, ...]]:

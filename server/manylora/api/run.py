@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from manylora.api.defaults import check_template_allowed, with_defaults
 from manylora.api.fields import renamed
-from manylora.api.inputs import InputsRequest
+from manylora.api.inputs import ReadRequest
 from manylora.api.naming import Named, asker, looked_up, missing, named_by
 from manylora.api.record import Counts, RequestRecord
 from manylora.api.requests import Prompt, check_connected, prompts_of, read_body
@@ -115,6 +115,7 @@ async def answered(
         find = partial(named_by, body, services.directory, principal.tenant, base, aliases, who=who)
         try:
             run.named = await looked_up(find, services.following)
+            _check_writes(body, run.mix)
             check_template_allowed(body, is_allowed=services.settings.allow_request_chat_template)
             body, max_tokens = with_defaults(body, services.directory, run.named)
             prompts = await prompts_of(
@@ -122,7 +123,7 @@ async def answered(
                 services.engine,
                 principal.tenant,
                 max_tokens=max_tokens,
-                num_virtual_tokens=run.mix.num_virtual_tokens,
+                mix=run.mix,
             )
         except InvalidRequest as error:
             raise renamed(error, asked.names) from None
@@ -133,20 +134,30 @@ async def answered(
 
 def check_kind(body: InferenceRequest, model: ModelInfo) -> None:
     """Raises WrongModelType where the body is for another kind of base than the one that is served."""
-    if model.kind == "generate" and isinstance(body, InputsRequest) and body.reads_head:
-        raise WrongModelType(
-            "This server's model is a decoder: its adapters have no labels of their own. Ask a server of an encoder, "
-            "or /v1/completions with 'guided_choice'."
-        )
     if model.kind == "transcribe":
         raise WrongModelType(
             "This server's model is one of speech: it writes down what is said in a file of sound. Ask "
             "/v1/audio/transcriptions, or a server of another model."
         )
-    if model.kind == "pool" and not isinstance(body, InputsRequest):
+    if not model.has_heads and isinstance(body, ReadRequest) and body.reads_head:
+        raise WrongModelType(
+            "This server's model takes no adapters with labels of their own. Ask a server of an encoder, or "
+            "/v1/completions with 'guided_choice'."
+        )
+    if model.kind == "pool" and not isinstance(body, ReadRequest):
         raise WrongModelType(
             "This server's model is an encoder: it turns texts into vectors and writes none. Ask /v1/embeddings, or a "
             "server of a decoder."
+        )
+
+
+def _check_writes(body: InferenceRequest, mix: Mix) -> None:
+    """Raises WrongModelType where text is asked of an adapter that was trained to give labels."""
+    labels = next((ref.label for ref in mix.refs if ref.head), None)
+    if labels is not None and not isinstance(body, ReadRequest):
+        raise WrongModelType(
+            f"The adapter '{labels}' has a head and was not trained to write. Ask /v1/classify, or name another.",
+            param="model",
         )
 
 

@@ -62,6 +62,7 @@ class Label(BaseModel):
     card: str = ""
     virtual_tokens: int = 0
     invocation: str = ""
+    head: str = ""
     switched: int | None = None
 
     @property

@@ -71,6 +71,7 @@ class NewVersion:
     report: Mapping[str, Any]
     virtual_tokens: int = 0
     invocation: tuple[int, ...] = ()
+    head: str = ""
     mix: str = ""
 
 
@@ -219,12 +220,14 @@ class _Versioned(Protocol):
     digest: Any
     virtual_tokens: Any
     invocation: Any
+    head: Any
 
 
 def ref_of(adapter: _Owned, row: _Versioned) -> AdapterRef:
     """The identity of a version, of its columns and its adapter's."""
     invocation = tuple(map(int, row.invocation.split())) if row.invocation else ()
-    return AdapterRef(row.id, adapter.tenant, adapter.name, row.version, row.digest, row.virtual_tokens, invocation)
+    virtual, head = row.virtual_tokens, row.head
+    return AdapterRef(row.id, adapter.tenant, adapter.name, row.version, row.digest, virtual, invocation, head)
 
 
 def version_record(adapter: AdapterRow, row: VersionRow, base: BaseSignature) -> VersionRecord:

@@ -28,7 +28,7 @@ from manylora.files import clear_folder, remove_tree
 from manylora.identity import ADAPTER_FILES, Author
 from manylora.lora.format import reader as lora_format
 from manylora.lora.format.reader import Adapter, ModuleSpec
-from manylora.lora.format.spec import BaseWeights
+from manylora.lora.format.spec import BaseWeights, Head
 
 # Hears what a tenant's upload has run, of which adapter and how many tokens; returns once that is kept for good.
 Charge = Callable[[str, AdapterRef, int], Awaitable[None]]
@@ -39,6 +39,7 @@ _BOOLEANS: Final = {"true": True, "1": True, "false": False, "0": False}
 # Each validation holds an adapter's tensors; a few at once keep the processors busy.
 _MAX_VALIDATIONS: Final = 2
 _REMOVE_AGAIN_S: Final = 0.5
+_LABELS_SHOWN: Final = 64  # of a head, in the report
 _log = logging.getLogger(__name__)
 
 
@@ -221,6 +222,7 @@ def new_version(folder: Path, adapter: Adapter, effect: Effect | None, *, blob: 
         report=report_of(adapter, effect),
         virtual_tokens=adapter.num_virtual_tokens,
         invocation=adapter.invocation,
+        head="" if adapter.head is None else adapter.head.task,
     )
 
 
@@ -233,7 +235,14 @@ def report_of(adapter: Adapter, effect: Effect | None) -> dict[str, Any]:
         "warnings": list(adapter.warnings),
         "effect": measured,
         "base_model": None if named is None else quoted(named),
+        **({} if adapter.head is None else {"head": _head(adapter.head)}),
     }
+
+
+def _head(head: Head) -> dict[str, Any]:
+    """What of a head is told to whoever looks at the adapter."""
+    told = list(head.labels[:_LABELS_SHOWN])
+    return {"task": head.task, "problem": head.problem, "num_labels": len(head.labels), "labels": told}
 
 
 def wish_of(fields: Mapping[str, str], tenant: str, author: Author) -> Wish:

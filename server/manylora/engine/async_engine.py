@@ -321,7 +321,7 @@ class AsyncEngine:
             for probe in asked:
                 await probe.aclose()
             self._tiers.offer(ref, None)
-        if self.model.kind == "pool":
+        if self.model.kind == "pool" or adapter.head is not None:
             return vector_effect_of(len(prompt), first.delta.pooled, second.delta.pooled)
         a, b = first.captured, second.captured
         if a is None or b is None:

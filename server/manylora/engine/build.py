@@ -11,6 +11,7 @@ from manylora.engine.async_engine import AsyncEngine
 from manylora.engine.block_manager import BlockManager
 from manylora.engine.engine import Engine
 from manylora.engine.executor import LocalExecutor
+from manylora.engine.heads import HeadReader
 from manylora.engine.interface import AdapterSource, ModelInfo, Pooling
 from manylora.engine.lookup import LookupDrafter
 from manylora.engine.model_runner import ModelRunner
@@ -24,7 +25,9 @@ from manylora.grammars.masks import MaskMaker
 from manylora.grammars.vocabulary import Vocabulary
 from manylora.identity import AdapterRef, Tier
 from manylora.log import get_logger
-from manylora.lora.format.reader import Adapter, ModuleSpec, read_trusted
+from manylora.lora.format.encoders import HeadedModules
+from manylora.lora.format.heads import HeadPlan
+from manylora.lora.format.reader import Adapter, read_trusted
 from manylora.lora.memory.device_memory import DeviceMemory
 from manylora.lora.memory.occupancy import Occupancy
 from manylora.lora.memory.packing import KeepAs, PackedAdapter, pack
@@ -34,6 +37,7 @@ from manylora.metrics import Metrics
 from manylora.models import fused
 from manylora.models.backends import Backend, free_bytes
 from manylora.models.codec import HuggingFaceCodec
+from manylora.models.heads import decoder_heads
 from manylora.models.kv_cache import KVCache, bytes_per_block
 from manylora.models.loading import LoadedBase
 from manylora.models.positions import UNSTATED_LIMIT, batch_limit, position_limit
@@ -218,12 +222,14 @@ class EngineBuilder(Builder):
         super().__init__(settings, base)
         self.base = base
         self.context_length = self._context_length()
+        heads = decoder_heads(base.model, base.folder)
         self.wrapped: WrappedModel = wrap(base.model, base.backend, context_length=self.context_length)
+        self._modules = HeadedModules(self.wrapped.modules, heads)
 
     @property
-    def modules(self) -> dict[str, ModuleSpec]:
+    def modules(self) -> HeadedModules:
         """What an adapter may touch, by path."""
-        return self.wrapped.modules
+        return self._modules
 
     def build_core(
         self, source: AdapterSource, metrics: Metrics, occupancy: Occupancy | None = None
@@ -234,8 +240,10 @@ class EngineBuilder(Builder):
         cache = self._cache()
         self.wrapped.attach_cache(cache)
         self._prove(cache)
-        memory = self._memory(len(self.modules))
-        packer = self._packer(self.wrapped.sites, self.wrapped.served)
+        plans = self.modules.heads
+        sites = with_heads(self.wrapped.sites, plans)
+        memory = self._memory(len(sites))
+        packer = self._packer(sites, self.wrapped.served)
         tiers = self._tiers(memory, self._reader(source), packer, metrics, occupancy)
         scheduler = Scheduler(
             BlockManager(
@@ -257,7 +265,10 @@ class EngineBuilder(Builder):
         )
         engine = Engine(
             scheduler,
-            ModelRunner(LocalExecutor(self.wrapped, cache, memory, self.backend.lora), pieces=pieces),
+            ModelRunner(
+                LocalExecutor(self.wrapped, cache, memory, self.backend.lora, HeadReader(memory, plans, sites)),
+                pieces=pieces,
+            ),
             decode=self.base.codec.decode,
             eos_ids=frozenset(self.base.codec.eos_ids),
             max_model_len=self.context_length,
@@ -384,7 +395,14 @@ class EngineBuilder(Builder):
             default_pooling=self._default_pooling(),
             hidden_size=self.wrapped.hidden_size,
             dimensions=self._dimensions(self.wrapped.hidden_size, self.base.model.config.get_text_config()),
+            has_heads=bool(self.modules.heads),
         )
+
+
+def with_heads(sites: Mapping[str, int], plans: Mapping[str, HeadPlan]) -> dict[str, int]:
+    """The sites of a base's modules and, behind them, those of the layers of all heads."""
+    layers = [site for plan in plans.values() for site in plan.sites]
+    return {**sites, **{site: len(sites) + number for number, site in enumerate(layers)}}
 
 
 def in_bytes(size: int | float, device: torch.device) -> int:

@@ -16,13 +16,12 @@ def probes_of(
 ) -> list[tuple[list[int], SamplingParams, AdapterRef | None]]:
     """The two runs whose answers must differ: a prompt without the adapter and with it, or of a head two texts."""
     ids = list(prompt)
-    if model.kind != "pool":
-        params = SamplingParams(max_tokens=0)
-    elif adapter.head is None:
-        params = SamplingParams(max_tokens=0, pooling="mean")
-    else:
+    if adapter.head is not None:
         params = SamplingParams(max_tokens=0, reads_head=True)
-        return [(ids, params, ref), (ids[::-1], params, ref)]
+        # What invokes the adapter and its virtual tokens' places stay where they are.
+        first = len(ref.invocation)
+        return [(ids, params, ref), ([*ids[:first], *reversed(ids[first:])], params, ref)]
+    params = SamplingParams(max_tokens=0, pooling="mean" if model.kind == "pool" else None)
     return [(ids, params, None), (ids, params, ref)]
 
 

@@ -1,13 +1,11 @@
 """The device part of an encoder's step: the model runs once over whole inputs, and each becomes one array."""
 
-from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
-from typing import TypeAlias
 
 import numpy as np
 import torch
-from torch.nn import functional
 
+from manylora.engine.heads import Answer, HeadReader
 from manylora.engine.interface import Head, Pooling
 from manylora.engine.step_input import EncoderInput
 from manylora.kernels.interface import LoraKernel, LoraPlan, plan_of
@@ -15,12 +13,8 @@ from manylora.kernels.rows import Parts
 from manylora.lora.format.heads import HeadPlan
 from manylora.lora.memory.device_memory import DeviceMemory
 from manylora.models.encoder import EncoderModel, ragged_batch
-from manylora.models.heads import ACTIVATIONS
 
 __all__ = ["EncoderExecutor"]
-
-Answer: TypeAlias = tuple[torch.Tensor | None, Head | None]
-"""What became of one input, and the head that gave it; None for what was asked of a head that is not there."""
 
 
 class EncoderExecutor:
@@ -31,12 +25,10 @@ class EncoderExecutor:
         encoder: EncoderModel,
         memory: DeviceMemory,
         kernel: LoraKernel,
-        plans: Mapping[str, HeadPlan],
-        sites: Mapping[str, int],
+        heads: HeadReader,
     ) -> None:
         self._encoder = encoder
-        self._plans = plans
-        self._sites = sites
+        self._heads = heads
         self._memory = memory
         self._kernel = kernel
         self._device = memory.device
@@ -60,7 +52,7 @@ class EncoderExecutor:
         )
         memory.named = lora.rows.all_slots if lora is not None else ()
         try:
-            states = self._encoder.states(batch)
+            states = self._encoder.states(batch, torch.from_numpy(step.types).to(self._device))
             return self._answers(step, states, starts)
         finally:
             context.batch = None
@@ -73,43 +65,24 @@ class EncoderExecutor:
 
     def _answers(self, step: EncoderInput, states: torch.Tensor, starts: np.ndarray) -> list[Answer]:
         heads = [
-            self._memory.heads.get(int(slot)) if way == "head" else None
+            self._heads.of(int(slot)) if way == "head" else None
             for slot, way in zip(step.slots, step.ways, strict=True)
         ]
-        plans = [None if head is None else self._plans[head.task] for head in heads]
         pooled = None
-        if any(plan is not None and plan.source == "pooler" for plan in plans):
+        if any(each is not None and each[1].source == "pooler" for each in heads):
             pooled = self._encoder.pooled(states[torch.from_numpy(starts[:-1]).to(self._device)])
         found: list[Answer] = []
-        for number, (way, head, plan) in enumerate(zip(step.ways, heads, plans, strict=True)):
+        for number, (way, read) in enumerate(zip(step.ways, heads, strict=True)):
             mine = states[starts[number] : starts[number + 1]]
             if way != "head":
                 found.append((_pooled(mine, way), None))
-            elif plan is None:
+            elif read is None:
                 found.append((None, None))
             else:
+                head, plan = read
                 rows = _read(plan, mine, None if pooled is None else pooled[number])
-                found.append((self._scores(int(step.slots[number]), plan, rows), head))
+                found.append((self._heads.scores(int(step.slots[number]), plan, rows), head))
         return found
-
-    def _scores(self, slot: int, plan: HeadPlan, rows: torch.Tensor) -> torch.Tensor:
-        """What a slot's head makes of one input's rows [n, hidden], in float32: [labels], or of each token [n, labels].
-
-        Each input by itself, so that its scores do not depend on its neighbours.
-        """
-        for stage in plan.stages:
-            site = self._sites[plan.site(stage)]
-            scale, shift = self._memory.output(slot, site) or (None, None)
-            if stage.kind == "norm":
-                rows = functional.layer_norm(rows, rows.shape[-1:], scale, shift, stage.eps)
-            else:
-                dense = self._memory.dense(slot, site)
-                assert dense is not None, "a head has a weight for each of its linears"
-                matrix, factors = dense
-                weight = matrix.float() if factors is None else matrix.float() * factors[:, None]
-                rows = functional.linear(rows, weight, shift)
-            rows = ACTIVATIONS[stage.activation](rows)
-        return rows if plan.source == "every" else rows[0]
 
     def _plan(self, row_slots: np.ndarray, mixes: SequenceOf[Parts]) -> LoraPlan | None:
         return plan_of(self._kernel, self._memory, row_slots, mixes)
@@ -122,6 +95,8 @@ def _read(plan: HeadPlan, states: torch.Tensor, pooled: torch.Tensor | None) -> 
             return states.float()
         case "first":
             return states[:1].float()
+        case "last":
+            return states[-1:].float()
         case "mean":
             return states.float().mean(dim=0, keepdim=True)
         case "pooler":

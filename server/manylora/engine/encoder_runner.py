@@ -9,8 +9,6 @@ from manylora.engine.encoder_executor import EncoderExecutor
 from manylora.engine.model_runner import Outcome, slots_of
 from manylora.engine.sequence import Scheduled
 from manylora.engine.step_input import EncoderInput
-from manylora.errors import InvalidRequest
-from manylora.identity import Mix
 
 __all__ = ["EncoderRunner"]
 
@@ -35,9 +33,7 @@ class EncoderRunner:
     def sample(self, scheduled: SequenceOf[Scheduled], found: Any) -> list[Outcome]:
         """One array for each item, or why there is none."""
         return [
-            Outcome(error=no_head(item.seq.mix))
-            if array is None
-            else Outcome(pooled=array, head=head, is_finite=bool(np.isfinite(array).all()))
+            Outcome.of_whole(item, array, head)
             for item, (array, head) in zip(scheduled, self._executor.arrays(found), strict=True)
         ]
 
@@ -51,15 +47,14 @@ def _input(scheduled: SequenceOf[Scheduled]) -> EncoderInput:
         lens=tuple(lens),
         slots=slots,
         ways=tuple("head" if item.seq.params.reads_head else item.seq.params.pooling or "mean" for item in scheduled),
+        types=np.concatenate([_types(item) for item in scheduled]),
         mixes=mixes,
     )
 
 
-def no_head(mix: Mix) -> InvalidRequest:
-    """What a caller is told who asks for the labels of what has none."""
-    if not mix.is_plain:
-        return InvalidRequest(f"{mix.label} is a mix, which has no labels of its own. Name one adapter.", param="model")
-    named = f"The adapter {mix.label} has" if mix.parts else "The base model has"
-    return InvalidRequest(
-        f"{named} no labels. Name an adapter that was trained as a classifier (SEQ_CLS or TOKEN_CLS).", param="model"
-    )
+def _types(item: Scheduled) -> np.ndarray:
+    """Of each token which text of a pair it is of."""
+    found = np.zeros(item.num_tokens, dtype=np.int64)
+    if item.seq.params.second_from:
+        found[item.seq.params.second_from :] = 1
+    return found

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from manylora.engine.heads import Answer, HeadReader
+from manylora.engine.interface import Head
 from manylora.engine.sampler import sample
 from manylora.engine.step_input import PrefixInput, Sampled, SamplingInput, StepInput
 from manylora.kernels.batch import Batch, Piece
@@ -50,18 +52,31 @@ class Executor(Protocol):
         """The hidden states float32 [P, hidden] of the rows for which the last `forward` was asked for them."""
         ...
 
+    def scores(self) -> list[tuple[np.ndarray | None, Head | None]]:
+        """Of each of the last step's `heads` the scores float32 [labels], and the head; None and None without one."""
+        ...
+
 
 class LocalExecutor:
     """An `Executor` in this process, on one device."""
 
-    def __init__(self, wrapped: WrappedModel, cache: KVCache, memory: DeviceMemory, kernel: LoraKernel) -> None:
+    def __init__(
+        self,
+        wrapped: WrappedModel,
+        cache: KVCache,
+        memory: DeviceMemory,
+        kernel: LoraKernel,
+        heads: HeadReader | None = None,
+    ) -> None:
         self._wrapped = wrapped
         self._vocab_size = wrapped.vocab_size
         self._cache = cache
         self._memory = memory
         self._kernel = kernel
+        self._heads = heads or HeadReader(memory, {}, {})
         self._device = memory.device
         self._hidden: torch.Tensor | None = None  # [T, hidden], of a step that was asked for some
+        self._scored: list[Answer] = []
 
     @property
     def block_size(self) -> int:
@@ -83,7 +98,7 @@ class LocalExecutor:
         if not step.token_ids.size:
             return torch.empty(0, self._vocab_size)
         batch = self._batch(step)
-        self._hidden = None
+        self._hidden, self._scored = None, []
         context = self._wrapped.context
         context.batch = batch
         self._memory.named = batch.lora.rows.all_slots if batch.lora is not None else ()
@@ -102,6 +117,7 @@ class LocalExecutor:
                 watch.remove()
         if self._hidden is not None:
             self._hidden = self._hidden[self._tensor(step.hidden_rows)]
+            self._scored = [self._score(slot, self._hidden[row : row + 1]) for row, slot in step.heads]
         logits: torch.Tensor = output.logits[0]
         return logits[:, : self._vocab_size] if logits.shape[1] > self._vocab_size else logits
 
@@ -175,6 +191,17 @@ class LocalExecutor:
         kept, self._hidden = self._hidden, None
         assert kept is not None, "the last step was asked for hidden states"
         return kept.float().cpu().numpy()
+
+    def _score(self, slot: int, rows: torch.Tensor) -> Answer:
+        found = self._heads.of(slot)
+        if found is None:
+            return None, None
+        head, plan = found
+        return self._heads.scores(slot, plan, rows), head
+
+    def scores(self) -> list[tuple[np.ndarray | None, Head | None]]:
+        scored, self._scored = self._scored, []
+        return [(None if found is None else found.cpu().numpy(), head) for found, head in scored]
 
     def _batch(self, step: StepInput) -> Batch:
         starts = step.query_starts.tolist()

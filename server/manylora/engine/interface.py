@@ -18,6 +18,7 @@ from manylora.chat.pieces import Reader
 from manylora.grammars.grammar import CompiledGrammar, Grammar, Whitespace
 from manylora.identity import PUBLIC_TENANT, AdapterRef, Mix, Tier
 from manylora.lora.format.spec import Adapter, Head
+from manylora.models.pairs import EncodedPair
 from manylora.sound.tokens import Sound, SpeechForm, SpeechInfo
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "CompiledGrammar",
     "Delta",
     "Effect",
+    "EncodedPair",
     "EngineClient",
     "EngineStats",
     "FinishReason",
@@ -93,8 +95,9 @@ class SamplingParams:
     False, and what the answer stopped at with `include_stop`. With `prompt_ranks` the prompt's log-probabilities have
     their ranks.
 
-    With `pooling` nothing is generated: the answer is one vector of hidden states. With `reads_head`, on encoders
-    alone, it is the scores of the adapter's labels. `speech` says how sound is written down.
+    With `pooling` nothing is generated: the answer is one vector of hidden states. With `reads_head` it is the scores
+    of the adapter's labels. Of a prompt of two texts the tokens from `second_from` on are of the second one; 0: of none
+    that the model tells apart. `speech` says how sound is written down.
     """
 
     max_tokens: int
@@ -124,6 +127,7 @@ class SamplingParams:
     pooling: Pooling | None = None
     reads_head: bool = False
     speech: SpeechForm | None = None
+    second_from: int = 0
 
     @property
     def task(self) -> Task:
@@ -225,7 +229,7 @@ class ModelInfo:
     """The base model as callers see it.
 
     `hidden_size`: numbers of an embedding, 0 where the model gives none; `dimensions`: to how many it may be cut;
-    `normalizes`: whether it gets length 1;
+    `normalizes`: whether it gets length 1; `has_heads`: whether adapters may have labels of their own;
     `num_virtual_tokens`: of a request's adapter, by which its context is shorter than the base's; `speech`: of one
     speech alone.
     """
@@ -244,6 +248,7 @@ class ModelInfo:
     dimensions: tuple[int, ...] = ()
     kind: ModelKind = "generate"
     normalizes: bool = True
+    has_heads: bool = False
     num_virtual_tokens: int = 0
     speech: SpeechInfo | None = None
 
@@ -327,6 +332,10 @@ class TextCodec(Protocol):
 
     def encode_many(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         """The ids of each text. Lets other threads run meanwhile."""
+        ...
+
+    def encode_pairs(self, pairs: Sequence[tuple[str, str]], *, add_special_tokens: bool = True) -> list[EncodedPair]:
+        """Each pair as one prompt, as the tokenizer joins two texts. Raises InvalidRequest for one that cannot."""
         ...
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...

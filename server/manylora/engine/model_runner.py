@@ -30,7 +30,8 @@ from manylora.engine.step_input import (
     StepInput,
 )
 from manylora.engine.token_rules import Bits
-from manylora.errors import ManyloraError
+from manylora.errors import InvalidRequest, ManyloraError
+from manylora.identity import Mix
 from manylora.kernels.rows import Parts, mix_number
 
 DRAWS_AHEAD = 64  # places of a sequence whose random numbers are made together
@@ -48,7 +49,7 @@ class Outcome:
     The first `num_accepted` tokens are the draft's, which have run already; behind them comes at least one that has
     not. `logprobs` has an entry for each token, or none. `prompt_logprobs`, `captured` (logits [rows, vocab], in
     pieces) and `hidden` (hidden states [rows, hidden], in pieces) are of the step's own part of a prompt. `pooled` is
-    the whole answer of an input that an encoder ran, with the `head` that gave it; `error`, why there is none.
+    the whole answer of an input of an encoder or for a head, with the `head` that gave it; `error`, why there is none.
     `is_finite`: False where what was computed holds NaN or infinity.
     """
 
@@ -71,6 +72,13 @@ class Outcome:
         self.hidden = (*self.hidden, *later.hidden)
         self.pooled, self.head, self.error = later.pooled, later.head, later.error
         self.is_finite &= later.is_finite
+
+    @classmethod
+    def of_whole(cls, item: Scheduled, array: np.ndarray | None, head: Head | None) -> "Outcome":
+        """What was asked of an input's states, once all of it has run; None of a head that is not there."""
+        if array is None:
+            return cls(error=_no_head(item.seq.mix))
+        return cls(pooled=array, head=head, is_finite=bool(np.isfinite(array).all()))
 
 
 class Runner(Protocol):
@@ -142,7 +150,7 @@ class ModelRunner:
                     ahead.append(item.draft[:place])
         outcomes = [Outcome() for _ in scheduled]
         if any(item.num_hidden for item in scheduled):
-            _take_hidden(scheduled, self._executor.hidden(), outcomes)
+            _take_hidden(scheduled, self._executor.hidden(), self._executor.scores(), outcomes)
         if not rows and not scored:
             return outcomes
         sampled = self._executor.sample(logits, self._sampling_input(seqs, ahead, rows, scored))
@@ -188,6 +196,7 @@ class ModelRunner:
         positions = first[owner] + np.arange(starts[-1]) - starts[owner]
         slots, mixes = slots_of(scheduled)
         return StepInput(
+            heads=_heads(scheduled, slots) if hidden_rows else (),
             token_ids=np.array(tokens),
             positions=positions,
             kv_slots=tables[owner, positions // size].astype(np.int64) * size + positions % size,
@@ -266,12 +275,39 @@ def _take_scored(item: Scheduled, rows: ScoredRows, outcome: Outcome) -> None:
         outcome.prompt_logprobs = [*start, *rows.entries]
 
 
-def _take_hidden(scheduled: SequenceOf[Scheduled], hidden: np.ndarray, outcomes: SequenceOf[Outcome]) -> None:
-    at = 0
-    for item, outcome in zip(scheduled, outcomes, strict=True):
-        if item.num_hidden:
-            outcome.hidden = [hidden[at : at + item.num_hidden]]
-            at += item.num_hidden
+def _heads(scheduled: SequenceOf[Scheduled], slots: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """Which of the step's hidden rows a head reads: the row's place, and the adapter's slot."""
+    at, found = 0, []
+    for item, slot in zip(scheduled, slots.tolist(), strict=True):
+        at += item.num_hidden
+        if item.num_hidden and item.seq.params.reads_head:
+            found.append((at - 1, slot))
+    return tuple(found)
+
+
+def _take_hidden(
+    scheduled: SequenceOf[Scheduled],
+    hidden: np.ndarray,
+    scores: SequenceOf[tuple[np.ndarray | None, Head | None]],
+    outcomes: list[Outcome],
+) -> None:
+    at, scored = 0, iter(scores)
+    for number, item in enumerate(scheduled):
+        if not item.num_hidden:
+            continue
+        if item.seq.params.reads_head:
+            outcomes[number] = Outcome.of_whole(item, *next(scored))
+        else:
+            outcomes[number].hidden = [hidden[at : at + item.num_hidden]]
+        at += item.num_hidden
+
+
+def _no_head(mix: Mix) -> InvalidRequest:
+    """What a caller is told who asks for the labels of what has none."""
+    if not mix.is_plain:
+        return InvalidRequest(f"{mix.label} is a mix, which has no labels of its own. Name one adapter.", param="model")
+    named = f"The adapter {mix.label} has" if mix.parts else "The base model has"
+    return InvalidRequest(f"{named} no labels. Name an adapter that was trained as a classifier.", param="model")
 
 
 # the next tokens

@@ -4,10 +4,11 @@ import time
 from collections.abc import Callable
 
 from manylora.engine.block_manager import BlockManager
-from manylora.engine.build import Builder, FaultMetrics
+from manylora.engine.build import Builder, FaultMetrics, with_heads
 from manylora.engine.encoder_executor import EncoderExecutor
 from manylora.engine.encoder_runner import EncoderRunner
 from manylora.engine.engine import Engine
+from manylora.engine.heads import HeadReader
 from manylora.engine.interface import AdapterSource, ModelInfo
 from manylora.engine.scheduler import Scheduler
 from manylora.errors import InvalidSettings
@@ -50,8 +51,7 @@ class PoolBuilder(Builder):
         """Lay out memory and put the parts together. Raises StartupError."""
         settings, wrapped = self.settings, self.encoder.wrapped
         plans = self._modules.heads
-        layers = [site for plan in plans.values() for site in plan.sites]
-        sites = wrapped.sites | {site: len(wrapped.sites) + number for number, site in enumerate(layers)}
+        sites = with_heads(wrapped.sites, plans)
         memory = self._memory(len(sites))
         packer = self._packer(sites, wrapped.served)
         tiers = self._tiers(memory, self._reader(source), packer, metrics, occupancy)
@@ -65,7 +65,7 @@ class PoolBuilder(Builder):
         )
         engine = Engine(
             scheduler,
-            EncoderRunner(EncoderExecutor(self.encoder, memory, self.backend.lora, plans, sites)),
+            EncoderRunner(EncoderExecutor(self.encoder, memory, self.backend.lora, HeadReader(memory, plans, sites))),
             decode=self.base.codec.decode,
             eos_ids=frozenset(),
             max_model_len=self.context_length,
@@ -108,4 +108,5 @@ class PoolBuilder(Builder):
             dimensions=self._dimensions(self.encoder.hidden_size, self.base.model.config),
             kind="pool",
             normalizes=sentence.normalizes,
+            has_heads=True,
         )

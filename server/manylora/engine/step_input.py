@@ -61,7 +61,8 @@ class StepInput:
     `logit_rows` int64 [L]: the tokens whose logits are wanted; `hidden_rows`
     int64 [P]: those whose hidden states are, as the head of the model would get them. `prefixes`: virtual
     tokens that have to be in the cache before the step. `states`: one for each sequence where layers keep a state of
-    it, else none. Of a model of speech, `sounds` are heard before the step, and `heard` [S] has the slot of what
+    it, else none. `heads`: of hidden rows that are an adapter's head's to read, the place among `hidden_rows` and the
+    slot. Of a model of speech, `sounds` are heard before the step, and `heard` [S] has the slot of what
     each sequence looks at; -1: a sequence that is nobody's.
     """
 
@@ -79,6 +80,7 @@ class StepInput:
     states: tuple[StateInput, ...] = ()
     sounds: tuple[SoundInput, ...] = ()
     heard: tuple[int, ...] = ()
+    heads: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def of(cls, prefixes: tuple[PrefixInput, ...]) -> Self:
@@ -95,12 +97,14 @@ class EncoderInput:
 
     `token_ids` int64 [T]; of each input its number of tokens (`lens`), its adapter's slot (`slots` int32, as
     `StepInput` has them) and what becomes of its states (`ways`): one vector, or the scores of its adapter's head.
+    `types` int64 [T]: 1 for a token of the second text of a pair, else 0.
     """
 
     token_ids: np.ndarray
     lens: tuple[int, ...]
     slots: np.ndarray
     ways: tuple[Pooling | Literal["head"], ...]
+    types: np.ndarray
     mixes: tuple[Parts, ...] = ()
 
 

@@ -10,7 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from manylora.chat.calls import new_call_id
 from manylora.chat.format import NO_OVERRIDES, PLAIN_CHAT, ChatFormat, ChatOptions, FormatOverrides
+from manylora.errors import InvalidRequest
 from manylora.models.chat_template import ChatTemplate
+from manylora.models.pairs import EncodedPair
 from manylora.models.response_reader import ResponseReader
 from manylora.models.text_length import TextLength, byte_of_character
 
@@ -31,6 +33,8 @@ class _Backend(Protocol):
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
     def encode_many(self, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]: ...
+
+    def encode_pairs(self, pairs: list[tuple[str, str]], *, add_special_tokens: bool) -> list[EncodedPair]: ...
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str: ...
 
@@ -95,6 +99,10 @@ class HuggingFaceCodec:
     def encode_many(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         """The ids of each text, made without holding the interpreter's lock where the tokenizer is a compiled one."""
         return self._backend.encode_many(list(texts), add_special_tokens=add_special_tokens)
+
+    def encode_pairs(self, pairs: Sequence[tuple[str, str]], *, add_special_tokens: bool = True) -> list[EncodedPair]:
+        """Each pair as one prompt, as the tokenizer joins two texts. Raises InvalidRequest for one that cannot."""
+        return self._backend.encode_pairs(list(pairs), add_special_tokens=add_special_tokens)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
@@ -194,6 +202,10 @@ class _FastBackend:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
 
+    def encode_pairs(self, pairs: list[tuple[str, str]], *, add_special_tokens: bool) -> list[EncodedPair]:
+        encodings = self._tokenizer.encode_batch(pairs, add_special_tokens=add_special_tokens)
+        return [_pair(each.ids, each.type_ids, each.sequence_ids, each.offsets) for each in encodings]
+
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
         if len(token_ids) > _SHORT_TOKENS:
             texts: list[str] = self._tokenizer.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)
@@ -216,6 +228,9 @@ class _PlainBackend:
     def encode_many(self, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
         return [self.encode(text, add_special_tokens=add_special_tokens) for text in texts]
 
+    def encode_pairs(self, pairs: list[tuple[str, str]], *, add_special_tokens: bool) -> list[EncodedPair]:
+        raise InvalidRequest("This base's tokenizer is written in Python, and pairs of texts need a compiled one.")
+
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
         with self._lock:
             return str(
@@ -223,6 +238,13 @@ class _PlainBackend:
                     token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
                 )
             )
+
+
+def _pair(ids: list[int], types: list[int], owners: list[int | None], offsets: list[tuple[int, int]]) -> EncodedPair:
+    places = [place for place, owner in enumerate(owners) if owner == 1]
+    second = range(places[0], places[-1] + 1) if places else range(len(ids), len(ids))
+    second_from = types.index(1) if 1 in types else 0
+    return EncodedPair(tuple(ids), second_from, second, tuple(offsets[place] for place in second))
 
 
 def _byte_level(token: str) -> bytes:

@@ -40,13 +40,14 @@ class EncoderModel:
     """A wrapped encoder.
 
     `pooler`, where the model has one, makes of first tokens' states [L, 1, hidden] vectors [L, hidden]; it runs on a
-    step's logit rows. `position_offset` is the number of a sequence's first position.
+    step's logit rows. `position_offset` is the number of a sequence's first position; `num_types`, how many token types
+    the model tells apart, 0 where it is not told any.
     """
 
     wrapped: WrappedModel
     pooler: nn.Module | None
     position_offset: int
-    takes_types: bool
+    num_types: int
 
     @property
     def modules(self) -> dict[str, ModuleSpec]:
@@ -62,12 +63,16 @@ class EncoderModel:
     def hidden_size(self) -> int:
         return int(self.wrapped.model.get_input_embeddings().weight.shape[1])
 
-    def states(self, batch: Batch) -> torch.Tensor:
-        """Every token's hidden state, [T, hidden]. The batch stays the current one for what runs on its rows."""
+    def states(self, batch: Batch, types: torch.Tensor | None = None) -> torch.Tensor:
+        """Every token's hidden state, [T, hidden]. The batch stays the current one for what runs on its rows.
+
+        `types` [T]: of each token its type, 0 for all where there are none.
+        """
         self.wrapped.context.batch = batch
         given: dict[str, Any] = {"position_ids": (batch.positions + self.position_offset)[None]}
-        if self.takes_types:
-            given["token_type_ids"] = torch.zeros_like(batch.token_ids)[None]
+        if self.num_types:
+            known = torch.zeros_like(batch.token_ids) if types is None else types.clamp(max=self.num_types - 1)
+            given["token_type_ids"] = known[None]
         states: torch.Tensor = self.wrapped.model(input_ids=batch.token_ids[None], **given).last_hidden_state[0]
         return states
 
@@ -94,7 +99,8 @@ def wrap_encoder(model: PreTrainedModel, backend: Backend, *, context_length: in
         name = f"manylora-encoder-{next(_numbers)}"
         attention.register(name, both_ways(wrapped.context))
         model.set_attn_implementation(name)
-        encoder = EncoderModel(wrapped, pooler, own.position_offset, own.takes_types)
+        num_types = int(getattr(model.config, "type_vocab_size", 1)) if own.takes_types else 0
+        encoder = EncoderModel(wrapped, pooler, own.position_offset, num_types)
     with refusing(model, "it was checked"):
         own.check(encoder)
     return encoder

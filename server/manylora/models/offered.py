@@ -5,10 +5,12 @@ from collections.abc import Mapping
 import torch
 
 from manylora.errors import ModelUnusable
+from manylora.lora.format.encoders import HeadedModules
 from manylora.lora.format.spec import ModuleSpec
 from manylora.models import checkpoint
 from manylora.models.encoder_loading import is_encoder, offered_modules
 from manylora.models.experts import adaptable_experts
+from manylora.models.heads import decoder_heads
 from manylora.models.loading import resolve_model
 from manylora.models.modules import adaptable_modules, adaptable_norms, stated_shapes, with_past
 from manylora.models.speech_loading import is_speech, offered_speech_modules
@@ -33,4 +35,5 @@ def modules_of(model: str | None) -> Mapping[str, ModuleSpec]:
     modules = with_past(adaptable_modules(base), stated_shapes(config))
     modules |= adaptable_experts(base) | adaptable_norms(base)
     aside = tuple(f"{path}." for path in beside_text(base)) if checkpoint.has_more_than_text(config) else ()
-    return {path: spec for path, spec in modules.items() if not path.startswith(aside)}
+    kept = {path: spec for path, spec in modules.items() if not path.startswith(aside)}
+    return HeadedModules(kept, decoder_heads(base, folder))

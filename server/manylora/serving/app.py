@@ -6,7 +6,21 @@ from fastapi import APIRouter, Depends, FastAPI
 from starlette.types import Scope
 
 from manylora import __version__
-from manylora.api import anthropic, audio, classify, embeddings, ollama, openai, ops, responses, sagemaker, tgi, tokens
+from manylora.api import (
+    anthropic,
+    audio,
+    classify,
+    embeddings,
+    ollama,
+    openai,
+    ops,
+    questions,
+    rerank,
+    responses,
+    sagemaker,
+    tgi,
+    tokens,
+)
 from manylora.api.docs import install_docs
 from manylora.api.errors import install_error_handlers
 from manylora.api.middleware import (
@@ -39,6 +53,10 @@ __all__ = ["create_app"]
 # Bodies that are written to disk as they come, each with the setting that bounds it.
 _UPLOADS = {("POST", "/v1/adapters"): "max_adapter_size", ("POST", "/v1/files"): "max_file_size"}
 _MULTIPART_OVERHEAD = 2**20  # form fields, part headers and the adapter's configuration
+_INFERENCE = (
+    *(openai, responses, anthropic, embeddings, classify, rerank, questions, audio),
+    *(tokens, tgi, ollama, sagemaker),
+)
 
 
 def create_app(
@@ -90,8 +108,7 @@ def create_app(
         departure=departure or Departure(),
         following=following,
     )
-    inference = (openai, responses, anthropic, embeddings, classify, audio, tokens, tgi, ollama, sagemaker)
-    routers = (ops.router, *(each.router for each in inference), *extra_routers)
+    routers = (ops.router, *(each.router for each in _INFERENCE), *extra_routers)
     for router in routers:
         app.include_router(router)
     install_docs(app, routers)

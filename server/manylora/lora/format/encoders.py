@@ -1,4 +1,4 @@
-"""What an encoder, or a model of speech, offers to adapters beside its modules.
+"""What a base offers to adapters beside its modules: heads of tasks, and of some bases another naming.
 
 An adapter may have been trained on the bare encoder or on the encoder inside a model with a head, which puts a name
 before every path: `bert.encoder.layer.0…` for `encoder.layer.0…`. Its tensors say which, and what its config names is
@@ -13,24 +13,28 @@ from manylora.lora.format.heads import HeadPlan
 from manylora.lora.format.spec import AdaptedModule, BaseWeights, ModuleSpec
 from manylora.lora.format.tensors import TensorView
 
-__all__ = ["EncoderModules", "Naming", "SpeechModules", "naming_of", "plan_of", "tasks_of"]
+__all__ = ["EncoderModules", "HeadedModules", "Naming", "SpeechModules", "naming_of", "plan_of", "tasks_of"]
 
 _PREFIX: Final = "base_model.model."
 _POOLER: Final = "pooler."
 
 
-class EncoderModules(dict[str, ModuleSpec]):
-    """An encoder's modules by path.
+class HeadedModules(dict[str, ModuleSpec]):
+    """A base's modules by path. `heads`: how the heads of tasks compute over it."""
 
-    `prefix`: the name that it has inside a model with a head, such as "bert". `heads`: how the heads of tasks compute.
-    """
+    def __init__(self, modules: Mapping[str, ModuleSpec], heads: Mapping[str, HeadPlan] | None = None) -> None:
+        super().__init__(modules)
+        self.heads = heads or {}
+
+
+class EncoderModules(HeadedModules):
+    """An encoder's modules by path. `prefix`: the name that it has inside a model with a head, such as "bert"."""
 
     def __init__(
         self, modules: Mapping[str, ModuleSpec], prefix: str, heads: Mapping[str, HeadPlan] | None = None
     ) -> None:
-        super().__init__(modules)
+        super().__init__(modules, heads)
         self.prefix = prefix
-        self.heads = heads or {}
 
 
 class SpeechModules(dict[str, ModuleSpec]):
@@ -75,15 +79,16 @@ class _Renamed:
 
 def tasks_of(modules: Mapping[str, ModuleSpec]) -> frozenset[str]:
     """What adapters for a base with these modules may have been trained for, in PEFT's words."""
-    if isinstance(modules, EncoderModules):
-        return frozenset({"FEATURE_EXTRACTION", *modules.heads})
-    return frozenset({"SEQ_2_SEQ_LM" if isinstance(modules, SpeechModules) else "CAUSAL_LM"})
+    if isinstance(modules, SpeechModules):
+        return frozenset({"SEQ_2_SEQ_LM"})
+    heads = modules.heads if isinstance(modules, HeadedModules) else ()
+    return frozenset({"FEATURE_EXTRACTION" if isinstance(modules, EncoderModules) else "CAUSAL_LM", *heads})
 
 
 def plan_of(config: Mapping[str, Any], modules: Mapping[str, ModuleSpec]) -> HeadPlan | None:
     """How the head computes that an adapter with this config has; None for one without."""
     task = config.get("task_type")
-    return modules.heads.get(task) if isinstance(modules, EncoderModules) and isinstance(task, str) else None
+    return modules.heads.get(task) if isinstance(modules, HeadedModules) and isinstance(task, str) else None
 
 
 def naming_of(modules: Mapping[str, ModuleSpec], tensors: Iterable[str]) -> Naming:

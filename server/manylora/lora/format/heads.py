@@ -14,11 +14,17 @@ from manylora.lora.format.problems import Problems, shown
 from manylora.lora.format.spec import AdaptedModule, Dense, Head, Output, ProblemType, Term
 from manylora.lora.format.tensors import TensorView
 
-__all__ = ["Activation", "HeadPart", "HeadPlan", "HeadStage", "Source", "read_head"]
+__all__ = ["EACH_TOKEN", "QUESTION_LABELS", "Activation", "HeadPart", "HeadPlan", "HeadStage", "Source", "read_head"]
 
 Activation: TypeAlias = Literal["none", "tanh", "relu", "gelu"]
-Source: TypeAlias = Literal["pooler", "first", "mean", "every"]
-"""What a head reads: what the pooler makes of the first token's state, that state, the mean of all, or each alone."""
+Source: TypeAlias = Literal["pooler", "first", "last", "mean", "every"]
+"""What a head reads: what the pooler makes of the first token's state, that state, the last token's, the mean of all,
+or each alone."""
+
+EACH_TOKEN: Final = frozenset({"TOKEN_CLS", "QUESTION_ANS"})
+"""Tasks whose heads have scores for each token of a text."""
+QUESTION_LABELS: Final = ("start", "end")
+"""What each token's scores of QUESTION_ANS say: that an answer begins there, or ends."""
 
 MAX_LABELS: Final = 4096
 MAX_LABEL_LENGTH: Final = 200
@@ -98,7 +104,10 @@ def read_head(
     kept = [name for name in names if name not in own] if isinstance(names, list) else names
     without = {name: value for name, value in config.items() if name not in ("id2label", "label2id", "problem_type")}
     without["modules_to_save"] = kept or None
-    labels = _labels(config.get("id2label"), reader.num_labels, problems, warnings)
+    if plan.task == "QUESTION_ANS":
+        labels = reader.question_labels()
+    else:
+        labels = _labels(config.get("id2label"), reader.num_labels, problems, warnings)
     head = None if labels is None else Head(plan.task, labels, _problem(config, problems))
     return HeadPart(without, rest, modules, head)
 
@@ -130,6 +139,14 @@ class _Reader:
                 kind: Literal["linear", "norm"] = stage.kind
                 found.append(AdaptedModule(self._plan.site(stage), kind, terms))
         return tuple(found)
+
+    def question_labels(self) -> tuple[str, ...] | None:
+        """Two scores for each token and no others; None, with the reason among the problems."""
+        if self.num_labels in (None, len(QUESTION_LABELS)):
+            return QUESTION_LABELS
+        name = f"{_PREFIX}{self._plan.stages[-1].path}.weight"
+        self._add("head_shape", name, f"A head of QUESTION_ANS has two outputs, start and end, not {self.num_labels}.")
+        return None
 
     def _terms(self, stage: HeadStage) -> tuple[Term, ...]:
         weight, bias = self._own(stage, "weight"), self._own(stage, "bias")

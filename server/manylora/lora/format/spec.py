@@ -262,7 +262,7 @@ ProblemType = Literal["single", "multi", "regression"]
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What an adapter's head says: one score for each of `labels`, of a text (SEQ_CLS) or of each token (TOKEN_CLS).
+    """What an adapter's head says: one score for each of `labels`, of a text (SEQ_CLS) or of each token.
 
     `problem`: one of the labels holds, any number of them do, or the scores are numbers in themselves.
     """
