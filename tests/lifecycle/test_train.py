@@ -456,7 +456,7 @@ def test_a_checkpoint_of_before_there_were_other_kinds_is_gone_on_from(config: T
     for part, names in {"lora": ("dora", "init", "trained_tokens"), "schedule": ("lr_ratio",)}.items():
         for name in names:
             del values[part][name]
-    for name in ("reading", "tool_prompt", "method", "beta", "start"):
+    for name in ("reading", "tool_prompt", "method", "beta", "start", "task", "test_data"):
         del values[name]
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
     for path in (config.data, config.eval_data):

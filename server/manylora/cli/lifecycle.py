@@ -42,6 +42,7 @@ _TRAINING = Flags(
     TrainConfig,
     spelled={
         "eval_data": Spelling("--eval"),
+        "test_data": Spelling("--test"),
         "base": Spelling("--model"),
         "reading.columns": Spelling("--map", is_repeated=True),
     },
@@ -60,8 +61,9 @@ _CHOOSING = Flags(
     without=frozenset(
         f"training.{name}"
         for name in (
-            "eval_data", "start", "method", "beta", "lora.rank", "lora.targets", "schedule.max_grad_norm",
-            "schedule.early_stop", "schedule.eval_every", "schedule.checkpoint_every", "title", "command",
+            "eval_data", "test_data", "task", "start", "method", "beta", "lora.rank", "lora.targets",
+            "schedule.max_grad_norm", "schedule.early_stop", "schedule.eval_every",
+            "schedule.checkpoint_every", "title", "command",
         )
     ),
 )  # fmt: skip

@@ -38,7 +38,11 @@ class Card:
         ]
         if report["best_eval_loss"] is not None:
             unit = "a pair of answers" if report["settings"].get("method") == "dpo" else "nats per answer token"
+            unit = "nats per label" if report.get("scores") else unit
             facts.append(("Held-out loss", f"{report['best_eval_loss']:.4f} {unit}"))
+        if scores := report.get("scores"):
+            facts.append(("Held-out accuracy", f"{scores['accuracy']:.3f} of {scores['num_examples']}"))
+            facts.append(("Held-out F1, mean of labels", f"{scores['macro_f1']:.3f}"))
         made = ((MADE, f"```\n{command}\n```"),) if command else ()
         return Card(title, tuple(facts), made)
 

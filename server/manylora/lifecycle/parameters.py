@@ -11,13 +11,14 @@ from typing import Final, Literal
 
 from manylora.errors import InvalidRequest
 
-__all__ = ["DeviceName", "DtypeName", "Init", "InvalidParameter", "Method", "Render", "renamed"]
+__all__ = ["DeviceName", "DtypeName", "Init", "InvalidParameter", "Method", "Render", "TrainTask", "renamed"]
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
 Init = Literal["zero", "pissa"]
 Method = Literal["supervised", "dpo"]
 Render = Literal["auto", "chat", "plain"]
+TrainTask = Literal["generate", "classify"]
 
 _NAMED: Final = re.compile(r"`([a-z][a-z_]*)`")
 

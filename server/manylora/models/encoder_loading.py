@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from manylora.models.codec import HuggingFaceCodec
     from manylora.settings import Settings
 
-__all__ = ["LoadedEncoder", "is_encoder", "load_encoder", "offered_modules"]
+__all__ = ["LoadedEncoder", "is_encoder", "load_encoder", "offered_modules", "unreported"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ def _load(folder: Path, config: "PretrainedConfig", dtype: Any) -> "PreTrainedMo
     import transformers
 
     checkpoint.refuse_coded(folder, checkpoint.stored_tensors(folder))
-    with _unreported():
+    with unreported():
         model, info = checkpoint.from_folder(transformers.AutoModel, folder, config, dtype)
     missing = sorted(str(name) for name in info["missing_keys"])
     if missing and all(name.startswith("pooler.") for name in missing):
@@ -130,7 +130,7 @@ def _load(folder: Path, config: "PretrainedConfig", dtype: Any) -> "PreTrainedMo
 
 
 @contextmanager
-def _unreported() -> Iterator[None]:
+def unreported() -> Iterator[None]:
     """Without transformers' table of tensors that are missing or left over: what matters of it is said here."""
     logger = logging.getLogger("transformers.modeling_utils")
     before = logger.level

@@ -10,7 +10,7 @@ from manylora.lifecycle.data.data import Dataset, Example, Reading, Shape, read_
 from manylora.lifecycle.data.look import label_counts, remarks
 from manylora.lifecycle.data.report import of_examples
 from manylora.lifecycle.output import refuse_existing
-from manylora.lifecycle.parameters import DeviceName, DtypeName, Init, InvalidParameter, Method, Render
+from manylora.lifecycle.parameters import DeviceName, DtypeName, Init, InvalidParameter, Method, Render, TrainTask
 from manylora.lifecycle.progress import Listener, Progress
 
 
@@ -75,6 +75,8 @@ class TrainConfig:
     threads: Annotated[int | None, "CPU threads"] = None
     title: Annotated[str, "Title of the card"] = ""
     command: str = ""
+    task: Annotated[TrainTask, "generate: answers; classify: a head of the labels, on encoders too"] = "generate"
+    test_data: Annotated[Path | None, "Rows that a classifier is scored on once, when it is done"] = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +151,20 @@ def check(config: TrainConfig, *, overwrite: bool, listen: Listener) -> tuple[Da
         raise InvalidParameter("`early_stop` watches the evaluation loss: give `eval_data` too.")
     if config.sample < 0 or (config.sample and config.eval_data is None):
         raise InvalidParameter("`sample` is a number of rows of `eval_data`: give that too, and at least 0.")
+    _check_task(config)
     return checked_data(config, listen)
+
+
+def _check_task(config: TrainConfig) -> None:
+    """Raises InvalidParameter for what the task has no place for: a head reads the bare text."""
+    if config.task != "classify":
+        if config.test_data is not None:
+            raise InvalidParameter("`test_data` is scored by `task` classify. `manylora evaluate` scores what writes.")
+        return
+    plain = TrainConfig(config.data, config.out)
+    for name in ("render", "instruction", "tool_prompt", "sample", "method", "start"):
+        if getattr(config, name) != getattr(plain, name):
+            raise InvalidParameter(f"`{name}` has no place in `task` classify, whose head reads the bare text.")
 
 
 def checked_data(config: TrainConfig, listen: Listener) -> tuple[Dataset, Dataset | None]:
@@ -162,24 +177,33 @@ def checked_data(config: TrainConfig, listen: Listener) -> tuple[Dataset, Datase
         listen(Progress("labels", message=f"`data`: {counts}"))
     for remark in remarks(train_set):
         listen(Progress("warning", message=f"`data`: {remark}"))
+    if config.task == "classify" and train_set.shape != "label":
+        raise InvalidParameter(f"`task` classify takes rows of text and label, and `data` has {train_set.shape} rows.")
     _tell_report("data", train_set, (), listen)
+    if config.test_data is not None:
+        _check_held_out("test_data", read_dataset(config.test_data, reading=config.reading), train_set, listen)
     if held_out is None:
         return train_set, None
-    _tell_report("eval_data", held_out, train_set.examples, listen)
+    _check_held_out("eval_data", held_out, train_set, listen)
+    return train_set, held_out
+
+
+def _check_held_out(name: str, held_out: Dataset, train_set: Dataset, listen: Listener) -> None:
+    """Raises InvalidParameter for rows of another shape, or with labels that are not learnt."""
+    _tell_report(name, held_out, train_set.examples, listen)
     if held_out.shape != train_set.shape:
-        raise InvalidParameter(f"`eval_data` has {held_out.shape} rows, `data` has {train_set.shape} rows.")
+        raise InvalidParameter(f"`{name}` has {held_out.shape} rows, `data` has {train_set.shape} rows.")
     unseen = set(held_out.labels) - set(train_set.labels)
     if unseen:
-        raise InvalidParameter(f"`eval_data` has labels that `data` lacks: {', '.join(sorted(unseen))}.")
+        raise InvalidParameter(f"`{name}` has labels that `data` lacks: {', '.join(sorted(unseen))}.")
     known = {example.messages for example in train_set.examples}
     shared = [example.row for example in held_out.examples if example.messages in known]
     if shared:
         message = (
-            f"{len(shared)} of {len(held_out)} rows of `eval_data` are in `data` too (the first is row {shared[0]}): "
+            f"{len(shared)} of {len(held_out)} rows of `{name}` are in `data` too (the first is row {shared[0]}): "
             "they say nothing about new data."
         )
         listen(Progress("warning", message=message))
-    return train_set, held_out
 
 
 def _tell_report(name: str, dataset: Dataset, learnt: Sequence[Example], listen: Listener) -> None:

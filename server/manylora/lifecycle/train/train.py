@@ -15,7 +15,7 @@ from manylora.lifecycle.adapter_files import plain_config, write_adapter
 from manylora.lifecycle.base import Base, load_base, load_tokenizer, memory_faults, quiet_peft
 from manylora.lifecycle.card import Card, write_card
 from manylora.lifecycle.data.batches import check_known, epoch_order, padding_share
-from manylora.lifecycle.data.data import Dataset
+from manylora.lifecycle.data.data import Dataset, read_dataset
 from manylora.lifecycle.data.encoding import Encoded, Encoder, length_statistics, tell_lengths
 from manylora.lifecycle.data.look import Seen, seen
 from manylora.lifecycle.evaluate.contenders import generate
@@ -24,6 +24,7 @@ from manylora.lifecycle.output import atomic_file, checkpoint_path, report_folde
 from manylora.lifecycle.parameters import InvalidParameter
 from manylora.lifecycle.plots import loss_curve
 from manylora.lifecycle.progress import Listener, Progress, ignore
+from manylora.lifecycle.train import labels
 from manylora.lifecycle.train.checkpoint import discard_checkpoint, load_checkpoint, save_checkpoint
 from manylora.lifecycle.train.config import LoraShape, Schedule, TrainConfig, check, check_checkpoint, checked_data
 from manylora.lifecycle.train.memory import check_memory
@@ -36,9 +37,9 @@ __all__ = ["LoraShape", "TrainConfig", "TrainResult", "add_lora", "encode", "pre
 REPORT = "train.json"
 CURVE = "loss.png"
 _LATER: Final = {"lora": ("dora", "init", "trained_tokens"), "schedule": ("lr_ratio",)}
-_LATER_WHOLE: Final = ("reading", "tool_prompt", "method", "beta", "start")
-# What is not small beside the base's own numbers, and so would carry the rounding to 16 bits into them.
-_WHOLE: Final = ("lora_magnitude_vector", "trainable_tokens_delta")
+_LATER_WHOLE: Final = ("reading", "tool_prompt", "method", "beta", "start", "task", "test_data")
+# What is small beside the base's own numbers, so that rounding it to 16 bits does not show in them.
+_SMALL: Final = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 MEMORY_ADVICE = "Lower `batch_size` (and raise `accumulate` as much, for the same result), or `max_length`."
 
 
@@ -72,10 +73,8 @@ def train(
     data = encode(config, train_set, held_out, listen)
     if config.threads:
         torch.set_num_threads(config.threads)
-    base = load_base(
-        config.base, name=config.base_name, device=config.device, dtype=config.dtype, max_length=config.max_length
-    )
-    check_known([*data.train, *data.held_out], base.num_embeddings)
+    base = _base(config, train_set)
+    check_known([*data.train, *data.held_out, *data.test], base.num_embeddings)
     trainer = prepare(config, base, data)
     num_parameters = sum(p.numel() for p in trainer.parameters.values())
     check_memory(base, data.train, config.schedule, num_parameters, MEMORY_ADVICE, listen)
@@ -98,12 +97,33 @@ def train(
     report = _report(config, base, trainer, data, train_set) | {"samples": samples.taken}
     if not finished:
         return TrainResult(False, config.out, report)
+    report |= _scores(base, trainer, data, listen)
     _write(config, base, trainer, report)
     discard_checkpoint(checkpoint)
     with decoration("The loss curve", listen), atomic_file(report_folder(config.out) / CURVE) as draft:
         of = {"of": "pair of answers"} if config.method == "dpo" else {}
+        of |= {"of": "label (nats)"} if config.task == "classify" else {}
         loss_curve(draft, report["train_loss"], report["eval_loss"], report["best_step"], **of)
     return TrainResult(True, config.out, report)
+
+
+def _base(config: TrainConfig, train_set: Dataset) -> Base:
+    if config.task == "classify":
+        return labels.load_classifier(config, train_set.labels)
+    return load_base(
+        config.base, name=config.base_name, device=config.device, dtype=config.dtype, max_length=config.max_length
+    )
+
+
+def _scores(base: Base, trainer: Trainer, data: "TrainData", listen: Listener) -> dict[str, Any]:
+    """For the report, how a classifier does on rows that it has not learnt from; empty where there are none."""
+    scored = data.test or data.held_out
+    if not isinstance(base, labels.ClassifierBase) or not scored:
+        return {}
+    found = labels.scores(trainer.model, base, scored)
+    told = f"accuracy {found['accuracy']:.3f}, macro_f1 {found['macro_f1']:.3f}"
+    listen(Progress("scores", message=f"`{'test_data' if data.test else 'eval_data'}`: {told}"))
+    return {"scores": found}
 
 
 @dataclass(slots=True)
@@ -122,6 +142,7 @@ class Samples:
         if not examples:
             return
         self.trainer.model.eval()
+        assert self.data.encoder is not None, "samples are of what writes"
         longest = max(one.num_answer_tokens for one in examples) + 1
         answers = generate(self.trainer.model, self.base, self.data.encoder, examples, longest, lambda _: None)
         step = self.trainer.history.step
@@ -147,13 +168,17 @@ def preview(config: TrainConfig, count: int, listen: Listener = ignore) -> list[
 
 @dataclass(frozen=True, slots=True)
 class TrainData:
-    """The examples as tokens, and what is to be said of their lengths. `padding` is its share of all positions."""
+    """The examples as tokens, and what is to be said of their lengths. `padding` is its share of all positions.
+
+    `encoder` made them; None for a classifier, whose texts are no prompts.
+    """
 
     train: list[Encoded]
     held_out: list[Encoded]
     lengths: dict[str, Any]
     padding: float
-    encoder: Encoder
+    encoder: Encoder | None
+    test: list[Encoded] = field(default_factory=list)
 
 
 def encode(config: TrainConfig, train_set: Dataset, held_out: Dataset | None, listen: Listener) -> TrainData:
@@ -161,10 +186,17 @@ def encode(config: TrainConfig, train_set: Dataset, held_out: Dataset | None, li
 
     Raises InvalidRequest naming the rows that the model cannot hold.
     """
-    tokenizer, context_length = load_tokenizer(config.base)
-    encoder = encoder_of(config, tokenizer)
-    train = encoder.encode(train_set, context_length=context_length)
-    evaluation = encoder.encode(held_out, context_length=context_length) if held_out else []
+    encoder, test = None, list[Encoded]()
+    if config.task == "classify":
+        texts = labels.TextEncoder(config.base, max_length=config.max_length)
+        train, evaluation = texts.encode(train_set), texts.encode(held_out) if held_out else []
+        if config.test_data is not None:
+            test = texts.encode(read_dataset(config.test_data, reading=config.reading))
+    else:
+        tokenizer, context_length = load_tokenizer(config.base)
+        encoder = encoder_of(config, tokenizer)
+        train = encoder.encode(train_set, context_length=context_length)
+        evaluation = encoder.encode(held_out, context_length=context_length) if held_out else []
     lengths = [len(e) for e in train]
     batches = epoch_order(lengths, config.schedule.batch_size, seed=config.schedule.seed, epoch=0)
     padding = padding_share(lengths, batches)
@@ -174,7 +206,7 @@ def encode(config: TrainConfig, train_set: Dataset, held_out: Dataset | None, li
     told = {"train": asdict(length_statistics(train)), "eval": None}
     if evaluation:
         told["eval"] = asdict(length_statistics(evaluation))
-    return TrainData(train, evaluation, told, padding, encoder)
+    return TrainData(train, evaluation, told, padding, encoder, test)
 
 
 def encoder_of(config: TrainConfig, tokenizer: Any) -> Encoder:
@@ -191,6 +223,9 @@ def encoder_of(config: TrainConfig, tokenizer: Any) -> Encoder:
 def prepare(config: TrainConfig, base: Base, data: TrainData) -> Trainer:
     """The trainer on low-rank matrices, fresh ones, the same for the same seed, or those that it goes on from."""
     torch.manual_seed(config.schedule.seed)
+    if isinstance(base, labels.ClassifierBase):
+        head = add_lora(base, config.lora, **labels.lora_fields(base))
+        return Trainer(head, base, data.train, data.held_out, config.schedule, labels.Labels(head, base))
     model = _wrapped(config, base)
     objective = Preferences(model, base, config.beta) if config.method == "dpo" else None
     return Trainer(model, base, data.train, data.held_out, config.schedule, objective)
@@ -203,16 +238,19 @@ def _wrapped(config: TrainConfig, base: Base) -> Any:
         return started(base.model, config.start, config.lora.dropout)
 
 
-def add_lora(base: Base, shape: LoraShape) -> Any:
+def add_lora(base: Base, shape: LoraShape, **more: Any) -> Any:
     """The base wrapped by PEFT with new matrices: A random, B zero, so that it starts as the base.
+
+    `more`: other fields of PEFT's config.
 
     Raises InvalidRequest when a target names no linear of the model.
     """
     from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D
 
+    fields = {"task_type": "CAUSAL_LM", **more}
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        **fields,
         r=shape.rank,
         lora_alpha=shape.rank * 2 if shape.alpha is None else shape.alpha,
         lora_dropout=shape.dropout,
@@ -265,7 +303,7 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
     """The settings without what differs from machine to machine: folders and the command's spelling."""
     values = asdict(replace(config, command="", threads=None, sample=0))
     del values["sample"]  # changes nothing that comes out
-    for key in ("data", "eval_data", "out", "base", "start"):
+    for key in ("data", "eval_data", "test_data", "out", "base", "start"):
         values[key] = Path(values[key]).name if values[key] is not None else None
     return values
 
@@ -301,16 +339,23 @@ def _report(config: TrainConfig, base: Base, trainer: Trainer, data: TrainData, 
     }
 
 
+def _is_small(name: str) -> bool:
+    return any(part in _SMALL for part in name.split("."))
+
+
 def _write(config: TrainConfig, base: Base, trainer: Trainer, report: dict[str, Any]) -> None:
     from peft import get_peft_model_state_dict
 
     model: Any = trainer.model
     is_whole = config.lora.init == "pissa"
     tensors = {
-        name: value.detach().to("cpu", torch.float32 if is_whole or any(w in name for w in _WHOLE) else torch.bfloat16)
+        name: value.detach().to("cpu", torch.bfloat16 if not is_whole and _is_small(name) else torch.float32)
         for name, value in get_peft_model_state_dict(model).items()
     }
     with result_and_report(config.out) as (result, beside):
-        report["size_bytes"] = write_adapter(result, plain_config(model.peft_config["default"], base.name), tensors)
+        written = plain_config(model.peft_config["default"], base.name)
+        if isinstance(base, labels.ClassifierBase):
+            written |= {"id2label": {str(number): name for number, name in enumerate(base.labels)}}
+        report["size_bytes"] = write_adapter(result, written, tensors)
         write_card(result, Card.of_training(config.title or config.out.name, config.command, report))
         write_json(beside / REPORT, report)
