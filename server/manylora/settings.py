@@ -152,8 +152,8 @@ class Settings(BaseSettings):
     unset: the embedded default."""
     served_name: str | None = None
     """The base model's name in requests; unset: the last part of `model`."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the model runs; `auto` is CUDA where there is some."""
+    device: Literal["auto", "cpu", "cuda"] | Annotated[str, Field(pattern="^cuda:[0-9]{1,3}$")] = "auto"
+    """Where the model runs; `auto` is CUDA where there is some, and `cuda:1` the second of several."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Number format of the weights and the KV cache; `auto` is bfloat16 on a CPU that computes in it, else float32,
     and on CUDA the model's own."""

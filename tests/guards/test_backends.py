@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args, get_origin
 
 import pytest
 
@@ -20,7 +20,10 @@ UNUSED = "lifecycle/"
 
 
 def literals(setting: str) -> set[str]:
-    return set(get_args(Settings.model_fields[setting].annotation)) - {"auto", "none"}
+    """What a setting may be by name; a device may have a number besides."""
+    kind = Settings.model_fields[setting].annotation
+    named = next(each for each in (kind, *get_args(kind)) if get_origin(each) is Literal)
+    return set(get_args(named)) - {"auto", "none"}
 
 
 KINDS = literals("device") | literals("kernels") | literals("quantization") | {"native", "cpp", "triton", "meta", "mps"}

@@ -8,6 +8,7 @@ imported by its creator, so that a machine without it never pays.
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import psutil
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 __all__ = ["Backend", "choose", "free_bytes", "has_bfloat16", "select_device", "select_dtype", "triton"]
 
 DeviceName = Literal["auto", "cpu", "cuda"]
+# NVIDIA's: matrix instructions of bfloat16, and copies to shared memory that run ahead.
+_LEAST_CAPABILITY: Final = (8, 0)
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
 _KV_DTYPES: Final[Mapping[str, torch.dtype | None]] = {"auto": None, "int8": torch.int8}
 # What makes the logits is kept in another format than the rest: to round it costs most and saves little.
@@ -83,11 +86,8 @@ def choose(settings: "Settings") -> Backend:
     if device.type != "cpu":
         if kv_dtype is not None:
             raise InvalidSettings("kv_cache_dtype: int8 is for CPUs. Leave it out, or choose --device cpu.")
-        return (
-            _torch_on_gpu(device, wanted)
-            if settings.kernels == "torch" or not _has_triton()
-            else triton(device, wanted)
-        )
+        has_programs = settings.kernels != "torch" and _runs_programs(device)
+        return triton(device, wanted) if has_programs else _torch_on_gpu(device, wanted)
     is_native = settings.kernels != "torch" and native.is_available()
     backend = _cpp(device, wanted) if is_native else _torch_on_cpu(device, wanted)
     return replace(backend, kv_dtype=kv_dtype)
@@ -121,14 +121,26 @@ def triton(device: torch.device, wanted: WeightFormat) -> Backend:
     from manylora.models.triton_layers import TritonLayers
 
     attention = TritonAttention()
+    _enter(device)  # of the thread that checks the model
     return replace(
-        _torch_on_gpu(device, wanted), attention=attention, layers=TritonLayers(attention), lora=TritonKernel()
+        _torch_on_gpu(device, wanted),
+        attention=attention,
+        layers=TritonLayers(attention),
+        lora=TritonKernel(),
+        before_step=partial(_enter, device),
     )
 
 
-def _has_triton() -> bool:
-    """Torch brings it with CUDA."""
-    return importlib.util.find_spec("triton") is not None
+def _enter(device: torch.device) -> None:
+    """Make it the thread's own: programs are launched on that, wherever their tensors are."""
+    if device.index is not None:
+        torch.cuda.set_device(device)
+
+
+def _runs_programs(device: torch.device) -> bool:
+    """Whether Triton is there, which torch brings with CUDA, and makes matrix products of 16 bits on this device."""
+    is_known = torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY
+    return is_known and importlib.util.find_spec("triton") is not None
 
 
 def _torch_on_cpu(device: torch.device, wanted: WeightFormat) -> Backend:
@@ -199,15 +211,23 @@ def _by_onednn(weight: torch.Tensor, bias: torch.Tensor | None) -> BaseMatmul:
     return matmul.widened(weight, bias) if matmul.can_pack(torch.float32) else matmul.dense(weight, bias)
 
 
-def select_device(device: DeviceName) -> torch.device:
-    """`auto` is CUDA where there is some. Raises InvalidSettings when CUDA is asked for and missing."""
-    if device == "cuda" and not torch.cuda.is_available():
+def select_device(device: str) -> torch.device:
+    """`auto` is CUDA where there is some, and `cuda:1` the second of several.
+
+    Raises InvalidSettings where CUDA, or that one, is asked for and missing.
+    """
+    has_cuda = torch.cuda.is_available()
+    if device == "auto":
+        return torch.device("cuda" if has_cuda else "cpu")
+    found = torch.device(device)
+    if found.type == "cuda" and not has_cuda:
         raise InvalidSettings(
             "device: there is no usable CUDA device. Use --device cpu, or install a CUDA build of torch."
         )
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+    if found.index is not None and found.index >= torch.cuda.device_count():
+        numbers = ", ".join(f"cuda:{number}" for number in range(torch.cuda.device_count()))
+        raise InvalidSettings(f"device: there is no {device} here. There is {numbers}.")
+    return found
 
 
 def select_dtype(dtype: DtypeName, device: torch.device, own: torch.dtype | None = None) -> torch.dtype:
