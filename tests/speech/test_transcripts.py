@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 
 from manylora.engine.interface import SamplingParams, Sound, SpeechForm
+from manylora.errors import InvalidSettings
+from manylora.models.speech_loading import load_speech
+from manylora.settings import load_settings
 from manylora.sound.spectrogram import spectrogram
 from tests.encoders.tiny import Served, serve
 
@@ -187,3 +190,9 @@ def test_windows_wait_for_their_turn_and_slots_are_used_again(base: Path, served
         found = [each.json()["text"] for each in post_sounds(small, forms)]
     assert found == wanted
     assert len(set(wanted)) == 6
+
+
+@pytest.mark.parametrize("setting", ["quantization", "kv_cache_dtype"])
+def test_rounding_is_refused_and_not_ignored(setting: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidSettings, match=f"{setting}: models of speech"):
+        load_speech(load_settings(device="cpu", **{setting: "int8"}), tmp_path)

@@ -53,6 +53,8 @@ def load_speech(settings: "Settings", folder: Path) -> LoadedSpeech:
     backend = backends.choose(settings)
     if settings.quantization != "none":
         raise InvalidSettings("quantization: models of speech are served as they are. Leave it out.")
+    if settings.kv_cache_dtype != "auto":
+        raise InvalidSettings("kv_cache_dtype: models of speech keep their cache as it is. Leave it out.")
     config = checkpoint.read_speech_config(folder)
     dtype = backends.select_dtype(settings.dtype, backend.device, getattr(config, "dtype", None))
     check_memory(folder, dtype, backend.device)
