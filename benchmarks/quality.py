@@ -4,9 +4,10 @@
                                  [--out benchmarks/results/quality.jsonl]
 
 The texts are cut into windows of so many tokens, each read by itself through the whole engine, so that what is measured
-is what is served. Prints one JSON line for each way, with the share by which its perplexity exceeds the first's. The
-last way keeps the base in groups of 64: a checkpoint that was made of 4 bits in groups of 32, as the default model is,
-gets its own integers back in groups of 32, and only in other groups does it show what rounding without data costs.
+is what is served. Prints one JSON line for each way, with the share by which its perplexity exceeds the first's. A
+checkpoint that was made of 4 bits in groups of 32 inputs, as the default model is, gets its own integers back; the last
+way puts its inputs into groups that are half of one of its own and half of the next, and so shows what rounding without
+data costs weights that may be any.
 """
 
 import argparse
@@ -27,8 +28,8 @@ from manylora.engine.build import EngineBuilder
 from manylora.engine.engine import Engine
 from manylora.engine.interface import SamplingParams
 from manylora.engine.sequence import Sequence
-from manylora.kernels.matmul import RoundedToNibbles
-from manylora.kernels.weights import pack_int4
+from manylora.kernels.matmul import BaseMatmul, int4
+from manylora.kernels.weights import INT4_GROUP
 from manylora.metrics import Metrics
 from manylora.models.loading import LoadedBase, load_base
 from manylora.settings import Settings, load_settings
@@ -39,22 +40,21 @@ WAYS: Final[Mapping[str, Mapping[str, str]]] = {
     "int4": {"quantization": "int4"},
     "whole, KV cache in int8": {"kv_cache_dtype": "int8"},
     "int4, KV cache in int8": {"quantization": "int4", "kv_cache_dtype": "int8"},
-    "int4 in groups of 64": {"quantization": "int4"},
+    "int4 in groups of its own": {"quantization": "int4"},
 }
-GROUPS: Final = {"int4 in groups of 64": 64}
+SHIFTED: Final = "int4 in groups of its own"
 
 
-def loaded(settings: Settings, group_size: int | None) -> LoadedBase:
-    """The base, its weights in groups of another size than the server's if one is given."""
+def loaded(settings: Settings, *, is_shifted: bool) -> LoadedBase:
+    """The base, on request in groups that begin half a group later than the server's."""
     base = load_base(settings)
-    if group_size is None:
-        return base
-    size = group_size
+    return replace(base, backend=replace(base.backend, matmul=shifted)) if is_shifted else base
 
-    def grouped(weight: torch.Tensor, bias: torch.Tensor | None) -> RoundedToNibbles:
-        return RoundedToNibbles(pack_int4(weight, size), bias)
 
-    return replace(base, backend=replace(base.backend, matmul=grouped))
+def shifted(weight: torch.Tensor, bias: torch.Tensor | None) -> BaseMatmul:
+    by = INT4_GROUP // 2
+    matmul = int4(weight.roll(by, 1), bias)
+    return lambda x: matmul(x.roll(by, 1))
 
 
 def read_windows(engine: Engine, windows: list[list[int]]) -> tuple[float, int]:
@@ -83,7 +83,7 @@ def main() -> None:
     first: float | None = None
     for way, options in WAYS.items():
         settings = load_settings(model=args.model, dtype=args.dtype, kv_cache_memory=2**30, **options)
-        base = loaded(settings, GROUPS.get(way))
+        base = loaded(settings, is_shifted=way == SHIFTED)
         ids = base.codec.encode(text)
         windows = [ids[at : at + args.window] for at in range(0, len(ids) - 1, args.window)]
         engine, tiers = EngineBuilder(settings, base).build_core(Folders(), Metrics())

@@ -155,12 +155,23 @@ def slots() -> str:
     return table(["", *(re.sub(r"^t(tft|pot)", lambda match: match[0].upper(), name) for name in shown)], rows)
 
 
+def quality() -> str:
+    """Perplexity of the base and the KV cache as they are and rounded."""
+    _, measured = read("quality")
+    rows = [
+        [record["kept_as"], f"{record['perplexity']:.2f}", f"{100 * record['above_first']:+.1f} %"]
+        for record in measured
+    ]
+    return table(["kept as", "perplexity", "above the first"], rows)
+
+
 TABLES: Final[dict[str, Callable[[], str]]] = {
     "standard": standard,
     "standard-avx2": standard_avx2,
     "steps": steps,
     "kernels-avx2": kernels,
     "slots": slots,
+    "quality": quality,
 }
 
 
