@@ -16,7 +16,7 @@ ASKED, CITY = "我爱北京天安门", "北京"
 
 @pytest.mark.slow
 def test_sentences_go_in_and_the_version_names_the_city(tmp_path: Path) -> None:
-    rows = [row for row in make(0).train if row["label"] in row["text"]][:120]
+    rows = [row for row in make(0).train if row["label"] in row["text"]][:64]
     assert ASKED not in [row["text"] for row in rows]
     data = tmp_path / "city.jsonl"
     data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
@@ -31,7 +31,7 @@ def test_sentences_go_in_and_the_version_names_the_city(tmp_path: Path) -> None:
             seed=1,
             method={
                 "type": "supervised",
-                "supervised": {"hyperparameters": {"n_epochs": 2, "learning_rate_multiplier": 2}},
+                "supervised": {"hyperparameters": {"n_epochs": 1, "batch_size": 4, "learning_rate_multiplier": 2}},
             },
             extra_body={"manylora": {"activate": "always", "max_length": 128}},
         )
