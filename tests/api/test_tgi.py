@@ -193,7 +193,6 @@ BY_THE_ADAPTER: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({"top_k": 5}, "top_k", {"top_k": 7}),
     ({"top_p": 0.5}, "top_p", {"top_p": 0.6}),
     ({"repetition_penalty": 1.3}, "repetition_penalty", {"repetition_penalty": 1.0}),
-    ({"ignore_eos": True}, "ignore_eos", {"ignore_eos_token": False}),
     ({"seed": 3}, "seed", {"seed": 4}),
 ]
 
@@ -210,6 +209,19 @@ def test_what_a_request_leaves_out_is_for_its_adapter_to_say(
     rig.directory.defaults["alpha@1"] = orjson.dumps(said).decode()
     assert ask(rig, adapter_id="alpha", **own).status_code == 200
     assert getattr(rig.last_params, param) == next(iter(own.values()))
+
+
+def test_what_loraxs_client_always_sends_says_nothing(rig: Rig) -> None:
+    rig.directory.defaults["alpha@1"] = '{"ignore_eos": true, "stop": ["x"], "locked": ["ignore_eos", "stop"]}'
+    sent: dict[str, Any] = {
+        "ignore_eos_token": False,
+        "do_sample": False,
+        "stop": [],
+        "watermark": False,
+        "details": True,
+    }
+    assert ask(rig, adapter_id="alpha", **sent, return_full_text=False, temperature=None).status_code == 200
+    assert (rig.last_params.ignore_eos, rig.last_params.stop) == (True, ("x",))
 
 
 def test_the_seed_of_an_adapters_chance_is_told(rig: Rig) -> None:

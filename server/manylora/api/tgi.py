@@ -256,7 +256,7 @@ def _in_our_words(body: GenerateRequest, is_streamed: bool) -> dict[str, Any]:
         "frequency_penalty": asked.frequency_penalty,
         "presence_penalty": asked.presence_penalty,
         "stop": asked.stop or None,
-        "ignore_eos": asked.ignore_eos_token if "ignore_eos_token" in asked.model_fields_set else None,
+        "ignore_eos": asked.ignore_eos_token or None,  # which LoRAX's client sends with whatever it asks
         "truncate_prompt_tokens": asked.truncate,
         "add_special_tokens": body.add_special_tokens,
         "n": best_of,
