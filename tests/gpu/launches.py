@@ -81,8 +81,8 @@ def _launch(program: Any, grid: Any, args: tuple[Any, ...], kwargs: dict[str, An
     constants: dict[str, Any] = {}
     aligned: list[str] = []
     for parameter in program.params:
-        name, value = parameter.name, given[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        name, value, is_free = parameter.name, given[parameter.name], parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and not is_free):
             types[name], constants[name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             types[name] = "*" + _TYPES[value.dtype]
@@ -92,7 +92,7 @@ def _launch(program: Any, grid: Any, args: tuple[Any, ...], kwargs: dict[str, An
             types[name] = "fp32"
         else:
             types[name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and not is_free:
                 aligned.append(name)
     return Launch(program, tuple(grid), types, constants, tuple(aligned), options)
 

@@ -122,3 +122,18 @@ def test_a_decode_step_reads_nothing_back(architecture: str, tiny_model_dir: Mod
     with torch.inference_mode(), noted() as programs, FakeTensorMode(allow_non_fake_inputs=True):
         rig.forward(batch)
     assert {"shrink", "expand", "attend", "combine"} <= {launch.name for launch in programs}
+
+
+def test_no_program_is_compiled_for_a_number_of_rows(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    """What an adapter's first requests may wait for is compiled once, however many rows there are."""
+    rig = Rig(tiny_llama_dir, tmp_path, [4])
+
+    def variants(num_rows: int) -> set[object]:
+        batch = rig.decode([rig.slots[0]] * num_rows)
+        with torch.inference_mode(), noted() as programs:
+            rig.forward(batch)
+        return {
+            (each.name, tuple(each.types.items()), tuple(each.constants.items()), each.aligned) for each in programs
+        }
+
+    assert variants(1) == variants(3) == variants(16)

@@ -51,7 +51,7 @@ def _scores(
     return tl.where(is_seen, scores, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "stride_table"])
 def attend(
     out, weights, q, keys, values, tables, items, starts, lens, sinks, slopes,
     num_rows, heads, group, stride_q, stride_q_head, stride_table, stride_block, stride_head, stride_value_block,
@@ -114,7 +114,7 @@ def attend(
             tl.store(to, acc.to(out.dtype.element_ty), is_row[:, None] & (e[None, :] < E))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def combine(
     out, parts, weights, items, starts, lens, sinks, num_rows, heads, window, chunk,
     E: tl.constexpr, EP: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr,

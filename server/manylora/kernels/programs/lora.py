@@ -5,7 +5,8 @@
 int32: rows. `columns` int32 [blocks, 4]: a member, a first column of it, its width, where it begins in the output.
 FORMAT is the number of the weights' type there, or -1 where adapters of a step have several. ALIGNED: matrices and
 their rows begin at multiples of 16 elements. Of an address out of a table the compiler knows nothing, and would load
-weights two bytes at a time. WIDE: products are of float32, of whatever type the numbers are.
+weights two bytes at a time. WIDE: products are of float32, of whatever type the numbers are. There is no variant of a
+program for any number of rows: it would be compiled while requests wait.
 """
 
 import triton
@@ -73,7 +74,7 @@ def _shrink(
         tl.store(low + tl.arange(0, BM)[:, None] * width + r[None, :], acc, is_row[:, None] & (r[None, :] < rank))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def shrink(
     low, x, tables, order, tiles, num_rows, K, stride_x, stride_member, width,
     FIELDS: tl.constexpr, FORMAT: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
@@ -139,7 +140,7 @@ def _expand(
     tl.store(place, (given.to(tl.float32) + acc).to(given.dtype), is_there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def expand(
     out, low, tables, order, tiles, columns, num_rows, stride_plane, stride_out, stride_member, width,
     FIELDS: tl.constexpr, FORMAT: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
