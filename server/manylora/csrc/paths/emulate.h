@@ -1,6 +1,6 @@
-// For tests on a CPU without AVX512 or VNNI (MANYLORA_SANITIZE=1 when the extension is built): the few instructions that
-// those paths name, each as a loop that does what its manual says. GCC lowers the vectors themselves by its own means,
-// so that all else in the paths is the code that such a CPU runs. Never chosen by "auto".
+// For tests on a CPU without AVX512 or VNNI (MANYLORA_SANITIZE=1 when the extension is built): the few instructions
+// that those paths name, each as a loop that does what its manual says. GCC lowers the vectors themselves by its own
+// means, so that all else in the paths is the code that such a CPU runs. Never chosen by "auto".
 #pragma once
 
 #include <immintrin.h>
