@@ -187,7 +187,7 @@ def under_load(browser: Browser, stage: Stage, out: Path) -> None:
         light.wait_for_timeout(HISTORY_S * 1000)
         save(light.screenshot(), out / "dashboard-load.png")
         save(dark.screenshot(), out / "dashboard-dark.png")
-    for tab in ("adapters", "usage", "errors"):
+    for tab in ("adapters", "usage"):
         with looking(browser, stage, tab) as page:
             save(page.screenshot(), out / f"dashboard-{tab}.png")
     for name, more in (("phone", {}), ("phone-dark", {"color_scheme": "dark", "locale": "zh-CN"})):
@@ -211,6 +211,12 @@ def running_it(browser: Browser, stage: Stage, out: Path) -> None:
     }
     body |= {"validation_file": sent.json()["id"], "hyperparameters": {"n_epochs": 4}}
     job = stage.call("POST", "/v1/fine_tuning/jobs", json=body).json()["id"]
+    for model, tokens in (("billing-it", 16), ("billing-it", 16), ("sql", 16), ("sql@9", -1), ("sql", 9_000_000)):
+        body = {"model": model, "prompt": "Once", "max_tokens": tokens}
+        key = {"authorization": f"Bearer {stage.keys['acme']}"}
+        answer = httpx.post(f"{stage.url}/v1/completions", json=body, headers=key, timeout=120)
+    with looking(browser, stage, f"errors/{answer.headers['x-request-id']}") as page:
+        save(page.screenshot(), out / "dashboard-errors.png")
     with looking(browser, stage, "tenants") as page:
         save(page.screenshot(), out / "dashboard-tenants.png")
     with looking(browser, stage, f"jobs/{job}") as page:
@@ -239,7 +245,7 @@ def refused(browser: Browser, stage: Stage, out: Path) -> None:
     (folder / FILES[0]).write_text(json.dumps(config))
     with looking(browser, stage, "adapters") as page:
         page.locator("#upload-button").click()
-        page.locator("#upload input[type=file]").set_input_files([folder / name for name in FILES])
+        page.get_by_label("Adapter files").set_input_files([folder / name for name in FILES])
         page.locator("#upload-name").fill("claims-es")
         page.locator("#upload").get_by_role("button", name="Upload").click()
         page.wait_for_selector(".problems li")
