@@ -202,3 +202,44 @@ async def test_a_saved_mix_is_there_after_a_restart(settings: Settings) -> None:
             rig.catalog.local_folder(half)
         assert (await complete(rig, "half")).status_code == 200
         rig.catalog.check_integrity()
+
+
+async def test_a_mix_that_is_materialised_is_an_adapter_of_its_own(settings: Settings) -> None:
+    """With files, which need its parts no more; the same again is the version that is there."""
+    async with running(settings) as rig:
+        for number, name in enumerate(("sql", "tone")):
+            await rig.push(name, sound_files(1.0 + number))
+        parts = {"sql": 0.7, "tone": 0.3}
+        answer = await save(rig, "both", parts, materialise="ties", density=0.4)
+        assert answer.status_code == 201, answer.text
+        version = answer.json()
+        rank = (await rig.call("GET", "/v1/adapters/sql")).json()["rank"]
+        assert (version["kind"], version["mix"], version["rank"]) == ("lora", None, rank)
+        again = await save(rig, "both", parts, materialise="ties", density=0.4)
+        assert (again.status_code, again.json()["version"]) == (200, 1)
+        other = await save(rig, "both", parts, materialise="dare_linear", density=0.4, seed=7, activate=True)
+        assert (other.status_code, other.json()["version"]) == (201, 2)
+        assert other.json()["digest"] != version["digest"]
+        for name in parts:
+            assert (await rig.call("DELETE", f"/v1/adapters/{name}")).status_code == 204
+        assert (await complete(rig, "both")).status_code == 200
+        card = await rig.call("GET", "/v1/adapters/both/versions/1/card")
+        assert "ties, density 0.4" in card.text
+        assert "sql@1, weight 0.7" in card.text
+        rig.catalog.check_integrity()
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [({"density": 0.5}, "materialise"), ({"seed": 3}, "materialise"), ({"materialise": "svd"}, "materialise"),
+     ({"materialise": "ties", "density": 0}, "density"), ({"materialise": "ties", "density": 1.5}, "density"),
+     ({"materialise": "ties", "seed": -1}, "seed")],
+)  # fmt: skip
+async def test_what_materialise_cannot_do_is_a_400(fields: dict[str, Any], param: str, settings: Settings) -> None:
+    async with running(settings) as rig:
+        await rig.push("sql", sound_files())
+        answer = await save(rig, "both", {"sql": 0.5}, **fields)
+        assert answer.status_code == 400, answer.text
+        assert answer.json()["error"]["param"] == param
+        sent = {"name": "x", "source": "file:///x", **fields}
+        assert (await rig.call("POST", "/v1/adapters", json=sent)).status_code == 400

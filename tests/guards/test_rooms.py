@@ -21,7 +21,6 @@ REASONS = {
     "engine.effect": "arithmetic on two answers, beside the bridge to asyncio",
     "engine.speech_executor": "the device part of a step, which could be in another process than the host's",
     "engine.speech_runner": "the host part of a step, which knows no torch",
-    "cli.mixes": "one command and what shows its results; the module of the other commands is long enough without it",
     "kernels.native_attention": "one of two implementations of the same attention, chosen by the backend",
     "kernels.tiles": "arithmetic on the host, without Triton, which the module that launches programs needs",
     "lifecycle.train.memory": "an estimate from a base's config, which is nothing of how a training runs",

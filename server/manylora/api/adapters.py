@@ -14,19 +14,17 @@ from pydantic import Field, model_validator
 
 from manylora.api.auth import REVISION_HEADER, Admin, Caller, Manager, author_of, has_role
 from manylora.api.bodies import Body, read_body
-from manylora.api.defaults import check_unlocked
-from manylora.api.fields import renamed
 from manylora.api.json_body import documented, is_json
-from manylora.api.mixed import Mixed, MixedAdapter
-from manylora.api.naming import looked_up, mixed, parse_model
+from manylora.api.naming import looked_up, parse_model
 from manylora.api.ownership import not_found, owner_of, target_tenant, version_number
+from manylora.api.saved_mixes import MixBody, saved
 from manylora.api.state import ServicesDep
 from manylora.catalog.card import examples_of
 from manylora.catalog.defaults import shown
 from manylora.catalog.records import MAX_DESCRIPTION, MAX_NOTE, AdapterRecord, Payer, Published, VersionRecord, Wish
 from manylora.catalog.service import Catalog
-from manylora.errors import AdapterNotFound, Conflict, InvalidRequest, NotFound, PermissionDenied, quoted
-from manylora.identity import MAX_MIXED, PUBLIC_TENANT
+from manylora.errors import AdapterNotFound, InvalidRequest, NotFound, PermissionDenied, quoted
+from manylora.identity import PUBLIC_TENANT
 from manylora.tenants.interface import Principal, Role
 
 __all__ = [
@@ -77,12 +75,11 @@ _UPLOAD: Final = {
 }
 
 
-class ImportBody(Body):
+class ImportBody(MixBody):
     """`POST /v1/adapters` as JSON: an import, or a mix that is saved."""
 
     name: str
     source: str | None = None
-    mix: Annotated[list[MixedAdapter], Field(min_length=1, max_length=MAX_MIXED, fail_fast=True)] | None = None
     description: Annotated[str, Field(max_length=MAX_DESCRIPTION)] | None = None
     pinned: bool | None = None
     activate: bool | None = None
@@ -161,7 +158,7 @@ def _add_uploads(router: APIRouter, catalog: Catalog) -> None:
             body = await read_body(request, ImportBody)
             wish = Wish(owner, body.name, body.description, body.pinned, body.activate, _payer(caller))
             wish = replace(wish, author=author_of(caller, body.note))
-            done = await (_imported(catalog, caller, wish, body) if body.mix is None else _saved(catalog, wish, body))
+            done = await _brought(catalog, caller, wish, body)
         else:
             length = request.headers.get("content-length", "")
             announced = int(length) if length.isascii() and length.isdigit() else None
@@ -172,29 +169,16 @@ def _add_uploads(router: APIRouter, catalog: Catalog) -> None:
         return _published(request, catalog, done)
 
 
-async def _imported(catalog: Catalog, caller: Principal, wish: Wish, body: ImportBody) -> Published:
+async def _brought(catalog: Catalog, caller: Principal, wish: Wish, body: ImportBody) -> Published:
+    if body.mix is not None:
+        if body.source is not None:
+            raise InvalidRequest("'source' is an adapter's, and 'mix' is made of others. Send one.", param="source")
+        return await saved(catalog, wish, body)
     _require_admin(caller)
+    body.check_no_mix()
     if body.source is None:
         raise InvalidRequest("The field 'source' is required, or 'mix' for a mix of adapters.", param="source")
     return await catalog.import_from(wish, body.source)
-
-
-async def _saved(catalog: Catalog, wish: Wish, body: ImportBody) -> Published:
-    """Of adapters that the owner may use. Those of everybody whose fields are locked are not mixed."""
-    if body.source is not None:
-        raise InvalidRequest("'source' is an adapter's, and 'mix' is made of others. Send one.", param="source")
-    if body.pinned is not None:
-        raise Conflict("'pinned' does not go with 'mix', which is not pinned. Pin its adapters.", param="pinned")
-    named = Mixed(tuple((each.name, each.weight) for each in body.mix or ()), "mix")
-    mix = await looked_up(partial(mixed, named, catalog.directory, wish.tenant), catalog.following)
-    check_unlocked(catalog.directory, mix, "mix")
-    try:
-        mix.check(MAX_MIXED)
-    except InvalidRequest as error:
-        raise renamed(error, {"adapters": "mix"}) from None
-    if not mix.parts:
-        raise InvalidRequest("A mix needs an adapter whose weight is not 0.", param="mix")
-    return await catalog.save_mix(wish, mix)
 
 
 def _payer(caller: Principal) -> Payer:

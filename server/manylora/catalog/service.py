@@ -26,6 +26,7 @@ from manylora.catalog.directory import Directory, Listed, missing
 from manylora.catalog.files import FolderLock
 from manylora.catalog.following import Follower
 from manylora.catalog.freeing import Freeing
+from manylora.catalog.materialise import Recipe, receive_mix
 from manylora.catalog.receive import receive_form
 from manylora.catalog.records import (
     AdapterRecord,
@@ -239,8 +240,11 @@ class Catalog:
 
         return await self.add(wish.tenant, receive)
 
-    async def save_mix(self, wish: Wish, mix: Mix) -> Published:
-        """A version that is a mix. Raises InvalidRequest, QuotaExceeded, or Conflict where an adapter of it is gone."""
+    async def save_mix(self, wish: Wish, mix: Mix, recipe: Recipe | None = None) -> Published:
+        """A version that is a mix, or with a recipe one whose files are made of it. Raises Conflict and as `upload`."""
+        if recipe is not None:
+            made = partial(receive_mix, self._checked(wish), mix, recipe, self.local_folder, self._rules.modules)
+            return await self.add(wish.tenant, made)
         saving = self.database.run(partial(self._registry.publish_mix, self._checked(wish), mix))
         return await self._counted(wish.tenant, saving)
 

@@ -25,20 +25,30 @@ def mix(
         bool | None,
         typer.Option("--activate/--no-activate", help="Make it the active version; unsaid, a name's first one is."),
     ] = None,
+    materialise: Annotated[
+        str | None,
+        typer.Option(help="Merge them into one adapter with files of its own: ties, dare_linear or dare_ties."),
+    ] = None,
+    density: Annotated[
+        float | None, typer.Option(help="With --materialise: the share of each adapter's numbers that is kept.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="With --materialise: decides which numbers DARE drops.")] = None,
     tenant: Annotated[str | None, typer.Option("--tenant", help="Another tenant's, with an admin key.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON for scripts instead of a table.")] = False,
 ) -> None:
     """Save a mix of adapters as a new version of NAME: who names it gets all of them, each times its weight."""
     body: dict[str, Any] = {"name": name, "mix": [_part(text) for text in parts]}
     body |= {"activate": activate} if activate is not None else {}
-    body |= {"description": description} if description is not None else {}
+    asked = {"description": description, "materialise": materialise, "density": density, "seed": seed}
+    body |= {name: value for name, value in asked.items() if value is not None}
     with server(as_json=as_json) as remote:
         version = remote.call("POST", "/v1/adapters", json=body, params={} if tenant is None else {"tenant": tenant})
     if as_json:
         print_json(version)
     else:
         active = "active" if version["active"] else "not active"
-        console.print(f"{version['name']}@{version['version']} is {mixed_of(version)}, and {active}", markup=False)
+        what = mixed_of(version) if version["mix"] else f"an adapter of rank {version['rank']}"
+        console.print(f"{version['name']}@{version['version']} is {what}, and {active}", markup=False)
 
 
 def _part(text: str) -> dict[str, Any]:
