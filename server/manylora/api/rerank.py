@@ -126,6 +126,11 @@ class TeiRequest(Strict):
     return_text: bool = False
     truncate: bool = False
 
+    @field_validator("texts", mode="plain", json_schema_input_type=list[str])
+    @classmethod
+    def _check_texts(cls, value: Any) -> list[str]:
+        return texts_of(value, is_list=True)
+
 
 @router.post("/v1/score", openapi_extra=documented("ScoreRequest"))
 async def create_score(request: Request, caller: Caller, services: ServicesDep) -> Response:
