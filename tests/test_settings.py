@@ -146,6 +146,17 @@ def test_a_profile_gives_defaults_and_every_other_source_beats_it(
         load_settings(profile="tiny")
 
 
+def test_what_only_the_profile_says_yields_and_what_somebody_gave_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = load_settings()
+    monkeypatch.setenv("MANYLORA_KV_CACHE_DTYPE", "int8")  # which the profile says, too
+    found = load_settings(profile="small", max_slots=3)
+    assert found.model_fields_set == {"profile", "kv_cache_dtype", "max_slots"}
+    yielded = found.yielding("quantization", "kv_cache_dtype", "max_slots")
+    assert (yielded.quantization, yielded.kv_cache_dtype, yielded.max_slots) == (plain.quantization, "int8", 3)
+    assert yielded.max_num_seqs == found.max_num_seqs != plain.max_num_seqs
+    assert found.quantization == "int4"
+
+
 @pytest.mark.parametrize("profile", list(PROFILES))
 def test_profiles_name_settings_and_change_what_they_name(profile: str) -> None:
     plain = load_settings()

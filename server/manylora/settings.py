@@ -9,11 +9,18 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Self
 
 import platformdirs
-from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, ValidationError
-from pydantic.fields import FieldInfo
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ModelWrapValidatorHandler,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -120,18 +127,11 @@ PROFILES: Final[Mapping[str, Mapping[str, Any]]] = {
 }
 
 
-class _ProfileSource(PydanticBaseSettingsSource):
-    """The defaults of the profile that the other sources name."""
-
-    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
-        return self().get(field_name), field_name, False
-
-    def __call__(self) -> dict[str, Any]:
-        return dict(PROFILES.get(str(self.current_state.get("profile", "default")), {}))
-
-
 class Settings(BaseSettings):
-    """All settings. Names are the command line's flags with `_` for `-`."""
+    """All settings. Names are the command line's flags with `_` for `-`.
+
+    `model_fields_set`: what somebody gave, without what the profile alone says.
+    """
 
     model_config = SettingsConfigDict(
         env_prefix=ENV_PREFIX,
@@ -144,7 +144,7 @@ class Settings(BaseSettings):
 
     profile: Literal["default", "small"] = "default"
     """Which defaults the settings below have where nothing says otherwise: `small` is for 1 to 2 GB of memory (int4
-    base, int8 KV cache, few sequences, small tiers)."""
+    base, int8 KV cache, few sequences, small tiers; encoders, models of speech and bases on CUDA stay whole)."""
 
     # the base model
     model: str | None = None
@@ -220,7 +220,8 @@ class Settings(BaseSettings):
     max_tenant_requests: int | None = Field(default=None, ge=1)
     """Most requests of one tenant that are answered at a time, on all routes; unset: half of `max_connections`."""
     max_body_memory: Size = 512 * 2**20
-    """Memory for the bodies of all requests that are being answered, uploads aside; a tenant may hold half of it."""
+    """Memory for the bodies of all requests that are being answered, uploads aside, and for the sound in them once it
+    is decoded; a tenant may hold half of it."""
     header_timeout_s: float = Field(default=15.0, gt=0)
     """Seconds from the first byte of a request to the end of its header."""
     body_timeout_s: float = Field(default=30.0, gt=0)
@@ -370,8 +371,25 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        given = (init_settings, env_settings, TomlConfigSettingsSource(settings_cls))
-        return *given, _ProfileSource(settings_cls)
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _with_profile(cls, given: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Fill in what the profile says and no source does."""
+        by_profile = PROFILES.get(str(given.get("profile", "default")), {})
+        found = handler({**by_profile, **given})
+        found.model_fields_set.difference_update(by_profile.keys() - given.keys())
+        return found
+
+    def yielding(self, *names: str) -> Self:
+        """The settings with plain defaults for those of `names` that the profile alone says, where that cannot apply.
+
+        What somebody gave stays, to be refused by its name.
+        """
+        fields = type(self).model_fields
+        plain = {name: fields[name].get_default(call_default_factory=True) for name in names}
+        return self.model_copy(update={name: plain[name] for name in plain.keys() - self.model_fields_set})
 
     @property
     def resolved_database_url(self) -> str:

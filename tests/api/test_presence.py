@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manylora.errors import RateLimited, Unavailable
+from manylora.errors import RateLimited, TooLarge, Unavailable
 from manylora.settings import Settings
 from manylora.tenants.interface import Principal, Role
 from manylora.tenants.presence import Presence, Visit
@@ -93,6 +93,22 @@ def test_probes_and_refused_keys_take_no_place(crowd: Rig) -> None:
         assert crowd.client.get("/health").status_code == 200
         assert crowd.client.get("/v1/models").status_code == 401
         assert crowd.client.get("/v1/models", headers={"authorization": "Bearer acme"}).status_code == 200
+
+
+def test_a_request_that_no_tenant_ever_has_room_for_is_not_told_to_wait() -> None:
+    presence = Presence(max_requests=3, max_bytes=100)
+    first, second = Visit(), Visit()
+    for visit in (first, second):
+        presence.enter(visit, "a")
+        presence.hold(visit, 20)
+    with pytest.raises(RateLimited):
+        presence.hold(first, 11)
+    with pytest.raises(TooLarge, match="takes 51 bytes of memory by itself"):
+        presence.hold(second, 31)
+    presence.hold(first, 10)
+    presence.leave(first)
+    presence.leave(second)
+    assert presence.is_empty
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 40), st.booleans())))

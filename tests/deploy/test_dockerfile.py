@@ -102,6 +102,13 @@ def test_torch_is_the_version_that_the_package_asks_for() -> None:
     assert any(f" {wanted} " in step for step in steps("cpu", "RUN"))
 
 
+def test_what_a_server_may_need_is_installed() -> None:
+    """All extras but those of the command line's other work and of the project itself."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    [extras] = [found for step in steps("cpu", "RUN") for found in re.findall(r'"\.\[([a-z0-9,]+)\]"', step)]
+    assert set(extras.split(",")) == {*project["optional-dependencies"]} - {"lifecycle", "loadtest", "locust", "dev"}
+
+
 def test_models_and_data_are_volumes_of_the_images_user() -> None:
     assert steps("cpu", "VOLUME") == ['["/cache", "/data"]']
     owned = next(step for step in steps("cpu", "RUN") if "useradd" in step)

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import soundfile
 from openai import AsyncOpenAI
 
 from manylora.models.offered import modules_of
@@ -18,6 +17,7 @@ from manylora.sound.reading import RATE
 from manylora.sound.windows import windows
 from tests.encoders.tiny import Served, make_encoder, serve
 
+from .test_sound import file_of
 from .tiny import (
     END,
     LANGUAGES,
@@ -50,13 +50,11 @@ def long_sound(seconds: float = 4.3) -> Any:
 
 def test_long_sound_is_written_down_window_by_window(base: Path, served: Served) -> None:
     samples = long_sound()
-    heard = windows(samples, 1.0)
+    heard = [each for _, each in windows([samples], 1.0)]
     assert len(heard) >= 5
     answer = post_sound(served, wav(samples), language="en", response_format="verbose_json").json()
     model = oracle(base)
-    expected = [
-        [token for token in generated(model, window.samples, has_times=True) if token < END] for window in heard
-    ]
+    expected = [[token for token in generated(model, window, has_times=True) if token < END] for window in heard]
     assert [token for each in answer["segments"] for token in each["tokens"]] == [*chain(*expected)]
     assert answer["duration"] == pytest.approx(4.3)
     assert answer["usage"] == {"type": "duration", "seconds": 5}
@@ -163,14 +161,19 @@ def test_what_cannot_be_written_down_is_a_clear_400(served: Served) -> None:
 
 def test_more_windows_than_are_queued_and_larger_bodies_are_refused(served: Served, tmp_path: Path) -> None:
     most = served.parts.engine.max_choices
-    silent = io.BytesIO()
-    soundfile.write(silent, np.zeros((most + 2) * RATE), RATE, format="FLAC")
-    answer = post_sound(served, silent.getvalue())
+    answer = post_sound(served, file_of(np.zeros((most + 2) * RATE, np.float32), "FLAC"))
     assert answer.status_code == 400
     assert f"at most {most} are queued" in answer.json()["error"]["message"]
-    with serve(make_whisper(tmp_path / "base"), tmp_path / "data", max_body="64KiB") as small:
+    with serve(make_whisper(tmp_path / "base"), tmp_path / "data", max_body="64KiB", max_body_memory="128KiB") as small:
         assert post_sound(small, wav(sound(0, 3.0))).status_code == 413
         assert post_sound(small, wav(sound(0, 1.0))).status_code == 200
+        # Small files that are large once they are decoded count as that, as long as they are held and no longer.
+        silence = {seconds: file_of(np.zeros(seconds * RATE, np.float32), "FLAC") for seconds in (6, 12)}
+        assert all(len(each) < 2**13 for each in silence.values())
+        for seconds, status in ((6, 200), (12, 413), (6, 200), (6, 200)):
+            answer = post_sound(small, silence[seconds])
+            assert answer.status_code == status, answer.text
+        assert "raise the server's max_body_memory" in post_sound(small, silence[12]).json()["error"]["message"]
 
 
 def test_sound_is_counted_by_the_second(served: Served) -> None:

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from manylora.engine.interface import SamplingParams, Sound, SpeechForm
 from manylora.errors import InvalidSettings
-from manylora.models.speech_loading import load_speech
+from manylora.models.backends import choose
+from manylora.models.encoder_loading import encoder_backend, load_encoder
+from manylora.models.speech_loading import load_speech, speech_backend
 from manylora.settings import load_settings
 from manylora.sound.spectrogram import spectrogram
 from tests.encoders.tiny import Served, serve
@@ -103,8 +106,6 @@ def test_the_base_writes_token_for_token_what_transformers_does(has_times: bool,
 
 
 def _features(seed: int) -> Any:
-    import torch
-
     return torch.from_numpy(spectrogram(sound(seed), NUM_MELS, 1.0))[None]
 
 
@@ -194,5 +195,25 @@ def test_windows_wait_for_their_turn_and_slots_are_used_again(base: Path, served
 
 @pytest.mark.parametrize("setting", ["quantization", "kv_cache_dtype"])
 def test_rounding_is_refused_and_not_ignored(setting: str, tmp_path: Path) -> None:
-    with pytest.raises(InvalidSettings, match=f"{setting}: models of speech"):
-        load_speech(load_settings(device="cpu", **{setting: "int8"}), tmp_path)
+    for profile in ("default", "small"):
+        asked = load_settings(device="cpu", profile=profile, **{setting: "int8"})
+        with pytest.raises(InvalidSettings, match=f"{setting}: models of speech"):
+            load_speech(asked, tmp_path)
+        with pytest.raises(InvalidSettings, match=f"{setting}: encoders"):
+            load_encoder(asked, tmp_path)
+
+
+def test_what_a_profile_says_of_rounding_is_for_the_models_that_are_rounded() -> None:
+    small = load_settings(device="cpu", profile="small")
+    for backend in (speech_backend(small), encoder_backend(small)):
+        assert (backend.format.name, backend.kv_dtype) == ("none", None)
+    assert (choose(small).format.name, choose(small).kv_dtype) == ("int4", torch.int8)
+
+
+def test_what_a_profile_says_of_rounding_is_for_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    small = load_settings(device="cuda", profile="small", kernels="torch")
+    assert (choose(small).format.name, choose(small).kv_dtype) == ("none", None)
+    for setting in ("quantization", "kv_cache_dtype"):
+        with pytest.raises(InvalidSettings, match=f"{setting}: int8 is for CPUs"):
+            choose(load_settings(device="cuda", profile="small", kernels="torch", **{setting: "int8"}))

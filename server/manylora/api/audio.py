@@ -6,7 +6,7 @@ from typing import Final
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from manylora.api.audio_form import AudioRequest, Upload, received
+from manylora.api.audio_form import AudioRequest, received
 from manylora.api.auth import Caller
 from manylora.api.defaults import with_defaults
 from manylora.api.lanes import MEDIA
@@ -27,7 +27,7 @@ __all__ = ["router"]
 
 router = APIRouter(tags=["inference"])
 _FIELDS: Final = {
-    "file": {"type": "string", "format": "binary", "description": "WAV, FLAC, Ogg or MP3"},
+    "file": {"type": "string", "format": "binary", "description": "WAV, FLAC, Ogg, MP3 or AIFF"},
     "model": {"type": "string", "description": "The base or an adapter."},
     "adapter_id": {"type": "string", "description": "LoRAX's way to name an adapter."},
     "prompt": {"type": "string", "description": "What was said before, or words in the spelling that is wanted."},
@@ -83,13 +83,16 @@ async def _written_down(run: Run, request: Request, services: Services, caller: 
     heard, prompts = await MEDIA.run(
         caller.tenant,
         _prompts,
-        upload,
+        upload.sound,
         body,
         services.engine.model,
         services.engine.codec,
         task,
         services.engine.max_choices,
     )
+    del upload
+    num_bytes = sum(prompt.sound.spectrogram.nbytes for prompt in prompts if prompt.sound is not None)
+    services.presence.hold(request.scope["manylora.visit"], num_bytes)
     if await request.is_disconnected():
         raise ClientGone
     run.ask(prompts, gone=missing(body))
@@ -121,20 +124,14 @@ def _check(body: AudioRequest, speech: SpeechInfo, task: str) -> None:
 
 
 def _prompts(
-    upload: Upload, body: AudioRequest, model: ModelInfo, codec: TextCodec, task: str, most: int
+    sound: bytes, body: AudioRequest, model: ModelInfo, codec: TextCodec, task: str, most: int
 ) -> tuple[tuple[Window, ...], tuple[Prompt, ...]]:
-    """The file's windows, and what is asked of each. Raises InvalidRequest."""
+    """The file's windows, and what is asked of each. Raises InvalidRequest.
+
+    Of the samples no more is in memory than a window's: each becomes its spectrogram at once.
+    """
     speech = model.speech
     assert speech is not None
-    samples = read(upload.sound)
-    upload.sound.close()
-    heard = tuple(windows(samples, speech.window_s))
-    if len(heard) > most:
-        raise InvalidRequest(
-            f"'file' is written down in {len(heard)} windows of {speech.window_s:g} seconds; at most {most} are queued "
-            "here. Send less.",
-            param="file",
-        )
     ids, form = _begun(body, speech, codec, model.context_length, task)
     params = SamplingParams(
         max_tokens=model.context_length - len(ids),
@@ -142,15 +139,18 @@ def _prompts(
         logprobs=0 if body.response_format == "verbose_json" else None,
         speech=form,
     )
-    return heard, tuple(
-        Prompt(
-            ids,
-            params,
-            sound=Sound(spectrogram(window.samples, speech.num_mels, speech.window_s), speech.num_positions),
-            sound_s=window.seconds,
-        )
-        for window in heard
-    )
+    heard, prompts = list[Window](), list[Prompt]()
+    for window, samples in windows(read(sound), speech.window_s):
+        if len(heard) == most:
+            raise InvalidRequest(
+                f"'file' is written down in windows of {speech.window_s:g} seconds; at most {most} are queued here, "
+                "and it has more. Send less.",
+                param="file",
+            )
+        seen = Sound(spectrogram(samples, speech.num_mels, speech.window_s), speech.num_positions)
+        heard.append(window)
+        prompts.append(Prompt(ids, params, sound=seen, sound_s=window.seconds))
+    return tuple(heard), tuple(prompts)
 
 
 def _begun(

@@ -48,7 +48,7 @@ class Upload:
     """A form's fields, and its file."""
 
     body: AudioRequest
-    sound: BytesIO
+    sound: bytes
 
 
 class _SoundForm(Form):
@@ -92,9 +92,10 @@ async def received(request: Request, names: Collection[str]) -> Upload:
         raise InvalidRequest(f"'{_GRANULARITIES}' goes with the 'response_format' verbose_json.", param=_GRANULARITIES)
     if form.sound is None:
         raise InvalidRequest("The field 'file' is required: the sound to write down.", param="file")
-    if not form.sound.getbuffer().nbytes:
+    sound = form.sound.getvalue()
+    if not sound:
         raise InvalidAudio("'file' is empty. Send a file with sound in it.", param="file")
-    return Upload(body, BytesIO(form.sound.getbuffer()))
+    return Upload(body, sound)
 
 
 async def _chunks(request: Request) -> AsyncIterator[bytes]:

@@ -14,6 +14,7 @@ from manylora.settings import ENV_PREFIX, Settings, load_settings
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
+    from manylora.models.memory_report import MemoryReport
     from manylora.serving.process import Announcement
 
 __all__ = ["flag_of", "register", "shown_default"]
@@ -57,13 +58,12 @@ def _report_memory(settings: Settings) -> None:
     with uncollected():
         from manylora.models.memory_report import memory_report
     found = memory_report(settings)
-    per_token = "not said by the config" if found.kv_per_token is None else f"{found.kv_per_token / 2**10:.1f} KiB"
     rows = {
         f"{found.parameters:,} parameters": found.base,
         "  linears": found.linears,
         "  what makes the logits": found.head,
         "  embedding, norms and others": found.others,
-        f"KV cache ({per_token} a token)": found.kv_cache,
+        **_cache_row(found),
         **{f"at most, by {flag_of(name)}": size for name, size in found.limits.items()},
         "together": found.total,
         "free now": found.free,
@@ -71,6 +71,15 @@ def _report_memory(settings: Settings) -> None:
     typer.echo(f"{settings.model or 'the default model'}, --profile {settings.profile}:")
     for title, size in rows.items():
         typer.echo(f"{title:44} {size / 2**20:>10,.1f} MiB")
+
+
+def _cache_row(found: "MemoryReport") -> dict[str, int]:
+    if found.per_window is not None:
+        return {f"windows of sound ({found.per_window / 2**20:.1f} MiB each)": found.kv_cache}
+    if not found.kv_cache:
+        return {}
+    per_token = "not said by the config" if found.kv_per_token is None else f"{found.kv_per_token / 2**10:.1f} KiB"
+    return {f"KV cache ({per_token} a token)": found.kv_cache}
 
 
 def _announce(what: "Announcement") -> None:

@@ -52,7 +52,7 @@ _ATTENTION_RATE = (
     0.55  # multiplications per second of a prompt's attention, over those of matmuls; measured in bfloat16
 )
 _MOST_IN_PIECE = 64  # tokens of a prompt that a layer with a state runs at once: what chunked recurrences are made for
-_MOST_OF_FREE = 0.5  # memory that one sequence may take where the cache's share of it would be less
+MOST_OF_FREE = 0.5  # memory that one sequence may take where the cache's share of it would be less
 
 
 class Base(Protocol):
@@ -352,7 +352,7 @@ class EngineBuilder(Builder):
         if not per_block:  # no layer attends: blocks hold nothing and are only counted
             return KVCache(shapes, needed * settings.max_num_seqs, settings.block_size, dtype, self.device)
         num_blocks = max(0, room) // per_block
-        may_take = in_bytes(_MOST_OF_FREE, self.device) - states
+        may_take = in_bytes(MOST_OF_FREE, self.device) - states
         if isinstance(settings.kv_cache_memory, float) and needed * per_block <= may_take:
             num_blocks = max(num_blocks, needed)  # a share says how much may be taken, not that nothing may be served
         if num_blocks < needed:

@@ -8,7 +8,7 @@ import numpy as np
 
 from manylora.engine.async_engine import AsyncEngine
 from manylora.engine.block_manager import BlockManager
-from manylora.engine.build import Builder, FaultMetrics, in_bytes
+from manylora.engine.build import MOST_OF_FREE, Builder, FaultMetrics, in_bytes
 from manylora.engine.engine import Engine
 from manylora.engine.interface import AdapterSource, ModelInfo
 from manylora.engine.scheduler import Scheduler
@@ -21,8 +21,8 @@ from manylora.lora.format.reader import Adapter, read_trusted
 from manylora.lora.memory.occupancy import Occupancy
 from manylora.lora.memory.tiers import AdapterTiers
 from manylora.metrics import Metrics
-from manylora.models.kv_cache import KVCache, bytes_per_block
-from manylora.models.speech import wrap_speech
+from manylora.models.kv_cache import KVCache
+from manylora.models.speech import window_bytes, wrap_speech
 from manylora.models.speech_loading import LoadedSpeech
 from manylora.settings import Settings
 from manylora.sound.spectrogram import FRAMES_PER_SECOND
@@ -96,9 +96,10 @@ class SpeechBuilder(Builder):
     def _num_windows(self) -> int:
         """How many transcripts are written at once: as many as may be, and as there is memory for."""
         settings = self.settings
-        per_block = bytes_per_block(self.speech.wrapped.survey.kv_shapes, settings.block_size, self.dtype)
-        each = self.speech.bytes_per_window + self._blocks_each() * per_block
+        each = window_bytes(self.base.model.config, self.dtype, self.context_length, settings.block_size)
         room = in_bytes(settings.kv_cache_memory, self.device)
+        if isinstance(settings.kv_cache_memory, float) and each <= in_bytes(MOST_OF_FREE, self.device):
+            room = max(room, each)  # a share says how much may be taken, not that nothing may be served
         if room < each:
             raise NotEnoughMemory(
                 f"What is kept of one window of sound takes {-(-each // 2**20):,} MiB, and the cache has "

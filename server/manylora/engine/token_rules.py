@@ -14,12 +14,13 @@ import numpy.typing as npt
 
 from manylora.engine.interface import SamplingParams
 
-__all__ = ["Bits", "Rules", "TokenRules", "clear_bits", "open_bits", "set_bits"]
+__all__ = ["Bits", "Rules", "TokenRules", "clear_bits", "clear_range", "open_bits", "set_bits"]
 
 Bits = npt.NDArray[np.uint32]
 """A bit for each token of the vocabulary, token i's the bit i % 32 of word i // 32."""
 
-_ALL: Final = np.uint32(0xFFFFFFFF)
+_ALL_BITS: Final = 0xFFFFFFFF
+_ALL: Final = np.uint32(_ALL_BITS)
 
 
 class Rules(Protocol):
@@ -83,7 +84,7 @@ def open_bits(vocab_size: int, *, is_open: bool = True) -> Bits:
     """Bits for a vocabulary, all of whose tokens are set, or none."""
     num_words = -(-vocab_size // 32)
     bits: Bits = np.full(num_words, _ALL) if is_open else np.zeros(num_words, np.uint32)
-    clear_bits(bits, range(vocab_size, 32 * num_words))
+    clear_range(bits, vocab_size, 32 * num_words)
     return bits
 
 
@@ -98,6 +99,20 @@ def clear_bits(bits: Bits, token_ids: Iterable[int]) -> None:
     ids = np.fromiter(token_ids, np.int64)
     if ids.size:
         np.bitwise_and.at(bits, ids // 32, ~_bit_of(ids))
+
+
+def clear_range(bits: Bits, begin: int, end: int) -> None:
+    """Clear the bits of the tokens from `begin` up to `end`, in place, word by word."""
+    if begin >= end:
+        return
+    first, last = begin // 32, (end - 1) // 32
+    below, above = (1 << begin % 32) - 1, (_ALL_BITS << ((end - 1) % 32 + 1)) & _ALL_BITS
+    if first == last:
+        bits[first] &= np.uint32(below | above)
+        return
+    bits[first] &= np.uint32(below)
+    bits[first + 1 : last] = 0
+    bits[last] &= np.uint32(above)
 
 
 def _bit_of(ids: npt.NDArray[np.int64]) -> Bits:

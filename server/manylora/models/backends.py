@@ -27,7 +27,7 @@ from manylora.models.layers import LayerKernel
 if TYPE_CHECKING:
     from manylora.settings import Settings
 
-__all__ = ["Backend", "choose", "free_bytes", "has_bfloat16", "select_device", "select_dtype", "triton"]
+__all__ = ["Backend", "choose", "choose_whole", "free_bytes", "has_bfloat16", "select_device", "select_dtype", "triton"]
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 # NVIDIA's: matrix instructions of bfloat16, and copies to shared memory that run ahead.
@@ -78,9 +78,12 @@ class Backend:
 def choose(settings: "Settings") -> Backend:
     """The backend that the settings ask for, on the device that they name.
 
-    Raises InvalidSettings where there is no such device, or where it cannot keep the base's weights as they say.
+    Raises InvalidSettings where there is no such device, or where it cannot keep the base's weights as they say; what
+    the profile alone says of them is for CPUs.
     """
     device = select_device(settings.device)
+    if device.type != "cpu":
+        settings = settings.yielding("quantization", "kv_cache_dtype")
     wanted = FORMATS[settings.quantization]
     kv_dtype = _KV_DTYPES[settings.kv_cache_dtype]
     if device.type != "cpu":
@@ -91,6 +94,19 @@ def choose(settings: "Settings") -> Backend:
     is_native = settings.kernels != "torch" and native.is_available()
     backend = _cpp(device, wanted) if is_native else _torch_on_cpu(device, wanted)
     return replace(backend, kv_dtype=kv_dtype)
+
+
+def choose_whole(settings: "Settings", kind: str) -> Backend:
+    """`choose` for a kind of model, in words, whose weights and cache are never rounded.
+
+    Raises InvalidSettings as well where somebody asks for that; what the profile alone says is for other models.
+    """
+    settings = settings.yielding("quantization", "kv_cache_dtype")
+    if settings.quantization != "none":
+        raise InvalidSettings(f"quantization: {kind} are served as they are. Leave it out.")
+    if settings.kv_cache_dtype != "auto":
+        raise InvalidSettings(f"kv_cache_dtype: {kind} keep no rounded cache. Leave it out.")
+    return choose(settings)
 
 
 def _cpp(device: torch.device, wanted: WeightFormat) -> Backend:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from manylora.chat.format import FormatOverrides
-from manylora.errors import InvalidSettings, ModelUnusable
+from manylora.errors import ModelUnusable
 from manylora.lora.format.encoders import EncoderModules
 from manylora.models import backends, checkpoint
 from manylora.models.loading import base_name, check_memory
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from manylora.models.codec import HuggingFaceCodec
     from manylora.settings import Settings
 
-__all__ = ["LoadedEncoder", "is_encoder", "load_encoder", "offered_modules", "unreported"]
+__all__ = ["LoadedEncoder", "encoder_backend", "is_encoder", "load_encoder", "offered_modules", "unreported"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +57,14 @@ def is_encoder(folder: Path) -> bool:
     return raw.get("model_type") in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not is_decoder
 
 
+def encoder_backend(settings: "Settings") -> backends.Backend:
+    """What computes an encoder, as the settings ask for it. Raises InvalidSettings."""
+    return backends.choose_whole(settings, "encoders")
+
+
 def load_encoder(settings: "Settings", folder: Path) -> LoadedEncoder:
     """Check and load the encoder in a folder. Raises ModelUnusable, NotEnoughMemory or InvalidSettings."""
-    backend = backends.choose(settings)
-    if settings.quantization != "none":
-        raise InvalidSettings("quantization: encoders are served as they are. Leave it out.")
+    backend = encoder_backend(settings)
     config = checkpoint.read_encoder_config(folder)
     sentence = sentence_settings(folder)
     dtype = backends.select_dtype(settings.dtype, backend.device, getattr(config, "dtype", None))

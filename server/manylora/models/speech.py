@@ -22,17 +22,35 @@ from manylora.lora.format.encoders import SpeechModules
 from manylora.models import attention
 from manylora.models.backends import Backend
 from manylora.models.encoder import both_ways, probe_memory, ragged_batch
-from manylora.models.kv_cache import KVCache, KVShape
+from manylora.models.kv_cache import KVCache, KVShape, bytes_per_block
 from manylora.models.probes import PROBE_LENGTH, PROBE_STRENGTH, ProbeAdapter
 from manylora.models.refusals import refusing
 from manylora.models.survey import SAME, survey_linears
 from manylora.models.wrapping import WrappedModel, wrap_surveyed
 
-__all__ = ["HeardStates", "SpeechModel", "wrap_speech"]
+__all__ = ["HeardStates", "SpeechModel", "window_bytes", "wrap_speech"]
 
 _numbers = itertools.count()
 _HEAD: Final = "proj_out"
 _CHUNK: Final = 7  # tokens of a probe in the first step
+
+
+def _decoder_shapes(config: Any) -> list[KVShape]:
+    """The keys and values of each layer of a Whisper's decoder, as its config has them."""
+    heads = int(config.decoder_attention_heads)
+    size = int(config.d_model) // heads
+    return [KVShape(heads, size, size)] * int(config.decoder_layers)
+
+
+def window_bytes(config: Any, dtype: torch.dtype, context_length: int, block_size: int) -> int:
+    """What is kept of a window and its transcript while it is written: what is looked at, and blocks for its tokens."""
+    num_blocks = -(-context_length // block_size)
+    return _heard_bytes(config, dtype) + num_blocks * bytes_per_block(_decoder_shapes(config), block_size, dtype)
+
+
+def _heard_bytes(config: Any, dtype: torch.dtype) -> int:
+    """What a decoder looks at of one window: keys and values of its positions for each layer."""
+    return sum(shape.size for shape in _decoder_shapes(config)) * int(config.max_source_positions) * dtype.itemsize
 
 
 class HeardStates:
@@ -119,13 +137,6 @@ class SpeechModel:
     def num_positions(self) -> int:
         """What a window becomes."""
         return int(self.wrapped.model.config.max_source_positions)
-
-    @property
-    def bytes_per_window(self) -> int:
-        """What is kept of a window while its transcript is written."""
-        first = self._crosses[0]
-        numbers = 2 * len(self._crosses) * self.num_positions * first._heads * first._size
-        return numbers * int(self.wrapped.model.dtype.itemsize)
 
     def attach(self, cache: KVCache, num_slots: int) -> None:
         """Attend over this cache from now on, and keep so many windows. Raises ModelUnusable, see `_check`."""
@@ -264,8 +275,7 @@ def wrap_speech(model: PreTrainedModel, backend: Backend) -> SpeechModel:
     with refusing(model, "its parts were replaced"), torch.inference_mode():
         wrapped = wrap_surveyed(model, backend, found)
         config, heard = model.config, _Heard()
-        size = config.d_model // config.decoder_attention_heads
-        found.kv_shapes = [KVShape(config.decoder_attention_heads, size, size)] * config.decoder_layers
+        found.kv_shapes = _decoder_shapes(config)
         for number, layer in enumerate(model.get_submodule("model.decoder.layers").children()):
             layer.encoder_attn = CrossAttention(layer.encoder_attn, number, heard)
         return SpeechModel(wrapped, heard, probe)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from manylora.chat.format import FormatOverrides
-from manylora.errors import InvalidSettings, ModelUnusable
+from manylora.errors import ModelUnusable
 from manylora.lora.format.encoders import SpeechModules
 from manylora.models import backends, checkpoint
 from manylora.models.loading import base_name, check_memory
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from manylora.models.codec import HuggingFaceCodec
     from manylora.settings import Settings
 
-__all__ = ["LoadedSpeech", "is_speech", "load_speech", "offered_speech_modules"]
+__all__ = ["LoadedSpeech", "is_speech", "load_speech", "offered_speech_modules", "speech_backend"]
 
 _MODEL_TYPE: Final = "whisper"
 _LANGUAGE: Final = re.compile(r"<\|([a-z]{2,3})\|>")
@@ -46,15 +46,19 @@ def is_speech(folder: Path) -> bool:
         return False
 
 
-def load_speech(settings: "Settings", folder: Path) -> LoadedSpeech:
-    """Check and load the Whisper in a folder. Raises ModelUnusable, NotEnoughMemory or InvalidSettings."""
+def speech_backend(settings: "Settings") -> backends.Backend:
+    """What computes a model of speech, as the settings ask for it.
+
+    Raises InvalidSettings, and ModelUnusable where packages are missing without which none is served.
+    """
     if missing := missing_packages():
         raise ModelUnusable(missing)
-    backend = backends.choose(settings)
-    if settings.quantization != "none":
-        raise InvalidSettings("quantization: models of speech are served as they are. Leave it out.")
-    if settings.kv_cache_dtype != "auto":
-        raise InvalidSettings("kv_cache_dtype: models of speech keep their cache as it is. Leave it out.")
+    return backends.choose_whole(settings, "models of speech")
+
+
+def load_speech(settings: "Settings", folder: Path) -> LoadedSpeech:
+    """Check and load the Whisper in a folder. Raises ModelUnusable, NotEnoughMemory or InvalidSettings."""
+    backend = speech_backend(settings)
     config = checkpoint.read_speech_config(folder)
     dtype = backends.select_dtype(settings.dtype, backend.device, getattr(config, "dtype", None))
     check_memory(folder, dtype, backend.device)

@@ -31,7 +31,7 @@ class SpeechTokens:
     suppressed_first: tuple[int, ...] = ()
     max_first_timestamp: int | None = None
     before: int | None = None
-    languages: Mapping[str, int] = field(default_factory=dict)
+    languages: Mapping[str, int] = field(default_factory=dict, hash=False)
     transcribe: int | None = None
     translate: int | None = None
 

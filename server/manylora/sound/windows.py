@@ -1,5 +1,6 @@
 """Long sound becomes windows that a speech model hears one by one, cut where it is quietest."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,27 +16,26 @@ _QUIET_S: Final = 0.1  # how long a stretch is whose loudness is compared
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """A stretch of the sound: where it starts, in seconds from the beginning, and its samples [n], not padded."""
+    """A stretch of the sound: where it starts, in seconds from the beginning, and how long it is."""
 
     start_s: float
-    samples: Samples
-
-    @property
-    def seconds(self) -> float:
-        return len(self.samples) / RATE
+    seconds: float
 
 
-def windows(samples: Samples, window_s: float) -> list[Window]:
-    """The sound in windows of at most `window_s` seconds, one after the other without gap or overlap."""
+def windows(blocks: Iterable[Samples], window_s: float) -> Iterator[tuple[Window, Samples]]:
+    """The sound in windows of at most `window_s` seconds, one after the other without gap or overlap.
+
+    Each with its samples [n], not padded. No more of the sound is held than the next one is cut from.
+    """
     most = int(window_s * RATE)
-    found: list[Window] = []
-    start = 0
-    while len(samples) - start > most:
-        end = start + _quietest(samples[start : start + most])
-        found.append(Window(start / RATE, samples[start:end]))
-        start = end
-    found.append(Window(start / RATE, samples[start:]))
-    return found
+    start, held = 0, np.zeros(0, np.float32)
+    for block in blocks:
+        held = np.concatenate([held, block])
+        while len(held) > most:
+            end = _quietest(held[:most])
+            yield Window(start / RATE, end / RATE), held[:end]
+            start, held = start + end, held[end:]
+    yield Window(start / RATE, len(held) / RATE), held
 
 
 def _quietest(samples: Samples) -> int:

@@ -1,4 +1,6 @@
-"""How many requests each tenant has here at a time, and how much of their bodies is in memory.
+"""How many requests each tenant has here at a time, and how much of what they sent is in memory.
+
+That is their bodies, and sound once it is decoded: a small file can be a thousand times its size.
 
 One tenant can have half of either: however many requests its keys send, there is room for another's.
 """
@@ -6,7 +8,7 @@ One tenant can have half of either: however many requests its keys send, there i
 from collections import Counter
 from dataclasses import dataclass
 
-from manylora.errors import RateLimited, Unavailable
+from manylora.errors import RateLimited, TooLarge, Unavailable
 
 __all__ = ["Presence", "Visit"]
 
@@ -15,7 +17,7 @@ _RETRY_S = 1.0
 
 @dataclass(slots=True)
 class Visit:
-    """One request: whose it is, once that is known, and the bytes of its body that are held."""
+    """One request: whose it is, once that is known, and the bytes that are held of what it sent."""
 
     tenant: str | None = None
     num_bytes: int = 0
@@ -43,15 +45,20 @@ class Presence:
         self._requests[tenant] += 1
 
     def hold(self, visit: Visit, num_bytes: int) -> None:
-        """So many more bytes of its body are in memory. Raises RateLimited or Unavailable."""
+        """So many more bytes of what it sent are in memory. Raises TooLarge, RateLimited or Unavailable."""
+        if visit.num_bytes + num_bytes > self._max_bytes // 2:
+            raise TooLarge(
+                f"This request takes {visit.num_bytes + num_bytes} bytes of memory by itself, more than the "
+                f"{self._max_bytes // 2} that a tenant has here. Send less, or raise the server's max_body_memory."
+            )
         if self._bytes[visit.tenant] + num_bytes > self._max_bytes // 2:
             raise RateLimited(
-                f"The bodies of this tenant's requests have more than {self._max_bytes // 2} bytes together. "
+                f"What this tenant's requests sent takes more than {self._max_bytes // 2} bytes together. "
                 "Wait for some of them to be answered.",
                 retry_after_s=_RETRY_S,
             )
         if self._num_bytes + num_bytes > self._max_bytes:
-            raise Unavailable("The bodies of all requests take as much memory as they may.", retry_after_s=_RETRY_S)
+            raise Unavailable("What all requests sent takes as much memory as it may.", retry_after_s=_RETRY_S)
         visit.num_bytes += num_bytes
         if num_bytes:
             self._bytes[visit.tenant] += num_bytes
