@@ -1,13 +1,16 @@
 """Jobs that learn from preferences, or go on from an adapter, as they are asked for over HTTP."""
 
-import pytest
-from sqlalchemy import select
+from pathlib import Path
+from typing import Any
 
-from manylora.database.tables import JobRow
+import pytest
+from sqlalchemy import select, update
+
+from manylora.database.tables import JobRow, VersionRow
 from manylora.jobs.order import Order
 from manylora.jobs.queue import JobQueue, Spent
 from manylora.settings import Settings
-from tests.catalog.rig import Rig, running
+from tests.catalog.rig import Rig, files_of, running, write_sound
 
 from .test_over_http import lines, rig, submit, upload, uploaded
 
@@ -72,3 +75,34 @@ async def test_a_job_goes_on_from_an_adapter_that_the_tenant_may_use(rig: Rig) -
     saved = {"name": "both", "mix": [{"name": "mine", "weight": 0.5}]}
     assert (await rig.call("POST", "/v1/adapters", "acme:manager", json=saved)).status_code == 201
     assert (await submit(rig, file_id, model="both")).json()["error"]["param"] == "model"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"init_lora_weights": "eva"}, "init_lora_weights eva"),
+        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
+        ({"lora_alpha": ...}, "lora_alpha"),
+    ],
+)
+async def test_no_job_goes_on_from_an_adapter_that_training_would_refuse(
+    rig: Rig, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    odd = await rig.push("odd", files_of(write_sound(tmp_path / "odd", **changes)), "acme:manager")
+    assert odd.status_code == 201, odd.text
+    refused = await submit(rig, await uploaded(rig), model="odd")
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "model"), refused.text
+    message = refused.json()["error"]["message"]
+    assert message.startswith("'odd@1' is no")
+    assert said in message
+    assert str(rig.settings.data_dir) not in message
+    assert (await rig.call("GET", "/v1/fine_tuning/jobs", "acme:manager")).json()["data"] == []
+
+
+async def test_no_job_goes_on_from_a_classifier(rig: Rig) -> None:
+    assert (await rig.push("labels", who="acme:manager")).status_code == 201
+    with rig.catalog.database.write(None) as session:
+        session.execute(update(VersionRow).values(head="SEQ_CLS"))
+    refused = await submit(rig, await uploaded(rig), model="labels")
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "model"), refused.text
+    assert "a head for SEQ_CLS" in refused.json()["error"]["message"]

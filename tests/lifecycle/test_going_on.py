@@ -3,17 +3,19 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from manylora.errors import InvalidRequest
-from manylora.lifecycle.base import load_base
+from manylora.lifecycle.adapter_files import plain_config
+from manylora.lifecycle.base import load_base, quiet_peft
 from manylora.lifecycle.data.data import read_dataset
 from manylora.lifecycle.progress import ignore
 from manylora.lifecycle.train.config import LoraShape, TrainConfig
-from manylora.lifecycle.train.start import going_on
+from manylora.lifecycle.train.start import going_on, started
 from manylora.lifecycle.train.train import encode, prepare, train
 from tests.lifecycle.helpers import label_rows, tiny_config, write_rows
 
@@ -86,7 +88,51 @@ def test_what_cannot_be_gone_on_from_is_refused_before_any_work(first: TrainConf
         (replace(config, start=other(peft_type="IA3")), "IA3"),
         (replace(config, start=other(init_lora_weights="pissa")), "pissa"),
         (replace(config, start=other(modules_to_save=["lm_head"])), "modules_to_save"),
+        (replace(config, start=other(task_type="SEQ_CLS")), "task_type SEQ_CLS"),
+        (replace(config, start=other(bias="all")), "bias all"),
+        (replace(config, start=other(lora_alpha=None)), "no low-rank adapter in PEFT layout"),
         (replace(config, start=other(r=2)), "does not fit this base"),
     ):
         with pytest.raises(InvalidRequest, match=message):
             train(wrong)
+
+
+ENDLESS = "(?:(?:[a-z0-9._]+)+)+q_proj"  # which `re` tries on most modules' names for years
+
+
+def test_no_pattern_of_an_adapter_is_run_and_its_tensors_say_what_is_trained(
+    first: TrainConfig, tmp_path: Path
+) -> None:
+    told = json.loads((first.out / "adapter_config.json").read_text())
+    weights = load_file(first.out / "adapter_model.safetensors")
+    one = {name: value for name, value in weights.items() if ".layers.0." in name and ".q_proj." in name}
+    assert len(one) == 2
+    cases: list[tuple[dict[str, Any], dict[str, torch.Tensor], list[str]]] = [
+        ({"target_modules": ENDLESS}, weights, ["down_proj", "q_proj"]),
+        ({"exclude_modules": ENDLESS}, weights, ["down_proj", "q_proj"]),
+        ({"layers_to_transform": [0], "layers_pattern": [ENDLESS]}, one, ["model.layers.0.self_attn.q_proj"]),
+    ]
+    for number, (changes, tensors, targets) in enumerate(cases):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text(json.dumps({**told, **changes}))
+        save_file(tensors, folder / "adapter_model.safetensors")
+        with quiet_peft():
+            model = started(load_base(first.base, device="cpu", dtype="float32").model, folder, 0.0)
+        found = {name.replace(".default", ""): value for name, value in model.named_parameters() if "lora_" in name}
+        assert found.keys() == tensors.keys()
+        assert all(torch.equal(tensors[name].float(), found[name]) for name in tensors)
+        written = plain_config(model.peft_config["default"], "tiny")
+        assert written["target_modules"] == targets
+        assert not written.keys() & {"exclude_modules", "layers_to_transform", "layers_pattern"}
+
+
+@pytest.mark.parametrize("change", ["another base's", "nothing's"])
+def test_tensors_that_are_on_no_module_are_refused(first: TrainConfig, tmp_path: Path, change: str) -> None:
+    weights = load_file(first.out / "adapter_model.safetensors")
+    renamed = {name.replace(".layers.", ".blocks."): value for name, value in weights.items()}
+    (tmp_path / "adapter_config.json").write_bytes((first.out / "adapter_config.json").read_bytes())
+    tensors = renamed if change == "another base's" else {"x": torch.ones(1)}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(InvalidRequest, match=r"there is no module for|none of its tensors"):
+        train(replace(first, lora=LoraShape(), start=tmp_path, out=tmp_path / "on"))

@@ -1,5 +1,6 @@
 """`/v1/fine_tuning/jobs`: OpenAI's routes for trainings, whose results are versions of adapters here."""
 
+import asyncio
 import re
 from collections.abc import Callable
 from functools import partial
@@ -72,6 +73,8 @@ def _add_submission(router: APIRouter, catalog: Catalog, board: Board, view: _Vi
         except AdapterNotFound as error:  # which is a field of this request, and not what the path names
             raise InvalidRequest(error.message, param="model") from None
         new = _new_job(body, caller, services, catalog.base, start)
+        if start is not None:
+            await asyncio.to_thread(board.check_start, start, catalog.local_folder)
         return _private(view(await catalog.database.run(partial(board.submit, new))))
 
 

@@ -1,7 +1,8 @@
 """The jobs as their tenants see them: submitted, listed, cancelled, paused, followed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from sqlalchemy import func, select, tuple_
@@ -27,6 +28,8 @@ from manylora.jobs.records import (
     new_job_id,
     now_in,
 )
+from manylora.lifecycle.parameters import InvalidParameter, renamed
+from manylora.lifecycle.train.start import check_start
 from manylora.tenants.limits import limits_in
 
 __all__ = ["LABEL_METRICS", "MAX_JUDGED_ROWS", "TEXT_METRICS", "Board", "NewJob"]
@@ -68,6 +71,18 @@ class Board:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+
+    def check_start(self, ref: AdapterRef, folder_of: Callable[[AdapterRef], Path]) -> None:
+        """Whether a job can go on from the version. Takes its files out of the store, so from a worker thread.
+
+        Raises InvalidRequest, NotFound for a version that is gone, or what `folder_of` does.
+        """
+        with self._database.read() as session:
+            _start(session, ref)
+        try:
+            check_start(folder_of(ref))
+        except InvalidParameter as error:
+            raise InvalidRequest(renamed(error.message, {"start": f"'{ref.label}'"}), param="model") from None
 
     def submit(self, new: NewJob) -> Job:
         """Put a job into the queue. Raises InvalidRequest, NotFound for a file, or QuotaExceeded."""
@@ -197,9 +212,10 @@ def _start(session: Session, ref: AdapterRef) -> dict[str, Any]:
     row = session.get(VersionRow, ref.id)
     if row is None:
         raise NotFound(f"The adapter '{ref.label}' was deleted.")
-    if row.kind != "lora" or row.mix or row.virtual_tokens or row.invocation:
+    if row.kind != "lora" or row.mix or row.virtual_tokens or row.invocation or row.head:
+        what = f"a head for {row.head}" if row.head else row.kind
         raise InvalidRequest(
-            f"'{ref.label}' is no plain low-rank adapter ({row.kind}), and only those are gone on from.", param="model"
+            f"'{ref.label}' is no plain low-rank adapter ({what}), and only those are gone on from.", param="model"
         )
     return {"id": row.id, "label": ref.label, "rank": row.rank}
 
