@@ -134,6 +134,17 @@ def test_embeddings_are_pooled_as_the_adapter_says(rig: Rig) -> None:
         assert params(rig).pooling == pooling
 
 
+def test_texts_are_held_against_each_other_as_the_adapter_pools_them(rig: Rig) -> None:
+    says(rig, pooling="mean", locked=["pooling"])
+    for path, body in (
+        ("/v1/score", {"text_1": "hi", "text_2": "you"}),
+        ("/v1/rerank", {"query": "hi", "documents": ["you"]}),
+    ):
+        for model, pooling in (("base-model", "last"), ("alpha", "mean")):
+            assert rig.client.post(path, json={"model": model, **body}).status_code == 200
+            assert params(rig).pooling == pooling
+
+
 @pytest.mark.parametrize(
     ("name", "said", "own", "param", "expected"),
     [

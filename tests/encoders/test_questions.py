@@ -8,17 +8,19 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import normalizers
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from manylora.api.questions import best_answers
 from manylora.engine.interface import EncodedPair
 
 from .test_classify import make_classifier
-from .tiny import CONFIGS, Served, make_encoder, make_encoder_adapter, peft_model, serve
+from .tiny import CONFIGS, Served, make_encoder, make_encoder_adapter, make_encoder_tokenizer, peft_model, serve
 
 QUESTION = "who jumps"
 CONTEXTS = ["the quick brown fox jumps over the lazy dog", "naïve café 🙂 我爱北京", "x"]
 WIDE = {"max_position_embeddings": 130}
+BARE = {"add_special_tokens": False}
 
 
 def make_answerer(base: Path, folder: Path, kind: str) -> Path:
@@ -123,6 +125,9 @@ def test_a_text_without_tokens_has_no_answer(may_be_none: bool) -> None:
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("questions")
     base = make_encoder("bert", folder / "base", **WIDE)
+    tokenizer = make_encoder_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Strip()  # for texts that have no tokens
+    tokenizer.save_pretrained(base)
     answers = make_answerer(base, folder / "answers", "bert")
     with serve(base, folder / "data") as served:
         assert served.upload(answers, "answers").status_code == 201
@@ -153,6 +158,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
             "max_answer_len",
         ),
         ("answers", {"model": "answers", "question": "x", "context": "y " * 200}, "context"),
+        ("answers", {"model": "answers", "question": "x", "context": ["y", " "], **BARE}, "context"),
+        ("answers", {"model": "answers", "question": " ", "context": " ", **BARE}, "context"),
+        ("score", {"model": "mood", "text_1": " ", "text_2": " ", **BARE}, "text_2"),
         ("classify", {"model": "answers", "input": "x"}, "model"),
         ("rerank", {"model": "answers", "query": "x", "documents": ["x"]}, "model"),
     ],
@@ -160,6 +168,13 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 def test_what_cannot_be_answered_is_a_400(served: Served, path: str, body: dict[str, Any], param: str) -> None:
     answer = served.post({"answers": "/v1/question-answering"}.get(path, f"/v1/{path}"), **body)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
+
+
+def test_a_text_without_tokens_has_no_answer_of_its_own(served: Served) -> None:
+    for more, answers in (({}, []), ({"handle_impossible_answer": True}, [""])):
+        body = {"model": "answers", "question": "x", "context": " ", **more}
+        [entry] = served.post("/v1/question-answering", **body).json()["data"]
+        assert [each["answer"] for each in entry["answers"]] == answers
 
 
 def test_a_long_text_is_cut_at_its_end_where_the_body_says_so(served: Served) -> None:

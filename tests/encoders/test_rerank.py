@@ -1,5 +1,6 @@
 """Texts held against a text: by heads of pairs, against transformers and PEFT, and by the angle between embeddings."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import create_engine, text
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from manylora.api import pairs
+from manylora.catalog.labels import Label
 from tests.tiny_models import make_tokenizer
 
 from .test_classify import make_classifier
@@ -121,6 +126,37 @@ def test_the_best_come_first_in_every_dialect(served: Served, model: str) -> Non
     assert served.post("/rerank", **tei).json() == [{"index": i, "score": scores[i]} for i in order]
     with_texts = served.post("/rerank", **tei, return_text=True).json()
     assert [each["text"] for each in with_texts] == [DOCUMENTS[i] for i in order]
+
+
+def test_heads_of_before_a_version_said_which_are_found(base: Path, fits: Path, tmp_path: Path) -> None:
+    """A data folder of before, whose registry and labels tell of a head by the modules in a report alone."""
+    named = tmp_path / "named"
+    named.mkdir()
+    made = make_encoder_adapter(base, tmp_path / "made")
+    config = json.loads((made / "adapter_config.json").read_text()) | {"base_model_name_or_path": "SEQ_CLS:x"}
+    (named / "adapter_config.json").write_text(json.dumps(config))
+    (named / "adapter_model.safetensors").write_bytes((made / "adapter_model.safetensors").read_bytes())
+    data = tmp_path / "data"
+    with serve(base, data) as before:
+        for name, folder in (("fits", fits), ("named", named)):
+            assert before.upload(folder, name).status_code == 201
+        wanted = [scores_of(before, name) for name in ("fits", "named")]
+    alembic = Config()
+    alembic.set_main_option("script_location", "manylora.database:migrations")
+    engine = create_engine(f"sqlite:///{data / 'registry.sqlite3'}")
+    with engine.begin() as connection:
+        alembic.attributes["connection"] = connection
+        command.downgrade(alembic, "0020")
+        connection.execute(text("UPDATE versions SET report = json_remove(report, '$.head')"))
+    engine.dispose()
+    for path in (data / "store" / "labels").iterdir():
+        told = json.loads(path.read_text())
+        head = told.pop("head")
+        told["report"].pop("head", None)
+        path.write_text(json.dumps(told))
+        assert Label.model_validate_json(path.read_text()).head == head == ("SEQ_CLS" if told["name"] == "fits" else "")
+    with serve(base, data) as after:
+        assert [scores_of(after, name) for name in ("fits", "named")] == wanted
 
 
 def test_a_decoder_reranks_too(tiny_llama_dir: Path, tmp_path: Path) -> None:

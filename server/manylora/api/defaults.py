@@ -11,7 +11,7 @@ from typing import Any, Final
 import orjson
 
 from manylora.api.chats import rendered
-from manylora.api.inputs import PoolRequest
+from manylora.api.inputs import PoolRequest, ReadRequest
 from manylora.api.lanes import PYTHON, beside_loop
 from manylora.api.naming import Named
 from manylora.api.sampling import sampling_params
@@ -113,8 +113,8 @@ def with_defaults(
         return body, None
     defaults = _parsed(text)
     _check_locked(body, defaults, adapter)
-    if isinstance(body, PoolRequest):
-        return body.model_copy(update={"pooling": body.pooling or defaults.pooling}), None
+    if isinstance(body, ReadRequest):
+        return body.pooled(defaults.pooling), None
     if not isinstance(body, GenerationRequest):
         return body, None
     given = body.model_fields_set

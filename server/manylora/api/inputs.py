@@ -2,7 +2,7 @@
 
 from typing import Any, ClassVar, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from manylora.api.schemas import MAX_INPUTS, InferenceRequest, Prompt, checked_prompts, one_by_one
 from manylora.engine.interface import Pooling
@@ -16,9 +16,22 @@ class ReadRequest(InferenceRequest):
 
     reads_head: ClassVar[bool] = False
 
+    _usual_pooling: Pooling | None = PrivateAttr(default=None)
+
     @property
     def token_limit(self) -> int:
         return 0
+
+    @property
+    def chosen_pooling(self) -> Pooling | None:
+        """What becomes of a text's tokens where no head reads them; None: what the model does by itself."""
+        return self._usual_pooling
+
+    def pooled(self, usual: Pooling | None) -> Self:
+        """The body with what becomes of tokens where it does not say itself."""
+        copy = self.model_copy()
+        copy._usual_pooling = usual
+        return copy
 
 
 class InputsRequest(ReadRequest):
@@ -48,3 +61,7 @@ class PoolRequest(InputsRequest):
     """A body whose prompts become one vector each."""
 
     pooling: Pooling | None = Field(default=None, description="What becomes of a prompt's tokens.")
+
+    @property
+    def chosen_pooling(self) -> Pooling | None:
+        return self.pooling or super().chosen_pooling

@@ -106,6 +106,11 @@ def _fitted(pair: EncodedPair, body: PairsRequest, engine: PromptEngine) -> Enco
         if not kept.second and pair.second:
             raise too_long(body, f"{len(kept.ids)} without any of the second text", engine.model)
         pair = kept
+    # What is looked for in the second text may not be there, which the special tokens stand for.
+    if not pair.ids or (body.needs_head and not pair.second and not body.has_special_tokens):
+        raise InvalidRequest(
+            f"'{body.prompt_field}' has a text without tokens for this model.", param=body.prompt_field
+        )
     room_for_answer(body, len(pair.ids), engine.model)
     check_token_ids(list(pair.ids), engine.model, body.prompt_field)
     return pair

@@ -14,7 +14,7 @@ from typing import Final, TypeVar
 from starlette.requests import ClientDisconnect, Request
 
 from manylora.api.chats import RenderedChat, rendered_beside
-from manylora.api.inputs import PoolRequest, ReadRequest
+from manylora.api.inputs import ReadRequest
 from manylora.api.json_body import require_json
 from manylora.api.lanes import INLINE_CHARACTERS, PYTHON, SHORT_TEXT, beside_loop, text_lane
 from manylora.api.pairs import PairsRequest, encoded_pairs
@@ -172,7 +172,7 @@ async def _pooled_prompts(body: ReadRequest, engine: PromptEngine) -> tuple[Prom
     if not engine.model.hidden_size:
         raise InvalidRequest("This server's base model gives no hidden states, so it has no embeddings.", param="model")
     _check_num_choices(body, len(body.prompts), 1, engine.max_choices)
-    pooling = body.pooling if isinstance(body, PoolRequest) else None
+    pooling = body.chosen_pooling
     if pooling == "cls" and engine.model.kind == "generate":
         raise InvalidRequest(
             "'pooling' is 'cls', and the first token of this server's model has seen no other. Use 'last' or 'mean'.",

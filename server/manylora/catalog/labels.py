@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from sqlalchemy import Select, func, select
 from sqlalchemy.orm import undefer
 
@@ -17,6 +17,7 @@ from manylora.catalog.store import Store
 from manylora.database.changes import ADAPTER_CHANGE
 from manylora.database.database import Database
 from manylora.database.tables import AdapterRow, ChangeRow, VersionRow
+from manylora.lora.format.config import TASKS
 
 __all__ = [
     "FOLDER",
@@ -64,6 +65,17 @@ class Label(BaseModel):
     invocation: str = ""
     head: str = ""
     switched: int | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _find_head(cls, said: Any) -> Any:
+        """A label of before heads were said has the head's layers among the modules of its report, `TASK:layer`."""
+        report = said.get("report") if isinstance(said, dict) and not said.get("head") else None
+        paths = report.get("matched") if isinstance(report, dict) else None
+        if not isinstance(paths, list):
+            return said
+        parts = (str(path).partition(":") for path in paths)
+        return {**said, "head": next((task for task, colon, _ in parts if colon and task in TASKS), "")}
 
     @property
     def file(self) -> str:
