@@ -64,6 +64,11 @@ def test_each_tab_has_an_address_and_the_way_back_leads_to_the_one_before(open_p
     page.goto(f"{visit.url}/dashboard#recent-errors")  # as it was called before there were tabs
     page.reload()
     expect_tab(page, "errors")
+    page.goto(f"{visit.url}/dashboard#%")  # which encodes nothing
+    expect_tab(page, "errors")
+    page.reload()
+    expect_tab(page, "now")
+    expect(page.locator("#health-text")).to_contain_text("Ready")
 
 
 @pytest.mark.parametrize(

@@ -242,6 +242,17 @@ async def test_what_cannot_be_tried_is_refused_and_strangers_find_nothing(settin
         assert refused.status_code == 409, "nothing is active that it could run beside"
 
 
+async def test_everybodys_adapter_shows_its_canary_to_its_own_and_to_admins(settings: Settings) -> None:
+    shared = "public:manager"
+    async with running(settings, shared, ACME, OPS) as rig:
+        await _two_versions(rig, who=shared)
+        await _begin(rig, 0.5, shared)
+        for who, canary in ((shared, {"version": 2, "share": 0.5}), (OPS, {"version": 2, "share": 0.5}), (ACME, None)):
+            [listed] = (await rig.call("GET", "/v1/adapters", who)).json()["data"]
+            assert listed["canary"] == (await rig.call("GET", "/v1/adapters/x", who)).json()["canary"] == canary
+        assert (await rig.call("GET", "/v1/adapters/x/canary", ACME)).status_code == 403
+
+
 @pytest.mark.parametrize(
     ("failed", "total", "other_failed", "other_total"),
     [(3, 3, 0, 97), (1, 10, 1, 90), (5, 50, 2, 450), (40, 200, 10, 1800), (0, 9, 3, 9), (7, 7, 0, 0), (2, 5, 8, 20)],

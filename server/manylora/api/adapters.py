@@ -16,7 +16,7 @@ from manylora.api.auth import REVISION_HEADER, Admin, Caller, Manager, author_of
 from manylora.api.bodies import Body, read_body
 from manylora.api.json_body import documented, is_json
 from manylora.api.naming import looked_up, parse_model
-from manylora.api.ownership import not_found, owner_of, target_tenant, version_number
+from manylora.api.ownership import answers_for, not_found, owner_of, target_tenant, version_number
 from manylora.api.saved_mixes import MixBody, saved
 from manylora.api.state import ServicesDep
 from manylora.catalog.card import examples_of
@@ -212,7 +212,7 @@ def _add_reads(router: APIRouter, catalog: Catalog) -> None:
     ) -> Response:
         """The adapters that the caller may use, newest first; an admin sees all tenants'."""
         records, has_more = await catalog.page(_listed_tenants(caller, tenant), limit, after)
-        data = [adapter_view(catalog, record) for record in records]
+        data = [adapter_view(catalog, record, caller) for record in records]
         ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
         return JSONResponse({"object": "list", "data": data, **ends, "has_more": has_more})
 
@@ -230,7 +230,7 @@ def _add_reads(router: APIRouter, catalog: Catalog) -> None:
             record, page = await catalog.versions(owner, name, limit, before)
         versions = [_version_view(catalog, record, version) for version in page.versions]
         shown = {"versions": versions, "next_before": page.next_before}
-        return JSONResponse({**adapter_view(catalog, record), **shown})
+        return JSONResponse({**adapter_view(catalog, record, caller), **shown})
 
     @router.get("/v1/adapters/{name}/versions/{n}")
     async def get_version(name: str, n: str, caller: Caller, tenant: TenantQuery = None) -> Response:
@@ -325,7 +325,7 @@ def _add_changes(router: APIRouter, catalog: Catalog) -> None:
             if_active=body.if_active,
             author=author_of(caller, body.note),
         )
-        return JSONResponse(adapter_view(catalog, record))
+        return JSONResponse(adapter_view(catalog, record, caller))
 
     @router.delete("/v1/adapters/{name}", status_code=204)
     async def delete_adapter(name: str, caller: Manager, tenant: TenantQuery = None) -> Response:
@@ -453,8 +453,11 @@ def _status(catalog: Catalog, version: VersionRecord) -> str:
     return "ready" if catalog.directory.has_parts(version.mix) else _MISSING_PART
 
 
-def adapter_view(catalog: Catalog, adapter: AdapterRecord) -> dict[str, Any]:
-    """`adapter`: a name with what its active version is; the facts of it are null where none is active."""
+def adapter_view(catalog: Catalog, adapter: AdapterRecord, caller: Principal) -> dict[str, Any]:
+    """`adapter`: a name with what its active version is; the facts of it are null where none is active.
+
+    Its canary is null as well for a caller who may only use the adapter.
+    """
     active = adapter.active
     return {
         "id": adapter.id,
@@ -469,7 +472,7 @@ def adapter_view(catalog: Catalog, adapter: AdapterRecord) -> dict[str, Any]:
         "newest_version": adapter.sums.newest,
         "num_versions": adapter.sums.count,
         "pinned": adapter.pinned,
-        "canary": _canary_view(catalog, adapter),
+        "canary": _canary_view(catalog, adapter) if answers_for(caller, adapter.tenant) else None,
         "created": adapter.created_s,
         "digest": active.ref.digest if active else None,
         "rank": active.rank if active else None,

@@ -8,14 +8,14 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
 from manylora.api.adapters import Note, TenantQuery, VersionNumber, as_asked, owner_for, revised_by
-from manylora.api.auth import Caller, Manager, author_of, has_role
+from manylora.api.auth import Caller, Manager, author_of
 from manylora.api.bodies import Body, read_body
 from manylora.api.json_body import documented
+from manylora.api.ownership import answers_for
 from manylora.catalog.canaries import Arm, CanaryRecord
 from manylora.catalog.service import Catalog
 from manylora.database.tables import MICROSECONDS
 from manylora.errors import InvalidRequest, PermissionDenied
-from manylora.tenants.interface import Role
 
 __all__ = ["CanaryBody", "build_router"]
 
@@ -57,7 +57,7 @@ def build_router(catalog: Catalog) -> APIRouter:
         """The canary that runs, or else the last one, with what came of either version's requests."""
         with as_asked(name):
             owner = await owner_for(catalog, caller, name, tenant)
-            if owner != caller.tenant and not has_role(caller, Role.ADMIN):
+            if not answers_for(caller, owner):
                 raise PermissionDenied(f"'{name}' belongs to everybody: its canary is for keys with the role 'admin'.")
             return JSONResponse(_view(await catalog.canaries.last(owner, name)))
 

@@ -17,6 +17,7 @@ from manylora.api.adapters import (
 from manylora.api.auth import Admin, Caller, Manager, author_of, has_role
 from manylora.api.bodies import Body, read_body
 from manylora.api.json_body import documented
+from manylora.api.ownership import answers_for
 from manylora.catalog.records import Change, ChangePage
 from manylora.catalog.service import Catalog
 from manylora.errors import PermissionDenied
@@ -47,7 +48,7 @@ def build_router(catalog: Catalog) -> APIRouter:
         """Who changed the adapter, when, and which version was active before and after; newest first."""
         with as_asked(name):
             owner = await owner_for(catalog, caller, name, tenant)
-            if owner != caller.tenant and not has_role(caller, Role.ADMIN):
+            if not answers_for(caller, owner):
                 raise PermissionDenied(f"'{name}' belongs to everybody: its history is for keys with the role 'admin'.")
             page = await catalog.history(owner, name, limit, before)
         return _answer(page, caller)
@@ -62,7 +63,7 @@ def build_router(catalog: Catalog) -> APIRouter:
         owner = await owner_for(catalog, caller, name, tenant, for_change=True)
         author = author_of(caller, body.note)
         record = await catalog.rollback(owner, name, if_active=body.if_active, author=author)
-        return JSONResponse(adapter_view(catalog, record))
+        return JSONResponse(adapter_view(catalog, record, caller))
 
     @router.get("/v1/audit")
     async def audit(

@@ -13,7 +13,7 @@ from manylora.identity import PUBLIC_TENANT
 from manylora.tenants.interface import Principal, Role
 from manylora.tenants.keys import check_tenant
 
-__all__ = ["not_found", "owner_of", "target_tenant", "version_number"]
+__all__ = ["answers_for", "not_found", "owner_of", "target_tenant", "version_number"]
 
 _VERSION: Final = re.compile(r"[1-9][0-9]{0,8}", re.ASCII)
 _LONGEST_ECHO: Final = 80
@@ -30,6 +30,11 @@ def version_number(name: str, text: str) -> int:
     if not _VERSION.fullmatch(text):
         raise not_found(f"{name}@{text}")
     return int(text)
+
+
+def answers_for(caller: Principal, owner: str) -> bool:
+    """Whether the caller may see what concerns only those whose adapter it is, and not all who may use it."""
+    return owner == caller.tenant or has_role(caller, Role.ADMIN)
 
 
 def target_tenant(caller: Principal, tenant: str | None) -> str:

@@ -8,6 +8,7 @@ import { bytes, day } from "./format.js";
 import { historyView } from "./history.js";
 import { Inspection } from "./inspect.js";
 import { reportView } from "./report.js";
+import { decoded } from "./tabs.js";
 import { t, tierName } from "./words.js";
 
 const PAGE = 50; // versions
@@ -50,7 +51,7 @@ export class Detail {
   /** Open the adapter that the page's address names, if it names one. */
   async openAddressed() {
     const [, tenant, name] = /^#adapters\/([^/]+)\/([^/]+)$/.exec(location.hash) ?? [];
-    if (name) await this.open({ tenant: decodeURIComponent(tenant), name: decodeURIComponent(name) });
+    if (name) await this.open({ tenant: decoded(tenant), name: decoded(name) });
   }
 
   /** Show the versions before those that are shown, too. */

@@ -4,6 +4,15 @@ import { byId } from "./dom.js";
 
 const OLD = { "recent-errors": "errors" }; // addresses that were sent around before there were tabs
 
+/** What a part of an address says: as it stands where it is no encoding of anything, such as a bare `%`. */
+export function decoded(part) {
+  try {
+    return decodeURIComponent(part);
+  } catch {
+    return part;
+  }
+}
+
 export class Tabs {
   /** `onopen` takes the tab's name and what stands behind it in the address. */
   constructor(onopen) {
@@ -15,7 +24,7 @@ export class Tabs {
 
   /** Show what the address says, and what it says before it where that is no tab. */
   follow() {
-    const [first, ...rest] = location.hash.slice(1).split("/").map(decodeURIComponent);
+    const [first, ...rest] = location.hash.slice(1).split("/").map(decoded);
     const name = OLD[first] ?? first;
     const shown = this.links.has(name) ? name : (this.now ?? "now");
     this.show(shown);
