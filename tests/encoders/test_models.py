@@ -1,6 +1,7 @@
 """Encoders of many architectures in one ragged batch, against transformers and PEFT one by one."""
 
 import json
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -213,6 +214,32 @@ def test_an_adapter_that_changes_nothing_is_refused_by_what_it_does(
     make_encoder_adapter(folder, tmp_path / "adapter", targets=r"pooler\.dense")
     answer = served.upload(tmp_path / "adapter", "pooler")
     assert {problem["code"] for problem in answer.json()["error"]["problems"]} == {"no_effect"}
+
+
+def test_a_mix_that_is_materialised_is_an_adapter_of_the_encoder(served: Served, folder: Path, tmp_path: Path) -> None:
+    """The one that PEFT makes of them."""
+    make_encoder_adapter(folder, tmp_path / "other", targets=["query", "value"], seed=3)
+    assert served.upload(tmp_path / "other", "another").status_code == 201
+    weights = {"tuned": 0.7, "another": -0.3}
+    mix = [{"name": name, "weight": weight} for name, weight in weights.items()]
+    said = served.post("/v1/adapters", name="merged", mix=mix, materialise="ties", density=0.5)
+    assert said.status_code == 201, said.text
+    stored = served.parts.catalog.local_folder(served.parts.catalog.directory.resolve("public", "merged"))
+    assert json.loads((stored / "adapter_config.json").read_text())["task_type"] == "FEATURE_EXTRACTION"
+
+    model = peft_model(folder, folder.parent / "tuned")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.load_adapter(tmp_path / "other", "another")
+        model.add_weighted_adapter(
+            ["default", "another"], [*weights.values()], "merged", combination_type="ties", density=0.5
+        )
+        model.set_adapter("merged")
+    [found] = vectors(served, "merged", inputs()[2])
+    with torch.inference_mode():
+        wanted = model(input_ids=torch.tensor([inputs()[2]])).last_hidden_state[0, 0].numpy()
+    np.testing.assert_allclose(found, wanted, atol=2e-6)
+    assert np.abs(found - states_of(folder, inputs()[2])[0]).max() > 1e-3
 
 
 def test_what_is_checked_without_a_server_is_what_the_server_offers(served: Served, folder: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 from manylora.kernels.batch import AttentionOptions, Batch
 from manylora.kernels.reference import attention, write_kv
 from manylora.kernels.triton_attention import TritonAttention
+from tests.kernels.made import Made
 from tests.kernels.tolerance import TOLERANCES, assert_close, assert_same_bits
 
 pytestmark = pytest.mark.interpreted
@@ -119,6 +120,17 @@ def test_caps_chunks_sinks_and_slopes_are_right(dtype: torch.dtype) -> None:
 
 def test_a_long_sequence_is_cut_into_parts() -> None:
     Case(torch.float32, [(1, 4500), (1, 257), (1, 256)], heads=2, kv_heads=1, head_dim=16, value_dim=16).check()
+
+
+def test_parts_take_the_room_of_the_sequences_that_have_them() -> None:
+    """However many rows of prompts there are beside them."""
+    case = Case(torch.float32, [(1, 600), (1, 20), (200, 230)], heads=2, kv_heads=1, head_dim=16, value_dim=16)
+    with Made() as made:
+        found = case.run()
+    parts = [each.shape for each in made.found if each.operation == "empty" and len(each.shape) == 4]
+    assert parts == [(3, 2, 2, 16), (3, 2, 2, 2)]
+    for actual, wanted in zip(found, case.expected(), strict=True):
+        assert_close(actual, wanted)
 
 
 @by_dtype

@@ -1,5 +1,8 @@
 """Which device is taken and what computes on it, as torch tells of devices that are not here."""
 
+import sysconfig
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,7 +14,19 @@ from manylora.settings import Settings, load_settings
 
 
 @pytest.fixture
-def entered(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+def builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What Triton builds with, and nothing else: a folder with programs, and one with headers."""
+    for place in ("bin/gcc", "include/Python.h"):
+        (tmp_path / place).parent.mkdir()
+        (tmp_path / place).touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(tmp_path / "include"))
+    return tmp_path
+
+
+@pytest.fixture
+def entered(builder: Path, monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
     """Two devices, of compute capability 9.0 and 7.5; the devices that threads have made their own."""
     found: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -44,6 +59,36 @@ def test_programs_run_where_they_can(entered: list[torch.device], monkeypatch: p
     assert isinstance(choose(Settings(device="cuda:1")).lora, TorchKernel), "too old for them"
     monkeypatch.setattr(torch.version, "cuda", None)  # as where torch was built for ROCm
     assert isinstance(choose(Settings(device="cuda")).lora, TorchKernel)
+
+
+def test_torch_stands_in_where_programs_cannot_be_launched(
+    entered: list[torch.device], builder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Triton builds a module for that: with the compiler that CC names, else gcc or clang, and Python's headers."""
+
+    def kernel() -> type:
+        caplog.clear()
+        return type(choose(Settings(device="cuda")).lora)
+
+    gcc, headers = builder / "bin" / "gcc", builder / "include" / "Python.h"
+    gcc.rename(gcc.with_name("clang"))
+    assert (kernel(), caplog.text) == (TritonKernel, "")
+    gcc.with_name("clang").rename(gcc.with_name("tcc"))
+    assert kernel() is TorchKernel
+    [line] = caplog.messages
+    assert "without a C compiler (gcc or clang on PATH)" in line
+    assert "Install gcc" in line
+    monkeypatch.setenv("CC", "tcc")
+    assert (kernel(), caplog.text) == (TritonKernel, "")
+    headers.unlink()
+    assert kernel() is TorchKernel
+    assert f"without {headers}:" in caplog.text
+    headers.touch()
+    monkeypatch.setenv("CC", "icc")
+    assert kernel() is TorchKernel
+    assert "without the C compiler that CC names" in caplog.text
+    choose(Settings(device="cuda", kernels="torch"))
+    assert len(caplog.messages) == 1, "who asked for torch is told nothing"
 
 
 @pytest.mark.parametrize("device", ["cuda:", "cuda:x", "cuda:1\n", "cuda:-1", "cuda:1000", "tpu"])

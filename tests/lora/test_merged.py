@@ -32,7 +32,7 @@ def merged(base: Path, parts: list[Path], recipe: Recipe, folder: Path) -> Path:
     modules = adaptable_modules(load(base))
     folder.mkdir(exist_ok=True)
     read = [(read_trusted(part, modules), weight, part.name) for part, weight in zip(parts, WEIGHTS, strict=False)]
-    write_merged(read, recipe, folder)
+    write_merged(read, recipe, folder, "CAUSAL_LM")
     return folder
 
 

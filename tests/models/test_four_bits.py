@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from manylora.errors import ModelUnusable
 from manylora.kernels.weights import pack_int4
+from manylora.models.four_bits import _ONES, _gptq
 from manylora.models.loading import load_base, resolve_model
 from tests.models.test_loading import edit, settings
 
@@ -28,20 +29,20 @@ def rounded(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     columns = weight.T.float().reshape(-1, GROUP, len(weight))
     low, high = columns.aminmax(dim=1)
     scales = ((high - low) / 15).half()
-    zeros = (-low / scales.float()).round().clamp(1, 15)
+    zeros = (-low / scales.float()).round().clamp(0, 15)
     integers = (columns / scales[:, None].float() + zeros[:, None]).round().clamp(0, 15)
     return integers.flatten(0, 1), zeros, scales
 
 
-def gptq(weight: torch.Tensor, *, order: torch.Tensor | None = None, added: int = 1) -> dict[str, torch.Tensor]:
-    """`order`: in which inputs are put into groups."""
+def gptq(weight: torch.Tensor, *, order: torch.Tensor | None = None, added: int = _ONES) -> dict[str, torch.Tensor]:
+    """`order`: in which inputs are put into groups. `added`: what each word of zero points is stored less."""
     inputs = torch.arange(weight.shape[1]) if order is None else order
     integers, zeros, scales = rounded(weight[:, inputs])
     own = torch.empty_like(integers)
     own[inputs] = integers
     group = torch.empty(len(inputs), dtype=torch.int32)
     group[inputs] = (torch.arange(len(inputs)) // GROUP).int()
-    return {"qweight": words(own.T).T, "qzeros": words(zeros - added), "scales": scales, "g_idx": group}
+    return {"qweight": words(own.T).T, "qzeros": words(zeros) - added, "scales": scales, "g_idx": group}
 
 
 def awq(weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -119,12 +120,31 @@ def test_packed_weights_come_out_as_they_stand_for(
 
 
 def test_inputs_may_stand_in_any_groups(tiny_llama_dir: Path, tmp_path: Path, cache: Path) -> None:
-    from manylora.models.four_bits import _gptq
-
     weight, order = torch.randn(16, 64), torch.randperm(64)
     expected = torch.empty(16, 64)
     expected[:, order] = wanted(weight[:, order])
-    torch.testing.assert_close(_gptq(gptq(weight, order=order), 1).float(), expected, rtol=1e-3, atol=0)
+    torch.testing.assert_close(_gptq(gptq(weight, order=order), _ONES).float(), expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("added", [0, _ONES])
+def test_zero_points_of_0_are_read_and_leave_those_beside_them_as_they_are(added: int) -> None:
+    """Wherever in a word they are: its first, between others, some in a row, and its last alone."""
+    zeros = torch.tensor([[0, 8, 15, 0, 0, 1, 7, 0], [9, 3, 15, 1, 8, 14, 2, 0], [0, 0, 0, 0, 0, 0, 0, 0]])
+    integers = torch.arange(3 * GROUP)[:, None].expand(-1, 8) % 16
+    parts = {"qweight": words(integers.T).T, "qzeros": words(zeros) - added, "scales": torch.ones(3, 8)}
+
+    assert torch.equal(_gptq(parts, added), (integers - zeros.repeat_interleave(GROUP, dim=0)).T.float())
+    assert _gptq(parts, added).max() == 15
+
+
+def test_a_zero_point_of_0_is_stored_as_15() -> None:
+    """Of GPTQ's first format, in the last place of a word: as all who write it have it."""
+    parts = {"qweight": words(torch.full((8, 8), 5)).T, "qzeros": torch.tensor([[-0x8888889]], dtype=torch.int32)}
+    assert int(parts["qzeros"]) & 0xFFFFFFFF == 0xF7777777
+
+    found = _gptq({**parts, "scales": torch.ones(1, 8)}, _ONES)
+
+    assert found[:, 0].tolist() == [5 - 8] * 7 + [5]
 
 
 def test_what_is_damaged_is_said_with_the_module(tiny_llama_dir: Path, tmp_path: Path, cache: Path) -> None:

@@ -19,6 +19,7 @@ from manylora.models.wrapping import wrap
 from manylora.settings import Settings
 from tests.engine.harness import load
 from tests.kernels.lora_case import make_case
+from tests.kernels.made import Made
 from tests.tiny_models import make_tiny_model
 
 if not native.is_available():
@@ -82,6 +83,19 @@ def test_torch_multiplies_by_the_weights_that_the_cpp_kernels_hold(quantization:
     assert torch.equal(ours.rows(3, 67, 96), theirs.rows(3, 67, 96))
     torch.testing.assert_close(theirs(x), x @ theirs.rows(0, 70, 96).T + bias)
     torch.testing.assert_close(ours(x), theirs(x), rtol=0.02, atol=0.15)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_torch_reads_a_large_weight_back_part_by_part(quantization: str) -> None:
+    """The same product, and nothing that it makes on the way is as large as the weight."""
+    weight, bias, x = torch.randn(5000, 512), torch.randn(5000), torch.randn(2, 3, 512)
+    matmul = choose(Settings(device="cpu", quantization=quantization, kernels="torch")).matmul(weight, bias)
+    assert isinstance(matmul, ReadableMatmul)
+    with Made() as made:
+        found = matmul(x)
+
+    torch.testing.assert_close(found, x @ matmul.rows(0, 5000, 512).T + bias)
+    assert max(each.nbytes for each in made.found) <= 2 << 20 < weight.nbytes / 4
 
 
 def test_an_adapters_delta_is_made_from_the_input_as_it_was() -> None:

@@ -277,6 +277,21 @@ def test_convolutions_are_no_targets(base: Path, served: Served, tmp_path: Path)
     assert "conv1" in said.text
 
 
+def test_a_mix_that_is_materialised_is_an_adapter_of_speech(base: Path, served: Served, tmp_path: Path) -> None:
+    """With files that PEFT reads."""
+    for seed, name in enumerate(("first", "second")):
+        assert served.upload(make_speech_adapter(base, tmp_path / name, "usual", seed=seed), name).status_code == 201
+    mix = [{"name": "first", "weight": 1.0}, {"name": "second", "weight": 0.5}]
+    said = served.post("/v1/adapters", name="merged", mix=mix, materialise="dare_linear", density=1)
+    assert said.status_code == 201, said.text
+    stored = served.parts.catalog.local_folder(served.parts.catalog.directory.resolve("public", "merged"))
+    answer = post_sound(served, wav(sound(1)), model="merged", language="en", response_format="verbose_json").json()
+    found = [token for segment in answer["segments"] for token in segment["tokens"]]
+    mixed, bare = (generated(oracle(base, folder), as_read(sound(1)), has_times=True) for folder in (stored, None))
+    assert found == [token for token in mixed if token < END]
+    assert mixed != bare
+
+
 def test_an_adapter_is_named_as_lorax_does(base: Path, served: Served, tmp_path: Path) -> None:
     assert served.upload(make_speech_adapter(base, tmp_path / "adapter", "usual"), "named").status_code == 201
     by_model, by_id = post_sounds(

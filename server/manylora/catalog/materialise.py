@@ -8,6 +8,7 @@ from manylora.catalog.records import Wish
 from manylora.catalog.upload import Brought
 from manylora.errors import AdapterLoadFailed, InvalidAdapter
 from manylora.identity import CARD_FILE, AdapterRef, Mix
+from manylora.lora.format.encoders import bare_task_of
 from manylora.lora.format.merged import Method, Recipe, write_merged
 from manylora.lora.format.reader import ModuleSpec, read_trusted
 
@@ -38,7 +39,7 @@ def _write(
         parts = [(read_trusted(folder_of(ref), modules), weight, ref.label) for ref, weight in mix.parts]
     except InvalidAdapter as error:
         raise AdapterLoadFailed(f"The stored files of the mix's adapters cannot be read: {error.message}") from error
-    write_merged(parts, recipe, folder)
+    write_merged(parts, recipe, folder, bare_task_of(modules))
     made_of = "".join(f"- {ref.label}, weight {weight:g}\n" for ref, weight in mix.parts)
     title = " and ".join(ref.name for ref in mix.refs)
     how = f"{recipe.method}, density {recipe.density:g}, seed {recipe.seed}"

@@ -1,14 +1,22 @@
 """The base's matmul: one class for each form that a linear's weight is kept in. Which form, a backend says."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Final, Protocol, runtime_checkable
 
 import torch
 from torch.nn import functional
 
 from manylora.kernels import native
 from manylora.kernels.cpu import cpu_multiplies
-from manylora.kernels.weights import Int4Weight, Int8Weight, PanelWeight, pack_int4, pack_int8, pack_panels
+from manylora.kernels.weights import (
+    PANEL_WIDTH,
+    Int4Weight,
+    Int8Weight,
+    PanelWeight,
+    pack_int4,
+    pack_int8,
+    pack_panels,
+)
 
 __all__ = [
     "AddingMatmul",
@@ -29,6 +37,8 @@ __all__ = [
 
 # Rows for which oneDNN chooses the packed weight's order: that of a busy decode step. Others run well on it too.
 _PACKED_FOR_ROWS = 32
+# Of a rounded weight that is read back, in float32: on the way it takes five times that, which stays near the caches.
+_READ_BACK_BYTES: Final = 2 << 20
 
 
 class BaseMatmul(Protocol):
@@ -226,13 +236,23 @@ def int4(weight: torch.Tensor, bias: torch.Tensor | None) -> RoundedToNibbles:
 
 @dataclass(frozen=True, slots=True)
 class Unpacked:
-    """Torch's product with a weight that is kept rounded and read back in every call; inputs stay as they are."""
+    """Torch's product with a weight that is kept rounded; inputs stay as they are.
+
+    Every call reads the weight back, some panels of outputs at a time, so that it never stands whole in the memory.
+    """
 
     weight: Int4Weight | Int8Weight
     bias: torch.Tensor | None
 
     def __call__(self, x: torch.Tensor, /) -> torch.Tensor:
-        return functional.linear(x, self.weight.dequantised().to(x.dtype), self.bias)
+        weight = self.weight
+        panels = max(1, _READ_BACK_BYTES // (4 * PANEL_WIDTH * weight.in_features))
+        out = x.new_empty((*x.shape[:-1], weight.out_features))
+        for begin in range(0, weight.out_features, panels * PANEL_WIDTH):
+            end = min(begin + panels * PANEL_WIDTH, weight.out_features)
+            bias = None if self.bias is None else self.bias[begin:end]
+            out[..., begin:end] = functional.linear(x, weight.rows(begin, end).to(x.dtype), bias)
+        return out
 
     def rows(self, begin: int, end: int, _in_features: int) -> torch.Tensor:
         return self.weight.rows(begin, end)

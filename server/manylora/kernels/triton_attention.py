@@ -70,11 +70,12 @@ class TritonAttention:
         out = torch.empty((*q.shape[:2], values.shape[3]), dtype=q.dtype, device=q.device)
         if items.single is not None:
             most = min(_PARTS, triton.cdiv(max(batch.lens[: batch.num_decode]), _LEAST_KEYS))
-            parts = torch.empty((most, *out.shape), dtype=torch.float32, device=q.device)
-            weights = torch.empty((most, *q.shape[:2], 2), dtype=torch.float32, device=q.device)
+            rows = batch.num_decode  # they come first, and prompts behind them have no parts
+            parts = torch.empty((most, rows, *out.shape[1:]), dtype=torch.float32, device=q.device)
+            weights = torch.empty((most, rows, q.shape[1], 2), dtype=torch.float32, device=q.device)
             size = _launch(parts, weights, q, keys, values, batch, options, items.single, 1, most)
             programs.combine[len(items.single), q.shape[1]](
-                out, parts, weights, items.single, batch.query_starts, batch.context_lens, options.sinks, q.shape[0],
+                out, parts, weights, items.single, batch.query_starts, batch.context_lens, options.sinks, rows,
                 q.shape[1], options.window, options.chunk, E=values.shape[3], EP=_power(values.shape[3]), BN=size,
                 SPLITS=_PARTS, LEAST=_LEAST_KEYS, HAS_SINKS=options.sinks is not None, num_warps=4,
             )  # fmt: skip
@@ -97,7 +98,8 @@ def _launch(
 ) -> int:
     """Launch `attend`; returns how many keys a program takes at a time.
 
-    `num_parts`: that any sequence's keys are cut into; None where none are.
+    `num_parts`: that any sequence's keys are cut into; None where none are. `out` [T, heads, values' width], or of
+    parts [num_parts, rows, heads, values' width], of the step's first rows.
     """
     heads, num_kv = q.shape[1], keys.shape[1]
     width, value_width = _power(keys.shape[3]), _power(values.shape[3])
@@ -105,7 +107,7 @@ def _launch(
     size = _keys_at_once(max(width, value_width) * q.itemsize, is_prompt=num_parts is None)
     programs.attend[len(items), num_kv, num_parts or 1](
         out, weights, q, keys, values, batch.block_tables, items, batch.query_starts, batch.context_lens,
-        options.sinks, options.slopes, q.shape[0], heads, heads // num_kv, q.stride(0), q.stride(1),
+        options.sinks, options.slopes, out.shape[-3], heads, heads // num_kv, q.stride(0), q.stride(1),
         batch.block_tables.stride(0), keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
         options.scale, options.window, options.softcap, options.chunk,
         BLOCK=keys.shape[2], D=keys.shape[3], E=values.shape[3], DP=width, EP=value_width, GP=padded, BQ=queries,

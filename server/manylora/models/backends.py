@@ -6,9 +6,14 @@ imported by its creator, so that a machine without it never pays.
 """
 
 import importlib.util
+import logging
+import os
+import shutil
+import sysconfig
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import psutil
@@ -36,6 +41,8 @@ DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
 _KV_DTYPES: Final[Mapping[str, torch.dtype | None]] = {"auto": None, "int8": torch.int8}
 # What makes the logits is kept in another format than the rest: to round it costs most and saves little.
 _HEADS: Final[Mapping[str, str]] = {"int4": "int8"}
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,9 +161,30 @@ def _enter(device: torch.device) -> None:
 
 
 def _runs_programs(device: torch.device) -> bool:
-    """Whether Triton is there, which torch brings with CUDA, and makes matrix products of 16 bits on this device."""
+    """Whether Triton is there, which torch brings with CUDA, and makes matrix products of 16 bits on this device.
+
+    Where nothing but a compiler is missing, that is logged.
+    """
     is_known = torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY
-    return is_known and importlib.util.find_spec("triton") is not None
+    if not is_known or importlib.util.find_spec("triton") is None:
+        return False
+    missing = _missing_to_build()
+    if missing is not None:
+        _log.warning(
+            "Triton cannot build what launches its programs, without %s: using the slower torch operations. "
+            "Install gcc and Python's headers (on Debian gcc, libc6-dev and python3-dev), and start again.",
+            missing,
+        )
+    return missing is None
+
+
+def _missing_to_build() -> str | None:
+    """What Triton compiles a C module with when it first comes to a device, and does not find; None if it is there."""
+    said = os.environ.get("CC")  # which it takes in any case
+    if not any(shutil.which(name) for name in (("gcc", "clang") if said is None else (said,))):
+        return "a C compiler (gcc or clang on PATH)" if said is None else "the C compiler that CC names"
+    headers = Path(sysconfig.get_path("include", "posix_prefix"))
+    return None if (headers / "Python.h").is_file() else f"{headers / 'Python.h'}"
 
 
 def _torch_on_cpu(device: torch.device, wanted: WeightFormat) -> Backend:

@@ -23,9 +23,10 @@ from manylora.models.stages import Stages
 __all__ = ["ensure_plain", "is_four_bits"]
 
 # Raised when the same checkpoint is made into something else, so that what is in the caches is made anew.
-_VERSION: Final = 1
+_VERSION: Final = 2
 _PARTS: Final = ("qweight", "qzeros", "scales", "g_idx")
 _IN_WORD: Final = 8  # of 4 bits in 32
+_ONES: Final = 0x11111111  # one in each of them
 # Which of eight columns each half byte of an AWQ word is, from the lowest on.
 _AWQ_ORDER: Final = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -56,8 +57,9 @@ def _reader(config: dict[str, Any]) -> "Callable[[dict[str, torch.Tensor]], torc
     if not isinstance(said, dict) or said.get("bits", said.get("w_bit")) != 4:
         return None
     if said.get("quant_method") == "gptq":
-        # Zero points are stored less one, but in its second format.
-        added = 0 if said.get("checkpoint_format") == "gptq_v2" else 1
+        # Zero points are stored less one, but in its second format. It is words that ones are taken from: a zero point
+        # of 0 borrows from the one beside it, and the last of a word wraps around.
+        added = 0 if said.get("checkpoint_format") == "gptq_v2" else _ONES
         return lambda parts: _gptq(parts, added)
     is_awq = said.get("quant_method") == "awq" and str(said.get("version", "gemm")).lower() == "gemm"
     return _awq if is_awq else None
@@ -117,9 +119,12 @@ def _read(path: Path, name: str) -> torch.Tensor:
 
 
 def _gptq(parts: dict[str, torch.Tensor], added: int) -> torch.Tensor:
-    """qweight int32 [in / 8, out], qzeros int32 [groups, out / 8], scales [groups, out], g_idx int32 [in] or none."""
+    """qweight int32 [in / 8, out], qzeros int32 [groups, out / 8], scales [groups, out], g_idx int32 [in] or none.
+
+    `added`: to each word of zero points.
+    """
     integers = _nibbles(parts["qweight"]).transpose(1, 2).flatten(0, 1)  # [in, out]
-    zeros = _nibbles(parts["qzeros"]).flatten(1) + added
+    zeros = _nibbles(parts["qzeros"] + added).flatten(1)
     scales = parts["scales"]
     group = parts["g_idx"].long() if "g_idx" in parts else _even_groups(len(integers), len(scales))
     return ((integers - zeros[group]) * scales[group].float()).T.to(scales.dtype).contiguous()

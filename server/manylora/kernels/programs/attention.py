@@ -62,8 +62,8 @@ def attend(
 ):  # fmt: skip
     """One part of the keys; grid (items, kv heads, SPLITS). See `reference.attention`.
 
-    `q` [T, heads, D]. Of one part, `out` [T, heads, E] is the result. Of several it is float32 [SPLITS, T, heads, E],
-    and `weights` float32 [SPLITS, T, heads, 2] has the largest score of each and their sum, for `combine`.
+    `q` [T, heads, D]. Of one part, `out` [T, heads, E] is the result. Of several it is float32 [parts, num_rows, heads,
+    E] of the first rows, and `weights` [parts, num_rows, heads, 2] has each part's largest score and sum for `combine`.
     """
     item, kv, split = items + 2 * tl.program_id(0), tl.program_id(1), tl.program_id(2)
     s, first = tl.load(item).to(tl.int64), tl.load(item + 1)

@@ -13,7 +13,16 @@ from manylora.lora.format.heads import HeadPlan
 from manylora.lora.format.spec import AdaptedModule, BaseWeights, ModuleSpec
 from manylora.lora.format.tensors import TensorView
 
-__all__ = ["EncoderModules", "HeadedModules", "Naming", "SpeechModules", "naming_of", "plan_of", "tasks_of"]
+__all__ = [
+    "EncoderModules",
+    "HeadedModules",
+    "Naming",
+    "SpeechModules",
+    "bare_task_of",
+    "naming_of",
+    "plan_of",
+    "tasks_of",
+]
 
 _PREFIX: Final = "base_model.model."
 _POOLER: Final = "pooler."
@@ -79,10 +88,18 @@ class _Renamed:
 
 def tasks_of(modules: Mapping[str, ModuleSpec]) -> frozenset[str]:
     """What adapters for a base with these modules may have been trained for, in PEFT's words."""
-    if isinstance(modules, SpeechModules):
-        return frozenset({"SEQ_2_SEQ_LM"})
     heads = modules.heads if isinstance(modules, HeadedModules) else ()
-    return frozenset({"FEATURE_EXTRACTION" if isinstance(modules, EncoderModules) else "CAUSAL_LM", *heads})
+    return frozenset({bare_task_of(modules) or "SEQ_2_SEQ_LM", *heads})
+
+
+def bare_task_of(modules: Mapping[str, ModuleSpec]) -> str | None:
+    """What PEFT calls the task of an adapter without a head on a base with these modules.
+
+    None for speech: the class that PEFT has for its task takes token ids where Whisper takes sound.
+    """
+    if isinstance(modules, SpeechModules):
+        return None
+    return "FEATURE_EXTRACTION" if isinstance(modules, EncoderModules) else "CAUSAL_LM"
 
 
 def plan_of(config: Mapping[str, Any], modules: Mapping[str, ModuleSpec]) -> HeadPlan | None:

@@ -44,8 +44,11 @@ class _Pair:
     number: int  # of the adapter
 
 
-def write_merged(parts: Sequence[tuple[Adapter, float, str]], recipe: Recipe, folder: Path) -> None:
-    """Write config and tensors into `folder`, of adapters with their weights and labels. Raises InvalidRequest."""
+def write_merged(parts: Sequence[tuple[Adapter, float, str]], recipe: Recipe, folder: Path, task: str | None) -> None:
+    """Write config and tensors into `folder`, of adapters with their weights and labels. Raises InvalidRequest.
+
+    `task`: what PEFT calls the task of a base of their kind, None where it has no fitting word.
+    """
     kinds: dict[str, str] = {}
     pairs: dict[str, list[_Pair]] = {}
     for number, (adapter, weight, label) in enumerate(parts):
@@ -68,7 +71,8 @@ def write_merged(parts: Sequence[tuple[Adapter, float, str]], recipe: Recipe, fo
         end = "" if kinds[path] == "embedding" else ".weight"
         tensors |= {f"{_PREFIX}{path}.{of_a}{end}": a, f"{_PREFIX}{path}.{of_b}{end}": b}
     save_file(tensors, folder / TENSOR_FILE, metadata={"format": "pt"})
-    (folder / CONFIG_FILE).write_text(json.dumps(_config(ranks, parts[0][0].base_model_name_or_path), indent=2))
+    config = _config(ranks, task, parts[0][0].base_model_name_or_path)
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2))
 
 
 def _refused(why: str) -> InvalidRequest:
@@ -123,13 +127,13 @@ def _largest(values: Floats, density: float) -> Floats:
     return found
 
 
-def _config(ranks: dict[str, int], base_name: str | None) -> dict[str, Any]:
+def _config(ranks: dict[str, int], task: str | None, base_name: str | None) -> dict[str, Any]:
     """All scales are 1: alpha is the rank everywhere."""
     most = max(set(ranks.values()), key=list(ranks.values()).count)
     others = {path: rank for path, rank in ranks.items() if rank != most}
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": task,
         "base_model_name_or_path": base_name,
         "r": most,
         "lora_alpha": most,
