@@ -340,7 +340,7 @@ MALFORMED: list[tuple[str, Builder, str]] = [
     ("BD-LoRA", _with_config(use_bdlora={"nblocks": 2}), "unsupported_feature"),
     ("KaSA", _with_config(kasa_config={"beta": 0.1}), "unsupported_feature"),
     ("MonteCLoRA", _with_config(monteclora_config={"num_samples": 8}), "unsupported_feature"),
-    ("a classifier", _with_config(task_type="SEQ_CLS"), "unsupported_feature"),
+    ("a classifier of tokens", _with_config(task_type="TOKEN_CLS"), "unsupported_feature"),
     # names
     ("targets that no base has", _with_config(target_modules=["c_attn", "q_porj"]), "unmatched_module"),
     ("pattern that matches nothing", _with_config(target_modules=r".*\.c_attn"), "unmatched_module"),
