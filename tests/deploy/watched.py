@@ -19,6 +19,7 @@ from .files import PROMETHEUS, read_yaml
 PATIENCE_S = 120.0
 RATE_INTERVAL = "10s"  # what Grafana would choose is four scrapes or more; ours are a second apart
 BASE = "tiny"
+FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def until(condition: Callable[[], Any], what: str) -> Any:
@@ -139,6 +140,8 @@ class Load:
         headers = {"authorization": f"Bearer {self.keys[tenant]}"}
         try:
             with httpx.Client(base_url=self.url, headers=headers, timeout=60) as client:
+                if number == 0:
+                    self._try(client)
                 while not self._is_over.is_set():
                     self._round(client, number)
                     self.rounds += 1
@@ -151,13 +154,25 @@ class Load:
             self._complete(client, 200, model=name, prompt="The quick brown fox jumps over the lazy dog", max_tokens=8)
         self._leave(client, mine[0])
         self._complete(client, 404, model="nobody", prompt="x")
-        self._complete(client, 500, model=self.broken, prompt="x")
+        self._complete(client, 500, model=f"{self.broken}@1", prompt="x")
+        for user in range(4):
+            self._complete(client, (200, 500), model=self.broken, prompt="x", max_tokens=2, user=f"{self.rounds}/{user}")
         if number == 0:
             self._upload(client)
 
-    def _complete(self, client: httpx.Client, status: int, **body: Any) -> None:
+    def _complete(self, client: httpx.Client, status: int | tuple[int, ...], **body: Any) -> None:
         answer = client.post("/v1/completions", json=body)
-        assert answer.status_code == status, answer.text
+        assert answer.status_code in (status if isinstance(status, tuple) else (status,)), answer.text
+
+    def _try(self, client: httpx.Client) -> None:
+        """Let a version with files answer half of those who ask for the adapter that has lost its own."""
+        files = [("files", (name, (self.upload / name).read_bytes())) for name in FILES]
+        answer = client.post("/v1/adapters", data={"name": self.broken, "tenant": "public"}, files=files)
+        assert answer.status_code == 201, answer.text
+        answer = client.put(
+            f"/v1/adapters/{self.broken}/canary", params={"tenant": "public"}, json={"version": 2, "share": 0.5}
+        )
+        assert answer.status_code == 200, answer.text
 
     def _leave(self, client: httpx.Client, name: str) -> None:
         """Ask for a long answer and go after its first words."""
@@ -166,11 +181,10 @@ class Load:
             next(answer.iter_lines())
 
     def _upload(self, client: httpx.Client) -> None:
-        names = ("adapter_config.json", "adapter_model.safetensors")
-        good = [("files", (name, (self.upload / name).read_bytes())) for name in names]
+        good = [("files", (name, (self.upload / name).read_bytes())) for name in FILES]
         answer = client.post("/v1/adapters", data={"name": "uploaded"}, files=good)
         assert answer.status_code in (200, 201), answer.text
-        bad = [good[0], ("files", (names[1], b"no tensors"))]
+        bad = [good[0], ("files", (FILES[1], b"no tensors"))]
         assert client.post("/v1/adapters", data={"name": "refused"}, files=bad).status_code == 422
 
 

@@ -109,7 +109,7 @@ def test_a_draft_changes_no_answer_where_blocks_are_few(
     kernel: str, tiny_llama_dir: Path, adapters: dict[str, Path]
 ) -> None:
     """Sequences are preempted, with tokens of drafts in their blocks, and a draft preempts nobody."""
-    plain, drafted = run_both(tiny_llama_dir, adapters, kernel, Oracle(most=6, wrong=0.2), num_blocks=26)
+    plain, drafted = run_both(tiny_llama_dir, adapters, kernel, Oracle(most=6, wrong=0.2), num_blocks=22)
     assert drafted.scheduler.num_preemptions > 0
     assert {k: {**a, "cached": 0} for k, a in answers(drafted).items()} == {
         k: {**a, "cached": 0} for k, a in answers(plain).items()
