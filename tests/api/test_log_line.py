@@ -22,11 +22,11 @@ from .fakes import FakeGate
 @pytest.fixture
 def as_before() -> Iterator[None]:
     root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
+    handlers, level, structured = list(root.handlers), root.level, structlog.get_config()
     yield
     root.handlers[:] = handlers
     root.setLevel(level)
-    structlog.reset_defaults()
+    structlog.configure(**structured)
 
 
 def line_of(rig: Rig, **body: Any) -> dict[str, Any]:
