@@ -73,7 +73,7 @@ def test_every_sampling_field_reaches_the_engine(
 
 
 def test_every_sampling_param_is_covered_here() -> None:
-    elsewhere = {"logprobs", "grammar", "pooling", "reads_head", "speech"}  # their own tests
+    elsewhere = {"logprobs", "grammar", "pooling", "reads_head", "second_from", "speech"}  # their own tests
     assert {field.name for field in dataclasses.fields(SamplingParams)} == {r[2] for r in REACH} | elsewhere
 
 

@@ -156,7 +156,9 @@ class Load:
         self._complete(client, 404, model="nobody", prompt="x")
         self._complete(client, 500, model=f"{self.broken}@1", prompt="x")
         for user in range(4):
-            self._complete(client, (200, 500), model=self.broken, prompt="x", max_tokens=2, user=f"{self.rounds}/{user}")
+            self._complete(
+                client, (200, 500), model=self.broken, prompt="x", max_tokens=2, user=f"{self.rounds}/{user}"
+            )
         if number == 0:
             self._upload(client)
 
@@ -167,11 +169,10 @@ class Load:
     def _try(self, client: httpx.Client) -> None:
         """Let a version with files answer half of those who ask for the adapter that has lost its own."""
         files = [("files", (name, (self.upload / name).read_bytes())) for name in FILES]
-        answer = client.post("/v1/adapters", data={"name": self.broken, "tenant": "public"}, files=files)
+        of_all = {"tenant": "public"}
+        answer = client.post("/v1/adapters", params=of_all, data={"name": self.broken}, files=files)
         assert answer.status_code == 201, answer.text
-        answer = client.put(
-            f"/v1/adapters/{self.broken}/canary", params={"tenant": "public"}, json={"version": 2, "share": 0.5}
-        )
+        answer = client.put(f"/v1/adapters/{self.broken}/canary", params=of_all, json={"version": 2, "share": 0.5})
         assert answer.status_code == 200, answer.text
 
     def _leave(self, client: httpx.Client, name: str) -> None:
