@@ -24,6 +24,7 @@ MAX_AUDIO_SECONDS: Final = 1800
 MAX_CHANNELS: Final = 2
 MIN_RATE: Final = 4_000
 MAX_RATE: Final = 192_000
+MAX_TAGS: Final = 8  # of ID3, before the sound
 _BLOCK: Final = 2**17  # frames
 _PACKAGES: Final = ("soundfile", "soxr")
 _TAKEN: Final = "WAV, FLAC, Ogg, MP3 or AIFF"
@@ -73,7 +74,9 @@ class _Source(BytesIO):
 def _behind_tags(data: bytes) -> int:
     """Where the sound begins behind ID3 tags, which stand before MP3 and some FLAC."""
     start = 0
-    while data[start : start + 3] == b"ID3" and len(data) >= start + 10:
+    for _ in range(MAX_TAGS):
+        if data[start : start + 3] != b"ID3" or len(data) < start + 10:
+            break
         flags, sizes = data[start + 5], data[start + 6 : start + 10]
         size = sum((each & 0x7F) << shift for each, shift in zip(sizes, (21, 14, 7, 0), strict=True))
         start += 10 + size + (10 if flags & 0x10 else 0)
