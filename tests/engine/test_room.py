@@ -25,7 +25,7 @@ def test_long_prompt_is_chunked_beside_decodes() -> None:
     assert counts == [4] * 10, "a quarter of a step, since a stream waits for it"
 
 
-@pytest.mark.parametrize(("num_streams", "share"), [(1, 0.25), (8, 0.25), (20, 0.375), (32, 0.5), (60, 0.5)])
+@pytest.mark.parametrize(("num_streams", "share"), [(1, 0.25), (8, 0.25), (12, 0.375), (16, 0.5), (60, 0.5)])
 def test_beside_more_streams_prompts_take_more(num_streams: int, share: float) -> None:
     s = scheduler(budget=512, num_blocks=2000, seats=64)
     for _ in range(num_streams):

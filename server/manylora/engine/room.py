@@ -16,7 +16,7 @@ from manylora.engine.sequence import Sequence
 _SHARE_BESIDE_FEW: Final = 0.25
 _SHARE_BESIDE_MANY: Final = 0.5
 _FEW_STREAMS: Final = 8
-_MANY_STREAMS: Final = 32
+_MANY_STREAMS: Final = 16
 _SHARE_ALONE: Final = 2.0  # the same for a prompt beside which there is nothing, so that it runs in few steps
 _SHARE_OF_FIRST: Final = 0.5  # of what prompts may take, for the one that came first, while others wait
 
