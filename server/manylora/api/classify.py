@@ -1,6 +1,7 @@
 """`/v1/classify` and `/classify`: scores of an adapter's labels, as vLLM and text-embeddings-inference give them."""
 
 import time
+from abc import abstractmethod
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any, ClassVar, Final
 
@@ -17,14 +18,13 @@ from manylora.api.fields import CLASSIFY_UNSUPPORTED, Unsupported, renamed
 from manylora.api.inputs import InputsRequest
 from manylora.api.json_body import documented, parse_json
 from manylora.api.lanes import PYTHON, beside_loop
-from manylora.api.run import Asked, Deltas, Run, answered
+from manylora.api.run import Asked, Deltas, Run, WholeRenderer, answered
 from manylora.api.schemas import InferenceRequest, checked, parse
-from manylora.api.sse import Event
 from manylora.api.state import ServicesDep
 from manylora.api.strict import Strict
 from manylora.api.translation import parted, valid
-from manylora.engine.interface import Delta, Head, TokenLogprob
-from manylora.errors import InvalidRequest, ManyloraError
+from manylora.engine.interface import Delta, Head
+from manylora.errors import InvalidRequest
 
 __all__ = ["ClassifyRequest", "router", "shares"]
 
@@ -131,7 +131,7 @@ def shares(scores: Scores, head: Head, *, is_activated: bool = True) -> npt.NDAr
     return found
 
 
-class _Answer:
+class _Answer(WholeRenderer):
     """Puts the scores of each input into JSON as they come. Implements what is common of `run.Renderer`."""
 
     inputs_field = "input"
@@ -182,28 +182,12 @@ class _Answer:
     def _json(self, choice: int, scores: Scores, head: Head) -> orjson.Fragment:
         return orjson.Fragment(orjson.dumps(self._entry(choice, scores, head)))
 
+    @abstractmethod
     def _entry(self, index: int, scores: Scores, head: Head) -> Any:
         """What is told of one input."""
-        raise NotImplementedError
 
     def add(self, choice: int, delta: Delta) -> None:
         """Nothing to do: an answer is no text, and was taken in before it came here."""
-
-    def whole(self) -> bytes:
-        raise NotImplementedError
-
-    async def keep(self, choice: int, logprobs: Sequence[TokenLogprob]) -> None:
-        """Scores have none."""
-
-    def events(self, choice: int, delta: Delta) -> Sequence[Event]:
-        """None: a body cannot ask for a stream."""
-        return ()
-
-    def last_events(self) -> Sequence[Event]:
-        return ()
-
-    def failed(self, error: ManyloraError) -> Sequence[Event]:
-        return ()
 
     def _shares(self, scores: Scores, head: Head) -> npt.NDArray[np.float64]:
         """The scores as the body asks for them."""

@@ -2,7 +2,6 @@
 
 import base64
 import time
-from collections.abc import Sequence
 from typing import Any, ClassVar, Final, Literal
 
 import numpy as np
@@ -17,14 +16,13 @@ from manylora.api.auth import Caller
 from manylora.api.fields import EMBEDDING_UNSUPPORTED, Unsupported
 from manylora.api.inputs import PoolRequest
 from manylora.api.json_body import documented
-from manylora.api.run import Asked, Deltas, Run, answered
+from manylora.api.run import Asked, Run, WholeRenderer, answered
 from manylora.api.schemas import Int, parse
-from manylora.api.sse import Event
 from manylora.api.state import ServicesDep
-from manylora.engine.interface import Delta, ModelInfo, TokenLogprob
-from manylora.errors import InvalidRequest, ManyloraError
+from manylora.engine.interface import Delta, ModelInfo
+from manylora.errors import InvalidRequest
 
-__all__ = ["EmbeddingRequest", "router"]
+__all__ = ["EmbeddingRequest", "of_length_one", "router"]
 
 _LITTLE_ENDIAN: Final = np.dtype("<f4")
 router = APIRouter(tags=["inference"])
@@ -65,7 +63,7 @@ def _check_dimensions(wanted: int | None, model: ModelInfo) -> None:
     raise InvalidRequest(f"'dimensions' cannot be {wanted}. {why}", param="dimensions")
 
 
-class EmbeddingAnswer:
+class EmbeddingAnswer(WholeRenderer):
     """A list of vectors. Each becomes JSON when it comes. Implements `run.Renderer`."""
 
     def __init__(self, run: Run, body: EmbeddingRequest) -> None:
@@ -76,14 +74,11 @@ class EmbeddingAnswer:
         self._is_base64 = body.encoding_format == "base64"
         self._found: list[orjson.Fragment | str | None] = [None] * run.num_choices
 
-    def arranged(self, deltas: Deltas) -> Deltas:
-        return deltas
-
     def add(self, choice: int, delta: Delta) -> None:
         assert delta.pooled is not None, "a prompt that is pooled has one delta"
         vector = delta.pooled[: self._dimensions]
         if self._normalizes:
-            vector = _of_length_one(vector)
+            vector = of_length_one(vector).astype(np.float32)
         if self._is_base64:
             self._found[choice] = base64.b64encode(vector.astype(_LITTLE_ENDIAN).tobytes()).decode()
         else:
@@ -110,21 +105,9 @@ class EmbeddingAnswer:
             }
         )
 
-    async def keep(self, choice: int, logprobs: Sequence[TokenLogprob]) -> None:
-        """Vectors have none."""
 
-    def events(self, choice: int, delta: Delta) -> Sequence[Event]:
-        """None: a body cannot ask for a stream."""
-        return ()
-
-    def last_events(self) -> Sequence[Event]:
-        return ()
-
-    def failed(self, error: ManyloraError) -> Sequence[Event]:
-        return ()
-
-
-def _of_length_one(vector: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def of_length_one(vector: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """The vector over its length; one of zeros as it is."""
     wide = vector.astype(np.float64)
     length = float(np.linalg.norm(wide))
-    return (wide / length if length else wide).astype(np.float32)
+    return wide / length if length else wide

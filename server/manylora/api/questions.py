@@ -1,7 +1,7 @@
 """`/v1/question-answering`: the part of a text that answers a question, by an adapter's head of QUESTION_ANS."""
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from typing import Any, ClassVar, Final
 
 import numpy as np
@@ -17,12 +17,10 @@ from manylora.api.json_body import documented
 from manylora.api.lanes import PYTHON, beside_loop
 from manylora.api.pairs import PairsRequest
 from manylora.api.rerank import texts_of
-from manylora.api.run import Asked, Deltas, Run, answered
+from manylora.api.run import Asked, Deltas, Run, WholeRenderer, answered
 from manylora.api.schemas import Int, parse
-from manylora.api.sse import Event
 from manylora.api.state import ServicesDep
-from manylora.engine.interface import Delta, EncodedPair, TokenLogprob
-from manylora.errors import ManyloraError
+from manylora.engine.interface import Delta, EncodedPair
 
 __all__ = ["Answer", "QuestionRequest", "best_answers", "router"]
 
@@ -106,7 +104,7 @@ def best_answers(
     return sorted(found, key=lambda each: (-each["score"], each["start"], each["end"]))[:top_k]
 
 
-class QuestionAnswer:
+class QuestionAnswer(WholeRenderer):
     """A list of answers for each text. Implements `run.Renderer`."""
 
     def __init__(self, run: Run, body: QuestionRequest) -> None:
@@ -158,16 +156,3 @@ class QuestionAnswer:
                 "manylora": extension(self._run),
             }
         )
-
-    async def keep(self, choice: int, logprobs: Sequence[TokenLogprob]) -> None:
-        """Answers have none."""
-
-    def events(self, choice: int, delta: Delta) -> Sequence[Event]:
-        """None: a body cannot ask for a stream."""
-        return ()
-
-    def last_events(self) -> Sequence[Event]:
-        return ()
-
-    def failed(self, error: ManyloraError) -> Sequence[Event]:
-        return ()

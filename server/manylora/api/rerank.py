@@ -5,7 +5,6 @@ a pair's score is the cosine of its two.
 """
 
 import time
-from collections.abc import Sequence
 from typing import Any, ClassVar, Final, Self
 
 import numpy as np
@@ -18,17 +17,17 @@ from starlette.responses import Response
 from manylora.api.answers import extension
 from manylora.api.auth import Caller
 from manylora.api.classify import shares
+from manylora.api.embeddings import of_length_one
 from manylora.api.fields import RERANK_UNSUPPORTED, Unsupported, renamed
 from manylora.api.json_body import documented, parse_json
 from manylora.api.pairs import PairsRequest
-from manylora.api.run import Asked, Deltas, Run, answered
+from manylora.api.run import Asked, Run, WholeRenderer, answered
 from manylora.api.schemas import MAX_INPUTS, InferenceRequest, Int, checked, parse
-from manylora.api.sse import Event
 from manylora.api.state import ServicesDep
 from manylora.api.strict import Strict
 from manylora.api.translation import parted, valid
-from manylora.engine.interface import Delta, TokenLogprob
-from manylora.errors import InvalidRequest, ManyloraError
+from manylora.engine.interface import Delta
+from manylora.errors import InvalidRequest
 
 __all__ = ["RerankRequest", "ScoreRequest", "router", "texts_of"]
 
@@ -198,7 +197,7 @@ def _tei(raw: dict[str, Any]) -> Asked:
     return Asked(body, lambda run: TeiAnswer(run, body, has_texts=asked.return_text), names=_TEI_NAMES)
 
 
-class _Answer:
+class _Answer(WholeRenderer):
     """Keeps what each prompt came to: a pair's score or a text's vector. Common to what implements `run.Renderer`."""
 
     def __init__(self, run: Run, body: RerankRequest | ScoreRequest) -> None:
@@ -208,13 +207,10 @@ class _Answer:
         self._scores: list[float] = [0.0] * len(body.seconds)
         self._vectors: dict[int, Vector] = {}
 
-    def arranged(self, deltas: Deltas) -> Deltas:
-        return deltas
-
     def add(self, choice: int, delta: Delta) -> None:
         assert delta.pooled is not None, "an input that is read has one delta"
         if delta.head is None:
-            self._vectors[choice] = _of_length_one(delta.pooled)
+            self._vectors[choice] = of_length_one(delta.pooled)
             return
         if len(delta.head.labels) != 1:
             raise InvalidRequest(
@@ -232,22 +228,6 @@ class _Answer:
                 first = self._vectors[number if num_firsts > 1 else 0]
                 self._scores[number] = float(first @ self._vectors[num_firsts + number])
         return self._scores
-
-    def whole(self) -> bytes:
-        raise NotImplementedError
-
-    async def keep(self, choice: int, logprobs: Sequence[TokenLogprob]) -> None:
-        """Scores have none."""
-
-    def events(self, choice: int, delta: Delta) -> Sequence[Event]:
-        """None: a body cannot ask for a stream."""
-        return ()
-
-    def last_events(self) -> Sequence[Event]:
-        return ()
-
-    def failed(self, error: ManyloraError) -> Sequence[Event]:
-        return ()
 
     def _usage(self) -> dict[str, Any]:
         tokens, cached = self._run.counts.prompt_tokens, self._run.counts.cached_tokens
@@ -322,9 +302,3 @@ class TeiAnswer(RerankAnswer):
                 for index, score in self.ranked()
             ]
         )
-
-
-def _of_length_one(vector: npt.NDArray[np.float32]) -> Vector:
-    wide = vector.astype(np.float64)
-    length = float(np.linalg.norm(wide))
-    return wide / length if length else wide

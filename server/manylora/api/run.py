@@ -3,6 +3,7 @@
 import asyncio
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -35,7 +36,7 @@ from manylora.engine.interface import (
 from manylora.errors import AdapterNotFound, Draining, InvalidRequest, ManyloraError, WrongModelType
 from manylora.tenants.interface import Lease, Principal
 
-__all__ = ["ADAPTER_HEADER", "Asked", "Deltas", "Renderer", "Run", "answered", "check_kind"]
+__all__ = ["ADAPTER_HEADER", "Asked", "Deltas", "Renderer", "Run", "WholeRenderer", "answered", "check_kind"]
 
 ADAPTER_HEADER: Final = "x-manylora-adapter"
 
@@ -73,6 +74,34 @@ class Renderer(Protocol):
     def failed(self, error: ManyloraError) -> Sequence[Event]:
         """The events that a stream ends with, in place of all to come, where an error comes after the first."""
         ...
+
+
+class WholeRenderer(ABC):
+    """A renderer of what is never streamed and has no log-probabilities: vectors, scores. Implements `Renderer`."""
+
+    def arranged(self, deltas: Deltas) -> Deltas:
+        return deltas
+
+    async def keep(self, choice: int, logprobs: Sequence[TokenLogprob]) -> None:
+        assert not logprobs, "a body cannot ask for any"
+
+    @abstractmethod
+    def add(self, choice: int, delta: Delta) -> None:
+        """Take in what an input came to."""
+
+    @abstractmethod
+    def whole(self) -> bytes:
+        """The body, once every input is there."""
+
+    def events(self, choice: int, delta: Delta) -> Sequence[Event]:
+        """None: a body cannot ask for a stream."""
+        return ()
+
+    def last_events(self) -> Sequence[Event]:
+        return ()
+
+    def failed(self, error: ManyloraError) -> Sequence[Event]:
+        return ()
 
 
 @dataclass(frozen=True, slots=True)
