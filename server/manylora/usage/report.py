@@ -141,7 +141,10 @@ def make_report(
 def _check_hours(period: Period, now_us: int) -> None:
     end_s = now_us // MICROSECONDS if period.end_s is None else period.end_s
     if period.start_s is None or end_s - period.start_s > MAX_HOURS * _HOUR_S:
-        raise InvalidRequest(f"Hours are told for {MAX_HOURS // 24} days at most: send a later 'from'.", param="from")
+        raise InvalidRequest(
+            f"Hours are told for {MAX_HOURS // 24} days at most: send 'from', no longer than that before 'to' or now.",
+            param="from",
+        )
 
 
 class _Sums:
