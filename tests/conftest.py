@@ -1,8 +1,10 @@
 """Fixtures that several parts of the suite share: tiny models on disk, made once per session."""
 
+import functools
 import gc
 import os
-from collections.abc import Callable
+import ssl
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TypeAlias
 
@@ -25,11 +27,25 @@ structlog.configure(
     ]
 )
 
+# Every HTTP client reads the system's certificates, which takes 22 ms, and tests make thousands of clients for servers
+# of their own, which have none.
+ssl.create_default_context = functools.cache(ssl.create_default_context)  # type: ignore[assignment]
+
 # Random tests are slow beside others, and no test claims a time.
 hypothesis.settings.register_profile("suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("suite")
 
 ModelMaker: TypeAlias = Callable[[str], Path]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Collect tests without collecting garbage: nothing of them goes, and all is walked for each quarter more."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 def pytest_collection_finish() -> None:
@@ -44,6 +60,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(scope="module")
+def quick_collections() -> None:
+    """Keep what tests before these have left out of collections, for tests that run into hundreds of them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

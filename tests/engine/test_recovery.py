@@ -17,6 +17,8 @@ from tests.engine.oracle import check_greedy, with_adapter
 from tests.tiny_adapters import make_adapter, make_adapter_that_spoils
 from tests.tiny_models import make_tiny_model
 
+pytestmark = pytest.mark.usefixtures("quick_collections")  # one for each step that has no memory
+
 NAMES = [None, "tuned", None, "other", "tuned", None, "other"]
 PROMPTS = [[3 + 7 * i, *range(20 + i, 20 + 4 * i)] for i in range(len(NAMES))]
 GUILTY = 3
