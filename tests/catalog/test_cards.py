@@ -1,13 +1,25 @@
 """A README.md beside an adapter's files is its card: kept with the version, shown and handed back."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from manylora.catalog.card import MAX_CARD_BYTES, MAX_EXAMPLES, MAX_FRONT_MATTER, examples_of
+from manylora.catalog.card import (
+    MAX_CARD_BYTES,
+    MAX_EXAMPLES,
+    MAX_FRONT_MATTER,
+    MAX_LINEAGE_COMMAND,
+    MAX_LINEAGE_SCORES,
+    MAX_SCORE_NAME,
+    examples_of,
+    lineage_in,
+)
 from manylora.catalog.labels import Label
 from manylora.catalog.queries import adopted_version
 from manylora.database.tables import AdapterRow
+from manylora.lifecycle.card import Card
 from manylora.settings import Settings
 
 from .rig import running, sound_files, tar_of, write_sound
@@ -42,6 +54,61 @@ async def test_a_card_comes_with_every_kind_of_upload_and_stays_with_its_version
         missing = await rig.call("GET", "/v1/adapters/nosums/versions/1/card", "rival:user")
         assert foreign.status_code == missing.status_code == 404
         assert foreign.json()["error"]["message"].replace("sums", "nosums") == missing.json()["error"]["message"]
+
+
+async def test_a_version_says_how_it_was_made_wherever_it_is_shown(settings: Settings) -> None:
+    made = {"command": 'manylora train --out "城市"', "data_sha256": "ab" * 32, "scores": {"held-out loss": 0.5}}
+    text = f"---\nlineage: {json.dumps(made, ensure_ascii=False)}\n---\n# Sums\n"
+    async with running(settings) as rig:
+        pushed = await rig.push("sums", with_card(text))
+        assert pushed.json()["lineage"] == made
+        second = await rig.push("sums", with_card("# Nothing said\n", 2.0))
+        assert second.json()["lineage"] == {}
+    async with running(settings) as rig:
+        found = (await rig.call("GET", "/v1/adapters/sums")).json()
+        assert found["lineage"] == made
+        assert [version["lineage"] for version in found["versions"]] == [made, {}]
+        newer = await rig.push("sums", with_card(text, 2.0))  # the same content with a card that says it
+        assert (newer.json()["version"], newer.json()["lineage"]) == (2, made)
+        labels = [
+            Label.model_validate_json(path.read_bytes()) for path in (settings.data_dir / "store/labels").iterdir()
+        ]
+        assert [json.loads(adopted_version(AdapterRow(id="a"), label).lineage) for label in labels] == [made, made]
+
+
+def test_what_training_writes_is_read_as_it_was_meant() -> None:
+    digests = {"data": "0" * 64, "eval": "f" * 64}
+    report: dict[str, Any] = {
+        "settings": {"lora": {"rank": 4, "alpha": None, "targets": []}},
+        "lengths": {"train": {"num_examples": 2, "num_tokens": 9}},
+        "data_sha256": digests, "base": "tiny", "num_parameters": 1, "size_bytes": 2, "steps": 3, "seconds": 1.0,
+        "device": "cpu", "best_eval_loss": 0.123456, "scores": {"accuracy": 0.5, "macro_f1": 0.25, "num_examples": 2},
+    }  # fmt: skip
+    command = "manylora train --instruction '只答城市：\n\"是\"' " + "x" * 2000
+    made = json.loads(lineage_in(Card.of_training("city", command, report).markdown()))
+    assert made == {
+        "command": command[: MAX_LINEAGE_COMMAND - 1] + "…",
+        "data_sha256": digests["data"],
+        "eval_sha256": digests["eval"],
+        "scores": {"held-out loss": 0.1235, "held-out accuracy": 0.5, "held-out macro F1": 0.25},
+    }
+
+
+def test_lineage_is_what_has_its_form() -> None:
+    def said(**lineage: object) -> object:
+        text = lineage_in(f"---\nlineage: {json.dumps(lineage)}\n---\n")
+        return json.loads(text) if text else None
+
+    assert said(command=["x"], data_sha256="AB" * 32, scores=[1]) is None
+    assert said(command="x" * 9000, eval_sha256="0" * 64) == {
+        "command": "x" * MAX_LINEAGE_COMMAND,
+        "eval_sha256": "0" * 64,
+    }
+    many = {str(number): number for number in range(50)}
+    assert said(scores={"y" * (MAX_SCORE_NAME + 1): 1, "z": "nan", "w": "no", "": 2, **many}) == {
+        "scores": dict(list(many.items())[:MAX_LINEAGE_SCORES])
+    }
+    assert lineage_in("---\nlineage: 3\n---\n") == lineage_in("# A card\n") == ""
 
 
 async def test_another_card_for_the_same_content_is_no_new_version(settings: Settings) -> None:

@@ -44,6 +44,7 @@ async def test_two_files_become_a_version_that_can_be_named_at_once(settings: Se
             "defaults": {},
             "mix": None,
             "card_bytes": 0,
+            "lineage": {},
         }
         answer = await rig.call("POST", "/v1/completions", json={"model": "billing", "prompt": "hi"})
         assert answer.headers["x-manylora-adapter"] == "billing@1"

@@ -312,6 +312,17 @@ def test_links_between_the_pages_lead_somewhere() -> None:
     assert broken == []
 
 
+def test_every_page_has_a_place_on_the_site() -> None:
+    """`make site` makes it, and complains of links and of anchors that lead nowhere."""
+    site = script("site")
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
+    named = re.findall(r"^ +- .+: (\S+\.md)$", nav, re.MULTILINE)
+
+    assert sorted(named) == sorted([*map(str, site.tracked_pages()), "docs/reference.md"])
+    missing = [module for *_, modules in site.PARTS for module in modules if importlib.util.find_spec(module) is None]
+    assert missing == []
+
+
 # version
 
 

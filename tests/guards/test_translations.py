@@ -8,7 +8,11 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # What is run, with the mark that says why not; outputs and drawings too.
 _BLOCK = re.compile(r"(?:^<!-- [^\n]+ -->\n)?^```\w*\n.*?^```", re.DOTALL | re.MULTILINE)
-TRANSLATIONS = {"README.zh.md": "README.md", "docs/tutorial.zh.md": "docs/tutorial.md"}
+TRANSLATIONS = {
+    "README.zh.md": "README.md",
+    "docs/lora.zh.md": "docs/lora.md",
+    "docs/tutorial.zh.md": "docs/tutorial.md",
+}
 
 
 def text_of(page: str) -> str:

@@ -1,5 +1,6 @@
 """The official `openai` client, unmodified, from rows to a version that answers: a server with a worker beside it."""
 
+import hashlib
 import json
 import time
 from collections.abc import Iterator
@@ -104,6 +105,10 @@ def check_result(client: openai.OpenAI, server: Server, job: FineTuningJob, rows
     (used,) = [row for row in server.client.get("/v1/usage").json()["data"] if row["adapter"] == "words"]
     assert used["training_tokens"] == job.trained_tokens
     assert used["training_seconds"] > 0
+    lineage = server.client.get("/v1/adapters/words/versions/1").json()["lineage"]
+    assert lineage["command"] == f"fine-tuning job {job.id}"
+    assert lineage["data_sha256"] == hashlib.sha256(client.files.content(job.training_file).read()).hexdigest()
+    assert lineage["scores"] == {"held-out loss": round(checkpoint.metrics.full_valid_loss, 4)}
     promotion = job.model_dump()["manylora"]["promotion"]
     assert promotion["promoted"]
     assert "words@1 was promoted: accuracy gain" in promotion["said"]

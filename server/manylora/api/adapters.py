@@ -429,6 +429,7 @@ def _version_view(catalog: Catalog, adapter: AdapterRecord, version: VersionReco
         "mix": _mix_view(version),
         "created": version.created_s,
         "card_bytes": version.card_bytes,
+        "lineage": shown(version.lineage),
         "tier": catalog.tier_of(version.ref),
         "defaults": shown(version.defaults),
         "report": {"base_model": None, **version.report, "base_model_differs": catalog.has_other_name(version)},
@@ -479,6 +480,7 @@ def adapter_view(catalog: Catalog, adapter: AdapterRecord, caller: Principal) ->
         "size_bytes": adapter.sums.size_bytes,
         "mix": _mix_view(active) if active else None,
         "card_bytes": active.card_bytes if active else None,
+        "lineage": shown(active.lineage) if active else None,
         "tier": catalog.tier_of(active.ref) if active else None,
         "defaults": shown(active.defaults) if active else None,
     }

@@ -4,9 +4,12 @@ A card describes and does nothing: the same content with another card is the sam
 What a card says is a stranger's word, so nothing here follows it; whoever shows it makes text of it.
 """
 
+import json
+import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import yaml
 from sqlalchemy import select
@@ -15,12 +18,16 @@ from manylora.database.database import Database
 from manylora.database.tables import VersionRow
 from manylora.identity import CARD_FILE
 
-__all__ = ["card_of", "examples_of", "read_card"]
+__all__ = ["card_of", "examples_of", "lineage_in", "read_card"]
 
 MAX_CARD_BYTES: Final = 131_072
 MAX_FRONT_MATTER: Final = 16_384  # characters
 MAX_FRONT_MATTER_DEPTH: Final = 20
 MAX_EXAMPLES: Final = 8
+MAX_LINEAGE_COMMAND: Final = 1000  # characters
+MAX_LINEAGE_SCORES: Final = 16
+MAX_SCORE_NAME: Final = 64  # characters
+_DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 _FENCE: Final = "---\n"
 
 
@@ -51,16 +58,52 @@ def examples_of(card: str) -> list[str]:
 
     Its nodes are read and no objects made of them, so aliases cost nothing. Runs in Python: call it from a thread.
     """
-    head, fence, _ = card.removeprefix(_FENCE).partition(f"\n{_FENCE}")
-    if not card.startswith(_FENCE) or not fence or len(head) > MAX_FRONT_MATTER:
-        return []
-    try:
-        root = yaml.compose(head, Loader=yaml.SafeLoader) if _is_shallow(head) else None
-    except (yaml.YAMLError, ValueError, OverflowError):  # its numbers of versions and characters are unchecked
-        return []
-    rows = _value(root, "widget")
+    rows = _value(_front_matter(card), "widget")
     found = filter(None, map(_prompt_of, rows.value if isinstance(rows, yaml.SequenceNode) else ()))
     return [text for text, _ in zip(found, range(MAX_EXAMPLES), strict=False)]
+
+
+def lineage_in(card: str) -> str:
+    """How the version was made, from the `lineage` of the card's front matter: a JSON object, "" where it is not said.
+
+    `command` that made it, `data_sha256` and `eval_sha256` of the files that it learnt from and was watched on, and
+    `scores` by name. What has another form is left out. Runs in Python: call it from a thread.
+    """
+    said = _value(_front_matter(card), "lineage")
+    found: dict[str, Any] = {}
+    if command := _text(_value(said, "command")).strip():
+        found["command"] = command[:MAX_LINEAGE_COMMAND]
+    for name in ("data_sha256", "eval_sha256"):
+        if _DIGEST.fullmatch(digest := _text(_value(said, name))):
+            found[name] = digest
+    if scores := _scores(_value(said, "scores")):
+        found["scores"] = scores
+    return json.dumps(found, ensure_ascii=False) if found else ""
+
+
+def _scores(node: yaml.Node | None) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for name, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        text = _text(name)
+        try:
+            number = float(_text(value))
+        except ValueError:
+            continue
+        if 0 < len(text) <= MAX_SCORE_NAME and math.isfinite(number) and len(found) < MAX_LINEAGE_SCORES:
+            found[text] = number
+    return found
+
+
+def _front_matter(card: str) -> yaml.Node | None:
+    """What stands between the fences; None where that is nothing, too long, too deep or no YAML."""
+    head, fence, _ = card.removeprefix(_FENCE).partition(f"\n{_FENCE}")
+    if not card.startswith(_FENCE) or not fence or len(head) > MAX_FRONT_MATTER:
+        return None
+    try:
+        root: yaml.Node | None = yaml.compose(head, Loader=yaml.SafeLoader) if _is_shallow(head) else None
+    except (yaml.YAMLError, ValueError, OverflowError):  # its numbers of versions and characters are unchecked
+        return None
+    return root
 
 
 def _is_shallow(head: str) -> bool:

@@ -61,6 +61,7 @@ class Label(BaseModel):
     report: dict[str, Any]
     defaults: str = ""
     card: str = ""
+    lineage: str = ""
     virtual_tokens: int = 0
     invocation: str = ""
     head: str = ""

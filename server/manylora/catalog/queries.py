@@ -187,11 +187,14 @@ def check_kept(session: Session, tenant: str, row: AdapterRow | None, size_bytes
 
 def set_card(session: Session, row: AdapterRow, version: VersionRow, wish: Wish) -> bool:
     """Let the version have the card that came, if any did; whether it is another one. Raises QuotaExceeded."""
-    if wish.card in (None, version.card):
+    if wish.card is None:
+        return False
+    version.lineage = wish.lineage  # also of a card from before it was read
+    if wish.card == version.card:
         return False
     if wish.card_bytes > version.card_bytes:
         check_kept(session, row.tenant, row, wish.card_bytes - version.card_bytes)
-    version.card, version.card_bytes = wish.card or "", wish.card_bytes
+    version.card, version.card_bytes = wish.card, wish.card_bytes
     return True
 
 

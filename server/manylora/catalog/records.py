@@ -34,6 +34,7 @@ class Wish:
     `defaults` is the canonical text of what came as `manylora.json`. The same content with others is a new version.
 
     `card` is the text of what came as `README.md`: the version has it from then on, whether it is new or was there.
+    So it has `lineage`, what the card says of how it was made (`catalog.card.lineage_in`).
 
     `payer` None: the operator's own, which the owner's share of the engine runs and nobody is charged for.
 
@@ -48,6 +49,7 @@ class Wish:
     payer: Payer | None = None
     defaults: str | None = None
     card: str | None = None
+    lineage: str = ""
     author: Author = SERVER
     also: "Callable[[Session, Published], None] | None" = None
 
@@ -104,6 +106,7 @@ class VersionRecord:
     defaults: str
     mix: tuple[SavedPart, ...]
     card_bytes: int
+    lineage: str
 
     @property
     def created_s(self) -> int:
@@ -246,6 +249,7 @@ def version_record(adapter: AdapterRow, row: VersionRow, base: BaseSignature) ->
         defaults=row.defaults,
         mix=parts_of(row.mix),
         card_bytes=row.card_bytes,
+        lineage=row.lineage,
     )
 
 

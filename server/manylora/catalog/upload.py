@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from manylora.catalog.archive import unpack
 from manylora.catalog.base_names import BaseNames
-from manylora.catalog.card import read_card
+from manylora.catalog.card import lineage_in, read_card
 from manylora.catalog.defaults import not_used, read_file
 from manylora.catalog.files import blob_of_folder
 from manylora.catalog.receive import Received
@@ -145,7 +145,8 @@ class Quarantine:
             raise InvalidAdapter(problems)
         card, warning = await asyncio.to_thread(read_card, brought.folder)
         adapter.warnings.extend([] if warning is None else [warning])
-        return adapter, replace(wish, defaults=text, card=card)
+        lineage = await asyncio.to_thread(lineage_in, card or "")
+        return adapter, replace(wish, defaults=text, card=card, lineage=lineage)
 
     async def unpack(self, received: Received) -> Brought:
         """The adapter's files, from either form of upload. Raises InvalidAdapter or TooLarge."""

@@ -26,6 +26,9 @@ def show_adapter(found: dict[str, Any]) -> None:
         for v in found["versions"]
     ]
     console.print(table(["version", "", "status", "rank", "size", "tier", "digest", "created"], rows))
+    made = [[str(v["version"]), *cells] for v in found["versions"] if any(cells := (_data_of(v)[:12], _scores_of(v)))]
+    if made:
+        console.print(table(["version", "data", "scores, as its card says"], made))
     told = [[name, json.dumps(value, ensure_ascii=False)] for name, value in _defaults(found)]
     if told:
         console.print(table(["default", f"of version {found['active_version']}"], told))
@@ -43,6 +46,7 @@ def show_version(found: dict[str, Any]) -> None:
         ["tier", found["tier"]],
         ["digest", found["digest"]],
         ["created", as_time(found["created"])],
+        *_lineage(found),
         *([f"default {name}", json.dumps(value, ensure_ascii=False)] for name, value in _defaults(found)),
         *([] if mixed else [["effect", _effect(found["report"]["effect"])]]),
     ]
@@ -69,6 +73,23 @@ def status_of(found: dict[str, Any]) -> str:
 def _defaults(found: dict[str, Any]) -> list[tuple[str, Any]]:
     """Of an adapter or a version; a server of an earlier release shows none."""
     return list((found.get("defaults") or {}).items())
+
+
+def _lineage(version: dict[str, Any]) -> list[list[str]]:
+    """What the version's card says of how it was made; a server of an earlier release says nothing."""
+    said = version.get("lineage") or {}
+    rows = [["made by", said.get("command", "")], ["data", _data_of(version)]]
+    rows += [["held-out data", said.get("eval_sha256", "")], ["scores", _scores_of(version)]]
+    return [row for row in rows if row[1]]
+
+
+def _data_of(version: dict[str, Any]) -> str:
+    return str((version.get("lineage") or {}).get("data_sha256", ""))
+
+
+def _scores_of(version: dict[str, Any]) -> str:
+    scores = (version.get("lineage") or {}).get("scores", {})
+    return ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
 
 
 def _effect(effect: dict[str, float] | None) -> str:

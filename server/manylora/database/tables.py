@@ -71,7 +71,8 @@ class VersionRow(Base):
     base model it was validated against. `virtual_tokens` are the positions that it takes before each prompt,
     `invocation` the token ids, with spaces between them, from which on it acts, `head` the task that it has a head for,
     empty for none. A saved mix has a `mix`
-    (`catalog.saved_mix`) and no `blob`. `card` is the README.md that came last with it.
+    (`catalog.saved_mix`) and no `blob`. `card` is the README.md that came last with it, `lineage` what it says
+    of how the version was made (`catalog.card.lineage_in`).
     """
 
     __tablename__ = "versions"
@@ -101,6 +102,7 @@ class VersionRow(Base):
     # Read when somebody asks for it, and not with the row.
     card: Mapped[str] = mapped_column(server_default="", default="", deferred=True)
     card_bytes: Mapped[int] = mapped_column(server_default="0", default=0)
+    lineage: Mapped[str] = mapped_column(server_default="", default="")
 
 
 class ChangeRow(Base):

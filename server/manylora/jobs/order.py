@@ -43,8 +43,13 @@ class Order:
         }
         return cls(**{**values, "lora": LoraShape(**lora), "schedule": Schedule(**told["schedule"])})
 
-    def config(self, folder: Path, *, base: str | None, title: str, device: Any, threads: int) -> TrainConfig:
-        """The training in a folder that holds `train.*` and perhaps `valid.*` and `start`, into `adapter`."""
+    def config(
+        self, folder: Path, *, base: str | None, title: str, device: Any, threads: int, command: str = ""
+    ) -> TrainConfig:
+        """The training in a folder that holds `train.*` and perhaps `valid.*` and `start`, into `adapter`.
+
+        `command` is what its card names as what made it.
+        """
         held_out = next(folder.glob("valid.*"), None)
         return TrainConfig(
             data=next(folder.glob("train.*")),
@@ -64,4 +69,5 @@ class Order:
             device=device,
             threads=threads,
             title=title,
+            command=command,
         )

@@ -19,7 +19,7 @@ from manylora.catalog.service import Catalog
 from manylora.catalog.upload import Brought
 from manylora.database.tables import MICROSECONDS
 from manylora.errors import Conflict, ManyloraError, StoreUnavailable, Unavailable
-from manylora.identity import ADAPTER_FILES, Author
+from manylora.identity import ADAPTER_FILES, CARD_FILE, Author
 from manylora.jobs.files import DataFiles, make_whole
 from manylora.jobs.leases import held
 from manylora.jobs.order import REPORT_FILE
@@ -130,6 +130,7 @@ class Publisher:
         for name in (*ADAPTER_FILES, REPORT_FILE):
             if not self._catalog.store.fetch_file(f"{remains}-{name}", folder / name):
                 raise StoreUnavailable(f"What {claim.job.id} came to is not in the store.")
+        self._catalog.store.fetch_file(f"{remains}-{CARD_FILE}", folder / CARD_FILE)  # a worker of before kept none
 
     def _succeed(self, claim: Claim, report: str, session: Session, done: Published) -> None:
         make_whole(session, report)

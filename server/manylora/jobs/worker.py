@@ -34,7 +34,7 @@ from manylora.errors import (
     Unavailable,
 )
 from manylora.files import remove_tree
-from manylora.identity import ADAPTER_FILES
+from manylora.identity import ADAPTER_FILES, CARD_FILE
 from manylora.jobs.files import fetch_file, find_needed_file
 from manylora.jobs.leases import held_by_thread
 from manylora.jobs.order import ORDER_FILE, REPORT_FILE, START_FOLDER
@@ -177,7 +177,7 @@ class Worker:
             self._fetch_start(job, folder / START_FOLDER)
         told = {
             "order": job.request["order"], "base": self._place.model, "title": job.request["name"],
-            "device": self._place.device, "threads": self._place.threads,
+            "device": self._place.device, "threads": self._place.threads, "command": f"fine-tuning job {job.id}",
         }  # fmt: skip
         (folder / ORDER_FILE).write_text(json.dumps(told), encoding="utf-8")
         if job.checkpoint and not self._store.fetch_file(job.checkpoint, checkpoint_path(folder / "adapter")):
@@ -397,7 +397,7 @@ class _Run:
     def _hand_in(self, said: dict[str, Any]) -> None:
         out = self._folder / "adapter"
         with held_by_thread(self._jobs, self._claim):
-            for path in (*(out / name for name in ADAPTER_FILES), report_folder(out) / REPORT_FILE):
+            for path in (*(out / name for name in (*ADAPTER_FILES, CARD_FILE)), report_folder(out) / REPORT_FILE):
                 self._store.keep_file(f"{self._claim.remains}-{path.name}", path)
         figures = {name: value for name, value in said.items() if name != "kind"}
         self._jobs.hand_in(self._claim, {**figures, "remains": self._claim.remains})

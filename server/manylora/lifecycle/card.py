@@ -10,16 +10,21 @@ from manylora.identity import CARD_FILE
 
 MADE: Final = "How it was made"
 SCORES: Final = "Scores"
+_LONGEST_COMMAND: Final = 1000  # characters of it in the front matter; the section has all of it
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """The parts of a card; empty ones are left out. `examples` are prompts to try, in its front matter."""
+    """The parts of a card; empty ones are left out.
+
+    `examples`, prompts to try, and `lineage`, how it was made in a form for programs, are its front matter.
+    """
 
     title: str
     facts: tuple[tuple[str, str], ...] = ()
     sections: tuple[tuple[str, str], ...] = field(default=())
     examples: tuple[str, ...] = ()
+    lineage: Mapping[str, Any] = field(default_factory=dict)
 
     @staticmethod
     def of_training(title: str, command: str, report: dict[str, Any]) -> "Card":
@@ -44,22 +49,40 @@ class Card:
             facts.append(("Held-out accuracy", f"{scores['accuracy']:.3f} of {scores['num_examples']}"))
             facts.append(("Held-out F1, mean of labels", f"{scores['macro_f1']:.3f}"))
         made = ((MADE, f"```\n{command}\n```"),) if command else ()
-        return Card(title, tuple(facts), made)
+        return Card(title, tuple(facts), made, lineage=_trained(command, report))
 
     @staticmethod
     def of_weights(title: str, command: str, facts: tuple[tuple[str, str], ...]) -> "Card":
         """The card of an adapter that was computed from weights, without training."""
-        return Card(title, facts, ((MADE, f"```\n{command}\n```"),) if command else ())
+        made = ((MADE, f"```\n{command}\n```"),) if command else ()
+        return Card(title, facts, made, lineage=_lineage(command))
 
     def markdown(self) -> str:
         widget = [f"- text: {json.dumps(text, ensure_ascii=False)}" for text in self.examples]
-        front = ["---", "widget:", *widget, "---", ""] if widget else []
+        front = ["widget:", *widget] if widget else []
+        front += [f"lineage: {json.dumps(self.lineage, ensure_ascii=False)}"] if self.lineage else []
+        front = ["---", *front, "---", ""] if front else []
         lines = [*front, f"# {self.title}", ""]
         if self.facts:
             lines += ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in self.facts), ""]
         for heading, text in self.sections:
             lines += [f"## {heading}", "", text.strip(), ""]
         return "\n".join(lines).rstrip() + "\n"
+
+
+def _lineage(command: str, **more: Any) -> dict[str, Any]:
+    short = command if len(command) <= _LONGEST_COMMAND else f"{command[: _LONGEST_COMMAND - 1]}…"
+    return {name: value for name, value in {"command": short, **more}.items() if value}
+
+
+def _trained(command: str, report: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a training: the command, which bytes it learnt from, and what it scored on those that were held out."""
+    scores = {"held-out loss": report["best_eval_loss"]}
+    if found := report.get("scores"):
+        scores |= {"held-out accuracy": found["accuracy"], "held-out macro F1": found["macro_f1"]}
+    known = {name: round(value, 4) for name, value in scores.items() if value is not None}
+    digests = report.get("data_sha256", {})
+    return _lineage(command, data_sha256=digests.get("data"), eval_sha256=digests.get("eval"), scores=known)
 
 
 def with_section(markdown: str, heading: str, text: str, *, before: str) -> str:

@@ -7,7 +7,7 @@ import { byId, confirmed, h, toast } from "./dom.js";
 import { bytes, day } from "./format.js";
 import { historyView } from "./history.js";
 import { Inspection } from "./inspect.js";
-import { reportView } from "./report.js";
+import { lineageLine, reportView } from "./report.js";
 import { decoded } from "./tabs.js";
 import { t, tierName } from "./words.js";
 
@@ -167,6 +167,7 @@ export class Detail {
         remark.text ? h("span", { class: "badge warn", title: remark.title }, remark.text) : null,
         h("span", { class: "tier", data: { tier: version.tier ?? "" } }, tierName(version.tier))),
       h("p", { class: "hint" }, `${version.mix ? mixOf(version.mix) : `${version.kind}, ${t("detail.rank", { rank: version.rank })} · ${bytes(version.size_bytes)}`} · ${day(version.created)}${notReady ? ` · ${notReady}` : ""}`),
+      lineageLine(version),
       h("div", { class: "version-actions" }, buttons),
       place);
   }
