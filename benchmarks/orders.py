@@ -1,11 +1,14 @@
 """What tokens that must come save in JSON answers of the shipped `order-json` adapter, asked one at a time over HTTP.
 
     manylora serve --adapters adapters
+    manylora adapters push adapters/order-json --name order-json-free
+    manylora adapters set order-json-free --clear
     python -m benchmarks.orders [--url http://127.0.0.1:8000] [--rounds 3]
 
-Each order of a round is asked in three ways in turn: free, held to the schema of its answer, and held to it with the
-separators that the adapter learnt. The first token is the prompt's, so a rate is of the tokens behind it, by the times
-at which the stream's events come. Prints a JSON line for each round, and the medians of the ratios to free.
+Each order of a round is asked in three ways in turn: free (of an adapter without defaults), held to the schema of its
+answer, and as the adapter's own defaults have it, which hold it to the schema with the separators that it learnt. The
+first token is the prompt's, so a rate is of the tokens behind it, by the times at which the stream's events come.
+Prints a JSON line for each round, and the medians of the ratios to free.
 """
 
 import argparse
@@ -17,29 +20,19 @@ from typing import Any
 
 import httpx
 
-from manylora.lifecycle.recipes.order_json import make
+from manylora.lifecycle.recipes.order_json import SCHEMA, make
 
 _ORDERS = 16
-_TEXT = {"type": ["string", "null"]}
-_FIELDS = {
-    "item": {"type": "string"},
-    "quantity": {"type": "integer"},
-    "color": _TEXT,
-    "customer": _TEXT,
-    "city": _TEXT,
-}
-_SCHEMA = {"type": "object", "properties": _FIELDS, "required": list(_FIELDS), "additionalProperties": False}
 WAYS: dict[str, dict[str, Any]] = {
-    "free": {},
-    "schema": {"structured_outputs": {"json": _SCHEMA}},
-    "schema_with_separators": {"structured_outputs": {"json": _SCHEMA, "separators": [", ", ": "]}},
+    "free": {"model": "order-json-free"},
+    "schema": {"model": "order-json", "structured_outputs": {"json": SCHEMA}},
+    "defaults": {"model": "order-json"},
 }
 
 
 def ask(client: httpx.Client, prompt: str, fields: dict[str, Any]) -> tuple[str, int, float]:
     """The answer, its tokens behind the first event's, and the seconds from that event to the last with text."""
     body = {
-        "model": "order-json",
         "messages": [{"role": "user", "content": prompt}],
         "temperature": 0,
         "max_tokens": 96,

@@ -82,6 +82,19 @@ def test_defaults_are_set_kept_over_a_kill_and_rolled_back_with_their_version(
         assert shown(server, "labels")["versions"][1]["defaults"] == other
 
 
+def test_the_order_of_a_schemas_properties_is_the_order_of_the_answer(server: Server, adapters_dir: Path) -> None:
+    properties = {"z": {"const": 1}, "a": {"const": 2}, "m": {"const": 3}}
+    schema = {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
+    said = {"structured_outputs": {"json": schema, "separators": [", ", ": "]}}
+    wanted = '{"z": 1, "a": 2, "m": 3}'
+    assert upload(server, adapters_dir / "small", "ordered", said).status_code == 201
+    assert text(ask(server, "ordered")) == text(ask(server, "large", **said)) == wanted
+    assert patch(server, "ordered", defaults={}).status_code == 200
+    assert patch(server, "ordered", defaults=said).status_code == 200
+    assert text(ask(server, "ordered")) == wanted
+    assert httpx.delete(f"{server.url}/v1/adapters/ordered").status_code in (200, 204)
+
+
 def test_defaults_that_do_not_go_are_refused_with_every_reason(server: Server, adapters_dir: Path) -> None:
     wrong = {"temperature": 9, "guided_regex": "(", "made_up": 1}
     for answer in (patch(server, "large", defaults=wrong), upload(server, adapters_dir / "large", "wrong", wrong)):

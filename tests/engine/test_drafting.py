@@ -6,14 +6,19 @@ from typing import Any
 
 import pytest
 
-from manylora.engine.interface import FinishReason
+from manylora.engine.interface import FinishReason, Grammar
 from manylora.engine.sequence import Scheduled, Sequence
 from manylora.errors import SequenceFailed
+from manylora.grammars.compiler import GrammarCompiler
+from manylora.grammars.grammar import Whitespace
+from manylora.models.checkpoint import load_tokenizer
 from tests.engine.drafts import Oracle
 from tests.engine.faults import Faults
-from tests.engine.harness import Rig, available_kernels, build_rig, load
+from tests.engine.harness import Rig, available_kernels, build_rig, grammars_of, load
 from tests.engine.oracle import check_greedy, with_adapter
+from tests.grammars.schemas import random_schema
 from tests.tiny_adapters import make_adapter, make_adapter_that_spoils
+from tests.tiny_models import END_OF_TURN
 
 EXACT = [kernel for kernel in available_kernels if kernel != "torch"]
 # A character each, but for some that are half of one, so that text waits for the next token.
@@ -283,3 +288,57 @@ def test_tokens_that_are_taken_without_having_run_are_run_in_the_next_step(
     for rig in (plain, forced):
         assert rig.scheduler.blocks.num_used == 0
         rig.close()
+
+
+# held to grammars
+
+HELD: list[tuple[str | None, Grammar, dict[str, Any]]] = [
+    (None, Grammar.json_schema(random_schema(5)), {"max_tokens": 60}),
+    ("tuned", Grammar.json_schema(random_schema(6)), {"max_tokens": 60, "temperature": 1.0, "seed": 1}),
+    ("other", Grammar.json_schema(random_schema(7), Whitespace(separators=(", ", ": "))), {"max_tokens": 60}),
+    ("tuned", Grammar.json_schema(random_schema(8)), {"max_tokens": 40, "temperature": 1.0, "seed": 2, "logprobs": 2}),
+    (
+        None,
+        Grammar.regex("[a-z]{3,30}( [a-z]{3,9}){2,6}[.]"),
+        {"max_tokens": 50, "temperature": 1, "seed": 3, "n": 3},
+    ),
+    ("other", Grammar.regex("(ab|cd){2,20}"), {"max_tokens": 30, "temperature": 1.0, "seed": 4, "min_tokens": 9}),
+    (None, Grammar.choice(["yes, of course", "yes, of late", "no"]), {"temperature": 1.0, "seed": 5}),
+    ("tuned", Grammar.grammar(r"start: /(.|\n)*/"), {"max_tokens": 20, "repetition_penalty": 1.3, "ignore_eos": True}),
+    ("tuned", Grammar.json_schema(True), {"max_tokens": 25, "stop": ("e",), "temperature": 1.0, "seed": 6}),
+]
+
+
+def ask_held(rig: Rig, compiler: GrammarCompiler) -> None:
+    for i, (name, grammar, params) in enumerate(HELD):
+        compiled = compiler.compile(grammar, "tenant").result(60)
+        rig.add(f"h{i}", PROMPTS[i], name, **{"ignore_eos": False, **params}, grammar=compiled)
+    for i, (name, params) in enumerate(REQUESTS[:3]):
+        rig.add(f"r{i}", PROMPTS[i], name, **params)
+
+
+@pytest.mark.parametrize("kernel", EXACT)
+@pytest.mark.parametrize(("most", "wrong"), [(9, 0.0), (9, 0.2), (3, 1.0)])
+def test_a_draft_changes_no_answer_that_is_held_to_a_grammar(
+    kernel: str, most: int, wrong: float, tiny_llama_dir: Path, adapters: dict[str, Path]
+) -> None:
+    compiler, oracle = grammars_of(tiny_llama_dir), Oracle(most=most, wrong=wrong)
+    how = {"num_blocks": 400, "eos_ids": frozenset([END_OF_TURN]), "decode": load_tokenizer(tiny_llama_dir).decode}
+    plain, drafted = (
+        build_rig(load(tiny_llama_dir), adapters, kernel=kernel, drafter=each, **how)  # type: ignore[arg-type]
+        for each in (None, oracle)
+    )
+    for rig in (plain, drafted):
+        ask_held(rig, compiler)
+        rig.run()
+        oracle.answers = tokens_of(answers(rig))
+        assert rig.scheduler.blocks.num_used == 0
+        rig.close()
+    compiler.close()
+    found, expected = answers(drafted), answers(plain)
+    assert found == expected
+    assert not any(answer["errors"] for answer in expected.values())
+    held = [o.delta for key, outputs in drafted.outputs.items() if key.startswith("h") for o in outputs]
+    assert sum(delta.num_drafted for delta in held)
+    if not wrong:
+        assert sum(delta.num_accepted for delta in held) > 50

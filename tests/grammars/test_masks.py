@@ -1,6 +1,7 @@
 """Which tokens may come next: never those without a meaning, ends only where there may be one, and what must come."""
 
 import json
+import threading
 import time
 from collections.abc import Iterator
 
@@ -8,9 +9,10 @@ import numpy as np
 import pytest
 
 from manylora.errors import InvalidGrammar, ManyloraError
+from manylora.grammars import masks as masks_module
 from manylora.grammars.compiler import Compiled, GrammarCompiler
 from manylora.grammars.grammar import Grammar, Whitespace
-from manylora.grammars.masks import Constraint, MaskMaker
+from manylora.grammars.masks import Constraint, Mask, MaskMaker
 from manylora.grammars.vocabulary import Vocabulary
 from tests.tiny_models import END_OF_TURN, SPECIAL_TOKENS, VOCAB_SIZE, make_tokenizer
 
@@ -53,8 +55,11 @@ def ready(masks: MaskMaker, constraint: Constraint) -> Constraint:
 
 def allowed(constraint: Constraint) -> set[int]:
     assert constraint.allowed is not None
-    bits = np.unpackbits(constraint.allowed.view(np.uint8), bitorder="little")
-    return {int(i) for i in np.flatnonzero(bits)}
+    return set_bits(constraint.allowed)
+
+
+def set_bits(mask: Mask) -> set[int]:
+    return {int(i) for i in np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))}
 
 
 def follow(masks: MaskMaker, constraint: Constraint, text: str) -> None:
@@ -71,7 +76,7 @@ def follow(masks: MaskMaker, constraint: Constraint, text: str) -> None:
             assert not ids
             return
         assert ids[0] in allowed(constraint)
-        constraint.advance(ids.pop(0))
+        constraint.advance([ids.pop(0)])
     ready(masks, constraint)
 
 
@@ -137,7 +142,7 @@ def test_what_must_come_is_told_at_once_and_one_by_one_it_is_the_only_thing_allo
     for token_id in forced:
         assert allowed(ready(masks, one_by_one)) == {token_id}
         assert not one_by_one.forced
-        one_by_one.advance(token_id)
+        one_by_one.advance([token_id])
     assert allowed(ready(masks, one_by_one)) == allowed(ready(masks, at_once))
 
 
@@ -154,7 +159,7 @@ def test_matchers_of_one_grammar_go_their_own_ways(compiler: GrammarCompiler, ma
 def test_a_token_that_is_not_allowed_is_an_error_of_its_sequence(compiler: GrammarCompiler, masks: MaskMaker) -> None:
     constraint = Constraint(masks, made(compiler, Grammar.regex("[ab]{5}")))
     ready(masks, constraint)
-    constraint.advance(TOKENIZER.encode("z", add_special_tokens=False)[0])
+    constraint.advance(TOKENIZER.encode("z", add_special_tokens=False)[:1])
     assert isinstance(ready(masks, constraint).error, ManyloraError)
 
 
@@ -198,7 +203,7 @@ def test_a_model_cannot_write_spaces_for_ever(compiler: GrammarCompiler, masks: 
     follow(masks, constraint, "{\n")
     for _ in range(64):
         assert space in allowed(ready(masks, constraint))
-        constraint.advance(space)
+        constraint.advance([space])
     assert space not in allowed(ready(masks, constraint))
 
 
@@ -222,3 +227,105 @@ def test_an_answer_that_nothing_can_follow_is_an_error_and_no_endless_wait(
     """Special tokens in a grammar: this one is beyond what the tokenizer has."""
     with pytest.raises(InvalidGrammar):
         made(compiler, Grammar.grammar(f'start: "a" <[{PADDED + 100}]>'))
+
+
+# looking ahead
+
+ANSWERS = [
+    (Grammar.json_schema(SCHEMA, Whitespace(is_none=True)), '{"first":"always this","second":true}'),
+    (Grammar.json_schema(SCHEMA), '{"first": "always this", "second": false}'),
+    (Grammar.choice(["yes, it is", "yes, it was", "no"]), "yes, it was"),
+    (Grammar.regex("[ab]{2,9}(, )?c+"), "abba, cccc"),
+    (Grammar.grammar('start: sum\nsum: NUMBER | sum "+" NUMBER | "(" sum ")"\nNUMBER: /[1-9]/'), "((1+2)+3)+4"),
+]
+Places = list[tuple[tuple[int, ...], set[int]]]  # what the sequence has taken, and what may come then
+
+
+def places_of(masks: MaskMaker, constraint: Constraint, ids: list[int], most: int) -> Places:
+    """All places at which the model is asked on the way along `ids`, `most` of which are looked at ahead from each."""
+    found: Places = []
+    at = 0
+    while not ready(masks, constraint).is_complete:
+        at += len(constraint.take_forced())
+        if at == len(ids) or ready(masks, constraint).is_complete:
+            return found
+        if most:
+            assert constraint.may_look
+            constraint.look(tuple(ids[at : at + most]))
+            ready(masks, constraint)
+        taken = 1
+        for bits in (constraint.allowed, *constraint.ahead):
+            assert bits is not None
+            where = tuple(ids[: at + taken - 1])
+            found.append(
+                (where, {int(i) for i in np.flatnonzero(np.unpackbits(bits.view(np.uint8), bitorder="little"))})
+            )
+            taken += 1
+        taken = min(taken - 1, len(ids) - at)
+        constraint.advance(ids[at : at + taken])
+        at += taken
+    return found
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+@pytest.mark.parametrize("most", [1, 3, 50])
+@pytest.mark.parametrize(("grammar", "text"), ANSWERS, ids=lambda value: getattr(value, "kind", ""))
+def test_what_may_come_behind_a_draft_is_what_may_come_behind_its_tokens(
+    grammar: Grammar, text: str, most: int, one_by_one: bool, compiler: GrammarCompiler, masks: MaskMaker
+) -> None:
+    """Tokens that must come together have one choice each in a draft, and are no places where the model is asked."""
+    compiled = made(compiler, grammar)
+    way = Constraint(masks, compiled, one_by_one=True)
+    ids = encode(text)
+    follow(masks, way, text)
+    expected = dict(places_of(masks, Constraint(masks, compiled, one_by_one=one_by_one), ids, 0))
+    found = dict(places_of(masks, Constraint(masks, compiled, one_by_one=one_by_one), ids, most))
+    found.pop(tuple(ids), None)  # behind the whole answer, where it could go on
+    forced = {where: each for where, each in found.items() if where not in expected}
+    assert all(each == {ids[len(where)]} for where, each in forced.items())
+    assert {where: each for where, each in found.items() if where in expected} == expected
+    if one_by_one:
+        assert not forced
+
+
+def test_a_draft_is_looked_at_up_to_what_may_not_come(compiler: GrammarCompiler, masks: MaskMaker) -> None:
+    constraint = ready(masks, Constraint(masks, made(compiler, Grammar.regex("[ab]{4}!?"))))
+    a, b, z = (encode(text)[0] for text in "abz")
+    for draft, num_known in (((a, b, z, a), 2), ((z,), 0), ((a, b, a, b), 4), ((a, b, a, b, END_OF_TURN, a), 4)):
+        constraint.look(draft)
+        assert not constraint.may_look
+        assert len(ready(masks, constraint).ahead) == num_known, draft
+    constraint.advance([a, b, a])
+    assert not constraint.ahead
+    assert allowed(ready(masks, constraint)) >= {a, b}
+
+
+def test_a_draft_that_takes_too_long_to_look_at_is_given_up_and_not_its_sequence(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masks = MaskMaker(EOS)
+    stuck = threading.Event()
+    compiled = made(compiler, Grammar.regex("[ab]{4}!"))
+    constraint = ready(masks, Constraint(masks, compiled))
+    a = encode("a")[0]
+    constraint.advance([a])
+    ready(masks, constraint)
+
+    def spin(*_: object) -> object:
+        while not stuck.is_set():
+            pass
+        raise AssertionError
+
+    monkeypatch.setattr(masks_module, "_look", spin)
+    monkeypatch.setattr(masks_module, "MAX_MASK_S", 0.02)
+    constraint.look((a, a))
+    assert not ready(masks, constraint).ahead
+    monkeypatch.undo()
+    stuck.set()
+    assert constraint.error is None
+    assert not compiled.is_given_up
+    constraint.look((a, a, a))
+    assert len(ready(masks, constraint).ahead) >= 1
+    constraint.advance([a, a, a])
+    assert TOKENIZER.decode(ready(masks, constraint).forced) == "!"
+    masks.close()

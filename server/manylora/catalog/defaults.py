@@ -24,9 +24,12 @@ DefaultsCheck: TypeAlias = Callable[[Mapping[str, Any], str], Awaitable[None]]
 
 
 def canonical(defaults: Mapping[str, Any]) -> str:
-    """The one text of an object, empty for an empty one. Raises InvalidAdapter for one that is too large."""
-    kept = {name: value for name, value in defaults.items() if value is not None}
-    text = orjson.dumps(kept, option=orjson.OPT_SORT_KEYS).decode() if kept else NO_DEFAULTS
+    """The one text of an object, empty for an empty one. Raises InvalidAdapter for one that is too large.
+
+    Only the names of defaults are sorted: the order of a schema's properties is the order in which they are answered.
+    """
+    kept = {name: defaults[name] for name in sorted(defaults) if defaults[name] is not None}
+    text = orjson.dumps(kept).decode() if kept else NO_DEFAULTS
     if len(text.encode()) > MAX_DEFAULTS_BYTES:
         raise _refused(f"The defaults have more than {MAX_DEFAULTS_BYTES} bytes of JSON. Shorten them.")
     return text

@@ -102,7 +102,7 @@ def recipe(
     ship: Annotated[Path | None, typer.Option(help="A trained adapter, to write into --out with a full card.")] = None,
     scores: Annotated[Path | None, typer.Option(help="Its evaluate.json, for the card.")] = None,
     told: Annotated[Path | None, typer.Option(help="The same of the base with the recipe's instruction.")] = None,
-    held: Annotated[Path | None, typer.Option(help="The evaluate.json of --out with and without its labels.")] = None,
+    held: Annotated[Path | None, typer.Option(help="The evaluate.json of --out with and without its defaults.")] = None,
     machine: Annotated[str, typer.Option(help="What it was trained on, for the card.")] = "this machine",
     overwrite: Annotated[bool, typer.Option(help="Replace --out.")] = False,
 ) -> None:

@@ -3,6 +3,7 @@
 What may come next in them is found out beside the model (`grammars.masks`). What must come is taken before the step is
 planned, so that it runs together with the token before it; where that is not known in time, when the step has run. A
 sequence whose grammar takes longer than a step does gets no token in it, and runs again in the next: nobody waits.
+What may come behind each token of a draft is found out beside the step that runs it.
 """
 
 from collections.abc import Iterable

@@ -259,7 +259,7 @@ class Engine:
         if item.draft:
             self.scheduler.accept(item, num_accepted)
         if reason is None and seq.constraint is not None:
-            seq.constraint.advance(seq.tokens[-1])
+            seq.constraint.advance(seq.tokens[before:])
         output = self._taken(seq, num_taken, text, reason, outcome.logprobs)
         if item.draft:
             output = replace(

@@ -135,7 +135,7 @@ class ModelRunner:
         rows: list[int] = []
         seqs: list[Sequence] = []
         ahead: list[Ahead] = []
-        asking: list[int] = []
+        asking: list[tuple[int, Ahead]] = []  # an item's number, and its draft as far as its grammar follows it
         scored: list[Scored] = []
         at = 0
         for number, item in enumerate(scheduled):
@@ -143,11 +143,12 @@ class ModelRunner:
                 scored.append(_scored(item, at))
             at += item.num_logits
             if item.samples and _asks_model(item.seq):
-                asking.append(number)
-                for place in range(len(item.draft) + 1):
+                draft = _followed(item)
+                asking.append((number, draft))
+                for place in range(len(draft) + 1):
                     rows.append(at - 1 - len(item.draft) + place)
                     seqs.append(item.seq)
-                    ahead.append(item.draft[:place])
+                    ahead.append(draft[:place])
         outcomes = [Outcome() for _ in scheduled]
         if any(item.num_hidden for item in scheduled):
             _take_hidden(scheduled, self._executor.hidden(), self._executor.scores(), outcomes)
@@ -160,8 +161,7 @@ class ModelRunner:
             for item, outcome in zip(scheduled, outcomes, strict=True):
                 if item.is_scored:
                     _take_scored(item, next(found), outcome)
-        for number in asking:
-            draft = scheduled[number].draft
+        for number, draft in asking:
             _take(sampled, at, draft, outcomes[number])
             at += len(draft) + 1
         return outcomes
@@ -318,6 +318,12 @@ def _asks_model(seq: Sequence) -> bool:
     return seq.constraint is None or (seq.constraint.is_ready and not seq.constraint.is_decided)
 
 
+    """The draft of an item, as far as is known what may come behind each token."""
+    """Its draft, as far as is known what may come behind each token."""
+    constraint = item.seq.constraint
+    return item.draft if constraint is None else item.draft[: len(constraint.ahead)]
+
+
 def _take(sampled: Sampled, first: int, draft: Ahead, outcome: Outcome) -> None:
     """Of the rows from `first` on, one for the sequence's last token and one for each of its draft, those that count.
 
@@ -366,7 +372,9 @@ def _allowed(seqs: SequenceOf[Sequence], ahead: SequenceOf[Ahead]) -> Allowed | 
 
 def allowed_bits(seq: Sequence, ahead: Ahead = ()) -> Bits | None:
     """What may come next in a sequence by its grammar and its request's rules; None where anything may."""
-    by_grammar = None if seq.constraint is None else seq.constraint.allowed
+    by_grammar = None
+    if seq.constraint is not None:
+        by_grammar = seq.constraint.ahead[len(ahead) - 1] if ahead else seq.constraint.allowed
     if seq.rules is None:
         return by_grammar
     tokens = [*seq.tokens, *ahead] if ahead else seq.tokens

@@ -352,9 +352,13 @@ class Scheduler:
         most = min(seq.max_num_tokens - seq.num_tokens - 1, room.tokens, room.prompt_logits)
         if most <= 0 or not item.samples or seq.scores_prompt:
             return item
-        draft = tuple(drafter.propose(seq, most, num_rows))[:most] if seq.constraint is None else ()
+        if seq.constraint is not None and not seq.constraint.may_look:
+            return item
+        draft = tuple(drafter.propose(seq, most, num_rows))[:most]
         if not draft or not self.blocks.allocate(seq, seq.num_tokens + len(draft)):
             return item
+        if seq.constraint is not None:
+            seq.constraint.look(draft)
         room.tokens -= len(draft)
         room.prompt_logits -= len(draft)
         return Scheduled(seq, item.start, item.num_tokens, draft)

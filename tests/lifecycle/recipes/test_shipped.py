@@ -9,7 +9,7 @@ import pytest
 from manylora.cli.offline import validate_offline
 from manylora.lifecycle.recipes import RECIPES, Places, all_commands
 from manylora.lifecycle.recipes.commands import hold
-from manylora.lifecycle.recipes.ship import defaults_text
+from manylora.lifecycle.recipes.ship import defaults_text, held_title
 
 ROOT = Path(__file__).parents[3]
 ADAPTERS = ROOT / "adapters"
@@ -69,11 +69,12 @@ def test_card_shows_the_adapter_clearly_better_than_the_base_even_when_told_the_
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_defaults_are_the_recipes_and_the_card_says_what_labels_change(name: str) -> None:
+def test_defaults_are_the_recipes_and_the_card_says_what_holding_answers_changes(name: str) -> None:
     recipe, file = RECIPES[name], ADAPTERS / name / "manylora.json"
 
     assert (file.read_text(encoding="utf-8") if file.exists() else "{}\n") == defaults_text(recipe)
-    assert ("## Held to its labels" in card(name)) == ("choices" in recipe.defaults)
+    assert ("## Held to its " in card(name)) == bool(recipe.held_to)
+    assert f"## {held_title(recipe)}\n" in card(name) or not recipe.held_to
     assert "\n".join(hold(recipe, Places.of(recipe))) in card(name)
 
 

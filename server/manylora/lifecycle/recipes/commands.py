@@ -3,11 +3,8 @@
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 from manylora.lifecycle.recipes.recipe import Recipe
-
-HELD_METRICS: Final = "accuracy,macro_f1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +59,13 @@ def ship(recipe: Recipe, places: Places) -> str:
 def hold(recipe: Recipe, places: Places) -> tuple[str, ...]:
     """The commands that compare the shipped folder, as `make serve` serves it, with itself without its defaults.
 
-    None for a recipe whose adapter is not held to labels.
+    None for a recipe whose adapter's answers are held to nothing.
     """
-    if "choices" not in recipe.defaults:
+    if not recipe.held_to:
         return ()
     shipped, free = Path("adapters") / recipe.name, free_name(recipe)
-    data = ("--data", places.data / "test.jsonl", "--metrics", HELD_METRICS, "--max-tokens", str(recipe.max_tokens))
+    metrics = ",".join(recipe.held_metrics)
+    data = ("--data", places.data / "test.jsonl", "--metrics", metrics, "--max-tokens", str(recipe.max_tokens))
     return (
         _line("adapters", "push", shipped, "--name", free),
         _line("adapters", "set", free, "--clear"),

@@ -7,6 +7,7 @@ customers and cities of the test never occur in training.
 import json
 import random
 from pathlib import Path
+from typing import Any, Final
 
 from manylora.lifecycle.recipes.recipe import Row, Splits
 
@@ -34,6 +35,13 @@ _WORDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("Vienna", "Dublin", "Lisbon", "Seoul"),
     ),
 }  # fmt: skip
+_TEXT = {"type": ["string", "null"]}
+_PROPERTIES = {"item": {"type": "string"}, "quantity": {"type": "integer"}, "color": _TEXT, "customer": _TEXT,
+               "city": _TEXT}  # fmt: skip
+SCHEMA: Final[dict[str, Any]] = {
+    "type": "object", "properties": _PROPERTIES, "required": list(_PROPERTIES), "additionalProperties": False,
+}  # fmt: skip
+SEPARATORS: Final = [", ", ": "]
 _NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 _TEMPLATES = (
     "Please send {quantity} {color} {item} to {customer} in {city}.",

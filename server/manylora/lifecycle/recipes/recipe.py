@@ -27,7 +27,8 @@ class Recipe:
 
     `package_file` names that download; empty: the data is generated and there is none.
     `instruction` tells a bare base the task, for a fair comparison; the adapter is trained without it.
-    `defaults` become the shipped folder's `manylora.json`; with `choices`, the card says what these change.
+    `defaults` become the shipped folder's `manylora.json`; where they hold answers to something, the card says what
+    that changes.
     `asked_with` are further fields of the request in the card.
     `shown` are the metrics in the card's table; empty: all. `limits` says what the adapter is not good at.
     """
@@ -48,6 +49,20 @@ class Recipe:
     package_file: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     asked_with: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def held_to(self) -> str:
+        """What the defaults hold answers to: `labels`, `schema`, or nothing (empty)."""
+        if "choices" in self.defaults:
+            return "labels"
+        return "schema" if "structured_outputs" in self.defaults else ""
+
+    @property
+    def held_metrics(self) -> tuple[str, ...]:
+        """The metrics that say what holding answers changes."""
+        if self.held_to == "labels":
+            return ("accuracy", "macro_f1")
+        return tuple(metric for metric in self.metrics if metric != "perplexity")
 
     def splits(self, seed: int, source: Path | None = None) -> Splits:
         """The data. Raises InvalidRequest for a `source` that is missing, wrong, or not asked for."""

@@ -65,6 +65,10 @@ _ALL = (
         max_tokens=64,
         instruction="Answer with JSON only: item, quantity, color, customer and city; null for what is not said.",
         metrics=("exact_match", "valid_json", "perplexity"),
+        defaults={
+            "structured_outputs": {"json": order_json.SCHEMA, "separators": order_json.SEPARATORS},
+            "temperature": 0,
+        },
     ),
     Recipe(
         name="devil",

@@ -25,7 +25,6 @@ _METRIC_NAMES = {
 }
 
 _SAMPLES = "The same questions, base and adapter"
-_HELD = "Held to its labels"
 
 _FLAGS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "--rank": lambda s: s["lora"]["rank"],
@@ -78,7 +77,7 @@ def defaults_text(recipe: Recipe) -> str:
 
 
 def ship_held(recipe: Recipe, report: Path, shipped: Path) -> None:
-    """Put into a shipped folder's card what its labels as defaults change, from the report of `hold`'s commands.
+    """Put into a shipped folder's card what holding its answers changes, from the report of `hold`'s commands.
 
     Raises InvalidRequest where the report is another's, or the folder has no card.
     """
@@ -89,29 +88,37 @@ def ship_held(recipe: Recipe, report: Path, shipped: Path) -> None:
     scores, commands = _read(report), hold(recipe, Places.of(recipe))
     compared = [name.partition("@")[0] for name in scores["contenders"]]
     if not commands or compared != [free_name(recipe), recipe.name] or scores["max_tokens"] != recipe.max_tokens:
-        raise InvalidRequest(f"{report} is not of the commands that compare {recipe.name} with and without its labels.")
+        raise InvalidRequest(
+            f"{report} is not of the commands that compare {recipe.name} with itself without defaults."
+        )
     printed = "\n".join(commands)
-    section = f"{_held_table(scores)}\n\n```\n{printed}\n```"
-    text = with_section(card.read_text(encoding="utf-8"), _HELD, section, before=_SAMPLES)
+    section = f"{_held_table(recipe, scores)}\n\n```\n{printed}\n```"
+    text = with_section(card.read_text(encoding="utf-8"), held_title(recipe), section, before=_SAMPLES)
     with atomic_file(card) as draft:
         draft.write_text(text, encoding="utf-8")
 
 
-def _held_table(scores: dict[str, Any]) -> str:
+def held_title(recipe: Recipe) -> str:
+    """The heading of the card's section on what holding its answers changes."""
+    return f"Held to its {recipe.held_to}"
+
+
+def _held_table(recipe: Recipe, scores: dict[str, Any]) -> str:
     free, held = scores["contenders"].values()
-    lines = ["| | free | held to its labels | p |", "| --- | --- | --- | --- |"]
+    lines = [f"| | free | held to its {recipe.held_to} | p |", "| --- | --- | --- | --- |"]
     for metric in scores["metrics"]:
         p = held["against_reference"][metric]["p"]
         lines.append(f"| {_METRIC_NAMES[metric]} | {_interval(free[metric])} | {_interval(held[metric])} | {p:.2g} |")
-    labels = set(scores["labels"])
-    others = [sum(answer.strip() not in labels for answer in each["answers"]) for each in (free, held)]
-    lines.append(f"| answers that are none of the labels | {others[0]} | {others[1]} | |")
+    if recipe.held_to == "labels":
+        labels = set(scores["labels"])
+        others = [sum(answer.strip() not in labels for answer in each["answers"]) for each in (free, held)]
+        lines.append(f"| answers that are none of the labels | {others[0]} | {others[1]} | |")
     return "\n".join(
         [
             *lines,
             "",
-            "The folder's `manylora.json` holds every answer to the labels, whatever the client is. On a server that "
-            "`make serve` has started, on the same held-out examples, greedy:",
+            f"The folder's `manylora.json` holds every answer to the {recipe.held_to}, whatever the client is. On a "
+            "server that `make serve` has started, on the same held-out examples, greedy:",
         ]
     )
 
