@@ -318,8 +318,8 @@ def _asks_model(seq: Sequence) -> bool:
     return seq.constraint is None or (seq.constraint.is_ready and not seq.constraint.is_decided)
 
 
+def _followed(item: Scheduled) -> Ahead:
     """The draft of an item, as far as is known what may come behind each token."""
-    """Its draft, as far as is known what may come behind each token."""
     constraint = item.seq.constraint
     return item.draft if constraint is None else item.draft[: len(constraint.ahead)]
 
