@@ -395,10 +395,10 @@ def test_a_grammar_that_takes_longer_than_a_step_holds_up_nobody_else(
     may_go_on = threading.Event()
     follow = masks._follow
 
-    def held_back(constraint: Constraint, token_id: int | None) -> Any:
-        if constraint.compiled is slow and token_id is not None:
+    def held_back(constraint: Constraint, token_ids: tuple[int, ...]) -> Any:
+        if constraint.compiled is slow and token_ids:
             may_go_on.wait(60)
-        return follow(constraint, token_id)
+        return follow(constraint, token_ids)
 
     monkeypatch.setattr(masks, "_follow", held_back)
     ask(rig, "slow", slow, logprobs=0)  # one token after the other

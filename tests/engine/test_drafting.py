@@ -325,8 +325,7 @@ def test_a_draft_changes_no_answer_that_is_held_to_a_grammar(
     compiler, oracle = grammars_of(tiny_llama_dir), Oracle(most=most, wrong=wrong)
     how = {"num_blocks": 400, "eos_ids": frozenset([END_OF_TURN]), "decode": load_tokenizer(tiny_llama_dir).decode}
     plain, drafted = (
-        build_rig(load(tiny_llama_dir), adapters, kernel=kernel, drafter=each, **how)  # type: ignore[arg-type]
-        for each in (None, oracle)
+        build_rig(load(tiny_llama_dir), adapters, kernel=kernel, drafter=each, **how) for each in (None, oracle)
     )
     for rig in (plain, drafted):
         ask_held(rig, compiler)
