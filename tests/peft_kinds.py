@@ -15,7 +15,7 @@ from manylora.identity import TENSOR_FILE
 from manylora.lora.format import tensors as safetensors_file
 from manylora.lora.format.methods.prompts import PROMPTS
 from manylora.lora.format.problems import Problems
-from manylora.lora.format.spec import Adapter, Dense, Input, LowRank, Output, Prefix
+from manylora.lora.format.spec import Adapter, Dense, Input, LowRank, Output, Prefix, TokenRows
 from manylora.lora.format.tensors import TensorView
 
 # Linears of a small Llama, whose sizes are 64 (hidden), 32 (keys, values) and 96 (inside the MLP).
@@ -196,7 +196,10 @@ def outcome_of(name: str, adapter: Adapter | None, size_bytes: int) -> dict[str,
     if adapter is None:
         return {"method": KINDS[name].method, "becomes": "", "memory": ""}
     terms = [term for module in adapter.modules for term in module.terms]
-    words = {LowRank: "low rank", Dense: "dense", Input: "input", Output: "output", Prefix: "virtual tokens"}
+    words = {
+        LowRank: "low rank", Dense: "dense", TokenRows: "rows", Input: "input", Output: "output",
+        Prefix: "virtual tokens",
+    }  # fmt: skip
     found = {type(term) for term in terms}
     taken = sum(matrix.num_bytes for term in terms for matrix in term.matrices)
     return {

@@ -1,8 +1,9 @@
 """Who an adapter is: its reference, what it may be called, and what its files are called; and who changes it."""
 
+import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Final, Literal, Self
 
 from manylora.errors import InvalidRequest
@@ -14,7 +15,11 @@ ADAPTER_FILES: Final = (CONFIG_FILE, TENSOR_FILE)
 DEFAULTS_FILE: Final = "manylora.json"
 TEMPLATE_FILE: Final = "chat_template.jinja"  # read where the defaults name it
 CARD_FILE: Final = "README.md"  # kept with the version and shown
-OPTIONAL_FILES: Final = (DEFAULTS_FILE, TEMPLATE_FILE, CARD_FILE)
+TOKENIZER_FILE: Final = "tokenizer.json"  # of which added tokens are kept
+TOKENIZER_CONFIG_FILE: Final = "tokenizer_config.json"  # of which the token is that ends an answer
+OWN_TOKENS_FILE: Final = "own_tokens.json"  # what was kept of these two, as downloads have it
+TOKENIZER_FILES: Final = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, OWN_TOKENS_FILE)
+OPTIONAL_FILES: Final = (DEFAULTS_FILE, TEMPLATE_FILE, CARD_FILE, *TOKENIZER_FILES)
 BROUGHT_FILES: Final = (*ADAPTER_FILES, *OPTIONAL_FILES)  # that an upload may have
 NAME_PATTERN: Final = r"[a-z0-9][a-z0-9._-]{0,63}"
 MAX_MIXED: Final = 8
@@ -26,13 +31,68 @@ TIERS: Final[tuple[Tier, ...]] = ("device", "host", "disk")  # from the nearest
 
 
 @dataclass(frozen=True, slots=True)
+class OwnToken:
+    """A token of an adapter's tokenizer that the base's has not: its id, its text, and how texts are searched for it.
+
+    The last five are what the `tokenizers` library calls them.
+    """
+
+    id: int
+    content: str
+    special: bool = False
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool = True
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Vocabulary:
+    """What an adapter's vocabulary is, where it is not the base's.
+
+    `size`: how many tokens there are rows for, None for as many as in the base. `tokens`, by id: those that the base's
+    tokenizer has not, or calls something else. `end_id`: that of them which ends an answer, None where none does.
+    `text` is all of this as the registry keeps it, by which two are told apart.
+    """
+
+    size: int | None
+    tokens: tuple[OwnToken, ...]
+    end_id: int | None
+    text: str
+
+    @classmethod
+    def of(cls, size: int | None, tokens: Iterable[OwnToken] = (), end_id: int | None = None) -> Self | None:
+        """None where there is nothing that the base has not."""
+        kept = tuple(sorted(tokens, key=lambda token: token.id))
+        if size is None and not kept:
+            return None
+        said = {"size": size, "end_id": end_id, "tokens": [asdict(token) for token in kept]}
+        return cls(size, kept, end_id, json.dumps(said, ensure_ascii=False, separators=(",", ":")))
+
+    @classmethod
+    def parse(cls, text: str) -> Self | None:
+        """Of a text that `of` made; None of an empty one."""
+        if not text:
+            return None
+        said = json.loads(text)
+        return cls(said["size"], tuple(OwnToken(**each) for each in said["tokens"]), said["end_id"], text)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Vocabulary) and self.text == other.text
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterRef:
     """One version of one adapter.
 
     `id` is unique for ever: a name uploaded again makes a new version with a new id, so nothing that is
     keyed by the id (slots, prefix-cache hashes, counts) can answer for another version. `num_virtual_tokens`: positions
     that it takes before each prompt. `invocation`: token ids from whose last run in a prompt on it acts; none: it acts
-    everywhere. `head`: the task that it has a head of its own for, such as "SEQ_CLS"; empty for none.
+    everywhere. `head`: the task that it has a head of its own for, such as "SEQ_CLS"; empty for none. `vocabulary`: its
+    own, None where it is the base's.
     """
 
     id: str
@@ -43,6 +103,13 @@ class AdapterRef:
     num_virtual_tokens: int = 0
     invocation: tuple[int, ...] = ()
     head: str = ""
+    vocabulary: Vocabulary | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether it does more than change what rows of a step come to, so that it cannot be mixed with others."""
+        has_own_size = self.vocabulary is not None and self.vocabulary.size is not None
+        return bool(self.num_virtual_tokens or self.invocation or has_own_size)
 
     def acts_from(self, prompt_ids: Sequence[int]) -> int:
         """The place of the first token of a prompt that the adapter acts on, `NEVER` where it is not invoked."""
@@ -110,13 +177,29 @@ class Mix:
                 "raise --max-slots.",
                 param="adapters",
             )
-        alone = next((ref for ref in self.refs if ref.num_virtual_tokens or ref.invocation), None)
+        alone = next((ref for ref in self.refs if ref.is_alone), None)
         if alone is not None and not self.is_plain:
             raise InvalidRequest(
-                f"The adapter '{alone.label}' has virtual tokens or is invoked in the middle of a prompt, which is "
-                "served alone and with weight 1. Take it out of the mix.",
+                f"The adapter '{alone.label}' has virtual tokens or a vocabulary of another size, or is invoked in the "
+                "middle of a prompt, which is served alone and with weight 1. Take it out of the mix.",
                 param="adapters",
             )
+
+    @property
+    def vocabulary(self) -> Vocabulary | None:
+        """Of an adapter as it is, its own; None where it is the base's, as that of several adapters is."""
+        return self.refs[0].vocabulary if self.is_plain and self.refs else None
+
+    @property
+    def end_id(self) -> int | None:
+        """Of an adapter's own tokens, the one that ends an answer."""
+        own = self.vocabulary
+        return None if own is None else own.end_id
+
+    def vocab_size(self, base: int) -> int:
+        """Ids below this are tokens; `base` of those are the base's."""
+        own = self.vocabulary
+        return base if own is None or own.size is None else own.size
 
     @property
     def num_virtual_tokens(self) -> int:

@@ -40,7 +40,7 @@ from manylora.errors import (
     QueueFull,
     QuotaExceeded,
 )
-from manylora.identity import PUBLIC_TENANT
+from manylora.identity import PUBLIC_TENANT, OwnToken, Vocabulary
 from manylora.lora.format.spec import Adapter
 from manylora.tenants.interface import Principal, Role
 
@@ -61,6 +61,14 @@ class FakeCodec:
         self.rendered: list[tuple[list[dict[str, Any]], ChatOptions]] = []
 
     SPLIT: ClassVar = {900: [0xE4], 901: [0xBD], 902: [0xA0]}  # the three bytes of 你
+
+    def with_vocabulary(self, vocabulary: Vocabulary | None) -> "FakeCodec":
+        return self
+
+    def vocabulary_of(
+        self, added: Sequence[OwnToken], end: str | None, size: int | None, num_rows: int, warnings: list[str]
+    ) -> Vocabulary | None:
+        return Vocabulary.of(size)
 
     def surely_exceeds(self, text: str, num_tokens: int) -> bool:
         return len(text) > num_tokens

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from manylora.catalog.archive import unpack
 from manylora.catalog.upload import Rules
 from manylora.cli.main import build
-from manylora.identity import CONFIG_FILE, TENSOR_FILE
+from manylora.identity import ADAPTER_FILES, CONFIG_FILE, TENSOR_FILE
 from manylora.settings import Settings
 from tests.tiny_adapters import make_adapter
 
@@ -69,7 +69,7 @@ NAMED = (
 def check_warning(warnings: list[str]) -> None:
     [warning] = [text for text in warnings if "eft aside" in text]
     assert all(f"'{name}'" in warning for name in NAMED)
-    assert "and 5 more" in warning
+    assert "and 3 more" in warning
     assert "README" not in warning
     assert "tokenizer" in warning
 
@@ -179,9 +179,12 @@ def test_offline_it_is_read_alike(trained: Path, tmp_path: Path) -> None:
 
     for adapter in (rules.read(trained), rules.read(tmp_path / "out", others)):
         check_warning(adapter.warnings)
-    # A template is unpacked, since defaults may name it, and said to be left aside where none do. A card is kept.
+    # A template is unpacked, since defaults may name it, and said to be left aside where none do. A card is kept, and
+    # what a tokenizer adds.
     unpacked = sorted(p.name for p in (tmp_path / "out").iterdir())
-    assert unpacked == ["README.md", CONFIG_FILE, TENSOR_FILE, "chat_template.jinja"]
+    assert unpacked == sorted(
+        ["README.md", *ADAPTER_FILES, "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
+    )
     assert not (tmp_path / "opened").exists()
 
 

@@ -2,7 +2,8 @@
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,14 @@ from manylora.lora.format.kinds import KINDS as READERS
 from manylora.lora.format.kinds import NOT_SERVED
 from manylora.lora.format.reader import read
 from manylora.lora.memory.packing import KeepAs
+from manylora.lora.memory.terms import (
+    DenseExtent,
+    InputExtent,
+    LowRankExtent,
+    OutputExtent,
+    PrefixExtent,
+    TokenRowsExtent,
+)
 from tests.engine.harness import BACKENDS, Rig, available_kernels, build_rig, load
 from tests.engine.oracle import check_greedy, with_adapter
 from tests.peft_kinds import KINDS, METHODS, OUTCOMES, REFUSED, make_kind, outcome_of, tensors_of
@@ -46,10 +55,12 @@ def logits_of(base: Path, adapter: Path | None, prompt: list[int]) -> torch.Tens
     return found[-len(prompt) :]
 
 
-def run(rig: Rig, prompts: Mapping[str | None, list[int]], *, max_tokens: int) -> dict[str, np.ndarray]:
+def run(
+    rig: Rig, prompts: Mapping[str | None, list[int]], *, max_tokens: int, tenant: str | None = None
+) -> dict[str, np.ndarray]:
     """A request for each adapter, all at once; the logits of their prompts, by name."""
     for name, prompt in prompts.items():
-        seq = rig.add(str(name), prompt, name, max_tokens=max_tokens)
+        seq = rig.add(str(name), prompt, name, tenant=tenant, max_tokens=max_tokens)
         seq.capture_logits = seq.wants_prompt_logits = True
     found: dict[str, np.ndarray] = {}
     while rig.engine.has_work:
@@ -151,33 +162,54 @@ def test_plain_adapters_are_the_same_to_the_last_bit_beside_every_other_kind(mad
         assert together[name].tobytes() == alone[name].tobytes(), name
 
 
+# Every term at every place that it can have, each with an adapter that has it there.
+TERMS = [
+    ("LoRA with alphas by pattern", LowRankExtent), ("LoRA on the embedding", LowRankExtent),
+    ("LoRA on the head", LowRankExtent), ("LoKr", DenseExtent), ("LoRA with a saved head", DenseExtent),
+    ("LoRA with a saved embedding", DenseExtent), ("LoRA with trained tokens", TokenRowsExtent),
+    ("IA3", InputExtent), ("IA3", OutputExtent), ("DoRA", OutputExtent), ("LN tuning", OutputExtent),
+    ("Prompt tuning", PrefixExtent), ("Prefix tuning", PrefixExtent),
+]  # fmt: skip
+
+
+@contextmanager
+def spoiled(rig: Rig, name: str, term: type) -> Iterator[None]:
+    """One term of an adapter that is on the device is NaN, and then what it was."""
+    slot = next(row["slot"] for row in rig.tiers.residents() if row["name"] == name)
+    memory = rig.tiers.memory
+    slab, row = memory.locate(slot)
+    extents = [extent for _, extent in slab.layout.placed if isinstance(extent, term)]
+    assert extents
+    rooms = [slab._room(start, size, row) for extent in extents for start, size in extent.parts()]
+    kept = [room.clone() for room in rooms]
+    for room in rooms:
+        room.fill_(float("nan"))
+    slab.finite.discard(row)
+    memory._ready.pop(slot, None)
+    yield
+    for room, values in zip(rooms, kept, strict=True):
+        room.copy_(values)
+    slab.finite.discard(row)
+    memory._ready.pop(slot, None)
+
+
 @pytest.mark.parametrize("kernel", available_kernels)
-def test_numbers_that_are_not_finite_stay_in_their_own_rows(kernel: str, made: Made, tiny_llama_dir: Path) -> None:
-    broken = ["DoRA", "LoKr", "IA3", "LN tuning", "LoRA with a saved head", "LoRA with trained tokens", "VeRA"]
-    names = ["LoRA", *broken, "OFT", "BEFT", "LoRA with a saved embedding"]
-
-    def logits(*, spoil: bool) -> dict[str, np.ndarray]:
-        rig = build_rig(load(tiny_llama_dir), {name: made[name] for name in names}, kernel=kernel, num_blocks=400,
-                        max_num_batched_tokens=512)  # fmt: skip
-        for name in names:
-            while (slot := rig.tiers.acquire(rig.refs[name])) is None:
-                rig.loaded.wait(1)
-            rig.tiers.release(rig.refs[name])
-            if spoil and name in broken:
-                slab, row = rig.tiers.memory.locate(slot)
-                for start, size in slab.layout.parts():
-                    slab._room(start, size, row).fill_(float("nan"))
-                slab.finite.discard(row)
-        found = run(rig, {None: PROMPT, **dict.fromkeys(names, PROMPT)}, max_tokens=1)
-        rig.close()
-        return found
-
-    clean, beside = logits(spoil=False), logits(spoil=True)
-    for name in ("None", *names):
-        if name in broken:
-            assert np.isnan(beside[name]).any(), name
-        else:
-            assert beside[name].tobytes() == clean[name].tobytes(), name
+def test_numbers_of_any_term_that_are_not_finite_stay_in_their_own_rows(
+    kernel: str, made: Made, tiny_llama_dir: Path
+) -> None:
+    names = ["LoRA", "OFT", "BEFT", "VeRA", *dict(TERMS)]
+    rig = build_rig(load(tiny_llama_dir), {name: made[name] for name in names}, kernel=kernel, num_blocks=400,
+                    max_num_batched_tokens=512)  # fmt: skip
+    rig.bring_in()
+    prompts: dict[str | None, list[int]] = {None: PROMPT, **dict.fromkeys(names, PROMPT)}
+    clean = run(rig, prompts, max_tokens=1, tenant="clean")
+    for name, term in TERMS:
+        with spoiled(rig, name, term):
+            beside = run(rig, prompts, max_tokens=1, tenant=f"{name} {term.__name__}")
+        assert np.isnan(beside[name]).any(), (name, term)
+        for other in ("None", *names):
+            assert other == name or beside[other].tobytes() == clean[other].tobytes(), (other, name, term)
+    rig.close()
 
 
 @pytest.mark.parametrize("kernel", ["torch", available_kernels[-1]])

@@ -196,7 +196,8 @@ def test_what_an_upload_has_measured_it_hands_over_as_a_request_does(traces: dic
     assert not steps & upload.own
     assert upload.handed_over["engine"] - memory <= request.handed_over["engine"]
     assert upload.handed_over[LOADER] <= {*memory, *GROUND, "lora/format/spec", "engine/build"}
-    assert {name for name in upload.own if name.startswith(("kernels/", "models/"))} <= {"models/codec"}
+    texts = {"models/codec", "models/own_tokens"}
+    assert {name for name in upload.own if name.startswith(("kernels/", "models/"))} <= texts
 
 
 def test_an_upload_parses_each_of_its_files_once_and_the_first_request_none(traces: dict[str, Trace]) -> None:

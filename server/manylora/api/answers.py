@@ -260,7 +260,7 @@ class Answer:
         hidden = None
         if not prompt.params.skip_special_tokens:  # of a prompt that is repeated, its text alone is shown
             hidden = len(prompt.ids) if isinstance(body, CompletionRequest) and body.echo else 0
-        codec = self._run.services.engine.codec
+        codec = self._run.codec
         return self.logprobs_kind(codec, are_ids=body.return_tokens_as_token_ids, hidden=hidden)
 
     def arranged(self, deltas: Deltas) -> Deltas:

@@ -16,6 +16,7 @@ from manylora.api.fields import NOTHING, Unsupported, renamed, wanted
 from manylora.api.json_body import documented, parse_json
 from manylora.api.naming import Named, adapter_of, looked_up
 from manylora.api.requests import num_chat_tokens, read_body
+from manylora.api.room import Seen
 from manylora.api.run import Asked, answered, check_kind
 from manylora.api.schemas import ChatRequest, Int, checked
 from manylora.api.state import ServicesDep
@@ -23,6 +24,7 @@ from manylora.api.strict import Strict
 from manylora.api.tools import MAX_TOOLS
 from manylora.api.translation import EXTENSIONS, documents, parted, valid
 from manylora.errors import InvalidRequest, quoted
+from manylora.identity import Mix
 
 __all__ = ["CountRequest", "MessagesRequest", "router"]
 
@@ -297,7 +299,8 @@ async def count_tokens(request: Request, caller: Caller, services: ServicesDep) 
     try:
         completed, _ = with_defaults(body, services.directory, Named(adapter))
         assert isinstance(completed, ChatRequest), "it is the same body with more fields"
-        count = await num_chat_tokens(completed, services.engine, caller.tenant)
+        seen = Seen.by(Mix.of(adapter), services.engine)
+        count = await num_chat_tokens(completed, seen, caller.tenant)
     except InvalidRequest as error:
         raise renamed(error, names) from None
     return Response(orjson.dumps({"input_tokens": count}), media_type="application/json")

@@ -239,7 +239,7 @@ class ClassifyAnswer(_Answer):
 def _tokens(found: npt.NDArray[np.float64], head: Head, ids: Sequence[int], run: Run) -> list[dict[str, Any]]:
     """The likeliest label of each token."""
     best = found.argmax(axis=-1)
-    token_name = run.services.engine.codec.token_name
+    token_name = run.codec.token_name
     return [
         {
             "index": place,

@@ -53,7 +53,7 @@ class OllamaAnswer:
         make = run.prompts[0].reader
         self._run = run
         self._shape = shape
-        self._codec = run.services.engine.codec
+        self._codec = run.codec
         self._has_logprobs = run.prompts[0].params.logprobs is not None
         self._splitter = Splitter(None if make is None else make(), has_reasoning=has_thoughts)
         self._texts: list[str] = []

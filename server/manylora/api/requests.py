@@ -19,7 +19,7 @@ from manylora.api.json_body import require_json
 from manylora.api.lanes import INLINE_CHARACTERS, PYTHON, SHORT_TEXT, beside_loop, text_lane
 from manylora.api.pairs import PairsRequest, encoded_pairs
 from manylora.api.record import ClientGone
-from manylora.api.room import Behind, PromptEngine, fit_to_context, room_for_answer, too_long
+from manylora.api.room import PromptEngine, Seen, fit_to_context, room_for_answer, too_long
 from manylora.api.sampling import check_token_ids, sampling_params
 from manylora.api.schemas import (
     DEFAULT_MAX_TOKENS,
@@ -123,13 +123,13 @@ async def prompts_of(
     """Every prompt of the body; all have the same number of choices. What is quick to check is checked first.
 
     `max_tokens`: what an answer may have where the body does not say and the context leaves so much.
-    `mix`: what runs, which may take a part of the context before each prompt, and may have a head that reads pairs.
+    `mix`: what runs, which may have virtual tokens before each prompt, a vocabulary of its own, and a head that reads
+    pairs.
 
     Raises InvalidRequest, also where the model's chat template refuses the messages or no answer can be held to the
     grammar, ContextLengthExceeded, and what `EngineClient.compile` does.
     """
-    num_virtual = mix.num_virtual_tokens
-    engine: PromptEngine = Behind.of(client, num_virtual) if num_virtual else client
+    engine = Seen.by(mix, client)
     head = mix.refs[0].head if mix.refs and mix.is_plain else ""
     if isinstance(body, PairsRequest) and (head or body.needs_head):
         _check_num_choices(body, body.num_pairs, 1, engine.max_choices)
@@ -258,7 +258,7 @@ def _echoed(
     ]
 
 
-async def num_chat_tokens(request: ChatRequest, engine: EngineClient, tenant: str) -> int:
+async def num_chat_tokens(request: ChatRequest, engine: PromptEngine, tenant: str) -> int:
     """How many tokens the prompt of a tenant's chat has, whether or not the context has room for them.
 
     Raises InvalidRequest, and ContextLengthExceeded for a text that is too long to be encoded only to be counted.
@@ -273,7 +273,7 @@ def lane_of(text: str) -> ThreadPoolExecutor:
     return text_lane(len(text))
 
 
-def counted_ids(text: str, engine: EngineClient, *, special: bool, param: str) -> list[int]:
+def counted_ids(text: str, engine: PromptEngine, *, special: bool, param: str) -> list[int]:
     """The ids of a text for which the context needs to have no room. Raises ContextLengthExceeded, see above."""
     context = engine.model.context_length
     if len(text) > MAX_ENCODED_CHARACTERS and engine.codec.surely_exceeds(text, context):

@@ -253,10 +253,10 @@ class ResponseAnswer:
     """
 
     def __init__(self, run: Run, body: ChatRequest, told: Told) -> None:
-        engine, params = run.services.engine, run.prompts[0].params
+        params = run.prompts[0].params
         make = run.prompts[0].reader
         self._run = run
-        self._codec = engine.codec
+        self._codec = run.codec
         self._splitter = Splitter(None if make is None else make(), has_reasoning=body.include_reasoning)
         self._items = Items(run.id, told)
         self._logprobs: list[bytes] = []  # of tokens that have become nothing yet

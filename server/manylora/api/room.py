@@ -1,13 +1,21 @@
 """How much of the context a request's prompts and answers have."""
 
 from dataclasses import dataclass, replace
-from typing import Protocol, Self
+from typing import Protocol
 
 from manylora.api.schemas import GenerationRequest, InferenceRequest
-from manylora.engine.interface import CompiledGrammar, EngineClient, Grammar, ModelInfo, SamplingParams, TextCodec
+from manylora.engine.interface import (
+    CompiledGrammar,
+    EngineClient,
+    Grammar,
+    Mix,
+    ModelInfo,
+    SamplingParams,
+    TextCodec,
+)
 from manylora.errors import ContextLengthExceeded, InvalidRequest
 
-__all__ = ["Behind", "PromptEngine", "fit_to_context", "room_for_answer", "too_long"]
+__all__ = ["PromptEngine", "Seen", "fit_to_context", "room_for_answer", "too_long"]
 
 
 class PromptEngine(Protocol):
@@ -26,20 +34,26 @@ class PromptEngine(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Behind:
-    """An engine of whose context an adapter's virtual tokens take a part. Implements `PromptEngine`."""
+class Seen:
+    """An engine as requests of some adapters see it. Implements `PromptEngine`."""
 
     engine: EngineClient
     model: ModelInfo
+    codec: TextCodec
 
     @classmethod
-    def of(cls, engine: EngineClient, num_virtual_tokens: int) -> Self:
-        room = engine.model.context_length - num_virtual_tokens
-        return cls(engine, replace(engine.model, context_length=room, num_virtual_tokens=num_virtual_tokens))
-
-    @property
-    def codec(self) -> TextCodec:
-        return self.engine.codec
+    def by(cls, mix: Mix, engine: EngineClient) -> PromptEngine:
+        """Virtual tokens take a part of the context, and an adapter may have a vocabulary of its own."""
+        taken, own, model = mix.num_virtual_tokens, mix.vocabulary, engine.model
+        if not taken and own is None:
+            return engine
+        model = replace(
+            model,
+            context_length=model.context_length - taken,
+            num_virtual_tokens=taken,
+            vocab_size=mix.vocab_size(model.vocab_size),
+        )
+        return cls(engine, model, engine.codec.with_vocabulary(own))
 
     @property
     def max_choices(self) -> int:

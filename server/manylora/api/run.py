@@ -31,6 +31,7 @@ from manylora.engine.interface import (
     Mix,
     ModelInfo,
     Progress,
+    TextCodec,
     TokenLogprob,
 )
 from manylora.errors import AdapterNotFound, Draining, InvalidRequest, ManyloraError, WrongModelType
@@ -234,6 +235,11 @@ class Run:
         return self.named.mix
 
     @property
+    def codec(self) -> TextCodec:
+        """The tokenizer of what runs."""
+        return self.services.engine.codec.with_vocabulary(self.mix.vocabulary)
+
+    @property
     def _runs_with(self) -> AdapterRef | Mix | None:
         """What the engine is asked for: a mix that is one adapter as it is, is that adapter."""
         if not self.mix.is_plain:
@@ -284,7 +290,7 @@ class Run:
         if not self.mix.is_plain:
             self.log["adapters"] = self.mix.label
         if self.services.settings.log_prompts:
-            decode = self.services.engine.codec.decode
+            decode = self.codec.decode
             self.log["prompts"] = [decode(prompt.ids, skip_special_tokens=False) for prompt in prompts]
 
     # the answer

@@ -65,7 +65,7 @@ class GenerateAnswer:
     def __init__(self, run: Run, shape: Shape) -> None:
         self._run = run
         self._shape = shape
-        self._codec = run.services.engine.codec
+        self._codec = run.codec
         self._choices = [_Choice() for _ in range(run.num_choices)]
         params = run.prompts[0].params
         # Of an answer by chance; the clients know it as an unsigned number.

@@ -55,7 +55,7 @@ class TokenDetails:
         return deltas if self._num_prompt_logprobs is None else self._keeping(deltas, self._num_prompt_logprobs)
 
     async def _keeping(self, deltas: Deltas, num_top: int) -> Deltas:
-        codec = self._run.services.engine.codec
+        codec = self._run.codec
         async for choice, delta in deltas:
             prompt, number = divmod(choice, self._run.n)
             if number == 0 and prompt not in self._prompt_logprobs:

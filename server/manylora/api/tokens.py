@@ -1,4 +1,4 @@
-"""`/tokenize`, `/detokenize` and `/tokenizer_info`, as vLLM's server has them. Adapters share the base's tokenizer."""
+"""`/tokenize`, `/detokenize` and `/tokenizer_info`, as vLLM's server has them. An adapter's own tokens count."""
 
 from functools import partial
 from typing import Any, ClassVar, Final
@@ -16,10 +16,11 @@ from manylora.api.json_body import documented
 from manylora.api.lanes import INLINE_CHARACTERS, PYTHON, beside_loop
 from manylora.api.naming import adapter_of, looked_up
 from manylora.api.requests import INLINE_IDS, counted_ids, lane_of, read_body
+from manylora.api.room import PromptEngine, Seen
 from manylora.api.sampling import check_token_ids
 from manylora.api.schemas import MAX_MESSAGES, Body, Int, Message, parse
 from manylora.api.state import Services, ServicesDep
-from manylora.engine.interface import AdapterRef, EngineClient
+from manylora.engine.interface import AdapterRef, Mix
 from manylora.errors import InvalidRequest
 from manylora.tenants.interface import Principal
 
@@ -65,7 +66,7 @@ async def tokenize(request: Request, caller: Caller, services: ServicesDep) -> R
     """The token ids of a text or a chat, and how many there are."""
     body = await read_body(request, partial(parse, TokenizeRequest))
     adapter = await _named(body, caller, services)
-    engine = services.engine
+    engine = Seen.by(Mix.of(adapter), services.engine)
     text = body.prompt
     if body.messages is not None:
         template = chat_template_of(services.directory, adapter)
@@ -77,7 +78,7 @@ async def tokenize(request: Request, caller: Caller, services: ServicesDep) -> R
     return _json(await beside_loop(lane_of(text), _tokens_of, text, body, engine))
 
 
-def _tokens_of(text: str, body: TokenizeRequest, engine: EngineClient) -> bytes:
+def _tokens_of(text: str, body: TokenizeRequest, engine: PromptEngine) -> bytes:
     codec, context = engine.codec, engine.model.context_length
     is_chat = body.messages is not None
     has_special = not is_chat if body.add_special_tokens is None else body.add_special_tokens
@@ -93,13 +94,13 @@ def _tokens_of(text: str, body: TokenizeRequest, engine: EngineClient) -> bytes:
 async def detokenize(request: Request, caller: Caller, services: ServicesDep) -> Response:
     """The text of token ids, special tokens included."""
     body = await read_body(request, partial(parse, DetokenizeRequest))
-    await _named(body, caller, services)
+    engine = Seen.by(Mix.of(await _named(body, caller, services)), services.engine)
     if len(body.tokens) <= INLINE_IDS:
-        return _json(_text_of(body, services.engine))
-    return _json(await beside_loop(PYTHON, _text_of, body, services.engine))
+        return _json(_text_of(body, engine))
+    return _json(await beside_loop(PYTHON, _text_of, body, engine))
 
 
-def _text_of(body: DetokenizeRequest, engine: EngineClient) -> bytes:
+def _text_of(body: DetokenizeRequest, engine: PromptEngine) -> bytes:
     ids = check_token_ids(body.tokens, engine.model, "tokens")
     return orjson.dumps({"prompt": engine.codec.decode(ids, skip_special_tokens=False)})
 

@@ -20,7 +20,7 @@ from typing import IO, Final, Protocol, cast
 from manylora.catalog.records import VersionRecord
 from manylora.errors import InvalidAdapter, Problem, TooLarge
 from manylora.faults import file_errors
-from manylora.identity import ADAPTER_FILES, BROUGHT_FILES, CARD_FILE, DEFAULTS_FILE, TEMPLATE_FILE
+from manylora.identity import ADAPTER_FILES, BROUGHT_FILES, CARD_FILE, DEFAULTS_FILE, OWN_TOKENS_FILE, TEMPLATE_FILE
 from manylora.lora.format.folder import NEEDED
 
 _MAX_MEMBERS: Final = 1024
@@ -272,13 +272,16 @@ def _zip_kind(info: zipfile.ZipInfo) -> str:
 
 
 def pack(folder: Path, version: VersionRecord, card: str, scratch: Path) -> IO[bytes]:
-    """A version's files as a .tar.gz in PEFT layout, byte for byte as they came in, with defaults and card.
+    """A version's files as a .tar.gz in PEFT layout, byte for byte as they came in, with defaults, card and tokens.
 
     The result is an open file at its beginning, without a name, which is gone when closed. The same texts always pack
     to the same bytes. Weights hardly compress, so the fastest level is used. Raises StorageFull or StoreUnavailable.
     """
     with file_errors("The download cannot be packed"):
-        return _pack(folder, version, {DEFAULTS_FILE: version.defaults, CARD_FILE: card}, scratch)
+        own = version.ref.vocabulary
+        tokens = own.text if own is not None and own.tokens else ""
+        texts = {DEFAULTS_FILE: version.defaults, CARD_FILE: card, OWN_TOKENS_FILE: tokens}
+        return _pack(folder, version, texts, scratch)
 
 
 def _pack(folder: Path, version: VersionRecord, texts: Mapping[str, str], scratch: Path) -> IO[bytes]:

@@ -65,6 +65,7 @@ class Label(BaseModel):
     virtual_tokens: int = 0
     invocation: str = ""
     head: str = ""
+    vocabulary: str = ""
     switched: int | None = None
 
     @model_validator(mode="before")

@@ -117,7 +117,7 @@ def _entries(session: Session, base: BaseSignature, ids: Sequence[str] | None) -
     a, v, c = AdapterRow, VersionRow, CanaryRow
     query = select(
         a.tenant, a.name, a.pinned, a.active_version, v.id, v.version, v.digest, v.blob, v.created, v.base, v.defaults,
-        v.virtual_tokens, v.invocation, v.head, v.rank, v.mix,
+        v.virtual_tokens, v.invocation, v.head, v.vocabulary, v.rank, v.mix,
         c.id.label("canary"), c.version.label("tried"), c.share, c.until,
     ).join(v, v.adapter_id == a.id).outerjoin(c, c.id == a.canary)  # fmt: skip
     if ids is not None:
@@ -284,6 +284,7 @@ def add_version(session: Session, row: AdapterRow, new: NewVersion, base: str, d
         invocation=" ".join(map(str, new.invocation)),
         head=new.head,
         mix=new.mix,
+        vocabulary=new.vocabulary,
         card="",
         card_bytes=0,
     )

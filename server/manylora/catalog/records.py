@@ -4,6 +4,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final, Protocol
 
 from sqlalchemy.orm import Session
@@ -11,7 +12,7 @@ from sqlalchemy.orm import Session
 from manylora.catalog.base_signature import BaseSignature
 from manylora.catalog.saved_mix import SavedPart, parts_of
 from manylora.database.tables import MICROSECONDS, AdapterRow, VersionRow
-from manylora.identity import SERVER, AdapterRef, Author
+from manylora.identity import SERVER, AdapterRef, Author, Vocabulary
 
 MAX_DESCRIPTION: Final = 4096  # characters
 MAX_NOTE: Final = 1024  # characters
@@ -75,6 +76,7 @@ class NewVersion:
     invocation: tuple[int, ...] = ()
     head: str = ""
     mix: str = ""
+    vocabulary: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,13 +226,29 @@ class _Versioned(Protocol):
     virtual_tokens: Any
     invocation: Any
     head: Any
+    vocabulary: Any
+
+
+@lru_cache(4096)
+def _vocabulary(text: str) -> Vocabulary | None:
+    """One object for all versions that have it."""
+    return Vocabulary.parse(text)
 
 
 def ref_of(adapter: _Owned, row: _Versioned) -> AdapterRef:
     """The identity of a version, of its columns and its adapter's."""
     invocation = tuple(map(int, row.invocation.split())) if row.invocation else ()
-    virtual, head = row.virtual_tokens, row.head
-    return AdapterRef(row.id, adapter.tenant, adapter.name, row.version, row.digest, virtual, invocation, head)
+    return AdapterRef(
+        row.id,
+        adapter.tenant,
+        adapter.name,
+        row.version,
+        row.digest,
+        row.virtual_tokens,
+        invocation,
+        row.head,
+        _vocabulary(row.vocabulary),
+    )
 
 
 def version_record(adapter: AdapterRow, row: VersionRow, base: BaseSignature) -> VersionRecord:

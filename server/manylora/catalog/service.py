@@ -266,7 +266,7 @@ class Catalog:
                 await self._quarantine.validate(Brought(found.path))  # says what is there instead, such as a pickle
             await asyncio.to_thread(sources.copy_bounded, files, folder, self._rules.max_bytes)
             brought = Brought(folder, await asyncio.to_thread(names_in, found.path))
-            adapter, wish = await self._quarantine.accept(brought, wish, self._checked_defaults)
+            adapter, wish = await self._quarantine.accept(brought, wish, self._checked_defaults, self._attached.codec)
             look = partial(self._registry.was_in_folder, wish, adapter.digest, found.stamp)
             was_there, known = await self.database.run(look)
             if not was_there:
@@ -286,7 +286,7 @@ class Catalog:
     async def _add(self, receive: Receive) -> Published:
         async with self._quarantine.folder() as quarantine:
             wish, brought = await receive(quarantine)
-            adapter, wish = await self._quarantine.accept(brought, wish, self._checked_defaults)
+            adapter, wish = await self._quarantine.accept(brought, wish, self._checked_defaults, self._attached.codec)
             done = await self._publish(wish, brought.folder, adapter)
         return await self._with_pin(done)
 

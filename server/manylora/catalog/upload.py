@@ -11,6 +11,7 @@ import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,12 +22,13 @@ from manylora.catalog.defaults import not_used, read_file
 from manylora.catalog.files import blob_of_folder
 from manylora.catalog.receive import Received
 from manylora.catalog.records import MAX_DESCRIPTION, MAX_NOTE, NewVersion, Payer, Wish, new_id
-from manylora.engine.interface import AdapterRef, Effect, EngineClient
+from manylora.engine.interface import AdapterRef, Effect, EngineClient, TextCodec
 from manylora.errors import InvalidAdapter, InvalidRequest, ManyloraError, Problem, quoted
 from manylora.faults import file_errors
 from manylora.files import clear_folder, remove_tree
 from manylora.identity import ADAPTER_FILES, Author
 from manylora.lora.format import reader as lora_format
+from manylora.lora.format.added_tokens import read_added_tokens
 from manylora.lora.format.reader import Adapter, ModuleSpec
 from manylora.lora.format.spec import BaseWeights, Head
 
@@ -127,7 +129,9 @@ class Quarantine:
         async with self._validations:
             return await asyncio.to_thread(self._rules.read, brought.folder, brought.left_aside)
 
-    async def accept(self, brought: Brought, wish: Wish, checked: CheckedDefaults) -> tuple[Adapter, Wish]:
+    async def accept(
+        self, brought: Brought, wish: Wish, checked: CheckedDefaults, codec: TextCodec
+    ) -> tuple[Adapter, Wish]:
         """The adapter, and the wish with what came beside it. Raises InvalidAdapter with all problems."""
         problems: list[Problem] = []
         adapter, text = None, None
@@ -146,7 +150,20 @@ class Quarantine:
         card, warning = await asyncio.to_thread(read_card, brought.folder)
         adapter.warnings.extend([] if warning is None else [warning])
         lineage = await asyncio.to_thread(lineage_in, card or "")
+        async with self._validations:
+            adapter = await asyncio.to_thread(self._with_vocabulary, adapter, brought.folder, codec)
         return adapter, replace(wish, defaults=text, card=card, lineage=lineage)
+
+    def _with_vocabulary(self, adapter: Adapter, folder: Path, codec: TextCodec) -> Adapter:
+        """With what is its own of its tokenizer, which counts as content."""
+        added = read_added_tokens(folder, adapter.warnings)
+        num_rows = next((spec.in_features for spec in self._rules.modules.values() if spec.kind == "embedding"), 0)
+        most = adapter.num_tokens or num_rows
+        own = codec.vocabulary_of(added.tokens, added.end, adapter.num_tokens, most, adapter.warnings)
+        if own is None or not own.tokens:
+            return replace(adapter, vocabulary=own)
+        digest = sha256(f"{adapter.digest} {own.text}".encode()).hexdigest()
+        return replace(adapter, vocabulary=own, digest=digest)
 
     async def unpack(self, received: Received) -> Brought:
         """The adapter's files, from either form of upload. Raises InvalidAdapter or TooLarge."""
@@ -173,7 +190,16 @@ async def tried(engine: EngineClient, adapter: Adapter, wish: Wish, charge: Char
     Raises InvalidAdapter (`no_effect`, `not_finite`).
     """
     virtual, invocation = adapter.num_virtual_tokens, adapter.invocation
-    ref = AdapterRef(new_id("probe"), wish.tenant, wish.name, 0, adapter.digest, virtual, invocation)
+    ref = AdapterRef(
+        new_id("probe"),
+        wish.tenant,
+        wish.name,
+        0,
+        adapter.digest,
+        virtual,
+        invocation,
+        vocabulary=adapter.vocabulary,
+    )
     published: AdapterRef | None = None
     try:
         trial = Trial(await _measured(engine, ref, adapter, wish.payer, charge))
@@ -224,6 +250,7 @@ def new_version(folder: Path, adapter: Adapter, effect: Effect | None, *, blob: 
         virtual_tokens=adapter.num_virtual_tokens,
         invocation=adapter.invocation,
         head="" if adapter.head is None else adapter.head.task,
+        vocabulary="" if adapter.vocabulary is None else adapter.vocabulary.text,
     )
 
 

@@ -70,8 +70,8 @@ class VersionRow(Base):
     `digest` is the canonical content's hash, `blob` addresses the bytes in the store, `base` says which shapes of
     base model it was validated against. `virtual_tokens` are the positions that it takes before each prompt,
     `invocation` the token ids, with spaces between them, from which on it acts, `head` the task that it has a head for,
-    empty for none. A saved mix has a `mix`
-    (`catalog.saved_mix`) and no `blob`. `card` is the README.md that came last with it, `lineage` what it says
+    empty for none, and `vocabulary` what of its vocabulary is not the base's (`identity.Vocabulary`). A saved mix has a
+    `mix` (`catalog.saved_mix`) and no `blob`. `card` is the README.md that came last with it, `lineage` what it says
     of how the version was made (`catalog.card.lineage_in`).
     """
 
@@ -98,6 +98,7 @@ class VersionRow(Base):
     virtual_tokens: Mapped[int] = mapped_column(server_default="0", default=0)
     invocation: Mapped[str] = mapped_column(server_default="", default="")
     head: Mapped[str] = mapped_column(server_default="", default="")
+    vocabulary: Mapped[str] = mapped_column(server_default="", default="")
     mix: Mapped[str] = mapped_column(server_default="", default="")
     # Read when somebody asks for it, and not with the row.
     card: Mapped[str] = mapped_column(server_default="", default="", deferred=True)

@@ -226,13 +226,16 @@ class AsyncEngine:
             )
         if not prompt_ids:
             raise InvalidRequest("The prompt is empty. Send at least one token.", param="prompt")
-        if not 0 <= min(prompt_ids) <= max(prompt_ids) < self.model.vocab_size:
+        vocab_size = mix.vocab_size(self.model.vocab_size)
+        if not 0 <= min(prompt_ids) <= max(prompt_ids) < vocab_size:
             raise InvalidRequest(
-                f"The prompt holds a token id that is not in 0 to {self.model.vocab_size - 1}, so the model has no "
+                f"The prompt holds a token id that is not in 0 to {vocab_size - 1}, so the model has no "
                 "embedding for it.",
                 param="prompt",
             )
         acts_from = mix.acts_from(prompt_ids)
+        own = mix.vocabulary
+        decode = self.codec.with_vocabulary(own).decode if own is not None and own.tokens else None
         seqs = [
             Sequence(
                 request_id,
@@ -245,6 +248,7 @@ class AsyncEngine:
                 cache_salt=cache_salt,
                 priority=priority,
                 acts_from=acts_from,
+                decode=decode,
             )
             for i in range(params.n)
         ]

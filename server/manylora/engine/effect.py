@@ -22,12 +22,14 @@ def probes_of(
         first = len(ref.invocation)
         return [(ids, params, ref), ([*ids[:first], *reversed(ids[first:])], params, ref)]
     params = SamplingParams(max_tokens=0, pooling="mean" if model.kind == "pool" else None)
-    return [(ids, params, None), (ids, params, ref)]
+    bare = [each if each < model.vocab_size else 0 for each in ids]  # the base has none of the adapter's own tokens
+    return [(bare, params, None), (ids, params, ref)]
 
 
 def effect_of(without: np.ndarray, with_it: np.ndarray) -> Effect:
     """What an adapter changes, from a prompt's logits [positions, vocab] without it and with it."""
-    a, b = torch.from_numpy(without), torch.from_numpy(with_it)
+    both = min(without.shape[1], with_it.shape[1])
+    a, b = torch.from_numpy(without[:, :both]), torch.from_numpy(with_it[:, :both])
     kl = torch.nn.functional.kl_div(
         torch.log_softmax(b[-1], -1), torch.log_softmax(a[-1], -1), reduction="sum", log_target=True
     )

@@ -10,7 +10,7 @@ import numpy as np
 
 from manylora.engine.constraints import Constraints, is_late
 from manylora.engine.detokenizer import Decode, Detokenizer
-from manylora.engine.interface import Delta, FinishReason, SamplingParams, Task, TokenLogprob
+from manylora.engine.interface import Delta, FinishReason, Task, TokenLogprob
 from manylora.engine.model_runner import Outcome, Runner, allowed_bits
 from manylora.engine.pooling import Pool
 from manylora.engine.recovery import (
@@ -83,19 +83,24 @@ class Engine:
         for each in (seq, *seq.followers):
             each.detokenizer = self._detokenizer(each)
             each.max_num_tokens = min(each.max_num_tokens, self._max_model_len - each.num_virtual)
-            each.rules = self._rules(each.params)
+            each.rules = self._rules(each)
             self._constraints.add(each)
         self.scheduler.add(seq)
 
-    def _rules(self, params: SamplingParams) -> Rules | None:
-        if params.speech is not None:
-            return SpeechRules(params.speech, self._vocab_size)
-        return TokenRules.of(params, self._eos_ids, self._vocab_size)
+    def _rules(self, seq: Sequence) -> Rules | None:
+        vocab_size = seq.mix.vocab_size(self._vocab_size)
+        if seq.params.speech is not None:
+            return SpeechRules(seq.params.speech, vocab_size)
+        return TokenRules.of(seq.params, self._ends_of(seq), vocab_size)
+
+    def _ends_of(self, seq: Sequence) -> frozenset[int]:
+        """The tokens that end a sequence, unless its request ignores them."""
+        return self._eos_ids if seq.end_id is None else self._eos_ids | {seq.end_id}
 
     def _detokenizer(self, seq: Sequence) -> Detokenizer:
-        params = seq.params
+        params, decode = seq.params, seq.decode or self._decode
         return Detokenizer(
-            self._decode if params.skip_special_tokens else partial(self._decode, skip_special_tokens=False),
+            decode if params.skip_special_tokens else partial(decode, skip_special_tokens=False),
             seq.tokens[: seq.num_prompt_tokens],
             params.stop,
             min_tokens=params.min_tokens,
@@ -344,7 +349,7 @@ class Engine:
         if seq.detokenizer is not None and seq.detokenizer.stopped_by is not None:
             return seq.detokenizer.stopped_by
         last = seq.tokens[-1]
-        is_named = last in seq.params.stop_token_ids and (last not in self._eos_ids or seq.params.ignore_eos)
+        is_named = last in seq.params.stop_token_ids and (last not in self._ends_of(seq) or seq.params.ignore_eos)
         return last if is_named else None
 
     def _end_pooled(self, seq: Sequence, outcome: Outcome) -> Output:
@@ -363,7 +368,8 @@ class Engine:
 
     def _stop_reason(self, seq: Sequence, token_id: int) -> FinishReason | None:
         params = seq.params
-        if token_id in params.stop_token_ids or (token_id in self._eos_ids and not params.ignore_eos):
+        is_end = token_id in self._eos_ids or token_id == seq.end_id
+        if token_id in params.stop_token_ids or (is_end and not params.ignore_eos):
             return FinishReason.STOP
         if seq.num_tokens >= seq.max_num_tokens:
             return FinishReason.LENGTH

@@ -10,6 +10,7 @@ from torch import nn
 
 from manylora.engine.heads import Answer, HeadReader
 from manylora.engine.interface import Head
+from manylora.engine.own_logits import OwnLogits, sample_by_width
 from manylora.engine.sampler import sample
 from manylora.engine.step_input import PrefixInput, Sampled, SamplingInput, StepInput
 from manylora.kernels.batch import Batch, Piece
@@ -70,6 +71,7 @@ class LocalExecutor:
     ) -> None:
         self._wrapped = wrapped
         self._vocab_size = wrapped.vocab_size
+        self._num_rows = int(wrapped.model.get_input_embeddings().weight.shape[0])
         self._cache = cache
         self._memory = memory
         self._kernel = kernel
@@ -91,8 +93,8 @@ class LocalExecutor:
         return self._vocab_size
 
     @torch.inference_mode()
-    def forward(self, step: StepInput) -> torch.Tensor:
-        """Logits [L, vocab] of the rows that are wanted."""
+    def forward(self, step: StepInput) -> torch.Tensor | OwnLogits:
+        """Logits [L, vocab] of the rows that are wanted, and those that adapters with tokens of their own add."""
         for prefix in step.prefixes:
             self._place(prefix)
         if not step.token_ids.size:
@@ -119,11 +121,16 @@ class LocalExecutor:
             self._hidden = self._hidden[self._tensor(step.hidden_rows)]
             self._scored = [self._score(slot, self._hidden[row : row + 1]) for row, slot in step.heads]
         logits: torch.Tensor = output.logits[0]
-        return logits[:, : self._vocab_size] if logits.shape[1] > self._vocab_size else logits
+        logits = logits[:, : self._vocab_size] if logits.shape[1] > self._vocab_size else logits
+        sizes = self._memory.vocabularies
+        if not sizes or batch.logit_lora is None or sizes.keys().isdisjoint(batch.logit_lora.rows.slots):
+            return logits
+        widths = np.array([sizes.get(slot, self._vocab_size) for slot in step.slots[step.logit_rows].tolist()])
+        return OwnLogits(logits, widths, batch.logit_lora.own_logits)
 
     @torch.inference_mode()
-    def sample(self, logits: torch.Tensor, wanted: SamplingInput) -> Sampled:
-        return sample(logits, wanted)
+    def sample(self, logits: torch.Tensor | OwnLogits, wanted: SamplingInput) -> Sampled:
+        return sample(logits, wanted) if isinstance(logits, torch.Tensor) else sample_by_width(logits, wanted)
 
     def _place(self, prefix: PrefixInput) -> None:
         """Bring virtual tokens into the cache: what was kept of them, or what the model makes of them at first."""
@@ -206,8 +213,14 @@ class LocalExecutor:
     def _batch(self, step: StepInput) -> Batch:
         starts = step.query_starts.tolist()
         num_decode = int((np.diff(step.query_starts) == 1).sum())
+        token_ids, own_tokens = step.token_ids, None
+        if self._memory.vocabularies and int(token_ids.max()) >= self._num_rows:
+            is_own = token_ids >= self._num_rows
+            own_tokens = self._tensor(np.where(is_own, token_ids, -1))
+            token_ids = np.where(is_own, 0, token_ids)
         batch = Batch(
-            token_ids=self._tensor(step.token_ids),
+            token_ids=self._tensor(token_ids),
+            own_tokens=own_tokens,
             positions=self._tensor(step.positions),
             kv_slots=self._tensor(step.kv_slots),
             block_tables=self._tensor(step.block_tables),

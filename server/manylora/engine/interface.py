@@ -16,7 +16,7 @@ import numpy.typing as npt
 from manylora.chat.format import PLAIN_CHAT, ChatFormat, ChatOptions
 from manylora.chat.pieces import Reader
 from manylora.grammars.grammar import CompiledGrammar, Grammar, Whitespace
-from manylora.identity import PUBLIC_TENANT, AdapterRef, Mix, Tier
+from manylora.identity import PUBLIC_TENANT, AdapterRef, Mix, OwnToken, Tier, Vocabulary
 from manylora.lora.format.spec import Adapter, Head
 from manylora.models.pairs import EncodedPair
 from manylora.sound.tokens import Sound, SpeechForm, SpeechInfo
@@ -339,6 +339,20 @@ class TextCodec(Protocol):
         ...
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
+
+    def with_vocabulary(self, vocabulary: Vocabulary | None) -> "TextCodec":
+        """What requests of an adapter with tokens of its own are written and read by; this one where it has none."""
+        ...
+
+    def vocabulary_of(
+        self, added: Sequence[OwnToken], end: str | None, size: int | None, num_rows: int, warnings: list[str]
+    ) -> Vocabulary | None:
+        """What is an adapter's own of its tokenizer's added tokens, with the text of the one that ends an answer.
+
+        `size`: of its vocabulary, where it is not the base's; `num_rows`: how many tokens it has rows for. What cannot
+        be had is left out with a warning.
+        """
+        ...
 
     def token_text(self, token_id: int) -> str:
         """One token as text, for logprobs."""

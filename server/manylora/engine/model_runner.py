@@ -29,7 +29,7 @@ from manylora.engine.step_input import (
     StateInput,
     StepInput,
 )
-from manylora.engine.token_rules import Bits
+from manylora.engine.token_rules import Bits, widened
 from manylora.errors import InvalidRequest, ManyloraError
 from manylora.identity import Mix
 from manylora.kernels.rows import Parts, mix_number
@@ -367,7 +367,10 @@ def _allowed(seqs: SequenceOf[Sequence], ahead: SequenceOf[Ahead]) -> Allowed | 
     ]
     if not held:
         return None
-    return Allowed(np.array([row for row, _ in held], dtype=np.int64), np.stack([bits for _, bits in held]))
+    most = max(len(bits) for _, bits in held)  # of an adapter with more tokens than the base there are more
+    return Allowed(
+        np.array([row for row, _ in held], dtype=np.int64), np.stack([widened(bits, most) for _, bits in held])
+    )
 
 
 def allowed_bits(seq: Sequence, ahead: Ahead = ()) -> Bits | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
-from manylora.engine.detokenizer import Detokenizer
+from manylora.engine.detokenizer import Decode, Detokenizer
 from manylora.engine.interface import AdapterRef, FinishReason, Mix, SamplingParams, Sound, Task, TokenLogprob
 from manylora.engine.pooling import Pool
 from manylora.engine.token_rules import Rules
@@ -55,6 +55,9 @@ class Sequence:
 
     sound: Sound | None = None  # what it writes down
     state_slot = -1  # where layers keep a state of it, while it has blocks
+    first_scheduled_s: float | None = None
+    first_token_s: float | None = None
+    finished_s: float | None = None
 
     def __init__(
         self,
@@ -70,6 +73,7 @@ class Sequence:
         cache_salt: str | None = None,
         priority: int = 0,
         acts_from: int | None = None,
+        decode: Decode | None = None,
     ) -> None:
         self.request_id = request_id
         self.index = index
@@ -85,6 +89,8 @@ class Sequence:
         # None of the prompt may come from the cache, since the logits of all of it are asked for.
         self.wants_prompt_logits = capture_logits or params.prompt_logprobs is not None
         self.cache_salt = cache_salt
+        self.decode = decode  # where the adapter has tokens that the base's tokenizer has not
+        self.end_id = self.mix.end_id
         self.seed = params.seed if params.seed is not None else secrets.randbits(63)
         self.status = SequenceStatus.WAITING
         self.is_counted = False  # among its tenant's, from the time it is added until it has finished
@@ -113,9 +119,6 @@ class Sequence:
         self.arrived_s = time.monotonic()
         self.load_started_s: float | None = None
         self.load_ended_s: float | None = None
-        self.first_scheduled_s: float | None = None
-        self.first_token_s: float | None = None
-        self.finished_s: float | None = None
 
     @property
     def num_encoded(self) -> int:

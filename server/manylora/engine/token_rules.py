@@ -69,7 +69,8 @@ class TokenRules:
         is_early = num_output < self._min_tokens
         if not (is_early or self._lengths or self._has_ruled_out):
             return by_grammar
-        bits = self._open.copy() if by_grammar is None else self._open & by_grammar
+        size = len(self._open)  # of an adapter's own vocabulary, which may be another than the grammar's
+        bits = self._open.copy() if by_grammar is None else self._open & widened(by_grammar, size)[:size]
         for length in self._lengths:
             if length <= num_output and (last := self._by_prefix.get(tuple(tokens[-length:]))):
                 clear_bits(bits, last)
@@ -86,6 +87,12 @@ def open_bits(vocab_size: int, *, is_open: bool = True) -> Bits:
     bits: Bits = np.full(num_words, _ALL) if is_open else np.zeros(num_words, np.uint32)
     clear_range(bits, vocab_size, 32 * num_words)
     return bits
+
+
+def widened(bits: Bits, num_words: int) -> Bits:
+    """The bits with more words, in which none is set."""
+    missing = num_words - len(bits)
+    return bits if missing <= 0 else np.concatenate([bits, np.zeros(missing, np.uint32)])
 
 
 def set_bits(bits: Bits, token_ids: Iterable[int]) -> None:

@@ -212,8 +212,8 @@ def _start(session: Session, ref: AdapterRef) -> dict[str, Any]:
     row = session.get(VersionRow, ref.id)
     if row is None:
         raise NotFound(f"The adapter '{ref.label}' was deleted.")
-    if row.kind != "lora" or row.mix or row.virtual_tokens or row.invocation or row.head:
-        what = f"a head for {row.head}" if row.head else row.kind
+    if row.kind != "lora" or row.mix or row.virtual_tokens or row.invocation or row.head or row.vocabulary:
+        what = f"a head for {row.head}" if row.head else "tokens of its own" if row.vocabulary else row.kind
         raise InvalidRequest(
             f"'{ref.label}' is no plain low-rank adapter ({what}), and only those are gone on from.", param="model"
         )

@@ -18,6 +18,8 @@ class Batch:
     this step's included. The first `num_decode` sequences have exactly one token. `logit_rows` int64 [L]: the
     tokens whose logits are wanted. `lora` groups the T rows by adapter, `logit_lora` the L rows; None when
     none has one. `embeddings` [T, hidden]: what stands in place of the tokens' own, where they are virtual.
+    `own_tokens` int64 [T]: ids of tokens that the base has not, of rows whose adapter has them, and -1 of all others;
+    None where there are none. In `token_ids` another one stands there, that the base has.
     `pieces`: the same tokens as layers run them that keep a state of each sequence; none where no layer does.
     """
 
@@ -34,6 +36,7 @@ class Batch:
     lora: LoraPlan | None = None
     logit_lora: LoraPlan | None = None
     embeddings: torch.Tensor | None = None
+    own_tokens: torch.Tensor | None = None
     pieces: "tuple[Piece, ...]" = ()
 
 

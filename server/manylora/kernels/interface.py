@@ -31,9 +31,13 @@ class SiteGroup:
 
 
 class LoraPlan(Protocol):
-    """One step's rows, ready to be applied in every layer."""
+    """One step's rows, ready to be applied in every layer.
+
+    `own_logits`: once the head has run, by row the logits of tokens that the row's adapter alone has, float32 [n].
+    """
 
     rows: LoraRows
+    own_logits: dict[int, torch.Tensor]
 
     def add_(self, out: torch.Tensor, x: torch.Tensor, group: SiteGroup, given: torch.Tensor | None = None) -> None:
         """What each row's adapters do to the product of `x` [T, in_features], in place in `out` [T, columns].
@@ -49,6 +53,10 @@ class LoraPlan(Protocol):
 
         Some embeddings scale their rows (Gemma's), and PEFT scales the delta alike: by `scale`.
         """
+        ...
+
+    def add_own_tokens_(self, out: torch.Tensor, token_ids: torch.Tensor, group: SiteGroup, scale: float) -> None:
+        """`out` [T, hidden] += `scale` times the rows of tokens that the base has not; -1 in `token_ids` is none."""
         ...
 
     def add_experts_(

@@ -6,6 +6,7 @@ from manylora.kernels import native
 from manylora.kernels.interface import LoraPlan, SiteGroup, add_embedding_, add_experts_
 from manylora.kernels.mixes import add_embedding_mixes_
 from manylora.kernels.rows import LoraRows, MixedRows
+from manylora.kernels.token_rows import add_row_logits_, add_token_rows_, have_token_rows
 from manylora.lora.memory.device_memory import DeviceMemory
 
 
@@ -18,10 +19,14 @@ class NativePlan(LoraPlan):
         self.inputs = memory.inputs.entries
         self.outputs = memory.outputs.entries
         self._memory = memory
+        self._has_token_rows = have_token_rows(rows, memory)
+        self.own_logits = {}
 
     def add_(self, out: torch.Tensor, x: torch.Tensor, group: SiteGroup, given: torch.Tensor | None = None) -> None:
         rows, mixes = self.rows, self.rows.mixes
         sites = group.sites
+        if self._has_token_rows:
+            self.own_logits |= add_row_logits_(out, x, group.first, rows, self._memory, is_mixed=False)
         if rows.slots and any(rows.touched[site] for site in sites):
             native.add_lora_(
                 out,
@@ -35,6 +40,8 @@ class NativePlan(LoraPlan):
             self._change_alone(out, group)
         if mixes is not None and any(mixes.touched[site] for site in sites):
             self._mix(out, x if given is None else given, group, mixes)
+            if self._has_token_rows:
+                add_row_logits_(out, x, group.first, rows, self._memory, is_mixed=True)
 
     def change_output_(self, out: torch.Tensor, group: SiteGroup) -> None:
         self._change_alone(out, group)
@@ -75,10 +82,17 @@ class NativePlan(LoraPlan):
     def add_embedding_(self, out: torch.Tensor, token_ids: torch.Tensor, group: SiteGroup, scale: float) -> None:
         rows = self.rows
         if rows.touched[group.first]:
+            if self._has_token_rows:
+                add_token_rows_(out, token_ids, group.first, scale, rows, self._memory, is_mixed=False)
             add_embedding_(out, token_ids, group.first, scale, rows, self._memory)
             self._change_alone(out, group)
         if rows.mixes is not None:
             add_embedding_mixes_(out, token_ids, group.first, scale, rows.mixes, self._memory)
+            if self._has_token_rows:
+                add_token_rows_(out, token_ids, group.first, scale, rows, self._memory, is_mixed=True)
+
+    def add_own_tokens_(self, out: torch.Tensor, token_ids: torch.Tensor, group: SiteGroup, scale: float) -> None:
+        add_token_rows_(out, token_ids, group.first, scale, self.rows, self._memory, is_mixed=False)
 
     def add_experts_(
         self, out: torch.Tensor, x: torch.Tensor, rows: torch.Tensor, bounds: list[int], site: int

@@ -22,6 +22,7 @@ from manylora.kernels.interface import (
 )
 from manylora.kernels.mixes import add_embedding_mixes_, add_mixes_, change_mixed_inputs_, change_mixed_outputs_
 from manylora.kernels.rows import LoraRows
+from manylora.kernels.token_rows import add_row_logits_, add_token_rows_, have_token_rows
 from manylora.lora.memory.device_memory import DeviceMemory, Slab
 from manylora.lora.memory.terms import LowRankExtent
 
@@ -127,6 +128,8 @@ class TorchPlan(LoraPlan):
             mine = rows.host_order[rows.starts[index] : rows.starts[index + 1]]
             slabs[id(slab)] = slab
             by_slab.setdefault(id(slab), []).append((place, mine))
+        self._has_token_rows = have_token_rows(rows, memory)
+        self.own_logits = {}
         self._has_dense = any(slab.layout.dense for slab in slabs.values())
         self._slabs = [_slab_rows(slabs[key], segments) for key, segments in by_slab.items()]
 
@@ -134,6 +137,8 @@ class TorchPlan(LoraPlan):
         # A matmul of single rows in a type without instructions takes several times as long as widening the weights, a
         # few of which are in the cache by then, and multiplying them.
         wide = x if self._kernel.multiplies(x.dtype) else x.float()
+        if self._has_token_rows:
+            self.own_logits |= add_row_logits_(out, x, group.first, self.rows, self._memory, is_mixed=False)
         for part in self._slabs:
             extents = part.slab.layout.low_rank
             members = [
@@ -150,6 +155,8 @@ class TorchPlan(LoraPlan):
         change_output_(out, group, self.rows, self._memory)
         if self.rows.mixes is not None:
             add_mixes_(out, x if given is None else given, group, self.rows.mixes, self._memory)
+            if self._has_token_rows:
+                add_row_logits_(out, x, group.first, self.rows, self._memory, is_mixed=True)
 
     def change_output_(self, out: torch.Tensor, group: SiteGroup) -> None:
         change_output_(out, group, self.rows, self._memory)
@@ -165,10 +172,17 @@ class TorchPlan(LoraPlan):
     def add_embedding_(self, out: torch.Tensor, token_ids: torch.Tensor, group: SiteGroup, scale: float) -> None:
         rows = self.rows
         if rows.touched[group.first]:
+            if self._has_token_rows:
+                add_token_rows_(out, token_ids, group.first, scale, rows, self._memory, is_mixed=False)
             add_embedding_(out, token_ids, group.first, scale, rows, self._memory)
             change_output_(out, group, self.rows, self._memory)
         if rows.mixes is not None:
             add_embedding_mixes_(out, token_ids, group.first, scale, rows.mixes, self._memory)
+            if self._has_token_rows:
+                add_token_rows_(out, token_ids, group.first, scale, rows, self._memory, is_mixed=True)
+
+    def add_own_tokens_(self, out: torch.Tensor, token_ids: torch.Tensor, group: SiteGroup, scale: float) -> None:
+        add_token_rows_(out, token_ids, group.first, scale, self.rows, self._memory, is_mixed=False)
 
     def add_experts_(
         self, out: torch.Tensor, x: torch.Tensor, rows: torch.Tensor, bounds: list[int], site: int

@@ -13,6 +13,7 @@ from manylora.kernels.mixes import add_embedding_mixes_, add_mixes_, change_mixe
 from manylora.kernels.programs import lora as programs
 from manylora.kernels.rows import LoraRows
 from manylora.kernels.tiles import cut_tiles
+from manylora.kernels.token_rows import add_row_logits_, add_token_rows_, have_token_rows
 from manylora.lora.memory.device_memory import DTYPE_CODES, OUTPUT_FIELDS, TABLE_FIELDS, DeviceMemory
 
 __all__ = ["MANY", "SINGLE", "Sizes", "TritonKernel", "TritonPlan", "is_interpreted"]
@@ -72,6 +73,8 @@ class TritonPlan(LoraPlan):
         self.rows = rows
         self._kernel = kernel
         self._memory = memory
+        self._has_token_rows = have_token_rows(rows, memory)
+        self.own_logits = {}
         cut = cut_tiles(rows, SINGLE.rows, MANY.rows)
         self._parts = [
             _Part(torch.from_numpy(tiles).to(memory.device), len(tiles), sizes)
@@ -85,6 +88,8 @@ class TritonPlan(LoraPlan):
         self._ranks: list[int] = memory.ranks[:, slots].max(axis=1, initial=0).tolist()
 
     def add_(self, out: torch.Tensor, x: torch.Tensor, group: SiteGroup, given: torch.Tensor | None = None) -> None:
+        if self._has_token_rows:
+            self.own_logits |= add_row_logits_(out, x, group.first, self.rows, self._memory, is_mixed=False)
         for part in self._parts:
             if any(self._ranks[site] for site in group.sites):
                 self._add_low_rank(out, x, group, part)
@@ -93,6 +98,8 @@ class TritonPlan(LoraPlan):
         self._change_alone(out, group)
         if self.rows.mixes is not None:
             add_mixes_(out, x if given is None else given, group, self.rows.mixes, self._memory)
+            if self._has_token_rows:
+                add_row_logits_(out, x, group.first, self.rows, self._memory, is_mixed=True)
 
     def _add_low_rank(self, out: torch.Tensor, x: torch.Tensor, group: SiteGroup, part: _Part) -> None:
         sites, in_features = group.sites, x.shape[1]
@@ -167,6 +174,8 @@ class TritonPlan(LoraPlan):
     def add_embedding_(self, out: torch.Tensor, token_ids: torch.Tensor, group: SiteGroup, scale: float) -> None:
         rows, width = self.rows, out.shape[1]
         if rows.touched[group.first]:
+            if self._has_token_rows:
+                add_token_rows_(out, token_ids, group.first, scale, rows, self._memory, is_mixed=False)
             for part in self._parts:
                 sizes = part.sizes
                 programs.embed[part.count, triton.cdiv(width, sizes.columns)](
@@ -177,6 +186,11 @@ class TritonPlan(LoraPlan):
             self._change_alone(out, group)
         if rows.mixes is not None:
             add_embedding_mixes_(out, token_ids, group.first, scale, rows.mixes, self._memory)
+            if self._has_token_rows:
+                add_token_rows_(out, token_ids, group.first, scale, rows, self._memory, is_mixed=True)
+
+    def add_own_tokens_(self, out: torch.Tensor, token_ids: torch.Tensor, group: SiteGroup, scale: float) -> None:
+        add_token_rows_(out, token_ids, group.first, scale, self.rows, self._memory, is_mixed=False)
 
     def add_experts_(
         self, out: torch.Tensor, x: torch.Tensor, rows: torch.Tensor, bounds: list[int], site: int

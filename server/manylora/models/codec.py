@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
@@ -11,7 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from manylora.chat.calls import new_call_id
 from manylora.chat.format import NO_OVERRIDES, PLAIN_CHAT, ChatFormat, ChatOptions, FormatOverrides
 from manylora.errors import InvalidRequest
+from manylora.identity import OwnToken, Vocabulary
 from manylora.models.chat_template import ChatTemplate
+from manylora.models.own_tokens import TokensRefused, extended, vocabulary_of
 from manylora.models.pairs import EncodedPair
 from manylora.models.response_reader import ResponseReader
 from manylora.models.text_length import TextLength, byte_of_character
@@ -24,6 +27,7 @@ _SHORT_CHARACTERS = 4096
 _SHORT_TOKENS = 1024
 # In a tokenizer's configuration: where it was found, and how it was asked for.
 _OF_THIS_MACHINE = frozenset({"name_or_path", "local_files_only", "cache_dir", "token", "use_auth_token", "backend"})
+_NUM_KEPT = 256  # tokenizers with tokens of adapters
 _NUM_SPELLED = 2**15  # tokens whose spelling is remembered: log-probabilities name the same ones again and again
 
 
@@ -65,6 +69,32 @@ class HuggingFaceCodec:
         self._added: dict[int, str] = {int(i): str(t) for i, t in tokenizer.added_tokens_decoder.items()}
         self._spelled = lru_cache(_NUM_SPELLED)(self._spell)
         self._bytes_of = _byte_rule(None if fast is None else fast.decoder)
+        self._extended = lru_cache(_NUM_KEPT)(self._make_extended)
+
+    def with_vocabulary(self, vocabulary: Vocabulary | None) -> "HuggingFaceCodec":
+        """A codec like this one with an adapter's tokens beside its own, or in their place. Raises TokensRefused."""
+        return self._extended(vocabulary) if vocabulary is not None and vocabulary.tokens else self
+
+    def _make_extended(self, vocabulary: Vocabulary) -> "HuggingFaceCodec":
+        """A copy that shares all that is large with this one."""
+        fast = getattr(self._tokenizer, "backend_tokenizer", None)
+        if fast is None:
+            raise TokensRefused("the base's tokenizer is written in Python and takes no more")
+        found, tokens = copy(self), vocabulary.tokens
+        found._backend = _FastBackend(extended(fast, tokens))
+        found._length = self._length.with_tokens(token.content for token in tokens)
+        found._added = self._added | {token.id: token.content for token in tokens}
+        found.all_special_ids = self.all_special_ids | {token.id for token in tokens if token.special}
+        found._num_tokens = max(self._num_tokens, tokens[-1].id + 1)
+        found._spelled = lru_cache(_NUM_SPELLED)(found._spell)
+        return found
+
+    def vocabulary_of(
+        self, added: Iterable[OwnToken], end: str | None, size: int | None, num_rows: int, warnings: list[str]
+    ) -> Vocabulary | None:
+        """What is an adapter's own of a tokenizer's added tokens; see `own_tokens.vocabulary_of`."""
+        fast = getattr(self._tokenizer, "backend_tokenizer", None)
+        return vocabulary_of(fast, added, end, size, num_rows, warnings)
 
     @property
     def num_tokens(self) -> int:
@@ -130,7 +160,7 @@ class HuggingFaceCodec:
         """One token as the vocabulary has it, such as `Ġhello`; empty for an id without a token."""
         if not 0 <= token_id < self.num_tokens:
             return ""
-        token = self._tokenizer.convert_ids_to_tokens(token_id)
+        token = self._added.get(token_id) or self._tokenizer.convert_ids_to_tokens(token_id)
         return token if isinstance(token, str) else ""
 
     @cached_property

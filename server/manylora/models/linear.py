@@ -141,7 +141,11 @@ class AdaptedEmbedding(nn.Module):
         out: torch.Tensor = self.base(token_ids)
         plan = batch.lora
         if plan is not None and plan.rows.touches(self._group.sites):
-            plan.add_embedding_(out.view(-1, out.shape[-1]), token_ids.view(-1), self._group, self._scale)
+            rows = out.view(-1, out.shape[-1])
+            plan.add_embedding_(rows, token_ids.view(-1), self._group, self._scale)
+            if batch.own_tokens is not None:
+                rows[batch.own_tokens >= 0] = 0
+                plan.add_own_tokens_(rows, batch.own_tokens, self._group, self._scale)
         return out
 
 

@@ -56,15 +56,24 @@ def adaptable_modules(model: PreTrainedModel) -> dict[str, ModuleSpec]:
     """Every linear and the token embedding of an untouched model (a meta-device one will do), by path."""
     embedding, head = token_embedding(model), model.get_output_embeddings()
     is_tied = isinstance(head, nn.Linear) and head.weight is embedding.weight
+    grows = isinstance(head, nn.Linear) and head.out_features == embedding.weight.shape[0]
     found: dict[str, ModuleSpec] = {}
     for path, module in model.named_modules():
         if module is embedding:
-            found[path] = ModuleSpec(path, "embedding", module.weight.shape[0], module.weight.shape[1], is_tied=is_tied)
+            rows, width = module.weight.shape
+            found[path] = ModuleSpec(path, "embedding", rows, width, is_tied=is_tied, grows=grows)
         elif isinstance(module, Conv1D):
             found[path] = ModuleSpec(path, "conv1d", *module.weight.shape)
         elif isinstance(module, nn.Linear):
-            tied = is_tied and module is head
-            found[path] = ModuleSpec(path, "linear", module.in_features, module.out_features, is_tied=tied)
+            found[path] = ModuleSpec(
+                path,
+                "linear",
+                module.in_features,
+                module.out_features,
+                is_tied=is_tied and module is head,
+                is_head=module is head,
+                grows=grows and module is head,
+            )
     return found
 
 

@@ -6,7 +6,7 @@ What is served is what counts: where a base was rounded to 8 bits, an adapter is
 
 import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -46,6 +46,13 @@ class ServedModule:
         found = np.empty((len(rows), self._shape[0]), dtype=np.float32)
         for begin, piece in self._pieces():
             found[:, begin : begin + len(piece)] = rows @ piece.T
+        return found
+
+    def token_rows(self, ids: Sequence[int]) -> Floats:
+        found = np.zeros((len(ids), self._shape[1]), dtype=np.float32)
+        for place, each in enumerate(ids):
+            if each < self._shape[0]:
+                found[place] = _array(self.read(each, each + 1))[0]
         return found
 
     def squared_norms(self) -> Floats:
@@ -89,6 +96,12 @@ class ServedEmbedding(ServedModule):
 
     def read(self, begin: int, end: int) -> torch.Tensor:
         return self._table[:, begin:end].T
+
+    def token_rows(self, ids: Sequence[int]) -> Floats:
+        found = np.zeros((len(ids), self._shape[0]), dtype=np.float32)
+        known = [place for place, each in enumerate(ids) if each < len(self._table)]
+        found[known] = _array(self._table[[ids[place] for place in known]])
+        return found
 
 
 class ServedNorm(ServedModule):

@@ -1,7 +1,7 @@
 """From what the user calls a model to a frozen Whisper in memory, with its tokenizer and what its tokens mean."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -93,7 +93,8 @@ def offered_speech_modules(folder: Path) -> SpeechModules:
             model = transformers.WhisperForConditionalGeneration(config)
     except (OSError, ValueError) as error:
         raise ModelUnusable(f"The config of {folder} cannot be used: {error}") from error
-    return SpeechModules(adaptable_modules(model) | adaptable_norms(model))
+    modules = {path: replace(spec, grows=False) for path, spec in adaptable_modules(model).items()}
+    return SpeechModules(modules | adaptable_norms(model))
 
 
 def _load(folder: Path, config: "PretrainedConfig", dtype: Any) -> "PreTrainedModel":

@@ -160,8 +160,8 @@ class _Surveyor:
     def _look_at_linears(self, own: torch.Tensor) -> None:
         """Which rows each linear runs on while the logits of two are asked for, and which inputs are shared."""
         rows = torch.tensor(_KEPT_ROWS, device=self._device).clamp(max=self._count - 1)
-        watch = _Linears(self._model)
-        with watch:
+        watch, head = _Linears(self._model), _Head(self._model)
+        with watch, head:
             kept = self._logits(1, logits_to_keep=rows)
         if kept.shape[1] != len(rows):
             raise ModelUnusable(
@@ -170,6 +170,9 @@ class _Surveyor:
             )
         self._require_same(kept, own[:, rows], "computes attention that this server does not reproduce")
         self._found = watch.survey(self._model, self._count, len(rows))
+        if head.gives(kept) and self._found.on_logit_rows.issuperset(head.paths):
+            offered, modules = adaptable_modules(self._model), self._found.modules
+            self._found.modules = {path: replace(spec, grows=offered[path].grows) for path, spec in modules.items()}
 
     def _require_attention(self, recorder: "_Recorder") -> None:
         if not recorder.kv_shapes:
@@ -319,6 +322,43 @@ class _Recorder:
         return known[1]
 
 
+class _Head:
+    """What the head of a model gives while it is entered."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._module = model.get_output_embeddings()
+        self._seen: list[torch.Tensor] = []
+        self._handle: Any = None
+        self.paths = {path for path, module in model.named_modules() if module is self._module}
+
+    def __enter__(self) -> "_Head":
+        if self._module is not None:
+            self._handle = self._module.register_forward_hook(self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+
+    def _note(self, _module: nn.Module, _args: Any, out: torch.Tensor) -> None:
+        self._seen.append(out.float().clone())
+
+    def gives(self, logits: torch.Tensor) -> bool:
+        """Whether these are the logits as they are, a row for each token of one embedding: more rows may stand beside.
+
+        Other embeddings of the same tokens would have to grow as well, which no adapter's files say.
+        """
+        rows = int(self._model.get_input_embeddings().weight.shape[0])
+        tables = [module for module in self._model.modules() if isinstance(module, nn.Embedding)]
+        num_alike = sum(module.num_embeddings >= rows for module in tables)
+        return (
+            len(self._seen) == len(self.paths) == num_alike == 1
+            and logits.shape[-1] == rows
+            and torch.equal(self._seen[0], logits)
+        )
+
+
 class _Linears(TorchFunctionMode):
     """What the linears are called with, and who else reads their weights, while it is entered."""
 
@@ -405,7 +445,9 @@ class _Linears(TorchFunctionMode):
         left = self.strangers(num_tokens, num_logit_rows)
         return Survey(
             groups=self.groups,
-            modules={path: spec for path, spec in adaptable_modules(model).items() if path not in left},
+            modules={
+                path: replace(spec, grows=False) for path, spec in adaptable_modules(model).items() if path not in left
+            },
             kept=self.kept - left,
             on_logit_rows=self.running_on(num_logit_rows),
             left=left,

@@ -5,8 +5,8 @@ Where something can, such as the spaces between words or a run of unknown charac
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, reduce
 from math import ceil
 from typing import Any
@@ -15,6 +15,7 @@ __all__ = ["TextLength", "byte_of_character"]
 
 _CHUNK_CHARACTERS = 2**16
 _COMPOSED = 4  # characters that one of Unicode's composed forms can stand for
+_MOST_COMPOSED = 64  # of several steps one after the other
 _BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
 _CONTINUATION = bytes(range(0x80, 0xC0))  # of a character in UTF-8, after its first byte
 _KEEP_ALL = {"ByteLevel", "Metaspace", "Digits", "UnicodeScripts", "Prepend", "Lowercase", "NFD", "NFKD"}
@@ -49,6 +50,13 @@ class TextLength:
             token.lstrip or token.rstrip for token in added
         )
         return cls(max(1, longest) * composed, drops, dropped)
+
+    def with_tokens(self, texts: Iterable[str]) -> "TextLength":
+        """The bound with some more tokens, none of which need to be longer than the others."""
+        if self.characters is None:
+            return self
+        longest = max(map(len, texts), default=0)
+        return replace(self, characters=max(self.characters, _MOST_COMPOSED * longest), can_drop_space=True)
 
     def surely_exceeds(self, text: str, num_tokens: int) -> bool:
         """Whether `text` has more than `num_tokens` tokens, as far as its length says."""

@@ -1,12 +1,12 @@
 """What an adapter may bring beside its method's own tensors: modules, biases and tokens that were trained whole.
 
 Such a tensor has a module's own name, as the base's checkpoint has. It becomes a term that makes of the base's number
-the adapter's: a matrix by what it differs, a norm's weight by a factor, a token's row by a term of as many ranks as
-there are tokens.
+the adapter's: a matrix and a token's row by what they differ, a norm's weight by a factor.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
 from typing import Any, Final
 
 import numpy as np
@@ -18,6 +18,7 @@ from manylora.lora.format.problems import Problems, listed, shown
 from manylora.lora.format.spec import (
     AdaptedModule,
     BaseLinear,
+    BaseWeights,
     Dense,
     Floats,
     LowRank,
@@ -26,10 +27,19 @@ from manylora.lora.format.spec import (
     ModuleSpec,
     Output,
     Term,
+    TokenRows,
 )
 from manylora.lora.format.tensors import TensorView
+from manylora.lora.format.vocabulary import (
+    Resized,
+    check_common_rows,
+    has_tokens,
+    is_of,
+    num_tokens,
+    resized_modules,
+)
 
-__all__ = ["Extras", "own_norm", "own_rows"]
+__all__ = ["Extras", "own_norm", "own_rows", "tokens_fault"]
 
 Tensors = Mapping[str, TensorView]
 Own = Mapping[str, tuple[Term, ...]]
@@ -45,10 +55,13 @@ class Extras:
     config: Mapping[str, Any]
     modules: Mapping[str, ModuleSpec]
     problems: Problems
+    warnings: list[str] = field(default_factory=list)
+    weights: BaseWeights | None = None
 
     def split(self, tensors: Tensors) -> tuple[dict[str, TensorView], dict[str, tuple[Term, ...]]]:
         """The method's own tensors, and by module the terms that the others are."""
         saved, biases = self._saved_names(), self.config.get("bias") in ("all", "lora_only")
+        resized = resized_modules(tensors, self.modules, self.problems)
         rest: dict[str, TensorView] = {}
         found: dict[str, dict[str, tuple[str, TensorView]]] = {}
         tokens: dict[str, tuple[str, TensorView]] = {}
@@ -58,24 +71,56 @@ class Extras:
             is_bias = biases and part == "bias" and path.removesuffix(".base_layer") in self.modules
             if name.endswith(_TOKENS):
                 tokens[name.removeprefix(_PREFIX).removesuffix(_TOKENS)] = name, view
+            elif any(is_of(name, each) for each in resized) or self._is_left(path, saved):
+                continue
             elif is_bias or (part in ("weight", "bias") and self._is_saved(path, saved)):
                 found.setdefault(path.removesuffix(".base_layer") if is_bias else path, {})[part] = name, view
             else:
                 rest[name] = view
         own = {path: self._own(path, parts) for path, parts in found.items()}
-        self._check_missing(saved, found)
+        self._check_missing(saved, (*found, *resized))
         if self.config.get("trainable_token_indices") not in (None, [], {}) and not tokens:
             self.problems.add(
                 "missing_tensor",
                 f"{CONFIG_FILE}: trainable_token_indices",
                 "The file has no rows of these tokens. Save the adapter again, or take the key out.",
             )
+        trained: dict[str, tuple[list[int], TensorView]] = {}
         for path, (name, view) in tokens.items():
             for each in self._tied(path):  # a head that has the embedding's weight has the tokens' rows as well
-                term = self._tokens(each, name, view, path)
-                if term is not None:
-                    own[each] = (*own.get(each, ()), term)
+                ids = self._trained(each, name, view, path, resized.get(each))
+                if ids is not None:
+                    trained[each] = ids, view
+        for path in {**resized, **trained}:
+            ids, rows = trained.get(path, ([], None))
+            terms = self._token_terms(path, ids, rows, resized.get(path), is_saved=self._is_saved(path, saved))
+            own[path] = (*own.get(path, ()), *terms)
         return rest, own
+
+    @staticmethod
+    def _is_left(path: str, saved: tuple[str, ...]) -> bool:
+        """Whether a tensor is what a saved module was before it was trained."""
+        owner = path.removesuffix(".original_module")
+        return owner != path and Extras._is_saved(owner, saved)
+
+    def _token_terms(
+        self, path: str, ids: list[int], rows: TensorView | None, resized: Resized | None, *, is_saved: bool
+    ) -> Iterator[Term]:
+        """What trained tokens are, and those that the base has not; where all rows were trained, the others too."""
+        spec = self.modules[path]
+        if resized is None:
+            assert rows is not None
+            yield own_rows(spec, ids, rows)
+            return
+        most = num_tokens(spec)
+        if is_saved:
+            yield Dense(_common_difference(spec, resized))
+        else:
+            check_common_rows(path, resized, most, self.weights, self.problems, self.warnings)
+        known = set(ids)
+        added = [each for each in range(most, resized.num_tokens) if each not in known]
+        if ids or added:
+            yield own_rows(spec, [*ids, *added], _Rows(rows, resized, tuple(added)))
 
     def _tied(self, path: str) -> list[str]:
         """The module, and another one that has its weight."""
@@ -90,7 +135,7 @@ class Extras:
         for path, spec in self.modules.items():
             terms = made[path].terms if path in made else ()
             terms = combined((*terms, *own.get(path, ())))
-            if sum(isinstance(term, (LowRank, Dense)) for term in terms) > 1:
+            if any(isinstance(term, Dense) for term in terms) and any(_is_beside(spec, term) for term in terms):
                 self.problems.add(
                     "unsupported_feature",
                     f"{CONFIG_FILE}: modules_to_save",
@@ -136,9 +181,9 @@ class Extras:
                     "base_mismatch",
                     name,
                     f"The adapter's own {shown(path)} has the shape {shown(list(view.shape))}, this base's is "
-                    f"{shown(list(shapes[part]))}. Train it on this base. Tokens that the base has not are not served: "
-                    "train some that it does not use (trainable_token_indices) in their place, or merge the adapter "
-                    "and serve that checkpoint.",
+                    f"{shown(list(shapes[part]))}. Train it on this base. Where this base takes no tokens of an "
+                    "adapter's own, train some that it does not use (trainable_token_indices), or merge it and "
+                    "serve that checkpoint.",
                 )
                 return ()
         weight, bias = (parts[part][1] if part in parts else None for part in ("weight", "bias"))
@@ -147,29 +192,31 @@ class Extras:
         terms: tuple[Term, ...] = () if weight is None else (Dense(_difference(spec, weight)),)
         return terms if bias is None else (*terms, Output(shift=_shift(bias)))
 
-    def _check_missing(self, saved: tuple[str, ...], found: Mapping[str, object]) -> None:
+    def _check_missing(self, saved: tuple[str, ...], found: Iterable[str]) -> None:
         """Each name has to have brought something."""
+        paths = tuple(found)
         for name in saved:
-            if not any(self._is_saved(path, (name,)) for path in found):
+            if not any(self._is_saved(path, (name,)) for path in paths):
                 self.problems.add(
                     "missing_tensor",
                     f"{CONFIG_FILE}: modules_to_save",
                     f"The file has no weight of {shown(name)}. Save the adapter again, or take the name out.",
                 )
 
-    def _tokens(self, path: str, name: str, view: TensorView, named: str) -> Term | None:
+    def _trained(self, path: str, name: str, view: TensorView, named: str, resized: Resized | None) -> list[int] | None:
+        """The tokens whose rows a tensor has; None, with the reason in `problems`, where it has not."""
         spec, ids = self.modules.get(path), self._token_ids(named)
-        if spec is None or ids is None or view.shape != (len(ids), _hidden(spec)):
+        if spec is None or ids is None or not has_tokens(spec) or view.shape != (len(ids), _hidden(spec)):
             self._add(
                 "wrong_shape" if spec is not None and ids is not None else "unexpected_tensor",
                 name,
                 "It is not the rows of the tokens that the config's trainable_token_indices name.",
             )
             return None
-        if problem := tokens_fault(spec, ids):
+        if problem := tokens_fault(num_tokens(spec) if resized is None else resized.num_tokens, ids):
             self.problems.add("base_mismatch", f"{CONFIG_FILE}: trainable_token_indices", problem)
             return None
-        return own_rows(spec, ids, view)
+        return ids
 
     def _token_ids(self, path: str) -> list[int] | None:
         """The ids whose rows are trained at one module: of a list the embedding's (and what is tied to it)."""
@@ -182,9 +229,8 @@ class Extras:
         self.problems.add(code, f"{TENSOR_FILE}: {shown(name)}", message)
 
 
-def tokens_fault(spec: ModuleSpec, ids: list[int]) -> str | None:
-    """What is wrong with the ids of trained tokens, for the embedding or the head of this base."""
-    vocabulary = spec.in_features if spec.kind == "embedding" else spec.out_features
+def tokens_fault(vocabulary: int, ids: list[int]) -> str | None:
+    """What is wrong with the ids of trained tokens, of which there are so many."""
     beyond = [str(each) for each in ids if not 0 <= each < vocabulary]
     if beyond:
         return (
@@ -195,23 +241,15 @@ def tokens_fault(spec: ModuleSpec, ids: list[int]) -> str | None:
     return None
 
 
-def own_rows(spec: ModuleSpec, ids: list[int], rows: Matrix) -> LowRank:
-    """Rows [n, hidden] in place of the base's for some tokens: a rank for each, of the embedding or of the head."""
-    if spec.kind == "embedding":
-        return LowRank(
-            len(ids),
-            1.0,
-            Made((len(ids), spec.in_features), lambda _: _one_hot(ids, spec.in_features)),
-            Made((spec.out_features, len(ids)), lambda base: rows.values(base).T - base.weight()[:, ids]),
-            tuple(ids),
-        )
-    return LowRank(
-        len(ids),
-        1.0,
-        Made((len(ids), spec.in_features), lambda base: rows.values(base) - base.weight()[ids]),
-        Made((spec.out_features, len(ids)), lambda _: _one_hot(ids, spec.out_features).T),
-        tuple(ids),
-    )
+def own_rows(spec: ModuleSpec, ids: list[int], rows: Matrix) -> TokenRows:
+    """Rows [n, hidden] in place of the base's for some tokens, of the embedding or of the head."""
+    order = np.argsort(ids)
+    ascending = tuple(ids[each] for each in order)
+
+    def difference(base: BaseLinear) -> Floats:
+        return rows.values(base)[order] - base.token_rows(ascending)
+
+    return TokenRows(ascending, Made((len(ids), _hidden(spec)), difference))
 
 
 def own_norm(spec: ModuleSpec, weight: Matrix | None, bias: Matrix | None) -> Output:
@@ -285,6 +323,11 @@ def _one_after_the_other(terms: list[Output]) -> Output:
     return Output(Made(width, scale) if scales else None, Made(width, shift))
 
 
+def _is_beside(spec: ModuleSpec, term: Term) -> bool:
+    """Whether a term changes what a module that is saved whole has, too."""
+    return isinstance(term, LowRank) or (isinstance(term, TokenRows) and term.ids[0] < num_tokens(spec))
+
+
 def _shape(spec: ModuleSpec) -> tuple[int, ...]:
     """Of a module's weight in a checkpoint."""
     if spec.kind == "norm":
@@ -295,6 +338,45 @@ def _shape(spec: ModuleSpec) -> tuple[int, ...]:
 
 def _hidden(spec: ModuleSpec) -> int:
     return spec.out_features if spec.kind == "embedding" else spec.in_features
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows of trained tokens, and behind them those of `added` tokens, which the base has not."""
+
+    trained: TensorView | None
+    resized: Resized
+    added: tuple[int, ...]
+    dtype: str = "F32"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.added) + (0 if self.trained is None else self.trained.shape[0]), self.resized.weight.shape[1])
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * np.dtype(np.float32).itemsize
+
+    def values(self, _base: object = None) -> Floats:
+        """Float32 of both, whatever the base's are."""
+        first = self.added[0] if self.added else 0
+        new = self.resized.rows(first, self.resized.num_tokens).to_float32()[[each - first for each in self.added]]
+        return new if self.trained is None else np.concatenate([self.trained.to_float32(), new])
+
+
+def _common_difference(spec: ModuleSpec, resized: Resized) -> Made:
+    """Of the rows that the base has as well; what the adapter has no row for is never asked for."""
+    most = num_tokens(spec)
+
+    def make(base: BaseLinear) -> Floats:
+        values = resized.rows(0, min(most, resized.num_tokens)).to_float32()
+        difference = np.zeros((most, values.shape[1]), dtype=np.float32)
+        weight = base.weight()
+        known = weight.T if spec.kind == "embedding" else weight
+        difference[: len(values)] = values - known[: len(values)]
+        return difference.T if spec.kind == "embedding" else difference
+
+    return Made((spec.out_features, spec.in_features), make)
 
 
 def _difference(spec: ModuleSpec, weight: TensorView) -> Made:
@@ -310,9 +392,3 @@ def _shift(bias: TensorView) -> Made:
         return bias.to_float32() if base.bias is None else bias.to_float32() - base.bias
 
     return Made(bias.shape, make)
-
-
-def _one_hot(ids: list[int], size: int) -> Floats:
-    found = np.zeros((len(ids), size), dtype=np.float32)
-    found[np.arange(len(ids)), ids] = 1.0
-    return found

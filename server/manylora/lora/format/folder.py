@@ -10,9 +10,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from manylora.errors import TooLarge
-from manylora.identity import ADAPTER_FILES, CONFIG_FILE, DEFAULTS_FILE, TENSOR_FILE
+from manylora.identity import ADAPTER_FILES, CONFIG_FILE, DEFAULTS_FILE, TENSOR_FILE, TOKENIZER_FILES
 from manylora.lora.format.problems import Problems, listed, shown
 
+_READ = frozenset({*ADAPTER_FILES, DEFAULTS_FILE, *TOKENIZER_FILES})
 NEEDED = frozenset({CONFIG_FILE, TENSOR_FILE})
 # Not worth a word: what people and tools put beside an adapter to describe it.
 DESCRIPTIVE = (
@@ -34,7 +35,7 @@ def left_aside(names: Iterable[str]) -> list[str]:
         first, slash, _ = name.partition("/")
         if slash:
             found.add(f"{first}/")
-        elif name not in (*ADAPTER_FILES, DEFAULTS_FILE) and not _is_descriptive(name.lower()):
+        elif name not in _READ and not _is_descriptive(name.lower()):
             found.add(name)
     return sorted(found)
 

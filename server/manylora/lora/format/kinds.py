@@ -134,7 +134,7 @@ class LoraReading:
         name, settings = self.base_model_name_or_path, self._settings
         wanted = {"magnitude": settings.use_dora, "lora_bias": settings.lora_bias}
         more = frozenset(part for part, is_there in wanted.items() if is_there)
-        extras = Extras(self._raw, modules, problems)
+        extras = Extras(self._raw, modules, problems, warnings, weights)
         rest, own = extras.split(tensors)
         pairing = Pairing(planned, without_norms(modules), name, problems, warnings, weights, more, settings.initial)
         return extras.merged({module.path: module for module in pairing.run(rest)}, own)

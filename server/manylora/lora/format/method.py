@@ -18,7 +18,7 @@ from manylora.lora.format.config import LoraSettings
 from manylora.lora.format.extras import Extras
 from manylora.lora.format.pairing import PREFIX
 from manylora.lora.format.problems import Problems, listed, shown
-from manylora.lora.format.spec import AdaptedModule, Base, Floats, ModuleSpec, Term
+from manylora.lora.format.spec import AdaptedModule, Base, BaseWeights, Floats, ModuleSpec, Term
 from manylora.lora.format.targets import Target, with_tied_heads
 from manylora.lora.format.tensors import TensorView
 
@@ -217,7 +217,7 @@ class MethodReading:
         planned = targets.resolve(self._settings, candidates, config.MAX_NAMES, problems, warnings)
         if planned is None:
             return ()
-        return self._made(tensors, base.modules, planned, problems, warnings)
+        return self._made(tensors, base.modules, planned, problems, warnings, base.weights)
 
     def accepted(
         self, tensors: Tensors, modules: Mapping[str, ModuleSpec], problems: Problems, warnings: list[str]
@@ -242,8 +242,9 @@ class MethodReading:
         planned: Mapping[str, Target],
         problems: Problems,
         warnings: list[str],
+        weights: BaseWeights | None = None,
     ) -> tuple[AdaptedModule, ...]:
-        extras = Extras(self._raw, modules, problems)
+        extras = Extras(self._raw, modules, problems, warnings, weights)
         rest, own = extras.split(tensors)
         grouped, shared = self._grouped(rest, problems)
         if self._method.on_tied_heads:

@@ -181,9 +181,8 @@ class Pairing:
                 "base_mismatch",
                 name,
                 f"The adapter was trained on a {shown(parsed.path)} of shape {shown(list(view.shape))}, this base has "
-                f"{shown(list(shape))}. Train it on this base. Tokens that the base has not are not served: train some "
-                "that it does not use (trainable_token_indices) in their place, or merge the adapter and serve that "
-                "checkpoint.",
+                f"{shown(list(shape))}. Train it on this base. Where it was resized for tokens of the adapter's own, "
+                "name it in modules_to_save and not in target_modules, or these tokens in trainable_token_indices.",
             )
             return
         known = self.base is not None and self.base.find(parsed.path, "weight") is not None

@@ -24,6 +24,7 @@ from manylora.lora.format.kinds import Reading
 from manylora.lora.format.problems import Problems, shown
 from manylora.lora.format.spec import AdaptedModule, Adapter, Base, BaseWeights, LowRank, ModuleKind, ModuleSpec, Prefix
 from manylora.lora.format.tensors import TensorView
+from manylora.lora.format.vocabulary import own_num_tokens
 
 __all__ = [
     "AdaptedModule",
@@ -94,6 +95,7 @@ def _build(
     digest: str,
     size_bytes: int,
     warnings: list[str],
+    num_tokens: int | None,
 ) -> Adapter:
     modules = modules if part is None else (*modules, *part.modules)
     return Adapter(
@@ -109,6 +111,7 @@ def _build(
         kind=reading.kind,
         invocation=reading.invocation,
         head=None if part is None else part.head,
+        num_tokens=num_tokens,
     )
 
 
@@ -153,7 +156,7 @@ def read(
     assert whole.config is not None
     assert whole.tensors is not None
     digest = contents.digest(peft_config.canonical(whole.config), whole.tensors)
-    return _build(reading, found, head, digest, size_bytes, warnings)
+    return _build(reading, found, head, digest, size_bytes, warnings, own_num_tokens(whole.tensors, modules))
 
 
 def _check_memory(modules: Sequence[AdaptedModule], most: int | None, problems: Problems) -> None:
@@ -201,7 +204,9 @@ def read_trusted(folder: Path, modules: Mapping[str, ModuleSpec], *, digest: str
             problems.add("missing_tensor", TENSOR_FILE, "It has none of the tensors that the config asks for.")
     problems.raise_if_any()
     assert reading is not None
-    return _build(reading, found, head, digest, listing.size_of(folder), warnings)
+    assert whole.tensors is not None
+    num_tokens = own_num_tokens(whole.tensors, modules)
+    return _build(reading, found, head, digest, listing.size_of(folder), warnings, num_tokens)
 
 
 def digest_of(folder: Path) -> str:

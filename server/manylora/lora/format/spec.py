@@ -1,6 +1,6 @@
 """The plain values of the adapter format: what the base offers, what an adapter brings."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Literal, Protocol
@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from manylora.identity import Vocabulary
 from manylora.lora.format.tensors import TensorView
 
 Floats = npt.NDArray[np.float32]
@@ -22,10 +23,11 @@ class ModuleSpec:
     `path` is its name in the Hugging Face model, for example "model.layers.0.self_attn.q_proj". For an
     embedding `in_features` is the vocabulary's size and `out_features` the hidden size, of a norm both are its width.
     `shares_input`: whether other linears are computed with the very same input, as q, k and v are. `is_tied`: of an
-    embedding and a head that have one weight. `is_parameter`: of what adapters name by its parameter and not by its
-    module (`target_parameters`): a router, or the experts of a layer, whose path ends in the parameter's name and whose
-    sizes are those of each of `num_experts`. `past`: of the embedding, how many layers, heads and numbers of a head the
-    keys of a token have, and its values alike; None where layers differ.
+    embedding and a head that have one weight. `is_head`: of the linear that makes the logits. `grows`: of an embedding
+    and a head that may have rows for tokens which the base has not. `is_parameter`: of what adapters name by its
+    parameter and not by its module (`target_parameters`): a router, or the experts of a layer, whose path ends in the
+    parameter's name and whose sizes are those of each of `num_experts`. `past`: of the embedding, how many layers,
+    heads and numbers of a head the keys of a token have, and its values alike; None where layers differ.
     """
 
     path: str
@@ -34,6 +36,8 @@ class ModuleSpec:
     out_features: int
     shares_input: bool = False
     is_tied: bool = False
+    is_head: bool = False
+    grows: bool = False
     is_parameter: bool = False
     num_experts: int = 1
     past: tuple[int, int, int] | None = None
@@ -90,6 +94,10 @@ class BaseLinear(Protocol):
 
     def project(self, rows: Floats) -> Floats:
         """`rows` [n, in_features] times the weight: [n, out_features]."""
+        ...
+
+    def token_rows(self, ids: Sequence[int]) -> Floats:
+        """Of an embedding or a head, each token's numbers [n, hidden]; zeros for one that the base has not."""
         ...
 
     def squared_norms(self) -> Floats:
@@ -169,15 +177,14 @@ class LowRank:
 
     linear and conv1d: a [rank, in_features], b [out_features, rank]. embedding: x is one-hot, so a is
     [rank, vocabulary] and b is [hidden, rank]. For LoRA `scale` is alpha/rank, or alpha/sqrt(rank) for rsLoRA.
-    `token_ids`: of one that changes the rows of some tokens only, these. Of experts `rank` is that of all together,
-    one expert after the other: expert e of n has the ranks from e * rank / n on.
+    Of experts `rank` is that of all together, one expert after the other: expert e of n has the ranks from
+    e * rank / n on.
     """
 
     rank: int
     scale: float
     a: Matrix
     b: Matrix
-    token_ids: tuple[int, ...] = ()
     num_experts: int = 1
 
     @property
@@ -196,6 +203,22 @@ class Dense:
     def matrices(self) -> tuple[Matrix, ...]:
         """Everything that the term is made of."""
         return (self.matrix,)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRows:
+    """A term of the embedding or the head: of the tokens `ids`, ascending, `rows` [n, hidden] are added to the base's.
+
+    Of the embedding y[t] += rows[t], of the head y[ids] += rows x.
+    """
+
+    ids: tuple[int, ...]
+    rows: Matrix
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """Everything that the term is made of."""
+        return (self.rows,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +268,9 @@ class Prefix:
         return tuple(each for each in (self.embeddings, self.past) if each is not None)
 
 
-Term = LowRank | Dense | Input | Output | Prefix  # one class for each thing that an adapter may do to a module
+Term = (
+    LowRank | Dense | TokenRows | Input | Output | Prefix
+)  # one class for each thing that an adapter may do to a module
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,7 +305,8 @@ class Adapter:
     `lora_alpha`; `target_modules` is the config's list (sorted), or its one pattern. `digest` is the sha256 of the
     canonical content: the config as sorted JSON and the tensors by name, whatever the layout of the file; "" where a
     trusted read was not given it. `size_bytes` is that of the two files. `matched` are the adapted modules' paths.
-    `invocation`: tokens from which on it acts, where it does not act everywhere.
+    `invocation`: tokens from which on it acts, where it does not act everywhere. `num_tokens`: how many tokens it has
+    rows for, where these are not as many as the base has; `vocabulary`: what else is its own of its tokenizer.
     """
 
     rank: int
@@ -295,6 +321,8 @@ class Adapter:
     kind: str
     invocation: tuple[int, ...] = ()
     head: Head | None = None
+    num_tokens: int | None = None
+    vocabulary: Vocabulary | None = None
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -305,4 +333,4 @@ class Adapter:
     def token_ids(self) -> list[int]:
         """Tokens of which it changes the rows, sorted: without one of them in a prompt it may do nothing."""
         terms = (term for module in self.modules for term in module.terms)
-        return sorted({each for term in terms if isinstance(term, LowRank) for each in term.token_ids})
+        return sorted({each for term in terms if isinstance(term, TokenRows) for each in term.ids})

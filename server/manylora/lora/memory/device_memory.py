@@ -12,7 +12,14 @@ from manylora.lora.memory.layout import Layout
 from manylora.lora.memory.packing import TORCH_DTYPES, PackedAdapter
 from manylora.lora.memory.pages import zeros
 from manylora.lora.memory.slots import Place
-from manylora.lora.memory.terms import DenseExtent, InputExtent, LowRankExtent, OutputExtent, PrefixExtent
+from manylora.lora.memory.terms import (
+    DenseExtent,
+    InputExtent,
+    LowRankExtent,
+    OutputExtent,
+    PrefixExtent,
+    TokenRowsExtent,
+)
 
 # How kernels are told an adapter's number format; `DType` of csrc/kernels.h has the same.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
@@ -71,6 +78,7 @@ class Slab:
     data: torch.Tensor
     views: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
     finite: set[int] = field(default_factory=set)
+    ids: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict, repr=False)
 
     def stack_a(self, extent: LowRankExtent) -> torch.Tensor:
         """A of every place: [places, padded rank, in_features], a view."""
@@ -93,6 +101,14 @@ class Slab:
     def vector(self, at: int, extent: InputExtent | OutputExtent, row: int) -> torch.Tensor:
         """One of a place's vectors, `scale` or `shift`: float32 [width]."""
         return self._room(at, extent.width * extent.float_elements, row).view(torch.float32)
+
+    def token_rows(self, extent: TokenRowsExtent, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Some tokens' ids, ascending int64 [n], and what one place adds to their rows, float32 [n, width]."""
+        ids = self.ids.get(extent.ids)
+        if ids is None:
+            ids = self.ids[extent.ids] = torch.tensor(extent.ids, device=self.data.device)
+        room = self._room(extent.rows, len(extent.ids) * extent.width * extent.float_elements, row)
+        return ids, room.view(torch.float32).view(len(extent.ids), extent.width)
 
     def floats(self, at: int, width: int, extent: PrefixExtent, row: int) -> torch.Tensor:
         """One of a place's matrices of virtual tokens: float32 [count, width]."""
@@ -183,7 +199,8 @@ class DeviceMemory:
     `ranks` int32 [sites, slots] on the host, the low-rank ones' ranks, `has_dense` bool [sites, slots] the sites of
     whole matrices, `formats` int32 [slots] the number of each slot's type (`DTYPE_CODES`).
     `inputs`, `outputs`: how the slots change what goes into each site and what comes out.
-    `heads`: what the scores of a slot's adapter mean, of those that have some.
+    `with_token_rows`: slots that add to the rows of some tokens; `vocabularies`: for how many tokens a slot has rows,
+    where these are not as many as the base's. `heads`: what the scores of a slot's adapter mean, where it has some.
     `named`: slots that the step under way reads; whoever runs it says so. `allocate`, `fill` and `publish` may run
     beside a step, since it does not name the slot yet, and `withdraw`, since it does not any more. `move` may too:
     where a slot's weights are is read as one value (`locate`), and who has read it keeps the old slab, in which they
@@ -204,6 +221,8 @@ class DeviceMemory:
         self.places: dict[int, Place] = {}
         self._located: dict[int, tuple[Slab, int]] = {}
         self.heads: dict[int, Head] = {}
+        self.with_token_rows: set[int] = set()
+        self.vocabularies: dict[int, int] = {}
         self.named: tuple[int, ...] = ()
         # How many of a slot's virtual tokens were computed, and where: it may have moved since.
         self._ready: dict[int, tuple[Slab, int]] = {}
@@ -226,6 +245,10 @@ class DeviceMemory:
         self.touches[packed.layout.sites, place.slot] = True
         self.has_dense[list(packed.layout.dense), place.slot] = True
         self.formats[place.slot] = DTYPE_CODES[TORCH_DTYPES[packed.layout.dtype]]
+        if packed.num_tokens is not None:
+            self.vocabularies[place.slot] = packed.num_tokens
+        if packed.layout.token_rows:
+            self.with_token_rows.add(place.slot)
         if packed.head is not None:
             self.heads[place.slot] = packed.head
 
@@ -282,6 +305,8 @@ class DeviceMemory:
         self.places.pop(slot, None)
         self._located.pop(slot, None)
         self.heads.pop(slot, None)
+        self.with_token_rows.discard(slot)
+        self.vocabularies.pop(slot, None)
 
     def free(self, slab: int) -> None:
         self.slabs.pop(slab, None)
@@ -335,6 +360,12 @@ class DeviceMemory:
         slab, row = self._located[slot]
         extent = slab.layout.dense.get(site)
         return None if extent is None else slab.dense(extent, row)
+
+    def token_rows(self, slot: int, site: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Ids [n], ascending, of the tokens to whose rows one slot adds, and what: float32 [n, hidden]; or None."""
+        slab, row = self._located[slot]
+        extent = slab.layout.token_rows.get(site)
+        return None if extent is None else slab.token_rows(extent, row)
 
     def input(self, slot: int, site: int) -> torch.Tensor | None:
         """What one slot multiplies a site's input by: float32 [in_features], or None."""

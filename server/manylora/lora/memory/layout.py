@@ -19,6 +19,7 @@ from manylora.lora.memory.terms import (
     OutputExtent,
     PrefixExtent,
     Room,
+    TokenRowsExtent,
     padded_rank,
 )
 
@@ -81,6 +82,11 @@ class Layout:
     def dense(self) -> dict[int, DenseExtent]:
         """Where each site's dense term lies, of those that have one."""
         return self._of(DenseExtent)
+
+    @cached_property
+    def token_rows(self) -> dict[int, TokenRowsExtent]:
+        """Where each site's rows of some tokens lie, of those that have such a term."""
+        return self._of(TokenRowsExtent)
 
     @cached_property
     def inputs(self) -> dict[int, InputExtent]:

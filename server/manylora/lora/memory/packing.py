@@ -21,6 +21,7 @@ from manylora.lora.format.spec import (
     Prefix,
     Reordered,
     Term,
+    TokenRows,
 )
 from manylora.lora.format.tensors import TensorView
 from manylora.lora.memory.layout import Layout
@@ -39,6 +40,8 @@ from manylora.lora.memory.terms import (
     PrefixExtent,
     PrefixRoom,
     Room,
+    TokenRowsExtent,
+    TokenRowsRoom,
     padded_rank,
 )
 
@@ -91,12 +94,16 @@ class KeepAs:
 
 @dataclass(frozen=True, slots=True)
 class PackedAdapter:
-    """`data`: one dimension, `layout.numel` elements; `ranks`: true rank of each site's low-rank term; its `head`."""
+    """`data`: one dimension, `layout.numel` elements; `ranks`: true rank of each site's low-rank term; its `head`.
+
+    `num_tokens`: how many tokens there are for it, where these are not the base's.
+    """
 
     layout: Layout
     ranks: dict[int, int]
     data: torch.Tensor
     head: Head | None = None
+    num_tokens: int | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -136,7 +143,7 @@ def pack(
     for (_, module, term), (_, extent) in zip(terms, layout.placed, strict=True):
         _write(data, layout, extent, module.kind, term, partial(base, module.path))
     ranks = {site: term.rank for site, _, term in terms if isinstance(term, LowRank)}
-    return PackedAdapter(layout, ranks, data, adapter.head)
+    return PackedAdapter(layout, ranks, data, adapter.head, adapter.num_tokens)
 
 
 def _room(kind: ModuleKind, term: Term) -> Room:
@@ -146,6 +153,8 @@ def _room(kind: ModuleKind, term: Term) -> Room:
         case Dense():
             rows, columns = term.matrix.shape
             return DenseRoom(columns, rows) if kind == "embedding" else DenseRoom(rows, columns)
+        case TokenRows():
+            return TokenRowsRoom(term.ids, term.rows.shape[1])
         case Input():
             return InputRoom(term.scale.shape[0])
         case Prefix():
@@ -161,6 +170,10 @@ def _write(data: torch.Tensor, layout: Layout, extent: Extent, kind: ModuleKind,
             _write_low_rank(data, layout, extent, kind, term, base)
         case Dense(), DenseExtent():
             _write_dense(data, layout, extent, kind, term, base)
+        case TokenRows(), TokenRowsExtent():
+            size = len(term.ids) * extent.width * extent.float_elements
+            room = data[extent.rows : extent.rows + size]
+            room.view(torch.float32).copy_(_tensor(term.rows, base).flatten())
         case Input(), InputExtent():
             _write_vector(data, extent.scale, extent, term.scale, base)
         case Output(), OutputExtent():

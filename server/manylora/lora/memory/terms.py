@@ -126,6 +126,34 @@ class DenseRoom:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenRowsExtent:
+    """The rows of some tokens at `rows`: float32 [len(ids), width]."""
+
+    rows: int
+    ids: tuple[int, ...]
+    width: int
+    float_elements: int
+
+    @property
+    def end(self) -> int:
+        return aligned(self.rows + len(self.ids) * self.width * self.float_elements)
+
+    def parts(self) -> Iterator[tuple[int, int]]:
+        yield self.rows, len(self.ids) * self.width * self.float_elements
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRowsRoom:
+    """Of what is added to the rows of the tokens `ids`, ascending, of `width` each: float32 in every buffer."""
+
+    ids: tuple[int, ...]
+    width: int
+
+    def place(self, start: int, float_elements: int, *, has_scales: bool) -> TokenRowsExtent:
+        return TokenRowsExtent(start, self.ids, self.width, float_elements)
+
+
+@dataclass(frozen=True, slots=True)
 class InputExtent:
     """What an input is multiplied by at `scale`: float32 [width]."""
 

@@ -6,6 +6,7 @@ from manylora.lora.format.extras import own_norm, own_rows, tokens_fault
 from manylora.lora.format.method import Method, Misfit, Site
 from manylora.lora.format.patterns import suffixes
 from manylora.lora.format.spec import BaseLinear, Dense, Floats, Input, Made, Output, Term
+from manylora.lora.format.vocabulary import has_tokens, num_tokens
 
 __all__ = ["BEFT", "IA3", "LN_TUNING", "TRAINABLE_TOKENS"]
 
@@ -66,7 +67,9 @@ def _tokens(site: Site) -> tuple[Term, ...]:
     ids, where = site.config.get("token_indices"), "adapter_config.json: token_indices"
     if not isinstance(ids, list) or not all(type(each) is int for each in ids):
         raise Misfit("bad_config", where, "It must be a list of token ids.")
-    if problem := tokens_fault(site.spec, ids):
+    if not has_tokens(site.spec):
+        raise Misfit("unsupported_feature", where, "Not served: rows of what is no embedding and no head.")
+    if problem := tokens_fault(num_tokens(site.spec), ids):
         raise Misfit("base_mismatch", where, problem)
     hidden = site.spec.out_features if site.spec.kind == "embedding" else site.spec.in_features
     return (own_rows(site.spec, ids, site.part("trainable_tokens_delta", len(ids), hidden)),)
