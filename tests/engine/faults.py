@@ -7,8 +7,7 @@ from typing import Any
 from manylora.engine.detokenizer import Detokenizer
 from manylora.engine.model_runner import Outcome
 from manylora.engine.recovery import FaultEvents
-from manylora.engine.scheduler import Plan
-from manylora.engine.sequence import Scheduled, Sequence
+from manylora.engine.sequence import Plan, Scheduled, Sequence
 from manylora.identity import AdapterRef
 from tests.engine.harness import Rig
 

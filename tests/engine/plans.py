@@ -6,8 +6,9 @@ from collections.abc import Collection
 
 from manylora.engine.block_manager import BlockManager
 from manylora.engine.interface import AdapterRef, FinishReason, SamplingParams
-from manylora.engine.scheduler import Plan, Scheduler
-from manylora.engine.sequence import Sequence
+from manylora.engine.room import Pace
+from manylora.engine.scheduler import Scheduler
+from manylora.engine.sequence import Plan, Sequence
 from manylora.errors import AdapterLoadFailed
 
 
@@ -94,9 +95,20 @@ def ref(name: str) -> AdapterRef:
     return AdapterRef(name, "public", name, 1, name)
 
 
-def scheduler(*, slots: FakeSlots | None = None, num_blocks: int = 100, seats: int = 8, budget: int = 32) -> Scheduler:
+def scheduler(
+    *,
+    slots: FakeSlots | None = None,
+    num_blocks: int = 100,
+    seats: int = 8,
+    budget: int = 32,
+    pace: Pace | None = None,
+) -> Scheduler:
     return Scheduler(
-        BlockManager(num_blocks, 4), slots or FakeSlots(8), max_num_seqs=seats, max_num_batched_tokens=budget
+        BlockManager(num_blocks, 4),
+        slots or FakeSlots(8),
+        max_num_seqs=seats,
+        max_num_batched_tokens=budget,
+        pace=pace,
     )
 
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manylora.engine.block_manager import BlockManager
-from manylora.engine.room import PromptCost
+from manylora.engine.room import Pace, PromptCost
 from manylora.engine.scheduler import Scheduler
 from tests.engine.plans import FakeSlots, request, scheduler, step
 
@@ -33,6 +33,54 @@ def test_beside_more_streams_prompts_take_more(num_streams: int, share: float) -
     step(s)
     s.add(request(1000, 1))
     assert step(s).num_tokens - num_streams == int(512 * share)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "num_tokens"),
+    [(0.0002, [128] * 6), (0.001, [128, 80, 80]), (0.004, [128, 32, 32]), (0.0, [128, 128])],
+)
+def test_a_step_that_streams_wait_for_takes_as_much_of_prompts_as_the_last_ones_have_in_time(
+    seconds: float, num_tokens: list[int]
+) -> None:
+    """`seconds` a token of a prompt, beside 20 ms that the step takes anyway."""
+    s = scheduler(budget=512, num_blocks=2000, pace=Pace())
+    for _ in range(4):
+        s.add(request(2, 50))
+    step(s)
+    plan = step(s)
+    assert plan.effort == 0
+    s.ran(plan, 0.02)
+    s.add(request(1000, 1))
+    found = []
+    for _ in num_tokens:
+        plan = step(s)
+        found.append(plan.num_tokens - 4)
+        assert plan.effort == pytest.approx(found[-1])
+        s.ran(plan, 0.02 + seconds * found[-1])
+    assert found == num_tokens
+
+
+def test_prompts_may_take_as_long_as_a_slow_models_step_takes_anyway() -> None:
+    pace = Pace()
+    for _ in range(3):
+        pace.saw(0, 0.5)
+        pace.saw(100, 0.5 + 100 * 0.005)
+    assert pace.most_effort == pytest.approx(100)
+    pace.saw(3, 9.0)  # of so little it says nothing
+    assert pace.most_effort == pytest.approx(100)
+
+
+@pytest.mark.parametrize("num_streams", [0, 16])
+def test_how_long_steps_take_changes_nothing_beside_nobody_and_beside_many(num_streams: int) -> None:
+    s = scheduler(budget=512, num_blocks=2000, seats=64, pace=Pace())
+    for _ in range(num_streams):
+        s.add(request(2, 50))
+    step(s)
+    s.add(request(2000, 1))
+    plan = step(s)
+    assert plan.effort is None
+    s.ran(plan, 5.0)
+    assert step(s).num_tokens == plan.num_tokens
 
 
 def test_a_prompt_alone_takes_all_of_a_step() -> None:

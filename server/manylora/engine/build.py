@@ -17,7 +17,7 @@ from manylora.engine.lookup import LookupDrafter
 from manylora.engine.model_runner import ModelRunner
 from manylora.engine.pieces import Pieces
 from manylora.engine.recovery import FaultEvents
-from manylora.engine.room import PromptCost
+from manylora.engine.room import Pace, PromptCost
 from manylora.engine.scheduler import Scheduler
 from manylora.errors import InvalidSettings, ModelUnusable, NotEnoughMemory
 from manylora.grammars.compiler import GrammarCompiler, GrammarEvents
@@ -258,6 +258,7 @@ class EngineBuilder(Builder):
             max_num_batched_tokens=settings.max_num_batched_tokens,
             max_prompt_logits=self._max_prompt_logits(),
             prompt_cost=self._prompt_cost(),
+            pace=Pace(),
             # A state cannot take back tokens that turn out wrong.
             drafter=LookupDrafter(settings.draft_tokens) if settings.draft_tokens and pieces is None else None,
             pieces=pieces,

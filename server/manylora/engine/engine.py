@@ -137,7 +137,9 @@ class Engine:
         self.made_progress = bool(plan.scheduled)
         if not plan.scheduled:
             return outputs
+        planned = time.perf_counter()
         outcomes, sampled = self._outcomes(plan.scheduled, outputs)
+        self.scheduler.ran(plan, sampled - planned)
         for item, outcome in zip(plan.scheduled, outcomes, strict=True):
             output = self._commit(item, outcome) if not item.seq.is_finished else None
             if output is not None:

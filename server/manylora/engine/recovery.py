@@ -20,8 +20,8 @@ import torch
 
 from manylora.engine.interface import AdapterRef, SamplingParams
 from manylora.engine.model_runner import Outcome
-from manylora.engine.scheduler import Plan, Scheduler
-from manylora.engine.sequence import Scheduled, Sequence
+from manylora.engine.scheduler import Scheduler
+from manylora.engine.sequence import Plan, Scheduled, Sequence
 from manylora.errors import AdapterNotFinite, ModelNotFinite, NothingAllowed, SequenceFailed, quoted
 from manylora.log import get_logger
 

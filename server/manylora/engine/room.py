@@ -17,6 +17,9 @@ _SHARE_BESIDE_FEW: Final = 0.25
 _SHARE_BESIDE_MANY: Final = 0.5
 _FEW_STREAMS: Final = 8
 _MANY_STREAMS: Final = 16
+# Of prompts beside few in any step, unless that is less than the step takes anyway; and what is taken at least.
+_LONGEST_S: Final = 0.08
+_LEAST_EFFORT: Final = 32.0
 _SHARE_ALONE: Final = 2.0  # the same for a prompt beside which there is nothing, so that it runs in few steps
 _SHARE_OF_FIRST: Final = 0.5  # of what prompts may take, for the one that came first, while others wait
 
@@ -46,6 +49,34 @@ def _share_beside(num_streams: int) -> float:
     return _SHARE_BESIDE_FEW + (_SHARE_BESIDE_MANY - _SHARE_BESIDE_FEW) * min(1.0, max(0.0, part))
 
 
+class Pace:
+    """How long steps beside few streams take, from the last ones: a machine has slower times, and slower models."""
+
+    def __init__(self) -> None:
+        self._without_s = 0.0
+        self._for_effort_s = 0.0
+
+    def saw(self, effort: float, seconds: float) -> None:
+        """A step took so long, prompts having taken so much effort in it."""
+        if not effort:
+            self._without_s = seconds if not self._without_s else (self._without_s + seconds) / 2
+        elif effort >= _LEAST_EFFORT / 2:  # of less, most is not in proportion
+            seen = max(0.0, seconds - self._without_s) / effort
+            self._for_effort_s = seen if not self._for_effort_s else (self._for_effort_s + seen) / 2
+
+    @property
+    def most_effort(self) -> float:
+        """What prompts may take in the next step; any, while nothing was seen."""
+        if not self._for_effort_s:
+            return float("inf")
+        return max(_LEAST_EFFORT, max(_LONGEST_S, self._without_s) / self._for_effort_s)
+
+
+def is_few(num_streams: int) -> bool:
+    """Whether a step beside so many is short enough without prompts that what prompts take is felt."""
+    return 0 < num_streams < _MANY_STREAMS
+
+
 @dataclass(slots=True)
 class Room:
     """What a step may still take: tokens, and among them prompt tokens whose logits are wanted.
@@ -67,10 +98,14 @@ class Room:
     def __post_init__(self) -> None:
         self.effort = float(self.tokens)
 
-    def begin_prompts(self, num_streams: int, first: SequenceOf[Sequence], *, others_wait: bool) -> None:
+    def begin_prompts(
+        self, num_streams: int, first: SequenceOf[Sequence], *, others_wait: bool, pace: Pace | None = None
+    ) -> None:
         """All that goes on by a token has taken its share. `first` has the prompt that came first, if there is one."""
         if num_streams:
             self.effort = min(self.tokens, max(1.0, (self.tokens + num_streams) * _share_beside(num_streams)))
+            if pace is not None and is_few(num_streams):
+                self.effort = min(self.effort, pace.most_effort)
         elif first and not others_wait:
             self.effort *= _SHARE_ALONE
         for seq in first if others_wait else ():

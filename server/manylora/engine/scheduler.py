@@ -10,7 +10,6 @@ passed over until it is, and holds nobody up.
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
 from itertools import islice
 from time import monotonic
 from typing import Final, Protocol
@@ -20,8 +19,8 @@ from manylora.engine.drafting import Drafter
 from manylora.engine.fairness import FairQueue
 from manylora.engine.interface import AdapterRef, FinishReason
 from manylora.engine.pieces import Pieces
-from manylora.engine.room import PromptCost, Room
-from manylora.engine.sequence import Scheduled, Sequence, SequenceStatus
+from manylora.engine.room import Pace, PromptCost, Room, is_few
+from manylora.engine.sequence import Plan, Scheduled, Sequence, SequenceStatus
 from manylora.engine.turns import Places, Turns
 from manylora.errors import ManyloraError
 
@@ -45,14 +44,6 @@ class SlotProvider(Places, Protocol):
     def stop_gathering(self) -> None: ...
 
 
-@dataclass(slots=True)
-class Plan:
-    """One step's work, sequences with one token to run first. `num_tokens`: of all of them, drafts included."""
-
-    scheduled: list[Scheduled] = field(default_factory=list)
-    num_tokens: int = 0
-
-
 class Scheduler:
     """Owns the waiting and the running sequences.
 
@@ -71,6 +62,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_prompt_logits: int | None = None,
         prompt_cost: PromptCost | None = None,
+        pace: Pace | None = None,
         drafter: Drafter | None = None,
         runs_whole: bool = False,
         num_kept: Callable[[int], int] = lambda _slot: 0,
@@ -86,6 +78,7 @@ class Scheduler:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_prompt_logits = max_prompt_logits or max_num_batched_tokens
         self._prompt_cost = prompt_cost or PromptCost()
+        self._pace = pace
         self._drafter = drafter
         self._runs_whole = runs_whole
         self._num_kept = num_kept
@@ -120,17 +113,25 @@ class Scheduler:
         # Inputs that run whole have nothing to keep for later: those that an interrupted plan has left run in order.
         first = [] if self._runs_whole else prompts[:1]
         others = prompts if self._runs_whole else sorted(prompts[1:], key=lambda s: s.num_uncomputed)
-        room.begin_prompts(len(work), first, others_wait=bool(others or self.waiting))
+        num_streams = len(work)
+        room.begin_prompts(num_streams, first, others_wait=bool(others or self.waiting), pace=self._pace)
+        effort = room.effort
         may_admit &= self._take(work, room, others)
         if may_admit:
             self._admit(work, room)
         room.open_kept()
         self._take(work, room, first)
+        effort -= room.effort
         self._take_turns(work)
         if self._drafter is not None:
             work = [self._with_draft(item, room, self._drafter, len(work)) for item in work]
         work.sort(key=lambda s: s.num_rows > 1)
-        return Plan(work, sum(s.num_rows for s in work))
+        return Plan(work, sum(s.num_rows for s in work), effort if is_few(num_streams) else None)
+
+    def ran(self, plan: Plan, seconds: float) -> None:
+        """The plan's step took so long, from the model's beginning to the last sample."""
+        if self._pace is not None and plan.effort is not None:
+            self._pace.saw(plan.effort, seconds)
 
     def _take(self, work: list[Scheduled], room: Room, seqs: Iterable[Sequence]) -> bool:
         """Plan what fits of running sequences, and preempt for their blocks; whether there were blocks for all."""

@@ -221,3 +221,15 @@ class Scheduled:
     def begins(self) -> bool:
         """Whether the step runs the sequence's first token."""
         return self.start <= 0 < self.start + self.num_tokens
+
+
+@dataclass(slots=True)
+class Plan:
+    """One step's work, sequences with one token to run first. `num_tokens`: of all of them, drafts included.
+
+    `effort` is what prompts take in it (`Room`), where few streams wait for it.
+    """
+
+    scheduled: list[Scheduled] = field(default_factory=list)
+    num_tokens: int = 0
+    effort: float | None = None
