@@ -123,6 +123,13 @@ async def test_a_file_has_a_limit_and_a_tenant_a_quota(rig: Rig) -> None:
     await uploaded(rig)
 
 
+async def test_rows_from_which_nothing_is_written_make_no_job(rig: Rig) -> None:
+    pairs = await upload(rig, lines([{"anchor": f"a{number}", "positive": "b"} for number in range(3)]))
+    answer = await submit(rig, pairs.json()["id"])
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "training_file")
+    assert "Jobs train what writes" in answer.json()["error"]["message"]
+
+
 async def test_files_and_jobs_of_one_tenant_are_nobody_elses(rig: Rig) -> None:
     file_id = await uploaded(rig)
     job_id = (await submit(rig, file_id)).json()["id"]

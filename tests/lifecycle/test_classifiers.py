@@ -12,8 +12,8 @@ from manylora.errors import InvalidRequest
 from manylora.lifecycle.data.data import read_dataset
 from manylora.lifecycle.parameters import InvalidParameter
 from manylora.lifecycle.progress import Progress
+from manylora.lifecycle.tasks.labels import TextEncoder
 from manylora.lifecycle.train.config import LoraShape, Schedule, TrainConfig
-from manylora.lifecycle.train.labels import TextEncoder
 from manylora.lifecycle.train.train import train
 from tests.encoders.tiny import make_encoder, serve
 
@@ -89,7 +89,7 @@ def test_rows_to_score_are_of_the_labels_that_are_learnt(tmp_path: Path) -> None
     config = config_of(tmp_path, tmp_path)
     with pytest.raises(InvalidParameter, match="`test_data` has labels that `data` lacks: rumour"):
         train(replace(config, test_data=other))
-    with pytest.raises(InvalidParameter, match="`test_data` is scored by `task` classify"):
+    with pytest.raises(InvalidParameter, match="`test_data` is scored by the tasks"):
         train(replace(config, test_data=other, task="generate"))
 
 

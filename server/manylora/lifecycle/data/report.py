@@ -111,7 +111,7 @@ def _report(
     faulty: list[int],
     faults: list[str],
 ) -> DataReport:
-    odd = odd_rows(examples)
+    odd = odd_rows(examples, shape)
     labels = Counter(example.label for example in examples if example.label is not None)
     known = {example.messages for example in learnt}
     return DataReport(

@@ -8,26 +8,40 @@
     {"input": {"messages"}, "preferred_output", "non_preferred_output"}     OpenAI's preferences: two answers
     {"prompt", "chosen", "rejected"}                TRL's: each a text, or messages
 
+and, of what is trained to do other things than to write:
+
+    {"anchor", "positive"}                          texts that belong together; perhaps a `negative` that does not
+    {"tokens": [str], "tags": [str]}                words, each with its label; `ner_tags` that are texts, too
+    {"question", "context", "answer"}               the answer's words, out of the context; or SQuAD's `answers`
+    {"audio": path, "text": str}                    a file of sound and what is said in it; perhaps in which `language`
+
 This module imports no torch.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
-__all__ = ["Example", "Message", "RowFault", "Shape", "example_of", "shape_of"]
+__all__ = ["WRITTEN", "Example", "Message", "RowFault", "Shape", "example_of", "shape_of"]
 
-Shape = Literal["completion", "chat", "label", "preference"]
+Shape = Literal["completion", "chat", "label", "preference", "pair", "tags", "question", "sound"]
+WRITTEN: Final[tuple[Shape, ...]] = ("completion", "chat", "label", "preference")
+"""Shapes of rows from which a model learns to write."""
 _FIELDS: Final[dict[Shape, tuple[str, ...]]] = {
     "completion": ("prompt", "completion"),
     "chat": ("messages",),
     "label": ("text", "label"),
     "preference": ("input", "preferred_output", "non_preferred_output"),
+    "pair": ("anchor", "positive"),
+    "tags": ("tokens", "tags"),
+    "question": ("question", "context"),
+    "sound": ("audio", "text"),
 }
 _ALPACA: Final = ("instruction", "output")
 _SHAREGPT: Final = "conversations"
 _TRL: Final = ("prompt", "chosen", "rejected")
+_TAGS: Final = "ner_tags"
 _ROLES: Final = ("system", "user", "assistant", "tool")
 _OTHER_ROLES: Final = {"developer": "system"}
 _SPEAKERS: Final = {
@@ -61,7 +75,9 @@ class Message:
 class Example:
     """One row: a chat whose last message is the answer wanted. `row` is 1-based; `tools` is JSON, empty without any.
 
-    `rejected` is the answer in its place that the wanted one is preferred to, where rows are preferences.
+    `rejected` is the answer in its place that the wanted one is preferred to, where rows are preferences, and of a pair
+    the text that does not belong to the first. `tags` are of the words of the one text. Of a question the text is asked
+    of is the last of the prompt, and the answer begins at its character number `start`.
     """
 
     row: int
@@ -69,6 +85,8 @@ class Example:
     label: str | None = None
     tools: str = ""
     rejected: Message | None = None
+    tags: tuple[str, ...] = ()
+    start: int = 0
 
     @property
     def prompt(self) -> tuple[Message, ...]:
@@ -95,10 +113,13 @@ def shape_of(row: Mapping[str, Any]) -> Shape:
         return "chat"
     if all(field in row for field in _TRL):
         return "preference"
+    if "tokens" in row and _TAGS in row:
+        return "tags"
     have = ", ".join(sorted(map(str, row))) or "nothing"
     raise RowFault(
         f"has the fields {have}; needed are prompt and completion, or messages, or text and label, or Alpaca's "
-        "instruction and output, or ShareGPT's conversations, or input, preferred_output and non_preferred_output"
+        "instruction and output, or ShareGPT's conversations, or input, preferred_output and non_preferred_output, or "
+        "anchor and positive, or tokens and tags, or question, context and answer, or audio and text"
     )
 
 
@@ -112,6 +133,8 @@ def example_of(number: int, row: Mapping[str, Any], shape: Shape) -> Example:
         return _preference(number, row)
     if shape == "completion" and "prompt" not in row and _ALPACA[0] in row:
         return _alpaca(number, row)
+    if shape in _OTHERS:
+        return _OTHERS[shape](number, row)
     question, answer = _texts(row, _FIELDS[shape])
     if shape == "label":
         if not question.strip():
@@ -119,6 +142,64 @@ def example_of(number: int, row: Mapping[str, Any], shape: Shape) -> Example:
         answer = answer.strip()  # "good " and "good" are one class
     messages = (Message("user", question), Message("assistant", answer))
     return Example(number, messages, label=answer if shape == "label" else None)
+
+
+def _paired(number: int, row: Mapping[str, Any]) -> Example:
+    anchor, positive = _texts(row, _FIELDS["pair"])
+    negative = row.get("negative")
+    other = None if negative is None else Message("assistant", _string(negative, "negative"))
+    if not anchor.strip() or (other is not None and not other.content.strip()):
+        raise RowFault(f"{'negative' if anchor.strip() else 'anchor'} is empty")
+    return Example(number, (Message("user", anchor), Message("assistant", positive)), rejected=other)
+
+
+def _tagged(number: int, row: Mapping[str, Any]) -> Example:
+    words, tags = row.get("tokens"), row.get("tags", row.get(_TAGS))
+    if not isinstance(words, list) or not isinstance(tags, list) or len(words) != len(tags) or not words:
+        raise RowFault("tokens and tags must be lists of one length, and not empty")
+    said = [_string(word, "tokens[]") for word in words]
+    if not all(said) or any(len(word.split()) != 1 for word in said):
+        raise RowFault("each of tokens must be one word, without a space")
+    named = tuple(_string(tag, "tags[]") for tag in tags)
+    if not all(named):
+        raise RowFault("each of tags must be a text that is not empty")
+    return Example(number, (Message("user", " ".join(said)), Message("assistant", " ".join(named))), tags=named)
+
+
+def _asked(number: int, row: Mapping[str, Any]) -> Example:
+    """A question; one whose answer is empty has none in its text."""
+    _need(row, _FIELDS["question"])
+    question, context = (_string(row[name], name) for name in _FIELDS["question"])
+    answer, start = row.get("answer"), row.get("start")
+    if isinstance(listed := row.get("answers"), dict):  # SQuAD's, of which the first is learnt
+        texts, starts = listed.get("text"), listed.get("answer_start")
+        if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+            raise RowFault("answers must have text and answer_start, lists of one length")
+        answer, start = (texts[0], starts[0]) if texts else ("", 0)
+    if not question.strip() or not context.strip():
+        raise RowFault(f"{'context' if question.strip() else 'question'} is empty")
+    answer = _string(answer, "answer")
+    if start is None:
+        start = context.find(answer)
+    if not isinstance(start, int) or isinstance(start, bool) or start < 0 or not context.startswith(answer, start):
+        raise RowFault("answer does not stand in context, or not where start says")
+    return Example(
+        number, (Message("user", question), Message("user", context), Message("assistant", answer)), start=start
+    )
+
+
+def _heard(number: int, row: Mapping[str, Any]) -> Example:
+    audio, text = _texts(row, _FIELDS["sound"])
+    if not audio.strip():
+        raise RowFault("audio is empty")
+    language = row.get("language")
+    spoken = () if language is None else (Message("user", _string(language, "language")),)
+    return Example(number, (Message("user", audio), *spoken, Message("assistant", text.strip())))
+
+
+_OTHERS: Final[Mapping[Shape, Callable[[int, Mapping[str, Any]], Example]]] = {
+    "pair": _paired, "tags": _tagged, "question": _asked, "sound": _heard,
+}  # fmt: skip
 
 
 def _need(row: Mapping[str, Any], fields: Sequence[str]) -> None:

@@ -28,6 +28,7 @@ from manylora.lifecycle.evaluate.evaluate import (
     evaluate,
     evaluation_data,
 )
+from manylora.lifecycle.evaluate.tasks import run_task
 from manylora.lifecycle.extras import need
 from manylora.lifecycle.journal import Journal
 from manylora.lifecycle.output import atomic_file, refuse_existing
@@ -50,6 +51,11 @@ def run_evaluation(request: EvaluateRequest, listen: Listener = ignore) -> tuple
 
     Raises InvalidRequest for bad input before any model is loaded, ManyloraError when the server fails.
     """
+    if request.task != "generate":
+        report = run_task(request, _names_of(request.adapters), listen)
+        if request.card:
+            _write_cards(request, report)
+        return report, None
     dataset, metrics = _check(request)
     tokenizer, context_length = load_tokenizer(request.model)
     encoder = Encoder(

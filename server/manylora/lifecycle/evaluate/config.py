@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 from manylora.lifecycle.data.files import Reading
-from manylora.lifecycle.parameters import DeviceName, DtypeName, Render
+from manylora.lifecycle.parameters import DeviceName, DtypeName, Render, TrainTask
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,7 @@ class EvaluateRequest:
     render: Annotated[Render, "How a row becomes text: chat (the base's template), plain, or auto"] = "auto"
     instruction: Annotated[str, "Text before every prompt, on a line of its own"] = ""
     reading: Reading = field(default_factory=Reading)
+    task: Annotated[TrainTask, "What the adapters do: generate, or one of the tasks of training"] = "generate"
     tool_prompt: Annotated[bool, "Tell a base whose template knows no tools of them in words, as a server does"] = False
     seed: Annotated[int, "Decides the resampling of intervals and tests"] = 0
     device: Annotated[DeviceName, "auto, cpu or cuda"] = "auto"

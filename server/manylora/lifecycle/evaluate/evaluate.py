@@ -28,6 +28,7 @@ from manylora.lifecycle.output import atomic_file, atomic_folder, write_json
 from manylora.lifecycle.parameters import InvalidParameter
 from manylora.lifecycle.plots import confusion_matrix
 from manylora.lifecycle.progress import Listener, Progress, ignore
+from manylora.lifecycle.train.config import check_rows
 
 SIGNIFICANT = 0.05
 _OF_LABELS = ("accuracy", "macro_precision", "macro_recall", "macro_f1")
@@ -47,6 +48,7 @@ class EvaluateConfig:
 def evaluation_data(path: Path, metrics: Sequence[str], reading: Reading = AS_IT_IS) -> tuple[Dataset, tuple[str, ...]]:
     """The checked file and the metrics to compute. Raises InvalidRequest for unknown or unfitting metrics."""
     dataset = read_dataset(path, reading=reading)
+    check_rows("data", "generate", dataset.shape)
     fitting = ["exact_match", "valid_json", "perplexity"]
     if dataset.shape == "label":
         fitting = [*_OF_LABELS, "mentioned", "exact_match", "perplexity"]

@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from manylora.lifecycle.base import Base, load_base, load_tokenizer, memory_faults
+from manylora.lifecycle.base import Base, memory_faults
 from manylora.lifecycle.data.batches import check_known
 from manylora.lifecycle.data.data import Dataset, Reading, read_dataset
 from manylora.lifecycle.data.encoding import Encoded, tell_lengths
@@ -22,8 +22,17 @@ from manylora.lifecycle.output import atomic_file, atomic_folder, checkpoint_pat
 from manylora.lifecycle.parameters import InvalidParameter
 from manylora.lifecycle.plots import rank_curve
 from manylora.lifecycle.progress import Listener, Progress, ignore
-from manylora.lifecycle.train.config import ChooseConfig, LoraShape, check_settings, check_shape
-from manylora.lifecycle.train.train import MEMORY_ADVICE, TrainResult, add_lora, encoder_of, train
+from manylora.lifecycle.train.config import ChooseConfig, LoraShape, check_rows, check_settings, check_shape, check_task
+from manylora.lifecycle.train.train import (
+    MEMORY_ADVICE,
+    TrainResult,
+    add_lora,
+    encode_rows,
+    load_for,
+    objective_of,
+    train,
+    unit_of,
+)
 from manylora.lifecycle.train.training import Trainer
 
 _BASE: Final = "base"
@@ -98,16 +107,11 @@ def _candidates(
     config: ChooseConfig, dataset: Dataset, journal: Journal, listen: Listener, should_stop: Callable[[], bool]
 ) -> list[Candidate] | None:
     training = config.training
-    tokenizer, context_length = load_tokenizer(training.base)
-    encoder = encoder_of(training, tokenizer)
-    encoded = encoder.encode(dataset, context_length=context_length)
+    encoded = encode_rows(training, dataset)
     tell_lengths("`data`", encoded, listen)
     if training.threads:
         torch.set_num_threads(training.threads)
-    base = load_base(
-        training.base, name=training.base_name, device=training.device, dtype=training.dtype,
-        max_length=training.max_length,
-    )  # fmt: skip
+    base = load_for(training, dataset)
     check_known(encoded, base.num_embeddings)
     with memory_faults(MEMORY_ADVICE):
         return _cross_validate(config, base, encoded, journal, listen, should_stop)
@@ -176,7 +180,8 @@ def _base_loss(
     """The mean over the folds, as a candidate's: of matrices that were not trained, with which a model is the base."""
     model = add_lora(base, config.shapes[0])
     try:
-        trainer = Trainer(model, base, encoded, [], config.training.schedule)
+        objective = objective_of(config.training, model, base)
+        trainer = Trainer(model, base, encoded, [], config.training.schedule, objective)
         return float(np.mean([trainer.evaluation_loss([encoded[i] for i in held_out]) for held_out in folds]))
     finally:
         model.unload()
@@ -196,7 +201,8 @@ def _one_fold(
     torch.manual_seed(config.training.schedule.seed)
     model = add_lora(base, shape)
     try:
-        trainer = Trainer(model, base, rows, [], replace(config.training.schedule, early_stop=0))
+        schedule = replace(config.training.schedule, early_stop=0)
+        trainer = Trainer(model, base, rows, [], schedule, objective_of(config.training, model, base))
         if not trainer.run(ignore, should_stop, lambda: None):
             return None
         size = 2 * sum(p.numel() for p in trainer.parameters.values())
@@ -217,8 +223,11 @@ def _check(config: ChooseConfig, *, resume: bool, overwrite: bool) -> Dataset:
     if config.train_final:
         refuse_existing(training.out, overwrite=overwrite)
     dataset = read_dataset(training.data, min_labels=2, reading=training.reading)
+    check_rows("data", training.task, dataset.shape)
     check_shape("supervised", dataset.shape)
-    smallest = min((sum(e.label == label for e in dataset.examples) for label in dataset.labels), default=len(dataset))
+    check_task(training)
+    labels = dataset.labels if dataset.shape == "label" else ()
+    smallest = min((sum(e.label == label for e in dataset.examples) for label in labels), default=len(dataset))
     if smallest < config.folds:
         raise InvalidParameter(
             f"`folds` {config.folds} needs that many examples (of every label); there are {smallest}."
@@ -231,6 +240,8 @@ def _fingerprint(config: ChooseConfig) -> str:
     parts = [asdict(training.schedule), training.instruction, training.render, config.folds]
     if training.reading != Reading() or training.tool_prompt:
         parts.append([asdict(training.reading), training.tool_prompt])
+    if training.task != "generate":
+        parts.append(training.task)
     text = json.dumps([*parts, training.max_length, training.dtype, training.base], sort_keys=True)
     return hashlib.sha256(text.encode() + training.data.read_bytes()).hexdigest()
 
@@ -254,7 +265,7 @@ def _report(
         "num_examples": len(dataset),
         "folds": config.folds,
         "schedule": asdict(config.training.schedule),
-        "score": "held-out loss in nats per answer token",
+        "score": f"held-out loss in nats per {unit_of(config.training)}",
         "rule": "one standard error",
         "candidates": rows,
         "chosen": rows[list(candidates).index(chosen)],

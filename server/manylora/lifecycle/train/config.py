@@ -1,17 +1,27 @@
 """What training is told, and its checks: everything that can be refused before a model is looked for."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 from manylora.lifecycle.data.data import Dataset, Example, Reading, Shape, read_dataset
 from manylora.lifecycle.data.look import label_counts, remarks
 from manylora.lifecycle.data.report import of_examples
+from manylora.lifecycle.data.rows import WRITTEN
 from manylora.lifecycle.output import refuse_existing
 from manylora.lifecycle.parameters import DeviceName, DtypeName, Init, InvalidParameter, Method, Render, TrainTask
 from manylora.lifecycle.progress import Listener, Progress
+
+TASK_ROWS: Final[Mapping[TrainTask, tuple[Shape, str]]] = {
+    "classify": ("label", "text and label"),
+    "token": ("tags", "tokens and tags"),
+    "question": ("question", "question, context and answer"),
+    "embed": ("pair", "anchor and positive"),
+    "asr": ("sound", "audio and text"),
+}
+"""The shape of the rows that each task but writing learns from, and their fields."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +85,14 @@ class TrainConfig:
     threads: Annotated[int | None, "CPU threads"] = None
     title: Annotated[str, "Title of the card"] = ""
     command: str = ""
-    task: Annotated[TrainTask, "generate: answers; classify: a head of the labels, on encoders too"] = "generate"
-    test_data: Annotated[Path | None, "Rows that a classifier is scored on once, when it is done"] = None
+    task: Annotated[
+        TrainTask,
+        "generate: answers; classify: a label of each text; token: of each word; question: the words of a text that "
+        "answer; embed: vectors; asr: speech",
+    ] = "generate"
+    test_data: Annotated[Path | None, "Rows that the adapter is scored on once, when it is done; not of generate"] = (
+        None
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +151,17 @@ def check_method(method: Method, beta: float, lora: LoraShape) -> None:
         raise InvalidParameter("`init` pissa takes parts out of the base, which `method` dpo compares with. Use zero.")
 
 
+def check_rows(name: str, task: TrainTask, shape: Shape) -> None:
+    """Raises InvalidParameter for rows that the task does not learn from; `name` is the parameter that has them."""
+    if task in TASK_ROWS:
+        wanted, fields = TASK_ROWS[task]
+        if shape != wanted:
+            raise InvalidParameter(f"`task` {task} takes rows of {fields}, and `{name}` has {shape} rows.")
+    elif shape not in WRITTEN:
+        other = next(task for task, (wanted, _) in TASK_ROWS.items() if wanted == shape)
+        raise InvalidParameter(f"`{name}` has {shape} rows, from which nothing is written. Give `task` {other}.")
+
+
 def check_shape(method: Method, shape: Shape) -> None:
     """Raises InvalidParameter for rows that the method does not learn from."""
     if (shape == "preference") != (method == "dpo"):
@@ -151,34 +178,35 @@ def check(config: TrainConfig, *, overwrite: bool, listen: Listener) -> tuple[Da
         raise InvalidParameter("`early_stop` watches the evaluation loss: give `eval_data` too.")
     if config.sample < 0 or (config.sample and config.eval_data is None):
         raise InvalidParameter("`sample` is a number of rows of `eval_data`: give that too, and at least 0.")
-    _check_task(config)
+    check_task(config)
     return checked_data(config, listen)
 
 
-def _check_task(config: TrainConfig) -> None:
-    """Raises InvalidParameter for what the task has no place for: a head reads the bare text."""
-    if config.task != "classify":
+def check_task(config: TrainConfig) -> None:
+    """Raises InvalidParameter for what the task has no place for: no task but writing has prompts."""
+    if config.task == "generate":
         if config.test_data is not None:
-            raise InvalidParameter("`test_data` is scored by `task` classify. `manylora evaluate` scores what writes.")
+            raise InvalidParameter(
+                "`test_data` is scored by the tasks that do not write. `manylora evaluate` scores those."
+            )
         return
     plain = TrainConfig(config.data, config.out)
     for name in ("render", "instruction", "tool_prompt", "sample", "method", "start"):
         if getattr(config, name) != getattr(plain, name):
-            raise InvalidParameter(f"`{name}` has no place in `task` classify, whose head reads the bare text.")
+            raise InvalidParameter(f"`{name}` has no place in `task` {config.task}, which reads the bare text.")
 
 
 def checked_data(config: TrainConfig, listen: Listener) -> tuple[Dataset, Dataset | None]:
     """The rows to learn from and those held out, with what is odd about them told. Raises InvalidRequest."""
     train_set = read_dataset(config.data, min_labels=2, reading=config.reading)
     held_out = read_dataset(config.eval_data, reading=config.reading) if config.eval_data else None
+    check_rows("data", config.task, train_set.shape)
     check_shape(config.method, train_set.shape)
     counts = label_counts(train_set)
     if counts:
         listen(Progress("labels", message=f"`data`: {counts}"))
     for remark in remarks(train_set):
         listen(Progress("warning", message=f"`data`: {remark}"))
-    if config.task == "classify" and train_set.shape != "label":
-        raise InvalidParameter(f"`task` classify takes rows of text and label, and `data` has {train_set.shape} rows.")
     _tell_report("data", train_set, (), listen)
     if config.test_data is not None:
         _check_held_out("test_data", read_dataset(config.test_data, reading=config.reading), train_set, listen)

@@ -24,11 +24,12 @@ from manylora.lifecycle.output import atomic_file, checkpoint_path, report_folde
 from manylora.lifecycle.parameters import InvalidParameter
 from manylora.lifecycle.plots import loss_curve
 from manylora.lifecycle.progress import Listener, Progress, ignore
-from manylora.lifecycle.train import labels
+from manylora.lifecycle.tasks.interface import Source, TaskBase
+from manylora.lifecycle.tasks.registry import TASKS
 from manylora.lifecycle.train.checkpoint import discard_checkpoint, load_checkpoint, save_checkpoint
 from manylora.lifecycle.train.config import LoraShape, Schedule, TrainConfig, check, check_checkpoint, checked_data
 from manylora.lifecycle.train.memory import check_memory
-from manylora.lifecycle.train.objectives import Preferences
+from manylora.lifecycle.train.objectives import Answers, Objective, Preferences
 from manylora.lifecycle.train.start import going_on, started
 from manylora.lifecycle.train.training import Diverged, Trainer
 
@@ -40,6 +41,7 @@ _LATER: Final = {"lora": ("dora", "init", "trained_tokens"), "schedule": ("lr_ra
 _LATER_WHOLE: Final = ("reading", "tool_prompt", "method", "beta", "start", "task", "test_data")
 # What is small beside the base's own numbers, so that rounding it to 16 bits does not show in them.
 _SMALL: Final = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+_LABELLED: Final = ("SEQ_CLS", "TOKEN_CLS")
 MEMORY_ADVICE = "Lower `batch_size` (and raise `accumulate` as much, for the same result), or `max_length`."
 
 
@@ -73,7 +75,7 @@ def train(
     data = encode(config, train_set, held_out, listen)
     if config.threads:
         torch.set_num_threads(config.threads)
-    base = _base(config, train_set)
+    base = load_for(config, train_set)
     check_known([*data.train, *data.held_out, *data.test], base.num_embeddings)
     trainer = prepare(config, base, data)
     num_parameters = sum(p.numel() for p in trainer.parameters.values())
@@ -94,36 +96,60 @@ def train(
     except Diverged:
         discard_checkpoint(checkpoint)  # going on from there would only diverge again
         raise
-    report = _report(config, base, trainer, data, train_set) | {"samples": samples.taken}
+    unit = {"unit": unit_of(config)} if config.task in TASKS else {}
+    report = _report(config, base, trainer, data, train_set) | unit | {"samples": samples.taken}
     if not finished:
         return TrainResult(False, config.out, report)
-    report |= _scores(base, trainer, data, listen)
+    report |= _scores(config, base, trainer, data, listen)
     _write(config, base, trainer, report)
     discard_checkpoint(checkpoint)
     with decoration("The loss curve", listen), atomic_file(report_folder(config.out) / CURVE) as draft:
         of = {"of": "pair of answers"} if config.method == "dpo" else {}
-        of |= {"of": "label (nats)"} if config.task == "classify" else {}
+        of |= {"of": f"{unit_of(config)} (nats)"} if config.task in TASKS else {}
         loss_curve(draft, report["train_loss"], report["eval_loss"], report["best_step"], **of)
     return TrainResult(True, config.out, report)
 
 
-def _base(config: TrainConfig, train_set: Dataset) -> Base:
-    if config.task == "classify":
-        return labels.load_classifier(config, train_set.labels)
+def load_for(config: TrainConfig, train_set: Dataset) -> Base:
+    """The base that a training with these rows is on."""
+    if config.task in TASKS:
+        task = TASKS[config.task]
+        return task.load(source_of(config), task.labels(train_set))
     return load_base(
         config.base, name=config.base_name, device=config.device, dtype=config.dtype, max_length=config.max_length
     )
 
 
-def _scores(base: Base, trainer: Trainer, data: "TrainData", listen: Listener) -> dict[str, Any]:
-    """For the report, how a classifier does on rows that it has not learnt from; empty where there are none."""
+def source_of(config: TrainConfig) -> Source:
+    return Source(config.base, config.base_name, config.device, config.dtype, config.schedule.seed)
+
+
+def _scores(config: TrainConfig, base: Base, trainer: Trainer, data: "TrainData", listen: Listener) -> dict[str, Any]:
+    """For the report, how the adapter of a task does on rows that it has not learnt from; empty where there are none.
+
+    Beside it the bare base, where that does the task, too.
+    """
     scored = data.test or data.held_out
-    if not isinstance(base, labels.ClassifierBase) or not scored:
+    if not isinstance(base, TaskBase) or not scored:
         return {}
-    found = labels.scores(trainer.model, base, scored)
-    told = f"accuracy {found['accuracy']:.3f}, macro_f1 {found['macro_f1']:.3f}"
+    task = TASKS[config.task]
+    model: Any = trainer.model
+    with torch.no_grad():  # what is scored is what is written
+        for name, value in trainer.parameters.items():
+            if _is_small(name) and config.lora.init != "pissa":
+                value.copy_(value.bfloat16())
+    measured = task.measured(model, base, scored)
+    values = measured.values()
+    report = {"scores": {"num_examples": measured.count, **values, **measured.detail}}
+    if base.has_answers:
+        with model.disable_adapter():
+            report["base_scores"] = task.measured(model, base, scored).values()
+    before = report.get("base_scores", {})
+    told = ", ".join(
+        f"{name} {value:.3f}" + (f" (the base: {before[name]:.3f})" if before else "") for name, value in values.items()
+    )
     listen(Progress("scores", message=f"`{'test_data' if data.test else 'eval_data'}`: {told}"))
-    return {"scores": found}
+    return report
 
 
 @dataclass(slots=True)
@@ -170,7 +196,7 @@ def preview(config: TrainConfig, count: int, listen: Listener = ignore) -> list[
 class TrainData:
     """The examples as tokens, and what is to be said of their lengths. `padding` is its share of all positions.
 
-    `encoder` made them; None for a classifier, whose texts are no prompts.
+    `encoder` made them; None for tasks whose texts are no prompts.
     """
 
     train: list[Encoded]
@@ -186,17 +212,13 @@ def encode(config: TrainConfig, train_set: Dataset, held_out: Dataset | None, li
 
     Raises InvalidRequest naming the rows that the model cannot hold.
     """
-    encoder, test = None, list[Encoded]()
-    if config.task == "classify":
-        texts = labels.TextEncoder(config.base, max_length=config.max_length)
-        train, evaluation = texts.encode(train_set), texts.encode(held_out) if held_out else []
-        if config.test_data is not None:
-            test = texts.encode(read_dataset(config.test_data, reading=config.reading))
-    else:
-        tokenizer, context_length = load_tokenizer(config.base)
-        encoder = encoder_of(config, tokenizer)
-        train = encoder.encode(train_set, context_length=context_length)
-        evaluation = encoder.encode(held_out, context_length=context_length) if held_out else []
+    encoder = None
+    test_set = None if config.test_data is None else read_dataset(config.test_data, reading=config.reading)
+    if config.task not in TASKS:
+        encoder = encoder_of(config, load_tokenizer(config.base)[0])
+    train, evaluation, test = (
+        [] if rows is None else encode_rows(config, rows) for rows in (train_set, held_out, test_set)
+    )
     lengths = [len(e) for e in train]
     batches = epoch_order(lengths, config.schedule.batch_size, seed=config.schedule.seed, epoch=0)
     padding = padding_share(lengths, batches)
@@ -207,6 +229,19 @@ def encode(config: TrainConfig, train_set: Dataset, held_out: Dataset | None, li
     if evaluation:
         told["eval"] = asdict(length_statistics(evaluation))
     return TrainData(train, evaluation, told, padding, encoder, test)
+
+
+def encode_rows(config: TrainConfig, rows: Dataset) -> list[Encoded]:
+    """A file as tokens. Raises InvalidRequest naming the rows that the model cannot hold."""
+    if config.task in TASKS:
+        return TASKS[config.task].encode(rows, source_of(config), config.max_length)
+    tokenizer, context_length = load_tokenizer(config.base)
+    return encoder_of(config, tokenizer).encode(rows, context_length=context_length)
+
+
+def unit_of(config: TrainConfig) -> str:
+    """What the loss is the mean over."""
+    return TASKS[config.task].unit if config.task in TASKS else "answer token"
 
 
 def encoder_of(config: TrainConfig, tokenizer: Any) -> Encoder:
@@ -223,12 +258,15 @@ def encoder_of(config: TrainConfig, tokenizer: Any) -> Encoder:
 def prepare(config: TrainConfig, base: Base, data: TrainData) -> Trainer:
     """The trainer on low-rank matrices, fresh ones, the same for the same seed, or those that it goes on from."""
     torch.manual_seed(config.schedule.seed)
-    if isinstance(base, labels.ClassifierBase):
-        head = add_lora(base, config.lora, **labels.lora_fields(base))
-        return Trainer(head, base, data.train, data.held_out, config.schedule, labels.Labels(head, base))
     model = _wrapped(config, base)
-    objective = Preferences(model, base, config.beta) if config.method == "dpo" else None
-    return Trainer(model, base, data.train, data.held_out, config.schedule, objective)
+    return Trainer(model, base, data.train, data.held_out, config.schedule, objective_of(config, model, base))
+
+
+def objective_of(config: TrainConfig, model: Any, base: Base) -> Objective:
+    """What the training makes small."""
+    if isinstance(base, TaskBase):
+        return TASKS[config.task].objective(model, base)
+    return Preferences(model, base, config.beta) if config.method == "dpo" else Answers(model, base)
 
 
 def _wrapped(config: TrainConfig, base: Base) -> Any:
@@ -238,19 +276,17 @@ def _wrapped(config: TrainConfig, base: Base) -> Any:
         return started(base.model, config.start, config.lora.dropout)
 
 
-def add_lora(base: Base, shape: LoraShape, **more: Any) -> Any:
+def add_lora(base: Base, shape: LoraShape) -> Any:
     """The base wrapped by PEFT with new matrices: A random, B zero, so that it starts as the base.
-
-    `more`: other fields of PEFT's config.
 
     Raises InvalidRequest when a target names no linear of the model.
     """
     from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D
 
-    fields = {"task_type": "CAUSAL_LM", **more}
     config = LoraConfig(
-        **fields,
+        task_type=base.peft_task if isinstance(base, TaskBase) else "CAUSAL_LM",
+        modules_to_save=list(base.whole) or None if isinstance(base, TaskBase) else None,
         r=shape.rank,
         lora_alpha=shape.rank * 2 if shape.alpha is None else shape.alpha,
         lora_dropout=shape.dropout,
@@ -354,7 +390,7 @@ def _write(config: TrainConfig, base: Base, trainer: Trainer, report: dict[str, 
     }
     with result_and_report(config.out) as (result, beside):
         written = plain_config(model.peft_config["default"], base.name)
-        if isinstance(base, labels.ClassifierBase):
+        if isinstance(base, TaskBase) and base.peft_task in _LABELLED:
             written |= {"id2label": {str(number): name for number, name in enumerate(base.labels)}}
         report["size_bytes"] = write_adapter(result, written, tensors)
         write_card(result, Card.of_training(config.title or config.out.name, config.command, report))
