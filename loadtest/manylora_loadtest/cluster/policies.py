@@ -8,18 +8,17 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from manylora_loadtest.cluster.replicas import DEVICE, HOST, Shape, Tier
+from manylora.cluster.affinity import Arrivals, score
+from manylora.identity import Tier as NamedTier
+from manylora_loadtest.cluster.replicas import DEVICE, HOST, STORE, Shape, Tier
 
 __all__ = ["POLICIES", "Policy", "View"]
 
 Policy = Callable[["View", int], int]
 """Which replica gets a request for an adapter."""
 
-_RATE_S: Final = 10.0  # over which an adapter's traffic is averaged
-_LEAST_K: Final = 4
 _BOUND: Final = 1.25
-_SCORES: Final = {DEVICE: 1.0, HOST: 0.7}
-_COLD_SCORE: Final = 0.3
+_TIERS: Final[Mapping[Tier, NamedTier]] = {DEVICE: "device", HOST: "host", STORE: "disk"}
 
 
 @dataclass(slots=True)
@@ -33,21 +32,21 @@ class View:
     loads: NDArray[np.float64] = field(init=False)
     known: dict[int, dict[int, Tier]] = field(default_factory=dict)  # adapter -> replica -> tier
     _orders: dict[int, NDArray[np.int64]] = field(default_factory=dict)
-    _rates: dict[int, tuple[float, float]] = field(default_factory=dict)  # adapter -> requests a second, and when
+    _arrivals: Arrivals = field(default_factory=Arrivals)
 
     def __post_init__(self) -> None:
         self.loads = np.zeros(self.shape.num_replicas)
 
     def note(self, adapter: int) -> None:
         """One more request for the adapter."""
-        rate, at = self._rates.get(adapter, (0.0, self.now))
-        self._rates[adapter] = rate * math.exp((at - self.now) / _RATE_S) + 1 / _RATE_S, self.now
+        self._arrivals.note(adapter, self.now)
 
     def wanted_replicas(self, adapter: int) -> int:
         """How many replicas an adapter's traffic needs with half of their seats; four at least."""
-        rate, at = self._rates.get(adapter, (0.0, self.now))
-        seats = rate * math.exp((at - self.now) / _RATE_S) * self.run_s
-        return min(max(_LEAST_K, math.ceil(2 * seats / self.shape.seats)), self.shape.num_replicas)
+        shape = self.shape
+        return self._arrivals.wanted_replicas(
+            adapter, self.now, run_s=self.run_s, seats=shape.seats, num_replicas=shape.num_replicas
+        )
 
     def order(self, adapter: int) -> NDArray[np.int64]:
         """All replicas in the adapter's own order (rendezvous hashing): one replica less moves only its adapters."""
@@ -137,11 +136,10 @@ def scored(view: View, adapter: int) -> int:
     candidates.update(dict.fromkeys(replica for replica in tiers if math.isfinite(view.loads[replica])))
     candidates.update(dict.fromkeys(view.some(2)))
 
-    def score(replica: int) -> float:
-        warmth = _SCORES.get(tiers[replica], _COLD_SCORE) if replica in tiers else _COLD_SCORE
-        return warmth - float(view.loads[replica]) / view.shape.seats
+    def worth(replica: int) -> float:
+        return score(_TIERS[tiers.get(replica, STORE)], float(view.loads[replica]), view.shape.seats)
 
-    return max(candidates, key=score)
+    return max(candidates, key=worth)
 
 
 POLICIES: Final[Mapping[str, Policy]] = {

@@ -27,6 +27,7 @@ _SAFE: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 _EXPOSED: Final = (
     "x-request-id",
     "x-manylora-adapter",
+    "x-manylora-replica",
     "x-manylora-revision",
     "retry-after",
     "content-disposition",

@@ -12,7 +12,7 @@ from manylora.errors import InvalidSettings, ManyloraError
 __all__ = ["build", "main"]
 
 # Each has `register(app)`, which adds commands without importing torch.
-_COMMANDS = ("serve", "ask", "adapters", "keys", "usage", "lifecycle", "data", "jobs", "worker")
+_COMMANDS = ("serve", "cluster", "ask", "adapters", "keys", "usage", "lifecycle", "data", "jobs", "worker")
 _USAGE, _FAILURE, _INTERRUPTED = 2, 1, 130
 
 

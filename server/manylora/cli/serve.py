@@ -1,7 +1,7 @@
 """`manylora serve`: every setting is a flag, made from the setting itself, so that nothing is written twice."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
@@ -17,14 +17,17 @@ if TYPE_CHECKING:
     from manylora.models.memory_report import MemoryReport
     from manylora.serving.process import Announcement
 
-__all__ = ["flag_of", "register", "shown_default"]
+__all__ = ["flag_of", "given", "register", "shown_default", "with_flags"]
 
 _ARGUMENT = "model"
 
 
 def register(app: typer.Typer) -> None:
     """Add `serve` to `app`."""
-    app.command("serve", help=_HELP)(_with_flags(_serve))
+    option = typer.Option("--dry-run", help="Say what the base will take of the memory, and end without loading it.")
+    kind = Annotated[bool, option]
+    more = inspect.Parameter("dry_run", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
+    app.command("serve", help=_HELP)(with_flags(_serve, more))
 
 
 _HELP = """Serve MODEL and many adapters over an OpenAI-compatible API.
@@ -40,7 +43,7 @@ def flag_of(name: str) -> str:
 
 
 def _serve(*, dry_run: bool, **flags: Any) -> None:
-    settings = load_settings(**{name: value for name, value in flags.items() if value not in (None, [])})
+    settings = load_settings(**given(flags))
     if dry_run:
         _report_memory(settings)
         return
@@ -107,16 +110,18 @@ def _announce(what: "Announcement") -> None:
         )
 
 
-def _with_flags(function: Callable[..., None]) -> Callable[..., None]:
-    """Give the function the signature that typer reads, one optional parameter for each setting."""
+def given(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags that somebody gave."""
+    return {name: value for name, value in flags.items() if value not in (None, [])}
+
+
+def with_flags(function: Callable[..., None], *more: inspect.Parameter) -> Callable[..., None]:
+    """Give the function the signature that typer reads: one optional parameter for each setting, and `more`."""
     parameters = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(name, field))
         for name, field in Settings.model_fields.items()
     ]
-    option = typer.Option("--dry-run", help="Say what the base will take of the memory, and end without loading it.")
-    parameters.append(
-        inspect.Parameter("dry_run", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option])
-    )
+    parameters += more
 
     def command(**flags: Any) -> None:
         function(**flags)

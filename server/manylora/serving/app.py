@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from fastapi import APIRouter, Depends, FastAPI
+from fastapi.routing import APIRoute
 from starlette.types import Scope
 
 from manylora import __version__
@@ -48,7 +49,7 @@ from manylora.tenants.interface import Gate
 from manylora.tenants.presence import Presence
 from manylora.usage.interface import UsageSink
 
-__all__ = ["create_app"]
+__all__ = ["create_app", "inference_routes", "upload_limits"]
 
 # Bodies that are written to disk as they come, each with the setting that bounds it.
 _UPLOADS = {("POST", "/v1/adapters"): "max_adapter_size", ("POST", "/v1/files"): "max_file_size"}
@@ -119,20 +120,36 @@ def create_app(
     return app
 
 
-def _add_layers(
-    app: FastAPI, settings: Settings, body_limit: int, presence: Presence, *, is_open: Callable[[], bool]
-) -> None:
-    """What every request passes on its way to a route; the last one added comes first."""
-    upload_limits = {
+def upload_limits(settings: Settings) -> dict[tuple[str, str], int]:
+    """By method and path, how many bytes a body may have that goes to disk as it comes; of all others, `max_body`."""
+    body_limit = _in_bytes(settings.max_body, "max_body")
+    return {
         route: max(body_limit, _in_bytes(getattr(settings, name), name) + _MULTIPART_OVERHEAD)
         for route, name in _UPLOADS.items()
     }
 
+
+def inference_routes() -> set[tuple[str, str]]:
+    """The method and path of every request that only asks the model something, and so may be sent again."""
+    found: set[tuple[str, str]] = set()
+    for each in _INFERENCE:
+        for route in each.router.routes:
+            if isinstance(route, APIRoute):
+                found |= {(method, route.path) for method in route.methods or ()}
+    return found
+
+
+def _add_layers(
+    app: FastAPI, settings: Settings, body_limit: int, presence: Presence, *, is_open: Callable[[], bool]
+) -> None:
+    """What every request passes on its way to a route; the last one added comes first."""
+    uploads = upload_limits(settings)
+
     def is_upload(scope: Scope) -> bool:
-        return (scope["method"], scope["path"]) in upload_limits
+        return (scope["method"], scope["path"]) in uploads
 
     def limit_of(scope: Scope) -> int:
-        return upload_limits.get((scope["method"], scope["path"]), body_limit)
+        return uploads.get((scope["method"], scope["path"]), body_limit)
 
     is_reachable = settings.allow_open and not is_loopback(settings.host)
     app.add_middleware(BodyLimit, limit_of=limit_of, is_streamed=is_upload, presence=presence)

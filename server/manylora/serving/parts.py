@@ -4,7 +4,7 @@ The HTTP server (`serving.process`), a program that generates in its own process
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +25,7 @@ from manylora.api import (
 )
 from manylora.api import usage as usage_routes
 from manylora.api.inspection import Inspect
+from manylora.api.record import Recorder
 from manylora.api.state import Departure
 from manylora.api.tracing import Tracing, open_tracing
 from manylora.catalog.interface import AdapterDirectory
@@ -107,7 +108,9 @@ class Parts:
         """From an adapter's name to the identity that `engine.generate` takes."""
         return self.catalog.directory
 
-    def app(self, *, may_run_open: bool = True, departure: Departure | None = None) -> FastAPI:
+    def app(
+        self, *, may_run_open: bool = True, departure: Departure | None = None, recorders: Sequence[Recorder] = ()
+    ) -> FastAPI:
         """The HTTP application over these parts, for any ASGI server; see `create_app`."""
         prices = _prices(self.settings)
         return create_app(
@@ -127,6 +130,7 @@ class Parts:
                 fine_tuning.build_router(self.catalog, Board(self.catalog.database), prices),
                 dashboard_routes.build_router(self.settings.root_path),
             ),
+            recorders=recorders,
             usage=self.usage,
             tracing=self.tracing,
             may_run_open=may_run_open,
