@@ -1,16 +1,18 @@
 """What a fine-tuning job beside the server takes from those who ask: time to the first token and to the next ones.
 
-    python -m benchmarks.beside_job [--seconds 60] [--rounds 3] [--output FILE] [-- flags of manylora serve]
+    python -m benchmarks.beside_job [--seconds 60] [--turn 5] [--output FILE] [-- flags of manylora serve]
 
 Streams are asked for one after the other by a few callers, in turns of some seconds without a job and with one that
-trains (the server's own, at nice 19 on one thread), so that what else happens on the machine meets both. The goal is
-that the 95th percentiles of time to first token and of time per token are within 15 % of those without.
+trains (the server's own, at nice 19 on one thread), so that what else happens on the machine meets both. It is one job:
+its process is stopped (SIGSTOP) in the turns without it, which are as many, and as often first of two. The goal is that
+the 95th percentiles of time to first token and of time per token are within 15 % of those without.
 """
 
 import argparse
 import asyncio
 import json
 import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import psutil
 
 from benchmarks.servers import Server, end_on_sigterm, free_port
 
@@ -30,6 +33,7 @@ GOAL = 0.15
 NUM_ROWS = 4_000  # times the epochs, more than any measurement lasts
 PROMPT = "The quick brown fox jumps over the lazy dog, and then it "
 JOBS = "/v1/fine_tuning/jobs"
+CHILD = "manylora.jobs.child"
 
 
 @dataclass
@@ -82,21 +86,24 @@ async def load(url: str, session: aiohttp.ClientSession, seconds: float, callers
 
 
 @asynccontextmanager
-async def training(url: str, session: aiohttp.ClientSession, file_id: str) -> AsyncIterator[None]:
-    """A job that has begun to learn, until the end of the block."""
+async def training(server: Server, session: aiohttp.ClientSession, file_id: str) -> AsyncIterator[psutil.Process]:
+    """The process of a job that has begun to learn, and goes on to the end of the block."""
     hyperparameters = {"n_epochs": 50, "batch_size": 8}
     asked = {"model": MODEL, "training_file": file_id, "hyperparameters": hyperparameters}
-    async with session.post(url + JOBS, json=asked) as answer:
+    async with session.post(server.url + JOBS, json=asked) as answer:
         job = (await answer.json())["id"]
-    while (await _job(url, session, job))["manylora"]["step"] < 2:
+    while (found := await _job(server.url, session, job))["manylora"]["step"] < 2:
         await asyncio.sleep(1)
+    [process] = [each for each in psutil.Process(server.pid).children(recursive=True) if CHILD in each.cmdline()]
     try:
-        yield
+        yield process
     finally:
-        found = await _job(url, session, job)
-        async with session.post(f"{url}{JOBS}/{job}/cancel") as answer:
+        process.send_signal(signal.SIGCONT)
+        begun, found = found, await _job(server.url, session, job)
+        async with session.post(f"{server.url}{JOBS}/{job}/cancel") as answer:
             await answer.read()
         assert found["status"] == "running", f"the job did not run all the time: {found['status']} {found['error']}"
+        assert found["manylora"]["step"] > begun["manylora"]["step"], "the job did not get on"
 
 
 async def _job(url: str, session: aiohttp.ClientSession, job: str) -> dict[str, Any]:
@@ -106,22 +113,31 @@ async def _job(url: str, session: aiohttp.ClientSession, job: str) -> dict[str, 
     return found
 
 
-async def measure(url: str, arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+async def measure(server: Server, arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     rows = [{"prompt": f"{n} + {n % 97} =", "completion": str(n + n % 97)} for n in range(NUM_ROWS)]
     form = aiohttp.FormData({"purpose": "fine-tune"})
     form.add_field("file", "".join(json.dumps(row) + "\n" for row in rows), filename="sums.jsonl")
-    without, beside = Seen(), Seen()
+    seen = {"without": Seen(), "beside": Seen()}
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None)) as session:
-        async with session.post(f"{url}/v1/files", data=form) as answer:
+        async with session.post(f"{server.url}/v1/files", data=form) as answer:
             answer.raise_for_status()
             file_id = (await answer.json())["id"]
-        share = (url, session, arguments.seconds / arguments.rounds, arguments.callers, arguments.tokens)
-        await load(url, session, 3.0, arguments.callers, arguments.tokens)
-        for _ in range(arguments.rounds):
-            _add(without, await load(*share))
-            async with training(url, session, file_id):
-                _add(beside, await load(*share))
-    return {"without": without.figures(), "beside": beside.figures()}
+        share = (server.url, session, arguments.turn, arguments.callers, arguments.tokens)
+        async with training(server, session, file_id) as process:
+            await load(*share)
+            cpu_s = 0.0
+            for pair in range(max(1, round(arguments.seconds / arguments.turn))):
+                for name in ("without", "beside") if pair % 2 else ("beside", "without"):
+                    process.send_signal(signal.SIGSTOP if name == "without" else signal.SIGCONT)
+                    before = _cpu_s(process)
+                    _add(seen[name], await load(*share))
+                    cpu_s += _cpu_s(process) - before
+    return {name: found.figures() for name, found in seen.items()} | {"job": {"cpu_s": cpu_s}}
+
+
+def _cpu_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 def _add(total: Seen, part: Seen) -> None:
@@ -132,7 +148,7 @@ def _add(total: Seen, part: Seen) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60.0, help="of load without a job, and as many with one")
-    parser.add_argument("--rounds", type=int, default=3, help="turns that the time is cut into")
+    parser.add_argument("--turn", type=float, default=5.0, help="seconds of a turn")
     parser.add_argument("--callers", type=int, default=4, help="that ask at a time")
     parser.add_argument("--tokens", type=int, default=64, help="of an answer")
     parser.add_argument("--output", type=Path, help="where the figures go as JSON")
@@ -146,7 +162,7 @@ def main() -> None:
         server = Server("manylora", command, f"http://127.0.0.1:{port}", Path(folder) / "log", "/ready")
         server.start(300)
         try:
-            found = asyncio.run(measure(server.url, arguments))
+            found = asyncio.run(measure(server, arguments))
         finally:
             server.stop()
     for name, without in found["without"].items():
@@ -155,9 +171,10 @@ def main() -> None:
             f"{name}: {without * 1e3:8.2f} ms without, {found['beside'][name] * 1e3:8.2f} ms beside a job ({more:+.1%})"
         )
         print(told + ("" if more <= GOAL or "p95" not in name else f": more than {GOAL:.0%}"))
+    print(f"the job had {found['job']['cpu_s']:.1f} s of CPU time in its {arguments.seconds:g} s")
     if arguments.output:
         machine = {"num_cpus": os.cpu_count(), "load_average": os.getloadavg()[0]}
-        asked = {name: getattr(arguments, name) for name in ("seconds", "rounds", "callers", "tokens", "flags")}
+        asked = {name: getattr(arguments, name) for name in ("seconds", "turn", "callers", "tokens", "flags")}
         arguments.output.write_text(json.dumps({**machine, **asked, **found}, indent=1) + "\n", encoding="utf-8")
 
 

@@ -14,6 +14,8 @@ from typer.testing import CliRunner, Result
 from manylora.cli.main import build
 from tests.catalog.real_server import Server, serving
 from tests.lifecycle.helpers import label_rows, write_rows
+from tests.lifecycle.test_data_folders import saved
+from tests.lifecycle.test_trackers import curves
 
 PATIENCE_S = 300.0
 
@@ -149,8 +151,13 @@ def test_a_job_from_a_terminal(server: Server, tmp_path: Path) -> None:
     (newest, *_) = json.loads(run("list", "--json").stdout)
     assert newest["fine_tuned_model"] == "typed@1"
     assert "n_epochs 1" in run("show", newest["id"]).stdout
-    assert run("events", newest["id"]).stdout.splitlines()[-1].endswith("The job has succeeded: typed@1")
-    further = run("submit", str(rows), "--start", "typed@1", "--eval", str(rows), *so)
+    shown = run("events", newest["id"], "--report-to", "tensorboard", "--report-dir", str(tmp_path / "runs"))
+    assert shown.stdout.splitlines()[-1].endswith("The job has succeeded: typed@1")
+    assert [step for step, _ in curves(tmp_path / "runs")["train_loss"]] == [1, 2, 3, 4]
+    assert run("events", newest["id"], "--report-to", "comet").exit_code == 2
+    further = run(
+        "submit", str(rows), "--start", "typed@1", "--eval", str(saved(tmp_path / "held out", label_rows())), *so
+    )
     assert "succeeded: typed@2" in further.stdout, further.output
     assert _first_loss(further.stdout) < _first_loss(done.stdout), "it begins where the other has ended"
     (latest, *_) = json.loads(run("list", "--json").stdout)

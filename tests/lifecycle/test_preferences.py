@@ -1,5 +1,6 @@
 """Learning from preferences: what a row may be, the loss against its formula, and a training from file to adapter."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from manylora.lifecycle.train.config import LoraShape, Schedule, TrainConfig
 from manylora.lifecycle.train.train import encode, prepare, train
 from manylora.lifecycle.train.training import Trainer
 from tests.lifecycle.helpers import tiny_config, write_rows
+from tests.lifecycle.trl_dpo import RECORDED, as_trl, set_weights
 
 BETA = 0.3
 
@@ -125,6 +127,25 @@ def test_the_loss_and_its_gradient_are_those_of_the_formula(config: TrainConfig)
     theirs = torch.autograd.grad(wanted, parameters)
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+
+
+def test_the_loss_and_its_gradient_are_those_of_trl(config: TrainConfig) -> None:
+    recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
+    trainer = trainer_of(config)
+    pairs = list(trainer._train)
+    assert as_trl(pairs) == recorded["pairs"], "it is the same batch"
+    set_weights(trainer.model)
+    trainer.model.eval()
+
+    found = trainer.objective.summed(pairs)
+    torch.autograd.backward(found.loss / len(pairs))
+
+    assert recorded["beta"] == BETA
+    assert abs(recorded["margin"]) > 0.1, "it is not the base any more"
+    assert float(found.loss.detach()) / len(pairs) == pytest.approx(recorded["loss"], rel=1e-5)
+    assert found.values["margin"] / len(pairs) == pytest.approx(recorded["margin"], rel=1e-4)
+    lengths = {name: float(p.grad.norm()) for name, p in trainer.parameters.items() if p.grad is not None}
+    assert lengths == pytest.approx(recorded["gradient"], rel=1e-3)
 
 
 def test_training_widens_the_margin_from_nothing_and_goes_on_bit_for_bit(config: TrainConfig, tmp_path: Path) -> None:

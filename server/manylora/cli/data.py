@@ -24,7 +24,7 @@ def _data() -> None:
 
 @app.command()
 def check(
-    data: Annotated[Path, typer.Argument(help="Rows to learn from: .jsonl, .json, .csv, .tsv or .parquet.")],
+    data: Annotated[Path, typer.Argument(help="Rows: .jsonl, .json, .csv, .tsv or .parquet, or a folder of them.")],
     held_out: Annotated[Path | None, typer.Option("--eval", help="Held-out rows: also what both files share.")] = None,
     columns: Annotated[
         list[str] | None, typer.Option("--map", help="A field by its name in the file, such as prompt=question.")

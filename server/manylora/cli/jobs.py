@@ -5,15 +5,20 @@ The server is `MANYLORA_URL`, the key `MANYLORA_KEY`; see `cli.answers` for the 
 
 import json
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import IO, TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from manylora.cli.answers import FAILED, USAGE, Remote, as_time, console, fail, print_json, server, table
+from manylora.cli.answers import FAILED, USAGE, Remote, as_time, complaints, console, fail, print_json, server, table
 from manylora.cli.flags import words_of
+
+if TYPE_CHECKING:
+    from manylora.lifecycle.progress import Progress
 
 __all__ = ["register"]
 
@@ -29,6 +34,7 @@ _JOBS: Final = "/v1/fine_tuning/jobs"
 _ENDED: Final = ("succeeded", "failed", "cancelled")
 _EVERY_S: Final = 1.0
 _PAGE: Final = 1000
+_ARROW: Final = ".arrow"
 
 
 def register(program: typer.Typer) -> None:
@@ -38,7 +44,7 @@ def register(program: typer.Typer) -> None:
 
 @app.command()
 def submit(
-    data: Annotated[Path, typer.Argument(help="Rows to learn from: .jsonl, .json, .csv, .tsv or .parquet.")],
+    data: Annotated[Path, typer.Argument(help="Rows: .jsonl, .json, .csv, .tsv or .parquet, or a folder of them.")],
     held_out: Annotated[Path | None, typer.Option("--eval", help="Held-out rows, to keep the best step.")] = None,
     start: Annotated[str | None, typer.Option(help="An adapter of the server to go on from, NAME[@VERSION].")] = None,
     name: Annotated[str | None, typer.Option(help="The adapter whose next version comes out.")] = None,
@@ -62,7 +68,7 @@ def submit(
 ) -> None:
     """Upload rows and ask for a training on them. With --follow, exit code 1 if it fails or is cancelled."""
     for path in (data, held_out):
-        if path is not None and not path.is_file():
+        if path is not None and not _parts(path)[0].is_file():
             fail(f"{path} is not a file.", USAGE)
     chosen = {
         "n_epochs": epochs, "batch_size": batch_size, "learning_rate_multiplier": lr_multiplier, "beta": beta,
@@ -113,15 +119,55 @@ def show(job_id: JobId, as_json: AsJson = False) -> None:
 def events(
     job_id: JobId,
     follow: Annotated[bool, typer.Option("--follow", help="Go on until the job has ended.")] = False,
+    report_to: Annotated[
+        str, typer.Option(help="Write the curves for tensorboard, wandb or mlflow, comma-separated, on this machine.")
+    ] = "",
+    report_dir: Annotated[Path, typer.Option(help="Where to.")] = Path("runs"),
     as_json: AsJson = False,
 ) -> None:
     """What was told of a job, oldest first. With --json each event is a line."""
-    with server(as_json=as_json) as remote:
+    with server(as_json=as_json) as remote, _figures_in(report_dir, words_of(report_to), remote, job_id) as figures:
         if follow:
-            _follow(remote, job_id, as_json=as_json)
+            _follow(remote, job_id, as_json=as_json, figures=figures)
             return
         for event in _events(remote, job_id, after=0):
             _tell(event, as_json=as_json)
+            figures(event)
+
+
+@contextmanager
+def _figures_in(
+    folder: Path, names: tuple[str, ...], remote: Remote, job_id: str
+) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """What takes events, and writes the figures of steps for the packages that were named."""
+    if not names:
+        yield lambda _: None
+        return
+    from manylora.errors import InvalidRequest
+    from manylora.lifecycle.parameters import renamed
+    from manylora.lifecycle.progress import Progress
+    from manylora.lifecycle.trackers import check_trackers, tracked
+
+    try:
+        check_trackers(names)
+    except InvalidRequest as error:
+        fail(renamed(error.message, {"report_to": "--report-to"}), USAGE)
+    job = remote.call("GET", f"{_JOBS}/{job_id}")
+    settings = {"job": job_id, "model": job["model"], "seed": job["seed"], **job["hyperparameters"]}
+    with tracked(names, folder, job["manylora"]["name"], settings, _warn) as listen:
+
+        def take(event: dict[str, Any]) -> None:
+            if event["type"] == "metrics":
+                values = dict(event["data"])
+                step, total = values.pop("step"), values.pop("total_steps")
+                listen(Progress("train", step, total, values=values))
+
+        yield take
+
+
+def _warn(event: "Progress") -> None:
+    if event.message:
+        complaints.print(event.message, style="yellow", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -157,10 +203,41 @@ def _base(remote: Remote) -> str:
     return str(next(model["id"] for model in models if not model.get("parent")))
 
 
+def _parts(path: Path) -> list[Path]:
+    from manylora.errors import InvalidRequest
+    from manylora.lifecycle.data.folders import parts_of
+
+    try:
+        return parts_of(path)
+    except InvalidRequest as error:
+        fail(error.message, USAGE)
+
+
 def _uploaded(remote: Remote, path: Path) -> str:
-    with path.open("rb") as file:
-        made = remote.call("POST", "/v1/files", data={"purpose": "fine-tune"}, files={"file": (path.name, file)})
+    with _as_one_file(path) as file:
+        name = path.name if _parts(path) == [path] and path.suffix != _ARROW else f"{path.stem}.jsonl"
+        made = remote.call("POST", "/v1/files", data={"purpose": "fine-tune"}, files={"file": (name, file)})
     return str(made["id"])
+
+
+@contextmanager
+def _as_one_file(path: Path) -> Iterator[IO[bytes]]:
+    """The file; of a folder, and of Arrow's files, which servers do not take from strangers, the rows as JSON lines."""
+    from manylora.errors import InvalidRequest
+    from manylora.lifecycle.data.files import AS_IT_IS, rows_of
+
+    if _parts(path) == [path] and path.suffix != _ARROW:
+        with path.open("rb") as file:
+            yield file
+        return
+    with tempfile.TemporaryFile() as file:
+        try:
+            for _, row in rows_of(path, AS_IT_IS):
+                file.write(json.dumps(row, ensure_ascii=False, default=str).encode() + b"\n")
+        except InvalidRequest as error:
+            fail(error.message, USAGE)
+        file.seek(0)
+        yield file
 
 
 def _events(remote: Remote, job_id: str, *, after: int) -> list[dict[str, Any]]:
@@ -185,13 +262,16 @@ def _number(event: dict[str, Any]) -> int:
     return int(event["id"].rpartition("-")[2])
 
 
-def _follow(remote: Remote, job_id: str, *, as_json: bool) -> dict[str, Any]:
-    """Tell what happens until the job has ended; the job."""
+def _follow(
+    remote: Remote, job_id: str, *, as_json: bool, figures: Callable[[dict[str, Any]], None] = lambda _: None
+) -> dict[str, Any]:
+    """Tell what happens until the job has ended; the job. `figures` takes each event, too."""
     seen = 0
     while True:
         job: dict[str, Any] = remote.call("GET", f"{_JOBS}/{job_id}")  # before its events: the last one is not missed
         for event in _events(remote, job_id, after=seen):
             _tell(event, as_json=as_json)
+            figures(event)
             seen = _number(event)
         if job["status"] in _ENDED:
             return job

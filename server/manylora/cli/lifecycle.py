@@ -51,7 +51,7 @@ _TRAINING = Flags(
 _CHOOSING = Flags(
     ChooseConfig,
     spelled={
-        "training.data": Spelling(help="Rows to cross-validate on: .jsonl, .json, .csv, .tsv or .parquet"),
+        "training.data": Spelling(help="Rows to cross-validate on, a file or a folder, as train takes them"),
         "training.out": Spelling(help="The table and plot go into OUT.ranks, the final adapter into OUT"),
         "training.base": Spelling("--model"),
         "training.reading.columns": Spelling("--map", is_repeated=True),
@@ -61,7 +61,7 @@ _CHOOSING = Flags(
     without=frozenset(
         f"training.{name}"
         for name in (
-            "eval_data", "test_data", "start", "method", "beta", "lora.rank", "lora.targets",
+            "eval_data", "test_data", "start", "method", "beta", "report_to", "lora.rank", "lora.targets",
             "schedule.max_grad_norm", "schedule.early_stop", "schedule.eval_every",
             "schedule.checkpoint_every", "title", "command",
         )

@@ -147,6 +147,11 @@ def report_folder(out: Path) -> Path:
     return out.parent / f"{out.name}.report"
 
 
+def runs_folder(out: Path) -> Path:
+    """Beside the result: what other programs show of trainings, a run for each beginning, which no later one drops."""
+    return out.parent / f"{out.name}.runs"
+
+
 def checkpoint_path(out: Path) -> Path:
     """Of a training: beside its result, hidden, so that an interrupted one leaves nothing under the result's name."""
     return out.parent / f".{out.name}.checkpoint.safetensors"

@@ -1,4 +1,5 @@
-"""A file's rows as they stand there: JSON lines, a JSON list, CSV or parquet, in whatever encoding it is said to be.
+"""A file's rows as they stand there: JSON lines, a JSON list, CSV, parquet or Arrow, in whatever encoding it is said to
+be; or those of a folder's files, one after the other.
 
 This module imports no torch and knows nothing of what a row means.
 """
@@ -12,10 +13,11 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 from manylora.errors import InvalidRequest
+from manylora.lifecycle.data.folders import KINDS, arrow_rows, parts_of
 from manylora.lifecycle.extras import need
 from manylora.lifecycle.parameters import InvalidParameter
 
-__all__ = ["AS_IT_IS", "Reading", "rows_of"]
+__all__ = ["AS_IT_IS", "Reading", "bytes_of", "rows_of"]
 
 _SEPARATORS: Final = (",", ";", "\t")
 _GUESSED: Final = ("gb18030", "shift_jis", "cp1252")
@@ -52,19 +54,39 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def rows_of(path: Path, reading: Reading) -> Iterator[tuple[int, Row]]:
-    """Each row with its number, which counts from 1 as an editor counts lines. Raises InvalidRequest."""
+    """Each row with its number, which counts from 1 as an editor counts lines, through all files of a folder.
+
+    Raises InvalidRequest.
+    """
+    last = 0
+    for part in parts_of(path):
+        before = last
+        for number, row in _rows_of_file(part, reading.encoding):
+            last = before + number
+            yield last, reading.renamed(row)
+
+
+def bytes_of(path: Path) -> bytes:
+    """What is in the files that `rows_of` reads, one after the other."""
+    return b"".join(part.read_bytes() for part in parts_of(path))
+
+
+def _rows_of_file(path: Path, encoding: str) -> Iterator[tuple[int, Row]]:
     readers = {".json": _json, ".csv": _csv, ".tsv": _csv}
     kind = path.suffix.lower()
-    if kind not in (*readers, ".jsonl", ".parquet"):
-        raise InvalidRequest(f"{path.name}: data must be a .jsonl, .csv or .parquet file (or .json, .tsv).")
+    if kind not in KINDS:
+        raise InvalidRequest(
+            f"{path.name}: data must be a .jsonl, .csv or .parquet file (or .json, .tsv, .arrow), or a folder of them."
+        )
     if not path.is_file():
         raise InvalidRequest(f"{path} does not exist or is not a file.")
     if kind == ".jsonl":
-        found = _jsonl(path.name, _lines(path, reading.encoding))
-    else:
-        found = _parquet(path) if kind == ".parquet" else readers[kind](path.name, _text(path, reading.encoding))
-    for number, row in found:
-        yield number, reading.renamed(row)
+        return _jsonl(path.name, _lines(path, encoding))
+    if kind == ".parquet":
+        return _parquet(path)
+    if kind == ".arrow":
+        return enumerate(arrow_rows(path), start=1)
+    return readers[kind](path.name, _text(path, encoding))
 
 
 def _text(path: Path, encoding: str) -> str:

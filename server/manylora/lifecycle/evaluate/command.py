@@ -18,7 +18,7 @@ from manylora.lifecycle.card import MADE, SCORES, scores_table, with_section
 from manylora.lifecycle.data.batches import check_known
 from manylora.lifecycle.data.data import Dataset
 from manylora.lifecycle.data.encoding import Encoded, Encoder, tell_lengths
-from manylora.lifecycle.data.files import AS_IT_IS
+from manylora.lifecycle.data.files import AS_IT_IS, bytes_of
 from manylora.lifecycle.evaluate.config import EvaluateRequest
 from manylora.lifecycle.evaluate.contenders import BASE, Contenders, LocalContenders, ServerContenders
 from manylora.lifecycle.evaluate.evaluate import (
@@ -252,7 +252,7 @@ def _fingerprint(request: EvaluateRequest, contenders: Contenders) -> str:
     parts += [request.model, request.server, request.dtype]
     if request.reading != AS_IT_IS or request.tool_prompt:
         parts += [asdict(request.reading), request.tool_prompt]
-    digest = hashlib.sha256(json.dumps(parts).encode() + request.data.read_bytes())
+    digest = hashlib.sha256(json.dumps(parts).encode() + bytes_of(request.data))
     if not request.server:
         for folder in request.adapters:
             digest.update((Path(folder) / TENSOR_FILE).read_bytes())

@@ -16,6 +16,7 @@ from manylora.lifecycle.base import Base, memory_faults
 from manylora.lifecycle.data.batches import check_known
 from manylora.lifecycle.data.data import Dataset, Reading, read_dataset
 from manylora.lifecycle.data.encoding import Encoded, tell_lengths
+from manylora.lifecycle.data.files import bytes_of
 from manylora.lifecycle.extras import decoration, need
 from manylora.lifecycle.journal import Journal
 from manylora.lifecycle.output import atomic_file, atomic_folder, checkpoint_path, refuse_existing, write_json
@@ -243,7 +244,7 @@ def _fingerprint(config: ChooseConfig) -> str:
     if training.task != "generate":
         parts.append(training.task)
     text = json.dumps([*parts, training.max_length, training.dtype, training.base], sort_keys=True)
-    return hashlib.sha256(text.encode() + training.data.read_bytes()).hexdigest()
+    return hashlib.sha256(text.encode() + bytes_of(training.data)).hexdigest()
 
 
 def _report(

@@ -13,6 +13,7 @@ from manylora.lifecycle.data.rows import WRITTEN
 from manylora.lifecycle.output import refuse_existing
 from manylora.lifecycle.parameters import DeviceName, DtypeName, Init, InvalidParameter, Method, Render, TrainTask
 from manylora.lifecycle.progress import Listener, Progress
+from manylora.lifecycle.trackers import check_trackers
 
 TASK_ROWS: Final[Mapping[TrainTask, tuple[Shape, str]]] = {
     "classify": ("label", "text and label"),
@@ -62,7 +63,7 @@ class Schedule:
 class TrainConfig:
     """Everything that decides the result; its JSON is kept in the report."""
 
-    data: Annotated[Path, "Training rows: .jsonl, .json, .csv, .tsv or .parquet"]
+    data: Annotated[Path, "Training rows: .jsonl, .json, .csv, .tsv or .parquet, or a folder of them"]
     out: Annotated[Path, "Folder for the adapter"]
     eval_data: Annotated[Path | None, "Held-out rows, to keep the best step"] = None
     base: Annotated[str | None, "The base; the default model when left out"] = None
@@ -93,6 +94,9 @@ class TrainConfig:
     test_data: Annotated[Path | None, "Rows that the adapter is scored on once, when it is done; not of generate"] = (
         None
     )
+    report_to: Annotated[
+        tuple[str, ...], "Write the curves for tensorboard, wandb or mlflow too, comma-separated, into `out`.runs"
+    ] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +178,7 @@ def check(config: TrainConfig, *, overwrite: bool, listen: Listener) -> tuple[Da
     refuse_existing(config.out, overwrite=overwrite)
     check_settings(config.lora, config.schedule, config.max_length, config.threads)
     check_method(config.method, config.beta, config.lora)
+    check_trackers(config.report_to)
     if config.schedule.early_stop and config.eval_data is None:
         raise InvalidParameter("`early_stop` watches the evaluation loss: give `eval_data` too.")
     if config.sample < 0 or (config.sample and config.eval_data is None):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -17,15 +18,24 @@ from manylora.lifecycle.card import Card, write_card
 from manylora.lifecycle.data.batches import check_known, epoch_order, padding_share
 from manylora.lifecycle.data.data import Dataset, read_dataset
 from manylora.lifecycle.data.encoding import Encoded, Encoder, length_statistics, tell_lengths
+from manylora.lifecycle.data.files import bytes_of
 from manylora.lifecycle.data.look import Seen, seen
 from manylora.lifecycle.evaluate.contenders import generate
 from manylora.lifecycle.extras import decoration, need
-from manylora.lifecycle.output import atomic_file, checkpoint_path, report_folder, result_and_report, write_json
+from manylora.lifecycle.output import (
+    atomic_file,
+    checkpoint_path,
+    report_folder,
+    result_and_report,
+    runs_folder,
+    write_json,
+)
 from manylora.lifecycle.parameters import InvalidParameter
 from manylora.lifecycle.plots import loss_curve
 from manylora.lifecycle.progress import Listener, Progress, ignore
 from manylora.lifecycle.tasks.interface import Source, TaskBase
 from manylora.lifecycle.tasks.registry import TASKS
+from manylora.lifecycle.trackers import tracked
 from manylora.lifecycle.train.checkpoint import discard_checkpoint, load_checkpoint, save_checkpoint
 from manylora.lifecycle.train.config import LoraShape, Schedule, TrainConfig, check, check_checkpoint, checked_data
 from manylora.lifecycle.train.memory import check_memory
@@ -91,8 +101,8 @@ def train(
         listen(Progress("checkpoint"))
 
     try:
-        with memory_faults(MEMORY_ADVICE):
-            finished = trainer.run(listen, should_stop, keep, samples.take)
+        with memory_faults(MEMORY_ADVICE), _tracked(config, listen) as told:
+            finished = trainer.run(told, should_stop, keep, samples.take)
     except Diverged:
         discard_checkpoint(checkpoint)  # going on from there would only diverge again
         raise
@@ -108,6 +118,11 @@ def train(
         of |= {"of": f"{unit_of(config)} (nats)"} if config.task in TASKS else {}
         loss_curve(draft, report["train_loss"], report["eval_loss"], report["best_step"], **of)
     return TrainResult(True, config.out, report)
+
+
+def _tracked(config: TrainConfig, listen: Listener) -> AbstractContextManager[Listener]:
+    """The listener, which also writes files of `report_to`."""
+    return tracked(config.report_to, runs_folder(config.out), config.out.name, _settings(config), listen)
 
 
 def load_for(config: TrainConfig, train_set: Dataset) -> Base:
@@ -331,21 +346,21 @@ def _fingerprint(config: TrainConfig) -> str:
     start = None if config.start is None else config.start / TENSOR_FILE
     for path in (config.data, config.eval_data, start):
         if path is not None:
-            digest.update(path.read_bytes())
+            digest.update(bytes_of(path))
     return digest.hexdigest()
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
     """The settings without what differs from machine to machine: folders and the command's spelling."""
-    values = asdict(replace(config, command="", threads=None, sample=0))
-    del values["sample"]  # changes nothing that comes out
+    values = asdict(replace(config, command="", threads=None))
+    del values["sample"], values["report_to"]  # which change nothing that comes out
     for key in ("data", "eval_data", "test_data", "out", "base", "start"):
         values[key] = Path(values[key]).name if values[key] is not None else None
     return values
 
 
 def _sha256(path: Path | None) -> str | None:
-    return None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
+    return None if path is None else hashlib.sha256(bytes_of(path)).hexdigest()
 
 
 def _report(config: TrainConfig, base: Base, trainer: Trainer, data: TrainData, train_set: Dataset) -> dict[str, Any]:
