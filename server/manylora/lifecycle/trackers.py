@@ -5,6 +5,7 @@ packages tell their makers of their use. Whoever wants a run at wandb.ai sends i
 """
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from manylora.lifecycle.progress import Listener, Progress
 __all__ = ["TRACKERS", "check_trackers", "tracked"]
 
 _PROJECT: Final = "manylora"
+_ODD: Final = re.compile(r"[^A-Za-z0-9._-]")
 # An evaluation's figures, which later steps repeat until the next one.
 _STANDING: Final = ("eval_", "valid_")
 # What the packages would tell of their use and of errors; they read this when they are imported.
@@ -117,7 +119,8 @@ def tracked(
         yield listen
         return
     runs = _Runs(listen)
-    runs.begin(names, folder, f"{title}-{time.strftime('%Y%m%d-%H%M%S')}", dict(_flat(settings)))
+    plain = _ODD.sub("-", title)  # which names a folder, and may come from a server
+    runs.begin(names, folder, f"{plain}-{time.strftime('%Y%m%d-%H%M%S')}", dict(_flat(settings)))
     is_whole = False
     try:
         yield runs.hear
