@@ -124,23 +124,6 @@ def test_a_worker_is_killed_and_the_adapter_is_that_of_an_undisturbed_run(
     assert list((settings.data_dir / "workers").iterdir()) == []
 
 
-def test_workers_are_killed_at_one_moment_after_the_other_and_the_adapter_is_the_same(
-    settings: Settings, opened: Database, job: Job, tmp_path: Path, tiny_llama_dir: Path
-) -> None:
-    board = Board(opened)
-    for run, moment in enumerate(("after it is taken up", "before it is handed in", "after it is handed in"), start=1):
-        assert ended(started(settings, moment), tmp_path) == -signal.SIGKILL, moment
-        found = board.get("acme", job.id)
-        assert (found.run, found.status) == (run, "publishing" if run == 3 else "running"), moment
-        with opened.write(None) as session:
-            session.execute(update(JobRow).values(lease_until=0))
-
-    made = settings.data_dir / "store" / f"{found.result['remains']}-{TENSOR_FILE}"
-    assert made.read_bytes() == undisturbed(job, tmp_path, tiny_llama_dir)
-    events = board.events("acme", job.id, 100, None)[0]
-    assert [event.data["step"] for event in events if event.type == "metrics"] == list(range(12, 0, -1))
-
-
 def test_a_worker_that_is_asked_to_end_puts_its_job_back(
     settings: Settings, opened: Database, job: Job, tmp_path: Path
 ) -> None:

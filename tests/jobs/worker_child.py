@@ -27,21 +27,6 @@ def after(method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def before(method: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*_args: Any, **_named: Any) -> Any:
-        die()
-
-    return call
-
-
-def after_a_claim(claim: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any) -> Any:
-        if claim(*args) is not None:
-            die()
-
-    return call
-
-
 def until_idle(claim: Callable[..., Any], stop: threading.Event) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         found = claim(*args)
@@ -71,12 +56,6 @@ def main() -> None:
         os.environ["WAIT"] = moment
     if moment == "after a checkpoint":
         JobQueue.checkpoint = after(JobQueue.checkpoint)  # type: ignore[method-assign]
-    if moment == "before it is handed in":
-        JobQueue.hand_in = before(JobQueue.hand_in)  # type: ignore[method-assign]
-    if moment == "after it is handed in":
-        JobQueue.hand_in = after(JobQueue.hand_in)  # type: ignore[method-assign]
-    if moment == "after it is taken up":
-        JobQueue.claim = after_a_claim(JobQueue.claim)  # type: ignore[method-assign]
     if moment == "without checkpoints":
         LocalStore.keep_file = without_checkpoints(LocalStore.keep_file)  # type: ignore[method-assign]
     JobQueue.claim = until_idle(JobQueue.claim, stop)  # type: ignore[method-assign]

@@ -4,6 +4,7 @@ import math
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,7 +36,7 @@ def tell(names: list[str], folder: Path) -> list[Progress]:
     return heard
 
 
-def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+def curves(folder: Path) -> dict[str, list[tuple[int, Any]]]:
     """What TensorBoard's own reader finds in the only run below the folder."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
