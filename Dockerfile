@@ -26,7 +26,7 @@ COPY server server
 COPY loadtest loadtest
 # Installing succeeds without the C++ kernels too, so the import asks for them.
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install --no-build-isolation ".[s3,postgres,tracing,speech]" \
+    pip install --no-build-isolation ".[s3,postgres,tracing,speech,images]" \
     && python -c "import torch, manylora._C"
 # What only building and torch's own tests need. torch will not be imported without torch_shm_manager.
 RUN torch=$(python -c "import torch; print(torch.__path__[0])") \

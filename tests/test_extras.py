@@ -15,6 +15,7 @@ import typer
 
 from manylora.cli.main import build
 from manylora.packages import install_command
+from tests.images.tiny import make_image_model
 from tests.lifecycle.helpers import label_rows, write_rows
 from tests.speech.tiny import make_whisper
 from tests.tiny_adapters import make_adapter
@@ -23,7 +24,7 @@ ROOT: Final = Path(__file__).parents[1]
 # What the extras of pyproject.toml bring.
 HIDDEN: Final = (
     "aiohttp", "locust", "matplotlib", "opentelemetry.exporter", "opentelemetry.sdk", "peft", "psycopg", "pyarrow",
-    "ray", "s3fs", "scipy", "sklearn", "soundfile", "soxr",
+    "ray", "s3fs", "scipy", "sklearn", "soundfile", "soxr", "PIL",
 )  # fmt: skip
 DONE, FAILED, NOT_FOUND, UNREACHABLE = 0, 1, 4, 8
 # What a command that asks a server says where there is none.
@@ -76,6 +77,7 @@ COMMANDS: Final[dict[str, tuple[str, int, str | tuple[str, ...]]]] = {
     "cluster": ("{model} --database-url postgresql://nowhere/x --data-dir {out}/d", FAILED, ("ray",)),
     "serve :jobs": ("{model} --jobs 1 --data-dir {out}/d", FAILED, ("peft", "matplotlib")),
     "serve :tracing": ("{model} --tracing --data-dir {out}/d", FAILED, ("opentelemetry.sdk", "opentelemetry.exporter")),
+    "serve :images": ("{images} --data-dir {out}/d", FAILED, ("PIL",)),
     "serve :speech": ("{speech} --data-dir {out}/d", FAILED, ("soundfile", "soxr")),
     "serve :s3": ("{model} --store-url s3://bucket/x --data-dir {out}/d", FAILED, ("s3fs",)),
     "serve :postgresql": ("{model} --database-url postgresql://nowhere/x --data-dir {out}/d", FAILED, ("psycopg",)),
@@ -100,6 +102,7 @@ def results(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     folder = tmp_path_factory.mktemp("extras")
     places = {
         "model": tiny_llama_dir, "speech": make_whisper(folder / "speech"),
+        "images": make_image_model("vit", folder / "images"),
         "adapter": make_adapter(tiny_llama_dir, folder / "adapter", rank=2),
         "rows": write_rows(folder / "rows.jsonl", label_rows()), "out": folder / "out", "data": folder / "data",
     }  # fmt: skip

@@ -7,6 +7,7 @@
     │   ├── InvalidGrammar              400 invalid_request_error  invalid_grammar
     │   ├── NothingAllowed              400 invalid_request_error  nothing_allowed
     │   ├── InvalidAudio                400 invalid_request_error  invalid_audio
+    │   ├── InvalidImage                400 invalid_request_error  invalid_image
     │   ├── ContextLengthExceeded       400 invalid_request_error  context_length_exceeded
     │   ├── MethodNotAllowed            405 invalid_request_error  method_not_allowed
     │   ├── RequestTimeout              408 invalid_request_error  request_timeout
@@ -132,6 +133,12 @@ class InvalidAudio(InvalidRequest):
     """A file that is no sound, or sound that is not transcribed."""
 
     code = "invalid_audio"
+
+
+class InvalidImage(InvalidRequest):
+    """A file that is no image, or one that is not read."""
+
+    code = "invalid_image"
 
 
 class ContextLengthExceeded(InvalidRequest):

@@ -10,6 +10,7 @@ __all__ = ["install_command", "package_of"]
 
 # What is installed under another name than the one that is imported.
 _NAMES: Final = {
+    "PIL": "pillow",
     "sklearn": "scikit-learn",
     "opentelemetry.sdk": "opentelemetry-sdk",
     "opentelemetry.exporter": "opentelemetry-exporter-otlp-proto-http",

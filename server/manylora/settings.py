@@ -220,8 +220,8 @@ class Settings(BaseSettings):
     max_tenant_requests: int | None = Field(default=None, ge=1)
     """Most requests of one tenant that are answered at a time, on all routes; unset: half of `max_connections`."""
     max_body_memory: Size = 512 * 2**20
-    """Memory for the bodies of all requests that are being answered, uploads aside, and for the sound in them once it
-    is decoded; a tenant may hold half of it."""
+    """Memory for the bodies of all requests that are being answered, uploads aside, and for sound and images in them
+    once they are decoded; a tenant may hold half of it."""
     header_timeout_s: float = Field(default=15.0, gt=0)
     """Seconds from the first byte of a request to the end of its header."""
     body_timeout_s: float = Field(default=30.0, gt=0)

@@ -41,6 +41,7 @@ from manylora.errors import (
     QuotaExceeded,
 )
 from manylora.identity import PUBLIC_TENANT, OwnToken, Vocabulary
+from manylora.images.picture import Picture
 from manylora.lora.format.spec import Adapter
 from manylora.tenants.interface import Principal, Role
 
@@ -292,6 +293,7 @@ class FakeEngine:
         cache_salt: str | None = None,
         priority: int = 0,
         sound: Sound | None = None,
+        picture: Picture | None = None,
     ) -> FakeGeneration:
         if self.is_draining:
             raise Draining("The server is shutting down.")

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from manylora.engine.async_engine import PROBE_TEXT
+from manylora.engine.effect import PROBE_TEXT
 from manylora.models.checkpoint import load_tokenizer
 from tests.tiny_adapters import make_adapter_that_spoils
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from manylora.engine.async_engine import PROBE_TEXT, AsyncEngine, RunningGeneration
-from manylora.engine.effect import effect_of
+from manylora.engine.async_engine import AsyncEngine, RunningGeneration
+from manylora.engine.effect import PROBE_TEXT, effect_of
 from manylora.engine.interface import Delta, Effect, FinishReason, Mix, ModelInfo, SamplingParams
 from manylora.engine.sequence import Sequence
 from manylora.errors import (

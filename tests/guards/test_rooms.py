@@ -18,7 +18,6 @@ REASONS = {
     "catalog.retired": "the rows of deleted versions, apart from the files that go with them",
     "catalog.verify": "a command's work without its printing; the command imports it when it runs",
     "engine.drafting": "the interface that a drafter implements, and the one that drafts nothing",
-    "engine.effect": "arithmetic on two answers, beside the bridge to asyncio",
     "engine.speech_executor": "the device part of a step, which could be in another process than the host's",
     "engine.speech_runner": "the host part of a step, which knows no torch",
     "kernels.native_attention": "one of two implementations of the same attention, chosen by the backend",

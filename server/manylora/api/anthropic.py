@@ -14,10 +14,11 @@ from manylora.api.auth import Caller
 from manylora.api.defaults import with_defaults
 from manylora.api.fields import NOTHING, Unsupported, renamed, wanted
 from manylora.api.json_body import documented, parse_json
+from manylora.api.kinds import check_kind
 from manylora.api.naming import Named, adapter_of, looked_up
 from manylora.api.requests import num_chat_tokens, read_body
 from manylora.api.room import Seen
-from manylora.api.run import Asked, answered, check_kind
+from manylora.api.run import Asked, answered
 from manylora.api.schemas import ChatRequest, Int, checked
 from manylora.api.state import ServicesDep
 from manylora.api.strict import Strict

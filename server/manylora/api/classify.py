@@ -18,8 +18,9 @@ from manylora.api.fields import CLASSIFY_UNSUPPORTED, Unsupported, renamed
 from manylora.api.inputs import InputsRequest
 from manylora.api.json_body import documented, parse_json
 from manylora.api.lanes import PYTHON, beside_loop
+from manylora.api.pictures import of_messages
 from manylora.api.run import Asked, Deltas, Run, WholeRenderer, answered
-from manylora.api.schemas import InferenceRequest, checked, parse
+from manylora.api.schemas import InferenceRequest, checked
 from manylora.api.state import ServicesDep
 from manylora.api.strict import Strict
 from manylora.api.translation import parted, valid
@@ -80,7 +81,7 @@ async def create_classification(request: Request, caller: Caller, services: Serv
     """The label of each text, and every label's share."""
 
     def read(data: bytes) -> Asked:
-        body = parse(ClassifyRequest, data)
+        body = checked(ClassifyRequest, of_messages(parse_json(data)))
         return Asked(body, lambda run: ClassifyAnswer(run, body))
 
     return await answered(request, caller, services, read)
@@ -94,7 +95,7 @@ async def classify(request: Request, caller: Caller, services: ServicesDep) -> R
         raw = parse_json(data)
         if isinstance(raw, dict) and "inputs" in raw:
             return _tei(raw)
-        body = checked(ClassifyRequest, raw)
+        body = checked(ClassifyRequest, of_messages(raw))
         return Asked(body, lambda run: ClassifyAnswer(run, body))
 
     return await answered(request, caller, services, read)

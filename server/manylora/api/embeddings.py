@@ -15,9 +15,10 @@ from manylora.api.answers import extension
 from manylora.api.auth import Caller
 from manylora.api.fields import EMBEDDING_UNSUPPORTED, Unsupported
 from manylora.api.inputs import PoolRequest
-from manylora.api.json_body import documented
+from manylora.api.json_body import documented, parse_json
+from manylora.api.pictures import of_messages
 from manylora.api.run import Asked, Run, WholeRenderer, answered
-from manylora.api.schemas import Int, parse
+from manylora.api.schemas import Int, checked
 from manylora.api.state import ServicesDep
 from manylora.engine.interface import Delta, ModelInfo
 from manylora.errors import InvalidRequest
@@ -35,6 +36,13 @@ class EmbeddingRequest(PoolRequest):
 
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Int | None = Field(default=None, ge=1, description="To how many numbers an embedding is cut.")
+    modality: Literal["text", "image"] | None = Field(
+        default=None, description="What `input` holds, in infinity's words."
+    )
+
+    @property
+    def has_images(self) -> bool:
+        return self.modality == "image" or super().has_images
 
 
 @router.post(
@@ -45,7 +53,7 @@ async def create_embeddings(request: Request, caller: Caller, services: Services
     """One vector for each text: OpenAI's embeddings. They have length 1, unless the base's folder says otherwise."""
 
     def read(data: bytes) -> Asked:
-        body = parse(EmbeddingRequest, data)
+        body = checked(EmbeddingRequest, of_messages(parse_json(data)))
         _check_dimensions(body.dimensions, services.engine.model)
         return Asked(body, lambda run: EmbeddingAnswer(run, body))
 

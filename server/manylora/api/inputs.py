@@ -4,6 +4,7 @@ from typing import Any, ClassVar, Self
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
+from manylora.api.pictures import MAX_IMAGES, ImagePart
 from manylora.api.schemas import MAX_INPUTS, InferenceRequest, Prompt, checked_prompts, one_by_one
 from manylora.engine.interface import Pooling
 from manylora.errors import InvalidRequest
@@ -39,12 +40,21 @@ class InputsRequest(ReadRequest):
 
     prompt_field: ClassVar[str] = "input"
 
-    input: str | list[str] | list[int] | list[list[int]]
+    input: str | list[str] | list[int] | list[list[int]] | list[ImagePart]
 
-    @field_validator("input", mode="plain", json_schema_input_type=str | list[str] | list[int] | list[list[int]])
+    @field_validator(
+        "input", mode="plain", json_schema_input_type=str | list[str] | list[int] | list[list[int]] | list[ImagePart]
+    )
     @classmethod
     def _check_input(cls, value: Any) -> Any:
-        return checked_prompts(value)
+        parts = [value] if isinstance(value, dict) else value
+        if not (isinstance(parts, list) and parts and all(isinstance(part, dict) for part in parts)):
+            return checked_prompts(value)
+        if len(parts) > MAX_IMAGES:
+            raise ValueError(f"holds more than {MAX_IMAGES} images; send fewer")
+        if any(part.get("type") != "image_url" for part in parts):
+            raise ValueError('holds a part that is no image: {"type": "image_url", "image_url": {"url": "data:…"}}')
+        return [ImagePart.model_validate(part) for part in parts]
 
     @model_validator(mode="after")
     def _check_count(self) -> Self:
@@ -54,7 +64,21 @@ class InputsRequest(ReadRequest):
 
     @property
     def prompts(self) -> list[Prompt]:
-        return one_by_one(self.input)
+        return list(self.urls) if self.has_images else one_by_one(self.input)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether it says itself that its inputs are images."""
+        return isinstance(self.input, list) and isinstance(self.input[0], ImagePart)
+
+    @property
+    def urls(self) -> list[str]:
+        """The inputs as addresses of images. Raises InvalidRequest where they are token ids."""
+        given = [self.input] if isinstance(self.input, str) else self.input
+        urls = [each.url if isinstance(each, ImagePart) else each for each in given]
+        if not all(isinstance(url, str) for url in urls):
+            raise InvalidRequest("This server's model sees images. 'input' holds token ids.", param="input")
+        return [url for url in urls if isinstance(url, str)]
 
 
 class PoolRequest(InputsRequest):

@@ -14,10 +14,11 @@ from typing import Final, TypeVar
 from starlette.requests import ClientDisconnect, Request
 
 from manylora.api.chats import RenderedChat, rendered_beside
-from manylora.api.inputs import ReadRequest
+from manylora.api.inputs import InputsRequest, ReadRequest
 from manylora.api.json_body import require_json
 from manylora.api.lanes import INLINE_CHARACTERS, PYTHON, SHORT_TEXT, beside_loop, text_lane
 from manylora.api.pairs import PairsRequest, encoded_pairs
+from manylora.api.pictures import pictures_of
 from manylora.api.record import ClientGone
 from manylora.api.room import PromptEngine, Seen, fit_to_context, room_for_answer, too_long
 from manylora.api.sampling import check_token_ids, sampling_params
@@ -41,6 +42,7 @@ from manylora.engine.interface import (
 )
 from manylora.errors import ContextLengthExceeded, InvalidGrammar, InvalidRequest, quoted
 from manylora.identity import Mix
+from manylora.images.picture import Picture
 
 __all__ = [
     "INLINE_IDS",
@@ -95,7 +97,7 @@ class Prompt:
     """One prompt as the engine takes it: its ids, what is asked for with them, and its text as `echo` repeats it.
 
     `reader` makes what reads one answer to it, where that is more than text; `pair` is it where it is two texts.
-    `sound` is a window of `sound_s` seconds to write down.
+    `sound` is a window of `sound_s` seconds to write down, `picture` an image to look at.
     """
 
     ids: tuple[int, ...]
@@ -105,6 +107,7 @@ class Prompt:
     pair: EncodedPair | None = None
     sound: Sound | None = None
     sound_s: float = 0.0
+    picture: Picture | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -140,7 +143,7 @@ async def prompts_of(
             for second in (each.second_from if body.has_types else 0,)
         )
     if isinstance(body, ReadRequest):
-        return await _pooled_prompts(body, engine)
+        return await _pooled_prompts(body, engine, tenant)
     assert isinstance(body, GenerationRequest)
     params = sampling_params(body, engine.model)
     if isinstance(body, CompletionRequest):
@@ -167,7 +170,7 @@ async def prompts_of(
     )
 
 
-async def _pooled_prompts(body: ReadRequest, engine: PromptEngine) -> tuple[Prompt, ...]:
+async def _pooled_prompts(body: ReadRequest, engine: PromptEngine, tenant: str) -> tuple[Prompt, ...]:
     """Every prompt of a body whose prompts become vectors or scores."""
     if not engine.model.hidden_size:
         raise InvalidRequest("This server's base model gives no hidden states, so it has no embeddings.", param="model")
@@ -182,6 +185,10 @@ async def _pooled_prompts(body: ReadRequest, engine: PromptEngine) -> tuple[Prom
         params = SamplingParams(max_tokens=0, reads_head=True)
     else:
         params = SamplingParams(max_tokens=0, pooling=pooling or engine.model.default_pooling)
+    if engine.model.vision is not None:
+        assert isinstance(body, InputsRequest), "no other is for a model of images"
+        pictures = await pictures_of(body.urls, engine.model.vision, tenant, body.prompt_field)
+        return tuple(Prompt(picture.ids, params, picture=picture) for picture in pictures)
     return tuple(Prompt(ids, params) for ids, _ in await _encode_prompts(body, engine))
 
 

@@ -15,7 +15,8 @@ from starlette.responses import Response
 
 from manylora.api.defaults import check_template_allowed, with_defaults
 from manylora.api.fields import renamed
-from manylora.api.inputs import ReadRequest
+from manylora.api.inputs import InputsRequest
+from manylora.api.kinds import check_kind, check_writes
 from manylora.api.naming import Named, asker, looked_up, missing, named_by
 from manylora.api.record import Counts, RequestRecord
 from manylora.api.requests import Prompt, check_connected, prompts_of, read_body
@@ -29,15 +30,15 @@ from manylora.engine.interface import (
     FinishReason,
     Generation,
     Mix,
-    ModelInfo,
     Progress,
     TextCodec,
     TokenLogprob,
 )
-from manylora.errors import AdapterNotFound, Draining, InvalidRequest, ManyloraError, WrongModelType
+from manylora.errors import AdapterNotFound, Draining, InvalidRequest, ManyloraError
 from manylora.tenants.interface import Lease, Principal
+from manylora.tenants.presence import Visit
 
-__all__ = ["ADAPTER_HEADER", "Asked", "Deltas", "Renderer", "Run", "WholeRenderer", "answered", "check_kind"]
+__all__ = ["ADAPTER_HEADER", "Asked", "Deltas", "Renderer", "Run", "WholeRenderer", "answered"]
 
 ADAPTER_HEADER: Final = "x-manylora-adapter"
 
@@ -145,9 +146,10 @@ async def answered(
         find = partial(named_by, body, services.directory, principal.tenant, base, aliases, who=who)
         try:
             run.named = await looked_up(find, services.following)
-            _check_writes(body, run.mix)
+            check_writes(body, run.mix)
             check_template_allowed(body, is_allowed=services.settings.allow_request_chat_template)
             body, max_tokens = with_defaults(body, services.directory, run.named)
+            _hold_images(body, services, request.scope["manylora.visit"])
             prompts = await prompts_of(
                 asked.completed(body),
                 services.engine,
@@ -162,33 +164,11 @@ async def answered(
         return await run.answer(asked.renderer(run), is_streamed=body.is_streamed, stream=asked.stream)
 
 
-def check_kind(body: InferenceRequest, model: ModelInfo) -> None:
-    """Raises WrongModelType where the body is for another kind of base than the one that is served."""
-    if model.kind == "transcribe":
-        raise WrongModelType(
-            "This server's model is one of speech: it writes down what is said in a file of sound. Ask "
-            "/v1/audio/transcriptions, or a server of another model."
-        )
-    if not model.has_heads and isinstance(body, ReadRequest) and body.reads_head:
-        raise WrongModelType(
-            "This server's model takes no adapters with labels of their own. Ask a server of an encoder, or "
-            "/v1/completions with 'guided_choice'."
-        )
-    if model.kind == "pool" and not isinstance(body, ReadRequest):
-        raise WrongModelType(
-            "This server's model is an encoder: it turns texts into vectors and writes none. Ask /v1/embeddings, or a "
-            "server of a decoder."
-        )
-
-
-def _check_writes(body: InferenceRequest, mix: Mix) -> None:
-    """Raises WrongModelType where text is asked of an adapter that was trained to give labels."""
-    labels = next((ref.label for ref in mix.refs if ref.head), None)
-    if labels is not None and not isinstance(body, ReadRequest):
-        raise WrongModelType(
-            f"The adapter '{labels}' has a head and was not trained to write. Ask /v1/classify, or name another.",
-            param="model",
-        )
+def _hold_images(body: InferenceRequest, services: Services, visit: Visit) -> None:
+    """Count what images will take once they are decoded, before the first is. Raises TooLarge and others."""
+    vision = services.engine.model.vision
+    if vision is not None and isinstance(body, InputsRequest):
+        services.presence.hold(visit, len(body.urls) * vision.num_bytes)
 
 
 class Run:
@@ -361,6 +341,7 @@ class Run:
                 cache_salt=self._cache_salt,
                 priority=self._priority,
                 sound=prompt.sound,
+                picture=prompt.picture,
             )
             self._generations.append(generation)
 

@@ -12,10 +12,9 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as SequenceOf
 from functools import partial
-from typing import Final
 
 from manylora.engine.admission import Admission
-from manylora.engine.effect import effect_of, probes_of, vector_effect_of
+from manylora.engine.effect import effect_of, probe_prompt, probed, probes_of, vector_effect_of
 from manylora.engine.engine import Engine, Output
 from manylora.engine.interface import (
     PUBLIC_TENANT,
@@ -44,20 +43,17 @@ from manylora.errors import (
     ContextLengthExceeded,
     Draining,
     EngineDead,
-    InvalidAdapter,
     InvalidRequest,
     ManyloraError,
-    Problem,
 )
 from manylora.grammars.compiler import GrammarCompiler
 from manylora.identity import TIERS
+from manylora.images.picture import Picture
 from manylora.log import get_logger
 from manylora.lora.format.spec import Adapter
 from manylora.lora.memory.tiers import AdapterTiers
 from manylora.threads import on_event_loop
 
-MAX_PROBED_TOKENS: Final = 16  # of those that an adapter trains
-PROBE_TEXT = "The quick brown fox jumps over the lazy dog. Question: what is the capital of France? Answer:"
 _IDLE_WAIT_S = 0.5
 
 
@@ -173,6 +169,7 @@ class AsyncEngine:
         self.is_draining = False
         self._num_probes = 0
         self.own_sound: Sound | None = None  # what a model of speech hears where nobody sent any
+        self.own_picture: Picture | None = None  # and what one of images sees
         tiers.on_change = self._wake.set  # it may let the engine go on
 
     async def start(self) -> None:
@@ -211,6 +208,7 @@ class AsyncEngine:
         cache_salt: str | None = None,
         priority: int = 0,
         sound: Sound | None = None,
+        picture: Picture | None = None,
     ) -> RunningGeneration:
         """Queue a request; see `interface.EngineClient`."""
         self._check_open()
@@ -253,7 +251,7 @@ class AsyncEngine:
             for i in range(params.n)
         ]
         for seq in seqs:
-            seq.seed, seq.sound = seqs[0].seed, sound or self.own_sound
+            seq.seed, seq.sound, seq.picture = seqs[0].seed, sound or self.own_sound, picture or self.own_picture
         seqs[0].followers = seqs[1:]
         return self._submit(seqs)
 
@@ -304,18 +302,14 @@ class AsyncEngine:
     ) -> Effect:
         """Logits of a fixed prompt with the adapter against those without; see `interface.EngineClient`."""
         self._check_open()
-        prompt = [i for i in self.codec.encode(PROBE_TEXT) if i < self.model.vocab_size]
-        # An adapter of some tokens does nothing where they do not come, and one that is invoked nothing before that.
-        room = self.model.most_prompt_tokens - ref.num_virtual_tokens
-        if room < 1:
-            fault = f"Its virtual tokens leave no room in the model's context of {self.model.context_length}."
-            raise InvalidAdapter([Problem("unsupported_feature", "adapter_config.json: num_virtual_tokens", fault)])
-        prompt = [*ref.invocation, *adapter.token_ids[:MAX_PROBED_TOKENS], *prompt][:room]
+        prompt = probe_prompt(self.codec, self.model, ref, adapter, self.own_picture)
         self._num_probes += 1
         self._tiers.offer(ref, adapter)
         asked = [
-            self._probe(f"probe-{self._num_probes}-{number}", *each, tenant, weight)
-            for number, each in enumerate(probes_of(self.model, prompt, ref, adapter))
+            self._probe(f"probe-{self._num_probes}-{number}", *each, picture, tenant, weight)
+            for number, (each, picture) in enumerate(
+                zip(probes_of(self.model, prompt, ref, adapter), probed(self.own_picture, adapter), strict=True)
+            )
         ]
         try:
             first, second = [await probe.output() for probe in asked]
@@ -333,12 +327,19 @@ class AsyncEngine:
         return await asyncio.to_thread(effect_of, a, b)
 
     def _probe(
-        self, name: str, prompt: list[int], params: SamplingParams, tried: AdapterRef | None, tenant: str, weight: float
+        self,
+        name: str,
+        prompt: list[int],
+        params: SamplingParams,
+        tried: AdapterRef | None,
+        picture: Picture | None,
+        tenant: str,
+        weight: float,
     ) -> RunningGeneration:
         """A probe runs at the expense of the tenant's fair share."""
         captures, ids = params.task is Task.SCORE, list(prompt)
         seq = Sequence(name, ids, params, adapter=tried, tenant=tenant, weight=weight, capture_logits=captures)
-        seq.sound = self.own_sound
+        seq.sound, seq.picture = self.own_sound, picture
         return self._submit([seq])
 
     def tier_of(self, ref: AdapterRef) -> Tier:

@@ -12,7 +12,7 @@ from manylora.engine.block_manager import BlockManager
 from manylora.engine.engine import Engine
 from manylora.engine.executor import LocalExecutor
 from manylora.engine.heads import HeadReader
-from manylora.engine.interface import AdapterSource, ModelInfo, Pooling
+from manylora.engine.interface import AdapterSource, ModelInfo, Pooling, TextCodec
 from manylora.engine.lookup import LookupDrafter
 from manylora.engine.model_runner import ModelRunner
 from manylora.engine.pieces import Pieces
@@ -36,7 +36,6 @@ from manylora.lora.memory.tiers import AdapterTiers, TierEvents
 from manylora.metrics import Metrics
 from manylora.models import fused
 from manylora.models.backends import Backend, free_bytes
-from manylora.models.codec import HuggingFaceCodec
 from manylora.models.heads import decoder_heads
 from manylora.models.kv_cache import KVCache, bytes_per_block
 from manylora.models.loading import LoadedBase
@@ -55,6 +54,20 @@ _MOST_IN_PIECE = 64  # tokens of a prompt that a layer with a state runs at once
 MOST_OF_FREE = 0.5  # memory that one sequence may take where the cache's share of it would be less
 
 
+class BaseCodec(TextCodec, Protocol):
+    """What the engine needs of a base's tokenizer beside the API."""
+
+    eos_ids: frozenset[int]
+
+    def compiled_json(self) -> str | None:
+        """All of a compiled tokenizer as JSON; None where there is none."""
+        ...
+
+    def faults(self, vocab_size: int) -> list[str]:
+        """What is to be said of it at the start."""
+        ...
+
+
 class Base(Protocol):
     """A base in memory, of whatever kind."""
 
@@ -62,7 +75,7 @@ class Base(Protocol):
     def model(self) -> Any: ...
 
     @property
-    def codec(self) -> HuggingFaceCodec: ...
+    def codec(self) -> BaseCodec: ...
 
     @property
     def backend(self) -> Backend: ...

@@ -1,14 +1,40 @@
 """What an upload does to the base: which texts are run to find out, and what their answers say."""
 
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 import torch
 
-from manylora.engine.interface import AdapterRef, Effect, ModelInfo, SamplingParams
+from manylora.engine.interface import AdapterRef, Effect, ModelInfo, SamplingParams, TextCodec
+from manylora.errors import InvalidAdapter, Problem
+from manylora.images.picture import Picture
 from manylora.lora.format.spec import Adapter
 
-__all__ = ["effect_of", "probes_of", "vector_effect_of"]
+__all__ = ["PROBE_TEXT", "effect_of", "probe_prompt", "probed", "probes_of", "vector_effect_of"]
+
+MAX_PROBED_TOKENS: Final = 16  # of those that an adapter trains
+PROBE_TEXT: Final = "The quick brown fox jumps over the lazy dog. Question: what is the capital of France? Answer:"
+
+
+def probe_prompt(
+    codec: TextCodec, model: ModelInfo, ref: AdapterRef, adapter: Adapter, picture: Picture | None
+) -> list[int]:
+    """The prompt that an adapter is tried on; of a model of images the places of `picture`. Raises InvalidAdapter."""
+    # An adapter of some tokens does nothing where they do not come, and one that is invoked nothing before that.
+    room = model.most_prompt_tokens - ref.num_virtual_tokens
+    if room < 1:
+        fault = f"Its virtual tokens leave no room in the model's context of {model.context_length}."
+        raise InvalidAdapter([Problem("unsupported_feature", "adapter_config.json: num_virtual_tokens", fault)])
+    if picture is not None:
+        return list(picture.ids)
+    text = [i for i in codec.encode(PROBE_TEXT) if i < model.vocab_size]
+    return [*ref.invocation, *adapter.token_ids[:MAX_PROBED_TOKENS], *text][:room]
+
+
+def probed(picture: Picture | None, adapter: Adapter) -> tuple[Picture | None, Picture | None]:
+    """What the two runs see: the same, or of a head, which must tell them apart, two pictures."""
+    return picture, picture.upside_down() if picture is not None and adapter.head is not None else picture
 
 
 def probes_of(

@@ -1,5 +1,7 @@
-"""The device part of an encoder's step: the model runs once over whole inputs, and each becomes one array."""
+"""The device part of an encoder's step, of texts or images: the model runs once, and each input becomes one array."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 
 import numpy as np
@@ -8,39 +10,40 @@ import torch
 from manylora.engine.heads import Answer, HeadReader
 from manylora.engine.interface import Head, Pooling
 from manylora.engine.step_input import EncoderInput
+from manylora.kernels.batch import Batch, ForwardContext
 from manylora.kernels.interface import LoraKernel, LoraPlan, plan_of
 from manylora.kernels.rows import Parts
 from manylora.lora.format.heads import HeadPlan
 from manylora.lora.memory.device_memory import DeviceMemory
 from manylora.models.encoder import EncoderModel, ragged_batch
+from manylora.models.images import ImageModel
 
-__all__ = ["EncoderExecutor"]
+__all__ = ["EncoderExecutor", "ImageExecutor", "WholeExecutor"]
 
 
-class EncoderExecutor:
+class WholeExecutor(ABC):
     """Runs steps on one device, in this process. Called on the engine's thread. The same step may be run again."""
 
-    def __init__(
-        self,
-        encoder: EncoderModel,
-        memory: DeviceMemory,
-        kernel: LoraKernel,
-        heads: HeadReader,
-    ) -> None:
-        self._encoder = encoder
+    def __init__(self, context: ForwardContext, memory: DeviceMemory, kernel: LoraKernel, heads: HeadReader) -> None:
+        self._context = context
         self._heads = heads
         self._memory = memory
         self._kernel = kernel
         self._device = memory.device
 
     @property
+    @abstractmethod
     def vocab_size(self) -> int:
-        return self._encoder.vocab_size
+        """Ids below this may be in a step."""
+
+    @abstractmethod
+    def _states(self, step: EncoderInput, batch: Batch) -> tuple[torch.Tensor, Callable[[], torch.Tensor]]:
+        """Every token's state [T, hidden], and what gives the pooler's vectors [n, hidden] where a head reads them."""
 
     @torch.inference_mode()
     def forward(self, step: EncoderInput) -> list[Answer]:
         """Of each input what it was asked for: a vector [hidden], or scores and the head that they are of."""
-        memory, context = self._memory, self._encoder.wrapped.context
+        memory, context = self._memory, self._context
         lora = self._plan(np.repeat(step.slots, step.lens), step.mixes)
         starts = np.concatenate(([0], np.cumsum(step.lens)))
         batch = ragged_batch(
@@ -52,8 +55,7 @@ class EncoderExecutor:
         )
         memory.named = lora.rows.all_slots if lora is not None else ()
         try:
-            states = self._encoder.states(batch, torch.from_numpy(step.types).to(self._device))
-            return self._answers(step, states, starts)
+            return self._answers(step, *self._states(step, batch), starts)
         finally:
             context.batch = None
             memory.named = ()
@@ -63,14 +65,16 @@ class EncoderExecutor:
         """What `forward` returned, float32 on the host."""
         return [(None if values is None else values.float().cpu().numpy(), head) for values, head in found]
 
-    def _answers(self, step: EncoderInput, states: torch.Tensor, starts: np.ndarray) -> list[Answer]:
+    def _answers(
+        self, step: EncoderInput, states: torch.Tensor, pool: Callable[[], torch.Tensor], starts: np.ndarray
+    ) -> list[Answer]:
         heads = [
             self._heads.of(int(slot)) if way == "head" else None
             for slot, way in zip(step.slots, step.ways, strict=True)
         ]
         pooled = None
         if any(each is not None and each[1].source == "pooler" for each in heads):
-            pooled = self._encoder.pooled(states[torch.from_numpy(starts[:-1]).to(self._device)])
+            pooled = pool()
         found: list[Answer] = []
         for number, (way, read) in enumerate(zip(step.ways, heads, strict=True)):
             mine = states[starts[number] : starts[number + 1]]
@@ -88,6 +92,43 @@ class EncoderExecutor:
         return plan_of(self._kernel, self._memory, row_slots, mixes)
 
 
+class EncoderExecutor(WholeExecutor):
+    """Of an encoder of texts."""
+
+    def __init__(self, encoder: EncoderModel, memory: DeviceMemory, kernel: LoraKernel, heads: HeadReader) -> None:
+        super().__init__(encoder.wrapped.context, memory, kernel, heads)
+        self._encoder = encoder
+
+    @property
+    def vocab_size(self) -> int:
+        return self._encoder.vocab_size
+
+    def _states(self, step: EncoderInput, batch: Batch) -> tuple[torch.Tensor, Callable[[], torch.Tensor]]:
+        encoder = self._encoder
+        states = encoder.states(batch, torch.from_numpy(step.types).to(self._device))
+        return states, lambda: encoder.pooled(states[batch.logit_rows])
+
+
+class ImageExecutor(WholeExecutor):
+    """Of an encoder of images."""
+
+    vocab_size = 1
+
+    def __init__(self, images: ImageModel, memory: DeviceMemory, kernel: LoraKernel, heads: HeadReader) -> None:
+        super().__init__(images.wrapped.context, memory, kernel, heads)
+        self._images = images
+
+    def _states(self, step: EncoderInput, batch: Batch) -> tuple[torch.Tensor, Callable[[], torch.Tensor]]:
+        pixels = torch.from_numpy(np.stack(step.pictures)).to(self._device, self._images.wrapped.model.dtype)
+        states, pooled = self._images.states(batch, pixels)
+
+        def vectors() -> torch.Tensor:
+            assert pooled is not None, "a head reads what the model has"
+            return pooled
+
+        return states, vectors
+
+
 def _read(plan: HeadPlan, states: torch.Tensor, pooled: torch.Tensor | None) -> torch.Tensor:
     """What a head reads of one input's states [n, hidden]: float32 [1, hidden], or of each token [n, hidden]."""
     match plan.source:
@@ -99,6 +140,10 @@ def _read(plan: HeadPlan, states: torch.Tensor, pooled: torch.Tensor | None) -> 
             return states[-1:].float()
         case "mean":
             return states.float().mean(dim=0, keepdim=True)
+        case "rest":
+            return states[1:].float().mean(dim=0, keepdim=True)
+        case "first_and_rest":
+            return torch.cat([states[:1].float(), states[1:].float().mean(dim=0, keepdim=True)], dim=1)
         case "pooler":
             assert pooled is not None
             return pooled[None].float()

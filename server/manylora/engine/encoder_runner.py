@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from manylora.engine.encoder_executor import EncoderExecutor
+from manylora.engine.encoder_executor import WholeExecutor
 from manylora.engine.model_runner import Outcome, slots_of
 from manylora.engine.sequence import Scheduled
 from manylora.engine.step_input import EncoderInput
@@ -18,7 +18,7 @@ class EncoderRunner:
 
     spare_block = None
 
-    def __init__(self, executor: EncoderExecutor) -> None:
+    def __init__(self, executor: WholeExecutor) -> None:
         self._executor = executor
 
     @property
@@ -49,6 +49,7 @@ def _input(scheduled: SequenceOf[Scheduled]) -> EncoderInput:
         ways=tuple("head" if item.seq.params.reads_head else item.seq.params.pooling or "mean" for item in scheduled),
         types=np.concatenate([_types(item) for item in scheduled]),
         mixes=mixes,
+        pictures=tuple(item.seq.picture.pixels for item in scheduled if item.seq.picture is not None),
     )
 
 

@@ -17,6 +17,7 @@ from manylora.chat.format import PLAIN_CHAT, ChatFormat, ChatOptions
 from manylora.chat.pieces import Reader
 from manylora.grammars.grammar import CompiledGrammar, Grammar, Whitespace
 from manylora.identity import PUBLIC_TENANT, AdapterRef, Mix, OwnToken, Tier, Vocabulary
+from manylora.images.picture import Picture, Vision
 from manylora.lora.format.spec import Adapter, Head
 from manylora.models.pairs import EncodedPair
 from manylora.sound.tokens import Sound, SpeechForm, SpeechInfo
@@ -231,7 +232,7 @@ class ModelInfo:
     `hidden_size`: numbers of an embedding, 0 where the model gives none; `dimensions`: to how many it may be cut;
     `normalizes`: whether it gets length 1; `has_heads`: whether adapters may have labels of their own;
     `num_virtual_tokens`: of a request's adapter, by which its context is shorter than the base's; `speech`: of one
-    speech alone.
+    of speech alone; `vision`: of one of images alone.
     """
 
     name: str
@@ -251,6 +252,7 @@ class ModelInfo:
     has_heads: bool = False
     num_virtual_tokens: int = 0
     speech: SpeechInfo | None = None
+    vision: Vision | None = None
 
     @property
     def most_prompt_tokens(self) -> int:
@@ -262,8 +264,7 @@ class ModelInfo:
 class EngineStats:
     """Counts at one moment, for `/v1/stats` and the gauges: of all, or of what belongs to one tenant.
 
-    For a tenant, `resident` also has the public adapters, whose `users` are its own sequences; `steps` is 0, since
-    steps are everybody's.
+    For a tenant, `resident` also has the public adapters, whose `users` are its own sequences, and `steps` is 0.
     """
 
     running: int = 0
@@ -449,13 +450,13 @@ class EngineClient(Protocol):
         cache_salt: str | None = None,
         priority: int = 0,
         sound: Sound | None = None,
+        picture: Picture | None = None,
     ) -> Generation:
         """Queue a request, with an adapter or a mix of several.
 
-        `sound` is what is to be written down; without any, a model of speech hears noise.
+        `sound` and `picture` are what a model of speech hears and one of images sees: noise where there is none.
 
         Raises QueueFull, Draining, EngineDead, InvalidRequest or ContextLengthExceeded at once.
-
         What the cache knows of the prompt is the tenant's own; with `cache_salt`, of all who send the same one. Of the
         tenant's requests those with the lowest `priority` come first.
         """
@@ -480,7 +481,6 @@ class EngineClient(Protocol):
 
     async def forget(self, ref: AdapterRef, *, heir: AdapterRef | None = None) -> None:
         """Wait until no running request uses the adapter, then free its memory. No new request may name it.
-
         What host memory holds of it goes to `heir`, if that has the same digest, for its first request.
         """
         ...

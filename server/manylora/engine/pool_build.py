@@ -5,16 +5,16 @@ from collections.abc import Callable
 
 from manylora.engine.block_manager import BlockManager
 from manylora.engine.build import Builder, FaultMetrics, with_heads
-from manylora.engine.encoder_executor import EncoderExecutor
+from manylora.engine.encoder_executor import EncoderExecutor, WholeExecutor
 from manylora.engine.encoder_runner import EncoderRunner
 from manylora.engine.engine import Engine
 from manylora.engine.heads import HeadReader
 from manylora.engine.interface import AdapterSource, ModelInfo
 from manylora.engine.scheduler import Scheduler
 from manylora.errors import InvalidSettings
-from manylora.identity import AdapterRef
 from manylora.lora.format.encoders import EncoderModules
-from manylora.lora.format.reader import Adapter, read_trusted
+from manylora.lora.format.reader import read_trusted
+from manylora.lora.memory.device_memory import DeviceMemory
 from manylora.lora.memory.occupancy import Occupancy
 from manylora.lora.memory.tiers import AdapterTiers
 from manylora.metrics import Metrics
@@ -23,13 +23,60 @@ from manylora.models.encoder_loading import LoadedEncoder
 from manylora.models.heads import head_plans
 from manylora.models.positions import UNSTATED_LIMIT, position_limit
 from manylora.models.stored_weights import StoredWeights
+from manylora.models.wrapping import WrappedModel
 from manylora.settings import Settings
 
-__all__ = ["PoolBuilder"]
+__all__ = ["PoolBuilder", "WholeBuilder"]
 
 
-class PoolBuilder(Builder):
-    """The engine of an encoder."""
+class WholeBuilder(Builder):
+    """What the engines of encoders have in common: whole inputs, each of which ends with its step."""
+
+    context_length: int
+
+    @property
+    def modules(self) -> EncoderModules:
+        """What an adapter may touch, by path."""
+        raise NotImplementedError
+
+    def whole_core(
+        self,
+        source: AdapterSource,
+        metrics: Metrics,
+        occupancy: Occupancy | None,
+        wrapped: WrappedModel,
+        executor: Callable[[DeviceMemory, HeadReader], WholeExecutor],
+    ) -> tuple[Engine, AdapterTiers]:
+        """Lay out memory and put the parts together. Raises StartupError."""
+        settings, plans, modules = self.settings, self.modules.heads, self.modules
+        sites = with_heads(wrapped.sites, plans)
+        memory = self._memory(len(sites))
+        packer = self._packer(sites, wrapped.served)
+        tiers = self._tiers(
+            memory, lambda ref: read_trusted(source.local_folder(ref), modules), packer, metrics, occupancy
+        )
+        scheduler = Scheduler(
+            # One block for each place in the batch: inputs leave nothing behind that others could use.
+            BlockManager(settings.max_num_seqs, self.context_length, share_prefixes=False),
+            tiers,
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            runs_whole=True,
+        )
+        engine = Engine(
+            scheduler,
+            EncoderRunner(executor(memory, HeadReader(memory, plans, sites))),
+            decode=self._codec.decode,
+            eos_ids=frozenset(),
+            max_model_len=self.context_length,
+            observe=metrics.observe_step,
+            faults=FaultMetrics(metrics),
+        )
+        return engine, tiers
+
+
+class PoolBuilder(WholeBuilder):
+    """The engine of an encoder of texts."""
 
     def __init__(self, settings: Settings, base: LoadedEncoder) -> None:
         super().__init__(settings, base)
@@ -49,34 +96,14 @@ class PoolBuilder(Builder):
         self, source: AdapterSource, metrics: Metrics, occupancy: Occupancy | None = None
     ) -> tuple[Engine, AdapterTiers]:
         """Lay out memory and put the parts together. Raises StartupError."""
-        settings, wrapped = self.settings, self.encoder.wrapped
-        plans = self._modules.heads
-        sites = with_heads(wrapped.sites, plans)
-        memory = self._memory(len(sites))
-        packer = self._packer(sites, wrapped.served)
-        tiers = self._tiers(memory, self._reader(source), packer, metrics, occupancy)
-        scheduler = Scheduler(
-            # One block for each place in the batch: inputs leave nothing behind that others could use.
-            BlockManager(settings.max_num_seqs, self.context_length, share_prefixes=False),
-            tiers,
-            max_num_seqs=settings.max_num_seqs,
-            max_num_batched_tokens=settings.max_num_batched_tokens,
-            runs_whole=True,
+        encoder, kernel = self.encoder, self.backend.lora
+        return self.whole_core(
+            source,
+            metrics,
+            occupancy,
+            encoder.wrapped,
+            lambda *given: EncoderExecutor(encoder, given[0], kernel, given[1]),
         )
-        engine = Engine(
-            scheduler,
-            EncoderRunner(EncoderExecutor(self.encoder, memory, self.backend.lora, HeadReader(memory, plans, sites))),
-            decode=self.base.codec.decode,
-            eos_ids=frozenset(),
-            max_model_len=self.context_length,
-            observe=metrics.observe_step,
-            faults=FaultMetrics(metrics),
-        )
-        return engine, tiers
-
-    def _reader(self, source: AdapterSource) -> Callable[[AdapterRef], Adapter]:
-        modules = self.modules
-        return lambda ref: read_trusted(source.local_folder(ref), modules)
 
     def _context_length(self) -> int:
         """The longest input: all of it runs in one step."""

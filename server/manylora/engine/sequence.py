@@ -12,6 +12,7 @@ from manylora.engine.interface import AdapterRef, FinishReason, Mix, SamplingPar
 from manylora.engine.pooling import Pool
 from manylora.engine.token_rules import Rules
 from manylora.grammars.masks import Constraint
+from manylora.images.picture import Picture
 
 
 class SequenceStatus(StrEnum):
@@ -54,6 +55,7 @@ class Sequence:
     """
 
     sound: Sound | None = None  # what it writes down
+    picture: Picture | None = None  # what it sees
     state_slot = -1  # where layers keep a state of it, while it has blocks
     first_scheduled_s: float | None = None
     first_token_s: float | None = None

@@ -97,7 +97,8 @@ class EncoderInput:
 
     `token_ids` int64 [T]; of each input its number of tokens (`lens`), its adapter's slot (`slots` int32, as
     `StepInput` has them) and what becomes of its states (`ways`): one vector, or the scores of its adapter's head.
-    `types` int64 [T]: 1 for a token of the second text of a pair, else 0.
+    `types` int64 [T]: 1 for a token of the second text of a pair, else 0. `pictures`: float32 [channels, height, width]
+    of each, in place of tokens, where the model sees images.
     """
 
     token_ids: np.ndarray
@@ -106,6 +107,7 @@ class EncoderInput:
     ways: tuple[Pooling | Literal["head"], ...]
     types: np.ndarray
     mixes: tuple[Parts, ...] = ()
+    pictures: tuple[np.ndarray, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from manylora.models.refusals import refusing
 from manylora.models.survey import SAME, Survey, survey_linears
 from manylora.models.wrapping import WrappedModel, wrap_surveyed
 
-__all__ = ["EncoderModel", "both_ways", "first_position", "probe_memory", "ragged_batch", "wrap_encoder"]
+__all__ = ["EncoderModel", "apart", "both_ways", "first_position", "probe_memory", "ragged_batch", "wrap_encoder"]
 
 _numbers = itertools.count()
 _FARTHEST: Final = 4096  # tokens of the longest probe: enough to go beyond every window there is
@@ -270,7 +270,7 @@ class _Own:
         own = self._run(token_ids, None)[0]
         padding = getattr(self._model.config, "pad_token_id", None)
         for first in (0, 1 + int(padding or 0)):
-            if _apart(self._run(token_ids, first)[0], own) <= self._tolerance:
+            if apart(self._run(token_ids, first)[0], own) <= self._tolerance:
                 return first
         raise ModelUnusable(f"{self._name} numbers its positions in a way of its own.")
 
@@ -302,7 +302,7 @@ class _Own:
                 self._require(pooled[number], wanted_pooled, most, is_adapted)
 
     def _require(self, found: torch.Tensor, wanted: torch.Tensor, most: float, is_adapted: bool) -> None:
-        difference = _apart(found, wanted)
+        difference = apart(found, wanted)
         if not difference <= most:
             whose = " with an adapter on every module" if is_adapted else ""
             raise ModelUnusable(
@@ -317,7 +317,7 @@ def _beyond_windows(config: Any) -> int:
     return max(PROBE_LENGTH, *(2 * value for value in named if isinstance(value, int)), PROBE_LENGTH)
 
 
-def _apart(found: torch.Tensor, wanted: torch.Tensor) -> float:
+def apart(found: torch.Tensor, wanted: torch.Tensor) -> float:
     """The root mean square of the difference, as a share of the spread."""
     difference = (found.float() - wanted.float()).square().mean().sqrt()
     return float(difference / wanted.float().std().clamp(min=1e-6))

@@ -21,7 +21,15 @@ if TYPE_CHECKING:
     from manylora.models.codec import HuggingFaceCodec
     from manylora.settings import Settings
 
-__all__ = ["LoadedEncoder", "encoder_backend", "is_encoder", "load_encoder", "offered_modules", "unreported"]
+__all__ = [
+    "LoadedEncoder",
+    "encoder_backend",
+    "is_encoder",
+    "load_bare",
+    "load_encoder",
+    "offered_modules",
+    "unreported",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +78,7 @@ def load_encoder(settings: "Settings", folder: Path) -> LoadedEncoder:
     dtype = backends.select_dtype(settings.dtype, backend.device, getattr(config, "dtype", None))
     check_memory(folder, dtype, backend.device)
     tokenizer = checkpoint.load_tokenizer(folder)
-    model = _load(folder, config, dtype).to(backend.device)
+    model = load_bare(folder, config, dtype).to(backend.device)
     model.requires_grad_(False)
     model.eval()
     from manylora.models.codec import HuggingFaceCodec
@@ -108,7 +116,7 @@ def offered_modules(folder: Path) -> EncoderModules:
     return EncoderModules(adaptable_modules(model) | adaptable_norms(model), prefix, plans)
 
 
-def _load(folder: Path, config: "PretrainedConfig", dtype: Any) -> "PreTrainedModel":
+def load_bare(folder: Path, config: "PretrainedConfig", dtype: Any) -> "PreTrainedModel":
     """The encoder on the CPU, without a head, every weight from the files. Raises ModelUnusable."""
     import transformers
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from transformers import (
+    AutoModelForImageClassification,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -25,6 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from manylora.lora.format.heads import EACH_TOKEN, QUESTION_LABELS, Activation, HeadPlan, HeadStage, Source
 from manylora.lora.format.spec import BaseWeights
 from manylora.models import checkpoint
+from manylora.models.modules import hidden_size, token_embedding
 from manylora.models.stored_weights import StoredWeights
 
 __all__ = ["ACTIVATIONS", "decoder_heads", "head_plans"]
@@ -52,7 +54,8 @@ def head_plans(model: PreTrainedModel, weights: BaseWeights, tasks: Iterable[str
     found: dict[str, HeadPlan] = {}
     for task in tasks:
         try:
-            plan = _plan(task, _CLASSES[task], model, weights)
+            auto = AutoModelForImageClassification if token_embedding(model) is None else _CLASSES[task]
+            plan = _plan(task, auto, model, weights)
         except Exception:  # noqa: BLE001, S112 - of a model's own code: what cannot be followed is not served
             continue
         if plan is not None:
@@ -92,7 +95,7 @@ def _plan(task: str, auto: Any, model: PreTrainedModel, weights: BaseWeights) ->
     with torch.device("meta"):
         whole = auto.from_config(config)
     random = torch.Generator().manual_seed(0)
-    width = int(model.get_input_embeddings().weight.shape[1])
+    width = hidden_size(model)
     states = torch.randn(1, _LENGTH, width, generator=random)
     pooled = torch.tanh(torch.randn(1, width, generator=random))
     setattr(whole, model.base_model_prefix, _Stub(states, pooled))
@@ -103,9 +106,8 @@ def _plan(task: str, auto: Any, model: PreTrainedModel, weights: BaseWeights) ->
             nn.init.normal_(parameter, std=0.2, generator=random)
         if isinstance(module, nn.Linear | nn.LayerNorm):
             module.register_forward_hook(lambda module, args, out, path=path: seen.append((path, module, args[0], out)))
-    ids = torch.full((1, _LENGTH), 2 if config.pad_token_id != 2 else 3)  # padding is passed over by some
     with torch.inference_mode():
-        given = whole(input_ids=ids, attention_mask=torch.ones_like(ids))
+        given = whole(**_inputs(model))
     logits = torch.stack((given.start_logits, given.end_logits), dim=-1) if task == "QUESTION_ANS" else given.logits
     source = _source(task, seen[0][2], states, pooled)
     if source is None or (source == "pooler" and getattr(model, "pooler", None) is None):
@@ -122,12 +124,27 @@ def _plan(task: str, auto: Any, model: PreTrainedModel, weights: BaseWeights) ->
     return HeadPlan(task, source, tuple(stages)) if isinstance(seen[-1][1], nn.Linear) else None
 
 
+def _inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """What the model with a head is called with, of which the stub in it makes nothing."""
+    if token_embedding(model) is None:
+        return {"pixel_values": torch.zeros(1, 3, 1, 1)}
+    ids = torch.full((1, _LENGTH), 2 if model.config.pad_token_id != 2 else 3)  # padding is passed over by some
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
 def _source(task: str, given: torch.Tensor, states: torch.Tensor, pooled: torch.Tensor) -> Source | None:
     sources: dict[Source, torch.Tensor] = (
         {"every": states}
         if task in EACH_TOKEN
         # Over each token, of which the last one's is kept: the numbers behind the head say whether it is that one.
-        else {"pooler": pooled, "first": states[:, 0], "last": states, "mean": states.mean(dim=1)}
+        else {
+            "pooler": pooled,
+            "first": states[:, 0],
+            "last": states,
+            "mean": states.mean(dim=1),
+            "rest": states[:, 1:].mean(dim=1),
+            "first_and_rest": torch.cat([states[:, 0], states[:, 1:].mean(dim=1)], dim=1),
+        }
     )
     return next((name for name, values in sources.items() if _same(values, given)), None)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 from manylora.lora.format.spec import ModuleSpec
 from manylora.models import backends, checkpoint
 from manylora.models.encoder_loading import encoder_backend, is_encoder
+from manylora.models.image_loading import image_backend, is_image_model
 from manylora.models.kv_cache import bytes_per_block
 from manylora.models.loading import resolve_model
 from manylora.models.modules import stated_shapes
@@ -62,7 +63,9 @@ def memory_report(settings: "Settings") -> MemoryReport:
     """Of the base that the settings name. Raises StartupError, where the base itself could not be served."""
     folder = resolve_model(settings.model)
     if is_encoder(folder):
-        return _of_encoder(settings, folder)
+        return _of_encoder(settings, folder, encoder_backend(settings))
+    if is_image_model(folder):
+        return _of_encoder(settings, folder, image_backend(settings))
     if is_speech(folder):
         return _of_speech(settings, folder)
     backend = backends.choose(settings)
@@ -74,9 +77,8 @@ def memory_report(settings: "Settings") -> MemoryReport:
     return replace(told, kv_per_token=per_block / settings.block_size if shapes else None, kv_cache=kv_cache)
 
 
-def _of_encoder(settings: "Settings", folder: Path) -> MemoryReport:
-    config = checkpoint.read_encoder_config(folder)
-    return _weighed(settings, folder, encoder_backend(settings), config, _OF_ADAPTERS)
+def _of_encoder(settings: "Settings", folder: Path, backend: backends.Backend) -> MemoryReport:
+    return _weighed(settings, folder, backend, checkpoint.read_encoder_config(folder), _OF_ADAPTERS)
 
 
 def _of_speech(settings: "Settings", folder: Path) -> MemoryReport:

@@ -17,6 +17,7 @@ __all__ = [
     "adaptable_modules",
     "adaptable_norms",
     "embedding_scale",
+    "hidden_size",
     "is_linear",
     "is_plain",
     "stated_shapes",
@@ -42,8 +43,16 @@ def weight_of(module: nn.Module) -> torch.Tensor:
 
 
 def token_embedding(model: PreTrainedModel) -> Any:
-    """The module that turns token ids into vectors."""
-    return model.get_input_embeddings()
+    """The module that turns token ids into vectors; None of a model that has none, as those of images."""
+    found = model.get_input_embeddings()
+    weight = getattr(found, "weight", None)
+    return found if isinstance(weight, torch.Tensor) and weight.dim() == 2 else None
+
+
+def hidden_size(model: PreTrainedModel) -> int:
+    """Numbers of a hidden state, by the embedding's rows where there is one."""
+    embedding = token_embedding(model)
+    return int(model.config.hidden_size if embedding is None else embedding.weight.shape[1])
 
 
 def embedding_scale(embedding: nn.Module) -> float:
@@ -55,8 +64,8 @@ def embedding_scale(embedding: nn.Module) -> float:
 def adaptable_modules(model: PreTrainedModel) -> dict[str, ModuleSpec]:
     """Every linear and the token embedding of an untouched model (a meta-device one will do), by path."""
     embedding, head = token_embedding(model), model.get_output_embeddings()
-    is_tied = isinstance(head, nn.Linear) and head.weight is embedding.weight
-    grows = isinstance(head, nn.Linear) and head.out_features == embedding.weight.shape[0]
+    is_tied = isinstance(head, nn.Linear) and embedding is not None and head.weight is embedding.weight
+    grows = isinstance(head, nn.Linear) and embedding is not None and head.out_features == embedding.weight.shape[0]
     found: dict[str, ModuleSpec] = {}
     for path, module in model.named_modules():
         if module is embedding:
@@ -98,7 +107,7 @@ def stated_shapes(config: Any) -> list[KVShape]:
 
 def adaptable_norms(model: PreTrainedModel) -> dict[str, ModuleSpec]:
     """Every norm of the residual stream, by path: those of single heads, which are narrower, are left out."""
-    width = int(token_embedding(model).weight.shape[1])
+    width = hidden_size(model)
     found: dict[str, ModuleSpec] = {}
     for path, module in model.named_modules():
         weight = getattr(module, "weight", None)

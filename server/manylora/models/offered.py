@@ -11,6 +11,7 @@ from manylora.models import checkpoint
 from manylora.models.encoder_loading import is_encoder, offered_modules
 from manylora.models.experts import adaptable_experts
 from manylora.models.heads import decoder_heads
+from manylora.models.image_loading import is_image_model, offered_image_modules
 from manylora.models.loading import resolve_model
 from manylora.models.modules import adaptable_modules, adaptable_norms, stated_shapes, with_past
 from manylora.models.speech_loading import is_speech, offered_speech_modules
@@ -26,6 +27,8 @@ def modules_of(model: str | None) -> Mapping[str, ModuleSpec]:
         return offered_modules(folder)
     if is_speech(folder):
         return offered_speech_modules(folder)
+    if is_image_model(folder):
+        return offered_image_modules(folder)
     config = checkpoint.read_config(folder, to_serve=True)
     try:
         with torch.device("meta"):

@@ -100,13 +100,19 @@ def wrap(model: PreTrainedModel, backend: Backend, *, context_length: int | None
         return wrapped
 
 
-def wrap_surveyed(model: PreTrainedModel, backend: Backend, found: Survey) -> WrappedModel:
-    """Replace linears, norms and embedding by ours, in place. Attention is left to the caller."""
+def wrap_surveyed(
+    model: PreTrainedModel, backend: Backend, found: Survey, norms: Mapping[str, ModuleSpec] | None = None
+) -> WrappedModel:
+    """Replace linears, norms and embedding by ours, in place. Attention is left to the caller.
+
+    `norms`: those that adapters may touch, all of the residual stream where none are named.
+    """
     specs = found.modules
     groups = _complete_groups(found.groups, specs)
-    norms, experts = adaptable_norms(model), _served_experts(model)
+    norms = adaptable_norms(model) if norms is None else norms
+    experts = _served_experts(model)
     modules = {path: replace(specs[path], shares_input=len(group) > 1) for group in groups for path in group}
-    modules = with_past(modules, found.kv_shapes if not found.keepers else []) | experts | norms
+    modules = with_past(modules, found.kv_shapes if not found.keepers else []) | experts | dict(norms)
     sites = {path: site for site, path in enumerate(modules)}
     wrapped = WrappedModel(model, backend, ForwardContext(), found, modules, sites, {})
     _adapt_experts(wrapped, experts)

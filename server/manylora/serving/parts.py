@@ -244,19 +244,23 @@ def load_foundation(settings: Settings) -> Foundation:
     """The base that the settings name, with the engine that the settings describe. Raises StartupError."""
     with uncollected():  # not before it is needed: torch takes seconds to import
         from manylora.engine.build import EngineBuilder
+        from manylora.engine.image_build import ImageBuilder
         from manylora.engine.pool_build import PoolBuilder
         from manylora.engine.speech_build import SpeechBuilder
         from manylora.lifecycle.weights.served import Inspector
         from manylora.models.encoder_loading import is_encoder, load_encoder
+        from manylora.models.image_loading import is_image_model, load_image_model
         from manylora.models.loading import load_base, resolve_model
         from manylora.models.speech_loading import is_speech, load_speech
         from manylora.models.stored_weights import StoredWeights
     folder = resolve_model(settings.model)
-    builder: EngineBuilder | PoolBuilder | SpeechBuilder
+    builder: EngineBuilder | PoolBuilder | SpeechBuilder | ImageBuilder
     if is_encoder(folder):
         builder = PoolBuilder(settings, load_encoder(settings, folder))
     elif is_speech(folder):
         builder = SpeechBuilder(settings, load_speech(settings, folder))
+    elif is_image_model(folder):
+        builder = ImageBuilder(settings, load_image_model(settings, folder))
     else:
         builder = EngineBuilder(settings, load_base(settings))
     base = builder.base

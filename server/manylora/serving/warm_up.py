@@ -31,17 +31,23 @@ async def warm_up(engine: EngineClient, adapters: Sequence[AdapterRef]) -> None:
     Adapters get a second: what is not read by then waits for its own request. One that cannot be read is left for
     that request to say.
     """
-    prompt = engine.codec.encode(_TEXT)
-    with suppress(InvalidRequest):  # a base without a chat template
-        prompt = engine.codec.chat([{"role": "user", "content": _TEXT}])
-    # A tokenizer can put a token in front that the model has not.
-    prompt = [i for i in prompt if i < engine.model.vocab_size][: engine.model.most_prompt_tokens]
+    prompt = _prompt(engine)
     slots = engine.stats().slots_total
     with suppress(TimeoutError):
         async with asyncio.timeout(_ADAPTERS_S):
             for ref in adapters[:slots]:  # one by one: what was asked for is read to its end, beside the first requests
-                await _try(engine, prompt[:1], ref)
+                await _try(engine, prompt[:1] if engine.model.vision is None else prompt, ref)
     await _answer(engine, prompt, None)
+
+
+def _prompt(engine: EngineClient) -> list[int]:
+    if engine.model.vision is not None:
+        return [0] * engine.model.vision.num_positions
+    prompt = engine.codec.encode(_TEXT)
+    with suppress(InvalidRequest):  # a base without a chat template
+        prompt = engine.codec.chat([{"role": "user", "content": _TEXT}])
+    # A tokenizer can put a token in front that the model has not.
+    return [i for i in prompt if i < engine.model.vocab_size][: engine.model.most_prompt_tokens]
 
 
 async def _try(engine: EngineClient, prompt: Sequence[int], adapter: AdapterRef) -> None:

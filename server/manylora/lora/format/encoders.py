@@ -5,7 +5,7 @@ before every path: `bert.encoder.layer.0…` for `encoder.layer.0…`. Its tenso
 looked for under the same names.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Final
 
@@ -16,6 +16,7 @@ from manylora.lora.format.tensors import TensorView
 __all__ = [
     "EncoderModules",
     "HeadedModules",
+    "ImageModules",
     "Naming",
     "SpeechModules",
     "bare_task_of",
@@ -44,6 +45,10 @@ class EncoderModules(HeadedModules):
     ) -> None:
         super().__init__(modules, heads)
         self.prefix = prefix
+
+
+class ImageModules(EncoderModules):
+    """The modules of an encoder of images by path."""
 
 
 class SpeechModules(dict[str, ModuleSpec]):
@@ -102,9 +107,17 @@ def bare_task_of(modules: Mapping[str, ModuleSpec]) -> str | None:
     return "FEATURE_EXTRACTION" if isinstance(modules, EncoderModules) else "CAUSAL_LM"
 
 
-def plan_of(config: Mapping[str, Any], modules: Mapping[str, ModuleSpec]) -> HeadPlan | None:
-    """How the head computes that an adapter with this config has; None for one without."""
+def plan_of(
+    config: Mapping[str, Any], modules: Mapping[str, ModuleSpec], tensors: Container[str] = ()
+) -> HeadPlan | None:
+    """How the head computes that an adapter with this config and these tensors has; None for one without.
+
+    PEFT has no task of images: an adapter trained on a classifier of images says none, and its head is in the file.
+    """
     task = config.get("task_type")
+    if task is None and isinstance(modules, ImageModules):
+        plan = modules.heads.get("SEQ_CLS")
+        return plan if plan is not None and f"{_PREFIX}{plan.stages[-1].path}.weight" in tensors else None
     return modules.heads.get(task) if isinstance(modules, HeadedModules) and isinstance(task, str) else None
 
 

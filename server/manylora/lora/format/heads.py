@@ -17,9 +17,9 @@ from manylora.lora.format.tensors import TensorView
 __all__ = ["EACH_TOKEN", "QUESTION_LABELS", "Activation", "HeadPart", "HeadPlan", "HeadStage", "Source", "read_head"]
 
 Activation: TypeAlias = Literal["none", "tanh", "relu", "gelu"]
-Source: TypeAlias = Literal["pooler", "first", "last", "mean", "every"]
+Source: TypeAlias = Literal["pooler", "first", "last", "mean", "rest", "first_and_rest", "every"]
 """What a head reads: what the pooler makes of the first token's state, that state, the last token's, the mean of all,
-or each alone."""
+the mean of all but the first, the first and that mean behind it, or each alone."""
 
 EACH_TOKEN: Final = frozenset({"TOKEN_CLS", "QUESTION_ANS"})
 """Tasks whose heads have scores for each token of a text."""

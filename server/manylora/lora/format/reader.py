@@ -71,7 +71,7 @@ def _beheaded(
     files: _Files, modules: Mapping[str, ModuleSpec], problems: Problems, warnings: list[str]
 ) -> tuple[_Files, HeadPart | None]:
     """The files without the head that their task has, and the head."""
-    plan = None if files.config is None else plan_of(files.config, modules)
+    plan = None if files.config is None else plan_of(files.config, modules, files.tensors or {})
     if plan is None or files.config is None or files.tensors is None:
         return files, None
     part = read_head(files.config, files.tensors, plan, problems, warnings)
