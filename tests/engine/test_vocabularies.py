@@ -176,3 +176,8 @@ def test_what_does_not_fit_is_refused_with_the_reason(tmp_path: Path) -> None:
     code, message = problem(targeted)
     assert code == "base_mismatch"
     assert "target_modules" in message
+    tokens = [33, 7]
+    invoked = make_resized(folder, tmp_path / "invoked", 325, target_modules=["q_proj"], alora_invocation_tokens=tokens)
+    code, message = problem(invoked)
+    assert code == "unsupported_feature"
+    assert "before it is invoked" in message

@@ -26,6 +26,7 @@ from manylora.lifecycle.weights.low_rank import (
 )
 from manylora.models.wrapping import adaptable_modules
 from tests.conftest import ModelMaker
+from tests.resized import make_resized
 from tests.tiny_adapters import make_adapter
 
 
@@ -184,4 +185,11 @@ def test_another_kind_is_refused_by_its_name_and_with_the_way_out(
     known = json.loads((folder / CONFIG_FILE).read_text())
     (folder / CONFIG_FILE).write_text(json.dumps({**known, **config}))
     with pytest.raises(InvalidRequest, match=f"plain low-rank adapters, and this one {named}.*manylora extract"):
+        read_lora(folder)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft.*")
+def test_tokens_of_its_own_are_refused_by_name(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    folder = make_resized(tiny_llama_dir, tmp_path / "a", 325)
+    with pytest.raises(InvalidRequest, match=r"the whole weight (lm_head|model\.embed_tokens)\.weight\. .*extract"):
         read_lora(folder)

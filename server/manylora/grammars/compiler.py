@@ -85,6 +85,11 @@ class Compiled:
         return str(self._first.get_error())
 
     @property
+    def num_tokens(self) -> int:
+        """Of its vocabulary: an adapter's own tokens, which no grammar knows, have higher ids."""
+        return int(self._tokenizer.vocab_size)
+
+    @property
     def num_words(self) -> int:
         """Of 32 bits, in a mask."""
         return mask_words(self._tokenizer)

@@ -376,7 +376,7 @@ def _look(constraint: Constraint, eos_ids: tuple[int, ...], draft: tuple[int, ..
     until = time.thread_time() + _MAX_LOOK_S
     try:
         while at < len(draft) and time.thread_time() < until:
-            is_expected = not expected or draft[at] == expected[0]
+            is_expected = draft[at] == expected[0] if expected else draft[at] < constraint.compiled.num_tokens
             if not is_expected or matcher.validate_tokens([draft[at]]) != 1:
                 break
             _consume(matcher, [draft[at]])

@@ -6,7 +6,7 @@ written has alpha = rank everywhere, so that its scale is 1.
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from manylora.errors import InvalidRequest
+from manylora.errors import InvalidRequest, quoted
 from manylora.lifecycle.adapter_files import read_adapter_files
 from manylora.lifecycle.parameters import InvalidParameter
 from manylora.lora.format.config import KNOWN_PARTS
@@ -85,17 +85,23 @@ def read_lora(folder: Path, modules: Mapping[str, ModuleSpec] | None = None) -> 
     Raises InvalidRequest when it is no adapter in PEFT layout, InvalidAdapter with every problem otherwise.
     """
     config, tensors = read_adapter_files(folder)
-    _require_plain(config)
+    _require_plain(config, tensors)
     adapter = read(folder, modules or _own_modules(tensors), max_rank=_NO_LIMIT, max_size=_NO_LIMIT)
     pairs = {m.path: _pair(m, adapter.kind) for m in adapter.modules}
     dtype = next(iter(tensors.values())).dtype
     return Lora(pairs, config, dtype, adapter.size_bytes)
 
 
-def _require_plain(config: Mapping[str, Any]) -> None:
-    """Raises InvalidRequest for a kind whose files say more than low rank, by its name."""
+def _require_plain(config: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raises InvalidRequest for a kind whose files say more than low rank, by its name.
+
+    Of a model that was resized for more tokens the tensors' names alone say it.
+    """
     kind = config.get("peft_type")
     more = [key for key in _MORE_THAN_LOW_RANK if config.get(key)]
+    whole = next((name for name in names if name.endswith(".weight") and parse_name(name) is None), None)
+    if kind == "LORA" and not more and whole is not None:
+        more.append(f"the whole weight {quoted(whole.removeprefix(PREFIX))}")
     if config.get("init_lora_weights") in KNOWN_PARTS:
         more.append("init_lora_weights")
     if (kind != "LORA" and kind in KINDS) or kind in NOT_SERVED or more:

@@ -20,6 +20,7 @@ from manylora.lora.format.problems import Problems, shown
 from manylora.lora.format.spec import AdaptedModule, Base, BaseWeights, ModuleSpec
 from manylora.lora.format.targets import Target
 from manylora.lora.format.tensors import TensorView
+from manylora.lora.format.vocabulary import own_num_tokens
 
 __all__ = ["KINDS", "METHODS", "NOT_SERVED", "LoraReading", "Reading", "reading_of"]
 
@@ -86,11 +87,11 @@ class LoraReading:
             return ()
         modules = without_norms(base.modules)
         planned = targets.resolve(self._settings, modules, base.max_rank, problems, warnings, ready.targets)
-        self._check_invocation(planned or {}, base.modules, problems)
+        self._check_invocation(planned or {}, ready.tensors, base.modules, problems)
         return self._paired(ready.tensors, base.modules, planned, problems, warnings, base.weights)
 
     def _check_invocation(
-        self, planned: Mapping[str, Target], modules: Mapping[str, ModuleSpec], problems: Problems
+        self, planned: Mapping[str, Target], tensors: Tensors, modules: Mapping[str, ModuleSpec], problems: Problems
     ) -> None:
         """In the middle of a prompt linears are switched on, and in PEFT nothing else is."""
         others = [path for path, target in planned.items() if target.spec.kind == "embedding"]
@@ -102,6 +103,9 @@ class LoraReading:
         if self.invocation and "CAUSAL_LM" not in tasks_of(modules):
             message = "Not served: on an encoder, whose tokens before the invocation look at those behind it."
             problems.add("unsupported_feature", where, f"{message} Train it as plain LoRA.")
+        if self.invocation and own_num_tokens(tensors, modules) is not None:
+            message = "Not served: tokens of its own, which would act before it is invoked."
+            problems.add("unsupported_feature", where, f"{message} Train it on the base as it is.")
         if vocabulary and any(each >= vocabulary for each in self.invocation):
             problems.add("base_mismatch", where, f"It names a token that this base's {vocabulary} tokens have not.")
 
