@@ -7,6 +7,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "adapters.md"
@@ -15,17 +16,20 @@ START, END = "<!-- kinds: written by `make docs` -->", "<!-- end of kinds -->"
 
 
 def table() -> str:
-    """One row for each kind: PEFT's method, what the server makes of it, and the memory that this takes."""
-    found: dict[str, dict[str, str]] = json.loads(OUTCOMES.read_text(encoding="utf-8"))
+    """One row for each kind: PEFT's method, what it becomes, what that costs for a token and in memory."""
+    found: dict[str, dict[str, Any]] = json.loads(OUTCOMES.read_text(encoding="utf-8"))
     served = sum(bool(each["becomes"]) for each in found.values())
     rows = [
         f"Of {len(found)} kinds, {served} are served.",
         "",
-        "| kind | `peft_type` | served as | memory per byte of its file |",
-        "| --- | --- | --- | --- |",
+        "| kind | `peft_type` | served as | cost per token | memory per byte of its file |",
+        "| --- | --- | --- | --- | --- |",
     ]
+    usual = found["LoRA"]["per_token"]
     for name, each in found.items():
-        rows.append(f"| {name} | `{each['method']}` | {each['becomes'] or 'refused'} | {each['memory'] or '—'} |")
+        cost = "—" if each["per_token"] is None else f"{each['per_token'] / usual:.2f}"
+        becomes = each["becomes"] or "refused"
+        rows.append(f"| {name} | `{each['method']}` | {becomes} | {cost} | {each['memory'] or '—'} |")
     return "\n".join(rows)
 
 

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,7 +16,7 @@ from manylora.identity import TENSOR_FILE
 from manylora.lora.format import tensors as safetensors_file
 from manylora.lora.format.methods.prompts import PROMPTS
 from manylora.lora.format.problems import Problems
-from manylora.lora.format.spec import Adapter, Dense, Input, LowRank, Output, Prefix, TokenRows
+from manylora.lora.format.spec import AdaptedModule, Adapter, Dense, Input, LowRank, Output, Prefix, Term, TokenRows
 from manylora.lora.format.tensors import TensorView
 
 # Linears of a small Llama, whose sizes are 64 (hidden), 32 (keys, values) and 96 (inside the MLP).
@@ -191,10 +192,26 @@ def tensors_of(folder: Path) -> dict[str, TensorView]:
     return found
 
 
-def outcome_of(name: str, adapter: Adapter | None, size_bytes: int) -> dict[str, str]:
-    """What `docs/adapters.md` says of a kind: what it becomes, and the memory for each byte of its files."""
+def per_token(module: AdaptedModule, term: Term) -> int:
+    """How many numbers of a term a token is multiplied by, or has added."""
+    is_embedding = module.kind == "embedding"
+    match term:
+        case LowRank():
+            return prod(term.b.shape) + (term.rank if is_embedding else prod(term.a.shape))
+        case Dense():
+            return term.matrix.shape[0] if is_embedding else prod(term.matrix.shape)
+        case TokenRows():
+            return term.rows.shape[1] if is_embedding else prod(term.rows.shape)
+        case Prefix():
+            return 0  # its positions are looked back at
+        case _:
+            return sum(prod(matrix.shape) for matrix in term.matrices)
+
+
+def outcome_of(name: str, adapter: Adapter | None, size_bytes: int) -> dict[str, Any]:
+    """What `docs/adapters.md` says of a kind: what it becomes, its work for each token, the memory for each byte."""
     if adapter is None:
-        return {"method": KINDS[name].method, "becomes": "", "memory": ""}
+        return {"method": KINDS[name].method, "becomes": "", "per_token": None, "memory": ""}
     terms = [term for module in adapter.modules for term in module.terms]
     words = {
         LowRank: "low rank", Dense: "dense", TokenRows: "rows", Input: "input", Output: "output",
@@ -205,6 +222,7 @@ def outcome_of(name: str, adapter: Adapter | None, size_bytes: int) -> dict[str,
     return {
         "method": KINDS[name].method,
         "becomes": ", ".join(word for kind, word in words.items() if kind in found),
+        "per_token": sum(per_token(module, term) for module in adapter.modules for term in module.terms),
         "memory": f"{taken / size_bytes:.1f}",
     }
 

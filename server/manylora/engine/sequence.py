@@ -60,6 +60,8 @@ class Sequence:
     first_scheduled_s: float | None = None
     first_token_s: float | None = None
     finished_s: float | None = None
+    load_started_s: float | None = None
+    load_ended_s: float | None = None
 
     def __init__(
         self,
@@ -119,8 +121,6 @@ class Sequence:
         self.followers: list[Sequence] = []
         self.listener: Listener | None = None  # while somebody wants to hear of it; the event loop's
         self.arrived_s = time.monotonic()
-        self.load_started_s: float | None = None
-        self.load_ended_s: float | None = None
 
     @property
     def num_encoded(self) -> int:
