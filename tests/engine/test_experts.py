@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,7 +18,8 @@ from manylora.errors import InvalidAdapter
 from manylora.identity import CONFIG_FILE, TENSOR_FILE
 from manylora.lora.format.reader import read
 from manylora.lora.memory.packing import KeepAs
-from tests.engine.harness import available_kernels, build_rig, load
+from manylora.models.experts import AdaptedExperts
+from tests.engine.harness import TORCH, available_kernels, build_rig, load
 from tests.engine.oracle import check_greedy, with_adapter
 from tests.engine.test_peft_kinds import LONGER, MOST, PROMPT, apart, logits_of, run
 from tests.models.front_door import try_model
@@ -43,6 +45,8 @@ SINGLE: Final = {
     "mixtral": ("block_sparse_moe", ("w1", "w3", "w2")),
     "qwen3_moe": ("mlp", ("gate_proj", "up_proj", "down_proj")),
 }
+# The model's own code computes a step whose experts no adapter touches.
+AS_ON_A_GPU: Final = replace(TORCH, experts=None)
 
 Made = Mapping[str, Path]
 
@@ -125,6 +129,14 @@ def test_adapters_on_experts_answer_together_as_in_peft(kernel: str, mixture: tu
         assert tokens[:10] == tokens[10:], name
 
 
+def test_a_backends_products_take_the_place_of_the_models_weights(mixture: tuple[Path, Made]) -> None:
+    for kernel, is_replaced in ((TORCH, True), (AS_ON_A_GPU, False)):
+        rig = build_rig(load(mixture[0]), kernel=kernel)
+        experts = [module for module in rig.wrapped.model.modules() if isinstance(module, AdaptedExperts)]
+        rig.close()
+        assert [each.base.down_proj is None for each in experts] == [is_replaced] * 2
+
+
 def test_experts_with_biases_and_weights_the_other_way_round_are_adapted_as_in_peft(tmp_path: Path) -> None:
     base = make_zoo_model("gpt_oss", tmp_path / "base")
     names = ["experts.gate_up_proj", "experts.down_proj", "mlp.router.weight"]
@@ -141,9 +153,11 @@ def test_experts_kept_in_fewer_bits_answer_nearly_alike(
 ) -> None:
     base, made = mixture
     adapters = {name: made[name] for name in ("both", "single experts")}
-    rig = build_rig(load(base), adapters, num_blocks=100, keep_as=KeepAs(torch.float32, dtype))
+    rig = build_rig(load(base), adapters, kernel=AS_ON_A_GPU, num_blocks=100, keep_as=KeepAs(torch.float32, dtype))
+    alone = run(rig, {None: PROMPT}, max_tokens=1)
     found = run(rig, dict.fromkeys(adapters, PROMPT), max_tokens=1)
     rig.close()
+    assert apart(alone["None"], logits_of(base, None, PROMPT)) < MOST
     for name, folder in adapters.items():
         wanted = logits_of(base, folder, PROMPT)
         assert float((torch.from_numpy(found[name]) - wanted).square().mean().sqrt() / wanted.std()) < most, name

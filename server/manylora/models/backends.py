@@ -50,7 +50,8 @@ class Backend:
     """The parts that compute a model on `device`.
 
     `matmul` makes the linears of the base, whose weights it keeps in `format`, but for those that make the logits,
-    which are `head`'s. `attention` serves the model's own layers, `layers` takes the place of those of the usual shape,
+    which are `head`'s, and `experts`' of the experts of a mixture, which are never rounded; None leaves these to the
+    model's own code. `attention` serves the model's own layers, `layers` takes the place of those of the usual shape,
     `lora` adds the adapters' deltas; `allocate` gives the memory that adapters lie in. `before_step` is called on the
     thread that steps, before each step. `kv_dtype`: what keys and values are kept in; None is what the model computes
     in.
@@ -66,6 +67,7 @@ class Backend:
     allocate: Allocate
     before_step: Callable[[], None]
     kv_dtype: torch.dtype | None = None
+    experts: MatmulFactory | None = None
 
     @property
     def head_format(self) -> WeightFormat:
@@ -134,6 +136,7 @@ def _cpp(device: torch.device, wanted: WeightFormat) -> Backend:
         lora=NativeKernel(),
         allocate=zeros,
         before_step=ThreadPlacement(native).before_step,
+        experts=_panels,
     )
 
 
@@ -194,7 +197,8 @@ def _torch_on_cpu(device: torch.device, wanted: WeightFormat) -> Backend:
         "int8": matmul.unpacked_int8,
         "int4": matmul.unpacked_int4,
     }
-    return _torch(device, wanted, held, zeros, multiplies=cpu_multiplies, sums_in_bags=True)
+    made = _torch(device, wanted, held, zeros, multiplies=cpu_multiplies, sums_in_bags=True)
+    return replace(made, experts=_by_onednn)
 
 
 def _torch_on_gpu(device: torch.device, wanted: WeightFormat) -> Backend:

@@ -1,8 +1,9 @@
 """Mixtures of experts: the experts' fused weights and the router as modules that adapters may touch.
 
 Transformers keeps the experts of a layer in one parameter, [experts, out, in], and computes them behind one interface
-(`use_experts_implementation`): each token's rows go through the experts that the router has chosen for it. A step in
-which no adapter touches them runs the model's own code.
+(`use_experts_implementation`): each token's rows go through the experts that the router has chosen for it. Here rows
+are grouped by expert, and each that is chosen is one product over its rows, by the matmul that the backend has for
+them; where it has none, a step in which no adapter touches them runs the model's own code.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 
 from manylora.kernels.batch import ForwardContext
 from manylora.kernels.interface import LoraPlan, SiteGroup
+from manylora.kernels.matmul import BaseMatmul, MatmulFactory
 from manylora.lora.format.spec import ModuleSpec
 from manylora.models.modules import is_linear, is_plain
 
@@ -87,6 +89,20 @@ class AdaptedExperts(nn.Module):
         self._first = _first(base)
         self._sites = sites
         self._context = context
+        self._products: dict[str, list[BaseMatmul]] = {}
+
+    def take_over(self, make: MatmulFactory) -> None:
+        """Bring each expert's weights into the form that a backend multiplies by, and leave out the model's own."""
+        for name in (self._first, "down_proj"):
+            weights = getattr(self.base, name)
+            biases = getattr(self.base, f"{name}_bias") if self.base.has_bias else [None] * len(weights)
+            self._products[name] = [
+                make(
+                    (weight.T if self.base.is_transposed else weight).detach(), None if bias is None else bias.detach()
+                )
+                for weight, bias in zip(weights, biases, strict=True)
+            ]
+            setattr(self.base, name, None)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -94,7 +110,10 @@ class AdaptedExperts(nn.Module):
         """[T, hidden] of [T, hidden], the numbers of the experts chosen and their weights, [T, k] each."""
         batch = self._context.current()
         plan = batch.lora
-        if plan is None or not plan.rows.touches(self._sites.values()):
+        is_touched = plan is not None and plan.rows.touches(self._sites.values())
+        if not is_touched and self._products:
+            return self.compute(hidden_states, top_k_index, top_k_weights, None)
+        if plan is None or not is_touched:
             own: torch.Tensor = self.base(hidden_states, top_k_index, top_k_weights)
             return own
         if hidden_states.shape[0] != batch.token_ids.shape[0]:
@@ -127,6 +146,10 @@ class AdaptedExperts(nn.Module):
         return in_order.view(count, most, -1).sum(dim=1).to(hidden.dtype)
 
     def _by_expert(self, x: torch.Tensor, name: str, bounds: list[int]) -> torch.Tensor:
+        products = self._products.get(name)
+        if products is not None:
+            ends = zip(products, (0, *bounds), bounds, strict=False)
+            return torch.cat([product(x[begin:end]) for product, begin, end in ends if begin < end])
         weights = getattr(self.base, name)
         biases = getattr(self.base, f"{name}_bias") if self.base.has_bias else None
         out = x.new_empty(x.shape[0], weights.shape[2 if self.base.is_transposed else 1])

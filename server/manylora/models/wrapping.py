@@ -155,7 +155,10 @@ def _adapt_experts(wrapped: WrappedModel, specs: Mapping[str, ModuleSpec]) -> No
             if spec.kind == "experts" and each.rpartition(".")[0] == path
         }
         if sites:
-            model.set_submodule(path, AdaptedExperts(experts, sites, wrapped.context))
+            adapted = AdaptedExperts(experts, sites, wrapped.context)
+            if wrapped.backend.experts is not None:
+                adapted.take_over(wrapped.backend.experts)
+            model.set_submodule(path, adapted)
     for path, spec in specs.items():
         if spec.kind == "linear":
             router = model.get_submodule(path)
