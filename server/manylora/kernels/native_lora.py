@@ -1,13 +1,17 @@
 """The low-rank kernels in C++: each adapter's weights are read once per step, at the memory's speed."""
 
+import numpy as np
 import torch
 
 from manylora.kernels import native
-from manylora.kernels.interface import LoraPlan, SiteGroup, add_embedding_, add_experts_
+from manylora.kernels.interface import LoraPlan, SiteGroup, add_embedding_, mixed_segments
 from manylora.kernels.mixes import add_embedding_mixes_
 from manylora.kernels.rows import LoraRows, MixedRows
 from manylora.kernels.token_rows import add_row_logits_, add_token_rows_, have_token_rows
-from manylora.lora.memory.device_memory import DeviceMemory
+from manylora.lora.memory.device_memory import DTYPE_CODES, DeviceMemory, TableEntry
+
+_SIZES = torch.tensor([dtype.itemsize for dtype in sorted(DTYPE_CODES, key=DTYPE_CODES.__getitem__)])
+_FIELD = {name: place for place, name in enumerate(TableEntry._fields)}
 
 
 class NativePlan(LoraPlan):
@@ -97,7 +101,54 @@ class NativePlan(LoraPlan):
     def add_experts_(
         self, out: torch.Tensor, x: torch.Tensor, rows: torch.Tensor, bounds: list[int], site: int
     ) -> None:
-        add_experts_(out, x, rows, bounds, site, self.rows, self._memory)
+        tables, owner, pair_rows = expert_tables(self.tables[site], len(bounds)), self.rows, rows.numpy()
+        slots = np.full(int(pair_rows.max()) + 1, -1, dtype=np.int32)
+        slots[owner.host_order] = np.repeat(np.array(owner.slots, dtype=np.int32), np.diff(owner.starts))
+        _add_pairs_(out, x, slots[pair_rows], bounds, tables)
+        for parts, mine in mixed_segments(owner.mixes) if owner.mixes is not None else ():
+            is_mine = np.isin(pair_rows, mine.numpy())
+            places = torch.from_numpy(np.flatnonzero(is_mine))
+            for slot, weight in parts:
+                delta = torch.zeros_like(out)
+                _add_pairs_(delta, x, np.where(is_mine, slot, -1).astype(np.int32), bounds, tables)
+                out[places] += delta[places] * weight
+
+
+def expert_tables(entries: torch.Tensor, count: int) -> torch.Tensor:
+    """Of a site's entries [slots, TABLE_FIELDS] those of each of its `count` experts: [count, 1, slots, TABLE_FIELDS].
+
+    Their ranks lie one expert after the other.
+    """
+    found = entries.repeat(count, 1, 1)
+    rank, size = entries[:, _FIELD["rank"]] // count, _SIZES[entries[:, _FIELD["dtype"]]]
+    skipped = torch.arange(count)[:, None] * rank
+    found[..., _FIELD["rank"]] = rank
+    found[..., _FIELD["a"]] += skipped * entries[:, _FIELD["in_features"]] * size
+    found[..., _FIELD["b"]] += skipped * entries[:, _FIELD["out_features"]] * size
+    found[..., _FIELD["scales"]] += skipped * torch.float32.itemsize * (entries[:, _FIELD["scales"]] != 0)
+    return found[:, None]
+
+
+def _add_pairs_(out: torch.Tensor, x: torch.Tensor, slots: np.ndarray, bounds: list[int], tables: torch.Tensor) -> None:
+    """`out` [P, out] += the deltas of pairs in the order of their experts, each with the adapter in one of `slots`."""
+    offsets, begin = torch.tensor((0, out.shape[1]), dtype=torch.int32), 0
+    for expert, end in enumerate(bounds):
+        mine = slots[begin:end]
+        order = np.flatnonzero(mine >= 0).astype(np.int32)
+        if order.size:
+            order = order[np.argsort(mine[order], kind="stable")]
+            named, starts = np.unique(mine[order], return_index=True)
+            segments = np.append(starts, order.size).astype(np.int32)
+            native.add_lora_(
+                out[begin:end],
+                x[begin:end],
+                tables[expert],
+                offsets,
+                torch.from_numpy(order),
+                torch.from_numpy(named.astype(np.int32)),
+                torch.from_numpy(segments),
+            )
+        begin = end
 
 
 def _arguments(mixes: MixedRows) -> tuple[torch.Tensor, ...]:

@@ -7,7 +7,7 @@ them; where it has none, a step in which no adapter touches them runs the model'
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -179,13 +179,20 @@ class AdaptedExperts(nn.Module):
 
 
 class AdaptedRouter(nn.Module):
-    """A router, whose weight adapters may change: the delta is added where its own code multiplies by the weight."""
+    """A router, whose weight adapters may change: the delta is added where its own code multiplies by the weight.
 
-    def __init__(self, base: nn.Module, group: SiteGroup, context: ForwardContext) -> None:
+    With a `make` it multiplies by what that makes of the weight.
+    """
+
+    def __init__(
+        self, base: nn.Module, group: SiteGroup, context: ForwardContext, make: MatmulFactory | None = None
+    ) -> None:
         super().__init__()
         self.base = base
         self.group = group
         self._context = context
+        self._make = make
+        self._held: dict[torch.dtype, BaseMatmul] = {}
 
     def __getattr__(self, name: str) -> Any:
         """What the model's own code asks of its router beside calling it."""
@@ -197,28 +204,40 @@ class AdaptedRouter(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         batch = self._context.current()
         plan = batch.lora
-        if plan is None or not plan.rows.touches(self.group.sites):
+        if plan is not None and not plan.rows.touches(self.group.sites):
+            plan = None
+        if plan is None and self._make is None:
             return self.base(*args, **kwargs)
 
-        def add(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-            rows, found = x.reshape(-1, x.shape[-1]), out.reshape(-1, out.shape[-1])
-            if rows.shape[0] != batch.token_ids.shape[0]:
-                raise RuntimeError(f"a router runs on {rows.shape[0]} rows in a step of {batch.token_ids.shape[0]}")
-            plan.add_(found, rows.to(found.dtype), self.group)
-            return found.view(out.shape)
+        def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            rows = x.reshape(-1, x.shape[-1])
+            found = self._multiplied(rows, weight, bias)
+            if plan is not None:
+                if rows.shape[0] != batch.token_ids.shape[0]:
+                    raise RuntimeError(f"a router runs on {rows.shape[0]} rows in a step of {batch.token_ids.shape[0]}")
+                plan.add_(found, rows.to(found.dtype), self.group)
+            return found.view(*x.shape[:-1], -1)
 
         assert isinstance(self.base.weight, torch.Tensor)
-        with _Multiplying(self.base.weight, add):
+        with _Multiplying(self.base.weight, product):
             return self.base(*args, **kwargs)
+
+    def _multiplied(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if self._make is None:
+            return functional.linear(rows, weight, bias)
+        held = self._held.get(weight.dtype)
+        if held is None:
+            held = self._held[weight.dtype] = self._make(weight, bias)
+        return held(rows)
 
 
 def is_router_served(router: nn.Module, width: int) -> bool:
     """Whether a router multiplies its weight once with all rows of a step [T, width], by `linear`."""
     seen: list[int] = []
 
-    def note(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def note(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         seen.append(x.numel() // x.shape[-1])
-        return out
+        return functional.linear(x, weight, bias)
 
     assert isinstance(router.weight, torch.Tensor)
     try:
@@ -230,19 +249,32 @@ def is_router_served(router: nn.Module, width: int) -> bool:
 
 
 class _Multiplying(TorchFunctionMode):
-    """While it is entered, what `linear` makes with a weight, or a copy of it in another type, goes through `then`."""
+    """While it is entered, `product` of input, weight and bias stands in the place of `linear` with one weight.
 
-    def __init__(self, weight: torch.Tensor, then: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+    Or with a copy of the weight in another type.
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        product: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor],
+    ) -> None:
         super().__init__()
         self._weights = [weight]
-        self._then = then
+        self._product = product
 
     def __torch_function__(
         self, func: Callable[..., Any], _types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        found = func(*args, **(kwargs or {}))
-        if func is functional.linear and self._is_weight(args[1] if len(args) > 1 else (kwargs or {}).get("weight")):
-            return self._then(found, args[0])
+        given = kwargs or {}
+        if func is functional.linear:
+            x, weight, bias = (
+                args[place] if len(args) > place else cast("torch.Tensor", given.get(name))
+                for place, name in enumerate(("input", "weight", "bias"))
+            )
+            if self._is_weight(weight):
+                return self._product(x, weight, bias)
+        found = func(*args, **given)
         if func in (torch.Tensor.float, torch.Tensor.to, torch.Tensor.type) and self._is_weight(args[0]):
             self._weights.append(found)
         return found

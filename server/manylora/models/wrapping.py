@@ -171,7 +171,7 @@ def _adapt_experts(wrapped: WrappedModel, specs: Mapping[str, ModuleSpec]) -> No
             group = SiteGroup(
                 wrapped.sites[path], offsets, torch.tensor(offsets, dtype=torch.int32, device=weight.device)
             )
-            model.set_submodule(path, AdaptedRouter(router, group, wrapped.context))
+            model.set_submodule(path, AdaptedRouter(router, group, wrapped.context, wrapped.backend.experts))
 
 
 def _complete_groups(groups: list[list[str]], specs: dict[str, ModuleSpec]) -> list[list[str]]:
