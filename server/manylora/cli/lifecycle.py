@@ -7,7 +7,7 @@ import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,6 +20,9 @@ from manylora.errors import InvalidRequest, ManyloraError
 from manylora.lifecycle.evaluate.config import EvaluateRequest
 from manylora.lifecycle.parameters import renamed
 from manylora.lifecycle.train.config import ChooseConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from manylora.lifecycle.recipes.cases import Case
 
 _Name = Annotated[str, typer.Option(help="Upload it under this name when it is done.")]
 _Server = Annotated[str, typer.Option(help="Server to publish to.", envvar="MANYLORA_URL")]
@@ -93,9 +96,7 @@ def register(app: typer.Typer) -> None:
 
 
 def recipe(
-    name: Annotated[
-        str, typer.Argument(help="A recipe: city-zh, sentiment-en, sql, order-json, devil, calls; `list` shows them.")
-    ],
+    name: Annotated[str, typer.Argument(help="A recipe, such as city-zh; `list` shows them all.")],
     out: Annotated[Path | None, typer.Option(help="Folder for train.jsonl, valid.jsonl and test.jsonl.")] = None,
     source: Annotated[Path | None, typer.Option(help="The package's file, instead of downloading it.")] = None,
     seed: Annotated[int, typer.Option(help="Decides the rows and their order.")] = 0,
@@ -109,15 +110,21 @@ def recipe(
     """Make a recipe's data and print the commands that train and score it; --ship and --held write its folder."""
     from manylora.lifecycle.output import refuse_existing
     from manylora.lifecycle.recipes import RECIPES, Places, all_commands, write_splits
+    from manylora.lifecycle.recipes.cases import CASES
     from manylora.lifecycle.recipes.ship import ship_held
 
     with errors(lambda message: renamed(message, {"out": "--out", "overwrite": "--overwrite"})):
         if name == "list":
             for known in RECIPES.values():
                 print(f"{known.name:14} {known.summary}")
+            for case in CASES.values():
+                print(f"{case.name:14} {case.title.partition(': ')[2]} (of {case.base})")
+            return
+        if name in CASES:
+            _case(CASES[name], out, source, seed, ship, machine, overwrite=overwrite)
             return
         if name not in RECIPES:
-            raise InvalidRequest(f"There is no recipe {name!r}: choose one of {', '.join(RECIPES)}.")
+            raise InvalidRequest(f"There is no recipe {name!r}: choose one of {', '.join((*RECIPES, *CASES))}.")
         chosen = RECIPES[name]
         if held is not None:
             ship_held(chosen, held, out or Path("adapters") / name)
@@ -136,6 +143,38 @@ def recipe(
         )
         for line in all_commands(chosen, Places(folder, Path("out") / name))[1:]:
             print(line)
+
+
+def _case(
+    case: "Case",
+    out: Path | None,
+    source: Path | None,
+    seed: int,
+    adapter: Path | None,
+    machine: str,
+    *,
+    overwrite: bool,
+) -> None:
+    """The data of an adapter that does not write, or with `adapter` its shipped folder."""
+    from manylora.lifecycle.output import refuse_existing
+    from manylora.lifecycle.recipes.cases import case_commands, ship_case
+    from manylora.lifecycle.recipes.recipe import source_of, write_splits
+    from manylora.lifecycle.train.train import REPORT, report_folder
+
+    if adapter is not None:
+        refuse_existing(out or case.home, overwrite=overwrite)
+        ship_case(case, adapter, report_folder(adapter) / REPORT, machine, out or case.home)
+        print(out or case.home)
+        return
+    folder = out or Path("data") / case.name
+    refuse_existing(folder, overwrite=overwrite, ours=frozenset({".jsonl"}))
+    splits = case.make(seed, source_of(case.name, "", source))
+    write_splits(splits, folder)
+    console.print(
+        f"{folder}: {len(splits.train)} to learn from, {len(splits.valid)} to choose by, {len(splits.test)} to test"
+    )
+    for line in case_commands(case, folder)[1:]:
+        print(line)
 
 
 def _ship(

@@ -8,6 +8,7 @@ from typer.testing import CliRunner, Result
 
 from manylora.cli.main import build
 from manylora.lifecycle.recipes import RECIPES, all_commands
+from manylora.lifecycle.recipes.cases import CASES
 
 
 def run(*words: str) -> Result:
@@ -25,7 +26,7 @@ def test_data_is_written_and_the_commands_that_follow_are_printed(tmp_path: Path
 
 
 def test_list_names_every_recipe() -> None:
-    assert [line.split()[0] for line in run("list").stdout.splitlines()] == list(RECIPES)
+    assert [line.split()[0] for line in run("list").stdout.splitlines()] == [*RECIPES, *CASES]
 
 
 @pytest.mark.parametrize(

@@ -66,11 +66,16 @@ class Recipe:
 
     def splits(self, seed: int, source: Path | None = None) -> Splits:
         """The data. Raises InvalidRequest for a `source` that is missing, wrong, or not asked for."""
-        if source is not None and not self.package_file:
-            raise InvalidRequest(f"The data of {self.name} is generated: there is nothing to take from --source.")
-        if source is not None and not source.is_file():
-            raise InvalidRequest(f"{source} does not exist or is not a file. --source is {self.package_file}.")
-        return self.make(seed, source)
+        return self.make(seed, source_of(self.name, self.package_file, source))
+
+
+def source_of(name: str, package_file: str, source: Path | None) -> Path | None:
+    """The file to take data from, named by `package_file`. Raises InvalidRequest where it is missing or not asked."""
+    if source is not None and not package_file:
+        raise InvalidRequest(f"The data of {name} is generated: there is nothing to take from --source.")
+    if source is not None and not source.is_file():
+        raise InvalidRequest(f"{source} does not exist or is not a file. --source is {package_file}.")
+    return source
 
 
 def write_splits(splits: Splits, out: Path) -> None:

@@ -3,7 +3,7 @@
 import json
 import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ def ship(recipe: Recipe, made: Made, out: Path) -> None:
     told = _read(made.told) if made.told else None
     if len(scores["contenders"]) != 2 or scores["reference"] != "base":
         raise InvalidRequest(f"{made.scores} must score the base and the adapter: evaluate with --base --adapter.")
-    _check_settings(recipe, trained, made.train_report)
+    check_settings(recipe.flags, trained, made.train_report)
     _check_scores(recipe, scores, made.scores)
     if made.told is not None and told is not None:
         _check_scores(recipe, told, made.told)
@@ -128,9 +128,9 @@ def _read(path: Path) -> dict[str, Any]:
     return report
 
 
-def _check_settings(recipe: Recipe, trained: dict[str, Any], path: Path) -> None:
+def check_settings(flags: Sequence[str], trained: dict[str, Any], path: Path) -> None:
     """Refuse what other settings trained or scored than those that the card prints. Raises InvalidRequest."""
-    for flag, wanted in zip(recipe.flags[::2], recipe.flags[1::2], strict=True):
+    for flag, wanted in zip(flags[::2], flags[1::2], strict=True):
         found = _FLAGS[flag](trained["settings"])
         if found != type(found)(wanted):
             raise InvalidRequest(f"{path} says {flag} {found}, the recipe {wanted}: train with the recipe's command.")
