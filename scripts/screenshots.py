@@ -67,12 +67,16 @@ class Stage:
 
 
 def make_keys(data: Path) -> dict[str, str]:
-    """An admin's, and a manager's for each tenant; one tenant has a small quota, so that something is refused."""
-    data.mkdir()
+    """An admin's, a manager's for each tenant, and one of each role for the first.
+
+    One tenant has a small quota, so that something is refused.
+    """
+    data.mkdir(parents=True)
     database = open_database(f"sqlite:///{data / 'registry.sqlite3'}")
     try:
         store = KeyStore(database)
         keys = {"ops": store.create("ops", Role.ADMIN)[1]}
+        keys |= {role.value: store.create(TENANTS[0], role)[1] for role in Role}
         keys |= {tenant: store.create(tenant, Role.MANAGER)[1] for tenant in TENANTS}
         TenantStore(database).change("initech", requests_per_minute=20)
     finally:
@@ -81,14 +85,15 @@ def make_keys(data: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def serving(folder: Path) -> Iterator[Stage]:
-    """`manylora serve` with the default model and the adapters of this repository."""
+def serving(folder: Path, model: str | None = None, adapters: Path = ROOT / "adapters") -> Iterator[Stage]:
+    """`manylora serve`, with the default model and the adapters of this repository if nothing else is said."""
     keys = make_keys(folder / "data")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "manylora", "serve", "--port", str(port), "--data-dir", str(folder / "data")]
-    command += ["--adapters", str(ROOT / "adapters"), "--max-slots", "48", "--max-model-len", "2048"]
+    command = [sys.executable, "-m", "manylora", "serve", *([model] if model else []), "--port", str(port)]
+    command += ["--data-dir", str(folder / "data"), "--adapters", str(adapters)]
+    command += ["--max-slots", "48", "--max-model-len", "512"]
     command += ["--jobs", "1", "--price-prompt", "0.02", "--price-cached", "0.002", "--price-completion", "0.06"]
     with (folder / "server.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)

@@ -234,6 +234,28 @@ def test_promoting_and_rolling_back_change_what_the_try_it_box_answers(
     )
 
 
+def test_a_canary_is_begun_watched_and_stopped(open_page: OpenPage, server: Server, folders: dict[str, Path]) -> None:
+    upload(server.url, folders["spare"], "tried")
+    upload(server.url, folders["other"], "tried", activate="false")
+    page = open_page(tab="adapters").page
+    drawer = open_adapter(page, "tried")
+    drawer.get_by_role("button", name="Canary").click()
+    drawer.get_by_label("Share in %").fill("100")
+    drawer.get_by_role("button", name="Begin").click()
+    watch = drawer.locator(".canary")
+    expect(watch.locator("h3")).to_have_text("Version 2 answers 100 % of the requests")
+    expect(drawer.locator(".versions li", has_text="Version 2").locator(".badge")).to_have_text("Canary")
+    complete(server.url, "tried", "The quick", 2)
+    answered = watch.locator("tbody tr").filter(has_text="version 2").locator("td").nth(1)
+    expect(answered).to_have_text("1")
+    watch.get_by_role("button", name="Stop").click()
+    expect(watch).to_have_count(0)
+    found = httpx.get(f"{server.url}/v1/adapters/tried/canary").json()
+    assert (found["reason"], found["share"], found["version"]) == ("stopped", 1, 2)
+    drawer.get_by_role("button", name="History").click()
+    expect(drawer.locator(".history li").first).to_contain_text("End of the canary: version 2")
+
+
 def test_older_versions_are_fetched_when_they_are_asked_for(
     open_page: OpenPage, server: Server, folders: dict[str, Path]
 ) -> None:

@@ -23,7 +23,7 @@ ROWS = b"".join(json.dumps({"prompt": f"{n}+1=", "completion": f" {n + 1}"}).enc
 NAMES = re.compile(
     r"manylora|legal-contracts|support-de|sql|tiny|public|admin|manager|English|KV|TTFT|p50|p95|p99|KiB|MiB|API|UTC|JSON"
     r"|lines|messages|curl|Python|Top p|USD|price_|mm/dd/yyyy|Ctrl-Enter|adapters DIR|@2|nobody"
-    r"|\bms\b|\bB\b|[a-z_]+_found"
+    r"|DPO|\bms\b|\bB\b|[a-z_]+_found"
 )
 SHOWN = """() => {
     const seen = [];
@@ -187,6 +187,28 @@ def test_a_job_is_submitted_by_a_drop_paused_resumed_and_cancelled(open_page: Op
     expect(status).to_have_text("cancelled")
     page.get_by_role("link", name="All jobs").click()
     expect(page.locator("#tab-jobs tbody tr").first).to_contain_text("cancelled")
+
+
+def test_preferences_are_learnt_by_dpo(open_page: OpenPage, server: Server, rows: Path) -> None:
+    row = json.dumps({"prompt": "Say hello.", "chosen": "Good morning.", "rejected": "What?"})
+    rows.write_text(f"{row}\n" * 4)
+    visit = open_page(tab="jobs")
+    page = visit.page
+    expect(page.locator("#tab-jobs .age")).to_be_visible()
+    visit.drop(rows)
+    form = page.locator("#new-job")
+    expect(form.get_by_label("Beta")).to_have_count(0)
+    form.get_by_label("Learns from").select_option("dpo")
+    form.get_by_label("Beta").fill("0.25")
+    form.get_by_label("Epochs").fill("2")
+    form.get_by_role("button", name="Start training").click()
+    expect(page.locator("#job-title")).to_have_text("sums-and")
+    path = f"{server.url}/v1/fine_tuning/jobs/{page.url.partition('#jobs/')[2]}"
+    method = httpx.get(path).json()["method"]
+    assert method["type"] == "dpo"
+    asked = method["dpo"]["hyperparameters"]
+    assert (asked["beta"], asked["n_epochs"]) == (0.25, 2)
+    assert httpx.post(f"{path}/cancel").status_code == 200
 
 
 def test_faulty_rows_are_refused_in_the_servers_words(open_page: OpenPage, rows: Path) -> None:

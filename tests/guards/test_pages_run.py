@@ -4,7 +4,9 @@ A block in `bash` or `python` is run; one below a comment `<!-- not run: why -->
 each of which stands somewhere in what the block before it printed.
 """
 
+import hashlib
 import itertools
+import json
 import os
 import re
 import subprocess
@@ -65,6 +67,32 @@ def test_the_commands_of_the_page_do_what_it_says(page: str, server: str, tmp_pa
                 assert line in said, said
         else:
             said = type_in(block, server, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_its_first_cell_to_its_last(server: str, tmp_path: Path) -> None:
+    cells = json.loads((ROOT / "docs" / "notebook.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert all(not cell.get("outputs") for cell in cells), "kept without what it printed"
+    program = tmp_path / "notebook.py"
+    program.write_text("\n\n".join(code), encoding="utf-8")
+    told = {**os.environ, "MANYLORA_URL": server, "MPLBACKEND": "agg", "no_proxy": "127.0.0.1"}
+
+    done = subprocess.run(
+        [sys.executable, program],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        timeout=PATIENCE_S,
+        env=told,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert "sql: SELECT" in done.stdout
+    assert "city-notebook@1 answers as city-notebook@1" in done.stdout
+    assert f"made of {hashlib.sha256((tmp_path / 'train.jsonl').read_bytes()).hexdigest()[:12]} with" in done.stdout
+    assert [line.split()[0] for line in done.stdout.splitlines()[-2:]] == ["base", "city-notebook@1"]
 
 
 def test_flags_named_beside_other_servers_exist() -> None:

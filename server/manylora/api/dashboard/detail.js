@@ -2,6 +2,7 @@
 
 import { download, getJson, send } from "./api.js";
 import { baseRemark } from "./adapters.js";
+import { canaryForm, CanaryWatch } from "./canary.js";
 import { cardView } from "./card.js";
 import { byId, confirmed, h, toast } from "./dom.js";
 import { bytes, day } from "./format.js";
@@ -28,6 +29,8 @@ export class Detail {
     this.adapter = null;
     this.versions = new Map(); // by number: those that were fetched so far
     this.unfolded = null; // what is shown below a version: {button, place, shown}
+    this.watch = null; // of the canary that runs
+    this.dialog.addEventListener("close", () => this.watch?.destroy());
     this.dialog.addEventListener("close", () => history.replaceState(null, "", `#${this.tabs.now}`));
     this.dialog.addEventListener("click", (event) => {
       if (event.target === this.dialog) this.dialog.close();
@@ -102,6 +105,35 @@ export class Detail {
     });
   }
 
+  /** Let a version answer a share of the requests for the bare name. */
+  async beginCanary(body) {
+    await this.guarded(async () => {
+      await send("PUT", this.path(this.adapter, "/canary"), body);
+      toast(t("canary.begun", { label: `${this.adapter.name}@${body.version}` }));
+      await this.open(this.adapter);
+    });
+  }
+
+  async stopCanary() {
+    await this.guarded(async () => {
+      await send("DELETE", this.path(this.adapter, "/canary"));
+      toast(t("canary.stopped"));
+      await this.open(this.adapter);
+    });
+  }
+
+  /** What came of the canary that runs, for those who may know. */
+  canary(may) {
+    this.watch?.destroy();
+    this.watch = null;
+    const { adapter } = this;
+    if (!adapter.canary) return null;
+    const button = (action, style, run) => h("button", { type: "button", class: style, data: { action }, onclick: run }, t(`canary.${action}`));
+    this.watch = new CanaryWatch(this.path(adapter, "/canary"), ({ version }) =>
+      may ? [button("promote", "primary", () => this.promote(version)), button("stop", "danger", () => this.stopCanary())] : []);
+    return this.watch.element;
+  }
+
   draw() {
     this.foldAway();
     const { adapter } = this;
@@ -114,6 +146,7 @@ export class Detail {
         h("button", { type: "button", class: "quiet", onclick: () => this.dialog.close() }, t("close"))),
       h("p", { class: "about" }, adapter.description || t("detail.no_description")),
       this.actions(may),
+      ...[this.canary(may)].filter(Boolean),
       h("h3", {}, t("detail.versions", { n: adapter.num_versions })),
       h("ol", { class: "versions" }, versions.map((version) => this.version(version, may))),
       h("div", { class: "actions" }, older),
@@ -157,6 +190,9 @@ export class Detail {
       const isOlder = adapter.active_version !== null && version.version < adapter.active_version;
       buttons.push(h("button", { type: "button", class: "quiet", onclick: () => this.promote(version.version) }, t(isOlder ? "detail.roll_back" : "detail.promote")));
     }
+    if (may && !isActive && isReady && adapter.active_version !== null) {
+      buttons.push(fold(t("canary.title"), () => ({ element: canaryForm(version.version, adapter.canary, (body) => this.beginCanary(body)) })));
+    }
     if (!isActive && isReady && this.session.mayUse(adapter.tenant)) buttons.push(h("button", { type: "button", class: "quiet", onclick: () => this.tryIt(label) }, t("detail.try")));
     if (!version.mix && this.session.has("manager")) buttons.push(h("button", { type: "button", class: "quiet", onclick: () => this.guarded(() => download(this.path(adapter, `/versions/${version.version}/download`), `${label}.tar.gz`)) }, t("detail.download")));
     if (may && !isActive) buttons.push(h("button", { type: "button", class: "quiet danger-text", onclick: () => this.removeVersion(version.version) }, t("delete")));
@@ -164,6 +200,7 @@ export class Detail {
       h("div", { class: "version-line" },
         h("strong", {}, t("version", { number: version.version })),
         isActive && isReady ? h("span", { class: "badge" }, t("detail.active")) : null,
+        version.version === adapter.canary?.version ? h("span", { class: "badge run" }, t("canary.title")) : null,
         remark.text ? h("span", { class: "badge warn", title: remark.title }, remark.text) : null,
         h("span", { class: "tier", data: { tier: version.tier ?? "" } }, tierName(version.tier))),
       h("p", { class: "hint" }, `${version.mix ? mixOf(version.mix) : `${version.kind}, ${t("detail.rank", { rank: version.rank })} · ${bytes(version.size_bytes)}`} · ${day(version.created)}${notReady ? ` · ${notReady}` : ""}`),

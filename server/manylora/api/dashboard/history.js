@@ -4,7 +4,7 @@ import { h } from "./dom.js";
 import { day } from "./format.js";
 import { t } from "./words.js";
 
-const DONE = ["begin", "upload", "promote", "rollback", "change", "delete", "recover"];
+const DONE = ["begin", "upload", "promote", "rollback", "change", "delete", "recover", "canary", "canary_end"];
 
 /** `page` as `GET /v1/adapters/{name}/history` gives it. */
 export function historyView(page) {

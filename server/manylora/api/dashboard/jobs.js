@@ -14,13 +14,15 @@ const LIVE = ["queued", "running", "paused"];
 const NAME = "[a-z0-9][a-z0-9._\\-]{0,63}";
 const RUNNING_MS = 2000;
 const IDLE_MS = 10_000;
-const CURVES = [["train_loss", "rate"], ["valid_loss", "p95"]];
+const PLOTS = [["loss", 220], ["margin", 140]]; // that of preferences alone
+const CURVES = [["train", "rate"], ["valid", "p95"]];
+const METHODS = ["supervised", "dpo"];
 const NUMBERS = [["epochs", 1, 50], ["batch_size", 1, 256], ["rank", 1, 512]];
 
 export class Jobs extends Panel {
   constructor(props) {
     super(props);
-    this.state = { ...this.state, jobs: null, limit: PAGE, id: null, job: null, events: new Map(), training: null, validation: null, name: "", sending: null };
+    this.state = { ...this.state, jobs: null, limit: PAGE, id: null, job: null, events: new Map(), training: null, validation: null, name: "", method: "supervised", sending: null };
   }
 
   /** One job, as the address names it, or all. */
@@ -91,7 +93,9 @@ export class Jobs extends Panel {
   }
 
   form() {
-    const { training, validation, name, sending } = this.state;
+    const { training, validation, name, method, sending } = this.state;
+    const isDpo = method === "dpo"; // judged by no answers, so not by which are better
+    const activations = ["never", "always", ...(validation && !isDpo ? ["if_better"] : [])];
     const picker = (place) => html`<input type="file" class="sr-only" tabindex="-1" aria-label=${t(`jobs.${place}_file`)} id=${`jobs-${place}`} accept=".jsonl,.ndjson,.json,.csv,.tsv,.parquet" onChange=${(event) => { this.take(event.target.files[0], place); event.target.value = ""; }} />`;
     const choose = (place, text) => html`<button type="button" onClick=${(event) => event.target.closest("section").querySelector(`#jobs-${place}`).click()}>${text}</button>`;
     return html`<section class="card" aria-labelledby="new-job-title">
@@ -106,10 +110,12 @@ export class Jobs extends Panel {
           <div class="fields">
             ${field(t("jobs.adapter"), html`<input id="jobs-name" value=${name} onInput=${(event) => this.setState({ name: event.target.value })} pattern=${NAME} maxlength="64" autocomplete="off" spellcheck="false" placeholder=${t("optional")} title=${t("upload.name_rule")} />`, "grow")}
             ${NUMBERS.map(([one, min, max]) => html`<div key=${one} class="small">${field(t(`jobs.${one}`), html`<input name=${one} type="number" min=${min} max=${max} placeholder=${t("jobs.auto")} />`)}</div>`)}
+            ${isDpo ? html`<div class="small">${field(t("jobs.beta"), html`<input name="beta" type="number" min="0.001" step="any" placeholder=${t("jobs.auto")} />`)}</div>` : null}
           </div>
           <div class="fields">
             <div><span class="field-label">${t("jobs.validation_file")}</span>${choose("validation", validation ? validation.name : `${t("jobs.choose")} (${t("optional")})`)}${picker("validation")}</div>
-            ${field(t("jobs.activate"), html`<select name="activate">${["never", "always", ...(validation ? ["if_better"] : [])].map((one) => html`<option key=${one} value=${one}>${t(`jobs.activate.${one}`)}</option>`)}</select>`)}
+            ${field(t("jobs.method"), html`<select name="method" value=${method} onChange=${(event) => this.setState({ method: event.target.value })}>${METHODS.map((one) => html`<option key=${one} value=${one}>${t(`jobs.method.${one}`)}</option>`)}</select>`)}
+            ${field(t("jobs.activate"), html`<select name="activate">${activations.map((one) => html`<option key=${one} value=${one}>${t(`jobs.activate.${one}`)}</option>`)}</select>`)}
           </div>
           <div class="actions">
             <button type="submit" class="primary" disabled=${!training || sending !== null}>${t("jobs.submit")}</button>
@@ -125,16 +131,16 @@ export class Jobs extends Panel {
   async submit(event) {
     event.preventDefault();
     const { elements } = event.target;
-    const chosen = { n_epochs: elements.epochs.value, batch_size: elements.batch_size.value };
+    const chosen = { n_epochs: elements.epochs.value, batch_size: elements.batch_size.value, beta: elements.beta?.value ?? "" };
     const hyperparameters = Object.fromEntries(Object.entries(chosen).filter(([, value]) => value !== "").map(([name, value]) => [name, Number(value)]));
     const more = { activate: elements.activate.value, ...(elements.rank.value ? { rank: Number(elements.rank.value) } : {}) };
-    const { training, validation, name } = this.state;
+    const { training, validation, name, method } = this.state;
     this.setState({ refused: null });
     try {
       const body = { model: this.props.base(), training_file: await this.send(training) };
       if (validation) body.validation_file = await this.send(validation);
       if (name) body.suffix = name;
-      const job = await send("POST", "v1/fine_tuning/jobs", { ...body, method: { type: "supervised", supervised: { hyperparameters } }, manylora: more });
+      const job = await send("POST", "v1/fine_tuning/jobs", { ...body, method: { type: method, [method]: { hyperparameters } }, manylora: more });
       toast(t("jobs.submitted", { id: job.id }));
       this.setState({ training: null, validation: null, name: "" });
       this.props.tabs.open("jobs", job.id);
@@ -218,11 +224,14 @@ export class Jobs extends Panel {
     const metrics = [...this.state.events.values()].filter((event) => event.data?.step !== undefined).toSorted((a, b) => a.created_at - b.created_at);
     for (const { data } of metrics) points.set(data.step, { ...points.get(data.step), ...data });
     const steps = [...points.keys()].toSorted((a, b) => a - b);
-    const curves = CURVES.filter(([name]) => steps.some((step) => points.get(step)[name] !== undefined));
-    const series = curves.map(([name, colour]) => ({ label: t(`jobs.${name}`), colour, points: name === "valid_loss" || steps.length < 3 }));
-    const data = [steps, ...curves.map(([name]) => steps.map((step) => points.get(step)[name] ?? null))];
-    return html`<div><h3>${t("jobs.loss")} <span class="hint">${t("jobs.loss_note")}</span></h3>
-      ${steps.length ? html`${keys(series)}<${Plot} key="loss" label=${t("jobs.loss")} height=${220} data=${data} series=${series} />` : html`<p class="empty">${t("jobs.no_loss")}</p>`}</div>`;
+    return PLOTS.map(([what, height]) => {
+      const curves = CURVES.filter(([name]) => steps.some((step) => points.get(step)[`${name}_${what}`] !== undefined));
+      if (!curves.length && what !== "loss") return null;
+      const series = curves.map(([name, colour]) => ({ label: t(`jobs.${name}`), colour, points: name === "valid" || steps.length < 3 }));
+      const data = [steps, ...curves.map(([name]) => steps.map((step) => points.get(step)[`${name}_${what}`] ?? null))];
+      return html`<div key=${what}><h3>${t(`jobs.${what}`)} <span class="hint">${t(`jobs.${what}_note`)}</span></h3>
+        ${curves.length ? html`${keys(series)}<${Plot} label=${t(`jobs.${what}`)} height=${height} data=${data} series=${series} />` : html`<p class="empty">${t("jobs.no_loss")}</p>`}</div>`;
+    });
   }
 
   told() {
