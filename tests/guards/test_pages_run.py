@@ -15,15 +15,17 @@ from pathlib import Path
 
 import pytest
 
+from tests.default_server import default_server
 from tests.pages import ADDRESS, Block, blocks
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("clients.md", "from-other-servers.md", "troubleshooting.md", "tutorial.md")
+SHARING = ("clients.md", "from-other-servers.md", "troubleshooting.md", "tutorial.md")  # a server
+PAGES = (*SHARING, "first-hour.md")
 PATIENCE_S = 1800
 
 
-def type_in(block: Block, server: str, folder: Path) -> str:
-    """What the block prints. Errors of commands are the test's."""
+def type_in(block: Block, server: str, folder: Path, **more: str) -> str:
+    """What the block prints, with `more` in its environment. Errors of commands are the test's."""
     text = block.text.replace(ADDRESS, server).replace(".venv/bin/", "")
     program = ["bash", "-euo", "pipefail", "-c"] if block.kind == "bash" else [sys.executable, "-c"]
     done = subprocess.run(
@@ -39,6 +41,7 @@ def type_in(block: Block, server: str, folder: Path) -> str:
             "MANYLORA_URL": server,
             "REPOSITORY": str(ROOT),
             "no_proxy": "127.0.0.1",
+            **more,
         },
     )
     assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
@@ -56,8 +59,23 @@ def test_blocks_are_commands_or_what_a_command_prints(page: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", SHARING)
 def test_the_commands_of_the_page_do_what_it_says(page: str, server: str, tmp_path: Path) -> None:
+    follow(page, server, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_first_hour_goes_as_the_page_says(default_model_dir: Path, tmp_path: Path) -> None:
+    """On a server of its own, which the page closes."""
+    assert default_model_dir.is_dir()
+    (tmp_path / "served").mkdir()
+    (tmp_path / "terminal").mkdir()
+    with default_server(tmp_path / "served", PATIENCE_S, "--price-prompt", "0.02", "--price-completion", "0.06") as url:
+        follow("first-hour.md", url, tmp_path / "terminal", MANYLORA_DATA_DIR=str(tmp_path / "served" / "data"))
+
+
+def follow(page: str, server: str, folder: Path, **more: str) -> None:
+    """Type the page in from its top to its bottom, and find what it says in what is printed."""
     said = ""
     for block in blocks(page):
         if block.why_not is not None:
@@ -66,7 +84,7 @@ def test_the_commands_of_the_page_do_what_it_says(page: str, server: str, tmp_pa
             for line in block.text.splitlines():
                 assert line in said, said
         else:
-            said = type_in(block, server, tmp_path)
+            said = type_in(block, server, folder, **more)
 
 
 @pytest.mark.slow
