@@ -14,6 +14,9 @@ IN_PROCESSES := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 PYTEST := $(BIN)/python -m pytest $(IN_PROCESSES)
 # SlipCover notes a line once, where a tracer is called for it each time: a tenth of a tracer's cost.
 COVERED := $(BIN)/python -m slipcover --json --out build/coverage.json -m pytest $(IN_PROCESSES)
+# Files beside the kernels' tests that run none of these.
+WITHOUT_KERNELS := test_headers.py test_extending.py
+SANITIZED := MANYLORA_SANITIZE=1 $(BIN)/python setup.py -q
 # The files with tests of a marker: to collect all for the sake of a few takes 15 seconds.
 MARKED = $(shell grep -rlF 'pytest.mark.$(1)' tests --include='test_*.py')
 ARGS ?=
@@ -56,9 +59,14 @@ test: check
 interpreted: $(VENV)/.dev
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreted -p no:cacheprovider $(call MARKED,interpreted) $(ARGS)
 
-# In a process of its own beside `make test`, so it leaves pytest's cache to that one.
+# Beside `make test`, so it leaves pytest's cache to that one; its two tests wait, and so run beside each other too.
 soak: $(VENV)/.dev
-	$(BIN)/python -m pytest -m soak -p no:cacheprovider $(call MARKED,soak) $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m soak -p no:cacheprovider $(call MARKED,soak) $(ARGS)
+
+# What of `make sanitize` needs torch alone: `.ci/run` compiles it beside pip, which has one thread.
+build/sanitize/.compiled: $(VENV)/.torch $(BUILD_INPUTS)
+	$(SANITIZED) build_ext --build-lib build/sanitize/lib --build-temp build/sanitize/temp
+	@touch $@
 
 # Ray brings more packages than all other tests together, so only who asks for it installs it.
 cluster: $(VENV)/.dev
@@ -69,10 +77,10 @@ cluster: $(VENV)/.dev
 # instructions that this machine lacks; see csrc/paths/emulate.h. What Python itself leaks at its end is not asked for; its
 # allocator steps aside so that every border is seen, and pytest leaves standard error alone, where reports go.
 sanitize: $(VENV)/.dev
-	MANYLORA_SANITIZE=1 $(BIN)/python setup.py -q build --build-lib build/sanitize/lib --build-temp build/sanitize/temp
+	$(SANITIZED) build --build-lib build/sanitize/lib --build-temp build/sanitize/temp
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
-	PYTHONPATH=build/sanitize/lib $(PYTEST) tests/kernels --ignore=tests/kernels/test_headers.py --capture=sys $(ARGS)
+	PYTHONPATH=build/sanitize/lib $(PYTEST) tests/kernels $(WITHOUT_KERNELS:%=--ignore=tests/kernels/%) --capture=sys $(ARGS)
 
 # Real clients in environments of their own below build/clients; what they are to do stands in docs/clients.md.
 clients: $(VENV)/.dev

@@ -2,8 +2,10 @@
 
 import functools
 import gc
+import itertools
 import os
 import ssl
+from collections import defaultdict
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TypeAlias
@@ -52,6 +54,23 @@ def pytest_collection_finish() -> None:
     """Keep modules and items, which stay to the end, out of every later collection: each walk of them takes 0.5 s."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """With `--durations`, as CI has it, list the slowest files too: slow fixtures and many small tests show there."""
+    if terminalreporter.config.getoption("durations") is None:
+        return
+    files: dict[str, float] = defaultdict(float)
+    folders: dict[str, float] = defaultdict(float)
+    for report in itertools.chain.from_iterable(terminalreporter.stats.values()):
+        if isinstance(report, pytest.TestReport):
+            file = report.nodeid.partition("::")[0]
+            files[file] += report.duration
+            folders[file.rpartition("/")[0]] += report.duration
+    for title, seconds in (("folders", folders), ("25 slowest files", files)):
+        terminalreporter.section(f"seconds of {title}")
+        for name, took in sorted(seconds.items(), key=lambda each: -each[1])[:25]:
+            terminalreporter.line(f"{took:7.1f}  {name}")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

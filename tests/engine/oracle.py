@@ -1,5 +1,6 @@
 """The oracle: Hugging Face `generate` and PEFT, in float32, one request at a time."""
 
+import functools
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,3 +82,17 @@ def check_greedy(model: PreTrainedModel, prompt: Sequence[int], found: Sequence[
     for step, token in enumerate(found):
         behind = float(logits[step].max() - logits[step, token])
         assert behind <= NEAR_TIE, f"token {step} is {token}, {behind:.4f} below the best; expected {expected}"
+
+
+def check_served(model_dir: Path, adapter: Path | None, prompt: Sequence[int], found: Sequence[int]) -> None:
+    """As `check_greedy`, by the model and the adapter in these folders, which stay as they are.
+
+    Kernels and batches of any size are to give the same tokens, which are checked once: to load a model takes longer
+    than to serve it.
+    """
+    _check_once(model_dir, adapter, tuple(prompt), tuple(found))
+
+
+@functools.cache
+def _check_once(model_dir: Path, adapter: Path | None, prompt: tuple[int, ...], found: tuple[int, ...]) -> None:
+    check_greedy(with_adapter(model_dir, adapter), prompt, found)

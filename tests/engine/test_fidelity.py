@@ -13,7 +13,7 @@ from manylora.engine.sequence import Scheduled, Sequence
 from manylora.lora.format.reader import read_trusted
 from manylora.lora.memory.packing import KeepAs
 from tests.engine.harness import Rig, available_kernels, build_rig, load, packer_of
-from tests.engine.oracle import check_greedy, with_adapter
+from tests.engine.oracle import check_greedy, check_served, with_adapter
 from tests.tiny_adapters import make_adapter
 from tests.tiny_models import ARCHITECTURES, make_tiny_model
 
@@ -74,7 +74,7 @@ def test_32_adapters_and_the_base_in_one_batch_match_peft(
     rig.close()
     assert (rig.scheduler.num_preemptions > 0) == (num_blocks == 26)
     for i, name in enumerate(names):
-        check_greedy(with_adapter(llama, adapters[name] if name else None), asked[i], rig.tokens(f"r{i}"))
+        check_served(llama, adapters[name] if name else None, asked[i], rig.tokens(f"r{i}"))
 
 
 @pytest.mark.parametrize("kernel", available_kernels)
@@ -165,6 +165,6 @@ def test_prefix_cache_never_answers_for_another_adapter(llama: Path, adapters: d
         rig.run()
     rig.close()
     for name in ("a00", "a01", None):
-        check_greedy(with_adapter(llama, adapters[name] if name else None), prompt, rig.tokens(f"for-{name}")[:16])
+        check_served(llama, adapters[name] if name else None, prompt, rig.tokens(f"for-{name}")[:16])
     assert rig.outputs["for-a00/0"][16].delta.num_cached_tokens == 36
     assert rig.outputs["for-a01/0"][0].delta.num_cached_tokens == 0

@@ -1,5 +1,6 @@
 """Prompts that become vectors: the model's own hidden states, in the steps of everybody's requests."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from tests.engine.oracle import with_adapter
 from tests.tiny_adapters import make_adapter, make_adapter_that_spoils
 from tests.tiny_models import make_tiny_model
 
+pytestmark = pytest.mark.usefixtures("quick_collections")  # one for each step that has no memory
+
 PROMPTS = [list(range(20, 20 + n)) for n in (1, 3, 30, 7, 19)]
 EXACT = [kernel for kernel in available_kernels if kernel != "torch"]
 HOW: tuple[Pooling, ...] = ("last", "mean")
@@ -31,9 +34,17 @@ def adapters(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return made | {"spoilt": make_adapter_that_spoils(tiny_llama_dir, root / "spoilt", 49)}
 
 
+@functools.cache  # for all kernels: to load a model takes longer than to serve it
+@torch.inference_mode()
+def states_of(folder: Path, adapter: Path | None, prompt: tuple[int, ...]) -> torch.Tensor:
+    model = with_adapter(folder, adapter)
+    found: torch.Tensor = model(torch.tensor([prompt]), output_hidden_states=True).hidden_states[-1][0]
+    return found
+
+
 @torch.inference_mode()
 def hidden_of(folder: Path, adapter: Path | None, prompt: list[int], how: Pooling) -> npt.NDArray[np.float32]:
-    states = with_adapter(folder, adapter)(torch.tensor([prompt]), output_hidden_states=True).hidden_states[-1][0]
+    states = states_of(folder, adapter, tuple(prompt))
     vector: npt.NDArray[np.float32] = (states[-1] if how == "last" else states.mean(0)).numpy()
     return vector
 

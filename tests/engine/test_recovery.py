@@ -13,7 +13,7 @@ from manylora.engine.recovery import Fault, Unrecoverable
 from manylora.errors import AdapterNotFinite, ModelNotFinite, SequenceFailed
 from tests.engine.faults import PHASES, Faults
 from tests.engine.harness import Rig, available_kernels, build_rig, load
-from tests.engine.oracle import check_greedy, with_adapter
+from tests.engine.oracle import check_served
 from tests.tiny_adapters import make_adapter, make_adapter_that_spoils
 from tests.tiny_models import make_tiny_model
 
@@ -76,7 +76,7 @@ def check_same(rig: Rig, tiny_llama_dir: Path, adapters: dict[str, Path], but: i
             assert found == expected
             assert scores(rig, f"faulty{i}") == scores(rig, f"clean{i}")
         elif i % 2:
-            check_greedy(with_adapter(tiny_llama_dir, adapters[name] if name else None), PROMPTS[i], found)
+            check_served(tiny_llama_dir, adapters[name] if name else None, PROMPTS[i], found)
         else:
             assert len(found) == len(expected)
         assert len(scores(rig, f"faulty{i}")) == len(PROMPTS[i])

@@ -15,6 +15,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+MAX_TOKENS = 1000  # its context: who asks for a million gets no more
+
 
 @dataclass
 class FakeServer:
@@ -114,8 +116,9 @@ class FakeServer:
                     self.system_messages[message["content"]] += 1
             if "messages" in body:
                 yield _event({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
-            for token in range(body["max_tokens"]):
-                is_last = token == body["max_tokens"] - 1
+            num_tokens = min(body["max_tokens"], MAX_TOKENS)
+            for token in range(num_tokens):
+                is_last = token == num_tokens - 1
                 piece = {"delta": {"content": " w"}} if "messages" in body else {"text": " w"}
                 finish = {"finish_reason": "length" if is_last else None}
                 yield _event({"choices": [{"index": 0, **piece, **finish}]})
@@ -125,7 +128,7 @@ class FakeServer:
                 return
             if self.cut_every and number % self.cut_every == 0:
                 return
-            counts = {"prompt_tokens": len(text.split()), "completion_tokens": body["max_tokens"]}
+            counts = {"prompt_tokens": len(text.split()), "completion_tokens": num_tokens}
             self.num_ok += 1
             self.prompt_tokens += counts["prompt_tokens"]
             self.completion_tokens += counts["completion_tokens"]
