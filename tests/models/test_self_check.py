@@ -21,7 +21,7 @@ from manylora.models.selfcheck import SelfCheck
 from manylora.models.wrapping import WrappedModel, wrap
 from tests.engine.harness import TORCH
 from tests.models.front_door import make_adapters, settings_for, start, try_model, try_type
-from tests.models.zoo import CHUNK, ORIGINAL, WINDOW, make_zoo_model, tiny_config
+from tests.models.zoo import CHUNK, CONTEXT, ORIGINAL, WINDOW, make_zoo_model, tiny_config
 
 CPU = torch.device("cpu")
 needs_kernels = pytest.mark.skipif(not native.is_available(), reason="the C++ kernels are not installed")
@@ -128,7 +128,6 @@ def test_queries_that_grow_with_the_cache_are_served_as_long_as_they_do_not(tmp_
         ("deepseek_v32", "sparse attention"),
         ("glm_moe_dsa", "sparse attention"),
         ("rwkv", "recurrent layers whose states are not kept"),
-        ("roberta", "numbers its positions"),
     ],
 )
 def test_a_model_that_cannot_be_served_is_refused_by_the_parts_name(
@@ -140,6 +139,28 @@ def test_a_model_that_cannot_be_served_is_refused_by_the_parts_name(
     assert "\n" not in outcome.detail
     with pytest.raises(ModelUnusable, match=reason):
         wrap(load(tmp_path / "base"), TORCH)
+
+
+def test_positions_begin_behind_the_paddings_row_of_their_table(tmp_path: Path) -> None:
+    folder = make_zoo_model("roberta", tmp_path / "base", pad_token_id=3)
+
+    assert EngineBuilder(settings_for(folder), load_base(settings_for(folder))).context_length == CONTEXT - 4
+    assert try_model(folder, {}).kind == "served"
+
+    model = load(folder)
+    model.roberta.embeddings.position_embeddings.padding_idx = None
+    with pytest.raises(ModelUnusable, match="numbers its positions"):
+        wrap(model, TORCH)
+
+
+def test_layers_with_the_same_weights_have_one_product(tmp_path: Path) -> None:
+    wrapped = wrap(load(make_zoo_model("zamba", tmp_path / "base")), TORCH)
+    paths = [f"model.layers.{layer}.shared_transf.feed_forward.down_proj" for layer in (1, 3)]
+
+    first, second = (wrapped.model.get_submodule(path) for path in paths)
+    assert first.matmul is second.matmul
+    assert first.group.sites != second.group.sites
+    assert len(wrapped.survey.kv_shapes) == 2
 
 
 @pytest.mark.parametrize("kernels", ["auto", "torch"])

@@ -115,9 +115,17 @@ _LAYER_LISTS = ("layer_types", "mlp_layer_types", "layers_block_type")
 # What a type wants beside that, or instead: mostly fields that its default config leaves out.
 _COORDINATES = {"rope_theta": 1e4, "rope_type": "default", "mrope_section": [2, 1, 1]}  # of half of a head's turns
 _SPECIAL: Mapping[str, Mapping[str, Any]] = {
+    "bailing_hybrid": {"n_group": 1, "topk_group": 1},
     "bamba": {"attn_layer_indices": [1]},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {"sliding_attention": _COORDINATES, "full_attention": None},
+    },
     "deepseek_v2": {"num_experts_per_tok": 2},
-    "dbrx": {"attn_config": {"kv_n_heads": _GROUPS, "rope_theta": 10000.0}, "ffn_config": {"ffn_hidden_size": _WIDE}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": _GROUPS, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": _WIDE},
+    },
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1},
     "dory": {
         "layer_types": ["sliding_attention", "mlp", "full_attention"],
@@ -151,12 +159,34 @@ _SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "reformer": {"axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 16]},
     "smollm3": {"no_rope_layers": [1, 0]},
     "xmod": {"default_language": "en_XX"},
+    # Two layers with the shared block, whose inputs are the embedding's and the layer's side by side.
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "num_hidden_layers": 4,
+        "attention_hidden_size": 2 * _HIDDEN,
+        "attention_head_dim": 2 * _HEAD_DIM,
+    },
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "num_hidden_layers": 4,
+        "num_key_value_heads": _HEADS,
+        "attention_hidden_size": 2 * _HIDDEN,
+        "attention_head_dim": 2 * _HEAD_DIM,
+        "n_mamba_heads": 4,
+        "use_shared_attention_adapter": True,
+        "adapter_rank": 4,
+        "use_mem_rope": True,
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
 
 
 # Linears that a type's own code runs on other rows than a step's, too: adapters on them are refused by name.
 NOT_ADAPTED: Mapping[str, tuple[str, ...]] = {"zaya": ("v_proj_delayed",)}
+
+
+# Families whose whole does not run in transformers, a text alone neither; what is compared with is their text part.
+TEXT_ALONE = ("llama4",)
 
 
 class Unbuildable(Exception):
@@ -187,12 +217,17 @@ def make_zoo_model(model_type: str, folder: Path, *, sees: bool = False, **overr
             model = auto.from_config(config, dtype=torch.float32)
             draw_weights(model)
         with torch.inference_mode():
-            model.eval()(input_ids=torch.arange(4, 8)[None])
+            what_runs(model.eval())(input_ids=torch.arange(4, 8)[None])
     except Exception as error:
         raise Unbuildable(f"{type(error).__name__}: {' '.join(str(error).split())[:160]}") from error
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
+
+
+def what_runs(model: Any) -> Any:
+    """The model, or its text part where transformers runs nothing else of it."""
+    return model.language_model if model.config.model_type in TEXT_ALONE and hasattr(model, "language_model") else model
 
 
 def _shrunk(config: PretrainedConfig) -> dict[str, Any]:

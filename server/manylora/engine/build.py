@@ -39,6 +39,7 @@ from manylora.models.backends import Backend, free_bytes
 from manylora.models.heads import decoder_heads
 from manylora.models.kv_cache import KVCache, bytes_per_block
 from manylora.models.loading import LoadedBase
+from manylora.models.modules import first_position
 from manylora.models.positions import UNSTATED_LIMIT, batch_limit, position_limit
 from manylora.models.selfcheck import SelfCheck
 from manylora.models.served_base import ServedModule
@@ -332,6 +333,8 @@ class EngineBuilder(Builder):
 
     def _context_length(self) -> int:
         own = position_limit(self.base.model.config)
+        if own:
+            own -= first_position(self.base.model)
         wanted = self.settings.max_model_len
         if own and wanted and wanted > own:
             raise InvalidSettings(f"max_model_len: {wanted} is more than the {own} positions the model is served with.")

@@ -108,7 +108,7 @@ class LocalExecutor:
         try:
             output = self._wrapped.model(
                 input_ids=batch.token_ids[None],
-                position_ids=batch.positions[None],
+                position_ids=self._wrapped.position_ids(batch),
                 use_cache=False,
                 logits_to_keep=batch.logit_rows,
             )
@@ -184,7 +184,7 @@ class LocalExecutor:
             try:
                 self._wrapped.model(
                     input_ids=context.batch.token_ids[None],
-                    position_ids=positions[None],
+                    position_ids=self._wrapped.position_ids(context.batch),
                     use_cache=False,
                     logits_to_keep=context.batch.logit_rows,
                 )

@@ -75,9 +75,23 @@ def auto_class(config: "PretrainedConfig") -> Any:
     """Transformers' Auto class by which a model with this config is loaded."""
     import transformers
 
-    return (
-        transformers.AutoModelForImageTextToText if _is_vision_language(config) else transformers.AutoModelForCausalLM
-    )
+    if _is_vision_language(config):
+        return transformers.AutoModelForImageTextToText
+    return _part_class(config) or transformers.AutoModelForCausalLM
+
+
+def _part_class(config: Any) -> Any | None:
+    """The class of a causal language model that is a part of a larger one and has no Auto class; None for others."""
+    import transformers
+
+    if causal_class_names(config.model_type):
+        return None
+    found = [getattr(transformers, str(name), None) for name in getattr(config, "architectures", None) or ()]
+    return next((each for each in found if _is_causal_part(each, config)), None)
+
+
+def _is_causal_part(named: Any, config: Any) -> bool:
+    return getattr(named, "config_class", None) is type(config) and named.__name__.endswith("ForCausalLM")
 
 
 def _is_vision_language(config: Any) -> bool:
@@ -158,8 +172,9 @@ def _is_known(model_type: object) -> bool:
 
 
 def _causal_classes(config: Any) -> set[str]:
-    """The classes of causal language models that transformers has for a config's type."""
-    return causal_class_names(config.model_type)
+    """The classes of causal language models that transformers has for a config's type, or for that part."""
+    part = _part_class(config)
+    return causal_class_names(config.model_type) if part is None else {part.__name__}
 
 
 def causal_class_names(model_type: str) -> set[str]:

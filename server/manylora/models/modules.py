@@ -11,12 +11,14 @@ from transformers.pytorch_utils import Conv1D
 
 from manylora.lora.format.reader import ModuleSpec
 from manylora.models.kv_cache import KVShape
+from manylora.models.positions import position_limit
 from manylora.models.states import state_layers
 
 __all__ = [
     "adaptable_modules",
     "adaptable_norms",
     "embedding_scale",
+    "first_position",
     "hidden_size",
     "is_linear",
     "is_plain",
@@ -59,6 +61,15 @@ def embedding_scale(embedding: nn.Module) -> float:
     """What the embedding multiplies its rows by, and PEFT an adapter's delta alike; 1 where nothing."""
     scale = getattr(embedding, "embed_scale", None)
     return 1.0 if scale is None else float(scale)
+
+
+def first_position(model: PreTrainedModel) -> int:
+    """The number of a decoder's first position: 0, or where positions have a row for padding in a table, the next."""
+    tokens, limit = token_embedding(model), position_limit(model.config)
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module is not tokens and module.num_embeddings == limit:
+            return 0 if module.padding_idx is None else module.padding_idx + 1
+    return 0
 
 
 def adaptable_modules(model: PreTrainedModel) -> dict[str, ModuleSpec]:

@@ -198,7 +198,7 @@ class SelfCheck:
         batch = self._wrapped.context.current()
         output = self._wrapped.model(
             input_ids=batch.token_ids[None],
-            position_ids=batch.positions[None],
+            position_ids=self._wrapped.position_ids(batch),
             use_cache=False,
             logits_to_keep=batch.logit_rows,
         )

@@ -24,7 +24,7 @@ from manylora.lora.format.reader import ModuleSpec
 from manylora.models import attention, older
 from manylora.models.kv_cache import KVShape
 from manylora.models.masks import Reach, reach_of
-from manylora.models.modules import adaptable_modules, is_linear, is_plain
+from manylora.models.modules import adaptable_modules, first_position, is_linear, is_plain
 from manylora.models.positions import probe_starts
 from manylora.models.probes import PROBE_LENGTH, PROBE_STRENGTH, PretendedPast, Probe, ProbeAdapter
 from manylora.models.refusals import refusing
@@ -35,6 +35,7 @@ __all__ = ["SAME", "Survey", "survey", "survey_linears"]
 # Of two correct ways to compute the same in one number format, as a share of the logits' spread.
 SAME: Final = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _KEPT_ROWS = (4, 9)  # of which logits are asked for alone
+_UNTOLD: Final = -1
 _numbers = itertools.count()
 
 
@@ -46,8 +47,8 @@ class Survey:
     `kv_shapes` and `options` are those of the layers that attend, in their order; `places`: the place there of each, by
     the index that transformers gives the layer. `keepers`: modules that keep a state of each sequence, by path, with
     the index of theirs; `state_bytes`: of one sequence; `continues`: whether they take several tokens at once also
-    behind a sequence's first ones. `num_logits`: of each token. `probes` hold megabytes of logits, and are only for the
-    check at start.
+    behind a sequence's first ones. `first_position`: the number of a sequence's first one. `num_logits`: of each token.
+    `probes` hold megabytes of logits, and are only for the check at start.
     """
 
     kv_shapes: list[KVShape] = field(default_factory=list)
@@ -55,6 +56,7 @@ class Survey:
     keepers: dict[str, int] = field(default_factory=dict)
     state_bytes: int = 0
     continues: bool = True
+    first_position: int = 0
     options: list[AttentionOptions] = field(default_factory=list)
     groups: list[list[str]] = field(default_factory=list)
     modules: dict[str, ModuleSpec] = field(default_factory=dict)
@@ -86,6 +88,9 @@ class _Surveyor:
         vocab = int(model.get_input_embeddings().weight.shape[0])
         random = torch.Generator().manual_seed(0)
         self._token_ids = torch.randint(0, vocab, (self._count,), generator=random).to(self._device)
+        self._first = first_position(model)
+        if self._first:  # such models leave padding out when they number positions
+            self._token_ids[self._token_ids == self._first - 1] = self._first
         self._found = Survey()
         parameters = inspect.signature(model.forward).parameters
         self._may_ignore_positions = "position_ids" not in parameters and not older.is_older(model)
@@ -117,6 +122,7 @@ class _Surveyor:
         self._found.places = recorder.places
         if states is not None:
             self._found.keepers, self._found.state_bytes, self._found.continues = states
+        self._found.first_position = self._first
         self._found.num_logits = int(own.shape[-1])
         return self._found
 
@@ -124,7 +130,7 @@ class _Surveyor:
         self, num_rows: int, *, start: int = 0, stride: int = 1, part: slice = slice(None), **inputs: Any
     ) -> torch.Tensor:
         """float32 [num_rows, n, vocab] of the probe's tokens, or a part, from `start` on, the same ones in each row."""
-        positions = (start + stride * torch.arange(self._count, device=self._device))[part]
+        positions = (self._first + start + stride * torch.arange(self._count, device=self._device))[part]
         given = {"position_ids": positions.expand(num_rows, -1), "use_cache": False, **inputs}
         given = {name: value for name, value in given.items() if value is not None}
         logits = getattr(self._model(input_ids=self._token_ids[part].expand(num_rows, -1), **given), "logits", None)
@@ -293,6 +299,8 @@ class _Recorder:
         part = type(module).__name__
         options = attention.read_options(module, query.shape[-1], kwargs)
         index = getattr(module, "layer_idx", None)
+        if index is None or index == _UNTOLD:  # one of several with the same weights, told its layer at each call
+            module.layer_idx = index = len(self.places)
         if not isinstance(index, int) or self.places.setdefault(index, layer) != layer:
             raise ModelUnusable(
                 f"{self._name} has layers that share or lack a cache of keys and values ({part}): not supported."
@@ -366,10 +374,12 @@ class _Linears(TorchFunctionMode):
         super().__init__()
         self._model = model
         self._paths = {path: module for path, module in model.named_modules() if is_linear(module)}
-        self._owners = {id(module.weight): path for path, module in self._paths.items()}
+        self._owners: dict[int, list[str]] = {}  # several, where layers have the same weights
+        for path, module in self._paths.items():
+            self._owners.setdefault(id(module.weight), []).append(path)
         # A tied head's weight is the embedding's, too, which goes on having it and is no reason to keep the head.
         self._sharing = {
-            module: [self._owners[id(each)] for each in module.parameters(recurse=False) if id(each) in self._owners]
+            module: [owner for each in module.parameters(recurse=False) for owner in self._owners.get(id(each), ())]
             for path, module in model.named_modules()
             if path not in self._paths
         }
@@ -403,9 +413,9 @@ class _Linears(TorchFunctionMode):
     ) -> Any:
         if self._owners:
             for each in (*args, *(kwargs or {}).values()):
-                path = self._owners.get(id(each)) if isinstance(each, nn.Parameter) else None
-                if path is not None and path not in self._running:
-                    self.kept.add(path)
+                paths = self._owners.get(id(each), ()) if isinstance(each, nn.Parameter) else ()
+                if not any(path in self._running for path in paths):
+                    self.kept.update(paths)
         return func(*args, **(kwargs or {}))
 
     def _before(self, path: str) -> Callable[..., None]:

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 __all__ = ["beside_text", "put_aside"]
 
@@ -17,6 +18,7 @@ def put_aside(model: PreTrainedModel) -> list[str]:
     beside = beside_text(model)
     if not beside:
         return []
+    _complete(model)
     wanted, ran = _run(model, beside)
     aside = {path: module for path, module in beside.items() if path not in ran}
     for path in aside:
@@ -33,14 +35,35 @@ def put_aside(model: PreTrainedModel) -> list[str]:
 def beside_text(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The modules with weights beside the way from the whole to what embeds tokens, the head left out, by path."""
     found = {}
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    way = next(path for path, module in model.named_modules() if module is embedding).split(".")[:-1]
+    head, way = model.get_output_embeddings(), _way(model)
     for depth in range(len(way)):
         above = ".".join(way[:depth])
         for name, module in model.get_submodule(above).named_children():
             if name != way[depth] and module is not head and any(True for _ in module.parameters()):
                 found[f"{above}.{name}" if above else name] = module
     return found
+
+
+def _way(model: PreTrainedModel) -> list[str]:
+    """The names from the whole to the module that has what embeds tokens."""
+    embedding = model.get_input_embeddings()
+    return next(path for path, module in model.named_modules() if module is embedding).split(".")[:-1]
+
+
+def _complete(model: PreTrainedModel) -> None:
+    """Let the text part say None where the whole reads what transformers has the part's output not have (Llama 4)."""
+    try:
+        _logits(model)
+    except AttributeError as error:
+        if not isinstance(error.obj, ModelOutput):
+            return
+        missing = error.name
+
+        def complete(_module: nn.Module, _given: object, output: object) -> None:
+            if isinstance(output, ModelOutput) and not hasattr(output, missing):
+                setattr(output, missing, None)
+
+        model.get_submodule(_way(model)[0]).register_forward_hook(complete)
 
 
 def _run(model: PreTrainedModel, watched: dict[str, nn.Module]) -> tuple[torch.Tensor, set[str]]:

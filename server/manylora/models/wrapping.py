@@ -5,15 +5,17 @@ replaced by ours.
 """
 
 import itertools
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
 from manylora.errors import ModelUnusable
-from manylora.kernels.batch import ForwardContext
+from manylora.kernels.batch import Batch, ForwardContext
 from manylora.kernels.interface import SiteGroup
 from manylora.kernels.matmul import BaseMatmul, dense
 from manylora.kernels.weights import WeightFormat
@@ -30,7 +32,15 @@ from manylora.models.linear import (
     FusedMember,
     KeptLinear,
 )
-from manylora.models.modules import adaptable_modules, adaptable_norms, embedding_scale, weight_of, with_past
+from manylora.models.modules import (
+    adaptable_modules,
+    adaptable_norms,
+    embedding_scale,
+    first_position,
+    is_linear,
+    weight_of,
+    with_past,
+)
 from manylora.models.positions import UNSTATED_LIMIT, position_limit
 from manylora.models.refusals import refusing
 from manylora.models.served_base import ServedEmbedding, ServedLinear, ServedModule, ServedNorm
@@ -72,6 +82,11 @@ class WrappedModel:
             return 0
         return int(self.model.get_input_embeddings().weight.shape[1])
 
+    def position_ids(self, batch: Batch) -> torch.Tensor:
+        """The positions of a batch as the model numbers them, int64 [1, T]."""
+        first = self.survey.first_position
+        return (batch.positions + first if first else batch.positions)[None]
+
     def attach_cache(self, cache: KVCache) -> None:
         """Attend over this cache from now on."""
         name, found = f"manylora-{next(_numbers)}", self.survey
@@ -90,7 +105,8 @@ def wrap(model: PreTrainedModel, backend: Backend, *, context_length: int | None
 
     `context_length`: how far sequences will reach; unless told, as far as the model's config allows.
     """
-    found = survey(model, context_length or position_limit(model.config) or UNSTATED_LIMIT)
+    own = position_limit(model.config)
+    found = survey(model, context_length or (own - first_position(model) if own else UNSTATED_LIMIT))
     with refusing(model, "its parts were replaced"), torch.inference_mode():
         wrapped = wrap_surveyed(model, backend, found)
         if found.keepers:
@@ -116,6 +132,7 @@ def wrap_surveyed(
     sites = {path: site for site, path in enumerate(modules)}
     wrapped = WrappedModel(model, backend, ForwardContext(), found, modules, sites, {})
     _adapt_experts(wrapped, experts)
+    tied = _Tied(model)
     for path, spec in norms.items():
         norm = model.get_submodule(path)
         wrapped.served[path] = ServedNorm(norm)
@@ -129,8 +146,27 @@ def wrap_surveyed(
         elif group[0] in found.kept:
             _keep_linear(wrapped, group[0])
         else:
-            _replace_linears(wrapped, group)
+            _replace_linears(wrapped, group, tied)
     return wrapped
+
+
+class _Tied:
+    """The products of linears that have their weights in common: made once, whatever form they are kept in."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        owners = Counter(id(module.weight) for module in model.modules() if is_linear(module))
+        self._shared = {weight for weight, count in owners.items() if count > 1}
+        self._made: dict[tuple[int, ...], BaseMatmul] = {}
+
+    def product(self, modules: Sequence[nn.Module], make: Callable[[], BaseMatmul]) -> BaseMatmul:
+        """The product of linears side by side. `make` makes it, for the first of those with the same weights."""
+        weights = tuple(id(module.weight) for module in modules)
+        if not self._shared.issuperset(weights):
+            return make()
+        biases = tuple(id(module.bias) for module in modules)
+        if (weights + biases) not in self._made:
+            self._made[weights + biases] = make()
+        return self._made[weights + biases]
 
 
 def _served_experts(model: PreTrainedModel) -> dict[str, ModuleSpec]:
@@ -222,7 +258,7 @@ def _keep_linear(wrapped: WrappedModel, path: str) -> None:
     )
 
 
-def _replace_linears(wrapped: WrappedModel, group: list[str]) -> None:
+def _replace_linears(wrapped: WrappedModel, group: list[str], tied: _Tied) -> None:
     modules = [wrapped.model.get_submodule(path) for path in group]
     weights = [weight_of(m) for m in modules]
     widths = tuple(w.shape[0] for w in weights)
@@ -237,7 +273,8 @@ def _replace_linears(wrapped: WrappedModel, group: list[str]) -> None:
         wrapped.sites[group[0]], offsets, torch.tensor(offsets, dtype=torch.int32, device=weight.device)
     )
     is_head = group[0] in wrapped.survey.on_logit_rows
-    matmul = (wrapped.backend.head if is_head else wrapped.backend.matmul)(weight, bias)
+    make = wrapped.backend.head if is_head else wrapped.backend.matmul
+    matmul = tied.product(modules, lambda: make(weight, bias))
     _require_close(matmul, weight, bias, group[0], wrapped.backend.format)
     for path, first, width, own in zip(group, offsets, widths, biases, strict=False):
         wrapped.served[path] = ServedLinear(matmul, first, width, weight.shape[1], own)
