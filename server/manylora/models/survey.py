@@ -298,9 +298,10 @@ class _Recorder:
         layer, self._next = self._next, self._next + 1
         part = type(module).__name__
         options = attention.read_options(module, query.shape[-1], kwargs)
-        index = getattr(module, "layer_idx", None)
+        index: Any = getattr(module, "layer_idx", None)
         if index is None or index == _UNTOLD:  # one of several with the same weights, told its layer at each call
-            module.layer_idx = index = len(self.places)
+            index = len(self.places)
+            module.layer_idx = index
         if not isinstance(index, int) or self.places.setdefault(index, layer) != layer:
             raise ModelUnusable(
                 f"{self._name} has layers that share or lack a cache of keys and values ({part}): not supported."

@@ -47,7 +47,8 @@ def beside_text(model: PreTrainedModel) -> dict[str, nn.Module]:
 def _way(model: PreTrainedModel) -> list[str]:
     """The names from the whole to the module that has what embeds tokens."""
     embedding = model.get_input_embeddings()
-    return next(path for path, module in model.named_modules() if module is embedding).split(".")[:-1]
+    path: str = next(path for path, module in model.named_modules() if module is embedding)
+    return path.split(".")[:-1]
 
 
 def _complete(model: PreTrainedModel) -> None:
@@ -55,9 +56,9 @@ def _complete(model: PreTrainedModel) -> None:
     try:
         _logits(model)
     except AttributeError as error:
-        if not isinstance(error.obj, ModelOutput):
-            return
         missing = error.name
+        if missing is None or not isinstance(error.obj, ModelOutput):
+            return
 
         def complete(_module: nn.Module, _given: object, output: object) -> None:
             if isinstance(output, ModelOutput) and not hasattr(output, missing):
