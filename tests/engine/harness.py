@@ -1,6 +1,7 @@
 """A whole engine on a tiny model, stepped by hand, for tests that compare it with Hugging Face and PEFT."""
 
 import json
+import math
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -214,6 +215,7 @@ def build_rig(
     eos_ids: frozenset[int] = frozenset(),
     keep_as: KeepAs | None = None,
     drafter: Drafter | None = None,
+    num_snapshots: int = 16,
     executor: Callable[[Executor], Executor] = lambda local: local,
 ) -> Rig:
     """An engine whose cache starts out full of NaN, so that reading a position nobody wrote shows at once."""
@@ -236,7 +238,12 @@ def build_rig(
     )
     scheduler = Scheduler(
         BlockManager(
-            num_blocks, block_size, share_prefixes=prefix_cache, num_states=max_num_seqs if wrapped.states else 0
+            num_blocks,
+            block_size,
+            share_prefixes=prefix_cache,
+            num_states=max_num_seqs if wrapped.states else 0,
+            border=math.lcm(PIECE_SIZE, block_size),
+            num_snapshots=num_snapshots if wrapped.states else 0,
         ),
         tiers,
         max_num_seqs=max_num_seqs,

@@ -137,6 +137,12 @@ def request(
 def step(scheduler: Scheduler) -> Plan:
     """Plan, pretend to run, and let every sequence that reached its end take a token."""
     plan = scheduler.plan()
+    pretend_to_run(scheduler, plan)
+    return plan
+
+
+def pretend_to_run(scheduler: Scheduler, plan: Plan) -> None:
+    """Let every sequence that reaches its end take a token."""
     ended = [item.seq for item in plan.scheduled if item.samples]
     for item in plan.scheduled:
         scheduler.commit(item)
@@ -146,7 +152,6 @@ def step(scheduler: Scheduler) -> Plan:
         if seq.num_output_tokens >= seq.params.max_tokens:
             scheduler.finish(seq, FinishReason.LENGTH)
     scheduler.check_integrity()
-    return plan
 
 
 def drain(s: Scheduler, limit: int = 20_000) -> int:

@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from manylora.engine.block_manager import BlockManager
 from manylora.engine.build import EngineBuilder
+from manylora.engine.interface import FinishReason
+from manylora.engine.model_runner import _state
 from manylora.engine.pieces import Pieces
 from manylora.engine.scheduler import Scheduler
 from manylora.engine.sequence import Scheduled, Sequence
@@ -22,7 +24,7 @@ from manylora.models.wrapping import wrap
 from tests.engine.faults import Faults
 from tests.engine.harness import PIECE_SIZE, TORCH, Rig, available_kernels, build_rig, load
 from tests.engine.oracle import check_greedy, with_adapter
-from tests.engine.plans import FakeSlots, request, step
+from tests.engine.plans import FakeSlots, pretend_to_run, request, step
 from tests.models.front_door import prompts, settings_for
 from tests.models.zoo import make_zoo_model
 from tests.tiny_adapters import make_adapter
@@ -150,7 +152,49 @@ def test_several_choices_and_a_second_request_find_no_state_of_others(rig: Rig) 
     for index in range(3):
         assert rig.tokens("n", index) == rig.tokens("again", index)
     assert len({tuple(rig.tokens("n", index)) for index in range(3)}) > 1
-    assert all(not output.delta.num_cached_tokens for output in rig.outputs["again/0"])
+
+
+def run_alone(rig: Rig, request_id: str, prompt: list[int], adapter: str | None) -> int:
+    """Run a request; how many of its tokens were found in the cache."""
+    seq = rig.add(request_id, prompt, adapter, logprobs=3, max_tokens=6)
+    rig.run()
+    return seq.num_cached_tokens
+
+
+def test_a_prompt_whose_beginning_is_known_gets_what_it_gets_without(rig: Rig, made: Made) -> None:
+    """At a known prompt's last border at once; where prompts part, from the third of them on."""
+    folder, adapter = made
+    whole, rest = prompts(lengths=(60, 20))
+    asked = {"first": whole, "same": whole, "parting": whole[:45] + rest, "third": whole[:45] + rest[:9]}
+    longer = whole + rest
+    fresh = build_rig(load(folder), {"tuned": adapter}, kernel=available_kernels[-1], num_snapshots=0)
+    for name in (None, "tuned"):
+        found = {key: run_alone(rig, f"{key}-{name}", prompt, name) for key, prompt in asked.items()}
+        assert found == {"first": 0, "same": 56, "parting": 0, "third": 40}
+        assert run_alone(rig, f"longer-{name}", longer, name) == 56
+        for key, prompt in {**asked, "longer": longer}.items():
+            assert run_alone(fresh, f"{key}-{name}", prompt, name) == 0
+            if rig.is_exact and is_exact(fresh):
+                assert numbers(rig, f"{key}-{name}") == numbers(fresh, f"{key}-{name}")
+            else:
+                check_greedy(with_adapter(folder, adapter if name else None), prompt, rig.tokens(f"{key}-{name}"))
+    fresh.close()
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5_text"])
+def test_32_sequences_of_other_lengths_get_what_each_gets_alone(kind: str, tmp_path: Path) -> None:
+    folder = make_zoo_model(kind, tmp_path / "base")
+    rig = build_rig(load(folder), kernel=available_kernels[-1], num_blocks=500)
+    asked = prompts(lengths=tuple(1 + 7 * i % 61 for i in range(32)))
+    for i, prompt in enumerate(asked):
+        rig.add(f"r{i}", prompt, logprobs=3, max_tokens=6)
+    rig.run()
+    for i, prompt in enumerate(asked):
+        run_alone(rig, f"alone{i}", prompt, None)
+        assert rig.tokens(f"alone{i}") == rig.tokens(f"r{i}")
+        if is_exact(rig):
+            assert numbers(rig, f"alone{i}") == numbers(rig, f"r{i}")
+    rig.close()
 
 
 def test_virtual_tokens_are_refused_where_a_state_has_seen_none(made: Made, tmp_path: Path) -> None:
@@ -179,6 +223,65 @@ def test_pieces_are_no_longer_than_there_is_memory_for_the_logits_of(tmp_path: P
         return pieces.size
 
     assert size(1000) > size(6) == 4
+
+
+# copies of states
+
+
+@settings(max_examples=60)
+@given(
+    asked=st.lists(
+        st.tuples(st.integers(0, 30), st.integers(1, 20), st.integers(1, 12), st.integers(0, 8)), min_size=2, max_size=9
+    ),
+    num_snapshots=st.integers(0, 3),
+    num_blocks=st.sampled_from([16, 24, 60]),
+    spoiling=st.sets(st.integers(1, 20), max_size=2),
+    continues=st.booleans(),
+)
+def test_whoever_begins_with_a_copy_begins_with_its_own_tokens(
+    asked: list[tuple[int, int, int, int]], num_snapshots: int, num_blocks: int, spoiling: set[int], continues: bool
+) -> None:
+    """Over prompts that part early and late, with blocks, rooms and seats that run out, and with blocks gone bad."""
+    pieces = Pieces(8, continues)
+    blocks = BlockManager(num_blocks, 4, num_states=3, border=8, num_snapshots=num_snapshots)
+    scheduler = Scheduler(blocks, FakeSlots(8), max_num_seqs=3, max_num_batched_tokens=24, pieces=pieces)
+    to_come = []
+    for same, other, output, at in asked:
+        seq = request(output=output)
+        seq.tokens = [1] * same + [2] * other
+        seq.num_prompt_tokens = len(seq.tokens)
+        to_come.append((at, seq))
+    rooms: dict[int, list[int]] = {}
+    made_by: dict[int, Sequence] = {}
+    for number in range(500):
+        for at, seq in to_come:
+            if at == number:
+                scheduler.add(seq)
+        if number > 8 and not scheduler.has_work:
+            return
+        plan = scheduler.plan()
+        for item in plan.scheduled:
+            given, seq = _state(item, pieces), item.seq
+            assert given.begins_with < 0 or rooms[given.begins_with] == seq.tokens[: item.start]
+            rooms |= {room: seq.tokens[:place] for place, room in given.snapshots}
+            made_by |= dict.fromkeys((room for _, room in given.snapshots), seq)
+        pretend_to_run(scheduler, plan)
+        if number in spoiling and scheduler.running:
+            bad = scheduler.running[0]
+            rooms |= {room: [] for room, seq in made_by.items() if seq is bad}
+            blocks.spoil(bad)
+            scheduler.finish(bad, FinishReason.ERROR)
+        scheduler.check_integrity()
+    raise AssertionError("a prompt was never run to its end")
+
+
+def test_copies_are_no_more_than_a_part_of_the_cache(tmp_path: Path) -> None:
+    settings = settings_for(make_zoo_model("mamba2", tmp_path / "base"))
+    builder = EngineBuilder(settings, load_base(settings))
+    count = builder._num_snapshots()
+    assert 0 < count * builder.wrapped.survey.state_bytes <= 2**25 / 4
+    builder.wrapped.survey.keepers["another"] = next(iter(builder.wrapped.survey.keepers.values()))
+    assert builder._num_snapshots() == 0
 
 
 # pieces

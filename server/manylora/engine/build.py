@@ -1,5 +1,6 @@
 """From settings to a running engine: the base is loaded, wrapped and checked, memory is laid out."""
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -52,6 +53,7 @@ _ATTENTION_RATE = (
     0.55  # multiplications per second of a prompt's attention, over those of matmuls; measured in bfloat16
 )
 _MOST_IN_PIECE = 64  # tokens of a prompt that a layer with a state runs at once: what chunked recurrences are made for
+_SHARE_OF_SNAPSHOTS = 0.25  # of the cache's memory, for copies of states
 MOST_OF_FREE = 0.5  # memory that one sequence may take where the cache's share of it would be less
 
 
@@ -251,7 +253,8 @@ class EngineBuilder(Builder):
         """Lay out memory, check the model against itself, and put the parts together. Raises StartupError."""
         settings = self.settings
         pieces = self._pieces()
-        cache = self._cache()
+        num_snapshots = self._num_snapshots()
+        cache = self._cache(num_snapshots)
         self.wrapped.attach_cache(cache)
         self._prove(cache)
         plans = self.modules.heads
@@ -266,6 +269,8 @@ class EngineBuilder(Builder):
                 share_prefixes=settings.prefix_cache,
                 share_public=settings.prefix_sharing == "public",
                 num_states=0 if pieces is None else settings.max_num_seqs,
+                border=0 if pieces is None else math.lcm(pieces.size, settings.block_size),
+                num_snapshots=num_snapshots,
             ),
             tiers,
             max_num_seqs=settings.max_num_seqs,
@@ -358,13 +363,26 @@ class EngineBuilder(Builder):
         most = min(beside, self._max_prompt_logits())
         return Pieces(min(_MOST_IN_PIECE, 1 << (most.bit_length() - 1)), survey.continues)
 
-    def _cache(self) -> KVCache:
+    def _num_snapshots(self) -> int:
+        """Copies of states that prompts with the same beginning share: in a part of what one sequence does not need.
+
+        None where two modules keep theirs in one layer, as one has run a prompt's pieces before the other begins.
+        """
+        survey, settings = self.wrapped.survey, self.settings
+        if not survey.state_bytes or len(set(survey.keepers.values())) < len(survey.keepers):
+            return 0
+        per_block = bytes_per_block(survey.kv_shapes, settings.block_size, self.backend.cache_dtype(self.dtype))
+        needed = -(-self.context_length // settings.block_size) * per_block
+        room = in_bytes(settings.kv_cache_memory, self.device) - self._states_bytes()
+        return max(0, min(int(room * _SHARE_OF_SNAPSHOTS), room - needed)) // survey.state_bytes
+
+    def _cache(self, num_snapshots: int = 0) -> KVCache:
         settings = self.settings
         shapes = self.wrapped.survey.kv_shapes
         dtype = self.backend.cache_dtype(self.dtype)
         per_block = bytes_per_block(shapes, settings.block_size, dtype)
         needed = -(-self.context_length // settings.block_size)
-        states = self._states_bytes()
+        states = self._states_bytes() + num_snapshots * self.wrapped.survey.state_bytes
         room = in_bytes(settings.kv_cache_memory, self.device) - states
         if not per_block:  # no layer attends: blocks hold nothing and are only counted
             return KVCache(shapes, needed * settings.max_num_seqs, settings.block_size, dtype, self.device)

@@ -115,6 +115,8 @@ class LocalExecutor:
         finally:
             context.batch = None
             self._memory.named = ()
+            for piece in batch.pieces:
+                piece.states.settle()
             if watch is not None:
                 watch.remove()
         if self._hidden is not None:
@@ -239,7 +241,14 @@ class LocalExecutor:
         store = self._wrapped.states
         assert store is not None, "the model keeps no states"
         states = [
-            store.begin(each.slot, each.start, each.start + sum(each.sizes), committed=each.committed)
+            store.begin(
+                each.slot,
+                each.start,
+                each.sizes,
+                committed=each.committed,
+                begins_with=each.begins_with,
+                snapshots=dict(each.snapshots),
+            )
             for each in step.states
         ]
         sizes = [each.sizes for each in step.states]

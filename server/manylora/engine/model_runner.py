@@ -222,8 +222,14 @@ class ModelRunner:
 
 def _state(item: Scheduled, pieces: Pieces) -> StateInput:
     seq, start = item.seq, item.start
+    end = start + item.num_rows
     return StateInput(
-        seq.state_slot, start, min(seq.num_computed, start), pieces.cut(seq, start, start + item.num_rows)
+        seq.state_slot,
+        start,
+        min(seq.num_computed, start),
+        pieces.cut(seq, start, end),
+        seq.begins_with if start == seq.num_computed else -1,
+        tuple((at, room) for at, room in seq.snapshots.items() if room is not None and start < at <= end),
     )
 
 

@@ -259,6 +259,8 @@ class Scheduler:
     def _add(self, work: list[Scheduled], room: Room, seq: Sequence, count: int) -> None:
         num_copied = self._num_copied(seq)
         work.append(Scheduled(seq, seq.num_computed, count, num_copied=num_copied))
+        if seq.snapshots:
+            self.blocks.reserve_snapshots(seq, seq.num_computed + count)
         room.take(seq, count, num_copied)
 
     def _start(self, seq: Sequence) -> None:

@@ -57,6 +57,7 @@ class Sequence:
     sound: Sound | None = None  # what it writes down
     picture: Picture | None = None  # what it sees
     state_slot = -1  # where layers keep a state of it, while it has blocks
+    begins_with = -1  # the room of the copy of a state that it begins with, until it has run
     first_scheduled_s: float | None = None
     first_token_s: float | None = None
     finished_s: float | None = None
@@ -102,6 +103,7 @@ class Sequence:
         self.slots: tuple[int, ...] = ()
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []
+        self.snapshots: dict[int, int | None] = {}  # places at which its state is to be copied, and the rooms for it
         self.num_computed = -self.num_virtual
         self.num_cached_tokens = self.num_charged = 0
         self.max_num_tokens = len(prompt_ids) + params.max_tokens  # at which it ends, prompt included

@@ -28,14 +28,17 @@ class PrefixInput:
 class StateInput:
     """One sequence's part of a step for layers that keep a state of it, in `slot`; -1: a sequence that is nobody's.
 
-    It begins at position `start` and is run in pieces of `sizes` tokens. Below position
-    `committed` no step of the sequence will begin any more.
+    It begins at position `start`, with the copy in room `begins_with` unless that is -1, and is run in pieces of
+    `sizes` tokens. Below position `committed` no step of the sequence will begin any more. `snapshots`: positions, and
+    the rooms that a copy of what is kept there goes to.
     """
 
     slot: int
     start: int
     committed: int
     sizes: tuple[int, ...]
+    begins_with: int = -1
+    snapshots: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

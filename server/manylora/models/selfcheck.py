@@ -243,9 +243,12 @@ class SelfCheck:
         store = self._wrapped.states
         if store is None:
             return batch
-        states = [store.begin(i, start, end, committed=start) for i, (start, end) in enumerate(spans)]
         at_once = self._wrapped.survey.continues
         sizes = [(n,) if at_once or not start else (1,) * n for n, (start, _) in zip(counts, spans, strict=True)]
+        states = [
+            store.begin(i, start, size, committed=start)
+            for i, ((start, _), size) in enumerate(zip(spans, sizes, strict=True))
+        ]
         return replace(batch, pieces=cut(batch, sizes, states, slots, self._plan))
 
     def _plan(self, slots: np.ndarray) -> LoraPlan | None:

@@ -7,7 +7,8 @@ changes what it began with: it works on copies, layer by layer, so that it can b
 import copy
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -34,19 +35,24 @@ def state_layers(config: Any) -> list[Any]:
 class SequenceStates(Cache):  # type: ignore[misc]
     """The states of one sequence, as its recurrent layers find and leave them.
 
-    `layers` are another's until `open` puts a copy in their place. Keys and values pass through: attention beside a
-    state looks them up in the paged cache.
+    `layers` are another's until `open` puts a copy in their place: what it has there by then, which the same step may
+    have run before. Keys and values pass through: attention beside a state looks them up in the paged cache.
     """
 
     def __init__(self, layers: Sequence[Any]) -> None:
         super().__init__(layers=list(layers))
+        self._before = layers
         self._opened: set[int] = set()
 
     def open(self, layer: int) -> None:
         """Make a layer's state this object's own, before it is changed for the first time."""
         if layer not in self._opened:
             self._opened.add(layer)
-            self.layers[layer] = _copied(self.layers[layer])
+            self.layers[layer] = _copied(self._before[layer])
+
+    def settle(self) -> None:
+        """All layers have run: nothing is looked up in what came before any more."""
+        self._before = self.layers
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
@@ -102,40 +108,65 @@ class NotingStates(SequenceStates):
 
 
 class StateStore:
-    """The states of the sequences that run: each after the positions at which its steps ended."""
+    """The states of the sequences that run: each after the positions at which its steps ended; and copies, by room."""
 
     def __init__(self, layers: Sequence[Any]) -> None:
         self._empty = layers
         self._held: dict[int, dict[int, SequenceStates]] = {}
+        self._copies: dict[int, SequenceStates] = {}
 
-    def begin(self, slot: int, start: int, end: int, *, committed: int) -> SequenceStates:
-        """What the sequence of a slot has at position `start`, to be changed to what it has at `end`.
+    def begin(
+        self,
+        slot: int,
+        start: int,
+        sizes: Sequence[int],
+        *,
+        committed: int,
+        begins_with: int = -1,
+        snapshots: Mapping[int, int] = MappingProxyType({}),
+    ) -> list[SequenceStates]:
+        """What the sequence of a slot has at position `start`, for each of its next pieces, which change it.
 
-        Of what it had before `committed` nobody will ask again.
+        It is what the copy in room `begins_with` has, unless that is -1. Of what the sequence had before `committed`
+        nobody will ask again. At the positions of `snapshots` what it has goes to rooms, and is changed no further.
         """
-        held = {at: states for at, states in self._held.get(slot, {}).items() if committed <= at <= start}
+        held: dict[int, SequenceStates] = {}
+        if begins_with >= 0:
+            held[start] = self._copies[begins_with]
+        else:
+            held = {at: states for at, states in self._held.get(slot, {}).items() if committed <= at <= start}
         states = SequenceStates(held[start].layers if start else self._empty)
-        self._held[slot] = held | {end: states}
-        return states
+        found = []
+        at = start
+        for size in sizes:
+            if at in snapshots and at > start:
+                states = SequenceStates(states.layers)
+            found.append(states)
+            at += size
+            if at in snapshots:
+                self._copies[snapshots[at]] = states
+        self._held[slot] = held | {at: states}
+        return found
 
     def clear(self) -> None:
+        """Forget the sequences."""
         self._held.clear()
 
 
 def cut(
     batch: Batch,
     sizes: Sequence[Sequence[int]],
-    states: Sequence[SequenceStates],
+    states: Sequence[Sequence[SequenceStates]],
     slots: np.ndarray,
     plan: Callable[[np.ndarray], LoraPlan | None],
 ) -> tuple[Piece, ...]:
-    """The batch in pieces: each sequence's rows in runs of `sizes`. `slots` [T]: each row's adapter."""
+    """The batch in pieces: each sequence's rows in runs of `sizes`, over `states`. `slots` [T]: each row's adapter."""
     device = batch.token_ids.device
     nothing = torch.empty(0, dtype=torch.int64, device=device)
     pieces = []
     for number, (runs, kept) in enumerate(zip(sizes, states, strict=True)):
         at, end = batch.starts[number], batch.starts[number + 1]
-        for size in runs:
+        for size, own in zip(runs, kept, strict=True):
             rows = slice(at, at + size)
             length = batch.lens[number] - (end - rows.stop)
             alone = Batch(
@@ -151,7 +182,7 @@ def cut(
                 logit_rows=nothing,
                 lora=plan(slots[rows]),
             )
-            pieces.append(Piece(rows, alone, kept))
+            pieces.append(Piece(rows, alone, own))
             at = rows.stop
     return tuple(pieces)
 
