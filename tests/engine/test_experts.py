@@ -19,6 +19,7 @@ from manylora.identity import CONFIG_FILE, TENSOR_FILE
 from manylora.lora.format.reader import read
 from manylora.lora.memory.packing import KeepAs
 from manylora.lora.memory.terms import LowRankExtent
+from manylora.models.backends import Backend
 from manylora.models.experts import AdaptedExperts
 from tests.engine.harness import BACKENDS, TORCH, available_kernels, build_rig, load
 from tests.engine.oracle import check_greedy, with_adapter
@@ -148,13 +149,14 @@ def test_experts_with_biases_and_weights_the_other_way_round_are_adapted_as_in_p
     assert outcome.kind == "served", outcome.detail
 
 
+@pytest.mark.parametrize("kernel", [AS_ON_A_GPU, available_kernels[-1]], ids=["as on a GPU", "best"])
 @pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 0.03), (torch.int8, 0.2)])
 def test_experts_kept_in_fewer_bits_answer_nearly_alike(
-    dtype: torch.dtype, most: float, mixture: tuple[Path, Made]
+    dtype: torch.dtype, most: float, kernel: str | Backend, mixture: tuple[Path, Made]
 ) -> None:
     base, made = mixture
     adapters = {name: made[name] for name in ("both", "single experts")}
-    rig = build_rig(load(base), adapters, kernel=AS_ON_A_GPU, num_blocks=100, keep_as=KeepAs(torch.float32, dtype))
+    rig = build_rig(load(base), adapters, kernel=kernel, num_blocks=100, keep_as=KeepAs(torch.float32, dtype))
     alone = run(rig, {None: PROMPT}, max_tokens=1)
     found = run(rig, dict.fromkeys(adapters, PROMPT), max_tokens=1)
     rig.close()
