@@ -182,6 +182,8 @@ def test_routes_of_texts_name_the_right_kind_of_model(served: Served, tmp_path: 
     for route, body in asked.items():
         answer = served.post(route, **body)
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "wrong_model_type"), route
+    said_text = served.post("/v1/embeddings", model="base", input=url_of(file_of(IMAGES[0])), modality="text")
+    assert (said_text.status_code, said_text.json()["error"]["code"]) == (400, "wrong_model_type")
     with serve(make_encoder("bert", tmp_path / "texts"), tmp_path / "data") as texts:
         for body in ({"input": PARTS}, {"input": url_of(file_of(IMAGES[0])), "modality": "image"}):
             answer = texts.post("/v1/embeddings", model="base", **body)

@@ -44,6 +44,10 @@ class EmbeddingRequest(PoolRequest):
     def has_images(self) -> bool:
         return self.modality == "image" or super().has_images
 
+    @property
+    def has_texts(self) -> bool:
+        return self.modality == "text"
+
 
 @router.post(
     "/v1/embeddings",

@@ -72,6 +72,11 @@ class InputsRequest(ReadRequest):
         return isinstance(self.input, list) and isinstance(self.input[0], ImagePart)
 
     @property
+    def has_texts(self) -> bool:
+        """Whether it says itself that its inputs are texts."""
+        return False
+
+    @property
     def urls(self) -> list[str]:
         """The inputs as addresses of images. Raises InvalidRequest where they are token ids."""
         given = [self.input] if isinstance(self.input, str) else self.input

@@ -37,7 +37,7 @@ def check_kind(body: InferenceRequest, model: ModelInfo) -> None:
 
 def _check_sees(body: InferenceRequest) -> None:
     """Raises WrongModelType, or InvalidRequest for what is said of texts, where a model of images is asked."""
-    if not isinstance(body, InputsRequest):
+    if not isinstance(body, InputsRequest) or body.has_texts:
         raise WrongModelType(
             "This server's model sees images and reads no text. Ask /v1/embeddings or /v1/classify with an image, or a "
             "server of another model."
