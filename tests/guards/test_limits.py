@@ -36,6 +36,7 @@ NO_BOUNDS = {
     "engine.detokenizer.MAX_BYTES": "of one character in UTF-8",
     "engine.detokenizer.MAX_PENDING": "tokens that wait for the end of a character",
     "grammars.compiler.MAX_REFUSED": "how many refusals are remembered",
+    "grammars.masks.MAX_LOOK_S": "how far ahead of a draft a grammar is looked along",
     "images.reading.MAX_MESSAGE": "of Pillow's words in a refusal",
     "kernels.torch_lora.MAX_BATCHED_ROWS": "a choice between kernels",
     "kernels.torch_lora.MAX_GROUP": "a choice between kernels",
