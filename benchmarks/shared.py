@@ -19,6 +19,7 @@ from benchmarks.catalogue import BASE, fill
 from manylora.catalog.base_signature import BaseSignature
 from manylora.catalog.registry import Registry
 from manylora.database.database import open_database
+from manylora.log import configure_logging
 from manylora.settings import Settings
 from tests.catalog import postgres
 from tests.catalog.rig import Rig, running, sound_files
@@ -138,6 +139,7 @@ def main() -> None:
     wanted = parser.parse_args()
     programs = postgres.programs()
     assert programs is not None, "PostgreSQL is not installed"
+    configure_logging(level="warning", as_json=False)  # no line for each request
     with postgres.running(programs) as cluster, tempfile.TemporaryDirectory() as folder:
         asyncio.run(agreeing(cluster.new_database(), Path(folder), wanted.changes))
         asyncio.run(large_catalogue(cluster.new_database(), wanted.adapters))
