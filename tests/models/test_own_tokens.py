@@ -9,7 +9,13 @@ import pytest
 from tokenizers import AddedToken
 
 from manylora.identity import OWN_TOKENS_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, OwnToken, Vocabulary
-from manylora.lora.format.added_tokens import read_added_tokens
+from manylora.lora.format.added_tokens import (
+    MAX_LISTED_BYTES,
+    MAX_OUTLINE_BYTES,
+    MAX_TOKEN_BYTES,
+    MAX_TOKENIZER_BYTES,
+    read_added_tokens,
+)
 from manylora.models.codec import HuggingFaceCodec
 from manylora.models.own_tokens import MAX_ADDED_TOKENS, MAX_TOKEN_CHARACTERS, TokensRefused, extended
 from tests.tiny_models import make_tokenizer
@@ -101,6 +107,44 @@ def test_a_file_that_is_no_tokenizer_is_left_aside(content: bytes, codec: Huggin
     own, warnings = found_in(tmp_path, codec)
     assert own is None
     assert "The base's own tokenizer is used." in warnings[0]
+
+
+def test_of_a_large_tokenizer_its_added_tokens_alone_are_read(codec: HuggingFaceCodec, tmp_path: Path) -> None:
+    """In whatever order and with whatever strings its parts come."""
+    added = [asdict(OwnToken(320, '"]}\\')), asdict(OwnToken(321, "<b>"))]
+    model = {"vocab": {f'"added_tokens": [{n}\\': n for n in range(20_000)}, "added_tokens": [1]}
+    for order in (("model", "added_tokens"), ("added_tokens", "model")):
+        whole = {name: {"model": model, "added_tokens": added}[name] for name in order}
+        (tmp_path / TOKENIZER_FILE).write_text(json.dumps(whole, indent=2))
+        assert [token.content for token in read_added_tokens(tmp_path, []).tokens] == ['"]}\\', "<b>"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"added_tokens": [], "version": "x" * MAX_OUTLINE_BYTES}, "no JSON object of a tokenizer"),
+        ({"added_tokens": [{"id": 320, "content": "a", "more": "x" * MAX_TOKEN_BYTES}]}, f"{MAX_TOKEN_BYTES} bytes"),
+        ({"added_tokens": [[" " * MAX_LISTED_BYTES]]}, f"more than {MAX_LISTED_BYTES} bytes of added tokens"),
+        ({"added_tokens": [{"id": 320, "content": "a"}, 3]}, "are none"),
+        ({"added_tokens": {"id": 320, "content": "a"}}, "are none"),
+    ],
+)
+def test_more_than_is_parsed_is_left_aside(
+    content: dict[str, Any], said: str, codec: HuggingFaceCodec, tmp_path: Path
+) -> None:
+    (tmp_path / TOKENIZER_FILE).write_text(json.dumps(content))
+    own, warnings = found_in(tmp_path, codec)
+    assert own is None
+    assert said in warnings[0]
+    assert "The base's own tokenizer is used." in warnings[0]
+
+
+def test_a_file_that_is_too_large_is_not_read(codec: HuggingFaceCodec, tmp_path: Path) -> None:
+    with (tmp_path / TOKENIZER_FILE).open("wb") as file:
+        file.truncate(MAX_TOKENIZER_BYTES + 1)
+    own, warnings = found_in(tmp_path, codec)
+    assert own is None
+    assert f"more than {MAX_TOKENIZER_BYTES} bytes" in warnings[0]
 
 
 def test_what_a_download_has_is_read_as_what_it_was_made_from(codec: HuggingFaceCodec, tmp_path: Path) -> None:
