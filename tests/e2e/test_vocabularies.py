@@ -1,6 +1,7 @@
 """An adapter that was trained with tokens of its own, over HTTP: its tokenizer's tokens are its requests' alone."""
 
 import io
+import shutil
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -92,6 +93,20 @@ async def check_answers(client: httpx2.AsyncClient, base: Path, folder: Path) ->
     assert usage["prompt_tokens"] == len(rendered)
 
 
+async def check_refused(base: Path, folder: Path, data: Path) -> None:
+    """On a base of the same shapes that has one of the adapter's tokens under another id."""
+    shutil.copytree(base, folder)
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<1>", "<2>", "<3>", "<4>", "<tool>"])
+    tokenizer.save_pretrained(folder)
+    async with serving(folder, data) as (client, _):
+        for route, body in (("/v1/completions", {"max_tokens": 1}), ("/tokenize", {})):
+            response = await client.post(route, json={"model": "own", "prompt": "hi", **body})
+            assert response.status_code == 409
+            assert "Upload it again" in response.json()["error"]["message"]
+        await post(client, "/v1/completions", model="own@2", prompt="hi", max_tokens=1)
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning:peft.*")
 async def test_tokens_of_its_own_are_its_requests_alone(tiny_llama_dir: Path, tmp_path: Path) -> None:
     folder = make(tiny_llama_dir, tmp_path / "own")
@@ -120,3 +135,4 @@ async def test_tokens_of_its_own_are_its_requests_alone(tiny_llama_dir: Path, tm
     async with serving(tiny_llama_dir, tmp_path / "data") as (client, _):
         await check_tokens(client, tokenizer_with_more())
         await check_answers(client, tiny_llama_dir, folder)
+    await check_refused(tiny_llama_dir, tmp_path / "changed", tmp_path / "data")

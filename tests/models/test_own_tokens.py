@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken
 
+from manylora.errors import Conflict
 from manylora.identity import OWN_TOKENS_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, OwnToken, Vocabulary
 from manylora.lora.format.added_tokens import (
     MAX_LISTED_BYTES,
@@ -93,8 +94,13 @@ def test_tokens_that_cannot_be_had_are_left_out_with_the_reason(
 
 
 def test_ids_that_a_tokenizer_would_not_give_are_refused() -> None:
+    tokens = [OwnToken(321, "<a>")]
     with pytest.raises(TokensRefused):
-        extended(make_tokenizer().backend_tokenizer, [OwnToken(321, "<a>")])
+        extended(make_tokenizer().backend_tokenizer, tokens)
+    codec, own = HuggingFaceCodec(make_tokenizer(), (2,)), Vocabulary.of(None, tokens)
+    for _ in range(2):  # a request of a version that was made for another base of these shapes, and the next one
+        with pytest.raises(Conflict, match=r"<a> would not have the id 321\. Upload it again"):
+            codec.with_vocabulary(own)
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,10 @@ class Seen:
 
     @classmethod
     def by(cls, mix: Mix, engine: EngineClient) -> PromptEngine:
-        """Virtual tokens take a part of the context, and an adapter may have a vocabulary of its own."""
+        """Virtual tokens take a part of the context, and an adapter may have a vocabulary of its own.
+
+        Raises Conflict where the base's tokenizer cannot have that.
+        """
         taken, own, model = mix.num_virtual_tokens, mix.vocabulary, engine.model
         if not taken and own is None:
             return engine

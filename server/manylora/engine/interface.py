@@ -342,7 +342,7 @@ class TextCodec(Protocol):
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
 
     def with_vocabulary(self, vocabulary: Vocabulary | None) -> "TextCodec":
-        """What requests of an adapter with tokens of its own are written and read by; this one where it has none."""
+        """What requests of an adapter with own tokens are written and read by. Raises Conflict if it cannot be had."""
         ...
 
     def vocabulary_of(

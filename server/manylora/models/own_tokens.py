@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from tokenizers import AddedToken, Tokenizer
 
-from manylora.errors import quoted
+from manylora.errors import Conflict, quoted
 from manylora.identity import OwnToken, Vocabulary
 
 __all__ = ["MAX_ADDED_TOKENS", "MAX_TOKEN_CHARACTERS", "TokensRefused", "extended", "vocabulary_of"]
@@ -18,8 +18,15 @@ MAX_TOKEN_CHARACTERS: Final = 256
 _SHOWN: Final = 3
 
 
-class TokensRefused(Exception):
-    """A tokenizer cannot have these tokens beside its own; the reason."""
+class TokensRefused(Conflict):
+    """A tokenizer cannot have these tokens beside its own: its base's is another one than at the upload, perhaps."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"The adapter's own tokens cannot be had beside those of the base that is served now: {reason}. Upload it "
+            "again for this base, or ask for another version of it."
+        )
+        self.reason = reason
 
 
 def extended(base: Any, tokens: Sequence[OwnToken]) -> Any:
@@ -72,7 +79,7 @@ def vocabulary_of(
         try:
             extended(base, new)
         except TokensRefused as error:
-            fault = str(error)
+            fault = error.reason
     if new and fault is not None:
         texts = ", ".join(quoted(each.content) for each in new[:_SHOWN])
         warnings.append(f"Tokens of its tokenizer are not used ({texts}): {fault}. The base's own tokenizer is used.")
