@@ -17,8 +17,15 @@ from manylora.lora.format.added_tokens import (
     MAX_TOKENIZER_BYTES,
     read_added_tokens,
 )
+from manylora.models import codec as codec_module
 from manylora.models.codec import HuggingFaceCodec
-from manylora.models.own_tokens import MAX_ADDED_TOKENS, MAX_TOKEN_CHARACTERS, TokensRefused, extended
+from manylora.models.own_tokens import (
+    MAX_ADDED_CHARACTERS,
+    MAX_ADDED_TOKENS,
+    MAX_TOKEN_CHARACTERS,
+    TokensRefused,
+    extended,
+)
 from tests.tiny_models import make_tokenizer
 
 SIZE = 320
@@ -82,6 +89,7 @@ def test_a_reserved_token_may_have_another_name() -> None:
         ([OwnToken(320, "<|im_end|>")], "another id"),
         ([OwnToken(320, "x" * (MAX_TOKEN_CHARACTERS + 1))], "characters"),
         ([OwnToken(320 + n, f"<{n}>") for n in range(MAX_ADDED_TOKENS + 1)], "more than"),
+        ([OwnToken(320 + n, f"{n:0128}") for n in range(MAX_ADDED_CHARACTERS // 128 + 1)], "together"),
     ],
 )
 def test_tokens_that_cannot_be_had_are_left_out_with_the_reason(
@@ -101,6 +109,21 @@ def test_ids_that_a_tokenizer_would_not_give_are_refused() -> None:
     for _ in range(2):  # a request of a version that was made for another base of these shapes, and the next one
         with pytest.raises(Conflict, match=r"<a> would not have the id 321\. Upload it again"):
             codec.with_vocabulary(own)
+
+
+def test_the_tokenizers_asked_for_last_are_kept_as_long_as_they_take_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few with many tokens are as many bytes as many with a few."""
+    base = make_tokenizer()
+    small = [Vocabulary.of(None, [OwnToken(320, f"<{n}>")]) for n in range(3)]
+    large = Vocabulary.of(None, [OwnToken(320 + n, f"<{n:060}>") for n in range(MAX_ADDED_CHARACTERS // 62)])
+    monkeypatch.setattr(codec_module, "_KEPT_BYTES", 2**20)
+    codec = HuggingFaceCodec(base, (2,))
+    used = [codec.with_vocabulary(each) for each in small]
+    assert [codec.with_vocabulary(each) for each in small] == used
+    assert codec.with_vocabulary(large) is codec.with_vocabulary(large)
+    assert codec.with_vocabulary(small[0]) is not used[0]
+    assert [each.decode([320]) for each in used] == ["<0>", "<1>", "<2>"]
+    assert codec._extended.num_bytes < 2**20
 
 
 @pytest.mark.parametrize(

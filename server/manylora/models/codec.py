@@ -4,8 +4,8 @@ import json
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
-from functools import cached_property, lru_cache
-from typing import Any, Protocol
+from functools import cached_property, lru_cache, partial
+from typing import Any, Protocol, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,7 +14,7 @@ from manylora.chat.format import NO_OVERRIDES, PLAIN_CHAT, ChatFormat, ChatOptio
 from manylora.errors import InvalidRequest
 from manylora.identity import OwnToken, Vocabulary
 from manylora.models.chat_template import ChatTemplate
-from manylora.models.own_tokens import TokensRefused, extended, vocabulary_of
+from manylora.models.own_tokens import Kept, TokensRefused, cost_of, extended, vocabulary_of
 from manylora.models.pairs import EncodedPair
 from manylora.models.response_reader import ResponseReader
 from manylora.models.text_length import TextLength, byte_of_character
@@ -27,8 +27,11 @@ _SHORT_CHARACTERS = 4096
 _SHORT_TOKENS = 1024
 # In a tokenizer's configuration: where it was found, and how it was asked for.
 _OF_THIS_MACHINE = frozenset({"name_or_path", "local_files_only", "cache_dir", "token", "use_auth_token", "backend"})
-_NUM_KEPT = 256  # tokenizers with tokens of adapters
+_KEPT_BYTES = 2**26  # of tokenizers with tokens of adapters
 _NUM_SPELLED = 2**15  # tokens whose spelling is remembered: log-probabilities name the same ones again and again
+
+_Spelling: TypeAlias = Callable[[int], tuple[str, bytes]]
+"""The text and bytes of the token with an id."""
 
 
 class _Backend(Protocol):
@@ -67,27 +70,28 @@ class HuggingFaceCodec:
         self._overrides = overrides
         self._num_tokens = max(tokenizer.get_vocab().values(), default=-1) + 1
         self._added: dict[int, str] = {int(i): str(t) for i, t in tokenizer.added_tokens_decoder.items()}
-        self._spelled = lru_cache(_NUM_SPELLED)(self._spell)
+        self._spelled: _Spelling = lru_cache(_NUM_SPELLED)(self._spell)
         self._bytes_of = _byte_rule(None if fast is None else fast.decoder)
-        self._extended = lru_cache(_NUM_KEPT)(self._make_extended)
+        self._extended = Kept(_KEPT_BYTES, self._make_extended)
 
     def with_vocabulary(self, vocabulary: Vocabulary | None) -> "HuggingFaceCodec":
         """A codec like this one with an adapter's tokens beside its own, or in their place. Raises TokensRefused."""
-        return self._extended(vocabulary) if vocabulary is not None and vocabulary.tokens else self
+        return self._extended.get(vocabulary) if vocabulary is not None and vocabulary.tokens else self
 
-    def _make_extended(self, vocabulary: Vocabulary) -> "HuggingFaceCodec":
-        """A copy that shares all that is large with this one."""
+    def _make_extended(self, vocabulary: Vocabulary) -> "tuple[HuggingFaceCodec, int]":
+        """A copy that shares all that is large with this one, and the bytes that it takes beside it."""
         fast = getattr(self._tokenizer, "backend_tokenizer", None)
         if fast is None:
             raise TokensRefused("the base's tokenizer is written in Python and takes no more")
         found, tokens = copy(self), vocabulary.tokens
         found._backend = _FastBackend(extended(fast, tokens))
         found._length = self._length.with_tokens(token.content for token in tokens)
-        found._added = self._added | {token.id: token.content for token in tokens}
+        own = {token.id: token.content for token in tokens}
+        found._added = self._added | own
         found.all_special_ids = self.all_special_ids | {token.id for token in tokens if token.special}
         found._num_tokens = max(self._num_tokens, tokens[-1].id + 1)
-        found._spelled = lru_cache(_NUM_SPELLED)(found._spell)
-        return found
+        found._spelled = partial(_spelled, own, self._spelled)
+        return found, cost_of(fast, tokens)
 
     def vocabulary_of(
         self, added: Iterable[OwnToken], end: str | None, size: int | None, num_rows: int, warnings: list[str]
@@ -202,6 +206,12 @@ class HuggingFaceCodec:
     def response_reader(self, prompt: str, tools: Sequence[Mapping[str, Any]], *, only_one: bool) -> ResponseReader:
         """What reads one answer to a prompt, for a format with `has_response_template`."""
         return ResponseReader(self._tokenizer, prompt, tools, only_one=only_one, new_id=lambda: new_call_id(None))
+
+
+def _spelled(own: Mapping[int, str], others: _Spelling, token_id: int) -> tuple[str, bytes]:
+    """The text and bytes of a token that is an adapter's own or one of the base's."""
+    text = own.get(token_id)
+    return others(token_id) if text is None else (text, text.encode())
 
 
 def _in_json(value: Any) -> Any:

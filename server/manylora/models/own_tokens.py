@@ -3,19 +3,37 @@
 The new one shares the base's model, normalizer and all else that is large; what it has of its own is its added tokens.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final, Generic, TypeVar
 
 from tokenizers import AddedToken, Tokenizer
 
 from manylora.errors import Conflict, quoted
 from manylora.identity import OwnToken, Vocabulary
 
-__all__ = ["MAX_ADDED_TOKENS", "MAX_TOKEN_CHARACTERS", "TokensRefused", "extended", "vocabulary_of"]
+__all__ = [
+    "MAX_ADDED_CHARACTERS",
+    "MAX_ADDED_TOKENS",
+    "MAX_TOKEN_CHARACTERS",
+    "Kept",
+    "TokensRefused",
+    "cost_of",
+    "extended",
+    "vocabulary_of",
+]
 
 MAX_ADDED_TOKENS: Final = 4096
 MAX_TOKEN_CHARACTERS: Final = 256
+# A tokenizer with more tokens is built with the interpreter's lock held, and its tokens' text is what that takes.
+MAX_ADDED_CHARACTERS: Final = 65_536
+# Memory that one takes, about, for each token and each character of its tokens.
+_TOKEN_BYTES: Final = 512
+_CHARACTER_BYTES: Final = 32
+_KEY_BYTES: Final = 4  # for each character of what it is kept under
 _SHOWN: Final = 3
+_Made = TypeVar("_Made")
 
 
 class TokensRefused(Conflict):
@@ -44,6 +62,53 @@ def extended(base: Any, tokens: Sequence[OwnToken]) -> Any:
         odd = sorted(number for number, token in wanted.items() if found.get(number) != token.content)
         raise TokensRefused(f"token {quoted(wanted[odd[0]].content)} would not have the id {odd[0]}" if odd else "ids")
     return made
+
+
+def cost_of(base: Any, tokens: Iterable[OwnToken]) -> int:
+    """Bytes that `extended` takes, about: what it shares with `base` not counted."""
+    texts = [token.content for token in base.get_added_tokens_decoder().values()]
+    texts += [token.content for token in tokens]
+    return len(texts) * _TOKEN_BYTES + sum(map(len, texts)) * _CHARACTER_BYTES
+
+
+class Kept(Generic[_Made]):
+    """What was made for vocabularies, those asked for last: at most `most_bytes` of it, or a single one. Thread-safe.
+
+    That a vocabulary was refused is kept as well.
+    """
+
+    def __init__(self, most_bytes: int, make: Callable[[Vocabulary], tuple[_Made, int]]) -> None:
+        """`make` gives what is kept and the bytes that it takes, or raises TokensRefused."""
+        self._most_bytes = most_bytes
+        self._make = make
+        self._lock = threading.Lock()
+        self._found: OrderedDict[Vocabulary, tuple[_Made | TokensRefused, int]] = OrderedDict()
+        self.num_bytes = 0
+
+    def get(self, vocabulary: Vocabulary) -> _Made:
+        """What was made, or is now. Raises TokensRefused."""
+        with self._lock:
+            found = self._found.get(vocabulary)
+            if found is not None:
+                self._found.move_to_end(vocabulary)
+        made = self._added(vocabulary) if found is None else found[0]
+        if isinstance(made, TokensRefused):
+            raise TokensRefused(made.reason)
+        return made
+
+    def _added(self, vocabulary: Vocabulary) -> _Made | TokensRefused:
+        made: _Made | TokensRefused
+        try:
+            made, taken = self._make(vocabulary)
+        except TokensRefused as error:
+            made, taken = error.with_traceback(None), _TOKEN_BYTES * len(vocabulary.tokens)
+        taken += _KEY_BYTES * len(vocabulary.text)
+        with self._lock:
+            self.num_bytes += taken - self._found.pop(vocabulary, (made, 0))[1]  # two may have made it at once
+            self._found[vocabulary] = made, taken
+            while self.num_bytes > self._most_bytes and len(self._found) > 1:
+                self.num_bytes -= self._found.popitem(last=False)[1][1]
+        return made
 
 
 def _added(token: OwnToken) -> AddedToken:
@@ -104,6 +169,8 @@ def _fault(base: Any, tokens: Sequence[OwnToken]) -> str | None:
         return f"there are more than {MAX_ADDED_TOKENS}"
     if any(len(each.content) > MAX_TOKEN_CHARACTERS for each in tokens):
         return f"one has more than {MAX_TOKEN_CHARACTERS} characters"
+    if sum(len(each.content) for each in tokens) > MAX_ADDED_CHARACTERS:
+        return f"they have more than {MAX_ADDED_CHARACTERS} characters together"
     other = next((each for each in tokens if base.token_to_id(each.content) is not None), None)
     if other is not None:
         return f"{quoted(other.content)} has another id in the base's tokenizer"
