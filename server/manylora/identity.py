@@ -46,7 +46,7 @@ class OwnToken:
     normalized: bool = True
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Vocabulary:
     """What an adapter's vocabulary is, where it is not the base's.
 

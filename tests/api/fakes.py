@@ -69,7 +69,7 @@ class FakeCodec:
     def vocabulary_of(
         self, added: Sequence[OwnToken], end: str | None, size: int | None, num_rows: int, warnings: list[str]
     ) -> Vocabulary | None:
-        return Vocabulary.of(size)
+        return Vocabulary.of(size, added, next((each.id for each in added if each.content == end), None))
 
     def surely_exceeds(self, text: str, num_tokens: int) -> bool:
         return len(text) > num_tokens

@@ -20,7 +20,15 @@ from typing import IO, Final, Protocol, cast
 from manylora.catalog.records import VersionRecord
 from manylora.errors import InvalidAdapter, Problem, TooLarge
 from manylora.faults import file_errors
-from manylora.identity import ADAPTER_FILES, BROUGHT_FILES, CARD_FILE, DEFAULTS_FILE, OWN_TOKENS_FILE, TEMPLATE_FILE
+from manylora.identity import (
+    ADAPTER_FILES,
+    BROUGHT_FILES,
+    CARD_FILE,
+    DEFAULTS_FILE,
+    OWN_TOKENS_FILE,
+    TEMPLATE_FILE,
+    Vocabulary,
+)
 from manylora.lora.format.folder import NEEDED
 
 _MAX_MEMBERS: Final = 1024
@@ -271,14 +279,14 @@ def _zip_kind(info: zipfile.ZipInfo) -> str:
     return "folder" if info.orig_filename.endswith("/") else "file"
 
 
-def pack(folder: Path, version: VersionRecord, card: str, scratch: Path) -> IO[bytes]:
+def pack(folder: Path, version: VersionRecord, card: str, vocabulary: str, scratch: Path) -> IO[bytes]:
     """A version's files as a .tar.gz in PEFT layout, byte for byte as they came in, with defaults, card and tokens.
 
     The result is an open file at its beginning, without a name, which is gone when closed. The same texts always pack
     to the same bytes. Weights hardly compress, so the fastest level is used. Raises StorageFull or StoreUnavailable.
     """
     with file_errors("The download cannot be packed"):
-        own = version.ref.vocabulary
+        own = Vocabulary.parse(vocabulary)
         tokens = own.text if own is not None and own.tokens else ""
         texts = {DEFAULTS_FILE: version.defaults, CARD_FILE: card, OWN_TOKENS_FILE: tokens}
         return _pack(folder, version, texts, scratch)

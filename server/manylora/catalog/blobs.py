@@ -16,7 +16,7 @@ from typing import IO, Final
 
 from manylora.catalog import labels
 from manylora.catalog.archive import pack
-from manylora.catalog.card import card_of
+from manylora.catalog.card import texts_of
 from manylora.catalog.copies import Copies
 from manylora.catalog.directory import missing
 from manylora.catalog.files import blob_of_folder
@@ -172,7 +172,7 @@ class Blobs:
         check_has_files(version)
         folder = self._folder(version.blob, version.ref)
         with self._locked(version.blob):
-            return pack(folder, version, card_of(self._database, version.ref.id), scratch)
+            return pack(folder, version, *texts_of(self._database, version.ref.id), scratch)
 
     def sweep(self, orphan_days: float) -> None:
         """At start, before anything is served: put store and registry in order. Nothing is deleted but old orphans."""

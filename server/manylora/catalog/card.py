@@ -18,7 +18,7 @@ from manylora.database.database import Database
 from manylora.database.tables import VersionRow
 from manylora.identity import CARD_FILE
 
-__all__ = ["card_of", "examples_of", "lineage_in", "read_card"]
+__all__ = ["card_of", "examples_of", "lineage_in", "read_card", "texts_of"]
 
 MAX_CARD_BYTES: Final = 131_072
 MAX_FRONT_MATTER: Final = 16_384  # characters
@@ -51,6 +51,14 @@ def card_of(database: Database, version_id: str) -> str:
     """A version's card, empty where it has none or is gone."""
     with database.read() as session:
         return session.execute(select(VersionRow.card).where(VersionRow.id == version_id)).scalar_one_or_none() or ""
+
+
+def texts_of(database: Database, version_id: str) -> tuple[str, str]:
+    """A version's card and its vocabulary (`identity.Vocabulary`), empty where it has none or is gone."""
+    query = select(VersionRow.card, VersionRow.vocabulary).where(VersionRow.id == version_id)
+    with database.read() as session:
+        found = session.execute(query).one_or_none()
+    return ("", "") if found is None else (found.card, found.vocabulary)
 
 
 def examples_of(card: str) -> list[str]:

@@ -103,7 +103,7 @@ def labels_of(database: Database, version_ids: Iterable[str]) -> list[Label]:
     """The labels that these versions should have; those that are not registered have none."""
     switched = _last_switch().scalar_subquery()
     query = select(VersionRow, AdapterRow.tenant, AdapterRow.name, switched).join(AdapterRow)
-    query = query.options(undefer(VersionRow.card))
+    query = query.options(undefer(VersionRow.card), undefer(VersionRow.vocabulary))
     with database.read() as session:
         wanted = VersionRow.id.in_(list(version_ids)) & (VersionRow.blob != "")  # a mix has nothing in the store
         rows = session.execute(query.where(wanted)).all()

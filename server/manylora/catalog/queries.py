@@ -131,7 +131,7 @@ def _entries(session: Session, base: BaseSignature, ids: Sequence[str] | None) -
         facts[key] = (row.pinned, row.active_version)
         if row.canary is not None:
             canaries[key] = Canary(row.canary, row.tried, row.share, row.until)
-        ref, is_ready = ref_of(row, row), base.fits(row.base)
+        ref, is_ready = ref_of(row, row, row.vocabulary), base.fits(row.base)
         listed = Listed(ref, row.blob, row.created, is_ready, row.defaults, row.rank, parts_of(row.mix))
         versions.setdefault(key, {})[row.version] = listed
     return [Entry(*key, *facts[key], MappingProxyType(versions[key]), canaries.get(key)) for key in facts]

@@ -4,8 +4,8 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Final, Protocol
+from weakref import WeakValueDictionary
 
 from sqlalchemy.orm import Session
 
@@ -90,6 +90,8 @@ class Folder:
 @dataclass(frozen=True, slots=True)
 class VersionRecord:
     """One version of one adapter. `created` is in Unix microseconds.
+
+    `ref` is without its vocabulary, which can be large: who runs the version has that from the directory.
 
     `is_ready` is False where the server now runs a base model of other shapes than the version was made for. Whether a
     mix has all its adapters, `Directory.has_parts` knows.
@@ -226,17 +228,21 @@ class _Versioned(Protocol):
     virtual_tokens: Any
     invocation: Any
     head: Any
-    vocabulary: Any
 
 
-@lru_cache(4096)
+# Those that somebody has, so that all versions with the same text have one object.
+_VOCABULARIES: Final[WeakValueDictionary[str, Vocabulary]] = WeakValueDictionary()
+
+
 def _vocabulary(text: str) -> Vocabulary | None:
-    """One object for all versions that have it."""
-    return Vocabulary.parse(text)
+    found = _VOCABULARIES.get(text)
+    if found is None and (found := Vocabulary.parse(text)) is not None:
+        _VOCABULARIES[text] = found
+    return found
 
 
-def ref_of(adapter: _Owned, row: _Versioned) -> AdapterRef:
-    """The identity of a version, of its columns and its adapter's."""
+def ref_of(adapter: _Owned, row: _Versioned, vocabulary: str = "") -> AdapterRef:
+    """The identity of a version, of its columns and its adapter's, with its vocabulary where that was read."""
     invocation = tuple(map(int, row.invocation.split())) if row.invocation else ()
     return AdapterRef(
         row.id,
@@ -247,7 +253,7 @@ def ref_of(adapter: _Owned, row: _Versioned) -> AdapterRef:
         row.virtual_tokens,
         invocation,
         row.head,
-        _vocabulary(row.vocabulary),
+        _vocabulary(vocabulary),
     )
 
 

@@ -26,7 +26,7 @@ from manylora.engine.interface import AdapterRef, Effect, EngineClient, TextCode
 from manylora.errors import InvalidAdapter, InvalidRequest, ManyloraError, Problem, quoted
 from manylora.faults import file_errors
 from manylora.files import clear_folder, remove_tree
-from manylora.identity import ADAPTER_FILES, Author
+from manylora.identity import ADAPTER_FILES, Author, Vocabulary
 from manylora.lora.format import reader as lora_format
 from manylora.lora.format.added_tokens import read_added_tokens
 from manylora.lora.format.reader import Adapter, ModuleSpec
@@ -155,15 +155,16 @@ class Quarantine:
         return adapter, replace(wish, defaults=text, card=card, lineage=lineage)
 
     def _with_vocabulary(self, adapter: Adapter, folder: Path, codec: TextCodec) -> Adapter:
-        """With what is its own of its tokenizer, which counts as content."""
+        """With what is its own of its tokenizer, which counts as content and in its size."""
         added = read_added_tokens(folder, adapter.warnings)
         num_rows = next((spec.in_features for spec in self._rules.modules.values() if spec.kind == "embedding"), 0)
         most = adapter.num_tokens or num_rows
         own = codec.vocabulary_of(added.tokens, added.end, adapter.num_tokens, most, adapter.warnings)
+        size_bytes = adapter.size_bytes + _size_of(own)
         if own is None or not own.tokens:
-            return replace(adapter, vocabulary=own)
+            return replace(adapter, vocabulary=own, size_bytes=size_bytes)
         digest = sha256(f"{adapter.digest} {own.text}".encode()).hexdigest()
-        return replace(adapter, vocabulary=own, digest=digest)
+        return replace(adapter, vocabulary=own, digest=digest, size_bytes=size_bytes)
 
     async def unpack(self, received: Received) -> Brought:
         """The adapter's files, from either form of upload. Raises InvalidAdapter or TooLarge."""
@@ -245,13 +246,18 @@ def new_version(folder: Path, adapter: Adapter, effect: Effect | None, *, blob: 
         rank=adapter.rank,
         alpha=adapter.alpha,
         target_modules=tuple(adapter.target_modules),
-        size_bytes=sum((folder / name).stat().st_size for name in ADAPTER_FILES),
+        size_bytes=sum((folder / name).stat().st_size for name in ADAPTER_FILES) + _size_of(adapter.vocabulary),
         report=report_of(adapter, effect),
         virtual_tokens=adapter.num_virtual_tokens,
         invocation=adapter.invocation,
         head="" if adapter.head is None else adapter.head.task,
         vocabulary="" if adapter.vocabulary is None else adapter.vocabulary.text,
     )
+
+
+def _size_of(vocabulary: Vocabulary | None) -> int:
+    """Bytes that the registry keeps of it."""
+    return 0 if vocabulary is None else len(vocabulary.text.encode())
 
 
 def report_of(adapter: Adapter, effect: Effect | None) -> dict[str, Any]:

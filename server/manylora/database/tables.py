@@ -72,7 +72,7 @@ class VersionRow(Base):
     `invocation` the token ids, with spaces between them, from which on it acts, `head` the task that it has a head for,
     empty for none, and `vocabulary` what of its vocabulary is not the base's (`identity.Vocabulary`). A saved mix has a
     `mix` (`catalog.saved_mix`) and no `blob`. `card` is the README.md that came last with it, `lineage` what it says
-    of how the version was made (`catalog.card.lineage_in`).
+    of how the version was made (`catalog.card.lineage_in`). `size_bytes` are those of the files and of `vocabulary`.
     """
 
     __tablename__ = "versions"
@@ -98,9 +98,9 @@ class VersionRow(Base):
     virtual_tokens: Mapped[int] = mapped_column(server_default="0", default=0)
     invocation: Mapped[str] = mapped_column(server_default="", default="")
     head: Mapped[str] = mapped_column(server_default="", default="")
-    vocabulary: Mapped[str] = mapped_column(server_default="", default="")
     mix: Mapped[str] = mapped_column(server_default="", default="")
-    # Read when somebody asks for it, and not with the row.
+    # Read when somebody asks for them, and not with the row.
+    vocabulary: Mapped[str] = mapped_column(server_default="", default="", deferred=True)
     card: Mapped[str] = mapped_column(server_default="", default="", deferred=True)
     card_bytes: Mapped[int] = mapped_column(server_default="0", default=0)
     lineage: Mapped[str] = mapped_column(server_default="", default="")
