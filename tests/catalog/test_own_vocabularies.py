@@ -2,16 +2,20 @@
 
 import io
 import json
+import sqlite3
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import Engine, event
 
 from manylora.catalog import records
-from manylora.identity import OWN_TOKENS_FILE, TOKENIZER_FILE, OwnToken, Vocabulary
+from manylora.identity import CONFIG_FILE, OWN_TOKENS_FILE, TOKENIZER_FILE, OwnToken, Vocabulary
+from manylora.lora.format.reader import digest_of
 from manylora.settings import Settings
 from manylora.tenants.limits import TenantStore
 
@@ -93,3 +97,47 @@ def test_a_vocabulary_that_nobody_has_is_not_kept() -> None:
     assert text in records._VOCABULARIES
     del held
     assert text not in records._VOCABULARIES
+
+
+def say_registered_before(settings: Settings, digest: str, defaults: str) -> None:
+    """As if the adapter's one version and its folder's content came from before tokenizers were looked at."""
+    key = f"{digest}+{sha256(defaults.encode()).hexdigest()[:16]}" if defaults else digest
+    with sqlite3.connect(settings.data_dir / "registry.sqlite3") as database:
+        database.execute("UPDATE versions SET digest = ?, defaults = ?, vocabulary = ''", (digest, defaults))
+        database.execute("UPDATE folder_contents SET digest = ?", (key,))
+    database.close()
+
+
+NESTED = {"logit_bias": {"7": 1.0, "5": 2.0}, "temperature": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("defaults", "num_tokens", "is_left"),
+    [(NESTED, 0, True), (None, 2, True), (None, 2, False), (NESTED, 2, True)],
+    ids=["order of names", "tokens", "tokens of what is active", "both"],
+)
+async def test_what_was_known_in_another_way_before_undoes_no_decision(
+    settings: Settings, tmp_path: Path, defaults: dict[str, Any] | None, num_tokens: int, is_left: bool
+) -> None:
+    """A folder whose files count in other ways since an upgrade is looked at again."""
+    folder = tmp_path / "adapters" / "x"
+    folder.mkdir(parents=True)
+    files = with_tokens(num_tokens) if num_tokens else sound_files()
+    files |= {} if defaults is None else {"manylora.json": json.dumps(defaults).encode()}
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    async with running(settings) as rig:
+        await rig.catalog.register_folder(folder.parent)
+    text = json.dumps(defaults, sort_keys=True, separators=(",", ":")) if defaults else ""
+    say_registered_before(settings, digest_of(folder), text)
+    async with running(settings) as rig:
+        if is_left:
+            assert (await rig.push("x", sound_files(2.0), activate="true")).json()["version"] == 2
+        (folder / CONFIG_FILE).touch()
+        await rig.catalog.register_folder(folder.parent)
+        shown = (await rig.call("GET", "/v1/adapters/x")).json()
+        assert len(shown["versions"]) == 1 + is_left + bool(num_tokens)  # with its tokens it is another
+        assert shown["active_version"] == (2 if is_left or num_tokens else 1)
+        rig.catalog.check_integrity()
+        await rig.catalog.register_folder(folder.parent)
+        assert (await rig.call("GET", "/v1/adapters/x")).json() == shown

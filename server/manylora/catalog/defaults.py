@@ -13,7 +13,7 @@ import orjson
 from manylora.errors import InvalidAdapter, Problem
 from manylora.identity import DEFAULTS_FILE, TEMPLATE_FILE
 
-__all__ = ["NO_DEFAULTS", "DefaultsCheck", "canonical", "not_used", "read_file", "shown", "with_template"]
+__all__ = ["NO_DEFAULTS", "DefaultsCheck", "canonical", "formerly", "not_used", "read_file", "shown", "with_template"]
 
 MAX_DEFAULTS_BYTES: Final = 65_536
 NO_DEFAULTS: Final = ""
@@ -33,6 +33,11 @@ def canonical(defaults: Mapping[str, Any]) -> str:
     if len(text.encode()) > MAX_DEFAULTS_BYTES:
         raise _refused(f"The defaults have more than {MAX_DEFAULTS_BYTES} bytes of JSON. Shorten them.")
     return text
+
+
+def formerly(text: str) -> str:
+    """What earlier versions of this server called the same object, or others with its names in another order."""
+    return orjson.dumps(orjson.loads(text), option=orjson.OPT_SORT_KEYS).decode() if text else text
 
 
 def shown(text: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The registry's queries, each inside a session that the registry holds."""
 
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from types import MappingProxyType
 from typing import Final
 
@@ -8,6 +9,7 @@ from sqlalchemy import Select, func, select, tuple_
 from sqlalchemy.orm import Session
 
 from manylora.catalog.base_signature import BaseSignature
+from manylora.catalog.defaults import formerly
 from manylora.catalog.directory import Entry, Listed, missing
 from manylora.catalog.interface import Canary
 from manylora.catalog.labels import Label
@@ -22,7 +24,7 @@ from manylora.catalog.records import (
     ref_of,
 )
 from manylora.catalog.saved_mix import parts_of
-from manylora.database.tables import AdapterRow, CanaryRow, KeptRow, VersionRow
+from manylora.database.tables import AdapterRow, CanaryRow, FolderContentRow, KeptRow, VersionRow
 from manylora.errors import InvalidRequest, QuotaExceeded
 from manylora.tenants.limits import exceeded, limits_in
 
@@ -148,6 +150,18 @@ def version_with(session: Session, row: AdapterRow, digest: str, base: BaseSigna
         VersionRow.adapter_id == row.id, VersionRow.digest == digest, VersionRow.base.in_(base.values)
     )
     return session.execute(query.order_by(VersionRow.version.desc()).limit(1)).scalar_one_or_none()
+
+
+def content_keys(digest: str, defaults: str | None) -> list[str]:
+    """What a folder's content is known by, since with other defaults it is another; what it was known by comes last."""
+    texts = dict.fromkeys((defaults, formerly(defaults))) if defaults else ()
+    return [f"{digest}+{sha256(text.encode()).hexdigest()[:16]}" for text in texts] or [digest]
+
+
+def was_known(session: Session, wish: Wish, digest: str, base: BaseSignature) -> bool:
+    """Whether a folder of that name has brought in this content for this base."""
+    keys = [(wish.name, key, value) for key in content_keys(digest, wish.defaults) for value in base.values]
+    return any(session.get(FolderContentRow, key) for key in keys)
 
 
 def page_query(tenant: str | None, start: tuple[int, str] | None, limit: int) -> Select[AdapterRow]:

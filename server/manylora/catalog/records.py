@@ -61,7 +61,10 @@ class Wish:
 
 @dataclass(frozen=True, slots=True)
 class NewVersion:
-    """A validated adapter whose files are in the store under `blob`, or a mix, about to be published."""
+    """A validated adapter whose files are in the store under `blob`, or a mix, about to be published.
+
+    `former_digest`: what earlier versions of this server gave the same files, which did not look at all of them.
+    """
 
     id: str
     digest: str
@@ -77,6 +80,7 @@ class NewVersion:
     head: str = ""
     mix: str = ""
     vocabulary: str = ""
+    former_digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)

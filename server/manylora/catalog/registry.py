@@ -9,7 +9,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from hashlib import sha256
 
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
@@ -205,6 +204,8 @@ class Registry:
         if newest is None or is_new:
             if wish.activate is None:
                 wish = replace(wish, activate=row is None or not self._is_decided(session, row))
+            elif folder is not None and row is not None and self._was_left(session, row, new, wish):
+                wish = replace(wish, activate=False)
             queries.check_kept(session, wish.tenant, row, new.size_bytes + wish.card_bytes)
             row = queries.revived_adapter(session, row, wish.tenant, wish.name)
             newest = queries.add_version(session, row, new, self._base.value, wish.defaults or NO_DEFAULTS)
@@ -231,8 +232,7 @@ class Registry:
             row = queries.find_adapter(session, wish.tenant, wish.name)
             if row is None or row.is_deleted:
                 return False, None
-            key = _content_key(digest, wish)
-            is_known = any(session.get(FolderContentRow, (wish.name, key, base)) for base in self._base.values)
+            is_known = queries.was_known(session, wish, digest, self._base)
             same = queries.version_with(session, row, digest, self._base)
             if same is None or not (is_known or wish.defaults in (None, same.defaults)):
                 return is_known, None
@@ -248,6 +248,13 @@ class Registry:
             return False
         active = queries.find_version(session, row, row.active_version)
         return active is None or (self._base.fits(active.base) and mixes.has_parts(session, active, self._base))
+
+    def _was_left(self, session: Session, row: AdapterRow, new: NewVersion, wish: Wish) -> bool:
+        """Whether a folder had the same files before all of them counted, and another version was made active since."""
+        active = queries.find_version(session, row, row.active_version)
+        is_former = bool(new.former_digest) and queries.was_known(session, wish, new.former_digest, self._base)
+        is_left = active is None or active.digest != new.former_digest
+        return is_former and is_left and self._is_decided(session, row)
 
     def _newest(self, session: Session, row: AdapterRow | None, digest: str, wish: Wish) -> VersionRow | None:
         """The newest version, if it is what is uploaded: content, base and, where any came, defaults."""
@@ -279,7 +286,8 @@ class Registry:
         if folder is not None:
             found = FolderRow(path=folder.path, fingerprint=folder.fingerprint, version_id=newest.id)
             session.merge(found)
-            session.merge(FolderContentRow(name=row.name, digest=_content_key(newest.digest, wish), base=newest.base))
+            key = queries.content_keys(newest.digest, wish.defaults)[0]
+            session.merge(FolderContentRow(name=row.name, digest=key, base=newest.base))
         done = Published(transaction.mirror(row), version_record(row, newest, self._base), is_new)
         if wish.also is not None:
             wish.also(session, done)
@@ -478,11 +486,6 @@ class Registry:
             if transaction.revision == self._seen + 1 and transaction.num_untraced == self._num_untraced:
                 self._seen = transaction.revision
             self.directory.apply(transaction.changed, transaction.revision)
-
-
-def _content_key(digest: str, wish: Wish) -> str:
-    """What a folder's content is known by: with other defaults it is another."""
-    return digest if not wish.defaults else f"{digest}+{sha256(wish.defaults.encode()).hexdigest()[:16]}"
 
 
 def _change(session: Session, row: AdapterRow, pinned: bool | None, description: str | None) -> list[str]:

@@ -274,10 +274,9 @@ class Catalog:
             elif known is not None:
                 await asyncio.to_thread(self._blobs.mend, folder, known.version.blob)
                 await self._labelled(wish, known)
-        if was_there:
-            folders.say_kept(found, known)
-            return known
-        return await self._with_pin(done)
+        known = known if was_there else await self._with_pin(done)
+        folders.say_kept(found, known)
+        return known
 
     async def add(self, tenant: str, receive: Receive) -> Published:
         """What `receive` brings, taken as an upload is. Raises what `upload` and `receive` raise."""

@@ -164,7 +164,8 @@ class Quarantine:
         if own is None or not own.tokens:
             return replace(adapter, vocabulary=own, size_bytes=size_bytes)
         digest = sha256(f"{adapter.digest} {own.text}".encode()).hexdigest()
-        return replace(adapter, vocabulary=own, digest=digest, size_bytes=size_bytes)
+        former = adapter.digest
+        return replace(adapter, vocabulary=own, digest=digest, former_digest=former, size_bytes=size_bytes)
 
     async def unpack(self, received: Received) -> Brought:
         """The adapter's files, from either form of upload. Raises InvalidAdapter or TooLarge."""
@@ -252,6 +253,7 @@ def new_version(folder: Path, adapter: Adapter, effect: Effect | None, *, blob: 
         invocation=adapter.invocation,
         head="" if adapter.head is None else adapter.head.task,
         vocabulary="" if adapter.vocabulary is None else adapter.vocabulary.text,
+        former_digest=adapter.former_digest,
     )
 
 

@@ -304,9 +304,10 @@ class Adapter:
     `kind` is what the registry calls its kind of adapter. `rank` is the largest of its modules, `alpha` the config's
     `lora_alpha`; `target_modules` is the config's list (sorted), or its one pattern. `digest` is the sha256 of the
     canonical content: the config as sorted JSON and the tensors by name, whatever the layout of the file; "" where a
-    trusted read was not given it. `size_bytes` is that of the two files. `matched` are the adapted modules' paths.
-    `invocation`: tokens from which on it acts, where it does not act everywhere. `num_tokens`: how many tokens it has
-    rows for, where these are not as many as the base has; `vocabulary`: what else is its own of its tokenizer.
+    trusted read was not given it; `former_digest` what it was before tokens of a tokenizer counted, "" where none do.
+    `size_bytes` is that of the two files and of what is kept of its vocabulary. `matched` are the adapted modules'
+    paths. `invocation`: tokens from which on it acts, where it does not act everywhere. `num_tokens`: how many tokens
+    it has rows for, where these are not as many as the base has; `vocabulary`: what else is its own of its tokenizer.
     """
 
     rank: int
@@ -323,6 +324,7 @@ class Adapter:
     head: Head | None = None
     num_tokens: int | None = None
     vocabulary: Vocabulary | None = None
+    former_digest: str = ""
 
     @property
     def num_virtual_tokens(self) -> int:
