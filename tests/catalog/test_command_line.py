@@ -231,6 +231,7 @@ def test_a_revoked_key_is_worthless_within_seconds(shell: Shell) -> None:
 
 
 def test_validate_gives_offline_the_report_that_a_push_gives(shell: Shell, tiny_base: Path, folder: Path) -> None:
+    (folder / "tokenizer.json").write_text('{"added_tokens": [{"id": 999, "content": "<far>"}]}')
     offline = json.loads(
         shell.run(None, "adapters", "validate", str(folder), "--model", str(tiny_base), "--json").stdout
     )
@@ -238,6 +239,7 @@ def test_validate_gives_offline_the_report_that_a_push_gives(shell: Shell, tiny_
     effect = pushed["report"].pop("effect")
     assert effect["max_abs_logit_delta"] > 0
     assert offline["report"].pop("effect") is None
+    assert any("<far>" in text for text in offline["report"]["warnings"])
     assert offline == {key: pushed[key] for key in offline}
 
 

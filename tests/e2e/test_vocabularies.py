@@ -12,6 +12,7 @@ import pytest
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
+from manylora.cli.offline import validate_offline
 from manylora.identity import ADAPTER_FILES, OWN_TOKENS_FILE, TOKENIZER_FILES
 from tests.e2e.test_parsed_once import serving
 from tests.engine.oracle import check_greedy
@@ -114,6 +115,10 @@ async def test_tokens_of_its_own_are_its_requests_alone(tiny_llama_dir: Path, tm
     other = make_adapter(tiny_llama_dir, tmp_path / "other", seed=3)
     async with serving(tiny_llama_dir, tmp_path / "data") as (client, _):
         version = await push(client, "own", files)
+        offline = validate_offline(folder, str(tiny_llama_dir))
+        assert {name: offline[name] for name in ("digest", "size_bytes")} == {
+            name: version[name] for name in ("digest", "size_bytes")
+        }
         assert any("'<mark>'" in text or "<mark>" in text for text in version["report"]["warnings"])
         await push(client, "other", {name: (other / name).read_bytes() for name in ADAPTER_FILES})
         await check_tokens(client, tokenizer_with_more())

@@ -71,6 +71,21 @@ class Rules:
         adapter.warnings.extend([] if warning is None else [warning])
         return adapter
 
+    def with_vocabulary(self, adapter: Adapter, folder: Path, codec: TextCodec) -> Adapter:
+        """With what is its own of the tokenizer in `folder`, which counts as content and in its size.
+
+        `codec` is the base's.
+        """
+        added = read_added_tokens(folder, adapter.warnings)
+        num_rows = next((spec.in_features for spec in self.modules.values() if spec.kind == "embedding"), 0)
+        most = adapter.num_tokens or num_rows
+        own = codec.vocabulary_of(added.tokens, added.end, adapter.num_tokens, most, adapter.warnings)
+        size_bytes = adapter.size_bytes + _size_of(own)
+        if own is None or not own.tokens:
+            return replace(adapter, vocabulary=own, size_bytes=size_bytes)
+        former, digest = adapter.digest, sha256(f"{adapter.digest} {own.text}".encode()).hexdigest()
+        return replace(adapter, vocabulary=own, digest=digest, former_digest=former, size_bytes=size_bytes)
+
 
 @dataclass(frozen=True, slots=True)
 class Brought:
@@ -151,21 +166,8 @@ class Quarantine:
         adapter.warnings.extend([] if warning is None else [warning])
         lineage = await asyncio.to_thread(lineage_in, card or "")
         async with self._validations:
-            adapter = await asyncio.to_thread(self._with_vocabulary, adapter, brought.folder, codec)
+            adapter = await asyncio.to_thread(self._rules.with_vocabulary, adapter, brought.folder, codec)
         return adapter, replace(wish, defaults=text, card=card, lineage=lineage)
-
-    def _with_vocabulary(self, adapter: Adapter, folder: Path, codec: TextCodec) -> Adapter:
-        """With what is its own of its tokenizer, which counts as content and in its size."""
-        added = read_added_tokens(folder, adapter.warnings)
-        num_rows = next((spec.in_features for spec in self._rules.modules.values() if spec.kind == "embedding"), 0)
-        most = adapter.num_tokens or num_rows
-        own = codec.vocabulary_of(added.tokens, added.end, adapter.num_tokens, most, adapter.warnings)
-        size_bytes = adapter.size_bytes + _size_of(own)
-        if own is None or not own.tokens:
-            return replace(adapter, vocabulary=own, size_bytes=size_bytes)
-        digest = sha256(f"{adapter.digest} {own.text}".encode()).hexdigest()
-        former = adapter.digest
-        return replace(adapter, vocabulary=own, digest=digest, former_digest=former, size_bytes=size_bytes)
 
     async def unpack(self, received: Received) -> Brought:
         """The adapter's files, from either form of upload. Raises InvalidAdapter or TooLarge."""

@@ -1,4 +1,4 @@
-"""Validating an adapter without a server: the same reader, against a base of which only the config is read."""
+"""Validating an adapter without a server: the same reader, against a base of which config and tokenizer are read."""
 
 import tempfile
 from collections.abc import Mapping
@@ -9,6 +9,7 @@ from manylora.catalog.archive import unpack
 from manylora.catalog.base_names import BaseNames
 from manylora.catalog.records import NewVersion
 from manylora.catalog.upload import Rules, new_version, report_of
+from manylora.engine.interface import TextCodec
 from manylora.lora.format.reader import ModuleSpec
 from manylora.settings import Settings, load_settings
 
@@ -28,7 +29,7 @@ def validate_offline(path: Path, model: str | None, *, max_rank: int | None = No
             folder = Path(scratch) / "adapter"
             folder.mkdir()
             others = unpack(path, folder, max_bytes=rules.max_bytes)
-        adapter = rules.read(folder, others)
+        adapter = rules.with_vocabulary(rules.read(folder, others), folder, _codec(settings))
         return {
             "digest": adapter.digest,
             "kind": "lora",
@@ -45,6 +46,18 @@ def validated(folder: Path, blob: str, modules: Mapping[str, ModuleSpec], settin
     """A version to register without a server, from files that are in the store. Raises InvalidAdapter or TooLarge."""
     rules = _rules(modules, settings)
     return new_version(folder, rules.read(folder), None, blob=blob)
+
+
+def _codec(settings: Settings) -> TextCodec:
+    """The base's tokenizer. Raises ModelUnusable."""
+    from manylora.models.checkpoint import load_tokenizer
+    from manylora.models.codec import HuggingFaceCodec
+    from manylora.models.image_loading import is_image_model
+    from manylora.models.loading import resolve_model
+    from manylora.models.no_text import NoText
+
+    folder = resolve_model(settings.model)
+    return NoText() if is_image_model(folder) else HuggingFaceCodec(load_tokenizer(folder), ())
 
 
 def _rules(modules: Mapping[str, ModuleSpec], settings: Settings) -> Rules:
