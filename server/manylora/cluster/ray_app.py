@@ -21,7 +21,7 @@ from manylora.cluster.shape import Shape, shape_of
 from manylora.errors import ReplicaLost, Unavailable
 from manylora.settings import Settings, load_settings
 
-__all__ = ["build"]
+__all__ = ["assembled", "build"]
 
 _ROUTER: Final = "manylora.cluster.ray_router:AdapterRouter"
 _STATS_PERIOD_S: Final = 1.0
@@ -37,8 +37,8 @@ _DOWN_BY: Final = 0.5  # of what the requests alone would say
 class Engine:
     """A replica as Serve runs it: an actor."""
 
-    async def __init__(self, settings: dict[str, Any]) -> None:  # type: ignore[misc]  # as Serve takes it
-        self._replica = Replica(load_settings(**settings), _fetch)
+    async def __init__(self, settings: dict[str, Any], is_private: bool) -> None:  # type: ignore[misc]  # Serve's way
+        self._replica = Replica(load_settings(**settings), _fetch, is_private=is_private)
         await self._replica.start()
 
     async def answer(self, question: Question) -> AsyncGenerator[Frame, None]:
@@ -95,6 +95,11 @@ def build(args: dict[str, Any]) -> Any:
 
     What is not given is read where each process runs: its environment, its manylora.toml. Raises InvalidSettings.
     """
+    return assembled(args, is_private=False)
+
+
+def assembled(args: dict[str, Any], *, is_private: bool) -> Any:
+    """The application, by whoever knows whether Serve can be reached from this machine only. Raises InvalidSettings."""
     shape = shape_of(args)
     settings = load_settings(**shape.settings)
     check_shared(settings)
@@ -126,7 +131,7 @@ def build(args: dict[str, Any]) -> Any:
         max_ongoing_requests=settings.max_connections,
         graceful_shutdown_timeout_s=settings.drain_timeout_s + _LAST_WORDS_S,
     )
-    return entry.bind(engine.bind(shape.settings), shape.settings)
+    return entry.bind(engine.bind(shape.settings, is_private), shape.settings)
 
 
 def _autoscaling(shape: Shape, settings: Settings) -> dict[str, Any]:

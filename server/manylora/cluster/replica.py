@@ -19,7 +19,6 @@ from manylora.cluster.exchange import Exchange, Fetch, Frame, Head, Question
 from manylora.errors import InvalidSettings, StartupError
 from manylora.identity import AdapterRef, Tier
 from manylora.log import configure_logging
-from manylora.serving.http_server import is_loopback
 from manylora.serving.parts import Foundation, Parts, open_parts
 from manylora.serving.process import return_freed_memory
 from manylora.serving.warm_up import to_warm_up, warm_up
@@ -69,12 +68,24 @@ def _store_of(settings: Settings, base: Path) -> str:
 
 
 class Replica:
-    """Used on the event loop that it was started on. `fetch` gives a piece of a body for what stands for it."""
+    """Used on the event loop that it was started on. `fetch` gives a piece of a body for what stands for it.
 
-    def __init__(self, settings: Settings, fetch: Fetch, load: Callable[[Settings], Foundation] | None = None) -> None:
+    `is_private`: nobody but its machine reaches the ingresses, so that it may answer while there is no key. It cannot
+    know by itself: the settings' `host` is where a server listens, and here something else does.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        fetch: Fetch,
+        load: Callable[[Settings], Foundation] | None = None,
+        *,
+        is_private: bool = False,
+    ) -> None:
         self._settings = settings
         self._fetch = fetch
         self._load = load
+        self._may_run_open = settings.allow_open or is_private
         self._stack = AsyncExitStack()
         self._running: set[asyncio.Task[None]] = set()
         self._asked: OrderedDict[str, AdapterRef] = OrderedDict()
@@ -92,7 +103,7 @@ class Replica:
             self._parts = parts
             self._name = (REPLICA_HEADER, parts.catalog.replicas.id.encode())
             self._app: FastAPI = parts.app(
-                may_run_open=settings.allow_open or is_loopback(settings.host),
+                may_run_open=self._may_run_open,
                 departure=self._departure,
                 recorders=(self._note,),
             )

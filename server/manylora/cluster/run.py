@@ -11,7 +11,7 @@ from manylora.cluster.shape import shape_of
 from manylora.errors import InvalidSettings, StartupError
 from manylora.jobs.worker_process import stop_on_signals
 from manylora.packages import install_command
-from manylora.serving.http_server import bind
+from manylora.serving.http_server import bind, is_loopback
 from manylora.serving.process import safe_host, url_of
 from manylora.settings import Settings
 
@@ -63,9 +63,9 @@ def _run_here(settings: Settings, args: dict[str, Any], announce: Callable[[Star
     most = (shape.max_replicas or shape.replicas) * (100 + shape.surge_percent) / 100
     if settings.num_threads is None:  # or each would take all
         args["settings"]["num_threads"] = max(1, num_cpus // (shape.max_replicas or shape.replicas))
-    args["settings"]["host"] = host  # which says whether strangers can come in
+    args["settings"]["host"] = host  # by which names a server without keys may be asked
     stop = stop_on_signals()
-    ray.init(num_cpus=max(num_cpus, int(most * shape.cpus) + 1), include_dashboard=False, logging_level="WARNING")
+    _join("local", num_cpus=max(num_cpus, int(most * shape.cpus) + 1), include_dashboard=False)
     try:
         serve.start(http_options={"host": host, "port": port})
         _start(args)
@@ -81,10 +81,7 @@ def _deploy(settings: Settings, args: dict[str, Any], announce: Callable[[Starte
     from ray import serve
 
     shape = shape_of(args)
-    try:
-        ray.init(address=address, logging_level="WARNING")
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise StartupError(f"There is no Ray cluster at '{address}': {error}") from error
+    _join(address)
     try:
         serve.start(proxy_location="EveryNode", http_options={"host": settings.host, "port": settings.port})
         _start(args)
@@ -93,14 +90,30 @@ def _deploy(settings: Settings, args: dict[str, Any], announce: Callable[[Starte
         ray.shutdown()
 
 
+def _join(address: str, **more: Any) -> None:
+    """Become a part of the Ray cluster there, or of a new one (`local`) whatever runs already. Raises StartupError."""
+    import ray
+    from ray.exceptions import RayError
+
+    try:
+        ray.init(address=address, logging_level="WARNING", **more)
+    except (OSError, RuntimeError, ValueError, RayError) as error:
+        said = " ".join(str(error).split())
+        fault = "Ray could not be started" if address == "local" else f"There is no Ray cluster at '{address}'"
+        raise StartupError(f"{fault}: {said}") from error
+
+
 def _start(args: dict[str, Any]) -> None:
     """Returns once every replica is ready. Raises StartupError where one cannot start."""
     from ray import serve
+    from ray.serve.context import _get_global_client
 
-    from manylora.cluster.ray_app import build
+    from manylora.cluster.ray_app import assembled
 
+    # Where Serve listens was said by whoever started it, which may not be this command.
+    is_private = is_loopback(_get_global_client().http_config.host or "")
     try:
-        serve.run(build(args), name=_NAME, logging_config={"enable_access_log": False})
+        serve.run(assembled(args, is_private=is_private), name=_NAME, logging_config={"enable_access_log": False})
     except RuntimeError as error:
         raise StartupError(f"The cluster could not start. {_cause() or error}") from error
 
