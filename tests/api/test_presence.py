@@ -111,6 +111,26 @@ def test_a_request_that_no_tenant_ever_has_room_for_is_not_told_to_wait() -> Non
     assert presence.is_empty
 
 
+def test_what_a_request_held_before_its_tenant_was_known_becomes_the_tenants() -> None:
+    presence = Presence(max_requests=3, max_bytes=100)
+    known, late, other = Visit(), Visit(), Visit()
+    presence.enter(known, "a")
+    presence.hold(known, 30)
+    presence.hold(late, 25)
+    presence.hold(other, 20)
+    assert presence.has_room(other, 5)
+    assert not presence.has_room(other, 6)
+    with pytest.raises(RateLimited):
+        presence.enter(late, "a")
+    assert presence.has_room(other, 30)
+    presence.enter(other, "b")
+    presence.check_integrity()
+    for visit in (known, late, other):
+        presence.leave(visit)
+    presence.check_integrity()
+    assert presence.is_empty
+
+
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 40), st.booleans())))
 def test_what_is_taken_is_given_back(steps: list[tuple[str, int, bool]]) -> None:
     presence = Presence(max_requests=3, max_bytes=100)

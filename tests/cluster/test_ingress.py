@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from manylora.cluster.exchange import Exchange, Frame, Question
-from manylora.cluster.ingress import Ingress, key_of
+from manylora.cluster.ingress import MAX_UPLOADS, Ingress, key_of
 from manylora.cluster.replica import Replica, place_in
 from manylora.errors import InvalidSettings, ReplicaLost
 from manylora.lifecycle.weights.served import Inspector
@@ -27,11 +27,17 @@ from tests.catalog.rig import MODULES, CatalogEngine, sound_files
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 MAX_BODY = 2**21
+CHUNK = 2**16
+PATIENCE_S = 60.0
 
 
 @dataclass
 class Small:
-    """Two replicas behind an ingress. `asked` says who got which question; `dying` have that many frames left."""
+    """Two replicas behind an ingress. `asked` says who got which question; `dying` have that many frames left.
+
+    `key` is a manager's, `user` one of another tenant that may only ask. `before_keys`: how the replicas answered while
+    there was none; the first one was told that nobody else reaches it.
+    """
 
     settings: Settings
     replicas: list[Replica]
@@ -41,6 +47,8 @@ class Small:
     asked: list[tuple[int, Question]] = field(default_factory=list)
     dying: list[int] = field(default_factory=list)
     key: str = ""
+    user: str = ""
+    before_keys: list[int] = field(default_factory=list)
 
     async def ask(self, question: Question) -> AsyncGenerator[Frame, None]:
         number = len(self.asked) % 2
@@ -80,7 +88,9 @@ async def started(cluster: postgres.Cluster, tmp_path_factory: pytest.TempPathFa
         max_body_memory=2 * MAX_BODY,
     )  # fmt: skip
     engines = [CatalogEngine(), CatalogEngine()]
-    replicas = [Replica(settings, _at_once, _over(engine, folder)) for engine in engines]
+    replicas = [
+        Replica(settings, _at_once, _over(engine, folder), is_private=engine is engines[0]) for engine in engines
+    ]
     async with AsyncExitStack() as stack:
         for replica in replicas:
             await replica.start()
@@ -91,8 +101,10 @@ async def started(cluster: postgres.Cluster, tmp_path_factory: pytest.TempPathFa
         small.client = await stack.enter_async_context(
             httpx2.AsyncClient(transport=transport, base_url="http://localhost")
         )
-        parts = replicas[0]._running_parts
-        _, small.key = KeyStore(parts.catalog.database).create("acme", Role.MANAGER)
+        small.before_keys = [(await small.client.get("/v1/models")).status_code for _ in replicas]
+        keys = KeyStore(replicas[0]._running_parts.catalog.database)
+        _, small.key = keys.create("acme", Role.MANAGER)
+        _, small.user = keys.create("rival", Role.USER)
         for replica in replicas:
             await replica._running_parts.gate.refresh()
         yield small
@@ -102,6 +114,7 @@ async def started(cluster: postgres.Cluster, tmp_path_factory: pytest.TempPathFa
 def small(started: Small) -> Small:
     started.asked.clear()
     started.dying.clear()
+    assert started.ingress._presence.is_empty, "the test before this one left something"
     for engine in started.engines:
         engine.generations.clear()
         engine.step_s = 0.0
@@ -121,6 +134,17 @@ async def push(small: Small, name: str, seed: float) -> httpx2.Response:
     parts = [("files", (file, data)) for file, data in sound_files(seed).items()]
     response: httpx2.Response = await small.client.post(
         "/v1/adapters", data={"name": name}, files=parts, headers={"authorization": f"Bearer {small.key}"}
+    )
+    return response
+
+
+async def push_big(small: Small) -> httpx2.Response:
+    """Larger than a piece."""
+    response: httpx2.Response = await small.client.post(
+        "/v1/adapters",
+        data={"name": "big"},
+        files=[("files", ("adapter_model.safetensors", bytes(6 * 2**20)))],
+        headers={"authorization": f"Bearer {small.key}"},
     )
     return response
 
@@ -245,40 +269,139 @@ async def test_a_client_that_leaves_takes_its_sequence_along(small: Small) -> No
     assert small.engines[0].generations[0].num_output_tokens < 40
 
 
-async def test_large_bodies_are_refused_by_their_route_and_strangers_before_they_are_read(small: Small) -> None:
-    async def endless() -> AsyncIterator[bytes]:
+class Slow:
+    """A body whose first bytes come at once, and whose rest, which never ends, when it is let go."""
+
+    def __init__(self, first: int = CHUNK) -> None:
+        self.first = first
+        self.rest = asyncio.Event()
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        yield bytes(self.first)
+        await self.rest.wait()
         while True:
             await asyncio.sleep(0)
-            yield bytes(2**16)
-
-    announced = await small.post("/v1/completions", {**COMPLETION, "prompt": "x" * MAX_BODY})
-    headers = {"authorization": f"Bearer {small.key}"}
-    unannounced = await small.client.post("/v1/completions", content=endless(), headers=headers)
-    stranger = await small.client.post("/v1/adapters", content=endless(), headers={"authorization": "Bearer ml_nobody"})
-
-    assert [answer.status_code for answer in (announced, unannounced, stranger)] == [413, 413, 401]
-    assert small.asked[-1][1].path == "/v1/stats"
-    assert small.ingress._num_held == 0
+            yield bytes(CHUNK)
 
 
-async def test_an_upload_comes_in_pieces(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept: list[bytes] = []
+def begun(small: Small, path: str, body: Slow, key: str) -> "asyncio.Task[httpx2.Response]":
+    headers = {"authorization": f"Bearer {key}"}
+    return asyncio.create_task(small.client.post(path, content=body, headers=headers))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+@pytest.fixture
+def kept(small: Small, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
+    """The pieces that were put where replicas fetch them."""
+    pieces: list[bytes] = []
 
     def keep(piece: bytes) -> bytes:
-        kept.append(piece)
+        pieces.append(piece)
         return piece
 
     monkeypatch.setattr(small.ingress, "_keep", keep)
-    answered = await small.client.post(
-        "/v1/adapters",
-        data={"name": "big"},
-        files=[("files", ("adapter_model.safetensors", bytes(6 * 2**20)))],
-        headers={"authorization": f"Bearer {small.key}"},
+    yield pieces
+    assert small.ingress._presence.is_empty
+    assert not small.ingress._uploads
+
+
+async def test_large_bodies_are_refused_by_their_route_and_strangers_before_they_are_read(small: Small) -> None:
+    announced = await small.post("/v1/completions", {**COMPLETION, "prompt": "x" * MAX_BODY})
+    endless = Slow()
+    endless.rest.set()
+    unannounced = await begun(small, "/v1/completions", endless, small.key)
+    strangers = [
+        await begun(small, path, endless, "ml_nobody") for path in ("/v1/adapters", "/v1/completions", "/v1/messages")
+    ]
+
+    assert [answer.status_code for answer in (announced, unannounced, *strangers)] == [413, 413, 401, 401, 401]
+    assert [question.path for _, question in small.asked[-3:]] == ["/v1/files", "/v1/stats", "/v1/stats"]
+    assert strangers[2].json()["type"] == "error", "in the words of the route"
+    assert small.ingress._presence.is_empty
+
+
+async def test_bodies_of_strangers_take_half_of_the_room_and_those_of_one_key_the_other(small: Small) -> None:
+    half = MAX_BODY
+    assert small.settings.max_body_memory == 2 * half
+    slow = [Slow() for _ in range(half // CHUNK)]
+    strangers = [begun(small, "/v1/completions", body, "ml_nobody") for body in slow]
+    await until(lambda: small.ingress._presence._num_bytes == half)
+    assert not small.asked
+
+    stranger = await begun(small, "/v1/completions", Slow(1), "ml_nobody")
+    keyed = await small.post("/v1/completions", COMPLETION)
+    filling = begun(small, "/v1/completions", Slow(half), small.key)
+    await until(lambda: small.ingress._presence._num_bytes == 2 * half)
+    same = await small.client.post(
+        "/v1/completions", content=b"{}", headers={"authorization": f"bearer   {small.key} "}
     )
+
+    assert [answer.status_code for answer in (stranger, keyed, same)] == [401, 200, 429]
+    for running in (*strangers, filling):
+        running.cancel()
+    await asyncio.gather(*strangers, filling, return_exceptions=True)
+    assert small.ingress._presence.is_empty
+
+
+async def test_a_body_that_does_not_come_is_waited_for_as_long_as_a_server_does(
+    small: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert small.ingress._body_timeout_s == small.settings.body_timeout_s
+    monkeypatch.setattr(small.ingress, "_body_timeout_s", 0.05)
+
+    answered = await begun(small, "/v1/completions", Slow(10), small.key)
+
+    assert (answered.status_code, answered.json()["error"]["code"]) == (408, "request_timeout")
+    assert answered.headers["connection"] == "close"
+    assert small.asked == []
+
+
+async def test_an_upload_comes_in_pieces(small: Small, kept: list[bytes]) -> None:
+    answered = await push_big(small)
 
     assert [len(piece) for piece in kept] == [4 * 2**20]
     assert answered.status_code == 422  # there is no config in it
-    assert small.ingress._num_held == 0
+
+
+@pytest.mark.parametrize("path", ["/v1/adapters", "/v1/adapters/", "/v1/files"])
+async def test_a_key_that_may_not_upload_is_told_so_before_anything_is_kept(
+    small: Small, kept: list[bytes], path: str
+) -> None:
+    endless = Slow()
+    endless.rest.set()
+
+    answered = await begun(small, path, endless, small.user)
+
+    assert (answered.status_code, answered.json()["error"]["code"]) == (403, "insufficient_role")
+    assert [question.method for _, question in small.asked] == ["GET"]
+    assert kept == []
+
+
+async def test_a_key_sends_a_few_uploads_at_a_time(small: Small, kept: list[bytes]) -> None:
+    slow = [Slow(2 * CHUNK) for _ in range(MAX_UPLOADS)]
+    running = [begun(small, "/v1/files", body, small.key) for body in slow]
+    await until(lambda: small.ingress._uploads.total() == MAX_UPLOADS)
+
+    refused = await begun(small, "/v1/adapters", Slow(2 * CHUNK), small.key)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limited")
+    running.pop().cancel()
+    await until(lambda: small.ingress._uploads.total() == MAX_UPLOADS - 1)
+    assert (await push_big(small)).status_code == 422
+
+    for each in running:
+        each.cancel()
+    await asyncio.gather(*running, return_exceptions=True)
+
+
+async def test_without_keys_a_replica_answers_where_it_was_told_that_nobody_else_comes_in(small: Small) -> None:
+    """Whatever its settings call the host: something else listens."""
+    assert small.settings.host == "127.0.0.1"
+    assert small.before_keys == [200, 401]
 
 
 def test_what_routers_call_an_adapter() -> None:
@@ -289,6 +412,8 @@ def test_what_routers_call_an_adapter() -> None:
     assert key_of(b'{"model": "base", "adapter_id": "x"}', mine) == key_of(b'{"model": "x"}', mine)
     assert {key_of(body, mine) for body in (b"", b"[1]", b"{", b'{"model": 1}', b'{"model": ""}')} == {""}
     assert key_of(json.dumps({"model": "x" * 1000}).encode(), mine) == ""
+    for same in ({"x-api-key": "a"}, {"authorization": "bearer  a "}, {"authorization": "", "x-api-key": " a"}):
+        assert key_of(b'{"model": "x"}', same) == key_of(b'{"model": "x"}', mine)
 
 
 async def test_an_answer_that_nobody_fetches_waits() -> None:

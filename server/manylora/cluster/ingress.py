@@ -3,10 +3,12 @@
 It knows no key, no adapter and no model. What a request names is a word to it, and equal words go together.
 """
 
+import asyncio
 import re
-from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import aclosing, suppress
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from contextlib import ExitStack, aclosing, contextmanager, suppress
+from dataclasses import replace
 from hashlib import blake2b
 from typing import Any, Final
 
@@ -19,20 +21,38 @@ from manylora.api.errors import INTERNAL_ERROR, error_json, error_response
 from manylora.api.record import ClientGone
 from manylora.api.sse import while_connected
 from manylora.cluster.exchange import Frame, Head, Question
-from manylora.errors import InvalidSettings, ManyloraError, ReplicaLost, Unavailable
+from manylora.errors import (
+    AuthenticationFailed,
+    CrossSite,
+    InvalidSettings,
+    ManyloraError,
+    PermissionDenied,
+    RateLimited,
+    ReplicaLost,
+    RequestTimeout,
+)
 from manylora.log import get_logger
 from manylora.serving.app import inference_routes, upload_limits
+from manylora.serving.connections import MIN_BODY_BYTES_PER_S
 from manylora.settings import Settings
+from manylora.tenants.presence import Presence, Visit
 
 __all__ = ["Ask", "HandedOn", "Ingress", "key_of"]
 
 Ask = Callable[[Question], AsyncGenerator[Frame, None]]
 """Sends a question to some replica and gives its answer. Raises ReplicaLost where that one has ended."""
 
+MAX_UPLOADS: Final = 4  # of one key at a time
 _MAX_TRIES: Final = 4
 _MAX_NAME: Final = 300
 _PIECE_BYTES: Final = 4 * 2**20
-_UNASKED_BYTES: Final = 2**20  # of a body, before its sender has shown a key that is known
+_UNASKED_BYTES: Final = 64 * 2**10  # of a body, before its sender has shown a key that is known
+# What is asked with a sender's key before more of the body is read. The latter answers whoever may upload.
+_FOR_ALL: Final = ("/v1/stats", b"")
+_FOR_UPLOADS: Final = ("/v1/files", b"limit=1")
+_REFUSALS: Final[Mapping[str, type[ManyloraError]]] = {
+    error.code: error for error in (AuthenticationFailed, PermissionDenied, CrossSite, RateLimited)
+}
 _CREDENTIALS: Final = frozenset({b"authorization", b"x-api-key", b"host"})
 _NOBODY: Final = 499  # nobody reads it
 _log = get_logger("manylora.cluster")
@@ -54,23 +74,13 @@ def key_of(body: bytes, headers: Mapping[str, str]) -> str:
         return ""
     if "/" in name:
         return name
-    credential = headers.get("authorization") or headers.get("x-api-key") or ""
-    return f"{blake2b(credential.encode(), digest_size=8).hexdigest()}/{name}"
+    return f"{_sender_of(headers)}/{name}"
 
 
-@dataclass(slots=True)
-class _Held:
-    """Bytes of one request's body that count as in memory."""
-
-    num_bytes: int = 0
-
-
-class _Refused(Exception):
-    """A replica knows no such key, and has answered so."""
-
-    def __init__(self, answer: Response) -> None:
-        super().__init__()
-        self.answer = answer
+def _sender_of(headers: Mapping[str, str]) -> str:
+    """The key of a request in other words: the same ones however its header is written."""
+    given = headers.get("authorization") or headers.get("x-api-key") or ""
+    return blake2b("".join(given.split()[-1:]).encode(), digest_size=8).hexdigest()
 
 
 class Ingress:
@@ -82,80 +92,118 @@ class Ingress:
         self._ask = ask
         self._keep = keep
         self._max_body = settings.max_body
-        self._uploads = upload_limits(settings)
+        self._body_timeout_s = settings.body_timeout_s
+        self._upload_limits = upload_limits(settings)
         self._repeatable = inference_routes()
         self._root_path = settings.root_path
-        self._room = max(settings.max_body_memory, 2 * settings.max_body)
-        self._num_held = 0
+        self._presence = Presence(
+            max_requests=settings.max_tenant_requests or max(1, settings.max_connections // 2),
+            max_bytes=max(settings.max_body_memory, 2 * settings.max_body),
+        )
+        self._uploads: Counter[str] = Counter()
 
     async def __call__(self, request: Request) -> Response:
         """The answer, whose beginning is there; the rest comes while it is sent."""
-        held = _Held()
-        try:
-            question = await self._read(request, held)
-            return await self._answered(question, request)
-        except _Refused as refused:
-            return refused.answer
-        except ManyloraError as error:
-            return error_response(error, request.scope)
-        except (ClientDisconnect, ClientGone):
-            return Response(status_code=_NOBODY)
-        finally:
-            self._num_held -= held.num_bytes
+        with ExitStack() as held:
+            try:
+                question = await self._read(request, held)
+                return await self._answered(question, request)
+            except RequestTimeout as error:
+                return error_response(error, request.scope, headers={"connection": "close"})
+            except ManyloraError as error:
+                return error_response(error, request.scope)
+            except (ClientDisconnect, ClientGone):
+                return Response(status_code=_NOBODY)
 
     # the question
 
-    async def _read(self, request: Request, held: _Held) -> Question:
-        """Raises Unavailable where too much is in memory already, and _Refused."""
+    async def _read(self, request: Request, held: ExitStack) -> Question:
+        """Whole; what it takes up is in `held`. Raises RequestTimeout, what a replica refuses a key with, ReplicaLost.
+
+        Bodies in memory count as their sender's, and before a key is asked for all together as those of one more.
+        Where these are too many, or one is more than small, a replica is asked about its key before more is read.
+        Raises RateLimited and Unavailable where too much is in memory.
+        """
         question = _question(request)
-        limit = self._limit_of(question)
+        route = question.method, question.path.removeprefix(self._root_path).removesuffix("/")
+        limit = self._upload_limits.get(route, self._max_body)
         announced = request.headers.get("content-length", "")
         if announced.isdigit() and int(announced) > limit:
             return question  # the replica refuses it by its length, in the words of the route
-        is_upload = limit > self._max_body
+        is_upload = route in self._upload_limits
+        visit = Visit()
+        held.callback(self._presence.leave, visit)
         pieces: list[Any] = []
         rest = bytearray()
-        num_bytes, is_known = 0, False
-        async for chunk in request.stream():
-            num_bytes += len(chunk)
-            if num_bytes > limit:
-                return _announcing(question, num_bytes)
-            if num_bytes > _UNASKED_BYTES and not is_known:
-                await self._check_key(question)
-                is_known = True
-            rest += chunk
-            if not is_upload:
-                self._hold(len(chunk), held)
-            while is_upload and len(rest) >= _PIECE_BYTES:
-                pieces.append(self._keep(bytes(rest[:_PIECE_BYTES])))
-                del rest[:_PIECE_BYTES]
+        num_bytes = 0
+        async with aclosing(self._paced(request)) as chunks:
+            async for chunk in chunks:
+                num_bytes += len(chunk)
+                if num_bytes > limit:
+                    return _announcing(question, num_bytes)
+                is_much = num_bytes > _UNASKED_BYTES or not self._presence.has_room(visit, len(chunk))
+                if is_much and visit.tenant is None:
+                    sender = _sender_of(request.headers)
+                    await self._check_key(question, *(_FOR_UPLOADS if is_upload else _FOR_ALL))
+                    self._presence.enter(visit, sender)
+                    if is_upload:
+                        held.enter_context(self._upload(sender))
+                if visit.tenant is None or not is_upload:
+                    self._presence.hold(visit, len(chunk))
+                rest += chunk
+                while is_upload and len(rest) >= _PIECE_BYTES:
+                    pieces.append(self._keep(bytes(rest[:_PIECE_BYTES])))
+                    del rest[:_PIECE_BYTES]
         body = bytes(rest)
         key = "" if is_upload else key_of(body, request.headers)
         return replace(question, key=key, body=(*pieces, *((body,) if body else ())))
 
-    def _limit_of(self, question: Question) -> int:
-        path = question.path.removeprefix(self._root_path)
-        return self._uploads.get((question.method, path), self._max_body)
+    async def _paced(self, request: Request) -> AsyncGenerator[bytes, None]:
+        """The body as it comes. Raises RequestTimeout where it comes slower than a server lets it."""
+        loop, chunks = asyncio.get_running_loop(), request.stream()
+        num_bytes, left_s = 0, self._body_timeout_s
+        while True:
+            begun = loop.time()
+            try:
+                async with asyncio.timeout(left_s):
+                    chunk = await anext(chunks, None)
+            except TimeoutError:
+                raise RequestTimeout(
+                    f"The body came slower than {MIN_BODY_BYTES_PER_S} bytes a second. Send the request again."
+                ) from None
+            if chunk is None:
+                return
+            left_s -= loop.time() - begun  # only the time in which the client was waited for
+            num_bytes += len(chunk)
+            if num_bytes >= MIN_BODY_BYTES_PER_S * self._body_timeout_s:
+                num_bytes, left_s = 0, self._body_timeout_s
+            yield chunk
 
-    def _hold(self, num_bytes: int, held: _Held) -> None:
-        self._num_held += num_bytes
-        held.num_bytes += num_bytes
-        if self._num_held > self._room:
-            raise Unavailable("Too much is being sent at once. Try again.", retry_after_s=1.0)
+    @contextmanager
+    def _upload(self, sender: str) -> Iterator[None]:
+        """Raises RateLimited beyond those that a key may send at a time."""
+        if self._uploads[sender] >= MAX_UPLOADS:
+            raise RateLimited(f"{MAX_UPLOADS} uploads with this key are being sent. Wait for one of them.")
+        self._uploads[sender] += 1
+        try:
+            yield
+        finally:
+            self._uploads[sender] -= 1
+            if not self._uploads[sender]:
+                del self._uploads[sender]
 
-    async def _check_key(self, question: Question) -> None:
-        """Who has no key is told so before more of what he sends is read. Raises _Refused and ReplicaLost."""
+    async def _check_key(self, question: Question, path: str, query: bytes) -> None:
+        """Raises AuthenticationFailed, PermissionDenied or RateLimited as a replica does that is asked this."""
         headers = tuple(each for each in question.headers if each[0] in _CREDENTIALS)
-        path = f"{self._root_path}/v1/stats"
-        asked = replace(question, method="GET", path=path, raw_path=path.encode(), query=b"", headers=headers)
+        path = f"{self._root_path}{path}"
+        asked = replace(question, method="GET", path=path, raw_path=path.encode(), query=query, headers=headers)
         async with aclosing(self._ask(asked)) as frames:
             async for frame in frames:
                 if not isinstance(frame, Head) or frame.status not in (401, 403, 429):
                     return
-                body = b"".join([piece async for piece in frames if isinstance(piece, bytes)])
-                answer = Response(body, frame.status)
-                answer.raw_headers = list(frame.headers)
-                raise _Refused(answer)
+                said = orjson.loads(b"".join([piece async for piece in frames if isinstance(piece, bytes)]))["error"]
+                if (refusal := _REFUSALS.get(said["code"])) is not None:
+                    raise refusal(said["message"])
 
     # the answer
 

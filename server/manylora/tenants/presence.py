@@ -34,15 +34,23 @@ class Presence:
         self._num_bytes = 0
 
     def enter(self, visit: Visit, tenant: str) -> None:
-        """Count `visit` as the tenant's request. Raises RateLimited."""
+        """Count `visit`, and what it holds, as the tenant's. Raises RateLimited."""
         if self._requests[tenant] >= self._max_requests:
             raise RateLimited(
                 f"{self._max_requests} requests of this tenant are being answered, as many as may be at a time. "
                 "Wait for one of them.",
                 retry_after_s=_RETRY_S,
             )
+        num_bytes = visit.num_bytes
+        self._give_back(visit)
         visit.tenant = tenant
         self._requests[tenant] += 1
+        if num_bytes:
+            self.hold(visit, num_bytes)
+
+    def has_room(self, visit: Visit, num_bytes: int) -> bool:
+        """Whether so many more bytes stay within its tenant's half; all whose tenant is not known have one together."""
+        return self._bytes[visit.tenant] + num_bytes <= self._max_bytes // 2
 
     def hold(self, visit: Visit, num_bytes: int) -> None:
         """So many more bytes of what it sent are in memory. Raises TooLarge, RateLimited or Unavailable."""
@@ -51,7 +59,7 @@ class Presence:
                 f"This request takes {visit.num_bytes + num_bytes} bytes of memory by itself, more than the "
                 f"{self._max_bytes // 2} that a tenant has here. Send less, or raise the server's max_body_memory."
             )
-        if self._bytes[visit.tenant] + num_bytes > self._max_bytes // 2:
+        if not self.has_room(visit, num_bytes):
             raise RateLimited(
                 f"What this tenant's requests sent takes more than {self._max_bytes // 2} bytes together. "
                 "Wait for some of them to be answered.",
@@ -66,15 +74,19 @@ class Presence:
 
     def leave(self, visit: Visit) -> None:
         """The request has been answered, or its client has gone."""
+        self._give_back(visit)
+        if visit.tenant is not None:
+            self._requests[visit.tenant] -= 1
+            if self._requests[visit.tenant] == 0:
+                del self._requests[visit.tenant]
+
+    def _give_back(self, visit: Visit) -> None:
         if visit.num_bytes:
             self._num_bytes -= visit.num_bytes
             self._bytes[visit.tenant] -= visit.num_bytes
             if self._bytes[visit.tenant] == 0:
                 del self._bytes[visit.tenant]
-        if visit.tenant is not None:
-            self._requests[visit.tenant] -= 1
-            if self._requests[visit.tenant] == 0:
-                del self._requests[visit.tenant]
+            visit.num_bytes = 0
 
     @property
     def is_empty(self) -> bool:
