@@ -1,5 +1,6 @@
 """`train --task token|question|embed|asr`: what training scored is what a server answers."""
 
+import hashlib
 import json
 import random
 import wave
@@ -175,6 +176,34 @@ def test_speech_is_written_down_as_training_scored(targets: tuple[str, ...], tmp
         assert served.upload(done.out, "tones").status_code == 201
         said = [speech.post_sound(served, (tmp_path / row["audio"]).read_bytes(), model="tones") for row in rows[6:]]
     assert [each.json()["text"].strip() for each in said] == done.report["scores"]["answers"] == ["fox", "dog"]
+
+
+def test_files_of_sound_are_what_a_checkpoint_and_a_digest_are_of(tmp_path: Path) -> None:
+    base = speech.make_whisper(tmp_path / "base", is_multilingual=False)
+    for name in ("a.wav", "b.wav"):
+        write_tone(tmp_path / name, 500)
+    rows = [{"audio": name, "text": "fox"} for name in ("b.wav", "a.wav")]
+    config = TrainConfig(
+        data=write_rows(tmp_path / "train.jsonl", rows),
+        out=tmp_path / "adapter",
+        base=str(base),
+        task="asr",
+        lora=LoraShape(rank=2, targets=CROSS),
+        schedule=Schedule(epochs=2, batch_size=1),
+        device="cpu",
+        threads=1,
+    )
+    assert not train(config, should_stop=lambda: True).finished
+    before = (tmp_path / "a.wav").read_bytes()
+    write_tone(tmp_path / "a.wav", 900)
+    with pytest.raises(InvalidRequest, match="other data"):
+        train(config, resume=True)
+    (tmp_path / "a.wav").write_bytes(before)
+    done = train(config, resume=True)
+
+    whole = b"".join((tmp_path / name).read_bytes() for name in ("train.jsonl", "b.wav", "a.wav"))
+    assert done.finished
+    assert done.report["data_sha256"] == {"data": hashlib.sha256(whole).hexdigest(), "eval": None}
 
 
 def write_tone(path: Path, hertz: float) -> None:

@@ -459,11 +459,11 @@ def test_a_checkpoint_of_before_there_were_other_kinds_is_gone_on_from(config: T
     for name in ("reading", "tool_prompt", "method", "beta", "start", "task", "test_data"):
         del values[name]
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
-    for path in (config.data, config.eval_data):
-        assert path is not None
-        digest.update(path.read_bytes())
-    assert _fingerprint(config) == digest.hexdigest()
-    assert _fingerprint(replace(config, lora=LoraShape(rank=4, dora=True))) != digest.hexdigest()
+    assert config.eval_data is not None
+    digest.update(config.data.read_bytes() + config.eval_data.read_bytes())
+    sets = read_dataset(config.data), read_dataset(config.eval_data)
+    assert _fingerprint(config, *sets) == digest.hexdigest()
+    assert _fingerprint(replace(config, lora=LoraShape(rank=4, dora=True)), *sets) != digest.hexdigest()
 
 
 def test_rslora_and_alpha_reach_the_config(config: TrainConfig) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from manylora.errors import InvalidRequest
-from manylora.lifecycle.data.files import AS_IT_IS, Reading, rows_of
+from manylora.lifecycle.data.files import AS_IT_IS, Reading, bytes_of, rows_of
 from manylora.lifecycle.data.rows import Example, Message, RowFault, Shape, example_of, shape_of
 
 __all__ = [
@@ -46,6 +46,28 @@ class Dataset:
     def labels(self) -> tuple[str, ...]:
         whole = {e.label for e in self.examples if e.label is not None}
         return tuple(sorted(whole.union(*(e.tags for e in self.examples))))
+
+    def file_of(self, example: Example) -> bytes:
+        """What is in the file that a row of shape `sound` names. Raises InvalidRequest.
+
+        It lies where the data does, unless its path is a whole one.
+        """
+        path = self.path.parent / example.messages[0].content
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise InvalidRequest(
+                f"{self.path.name}: row {example.row}: {path.name} cannot be read: {error.strerror}."
+            ) from error
+
+    def contents(self) -> Iterator[bytes]:
+        """All that is learnt from: the file's bytes, then those of each file that a row names, in their order.
+
+        Raises InvalidRequest.
+        """
+        yield bytes_of(self.path)
+        for example in self.examples if self.shape == "sound" else ():
+            yield self.file_of(example)
 
 
 def read_dataset(path: Path, *, min_labels: int = 1, reading: Reading = AS_IT_IS) -> Dataset:

@@ -72,7 +72,7 @@ class Speech:
         reader = _Reader(
             checkpoint.load_tokenizer(folder),
             tokens_of(folder, config),
-            dataset.path.parent,
+            dataset,
             int(config.max_source_positions) * _HOP / FRAMES_PER_SECOND,
             min(max_length, int(config.max_target_positions)),
         )
@@ -116,11 +116,11 @@ def _folder(source: Source) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class _Reader:
-    """Makes examples of rows: files are in `folder`, and sound and text at most `window_s` and `most` tokens long."""
+    """Makes examples of rows of `dataset`: sound and text are at most `window_s` and `most` tokens long."""
 
     tokenizer: Any
     tokens: SpeechTokens
-    folder: Path
+    dataset: Dataset
     window_s: float
     most: int
 
@@ -144,13 +144,8 @@ class _Reader:
         return tokens.begin, tokens.languages[language], tokens.transcribe, tokens.no_timestamps
 
     def _samples(self, example: Example) -> Samples:
-        path = self.folder / example.messages[0].content
         try:
-            found = np.concatenate(list(read(path.read_bytes(), max_seconds=self.window_s)))
-        except OSError as error:
-            raise InvalidParameter(
-                f"`data`: row {example.row}: {path.name} cannot be read: {error.strerror}."
-            ) from error
+            found = np.concatenate(list(read(self.dataset.file_of(example), max_seconds=self.window_s)))
         except InvalidAudio as error:
             raise InvalidParameter(f"`data`: row {example.row}: {error}") from error
         return found[: int(self.window_s * RATE)]

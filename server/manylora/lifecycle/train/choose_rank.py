@@ -16,7 +16,6 @@ from manylora.lifecycle.base import Base, memory_faults
 from manylora.lifecycle.data.batches import check_known
 from manylora.lifecycle.data.data import Dataset, Reading, read_dataset
 from manylora.lifecycle.data.encoding import Encoded, tell_lengths
-from manylora.lifecycle.data.files import bytes_of
 from manylora.lifecycle.extras import decoration, need
 from manylora.lifecycle.journal import Journal
 from manylora.lifecycle.output import atomic_file, atomic_folder, checkpoint_path, refuse_existing, write_json
@@ -75,9 +74,8 @@ def choose_rank(
     need("peft", "sklearn", "matplotlib")
     dataset = _check(config, resume=resume, overwrite=overwrite)
     out = config.training.out
-    journal = Journal(
-        out.parent / f".{out.name}.ranks.json", _fingerprint(config), resume=resume, overwrite=overwrite, what="search"
-    )
+    kept = out.parent / f".{out.name}.ranks.json"
+    journal = Journal(kept, _fingerprint(config, dataset), resume=resume, overwrite=overwrite, what="search")
     candidates = _candidates(config, dataset, journal, listen, should_stop)
     if candidates is None:
         return None, None
@@ -236,7 +234,7 @@ def _check(config: ChooseConfig, *, resume: bool, overwrite: bool) -> Dataset:
     return dataset
 
 
-def _fingerprint(config: ChooseConfig) -> str:
+def _fingerprint(config: ChooseConfig, dataset: Dataset) -> str:
     training = config.training
     parts = [asdict(training.schedule), training.instruction, training.render, config.folds]
     if training.reading != Reading() or training.tool_prompt:
@@ -244,7 +242,10 @@ def _fingerprint(config: ChooseConfig) -> str:
     if training.task != "generate":
         parts.append(training.task)
     text = json.dumps([*parts, training.max_length, training.dtype, training.base], sort_keys=True)
-    return hashlib.sha256(text.encode() + bytes_of(training.data)).hexdigest()
+    digest = hashlib.sha256(text.encode())
+    for part in dataset.contents():
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def _report(

@@ -18,7 +18,6 @@ from manylora.lifecycle.card import Card, write_card
 from manylora.lifecycle.data.batches import check_known, epoch_order, padding_share
 from manylora.lifecycle.data.data import Dataset, read_dataset
 from manylora.lifecycle.data.encoding import Encoded, Encoder, length_statistics, tell_lengths
-from manylora.lifecycle.data.files import bytes_of
 from manylora.lifecycle.data.look import Seen, seen
 from manylora.lifecycle.evaluate.contenders import generate
 from manylora.lifecycle.extras import decoration, need
@@ -90,7 +89,7 @@ def train(
     trainer = prepare(config, base, data)
     num_parameters = sum(p.numel() for p in trainer.parameters.values())
     check_memory(base, data.train, config.schedule, num_parameters, MEMORY_ADVICE, listen)
-    fingerprint = _fingerprint(config)
+    fingerprint = _fingerprint(config, train_set, held_out)
     if resume:
         load_checkpoint(checkpoint, trainer, fingerprint)
     listen(trainer.progress("plan", values={"tokens": trainer.planned_tokens}))
@@ -211,7 +210,8 @@ def preview(config: TrainConfig, count: int, listen: Listener = ignore) -> list[
 class TrainData:
     """The examples as tokens, and what is to be said of their lengths. `padding` is its share of all positions.
 
-    `encoder` made them; None for tasks whose texts are no prompts.
+    `encoder` made them; None for tasks whose texts are no prompts. `sha256` is that of either file, `data` and `eval`,
+    followed by the files that its rows name.
     """
 
     train: list[Encoded]
@@ -219,6 +219,7 @@ class TrainData:
     lengths: dict[str, Any]
     padding: float
     encoder: Encoder | None
+    sha256: dict[str, str | None]
     test: list[Encoded] = field(default_factory=list)
 
 
@@ -243,7 +244,8 @@ def encode(config: TrainConfig, train_set: Dataset, held_out: Dataset | None, li
     told = {"train": asdict(length_statistics(train)), "eval": None}
     if evaluation:
         told["eval"] = asdict(length_statistics(evaluation))
-    return TrainData(train, evaluation, told, padding, encoder, test)
+    sha256 = {"data": _sha256(train_set), "eval": _sha256(held_out)}
+    return TrainData(train, evaluation, told, padding, encoder, sha256, test)
 
 
 def encode_rows(config: TrainConfig, rows: Dataset) -> list[Encoded]:
@@ -331,8 +333,8 @@ def _token_ids(base: Base, names: tuple[str, ...]) -> list[int]:
     return sorted({known[name] for name in names})
 
 
-def _fingerprint(config: TrainConfig) -> str:
-    """What a checkpoint belongs to: the settings and the bytes of the data."""
+def _fingerprint(config: TrainConfig, train_set: Dataset, held_out: Dataset | None) -> str:
+    """What a checkpoint belongs to: the settings and the bytes of the data, files that rows name included."""
     settings = _settings(config)
     for part, default in (("lora", LoraShape()), ("schedule", Schedule())):
         for name in _LATER[part]:  # so that a checkpoint of before there was such a setting can be gone on from
@@ -343,10 +345,11 @@ def _fingerprint(config: TrainConfig) -> str:
         if getattr(config, name) == getattr(plain, name):
             del settings[name]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    start = None if config.start is None else config.start / TENSOR_FILE
-    for path in (config.data, config.eval_data, start):
-        if path is not None:
-            digest.update(bytes_of(path))
+    for dataset in (train_set, held_out):
+        for content in () if dataset is None else dataset.contents():
+            digest.update(content)
+    if config.start is not None:
+        digest.update((config.start / TENSOR_FILE).read_bytes())
     return digest.hexdigest()
 
 
@@ -359,8 +362,13 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
     return values
 
 
-def _sha256(path: Path | None) -> str | None:
-    return None if path is None else hashlib.sha256(bytes_of(path)).hexdigest()
+def _sha256(dataset: Dataset | None) -> str | None:
+    if dataset is None:
+        return None
+    digest = hashlib.sha256()
+    for part in dataset.contents():
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def _report(config: TrainConfig, base: Base, trainer: Trainer, data: TrainData, train_set: Dataset) -> dict[str, Any]:
@@ -375,7 +383,7 @@ def _report(config: TrainConfig, base: Base, trainer: Trainer, data: TrainData, 
         "lengths": data.lengths,
         "padding": round(data.padding, 4),
         "labels": list(train_set.labels),
-        "data_sha256": {part: _sha256(path) for part, path in (("data", config.data), ("eval", config.eval_data))},
+        "data_sha256": data.sha256,
         "num_eval_examples": len(data.held_out),
         "num_parameters": sum(p.numel() for p in trainer.parameters.values()),
         "steps": history.step,
