@@ -10,6 +10,8 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TypeAlias
 
+import httpx._transports.default as httpx_transports
+import httpx2._transports.default as httpx2_transports
 import hypothesis
 import pytest
 import structlog
@@ -29,9 +31,28 @@ structlog.configure(
     ]
 )
 
-# Every HTTP client reads the system's certificates, which takes 22 ms, and tests make thousands of clients for servers
-# of their own, which have none.
-ssl.create_default_context = functools.cache(ssl.create_default_context)  # type: ignore[assignment]
+
+def _shared(create: Callable[..., ssl.SSLContext]) -> Callable[..., ssl.SSLContext]:
+    """`create_ssl_context` of httpx, with one context for all clients that ask for nothing of their own.
+
+    Each reads the system's certificates, which takes 22 ms, and tests make thousands of clients for servers of their
+    own, which have none. Whoever asks for something, or asks `ssl`, gets a context that is nobody else's.
+    """
+
+    @functools.cache
+    def plain(trust_env: bool, *_places: str | None) -> ssl.SSLContext:
+        return create(trust_env=trust_env)
+
+    def created(verify: object = True, cert: object = None, trust_env: bool = True) -> ssl.SSLContext:
+        if verify is True and cert is None:
+            return plain(trust_env, *map(os.environ.get, ("SSL_CERT_FILE", "SSL_CERT_DIR")))
+        return create(verify=verify, cert=cert, trust_env=trust_env)
+
+    return created
+
+
+for _transports in (httpx_transports, httpx2_transports):
+    _transports.create_ssl_context = _shared(_transports.create_ssl_context)  # type: ignore[attr-defined]
 
 # Random tests are slow beside others, and no test claims a time.
 hypothesis.settings.register_profile("suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
