@@ -1,5 +1,7 @@
 """The low-rank kernels in C++: each adapter's weights are read once per step, at the memory's speed."""
 
+from functools import cached_property
+
 import numpy as np
 import torch
 
@@ -101,17 +103,24 @@ class NativePlan(LoraPlan):
     def add_experts_(
         self, out: torch.Tensor, x: torch.Tensor, rows: torch.Tensor, bounds: list[int], site: int
     ) -> None:
-        tables, owner, pair_rows = expert_tables(self.tables[site], len(bounds)), self.rows, rows.numpy()
+        owner, used, pair_rows = self.rows, self._used, rows.numpy()
+        tables = expert_tables(self.tables[site][torch.from_numpy(used)], len(bounds))
         slots = np.full(int(pair_rows.max()) + 1, -1, dtype=np.int32)
-        slots[owner.host_order] = np.repeat(np.array(owner.slots, dtype=np.int32), np.diff(owner.starts))
+        slots[owner.host_order] = np.repeat(np.searchsorted(used, owner.slots), np.diff(owner.starts))
         _add_pairs_(out, x, slots[pair_rows], bounds, tables)
         for parts, mine in mixed_segments(owner.mixes) if owner.mixes is not None else ():
             is_mine = np.isin(pair_rows, mine.numpy())
             places = torch.from_numpy(np.flatnonzero(is_mine))
             for slot, weight in parts:
                 delta = torch.zeros_like(out)
-                _add_pairs_(delta, x, np.where(is_mine, slot, -1).astype(np.int32), bounds, tables)
+                place = np.searchsorted(used, slot)
+                _add_pairs_(delta, x, np.where(is_mine, place, -1).astype(np.int32), bounds, tables)
                 out[places] += delta[places] * weight
+
+    @cached_property
+    def _used(self) -> np.ndarray:
+        """The step's slots, int64 in their order: of all the others no table is made for the experts."""
+        return np.array(sorted(self.rows.all_slots), dtype=np.int64)
 
 
 def expert_tables(entries: torch.Tensor, count: int) -> torch.Tensor:
