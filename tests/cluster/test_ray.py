@@ -5,6 +5,7 @@ Ray is an extra of its own, not among what the other tests need.
 
 import asyncio
 import json
+import os
 import random
 import signal
 import subprocess
@@ -132,9 +133,11 @@ async def share_on_device(client: httpx.AsyncClient, *, is_blind: bool) -> float
 async def test_adapters_stay_where_they_are(client: httpx.AsyncClient) -> None:
     """40 adapters on three replicas of 15 slots: most requests find theirs on the device, by chance half at most."""
     blind = await share_on_device(client, is_blind=True)
-    found = await share_on_device(client, is_blind=False)
+    found: list[float] = []
+    while not found or (found[-1] < 0.8 and len(found) < 10):  # until routers were told where adapters are
+        found.append(await share_on_device(client, is_blind=False))
 
-    assert found >= 0.8, (found, blind)
+    assert found[-1] >= 0.8, (found, blind)
     assert blind <= 0.5, (found, blind)
 
 
@@ -148,6 +151,7 @@ async def test_a_hot_adapter_spreads(client: httpx.AsyncClient) -> None:
 
 async def test_a_client_that_leaves_frees_its_blocks(client: httpx.AsyncClient) -> None:
     body = {"model": "a2", "prompt": "The quick", "max_tokens": 450, "ignore_eos": True, "stream": True, "n": 8}
+    before = await cancelled_before(client)
     async with client.stream("POST", "/v1/completions", json=body) as answer:
         replica = replica_of(answer)
         async for _ in answer.aiter_lines():
@@ -156,7 +160,7 @@ async def test_a_client_that_leaves_frees_its_blocks(client: httpx.AsyncClient) 
     async with asyncio.timeout(PATIENCE_S):
         while True:
             stats = await stats_of(client, replica)
-            if not stats["running"] and stats["totals"]["outcomes"].get("cancelled"):
+            if not stats["running"] and cancelled_in(stats) > before[replica]:
                 break
             await asyncio.sleep(0.05)
     assert stats["waiting"] == 0
@@ -169,6 +173,20 @@ async def test_an_upload_reaches_a_replica_in_pieces(client: httpx.AsyncClient) 
 
     assert answered.status_code == 422
     assert "adapter_config.json" in answered.text
+
+
+def cancelled_in(stats: dict[str, Any]) -> int:
+    return int(stats["totals"]["outcomes"].get("cancelled", 0))
+
+
+async def cancelled_before(client: httpx.AsyncClient) -> dict[str, int]:
+    """By replica, how many requests were cancelled so far."""
+    found: dict[str, int] = {}
+    async with asyncio.timeout(PATIENCE_S):
+        while len(found) < NUM_REPLICAS:
+            answer = await client.get("/v1/stats")
+            found[replica_of(answer)] = cancelled_in(answer.json())
+    return found
 
 
 async def stats_of(client: httpx.AsyncClient, replica: str) -> dict[str, Any]:
@@ -218,6 +236,22 @@ async def test_kill_9_ends_the_streams_of_one_replica_and_nothing_else(
     async with asyncio.timeout(PATIENCE_S):  # Serve starts another in its place
         while len([each for each in running.replicas() if each.pid != victim.pid]) < NUM_REPLICAS:
             await asyncio.sleep(0.2)
+
+
+async def test_a_command_that_cannot_start_ray_says_so_in_one_line(running: Running, tmp_path: Path) -> None:
+    """It joins none that runs, wherever one is named, and begins one of its own, in a folder that is none here."""
+    (tmp_path / "file").write_text("")
+    arguments = [*running.arguments, "--data-dir", str(tmp_path / "data")]
+    ended = await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-m", "manylora", "cluster", *arguments],
+        env={**os.environ, "RAY_TMPDIR": str(tmp_path / "file"), "RAY_ADDRESS": "127.0.0.1:1"},
+        capture_output=True, text=True, timeout=PATIENCE_S,
+    )  # fmt: skip
+
+    assert ended.returncode == 1
+    assert "Ray could not be started: " in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 async def test_an_update_under_load_fails_nobody(running: Running, client: httpx.AsyncClient) -> None:
