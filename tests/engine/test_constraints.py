@@ -13,7 +13,6 @@ from manylora.engine.interface import FinishReason, Grammar
 from manylora.errors import InvalidGrammar, SequenceFailed
 from manylora.grammars import language, masks
 from manylora.grammars.compiler import Compiled, GrammarCompiler
-from manylora.grammars.masks import Constraint
 from manylora.models.checkpoint import load_tokenizer
 from tests.engine.faults import PHASES, Faults
 from tests.engine.harness import Rig, available_kernels, build_rig, grammars_of, load
@@ -395,10 +394,10 @@ def test_a_grammar_that_takes_longer_than_a_step_holds_up_nobody_else(
     may_go_on = threading.Event()
     follow = masks._follow
 
-    def held_back(constraint: Constraint, token_ids: tuple[int, ...]) -> Any:
-        if constraint.compiled is slow and token_ids:
+    def held_back(way: Any, token_ids: tuple[int, ...]) -> Any:
+        if way.compiled is slow and token_ids:
             may_go_on.wait(60)
-        return follow(constraint, token_ids)
+        return follow(way, token_ids)
 
     monkeypatch.setattr(masks, "_follow", held_back)
     ask(rig, "slow", slow, logprobs=0)  # one token after the other
@@ -422,10 +421,10 @@ def test_a_grammar_that_never_ends_its_work_ends_its_own_sequence(
     ends = threading.Event()
     mask = masks._mask
 
-    def never(constraint: Constraint, eos_ids: tuple[int, ...]) -> Any:
-        while constraint.compiled is stuck and not ends.is_set():
+    def never(way: Any, eos_ids: tuple[int, ...]) -> Any:
+        while way.compiled is stuck and not ends.is_set():
             pass
-        return mask(constraint, eos_ids)
+        return mask(way, eos_ids)
 
     monkeypatch.setattr(masks, "_mask", never)
     monkeypatch.setattr(masks, "MAX_MASK_S", 0.05)

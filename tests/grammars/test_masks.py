@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -152,8 +153,8 @@ def test_matchers_of_one_grammar_go_their_own_ways(compiler: GrammarCompiler, ma
     follow(masks, one, "a")
     follow(masks, other, "c")
     # the rest must come
-    assert TOKENIZER.decode(one.forced or one.taken[1:]) == "b"
-    assert TOKENIZER.decode(other.forced or other.taken[1:]) == "d"
+    assert TOKENIZER.decode(one.forced or one.way.taken[1:]) == "b"
+    assert TOKENIZER.decode(other.forced or other.way.taken[1:]) == "d"
 
 
 def test_a_token_that_is_not_allowed_is_an_error_of_its_sequence(compiler: GrammarCompiler, masks: MaskMaker) -> None:
@@ -326,8 +327,70 @@ def test_a_draft_that_takes_too_long_to_look_at_is_given_up_and_not_its_sequence
     stuck.set()
     assert constraint.error is None
     assert not compiled.is_given_up
-    constraint.look((a, a, a))
-    assert len(ready(masks, constraint).ahead) >= 1
+    assert not constraint.may_look, "it is not tried again"
     constraint.advance([a, a, a])
     assert TOKENIZER.decode(ready(masks, constraint).forced) == "!"
+    masks.close()
+
+
+@pytest.mark.parametrize("fails", ["at once", "never"])
+def test_a_sequence_whose_mask_fails_keeps_its_error_whatever_is_looked_at(
+    fails: str, compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The draft is looked at behind the mask that fails, or that takes so long that its thread is given up."""
+    masks = MaskMaker(EOS)
+    constraint = ready(masks, Constraint(masks, made(compiler, Grammar.regex("[ab]{5}!"))))
+    a = encode("a")[0]
+    may_fail, is_over = threading.Event(), threading.Event()
+
+    def failing(*_: object) -> object:
+        may_fail.wait(PATIENCE_S)
+        while fails == "never" and not is_over.is_set():
+            pass
+        raise masks_module._Fault("too many states")
+
+    monkeypatch.setattr(masks_module, "_mask", failing)
+    monkeypatch.setattr(masks_module, "MAX_MASK_S", 0.02)
+    constraint.advance([a])
+    masks.wait_settled([constraint], PATIENCE_S)
+    assert constraint.may_look
+    constraint.look((a, a))
+    may_fail.set()
+    assert isinstance(ready(masks, constraint).error, InvalidGrammar)
+    is_over.set()
+    other = ready(masks, Constraint(masks, made(compiler, Grammar.regex("[ab]{6}"))))
+    assert other.error is not None, "behind it all that was queued has been done"
+    assert isinstance(constraint.error, InvalidGrammar)
+    assert constraint.is_decided
+    masks.close()
+
+
+def test_a_thread_that_was_given_up_changes_nothing_any_more(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masks = MaskMaker(EOS)
+    constraint = ready(masks, Constraint(masks, made(compiler, Grammar.regex("[ab]{4}[?]"))))
+    a, b = (encode(text)[0] for text in "ab")
+    may_fail, has_failed = threading.Event(), threading.Event()
+
+    def stuck(way: Any, *_: object) -> object:
+        while not may_fail.is_set():
+            pass
+        way.matcher, way.taken = None, [b, b, b, b, b]
+        has_failed.set()
+        raise AssertionError
+
+    monkeypatch.setattr(masks_module, "_look", stuck)
+    monkeypatch.setattr(masks_module, "MAX_MASK_S", 0.02)
+    constraint.look((a, a))
+    ready(masks, constraint)
+    monkeypatch.undo()
+    may_fail.set()
+    assert has_failed.wait(PATIENCE_S)
+    assert not constraint.may_look
+    for _ in range(3):
+        constraint.advance([a])
+        assert allowed(ready(masks, constraint)) >= {a, b}
+    constraint.advance([a])
+    assert TOKENIZER.decode(ready(masks, constraint).forced) == "?"
     masks.close()

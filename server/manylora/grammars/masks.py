@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Final, TypeAlias
 
@@ -35,8 +35,37 @@ _FIRST: Final = -1.0  # comes before any mask
 _MAX_LOOK_S: Final = 0.005  # of a CPU, along one draft: the step that runs it takes about as long
 
 
+@dataclass(slots=True, eq=False)
+class _Way:
+    """How far a sequence has come in its grammar. One thread goes along it: who gives up that thread leaves it to it.
+
+    `taken`: all tokens so far, as a matcher that is made anew must be told them. `expected`: with `one_by_one`, what
+    must come.
+    """
+
+    compiled: Compiled
+    one_by_one: bool
+    ends_only_when_complete: bool
+    matcher: llguidance.LLMatcher | None
+    taken: list[int] = field(default_factory=list)
+    expected: list[int] = field(default_factory=list)
+
+    def there(self) -> llguidance.LLMatcher:
+        """The matcher, made anew where it is gone: one that shares nothing with others. Raises _Fault."""
+        if self.matcher is None:
+            matcher = self.compiled.renewed()
+            if self.taken and not matcher.consume_tokens(self.taken):
+                raise _Fault(matcher.get_error())
+            self.matcher = matcher
+        return self.matcher
+
+    def anew(self) -> "_Way":
+        """One as far, which shares nothing with it."""
+        return replace(self, matcher=None, taken=[*self.taken], expected=[*self.expected])
+
+
 class Constraint:
-    """One sequence's way through its grammar.
+    """One sequence that is held to a grammar.
 
     The engine's thread reads it and tells it of tokens; between `advance` and `is_settled` it is the mask maker's.
     `forced` are the tokens that must come next, if there are any: they count as taken already, so they are not to be
@@ -54,34 +83,26 @@ class Constraint:
         "_maker",
         "ahead",
         "allowed",
-        "compiled",
-        "ends_only_when_complete",
         "error",
-        "expected",
         "forced",
         "is_complete",
         "is_looking",
         "is_settled",
-        "matcher",
-        "one_by_one",
+        "looks",
         "seconds",
-        "taken",
+        "way",
     )
 
     def __init__(
         self, maker: "MaskMaker", compiled: Compiled, *, one_by_one: bool = False, ends_only_when_complete: bool = False
     ) -> None:
         self._maker = maker
-        self.compiled = compiled
-        self.one_by_one = one_by_one
-        self.ends_only_when_complete = ends_only_when_complete
-        self.matcher: llguidance.LLMatcher = compiled.matcher()
-        self.taken: list[int] = []  # all tokens so far, as a matcher that is made anew must be told them
-        self.expected: list[int] = []  # with `one_by_one`: what must come
+        self.way = _Way(compiled, one_by_one, ends_only_when_complete, compiled.matcher())
         self.forced: tuple[int, ...] = ()
         self.allowed: Mask | None = None
         self.ahead: tuple[Mask, ...] = ()
         self.is_looking = False
+        self.looks = True  # no draft of its took too long to look at
         self.is_complete = False
         self.is_settled = False
         self.error: ManyloraError | None = None
@@ -101,7 +122,8 @@ class Constraint:
     @property
     def may_look(self) -> bool:
         """Whether a draft can be looked at: what comes now is up to the model, and no other draft is looked at."""
-        return self.is_settled and not self.is_decided and not self.is_looking and self.seconds < _MAX_LOOK_S
+        is_free = self.is_settled and not self.is_decided and not self.is_looking
+        return is_free and self.looks and self.seconds < _MAX_LOOK_S
 
     def look(self, draft: tuple[int, ...]) -> None:
         """Have `ahead` found out along the draft. Where it is not ready in time, it runs in a later step."""
@@ -154,14 +176,6 @@ class MaskMaker:
         self._at: tuple[Constraint, _Piece, float] | None = None
         self._is_closed = False
 
-    def start(
-        self, compiled: Compiled, *, one_by_one: bool = False, ends_only_when_complete: bool = False
-    ) -> Constraint:
-        """A sequence's way through a grammar, at its beginning; see `Constraint`."""
-        constraint = Constraint(self, compiled, one_by_one=one_by_one, ends_only_when_complete=ends_only_when_complete)
-        self.follow(constraint, ())
-        return constraint
-
     def follow(self, constraint: Constraint, token_ids: tuple[int, ...]) -> None:
         """Find out what may come after tokens, or at the beginning."""
         with self._lock:
@@ -210,15 +224,15 @@ class MaskMaker:
         self._thread = start_thread(self._serve, "grammar-masks")
 
     def _give_up(self, constraint: Constraint, piece: _Piece) -> None:
-        if isinstance(piece, _Look):  # of what may never come: the sequence goes on without its draft
-            constraint.error = _renew(constraint)
-            constraint.is_looking = False
+        if isinstance(piece, _Look):  # of what may never come: the sequence goes on without drafts
+            constraint.way = constraint.way.anew()
+            constraint.is_looking = constraint.looks = False
             self._replace_thread()
             return
-        constraint.compiled.is_given_up = True
+        constraint.way.compiled.is_given_up = True
         constraint.error = InvalidGrammar(
-            f"The grammar is too complex to be followed: what may come after {len(constraint.taken)} tokens was not "
-            f"known within {MAX_MASK_S:g} s. Send a simpler one."
+            f"The grammar is too complex to be followed: what may come after {len(constraint.way.taken)} tokens was "
+            f"not known within {MAX_MASK_S:g} s. Send a simpler one."
         )
         constraint.is_settled = True
         self._replace_thread()
@@ -227,28 +241,32 @@ class MaskMaker:
 
     def _serve(self) -> None:
         while (taken := self._take()) is not None:
-            constraint, piece = taken
-            found = self._found(constraint, piece)
+            constraint, way, piece = taken
+            began = time.thread_time()
+            found = self._found(way, piece)
+            seconds = time.thread_time() - began
             with self._lock:
                 if self._thread is not threading.current_thread():
                     return  # it was given up meanwhile, and the sequence told so
                 self._at = None
-                self._publish(constraint, found, piece)
+                self._publish(constraint, found, piece, seconds)
 
-    def _take(self) -> tuple[Constraint, _Piece] | None:
-        """The next piece of work; None at the end."""
+    def _take(self) -> tuple[Constraint, _Way, _Piece] | None:
+        """The next piece of work of a sequence that has not failed; None at the end."""
         with self._lock:
-            while not self._work and not self._is_closed:
-                self._has_work.wait()
-            if self._is_closed or self._thread is not threading.current_thread():
-                return None
-            _, _, constraint, piece = heapq.heappop(self._work)
-            self._at = (constraint, piece, time.thread_time())
-            return constraint, piece
+            while True:
+                while not self._work and not self._is_closed:
+                    self._has_work.wait()
+                if self._is_closed or self._thread is not threading.current_thread():
+                    return None
+                _, _, constraint, piece = heapq.heappop(self._work)
+                if constraint.error is None:
+                    self._at = (constraint, piece, time.thread_time())
+                    return constraint, constraint.way, piece
+                constraint.is_looking = False
 
-    def _publish(self, constraint: Constraint, found: "_Found", piece: _Piece) -> None:
+    def _publish(self, constraint: Constraint, found: "_Found", piece: _Piece, seconds: float) -> None:
         if isinstance(piece, _Look):
-            constraint.error = found.error
             constraint.ahead = found.ahead
             constraint.is_looking = False
         elif isinstance(piece, _Follow):
@@ -262,17 +280,15 @@ class MaskMaker:
             constraint.error = found.error
             constraint.is_complete = found.is_complete
             constraint.allowed = found.allowed
+            constraint.seconds = seconds
         self._is_known.notify_all()
 
-    def _found(self, constraint: Constraint, piece: _Piece) -> "_Found":
+    def _found(self, way: _Way, piece: _Piece) -> "_Found":
         if isinstance(piece, _Follow):
-            return _twice(constraint, lambda: _follow(constraint, piece.token_ids))
-        began = time.thread_time()
+            return _twice(way, lambda: _follow(way, piece.token_ids))
         if isinstance(piece, _Look):
-            return _looked(constraint, self._eos_ids, piece.draft)
-        found = _twice(constraint, lambda: _mask(constraint, self._eos_ids))
-        constraint.seconds = time.thread_time() - began
-        return found
+            return _looked(way, self._eos_ids, piece.draft)
+        return _twice(way, lambda: _mask(way, self._eos_ids))
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,17 +306,16 @@ class _Fault(Exception):
     """What the library says of a grammar that it follows no further."""
 
 
-def _twice(constraint: Constraint, work: Callable[[], _Found]) -> _Found:
+def _twice(way: _Way, work: Callable[[], _Found]) -> _Found:
     """Do it, if need be once more with a matcher that others have not brought to its limits."""
-    num_taken, expected = len(constraint.taken), constraint.expected
+    num_taken, expected = len(way.taken), way.expected
     try:
         try:
             return work()
         except _Fault:
-            del constraint.taken[num_taken:]  # what the first try took is taken again
-            constraint.expected = expected
-            error = _renew(constraint)
-            return work() if error is None else _Found(error=error)
+            del way.taken[num_taken:]  # what the first try took is taken again
+            way.expected, way.matcher = expected, None
+            return work()
     except _Fault as fault:
         return _Found(error=fault_for_caller(str(fault)))
     except Exception as error:  # noqa: BLE001 - whatever it is, it is of this sequence alone
@@ -308,24 +323,16 @@ def _twice(constraint: Constraint, work: Callable[[], _Found]) -> _Found:
         return _Found(error=SequenceFailed(f"The grammar of this request could not be followed: {error}"))
 
 
-def _looked(constraint: Constraint, eos_ids: tuple[int, ...], draft: tuple[int, ...]) -> _Found:
+def _looked(way: _Way, eos_ids: tuple[int, ...], draft: tuple[int, ...]) -> _Found:
     """See `_look`. Whatever goes wrong on a way that the sequence may never take is no fault of the sequence."""
     try:
-        try:
-            return _look(constraint, eos_ids, draft)
-        except _Fault:
-            return _Found(error=_renew(constraint))
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is of this sequence alone
-        get_logger(__name__).exception("grammar_not_followed")
-        return _Found(error=SequenceFailed(f"The grammar of this request could not be followed: {error}"))
-
-
-def _renew(constraint: Constraint) -> ManyloraError | None:
-    """Give it a matcher that shares nothing with others, where the one before was; why it cannot be there."""
-    constraint.matcher = constraint.compiled.renewed()
-    if constraint.taken and not constraint.matcher.consume_tokens(constraint.taken):
-        return fault_for_caller(constraint.matcher.get_error())
-    return None
+        return _look(way, eos_ids, draft)
+    except _Fault:
+        way.matcher = None
+    except Exception:  # noqa: BLE001 - the sequence goes on without its draft
+        get_logger(__name__).exception("draft_not_followed")
+        way.matcher = None
+    return _Found()
 
 
 def _consume(matcher: llguidance.LLMatcher, token_ids: list[int]) -> None:
@@ -335,48 +342,46 @@ def _consume(matcher: llguidance.LLMatcher, token_ids: list[int]) -> None:
         raise _Fault(matcher.get_error())
 
 
-def _follow(constraint: Constraint, token_ids: tuple[int, ...]) -> _Found:
+def _follow(way: _Way, token_ids: tuple[int, ...]) -> _Found:
     """Take tokens, what must come among them, and what must come after them."""
-    matcher, at = constraint.matcher, 0
+    matcher, at = way.there(), 0
     while True:
         told = list(token_ids[at : at + 1])
         _consume(matcher, told)
-        constraint.taken += told
-        constraint.expected, at = constraint.expected[len(told) :], at + len(told)
+        way.taken += told
+        way.expected, at = way.expected[len(told) :], at + len(told)
         if matcher.is_stopped():
             return _Found(is_complete=True)
-        forced = constraint.expected or matcher.compute_ff_tokens()
-        if constraint.one_by_one:
-            constraint.expected, forced = forced, []
+        forced = way.expected or matcher.compute_ff_tokens()
+        if way.one_by_one:
+            way.expected, forced = forced, []
         _consume(matcher, forced)
-        constraint.taken += forced
+        way.taken += forced
         num_told = min(len(forced), len(token_ids) - at)  # a draft has what must come too
         at += num_told
         if at == len(token_ids):
             return _Found(forced=tuple(forced[num_told:]), is_complete=bool(forced) and matcher.is_stopped())
 
 
-def _mask(constraint: Constraint, eos_ids: tuple[int, ...]) -> _Found:
+def _mask(way: _Way, eos_ids: tuple[int, ...]) -> _Found:
     """What may come next."""
-    words = _may_come(constraint, constraint.expected, eos_ids)
-    return _Found(
-        allowed=words, is_complete=not constraint.expected and constraint.ends_only_when_complete and not words.any()
-    )
+    words = _may_come(way, way.expected, eos_ids)
+    return _Found(allowed=words, is_complete=not way.expected and way.ends_only_when_complete and not words.any())
 
 
-def _look(constraint: Constraint, eos_ids: tuple[int, ...], draft: tuple[int, ...]) -> _Found:
+def _look(way: _Way, eos_ids: tuple[int, ...], draft: tuple[int, ...]) -> _Found:
     """What may come behind each token of a draft, as if the sequence had taken it, up to where it does not.
 
     What must come is taken together there, so the draft has to have all of it: where it has not, or the answer ends,
     what comes next is not the model's to choose, and the draft is followed no further.
     """
-    matcher, expected = constraint.matcher, constraint.expected
+    matcher, expected = way.there(), way.expected
     found: list[Mask] = []
     at = num_taken = 0
     until = time.thread_time() + _MAX_LOOK_S
     try:
         while at < len(draft) and time.thread_time() < until:
-            is_expected = draft[at] == expected[0] if expected else draft[at] < constraint.compiled.num_tokens
+            is_expected = draft[at] == expected[0] if expected else draft[at] < way.compiled.num_tokens
             if not is_expected or matcher.validate_tokens([draft[at]]) != 1:
                 break
             _consume(matcher, [draft[at]])
@@ -384,7 +389,7 @@ def _look(constraint: Constraint, eos_ids: tuple[int, ...], draft: tuple[int, ..
             if matcher.is_stopped():
                 break
             forced = expected or matcher.compute_ff_tokens()
-            if constraint.one_by_one:
+            if way.one_by_one:
                 expected, forced = forced, []
             if tuple(forced) != draft[at : at + len(forced)]:
                 break
@@ -392,36 +397,37 @@ def _look(constraint: Constraint, eos_ids: tuple[int, ...], draft: tuple[int, ..
             at, num_taken = at + len(forced), num_taken + len(forced)
             if matcher.is_stopped():
                 break
-            words = _may_come(constraint, expected, eos_ids)
+            words = _may_come(way, expected, eos_ids)
             if not words.any():
                 break
-            found += [*(_only(constraint, token_id) for token_id in forced), words]
+            found += [*(_only(way, token_id) for token_id in forced), words]
     finally:
         if num_taken and not matcher.rollback(num_taken):
             raise _Fault(matcher.get_error())
     return _Found(ahead=tuple(found))
 
 
-def _may_come(constraint: Constraint, expected: SequenceOf[int], eos_ids: tuple[int, ...]) -> Mask:
+def _may_come(way: _Way, expected: SequenceOf[int], eos_ids: tuple[int, ...]) -> Mask:
     """What may come where the matcher is; `expected` must, if there is any."""
     if expected:
-        return _only(constraint, expected[0])
+        return _only(way, expected[0])
     began = time.thread_time()
-    words = np.zeros(constraint.compiled.num_words, np.uint32)
-    constraint.matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-    if constraint.matcher.is_error():
-        raise _Fault(constraint.matcher.get_error())
+    words = np.zeros(way.compiled.num_words, np.uint32)
+    matcher = way.there()
+    matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+    if matcher.is_error():
+        raise _Fault(matcher.get_error())
     seconds = time.thread_time() - began
     if seconds > _SLOW_S:
-        constraint.compiled.num_bytes += int(seconds * _BYTES_PER_SLOW_S)
-    if constraint.ends_only_when_complete:
+        way.compiled.num_bytes += int(seconds * _BYTES_PER_SLOW_S)
+    if way.ends_only_when_complete:
         for token_id in eos_ids:
             words[token_id // 32] &= ~np.uint32(1 << token_id % 32)
     return words
 
 
-def _only(constraint: Constraint, token_id: int) -> Mask:
+def _only(way: _Way, token_id: int) -> Mask:
     """The mask that allows one token."""
-    words = np.zeros(constraint.compiled.num_words, np.uint32)
+    words = np.zeros(way.compiled.num_words, np.uint32)
     words[token_id // 32] = np.uint32(1 << token_id % 32)
     return words
