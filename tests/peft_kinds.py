@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -228,7 +229,10 @@ def outcome_of(name: str, adapter: Adapter | None, size_bytes: int) -> dict[str,
 
 
 def config_of(kind: Kind) -> PeftConfig:
-    config: PeftConfig = PEFT_TYPE_TO_CONFIG_MAPPING[kind.method](task_type="CAUSAL_LM", **kind.settings)
+    settings = deepcopy(
+        kind.settings
+    )  # PEFT writes into lists that it is given, such as `modules_to_save` of a tied head
+    config: PeftConfig = PEFT_TYPE_TO_CONFIG_MAPPING[kind.method](task_type="CAUSAL_LM", **settings)
     return config
 
 
