@@ -25,6 +25,8 @@ from manylora.engine.turns import Places, Turns
 from manylora.errors import ManyloraError
 
 LOOK_AHEAD: Final = 256  # waiting sequences of one tenant that a plan looks at
+# Beside more, drafts of held answers cost the masks' thread more time than the model saves.
+_LOOKING_ROWS: Final = 8
 
 
 class SlotProvider(Places, Protocol):
@@ -355,7 +357,7 @@ class Scheduler:
         most = min(seq.max_num_tokens - seq.num_tokens - 1, room.tokens, room.prompt_logits)
         if most <= 0 or not item.samples or seq.scores_prompt:
             return item
-        if seq.constraint is not None and not seq.constraint.may_look:
+        if seq.constraint is not None and (num_rows > _LOOKING_ROWS or not seq.constraint.may_look):
             return item
         draft = tuple(drafter.propose(seq, most, num_rows))[:most]
         if not draft or not self.blocks.allocate(seq, seq.num_tokens + len(draft)):
