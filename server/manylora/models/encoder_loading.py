@@ -96,24 +96,31 @@ def load_encoder(settings: "Settings", folder: Path) -> LoadedEncoder:
 
 def offered_modules(folder: Path) -> EncoderModules:
     """What an adapter may touch of the encoder in a folder, from its headers alone. Raises ModelUnusable."""
-    import torch
-    import transformers
-
     from manylora.models.heads import head_plans
     from manylora.models.modules import adaptable_modules, adaptable_norms
+
+    model = outline(folder)
+    prefix = str(model.base_model_prefix)
+    plans = head_plans(model, StoredWeights(folder, EncoderModules({}, prefix)))
+    return EncoderModules(adaptable_modules(model) | adaptable_norms(model), prefix, plans)
+
+
+def outline(folder: Path) -> "PreTrainedModel":
+    """The encoder in a folder without its weights, and without a pooler that its files lack. Raises ModelUnusable."""
+    import torch
+    import transformers
 
     config = checkpoint.read_encoder_config(folder)
     try:
         with torch.device("meta"):
-            model = transformers.AutoModel.from_config(config)
+            model: PreTrainedModel = transformers.AutoModel.from_config(config)
     except (OSError, ValueError) as error:
         raise ModelUnusable(f"The config of {folder} cannot be used: {error}") from error
     prefix = str(model.base_model_prefix)
     stored = {name.removeprefix(f"{prefix}.") for name in checkpoint.stored_tensors(folder)}
-    if not any(name.startswith("pooler.") for name in stored):
+    if not any(name.startswith("pooler.") for name in stored) and getattr(model, "pooler", None) is not None:
         model.pooler = None
-    plans = head_plans(model, StoredWeights(folder, EncoderModules({}, prefix)))
-    return EncoderModules(adaptable_modules(model) | adaptable_norms(model), prefix, plans)
+    return model
 
 
 def load_bare(folder: Path, config: "PretrainedConfig", dtype: Any) -> "PreTrainedModel":

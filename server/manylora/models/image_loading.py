@@ -12,7 +12,7 @@ from manylora.images.picture import Pixels
 from manylora.images.reading import MAX_IMAGE_RATIO, missing_packages
 from manylora.lora.format.encoders import ImageModules
 from manylora.models import backends, checkpoint
-from manylora.models.encoder_loading import load_bare
+from manylora.models.encoder_loading import load_bare, outline
 from manylora.models.loading import base_name, check_memory
 from manylora.models.no_text import NoText
 from manylora.models.stored_weights import StoredWeights
@@ -124,23 +124,12 @@ def image_processor(folder: Path, config: "PretrainedConfig") -> Callable[[Any],
 
 def offered_image_modules(folder: Path) -> ImageModules:
     """What an adapter may touch of the encoder in a folder, from its headers alone. Raises ModelUnusable."""
-    import torch
-    import transformers
-
     from manylora.models.heads import head_plans
     from manylora.models.images import image_modules
     from manylora.models.refusals import refusing
 
-    config = checkpoint.read_encoder_config(folder)
-    try:
-        with torch.device("meta"):
-            model = transformers.AutoModel.from_config(config)
-    except (OSError, ValueError) as error:
-        raise ModelUnusable(f"The config of {folder} cannot be used: {error}") from error
+    model = outline(folder)
     prefix = str(model.base_model_prefix)
-    stored = {name.removeprefix(f"{prefix}.") for name in checkpoint.stored_tensors(folder)}
-    if not any(name.startswith("pooler.") for name in stored) and getattr(model, "pooler", None) is not None:
-        model.pooler = None
     model.eval()
     with refusing(model, "it was looked at"):
         modules = image_modules(model)
