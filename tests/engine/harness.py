@@ -197,6 +197,25 @@ def refs_of(adapters: Mapping[str, Path]) -> dict[str, AdapterRef]:
     }
 
 
+def _tiers(
+    wrapped: WrappedModel,
+    book: SlotBook,
+    memory: DeviceMemory,
+    adapters: Mapping[str, Path],
+    keep: KeepAs,
+    loaded: threading.Event,
+) -> AdapterTiers:
+    folders = {f"id-{name}": folder for name, folder in adapters.items()}
+    return AdapterTiers(
+        book,
+        memory,
+        host_bytes=2**28,
+        read=lambda ref: read_trusted(folders[ref.id], wrapped.modules),
+        pack=packer_of(wrapped, keep),
+        on_change=loaded.set,
+    )
+
+
 def build_rig(
     model: PreTrainedModel,
     adapters: Mapping[str, Path] | None = None,
@@ -224,27 +243,19 @@ def build_rig(
     keep = keep_as or KeepAs(model.dtype, model.dtype)
     book = SlotBook(num_slots, slot_bytes, backend.lora.places_per_slab)
     memory = DeviceMemory(len(wrapped.modules), num_slots, torch.device("cpu"))
-    folders = {f"id-{name}": folder for name, folder in (adapters or {}).items()}
-
     pieces = Pieces(PIECE_SIZE, wrapped.survey.continues) if wrapped.states else None
     loaded = threading.Event()
-    tiers = AdapterTiers(
-        book,
-        memory,
-        host_bytes=2**28,
-        read=lambda ref: read_trusted(folders[ref.id], wrapped.modules),
-        pack=packer_of(wrapped, keep),
-        on_change=loaded.set,
+    tiers = _tiers(wrapped, book, memory, adapters or {}, keep, loaded)
+    blocks = BlockManager(
+        num_blocks,
+        block_size,
+        share_prefixes=prefix_cache,
+        num_states=max_num_seqs if wrapped.states else 0,
+        border=math.lcm(PIECE_SIZE, block_size),
+        num_snapshots=num_snapshots if wrapped.states else 0,
     )
     scheduler = Scheduler(
-        BlockManager(
-            num_blocks,
-            block_size,
-            share_prefixes=prefix_cache,
-            num_states=max_num_seqs if wrapped.states else 0,
-            border=math.lcm(PIECE_SIZE, block_size),
-            num_snapshots=num_snapshots if wrapped.states else 0,
-        ),
+        blocks,
         tiers,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
