@@ -27,6 +27,7 @@ REASONS = {
     "models.triton_layers": "one of three implementations of the same layers, chosen by the backend",
     "lora.memory.eviction": "arithmetic without locks and tiers, tested by itself",
     "usage.training": "rows of the bill that jobs write, in the package whose bill it is",
+    "models.minilm_package": "what one package on PyPI holds, as the other packages have a module each",
     "models.masks": "what a mask comes to, told without a model; the survey is long enough without it",
 }
 
