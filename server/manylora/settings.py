@@ -270,7 +270,8 @@ class Settings(BaseSettings):
     max_num_batched_tokens: int = Field(default=512, ge=16)
     """Most tokens in one forward pass; longer prompts are prefilled in pieces. Beside up to 8 streams prompts take a
     quarter of it, beside 16 half, and fewer tokens deep in a long prompt and where the machine or the model is slow, so
-    that the pass takes no longer: 80 ms of it beside less than 16 streams, or twice the time of one without prompts."""
+    that the pass takes no longer: 80 ms of it beside less than 16 streams and no more prompts than these,
+    or twice the time of one without prompts."""
     draft_tokens: int = Field(default=15, ge=0, le=64)
     """Most tokens of an answer that are guessed and run together with the one before them; 0 guesses none. Guesses
     change no answer: what the model would not have said is dropped."""

@@ -83,6 +83,21 @@ def test_how_long_steps_take_changes_nothing_beside_nobody_and_beside_many(num_s
     assert step(s).num_tokens == plan.num_tokens
 
 
+@pytest.mark.parametrize(("num_prompts", "num_tokens"), [(3, 32), (4, 32), (5, 128)])
+def test_while_more_wait_for_a_first_token_than_for_the_next_prompts_have_their_whole_share(
+    num_prompts: int, num_tokens: int
+) -> None:
+    s = scheduler(budget=512, num_blocks=2000, seats=64, pace=(pace := Pace()))
+    for _ in range(4):
+        s.add(request(2, 50))
+    step(s)
+    pace.saw(0, 0.02)
+    pace.saw(100, 0.02 + 100 * 0.004)
+    for _ in range(num_prompts):
+        s.add(request(1000, 1))
+    assert step(s).num_tokens - 4 == num_tokens
+
+
 def test_a_prompt_alone_takes_all_of_a_step() -> None:
     s = scheduler(budget=16)
     s.add(request(40, 1))

@@ -99,16 +99,20 @@ class Room:
         self.effort = float(self.tokens)
 
     def begin_prompts(
-        self, num_streams: int, first: SequenceOf[Sequence], *, others_wait: bool, pace: Pace | None = None
+        self, num_streams: int, first: SequenceOf[Sequence], *, num_others: int, pace: Pace | None = None
     ) -> None:
-        """All that goes on by a token has taken its share. `first` has the prompt that came first, if there is one."""
+        """All that goes on by a token has taken its share. `first` has the prompt that came first, if there is one.
+
+        `num_others` prompts wait besides. While more wait for a first token than for their next one, prompts have
+        their whole share: kept short, steps would admit fewer than leave, and on a slow machine the batch would shrink.
+        """
         if num_streams:
             self.effort = min(self.tokens, max(1.0, (self.tokens + num_streams) * _share_beside(num_streams)))
-            if pace is not None and is_few(num_streams):
+            if pace is not None and is_few(num_streams) and len(first) + num_others <= num_streams:
                 self.effort = min(self.effort, pace.most_effort)
-        elif first and not others_wait:
+        elif first and not num_others:
             self.effort *= _SHARE_ALONE
-        for seq in first if others_wait else ():
+        for seq in first if num_others else ():
             self.kept = min(self.effort * _SHARE_OF_FIRST, seq.num_uncomputed * self._cost_of(seq, seq.num_tokens))
             if self.pieces is not None:
                 self.kept_tokens = self.pieces.first_of(seq)

@@ -116,7 +116,7 @@ class Scheduler:
         first = [] if self._runs_whole else prompts[:1]
         others = prompts if self._runs_whole else sorted(prompts[1:], key=lambda s: s.num_uncomputed)
         num_streams = len(work)
-        room.begin_prompts(num_streams, first, others_wait=bool(others or self.waiting), pace=self._pace)
+        room.begin_prompts(num_streams, first, num_others=len(others) + len(self.waiting), pace=self._pace)
         effort = room.effort
         may_admit &= self._take(work, room, others)
         if may_admit:
