@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from manylora.engine.interface import FinishReason
 from manylora.errors import Conflict
 from tests.engine.harness import BACKENDS, Rig, available_kernels, build_rig, load
-from tests.engine.oracle import check_greedy, with_adapter, with_mix
+from tests.engine.oracle import NEAR_TIE, with_adapter, with_mix
 from tests.peft_kinds import KINDS, REFUSED, make_kind
 from tests.tiny_adapters import make_adapter
 
@@ -52,14 +52,19 @@ def plain(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Mad
     }
 
 
-def run(rig: Rig, wanted: Mapping[str, Wanted], *, max_tokens: int) -> dict[str, np.ndarray]:
-    """Requests, all at once; the logits of their prompts."""
+def run(
+    rig: Rig, wanted: Mapping[str, Wanted], *, max_tokens: int, sizes: list[int] | None = None
+) -> dict[str, np.ndarray]:
+    """Requests, all at once; the logits of their prompts. `sizes` is given the rows of each step."""
     for request, (adapter, prompt) in wanted.items():
         seq = rig.add(request, prompt, adapter, max_tokens=max_tokens)
         seq.capture_logits = seq.wants_prompt_logits = True
     found: dict[str, np.ndarray] = {}
     while rig.engine.has_work:
-        for output in rig.step():
+        outputs = rig.step()
+        if sizes is not None:
+            sizes.append(len(outputs))
+        for output in outputs:
             if output.captured is not None:
                 found[output.seq.request_id] = output.captured
     return found
@@ -129,39 +134,57 @@ def many_mixes(names: list[str]) -> list[dict[str, float]]:
     return found
 
 
-@pytest.mark.parametrize("kernel", available_kernels)
-def test_32_mixes_of_64_adapters_answer_together_as_alone_and_as_in_peft(
-    kernel: str, plain: Made, tiny_llama_dir: Path
-) -> None:
-    """While prompts are cut into pieces and blocks run out, and again over blocks of the prefix cache."""
+@pytest.fixture(scope="module")
+def many(plain: Made, tiny_llama_dir: Path) -> tuple[list[dict[str, float]], PeftModel]:
+    """32 mixes in which all adapters stand, and PEFT's model with all of both, the mixes under their numbers."""
     mixes = many_mixes(list(plain))
     assert {name for mix in mixes for name in mix} == plain.keys()
-    rig = build_rig(
-        load(tiny_llama_dir), plain, kernel=kernel, num_blocks=40, max_num_batched_tokens=64, num_slots=NUM_PLAIN
-    )
-    rig.bring_in()
+    first, *others = plain
+    tuned = PeftModel.from_pretrained(with_adapter(tiny_llama_dir, None), plain[first], adapter_name=first)
+    for name in others:
+        tuned.load_adapter(plain[name], adapter_name=name)
+    for n, mix in enumerate(mixes):
+        tuned.add_weighted_adapter(list(mix), list(mix.values()), str(n), combination_type="cat")
+    return mixes, tuned.eval()
+
+
+@pytest.mark.parametrize("kernel", available_kernels)
+def test_32_mixes_of_64_adapters_in_one_batch_answer_each_as_in_peft_and_as_alone(
+    kernel: str, many: tuple[list[dict[str, float]], PeftModel], plain: Made, tiny_llama_dir: Path
+) -> None:
+    """With the base and adapters beside them; and again while prompts are cut into pieces and blocks run out."""
+    mixes, tuned = many
     wanted: dict[str, Wanted] = {str(n): (mix, LONGER if n % 8 == 0 else PROMPT) for n, mix in enumerate(mixes)}
     wanted |= {"base": (None, PROMPT), **{name: (name, PROMPT) for name in ("p00", "p01")}}
-    found = run(rig, wanted, max_tokens=8)
-    for request, (adapter, prompt) in wanted.items():
-        rig.add(request, prompt, adapter, max_tokens=8)
-    rig.run()
-    assert rig.scheduler.num_preemptions > 0
+    rig = build_rig(load(tiny_llama_dir), plain, kernel=kernel, num_blocks=400, max_num_batched_tokens=1024,
+                    num_slots=NUM_PLAIN)  # fmt: skip
+    rig.bring_in()
+    sizes: list[int] = []
+    found = run(rig, wanted, max_tokens=8, sizes=sizes)
+    assert sizes.count(len(wanted)) >= 4
+    together = {request: rig.tokens(request) for request in wanted}
     for n, mix in enumerate(mixes):
-        tokens = rig.tokens(str(n))
-        assert tokens[:8] == tokens[8:], mix
-        if n % 4 == 0:
-            tuned = concatenated(tiny_llama_dir, plain, mix)
-            assert apart(found[str(n)], logits_of(tuned, wanted[str(n)][1])) < MOST, mix
-            check_greedy(tuned, wanted[str(n)][1], tokens[:8])
-    rig.close()
-    alone = build_rig(load(tiny_llama_dir), plain, kernel=kernel, num_blocks=200, num_slots=NUM_PLAIN)
+        prompt, tokens = wanted[str(n)][1], together[str(n)]
+        tuned.set_adapter(str(n))
+        logits = logits_of(tuned, [*prompt, *tokens[:-1]])
+        assert apart(found[str(n)], logits[: len(prompt)]) < MOST, mix
+        answered = logits[len(prompt) - 1 :]
+        assert (answered.amax(dim=1) - answered[range(8), tokens]).max() <= NEAR_TIE, mix
     for request, one in wanted.items():
-        logits = run(alone, {request: one}, max_tokens=8)[request]
+        alone = run(rig, {request: one}, max_tokens=8)[request]
         if rig.is_exact:
-            assert logits.tobytes() == found[request].tobytes(), one
-        assert alone.tokens(request) == rig.tokens(request)[:8], one
-    alone.close()
+            assert alone.tobytes() == found[request].tobytes(), one
+        assert rig.tokens(request)[8:] == together[request], one
+    rig.close()
+    short = build_rig(load(tiny_llama_dir), plain, kernel=kernel, num_blocks=40, max_num_batched_tokens=64,
+                      num_slots=NUM_PLAIN)  # fmt: skip
+    short.bring_in()
+    run(short, wanted, max_tokens=8)
+    run(short, wanted, max_tokens=8)
+    assert short.scheduler.num_preemptions > 0
+    for request, one in wanted.items():
+        assert short.tokens(request) == together[request] * 2, one
+    short.close()
 
 
 def test_a_mix_is_what_peft_concatenates_and_not_its_linear_which_adds_cross_terms(
