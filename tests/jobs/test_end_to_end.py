@@ -1,17 +1,26 @@
 """The official `openai` client, unmodified, from rows to a version that answers: a server with a worker beside it."""
 
 import hashlib
+import io
 import json
+import signal
+import subprocess
+import sys
+import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
+import typer
 from openai.types.fine_tuning import FineTuningJob
 from typer.testing import CliRunner, Result
 
 from manylora.cli.main import build
+from manylora.cli.remote_training import REFUSED, SENT
+from manylora.identity import TENSOR_FILE
 from tests.catalog.real_server import Server, serving
 from tests.lifecycle.helpers import label_rows, write_rows
 from tests.lifecycle.test_data_folders import saved
@@ -176,6 +185,81 @@ def test_a_job_from_a_terminal(server: Server, tmp_path: Path) -> None:
 
 def _first_loss(shown: str) -> float:
     return float(shown.partition("training loss=")[2].split()[0].rstrip(","))
+
+
+def typed(*words: str | Path) -> Result:
+    return CliRunner().invoke(build(), [str(word) for word in words], env={"COLUMNS": "300"})
+
+
+def test_the_train_command_makes_the_same_adapter_on_the_server(
+    server: Server, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    rows = [{"words": row["text"], "kind": row["label"]} for row in label_rows()]
+    data, held_out = write_rows(tmp_path / "rows.jsonl", rows), write_rows(tmp_path / "held out.jsonl", rows[:8])
+    told = (
+        "train", "--data", data, "--eval", held_out, "--map", "text=words", "--map", "label=kind", "--rank", "2",
+        "--targets", "q_proj,v_proj", "--dropout", "0.1", "--epochs", "1", "--lr", "0.01", "--eval-every", "2",
+        "--render", "plain", "--max-length", "128", "--sample", "1",
+    )  # fmt: skip
+    here = typed(*told, "--model", tiny_llama_dir, "--device", "cpu", "--threads", "1", "--out", tmp_path / "out")
+    assert here.exit_code == 0, here.output
+
+    there = typed(*told, "--server", str(server.client.base_url), "--name", "far")
+
+    assert there.exit_code == 0, there.output
+    assert "far@1: 4 steps" in there.stdout
+    assert "train 4/4  loss" in there.stderr
+    assert "eval_loss" in there.stderr
+    assert "step 2, row 1: " in there.stderr, "as the local command tells it"
+    archive = server.client.get("/v1/adapters/far/versions/1/download").content
+    with tarfile.open(fileobj=io.BytesIO(archive)) as files:
+        (name,) = (name for name in files.getnames() if name.endswith(TENSOR_FILE))
+        weights = files.extractfile(name)
+        assert weights is not None
+        assert weights.read() == (tmp_path / "out" / TENSOR_FILE).read_bytes()
+    assert server.client.get("/v1/adapters/far").json()["active_version"] == 1, "a name's first version answers to it"
+    goes_on = typed("train", "--data", data, "--map", "text=words", "--map", "label=kind", "--epochs", "1",
+                    "--start", "far@1", "--server", str(server.client.base_url), "--name", "far")  # fmt: skip
+    assert "far@2: 4 steps" in goes_on.stdout, goes_on.output
+    assert "promote: MANYLORA_URL=" in goes_on.stdout
+
+
+def test_what_a_job_has_no_field_for_is_refused_by_its_flag(server: Server, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", label_rows())
+    train = ("train", "--data", data, "--server", str(server.client.base_url))
+    refused = typed(*train, "--out", tmp_path / "out", "--threads", "2")
+    assert refused.exit_code == 1
+    assert "With --server, which trains on that server, there is no --out (" in refused.stderr
+    assert "no --threads (" in refused.stderr
+    assert "--rank is 4096, and at most" in typed(*train, "--rank", "4096").stderr
+    assert "--epochs: Input should be less" in typed(*train, "--epochs", "1000").stderr
+    assert "rows.csv is not a file" in typed(*train, "--eval", tmp_path / "rows.csv").stderr
+    assert server.client.get("/v1/files").json()["data"][0]["filename"] != "rows.csv"
+    nameless = typed("train", "--data", data, "--publish", "near", "--server", str(server.client.base_url))
+    assert (nameless.exit_code, "'--out'" in nameless.stderr) == (2, True)
+    assert "--name is of a training on a --server" in typed("train", "--data", data, "--out", "x", "--name", "y").stderr
+
+
+def test_every_option_of_train_is_sent_or_refused() -> None:
+    command: Any = typer.main.get_command(build())
+    options = {option.name for option in command.commands["train"].params}
+    assert options == SENT | REFUSED.keys()
+    assert not SENT & REFUSED.keys()
+
+
+def test_a_job_outlives_the_command_that_follows_it(client: openai.OpenAI, server: Server, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", label_rows() * 100)
+    command = [sys.executable, "-m", "manylora", "train", "--data", str(rows), "--epochs", "50", "--batch-size", "1",
+               "--server", str(server.client.base_url)]  # fmt: skip
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as following:
+        assert following.stderr is not None
+        job_id, _, said = following.stderr.readline().partition(": ")
+        assert said.startswith("submitted to http")
+        following.send_signal(signal.SIGINT)
+        left = following.stderr.read()
+    assert following.returncode == 130
+    assert f"manylora jobs events {job_id} --follow" in left
+    assert client.fine_tuning.jobs.cancel(job_id).status == "cancelled"
 
 
 def test_a_job_is_cancelled_while_it_runs(client: openai.OpenAI, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 import pytest
 
-from manylora.lifecycle.train.training import Pace, in_words
+from manylora.lifecycle.progress import in_words
+from manylora.lifecycle.train.training import Pace
 
 
 def test_nothing_is_said_before_three_steps() -> None:

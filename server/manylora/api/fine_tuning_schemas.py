@@ -15,7 +15,7 @@ from manylora.errors import InvalidRequest
 from manylora.jobs.order import Activate, Order
 from manylora.lifecycle.parameters import Init, Render
 from manylora.lifecycle.parameters import Method as LearningMethod
-from manylora.lifecycle.train.config import LoraShape, Schedule, check_method, check_settings
+from manylora.lifecycle.train.config import JOB_LR, LoraShape, Schedule, check_method, check_settings
 from manylora.settings import Settings
 
 __all__ = ["JobBody", "check_goes_on", "order_of"]
@@ -29,8 +29,6 @@ MAX_INSTRUCTION: Final = 16_384
 MAX_SUFFIX: Final = 64
 MAX_SAMPLES: Final = 8
 _SHAPE: Final = ("rank", "alpha", "targets", "dropout", "rslora", "dora", "init", "trained_tokens")
-# Preferences move a model more than answers do: this part of the supervised learning rate is the usual one.
-_PREFERENCE_LR: Final = 0.1
 
 
 Metric: TypeAlias = Literal[
@@ -156,7 +154,7 @@ def order_of(body: JobBody, settings: Settings, context_length: int) -> Order:
     chosen, more = body.chosen, body.manylora
     plain = Schedule(seed=secrets.randbelow(2**31) if body.seed is None else body.seed)
     method, beta = body.learns_by, getattr(chosen, "beta", None) or Order().beta
-    lr = plain.lr * (_PREFERENCE_LR if method == "dpo" else 1.0) * (chosen.learning_rate_multiplier or 1.0)
+    lr = JOB_LR[method] * (chosen.learning_rate_multiplier or 1.0)
     schedule = _with(
         replace(plain, lr=lr, epochs=chosen.n_epochs or plain.epochs, batch_size=chosen.batch_size or plain.batch_size),
         more,

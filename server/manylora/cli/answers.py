@@ -94,14 +94,19 @@ def next_steps(done: Publication, address: str = "", tenant: str | None = None) 
     """What an uploaded version that is not active leaves to do, as lines; `address` is that of the server, if given."""
     if done.is_active:
         return []
-    known = os.environ.get("MANYLORA_URL") or _DEFAULT_URL
-    where = [] if address.rstrip("/") in ("", known.rstrip("/")) else [f"MANYLORA_URL={shlex.quote(address)}"]
-    manylora = " ".join([*where, "manylora"])
+    manylora = program_at(address)
     of_tenant = "" if tenant is None else f" --tenant {shlex.quote(tenant)}"
     lines = [f"{done.answering or 'No version'} answers to the name {done.name} now."]
     if done.answering is not None and tenant is None:
         lines.append(f'  compare: {manylora} ask {done.answering} --compare {done.label} "…"')
     return [*lines, f"  promote: {manylora} adapters promote {done.label}{of_tenant}"]
+
+
+def program_at(address: str) -> str:
+    """How `manylora` is typed so that it asks the server there, which is the known one where `address` is empty."""
+    known = os.environ.get("MANYLORA_URL") or _DEFAULT_URL
+    is_known = address.rstrip("/") in ("", known.rstrip("/"))
+    return "manylora" if is_known else f"MANYLORA_URL={shlex.quote(address)} manylora"
 
 
 def fail(message: str, code: int) -> NoReturn:

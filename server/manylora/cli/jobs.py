@@ -5,17 +5,19 @@ The server is `MANYLORA_URL`, the key `MANYLORA_KEY`; see `cli.answers` for the 
 
 import json
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from manylora.cli.answers import FAILED, USAGE, Remote, as_time, complaints, console, fail, print_json, server, table
 from manylora.cli.flags import words_of
+from manylora.client.adapters import served_base
+from manylora.client.jobs import JOBS, PAGE, create_job, events_behind, follow
+from manylora.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from manylora.lifecycle.progress import Progress
@@ -30,11 +32,6 @@ app = typer.Typer(
 
 AsJson = Annotated[bool, typer.Option("--json", help="JSON for scripts instead of text.")]
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="As `jobs list` shows it.")]
-_JOBS: Final = "/v1/fine_tuning/jobs"
-_ENDED: Final = ("succeeded", "failed", "cancelled")
-_EVERY_S: Final = 1.0
-_PAGE: Final = 1000
-_ARROW: Final = ".arrow"
 
 
 def register(program: typer.Typer) -> None:
@@ -63,13 +60,10 @@ def submit(
     instruction: Annotated[str | None, typer.Option(help="Text before every prompt, on a line of its own.")] = None,
     render: Annotated[str | None, typer.Option(help="How a row becomes text: auto, chat or plain.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens of an example.")] = None,
-    follow: Annotated[bool, typer.Option("--follow", help="Wait for the end, and show what happens.")] = False,
+    is_followed: Annotated[bool, typer.Option("--follow", help="Wait for the end, and show what happens.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Upload rows and ask for a training on them. With --follow, exit code 1 if it fails or is cancelled."""
-    for path in (data, held_out):
-        if path is not None and not _parts(path)[0].is_file():
-            fail(f"{path} is not a file.", USAGE)
     chosen = {
         "n_epochs": epochs, "batch_size": batch_size, "learning_rate_multiplier": lr_multiplier, "beta": beta,
     }  # fmt: skip
@@ -78,29 +72,31 @@ def submit(
         "max_length": max_length, "targets": None if targets is None else list(words_of(targets)),
     }  # fmt: skip
     with server(as_json=as_json) as remote:
-        body: dict[str, Any] = {
-            "model": start or _base(remote),
-            "training_file": _uploaded(remote, data),
-            "validation_file": None if held_out is None else _uploaded(remote, held_out),
-            "seed": seed,
-            "method": {"type": method, method: {"hyperparameters": _given(chosen)}},
-            "manylora": _given(more),
-        }
-        job = remote.call("POST", _JOBS, json=_given(body))
-        if follow:
-            job = _follow(remote, job["id"], as_json=as_json)
+        training_file, validation_file = _uploaded(remote, data, held_out)
+        job = create_job(
+            remote,
+            model=start or served_base(remote),
+            training_file=training_file,
+            validation_file=validation_file,
+            seed=seed,
+            method=method,
+            hyperparameters=chosen,
+            more=more,
+        )
+        if is_followed:
+            job = follow(remote, job["id"], partial(_tell, as_json=as_json))
         _show(job, as_json=as_json)
-    if follow and job["status"] != "succeeded":
+    if is_followed and job["status"] != "succeeded":
         raise typer.Exit(FAILED)
 
 
 @app.command("list")
 def list_jobs(
-    limit: Annotated[int, typer.Option(min=1, max=_PAGE, help="The newest so many.")] = 20, as_json: AsJson = False
+    limit: Annotated[int, typer.Option(min=1, max=PAGE, help="The newest so many.")] = 20, as_json: AsJson = False
 ) -> None:
     """Your jobs, newest first."""
     with server(as_json=as_json) as remote:
-        jobs = remote.call("GET", _JOBS, params={"limit": limit})["data"]
+        jobs = remote.call("GET", JOBS, params={"limit": limit})["data"]
     if as_json:
         print_json(jobs)
         return
@@ -112,13 +108,13 @@ def list_jobs(
 def show(job_id: JobId, as_json: AsJson = False) -> None:
     """One job, as it stands now."""
     with server(as_json=as_json) as remote:
-        _show(remote.call("GET", f"{_JOBS}/{job_id}"), as_json=as_json)
+        _show(remote.call("GET", f"{JOBS}/{job_id}"), as_json=as_json)
 
 
 @app.command()
 def events(
     job_id: JobId,
-    follow: Annotated[bool, typer.Option("--follow", help="Go on until the job has ended.")] = False,
+    is_followed: Annotated[bool, typer.Option("--follow", help="Go on until the job has ended.")] = False,
     report_to: Annotated[
         str, typer.Option(help="Write the curves for tensorboard, wandb or mlflow, comma-separated, on this machine.")
     ] = "",
@@ -127,12 +123,16 @@ def events(
 ) -> None:
     """What was told of a job, oldest first. With --json each event is a line."""
     with server(as_json=as_json) as remote, _figures_in(report_dir, words_of(report_to), remote, job_id) as figures:
-        if follow:
-            _follow(remote, job_id, as_json=as_json, figures=figures)
-            return
-        for event in _events(remote, job_id, after=0):
-            _tell(event, as_json=as_json)
+
+        def tell(job: dict[str, Any], event: dict[str, Any]) -> None:
+            _tell(job, event, as_json=as_json)
             figures(event)
+
+        if is_followed:
+            follow(remote, job_id, tell)
+            return
+        for event in events_behind(remote, job_id, 0):
+            tell({}, event)
 
 
 @contextmanager
@@ -143,7 +143,6 @@ def _figures_in(
     if not names:
         yield lambda _: None
         return
-    from manylora.errors import InvalidRequest
     from manylora.lifecycle.parameters import renamed
     from manylora.lifecycle.progress import Progress
     from manylora.lifecycle.trackers import check_trackers, tracked
@@ -152,7 +151,7 @@ def _figures_in(
         check_trackers(names)
     except InvalidRequest as error:
         fail(renamed(error.message, {"report_to": "--report-to"}), USAGE)
-    job = remote.call("GET", f"{_JOBS}/{job_id}")
+    job = remote.call("GET", f"{JOBS}/{job_id}")
     settings = {"job": job_id, "model": job["model"], "seed": job["seed"], **job["hyperparameters"]}
     with tracked(names, folder, job["manylora"]["name"], settings, _warn) as listen:
 
@@ -190,95 +189,19 @@ def resume(job_id: JobId, as_json: AsJson = False) -> None:
 
 def _change(job_id: str, action: str, *, as_json: bool) -> None:
     with server(as_json=as_json) as remote:
-        _show(remote.call("POST", f"{_JOBS}/{job_id}/{action}"), as_json=as_json)
+        _show(remote.call("POST", f"{JOBS}/{job_id}/{action}"), as_json=as_json)
 
 
-def _given(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _base(remote: Remote) -> str:
-    """What the server calls its base: the model that has no parent."""
-    models = remote.call("GET", "/v1/models")["data"]
-    return str(next(model["id"] for model in models if not model.get("parent")))
-
-
-def _parts(path: Path) -> list[Path]:
-    from manylora.errors import InvalidRequest
-    from manylora.lifecycle.data.folders import parts_of
+def _uploaded(remote: Remote, data: Path, held_out: Path | None) -> tuple[str, str | None]:
+    from manylora.lifecycle.data.upload import upload_data
 
     try:
-        return parts_of(path)
+        return upload_data(remote, data, held_out)
     except InvalidRequest as error:
         fail(error.message, USAGE)
 
 
-def _uploaded(remote: Remote, path: Path) -> str:
-    with _as_one_file(path) as file:
-        name = path.name if _parts(path) == [path] and path.suffix != _ARROW else f"{path.stem}.jsonl"
-        made = remote.call("POST", "/v1/files", data={"purpose": "fine-tune"}, files={"file": (name, file)})
-    return str(made["id"])
-
-
-@contextmanager
-def _as_one_file(path: Path) -> Iterator[IO[bytes]]:
-    """The file; of a folder, and of Arrow's files, which servers do not take from strangers, the rows as JSON lines."""
-    from manylora.errors import InvalidRequest
-    from manylora.lifecycle.data.files import AS_IT_IS, rows_of
-
-    if _parts(path) == [path] and path.suffix != _ARROW:
-        with path.open("rb") as file:
-            yield file
-        return
-    with tempfile.TemporaryFile() as file:
-        try:
-            for _, row in rows_of(path, AS_IT_IS):
-                file.write(json.dumps(row, ensure_ascii=False, default=str).encode() + b"\n")
-        except InvalidRequest as error:
-            fail(error.message, USAGE)
-        file.seek(0)
-        yield file
-
-
-def _events(remote: Remote, job_id: str, *, after: int) -> list[dict[str, Any]]:
-    """The events behind number `after`, oldest first."""
-    return list(reversed(list(_newest(remote, job_id, after))))
-
-
-def _newest(remote: Remote, job_id: str, until: int) -> Iterator[dict[str, Any]]:
-    params: dict[str, Any] = {"limit": _PAGE}
-    while True:
-        page = remote.call("GET", f"{_JOBS}/{job_id}/events", params=params)
-        for event in page["data"]:
-            if _number(event) <= until:
-                return
-            yield event
-        if not page["has_more"]:
-            return
-        params["after"] = page["last_id"]
-
-
-def _number(event: dict[str, Any]) -> int:
-    return int(event["id"].rpartition("-")[2])
-
-
-def _follow(
-    remote: Remote, job_id: str, *, as_json: bool, figures: Callable[[dict[str, Any]], None] = lambda _: None
-) -> dict[str, Any]:
-    """Tell what happens until the job has ended; the job. `figures` takes each event, too."""
-    seen = 0
-    while True:
-        job: dict[str, Any] = remote.call("GET", f"{_JOBS}/{job_id}")  # before its events: the last one is not missed
-        for event in _events(remote, job_id, after=seen):
-            _tell(event, as_json=as_json)
-            figures(event)
-            seen = _number(event)
-        if job["status"] in _ENDED:
-            return job
-        time.sleep(_EVERY_S)
-
-
-def _tell(event: dict[str, Any], *, as_json: bool) -> None:
+def _tell(_: dict[str, Any], event: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         sys.stdout.write(json.dumps(event) + "\n")  # a line each, as they come
         sys.stdout.flush()

@@ -13,6 +13,7 @@ import typer
 
 from manylora.cli.answers import NOT_PROMOTED, next_steps
 from manylora.cli.flags import Flags, Spelling, settings_from, words_of
+from manylora.cli.remote_training import train_on, typed_options
 from manylora.cli.tables import print_ranks, print_scores, print_seen
 from manylora.cli.terminal import INTERRUPTED, command, console, errors, progress, stop_on_interrupt
 from manylora.cli.weights import compress, extract, inspect, merge
@@ -25,7 +26,14 @@ if TYPE_CHECKING:
     from manylora.lifecycle.recipes.cases import Case
 
 _Name = Annotated[str, typer.Option(help="Upload it under this name when it is done.")]
-_Server = Annotated[str, typer.Option(help="Server to publish to.", envvar="MANYLORA_URL")]
+_Server = Annotated[
+    str,
+    typer.Option(
+        help="Typed without --publish: train there, as a job of that server. With --publish: the server to upload to.",
+        envvar="MANYLORA_URL",
+    ),
+]
+_JobName = Annotated[str, typer.Option(help="With --server: the adapter whose next version comes out.")]
 _Activate = Annotated[
     bool | None,
     typer.Option(
@@ -39,11 +47,12 @@ _SettingsFile = Annotated[
         "--config", callback=settings_from, is_eager=True, help="These flags in a .toml file; typed ones win."
     ),
 ]
-_Key = Annotated[str, typer.Option(envvar="MANYLORA_KEY", help="API key for --publish.")]
+_Key = Annotated[str, typer.Option(envvar="MANYLORA_KEY", help="API key for --server.")]
 
 _TRAINING = Flags(
     TrainConfig,
     spelled={
+        "out": Spelling(help="Folder for the adapter; needed but with --server", read=Path, default=""),
         "eval_data": Spelling("--eval"),
         "test_data": Spelling("--test"),
         "base": Spelling("--model"),
@@ -195,9 +204,11 @@ def _ship(
 @_TRAINING.command
 def train(
     config: TrainConfig,
+    context: typer.Context,
     publish: _Name = "",
     server: _Server = "http://127.0.0.1:8000",
     key: _Key = "",
+    name: _JobName = "",
     resume: Annotated[bool, typer.Option(help="Go on where an interrupted training stopped.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace --out.")] = False,
     activate: _Activate = None,
@@ -209,6 +220,11 @@ def train(
     from manylora.client.server import connect
     from manylora.lifecycle.train.train import train as run
 
+    typed = typed_options(context)
+    if "server" in typed and not publish:
+        train_on(server, key, config, typed, name=name, activate=activate, rendered=_TRAINING.rendered)
+        return
+    _check_trains_here(typed)
     if preview:
         _preview(config, preview)
         return
@@ -225,6 +241,13 @@ def train(
     print(f"{config.out}: {result.report['steps']} steps, {result.report['size_bytes'] / 1e6:.2f} MB")
     if publish:
         _publish(config, publish, server, key, activate=activate)
+
+
+def _check_trains_here(typed: frozenset[str]) -> None:
+    if "out" not in typed:
+        raise typer.BadParameter("it is needed to train here.", param_hint="'--out'")
+    if "name" in typed:
+        raise InvalidRequest("`name` is of a training on a `server`: a folder that is uploaded is named by `publish`.")
 
 
 def _preview(config: TrainConfig, count: int) -> None:

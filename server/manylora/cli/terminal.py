@@ -159,7 +159,7 @@ class _Lines:
 
 
 def _figures(values: dict[str, float]) -> str:
-    from manylora.lifecycle.train.training import in_words
+    from manylora.lifecycle.progress import in_words
 
     parts = [f"{name} {value:.4f}" for name, value in values.items() if name != "remaining_s"]
     if values.get("remaining_s"):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from manylora.client.server import Server
+from manylora.client.server import Caller, Server
 from manylora.errors import InvalidRequest, ManyloraError
 from manylora.identity import BROUGHT_FILES
 
@@ -25,13 +25,16 @@ __all__ = [
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
-def check_name(server: Server, name: str) -> None:
-    """Raises before any work for what would make `publish` fail after it: a bad name, a wrong key."""
+def check_name(server: Server, name: str, *, called: str = "publish") -> None:
+    """Raises before any work for what would make a publication fail after it: a bad name, a wrong key.
+
+    `called` is the parameter that has the name.
+    """
     if not _NAME.fullmatch(name):
         raise InvalidRequest(
-            f"`publish`: {name!r} is no adapter's name: up to 64 of a-z, 0-9, dot, dash and underscore, starting "
+            f"`{called}`: {name!r} is no adapter's name: up to 64 of a-z, 0-9, dot, dash and underscore, starting "
             "with a letter or digit.",
-            param="publish",
+            param=called,
         )
     check_may_manage(server)
 
@@ -104,7 +107,7 @@ def promote(server: Server, adapter: str, *, instead_of: str | None = None) -> N
     server.call("PATCH", f"/v1/adapters/{name}", json=body)
 
 
-def served_base(server: Server) -> str:
+def served_base(server: Caller) -> str:
     """The name under which the server serves its bare base: the model that has no parent."""
     models: list[dict[str, Any]] = server.call("GET", "/v1/models")["data"]
     for model in models:

@@ -8,18 +8,25 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import httpx
 
 from manylora.errors import InvalidRequest, ManyloraError, quoted
 
-__all__ = ["BrokenOff", "Refused", "Server", "Unreachable", "connect"]
+__all__ = ["BrokenOff", "Caller", "Refused", "Server", "Unreachable", "connect"]
 
 _TIMEOUT: Final = httpx.Timeout(10.0, read=600.0, write=600.0)  # an upload is answered once it was validated
 _REVISION_HEADER: Final = "x-manylora-revision"
 _ATTEMPTS: Final = 20
 _LONGEST_WAIT_S: Final = 30.0  # a longer Retry-After is a quota, not a busy moment
+
+
+class Caller(Protocol):
+    """Whoever has requests answered: a `Server`, or what ends a command where the answer is no success."""
+
+    def call(self, method: str, path: str, **request: Any) -> Any:
+        """The JSON of a good answer, None for an empty one."""
 
 
 class Unreachable(ManyloraError):

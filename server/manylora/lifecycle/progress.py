@@ -29,3 +29,10 @@ Listener = Callable[[Progress], None]
 
 def ignore(_: Progress) -> None:
     """The listener of someone who does not care."""
+
+
+def in_words(seconds: float) -> str:
+    """`90` as "1.5 min"."""
+    if seconds < 60:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

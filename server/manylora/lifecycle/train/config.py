@@ -59,6 +59,10 @@ class Schedule:
     seed: Annotated[int, "Decides the order of the rows, the first weights and the dropout"] = 0
 
 
+JOB_LR: Final[Mapping[Method, float]] = {"supervised": Schedule().lr, "dpo": Schedule().lr * 0.1}
+"""What a fine-tuning job's `learning_rate_multiplier` multiplies: preferences move a model more than answers."""
+
+
 @dataclass(frozen=True, slots=True)
 class TrainConfig:
     """Everything that decides the result; its JSON is kept in the report."""

@@ -13,7 +13,7 @@ from manylora.errors import ManyloraError
 from manylora.lifecycle.base import Base
 from manylora.lifecycle.data.batches import epoch_order, sorted_batches
 from manylora.lifecycle.data.encoding import Encoded
-from manylora.lifecycle.progress import Listener, Progress
+from manylora.lifecycle.progress import Listener, Progress, in_words
 from manylora.lifecycle.train.config import Schedule
 from manylora.lifecycle.train.objectives import Answers, Objective
 
@@ -286,10 +286,3 @@ def _groups(parameters: Mapping[str, nn.Parameter], schedule: Schedule) -> list[
         decay = schedule.weight_decay if ".lora_A." in name or ".lora_B." in name else 0.0
         groups.setdefault((ratio, decay), []).append(parameter)
     return [{"params": own, "ratio": ratio, "weight_decay": decay} for (ratio, decay), own in groups.items()]
-
-
-def in_words(seconds: float) -> str:
-    """`90` as "1.5 min"."""
-    if seconds < 60:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
