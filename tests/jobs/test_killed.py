@@ -1,7 +1,7 @@
-"""SIGKILL of the server, of its worker, of both and of the process that trains, at each phase of a job.
+"""SIGKILL of the server, of its worker, of both and of the processes that train and judge, at each phase of a job.
 
 Afterwards the next one goes on: the job ends with one version, which has the bytes of a job that nobody disturbed, is
-active as was asked for, and is paid for once.
+active as was asked for, and is paid for once. A version that is to be better is judged and promoted once.
 """
 
 import hashlib
@@ -20,10 +20,10 @@ from sqlalchemy import select, update
 from manylora.catalog.base_signature import signature_of
 from manylora.catalog.store import open_store
 from manylora.database.database import Database, open_database
-from manylora.database.tables import AdapterRow, FileRow, JobRow, TrainingUsageRow, VersionRow
+from manylora.database.tables import AdapterRow, ChangeRow, FileRow, JobRow, TrainingUsageRow, VersionRow
 from manylora.identity import SERVER, TENSOR_FILE
 from manylora.jobs.board import Board, NewJob
-from manylora.jobs.order import Order
+from manylora.jobs.order import Activate, Order
 from manylora.jobs.records import Job
 from manylora.lifecycle.train.config import LoraShape, Schedule
 from manylora.models.offered import modules_of
@@ -62,6 +62,16 @@ PUBLISHING = {
     "in the transaction": hook("jobs.queue:JobQueue.succeed", "after"),
     "it is a version": hook("catalog.registry:Registry.publish", "after"),
 }
+JUDGING = {
+    "it is to be judged": hook("jobs.queue:JobQueue.claim_result", "after", "status='judging'"),
+    "its rows are fetched": hook("jobs.judge:Judge._verdict", "before"),
+    "the judge has begun": hook("jobs.judge_process:_judged", "before") | {"in": "judge"},
+    "it asks": hook("lifecycle.evaluate.contenders:ServerContenders.answers", "after") | {"in": "judge"},
+    "it is better": hook("lifecycle.evaluate.command:promote", "before") | {"in": "judge"},
+    "it is promoted": hook("lifecycle.evaluate.command:promote", "after") | {"in": "judge"},
+    "the verdict is known": hook("jobs.queue:JobQueue.judged", "before"),
+    "which is written down": hook("jobs.queue:JobQueue.judged", "after"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -73,16 +83,17 @@ def settings(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def opened(settings: Settings) -> Iterator[Database]:
     opened = open_database(settings.resolved_database_url)
     store = open_store(settings.resolved_store_url, settings.data_dir / "cache")
-    rows = write_rows(settings.data_dir / "rows.jsonl", label_rows())
-    store.keep_file("files/file-1", rows)
+    for file_id, chosen in (("file-1", label_rows()), ("file-2", label_rows()[::2])):
+        rows = write_rows(settings.data_dir / "rows.jsonl", chosen)
+        store.keep_file(f"files/{file_id}", rows)
+        file = FileRow(
+            id=file_id, tenant="public", filename="rows.jsonl", purpose="fine-tune", is_whole=True, created=1,
+            expires=None, size_bytes=rows.stat().st_size, sha256=hashlib.sha256(rows.read_bytes()).hexdigest(),
+            facts={"num_rows": len(chosen), "shape": "label", "labels": ["fruit", "tool"]},
+        )  # fmt: skip
+        with opened.write(None) as session:
+            session.add(file)
     store.close()
-    file = FileRow(
-        id="file-1", tenant="public", filename="rows.jsonl", purpose="fine-tune", is_whole=True, created=1,
-        expires=None, size_bytes=rows.stat().st_size, sha256=hashlib.sha256(rows.read_bytes()).hexdigest(),
-        facts={"num_rows": 32, "shape": "label", "labels": ["fruit", "tool"]},
-    )  # fmt: skip
-    with opened.write(None) as session:
-        session.add(file)
     yield opened
     opened.close()
 
@@ -114,11 +125,26 @@ def lives(settings: Settings, opened: Database) -> Iterator[Lives]:
         process.stdin.close()
 
 
-def submitted(settings: Settings, opened: Database, name: str) -> Job:
+def submitted(settings: Settings, opened: Database, name: str, *, is_judged: bool = False) -> Job:
     said: dict[str, Any] = {"model": "tiny", "suffix": None, "metadata": {}}
     base = signature_of(modules_of(settings.model)).value
-    new = NewJob("public", base, ORDER, "file-1", None, name, "always", None, 0.0, said, SERVER)
+    activate: Activate = "if_better" if is_judged else "always"
+    held_out, metric = ("file-2", "accuracy") if is_judged else (None, None)
+    new = NewJob("public", base, ORDER, "file-1", held_out, name, activate, metric, 0.0, said, SERVER)
     return Board(opened).submit(new)
+
+
+def judged_once(settings: Settings, opened: Database, job: Job) -> None:
+    """The job's version was found better, said so once and made active by one change."""
+    published(settings, opened, job)
+    promotion = Board(opened).get("public", job.id).result["promotion"]
+    events = Board(opened).events("public", job.id, 1000, None)[0]
+    verdicts = [event.message for event in events if "promoted" in event.message or "active version" in event.message]
+    assert (promotion["promoted"], verdicts) == (True, [promotion["said"]])
+    with opened.read() as session:
+        changes = select(ChangeRow.to_version).where(ChangeRow.name == job.request["name"], ChangeRow.to_version > 0)
+        assert list(session.execute(changes).scalars()) == [1]
+    assert list((settings.data_dir / "judged").iterdir()) == []
 
 
 def later(opened: Database) -> None:
@@ -201,3 +227,22 @@ def test_the_process_that_trains_is_killed(
     assert lives.run(*dies) == ENDED
     assert len(list(tmp_path.iterdir())) == len(dies)
     assert published(settings, opened, job) == undisturbed
+
+
+def test_who_judges_is_killed(settings: Settings, opened: Database, lives: Lives, tmp_path: Path) -> None:
+    job = submitted(settings, opened, "judge", is_judged=True)
+    moments = {moment: JUDGING[moment] for moment in ("it asks", "it is promoted")}
+    dies = [{**hook, "kills": ["judge"], "once": str(tmp_path / moment)} for moment, hook in moments.items()]
+    assert lives.run(*dies) == ENDED
+    assert len(list(tmp_path.iterdir())) == len(dies)
+    judged_once(settings, opened, job)
+
+
+def test_the_server_is_killed_while_it_judges(settings: Settings, opened: Database, lives: Lives) -> None:
+    job = submitted(settings, opened, "judged", is_judged=True)
+    for moment, hook in JUDGING.items():
+        victims = ["server", "judge"] if moment in ("it asks", "it is promoted") else ["server"]
+        assert lives.run({**hook, "kills": victims}) == -signal.SIGKILL, moment
+        later(opened)
+    assert lives.run() == ENDED
+    judged_once(settings, opened, job)
