@@ -27,7 +27,7 @@ from manylora.models.modules import adaptable_modules, is_plain
 from manylora.models.text_part import put_aside
 from manylora.settings import Settings
 from tests.engine.oracle import NEAR_TIE
-from tests.models.zoo import NOT_ADAPTED, Unbuildable, make_zoo_model, what_runs
+from tests.models.zoo import NO_EXPERTS, NOT_ADAPTED, Unbuildable, make_zoo_model, what_runs
 from tests.tiny_adapters import make_adapter
 
 LENGTHS = (5, 27, 90)
@@ -115,7 +115,8 @@ def answer_all(
 
 def make_adapters(folder: Path) -> dict[str, Path]:
     """Adapters written by PEFT for the model in `folder`, beside it: `linear` on every linear, `ends` on the embedding
-    and the head. Without those that PEFT cannot make: it knows no linears with a forward of their own, and no Mamba.
+    and the head, `experts` on the parameters of a mixture's experts and routers. Without those that PEFT cannot make:
+    it knows no linears with a forward of their own, and no Mamba.
     """
     try:
         model = auto_of(folder).from_pretrained(folder)
@@ -146,7 +147,35 @@ def make_adapters(folder: Path) -> dict[str, Path]:
             if not json.loads((target / "adapter_config.json").read_text()).get("target_parameters"):
                 found[name] = target
                 break
+    parameters = expert_parameters(model)
+    has_experts = any(path.endswith("experts") for path, _ in model.named_modules())
+    assert bool(parameters) == has_experts or model.config.model_type in NO_EXPERTS, (
+        "which parameters are its experts'?"
+    )
+    if parameters:
+        target = folder.with_name("experts")
+        make_adapter(folder, target, rank=2, seed=2, targets=[], target_parameters=parameters, auto=auto_of(folder))
+        found["experts"] = target
     return found
+
+
+def expert_parameters(model: Any) -> list[str]:
+    """What of a mixture an adapter's `target_parameters` can name: experts' weights and the routers beside them."""
+    stacked = [
+        name
+        for path, module in model.named_modules()
+        for name, weight in module.named_parameters(path, recurse=False)
+        if weight.dim() == 3 and len(weight) > 3 and not isinstance(module, torch.nn.Conv1d)
+    ]
+    owners = {name.rpartition(".")[0].rpartition(".")[0]: len(model.get_parameter(name)) for name in stacked}
+    routers = [
+        f"{owner}.{name}.weight"
+        for owner, count in owners.items()
+        for name, module in model.get_submodule(owner).named_children()
+        for weight in [getattr(module, "weight", None)]
+        if weight is not None and weight.dim() == 2 and len(weight) == count
+    ]
+    return [*stacked, *routers]
 
 
 def auto_of(folder: Path) -> Any:

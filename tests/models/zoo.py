@@ -184,6 +184,9 @@ _SPECIAL: Mapping[str, Mapping[str, Any]] = {
 # Linears that a type's own code runs on other rows than a step's, too: adapters on them are refused by name.
 NOT_ADAPTED: Mapping[str, tuple[str, ...]] = {"zaya": ("v_proj_delayed",)}
 
+# Mixtures on whose experts PEFT's own adapters do not run: another module reads the weights.
+NO_EXPERTS = ("dbrx",)
+
 
 # Families whose whole does not run in transformers, a text alone neither; what is compared with is their text part.
 TEXT_ALONE = ("llama4",)

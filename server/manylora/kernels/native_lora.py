@@ -105,7 +105,8 @@ class NativePlan(LoraPlan):
     ) -> None:
         owner, used, pair_rows = self.rows, self._used, rows.numpy()
         tables = expert_tables(self.tables[site][torch.from_numpy(used)], len(bounds))
-        slots = np.full(int(pair_rows.max()) + 1, -1, dtype=np.int32)
+        num_rows = max(int(each.max()) for each in (pair_rows, owner.host_order) if each.size) + 1
+        slots = np.full(num_rows, -1, dtype=np.int32)
         slots[owner.host_order] = np.repeat(np.searchsorted(used, owner.slots), np.diff(owner.starts))
         _add_pairs_(out, x, slots[pair_rows], bounds, tables)
         for parts, mine in mixed_segments(owner.mixes) if owner.mixes is not None else ():

@@ -6,54 +6,79 @@ are grouped by expert, and each that is chosen is one product over its rows, by 
 them; where it has none, a step in which no adapter touches them runs the model's own code.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedModel
 
 from manylora.kernels.batch import ForwardContext
 from manylora.kernels.interface import LoraPlan, SiteGroup
 from manylora.kernels.matmul import BaseMatmul, MatmulFactory
 from manylora.lora.format.spec import ModuleSpec
-from manylora.models.modules import is_linear, is_plain
 
-__all__ = ["AdaptedExperts", "AdaptedRouter", "adaptable_experts", "containers", "is_router_served"]
+__all__ = [
+    "AdaptedExperts",
+    "AdaptedRouter",
+    "InterfaceHolder",
+    "StackedLinear",
+    "agree",
+    "is_router_served",
+    "plan_of",
+    "spec_of",
+]
 
 _MARKS = ("num_experts", "has_gate", "is_transposed", "has_bias", "has_post_expert_norm")
 
 
-def containers(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
-    """The modules that hold a layer's experts behind transformers' interface, by path."""
-    for path, module in model.named_modules():
-        parameters = dict(module.named_parameters(recurse=False))
-        if all(hasattr(module, mark) for mark in _MARKS) and _first(module) in parameters and "down_proj" in parameters:
-            yield path, module
+@dataclass(frozen=True)
+class InterfaceHolder:
+    """A module that holds a layer's experts behind transformers' interface, in an untouched model."""
+
+    path: str
+    base: Any
+
+    @classmethod
+    def of(cls, path: str, module: nn.Module, _owner: nn.Module) -> Self | None:
+        names = {name for name, _ in module.named_parameters(recurse=False)}
+        if all(hasattr(module, mark) for mark in _MARKS) and {_first(module), "down_proj"} <= names:
+            return cls(path, module)
+        return None
+
+    @property
+    def num_experts(self) -> int:
+        return int(self.base.num_experts)
+
+    def specs(self) -> Iterator[ModuleSpec]:
+        """The parameters that adapters may touch, in the order in which the module has them."""
+        for name, weight in self.base.named_parameters(recurse=False):
+            if name in (_first(self.base), "down_proj"):
+                yield spec_of(f"{self.path}.{name}", weight, is_turned=self.base.is_transposed)
+
+    def replacement(self, sites: Mapping[str, int], context: ForwardContext) -> "AdaptedExperts":
+        return AdaptedExperts(self.base, sites, context)
+
+    def agrees(self, tolerance: float) -> bool:
+        """Whether the base's own code computes the same of random rows, within a share of their size."""
+        base, ours = self.base, self.replacement({}, ForwardContext())
+        weight = getattr(base, _first(base))
+        random = torch.Generator().manual_seed(0)
+        hidden = torch.randn(6, next(self.specs()).in_features, generator=random)
+        chosen = torch.stack([torch.randperm(base.num_experts, generator=random)[:2] for _ in hidden])
+        weights = torch.rand(chosen.shape, generator=random)
+        given = (hidden.to(weight), chosen.to(weight.device), weights.to(weight))
+        return agree(lambda: base(*given), lambda: ours.compute(*given, None), tolerance)
 
 
-def adaptable_experts(model: PreTrainedModel) -> dict[str, ModuleSpec]:
-    """Every parameter of experts, and the router beside them, of an untouched model (a meta-device one will do).
-
-    In the order in which PEFT goes through them, by path; an adapter names them in `target_parameters`.
-    """
-    found: dict[str, ModuleSpec] = {}
-    for path, experts in containers(model):
-        owner = path.rpartition(".")[0]
-        for name, module in model.get_submodule(owner).named_children():
-            if _is_router(module, experts.num_experts):
-                router = f"{owner}.{name}"
-                found[router] = ModuleSpec(router, "linear", *_widths(module), is_parameter=True)
-        for name, weight in experts.named_parameters(recurse=False):
-            if name in (_first(experts), "down_proj"):
-                inside, outside = _sizes(experts, weight)
-                whole = f"{path}.{name}"
-                found[whole] = ModuleSpec(
-                    whole, "experts", inside, outside, is_parameter=True, num_experts=int(weight.shape[0])
-                )
-    return found
+def spec_of(path: str, weight: torch.Tensor, *, is_turned: bool, is_swapped: bool = False) -> ModuleSpec:
+    """Of one parameter of experts, [experts, out, in] or with `is_turned` [experts, in, out]."""
+    count, one, other = weight.shape
+    inside, outside = (one, other) if is_turned else (other, one)
+    return ModuleSpec(path, "experts", inside, outside, is_parameter=True, num_experts=count, has_swapped_ab=is_swapped)
 
 
 def _first(experts: Any) -> str:
@@ -61,63 +86,85 @@ def _first(experts: Any) -> str:
     return "gate_up_proj" if experts.has_gate else "up_proj"
 
 
-def _sizes(experts: Any, weight: torch.Tensor) -> tuple[int, int]:
-    """(in, out) of each expert."""
-    one, other = int(weight.shape[1]), int(weight.shape[2])
-    return (one, other) if experts.is_transposed else (other, one)
+class StackedLinear:
+    """One parameter of a layer's experts, [experts, out, in] or with `is_turned` [experts, in, out]: a product for each
+    expert over its own rows, with low-rank deltas.
 
+    `biases`: the name of the parameter that has them, [experts, out]. `site`: None where no adapter may touch it.
+    """
 
-def _widths(router: Any) -> tuple[int, int]:
-    """(in, experts) of a router."""
-    return int(router.weight.shape[1]), int(router.weight.shape[0])
+    def __init__(
+        self, base: nn.Module, name: str, site: int | None, *, is_turned: bool = False, biases: str | None = None
+    ) -> None:
+        self.site = site
+        self._base = base
+        self._name = name
+        self._is_turned = is_turned
+        self._biases = biases
+        self._products: list[BaseMatmul] | None = None
 
+    @property
+    def is_taken_over(self) -> bool:
+        return self._products is not None
 
-def _is_router(module: nn.Module, num_experts: int) -> bool:
-    """Whether a module chooses experts by a weight of its own: a row for each of them."""
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, nn.Parameter) or weight.dim() != 2 or weight.shape[0] != num_experts:
-        return False
-    return not is_linear(module) or not is_plain(module)
+    def take_over(self, make: MatmulFactory) -> None:
+        """Bring each expert's weights into the form that a backend multiplies by, and leave out the model's own."""
+        self._products = [
+            make(weight.detach(), None if bias is None else bias.detach()) for weight, bias in self._each()
+        ]
+        setattr(self._base, self._name, None)
+
+    def multiplied(self, x: torch.Tensor, rows: torch.Tensor, bounds: list[int], plan: LoraPlan | None) -> torch.Tensor:
+        """[P, out] of [P, in], which stand in the order of their experts; the last of each ends at `bounds`.
+
+        `rows` int64 [P]: the row of the step of each, by which a plan's adapters are found.
+        """
+        products = self._products or [partial(functional.linear, weight=w, bias=bias) for w, bias in self._each()]
+        ends = zip(products, (0, *bounds), bounds, strict=False)
+        out = torch.cat([product(x[begin:end]) for product, begin, end in ends if begin < end])
+        if plan is not None and self.site is not None and plan.rows.touches((self.site,)):
+            plan.add_experts_(out, x, rows, bounds, self.site)
+        return out
+
+    def _each(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Each expert's weight [out, in] and bias."""
+        weights = getattr(self._base, self._name)
+        biases = [None] * len(weights) if self._biases is None else getattr(self._base, self._biases)
+        for weight, bias in zip(weights, biases, strict=True):
+            yield weight.T if self._is_turned else weight, bias
 
 
 class AdaptedExperts(nn.Module):
-    """A layer's experts, with low-rank deltas on what each of them multiplies by."""
+    """A layer's experts behind transformers' interface, with low-rank deltas on what each of them multiplies by."""
 
     def __init__(self, base: Any, sites: Mapping[str, int], context: ForwardContext) -> None:
         super().__init__()
         self.base = base
-        self._first = _first(base)
-        self._sites = sites
         self._context = context
-        self._products: dict[str, list[BaseMatmul]] = {}
+        self._first, self._last = (
+            StackedLinear(
+                base,
+                name,
+                sites.get(name),
+                is_turned=base.is_transposed,
+                biases=f"{name}_bias" if base.has_bias else None,
+            )
+            for name in (_first(base), "down_proj")
+        )
 
     def take_over(self, make: MatmulFactory) -> None:
-        """Bring each expert's weights into the form that a backend multiplies by, and leave out the model's own."""
-        for name in (self._first, "down_proj"):
-            weights = getattr(self.base, name)
-            biases = getattr(self.base, f"{name}_bias") if self.base.has_bias else [None] * len(weights)
-            self._products[name] = [
-                make(
-                    (weight.T if self.base.is_transposed else weight).detach(), None if bias is None else bias.detach()
-                )
-                for weight, bias in zip(weights, biases, strict=True)
-            ]
-            setattr(self.base, name, None)
+        """Multiply by what a backend makes of the weights."""
+        for each in (self._first, self._last):
+            each.take_over(make)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """[T, hidden] of [T, hidden], the numbers of the experts chosen and their weights, [T, k] each."""
-        batch = self._context.current()
-        plan = batch.lora
-        is_touched = plan is not None and plan.rows.touches(self._sites.values())
-        if not is_touched and self._products:
-            return self.compute(hidden_states, top_k_index, top_k_weights, None)
-        if plan is None or not is_touched:
+        plan = plan_of(self._context, (self._first, self._last), hidden_states.shape[0])
+        if plan is None and not self._first.is_taken_over:
             own: torch.Tensor = self.base(hidden_states, top_k_index, top_k_weights)
             return own
-        if hidden_states.shape[0] != batch.token_ids.shape[0]:
-            raise RuntimeError(f"experts run on {hidden_states.shape[0]} rows in a step of {batch.token_ids.shape[0]}")
         return self.compute(hidden_states, top_k_index, top_k_weights, plan)
 
     def compute(
@@ -128,16 +175,9 @@ class AdaptedExperts(nn.Module):
         experts, order = torch.sort(chosen.reshape(-1), stable=True)
         rows = order // most
         bounds = torch.bincount(experts, minlength=base.num_experts).cumsum(0).tolist()
-
-        def product(x: torch.Tensor, name: str) -> torch.Tensor:
-            out = self._by_expert(x, name, bounds)
-            if plan is not None and plan.rows.touches((self._sites[name],)):
-                plan.add_experts_(out, x, rows, bounds, self._sites[name])
-            return out
-
-        inner = product(hidden[rows], self._first)
+        inner = self._first.multiplied(hidden[rows], rows, bounds, plan)
         inner = base._apply_gate(inner) if base.has_gate else base.act_fn(inner)
-        found = product(inner, "down_proj")
+        found = self._last.multiplied(inner, rows, bounds, plan)
         if base.has_post_expert_norm:
             found = base.post_expert_norm(found)
         found = found * weights.reshape(-1)[order, None]
@@ -145,37 +185,28 @@ class AdaptedExperts(nn.Module):
         in_order[order] = found
         return in_order.view(count, most, -1).sum(dim=1).to(hidden.dtype)
 
-    def _by_expert(self, x: torch.Tensor, name: str, bounds: list[int]) -> torch.Tensor:
-        products = self._products.get(name)
-        if products is not None:
-            ends = zip(products, (0, *bounds), bounds, strict=False)
-            return torch.cat([product(x[begin:end]) for product, begin, end in ends if begin < end])
-        weights = getattr(self.base, name)
-        biases = getattr(self.base, f"{name}_bias") if self.base.has_bias else None
-        out = x.new_empty(x.shape[0], weights.shape[2 if self.base.is_transposed else 1])
-        begin = 0
-        for expert, end in enumerate(bounds):
-            if begin < end:
-                weight = weights[expert].T if self.base.is_transposed else weights[expert]
-                bias = None if biases is None else biases[expert]
-                out[begin:end] = functional.linear(x[begin:end], weight, bias)
-            begin = end
-        return out
 
-    def agrees(self, tolerance: float) -> bool:
-        """Whether the base's own code computes the same of random rows, within a share of their size."""
-        base = self.base
-        weight = getattr(base, self._first)
-        random = torch.Generator().manual_seed(0)
-        hidden = torch.randn(6, _sizes(base, weight)[0], generator=random)
-        chosen = torch.stack([torch.randperm(base.num_experts, generator=random)[:2] for _ in hidden])
-        weights = torch.rand(chosen.shape, generator=random)
-        given = (hidden.to(weight), chosen.to(weight.device), weights.to(weight))
-        try:
-            wanted, found = base(*given).float(), self.compute(*given, None).float()
-        except Exception:  # noqa: BLE001 - it is called in another way
-            return False
-        return bool((found - wanted).square().mean().sqrt() <= tolerance * wanted.square().mean().sqrt())
+def plan_of(context: ForwardContext, parts: Iterable[StackedLinear], num_rows: int | None = None) -> LoraPlan | None:
+    """The step's deltas where they touch one of these; None where they do not.
+
+    `num_rows`: how many the experts are given, which have to be those of the step; None where they have been chosen.
+    """
+    batch = context.current()
+    sites = [part.site for part in parts if part.site is not None]
+    if batch.lora is None or not batch.lora.rows.touches(sites):
+        return None
+    if num_rows is not None and num_rows != batch.token_ids.shape[0]:
+        raise RuntimeError(f"experts run on {num_rows} rows in a step of {batch.token_ids.shape[0]}")
+    return batch.lora
+
+
+def agree(wanted: Callable[[], torch.Tensor], found: Callable[[], torch.Tensor], tolerance: float) -> bool:
+    """Whether two ways of computing come to the same, within a share of its size."""
+    try:
+        one, other = wanted().float(), found().float()
+    except Exception:  # noqa: BLE001 - it is called in another way
+        return False
+    return bool((other - one).square().mean().sqrt() <= tolerance * one.square().mean().sqrt())
 
 
 class AdaptedRouter(nn.Module):
@@ -231,8 +262,17 @@ class AdaptedRouter(nn.Module):
         return held(rows)
 
 
-def is_router_served(router: nn.Module, width: int) -> bool:
-    """Whether a router multiplies its weight once with all rows of a step [T, width], by `linear`."""
+def is_router_served(router: nn.Module, width: int, num_experts: int) -> bool:
+    """Whether a router multiplies its weight once with all rows of a step [T, width], by `linear`.
+
+    It is called with the rows alone or, beside them, with what is added to the scores to choose by, [num_experts].
+    """
+    assert isinstance(router.weight, torch.Tensor)
+    rows, added = torch.zeros(6, width).to(router.weight), torch.zeros(num_experts).to(router.weight)
+    return any(_multiplies_once(router, given) for given in ((rows,), (rows, added)))
+
+
+def _multiplies_once(router: nn.Module, given: tuple[torch.Tensor, ...]) -> bool:
     seen: list[int] = []
 
     def note(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -242,10 +282,10 @@ def is_router_served(router: nn.Module, width: int) -> bool:
     assert isinstance(router.weight, torch.Tensor)
     try:
         with _Multiplying(router.weight, note):
-            router(torch.zeros(6, width).to(router.weight))
+            router(*given)
     except Exception:  # noqa: BLE001 - it is called in another way
         return False
-    return seen == [6]
+    return seen == [given[0].shape[0]]
 
 
 class _Multiplying(TorchFunctionMode):

@@ -9,10 +9,10 @@ from manylora.lora.format.encoders import HeadedModules
 from manylora.lora.format.spec import ModuleSpec
 from manylora.models import checkpoint
 from manylora.models.encoder_loading import is_encoder, offered_modules
-from manylora.models.experts import adaptable_experts
 from manylora.models.heads import decoder_heads
 from manylora.models.image_loading import is_image_model, offered_image_modules
 from manylora.models.loading import resolve_model
+from manylora.models.mixtures import adaptable_experts
 from manylora.models.modules import adaptable_modules, adaptable_norms, stated_shapes, with_past
 from manylora.models.speech_loading import is_speech, offered_speech_modules
 from manylora.models.text_part import beside_text

@@ -22,7 +22,6 @@ from manylora.kernels.weights import WeightFormat
 from manylora.lora.format.reader import ModuleSpec
 from manylora.models import attention, older
 from manylora.models.backends import Backend
-from manylora.models.experts import AdaptedExperts, AdaptedRouter, adaptable_experts, containers, is_router_served
 from manylora.models.kv_cache import KVCache
 from manylora.models.linear import (
     AdaptedEmbedding,
@@ -32,6 +31,7 @@ from manylora.models.linear import (
     FusedMember,
     KeptLinear,
 )
+from manylora.models.mixtures import adapt_experts, adapt_router, served_experts
 from manylora.models.modules import (
     adaptable_modules,
     adaptable_norms,
@@ -126,12 +126,15 @@ def wrap_surveyed(
     specs = found.modules
     groups = _complete_groups(found.groups, specs)
     norms = adaptable_norms(model) if norms is None else norms
-    experts = _served_experts(model)
+    experts = served_experts(model, SAME.get(model.dtype, SAME[torch.bfloat16]))
     modules = {path: replace(specs[path], shares_input=len(group) > 1) for group in groups for path in group}
     modules = with_past(modules, found.kv_shapes if not found.keepers else []) | experts | dict(norms)
     sites = {path: site for site, path in enumerate(modules)}
     wrapped = WrappedModel(model, backend, ForwardContext(), found, modules, sites, {})
-    _adapt_experts(wrapped, experts)
+    adapt_experts(model, {path: sites[path] for path in experts}, wrapped.context, backend.experts)
+    for path, spec in [(path, spec) for path, spec in experts.items() if spec.kind == "linear"]:
+        weight = adapt_router(model, spec, sites[path], wrapped.context, backend.experts)
+        wrapped.served[path] = ServedLinear(dense(weight, None), 0, spec.out_features, spec.in_features, None)
     tied = _Tied(model)
     for path, spec in norms.items():
         norm = model.get_submodule(path)
@@ -167,47 +170,6 @@ class _Tied:
         if (weights + biases) not in self._made:
             self._made[weights + biases] = make()
         return self._made[weights + biases]
-
-
-def _served_experts(model: PreTrainedModel) -> dict[str, ModuleSpec]:
-    """Experts and routers of a mixture that are computed as transformers' interface says."""
-    found = adaptable_experts(model)
-    for path, experts in containers(model):
-        if not AdaptedExperts(experts, {}, ForwardContext()).agrees(SAME.get(model.dtype, SAME[torch.bfloat16])):
-            found = {each: spec for each, spec in found.items() if not each.startswith(f"{path}.")}
-    for path, spec in [(each, spec) for each, spec in found.items() if spec.kind == "linear"]:
-        if not is_router_served(model.get_submodule(path), spec.in_features):
-            del found[path]
-    return found
-
-
-def _adapt_experts(wrapped: WrappedModel, specs: Mapping[str, ModuleSpec]) -> None:
-    """Put ours around the experts and routers of a mixture."""
-    model = wrapped.model
-    for path, experts in list(containers(model)):
-        sites = {
-            each.rpartition(".")[2]: wrapped.sites[each]
-            for each, spec in specs.items()
-            if spec.kind == "experts" and each.rpartition(".")[0] == path
-        }
-        if sites:
-            adapted = AdaptedExperts(experts, sites, wrapped.context)
-            if wrapped.backend.experts is not None:
-                adapted.take_over(wrapped.backend.experts)
-            model.set_submodule(path, adapted)
-    for path, spec in specs.items():
-        if spec.kind == "linear":
-            router = model.get_submodule(path)
-            weight = router.weight
-            assert isinstance(weight, torch.Tensor)
-            wrapped.served[path] = ServedLinear(
-                dense(weight.detach(), None), 0, spec.out_features, spec.in_features, None
-            )
-            offsets = (0, spec.out_features)
-            group = SiteGroup(
-                wrapped.sites[path], offsets, torch.tensor(offsets, dtype=torch.int32, device=weight.device)
-            )
-            model.set_submodule(path, AdaptedRouter(router, group, wrapped.context, wrapped.backend.experts))
 
 
 def _complete_groups(groups: list[list[str]], specs: dict[str, ModuleSpec]) -> list[list[str]]:

@@ -65,7 +65,9 @@ def arranged(
         path, part = (matched["path"], matched["part"]) if matched else ("", "")
         place = _place(path, specs)
         if path in holders:
-            found[f"{_PREFIX}{holders[path]}.lora_{part}.weight"] = view
+            spec = specs[holders[path]]
+            side, ours = _swapped(spec, part, view, problems) if spec.has_swapped_ab else (part, view)
+            found[f"{_PREFIX}{spec.path}.lora_{side}.weight"] = ours
         elif place is not None:
             single[place[0]][place[1], place[2], part] = view
         elif (router := _router(path, specs)) is not None:
@@ -107,6 +109,26 @@ def _holders(settings: LoraSettings, specs: Mapping[str, ModuleSpec]) -> dict[st
         for holder, paths in adapted.items()
         for number, path in enumerate(paths)
     }
+
+
+def _swapped(spec: ModuleSpec, part: str, view: TensorView, problems: Problems) -> tuple[str, TensorView]:
+    """What PEFT has as A [experts * rank, out] is B [out, rank * experts], and the other way round."""
+    count, is_a = spec.num_experts, part == "A"
+    width = spec.out_features if is_a else spec.in_features
+    rank = (view.shape[0 if is_a else 1] if len(view.shape) == 2 else 0) // count
+    shape = (count * rank, width) if is_a else (width, rank * count)
+    if view.shape != shape or view.dtype not in _TYPES:
+        problems.add(
+            "wrong_shape",
+            f"{TENSOR_FILE}: {shown(spec.path)}",
+            f"Its {part} is {shown(view.dtype)} {shown(list(view.shape))}; of {count} experts that are kept as "
+            f"[experts, {spec.in_features}, {spec.out_features}] PEFT's A ends in {spec.out_features} and its B begins "
+            f"with {spec.in_features}.",
+        )
+        return part, view
+    whole = _bits(view).reshape((count, rank, width) if is_a else (width, rank, count))
+    turned = np.ascontiguousarray(whole.transpose(2, 1, 0))
+    return "B" if is_a else "A", TensorView(view.dtype, shape[::-1], memoryview(turned.tobytes()))
 
 
 def _place(path: str, specs: Mapping[str, ModuleSpec]) -> tuple[str, int, int] | None:

@@ -28,6 +28,7 @@ class ModuleSpec:
     parameter and not by its module (`target_parameters`): a router, or the experts of a layer, whose path ends in the
     parameter's name and whose sizes are those of each of `num_experts`. `past`: of the embedding, how many layers,
     heads and numbers of a head the keys of a token have, and its values alike; None where layers differ.
+    `has_swapped_ab`: of experts that PEFT takes to lie the other way round, so that its A is on the side of the output.
     """
 
     path: str
@@ -40,6 +41,7 @@ class ModuleSpec:
     grows: bool = False
     is_parameter: bool = False
     num_experts: int = 1
+    has_swapped_ab: bool = False
     past: tuple[int, int, int] | None = None
 
     @property
