@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from manylora.errors import InvalidAdapter
+from manylora.errors import InvalidAdapter, InvalidRequest
+from manylora.identity import CONFIG_FILE
+from manylora.lifecycle.weights.low_rank import applied, read_lora
 from manylora.lora.format.kinds import KINDS as READERS
 from manylora.lora.format.kinds import NOT_SERVED
-from manylora.lora.format.reader import read
+from manylora.lora.format.reader import read, read_trusted
 from manylora.lora.memory.packing import KeepAs
 from manylora.lora.memory.terms import (
     DenseExtent,
@@ -23,8 +25,10 @@ from manylora.lora.memory.terms import (
     PrefixExtent,
     TokenRowsExtent,
 )
+from manylora.models.wrapping import adaptable_modules
 from tests.engine.harness import BACKENDS, Rig, available_kernels, build_rig, load
 from tests.engine.oracle import check_served, with_adapter
+from tests.engine.test_async_engine import started
 from tests.peft_kinds import KINDS, METHODS, OUTCOMES, REFUSED, make_kind, outcome_of, tensors_of
 
 # Of what PEFT's own layers compute with.
@@ -147,6 +151,39 @@ def test_all_kinds_answer_together_as_in_peft(kernel: str, made: Made, tiny_llam
     assert again.keys() == adapters.keys()
 
 
+@pytest.mark.anyio
+async def test_the_probe_of_an_upload_sees_what_each_kind_does(made: Made, tiny_llama_dir: Path) -> None:
+    """Also where it acts on some tokens only, or behind some."""
+    rig = build_rig(load(tiny_llama_dir), {name: made[name] for name in SERVED}, kernel=available_kernels[-1],
+                    num_blocks=100, num_slots=128)  # fmt: skip
+    async with started(rig, tiny_llama_dir) as engine:
+        for name in SERVED:
+            effect = await engine.measure_effect(rig.refs[name], read_trusted(made[name], rig.wrapped.modules))
+            assert effect.max_abs_logit_delta > 1e-3, name
+
+
+def test_commands_on_weights_take_plain_low_rank_as_peft_has_it_and_refuse_all_others_by_name(
+    made: Made, tiny_llama_dir: Path
+) -> None:
+    """`inspect`, `compress`, `merge` and a local `evaluate`, which read adapters by one function."""
+    base = load(tiny_llama_dir)
+    refused, num_taken = {}, 0
+    for name, folder in made.items():
+        try:
+            pairs = read_lora(folder, adaptable_modules(base)).pairs
+        except (InvalidRequest, InvalidAdapter) as error:
+            refused[name] = str(error)
+            continue
+        with torch.inference_mode(), applied(base, pairs):
+            found = base(torch.tensor([PROMPT])).logits[0]
+        assert apart(found.numpy(), logits_of(tiny_llama_dir, folder, PROMPT)) < MOST, name
+        num_taken += 1
+    assert num_taken > 10
+    for name, message in refused.items():
+        config = json.loads((made[name] / CONFIG_FILE).read_text())
+        assert config["peft_type"] in message or any(key in message for key in config) or REFUSED[name] in message, name
+
+
 @pytest.mark.skipif("fused" not in BACKENDS, reason="the C++ kernels are not installed")
 def test_plain_adapters_are_the_same_to_the_last_bit_beside_every_other_kind(made: Made, tiny_llama_dir: Path) -> None:
     plain = [name for name in SERVED if SERVED[name].method == "LORA" and not SERVED[name].has_more_than_low_rank]
@@ -172,6 +209,7 @@ TERMS = [
     ("IA3", InputExtent), ("IA3", OutputExtent), ("DoRA", OutputExtent), ("LN tuning", OutputExtent),
     ("Prompt tuning", PrefixExtent), ("Prefix tuning", PrefixExtent),
 ]  # fmt: skip
+LENGTHS_AT_THE_ENDS = [("DoRA on the embedding", OutputExtent), ("DoRA on the head", OutputExtent)]
 
 
 @contextmanager
@@ -195,17 +233,18 @@ def spoiled(rig: Rig, name: str, term: type) -> Iterator[None]:
     memory._ready.pop(slot, None)
 
 
+@pytest.mark.parametrize("terms", [TERMS, LENGTHS_AT_THE_ENDS], ids=["terms", "lengths at the ends"])
 @pytest.mark.parametrize("kernel", available_kernels)
 def test_numbers_of_any_term_that_are_not_finite_stay_in_their_own_rows(
-    kernel: str, made: Made, tiny_llama_dir: Path
+    kernel: str, terms: list[tuple[str, type]], made: Made, tiny_llama_dir: Path
 ) -> None:
-    names = ["LoRA", "OFT", "BEFT", "VeRA", *dict(TERMS)]
+    names = ["LoRA", "OFT", "BEFT", "VeRA", *dict(terms)]
     rig = build_rig(load(tiny_llama_dir), {name: made[name] for name in names}, kernel=kernel, num_blocks=400,
                     max_num_batched_tokens=512)  # fmt: skip
     rig.bring_in()
     prompts: dict[str | None, list[int]] = {None: PROMPT, **dict.fromkeys(names, PROMPT)}
     clean = run(rig, prompts, max_tokens=1, tenant="clean")
-    for name, term in TERMS:
+    for name, term in terms:
         with spoiled(rig, name, term):
             beside = run(rig, prompts, max_tokens=1, tenant=f"{name} {term.__name__}")
         assert np.isnan(beside[name]).any(), (name, term)

@@ -171,7 +171,6 @@ def test_what_acts_on_prompts_is_refused_without_a_way_that_there_is_not(
     ("config", "named"),
     [
         ({"peft_type": "IA3"}, "is of the type IA3"),
-        ({"peft_type": "XLORA"}, "is of the type XLORA"),
         ({"peft_type": "LORA", "use_dora": True, "modules_to_save": ["lm_head"]}, "has use_dora, modules_to_save"),
         ({"peft_type": "LORA", "trainable_token_indices": [3]}, "has trainable_token_indices"),
         ({"peft_type": "LORA", "init_lora_weights": "pissa"}, "has init_lora_weights"),
@@ -185,6 +184,21 @@ def test_another_kind_is_refused_by_its_name_and_with_the_way_out(
     known = json.loads((folder / CONFIG_FILE).read_text())
     (folder / CONFIG_FILE).write_text(json.dumps({**known, **config}))
     with pytest.raises(InvalidRequest, match=f"plain low-rank adapters, and this one {named}.*manylora extract"):
+        read_lora(folder)
+
+
+def test_a_kind_that_is_served_nowhere_is_refused_with_what_can_be_done(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    folder = make_adapter(tiny_llama_dir, tmp_path / "a")
+    known = json.loads((folder / CONFIG_FILE).read_text())
+    (folder / CONFIG_FILE).write_text(json.dumps({**known, "peft_type": "XLORA"}))
+    with pytest.raises(InvalidRequest, match=r"is of the type XLORA\. It is not served either: .* one by one\.$"):
+        read_lora(folder)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft.*")
+def test_biases_are_refused_by_name(tiny_model_dir: ModelMaker, tmp_path: Path) -> None:
+    folder = make_adapter(tiny_model_dir("gpt2"), tmp_path / "a", targets=["c_attn"], fan_in_fan_out=True, bias="all")
+    with pytest.raises(InvalidRequest, match="and this one has bias"):
         read_lora(folder)
 
 

@@ -6,7 +6,7 @@ written has alpha = rank everywhere, so that its scale is 1.
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -92,7 +92,7 @@ def read_lora(folder: Path, modules: Mapping[str, ModuleSpec] | None = None) -> 
     return Lora(pairs, config, dtype, adapter.size_bytes)
 
 
-def _require_plain(config: Mapping[str, Any], names: Iterable[str]) -> None:
+def _require_plain(config: Mapping[str, Any], names: Collection[str]) -> None:
     """Raises InvalidRequest for a kind whose files say more than low rank, by its name.
 
     Of a model that was resized for more tokens the tensors' names alone say it.
@@ -102,12 +102,16 @@ def _require_plain(config: Mapping[str, Any], names: Iterable[str]) -> None:
     whole = next((name for name in names if name.endswith(".weight") and parse_name(name) is None), None)
     if kind == "LORA" and not more and whole is not None:
         more.append(f"the whole weight {quoted(whole.removeprefix(PREFIX))}")
+    if config.get("bias") not in (None, "none") and any(name.endswith(".bias") for name in names):
+        more.append("bias")
     if config.get("init_lora_weights") in KNOWN_PARTS:
         more.append("init_lora_weights")
     if (kind != "LORA" and kind in KINDS) or kind in NOT_SERVED or more:
         what = f"has {', '.join(more)}" if more else f"is of the type {kind}"
         is_of_prompts = kind in PROMPTS or bool(config.get("alora_invocation_tokens"))
         way_out = _OF_PROMPTS if is_of_prompts else _WAY_OUT
+        if kind in NOT_SERVED:
+            way_out = f"It is not served either: {NOT_SERVED[str(kind)]}."
         raise InvalidRequest(f"This is for plain low-rank adapters, and this one {what}. {way_out}")
 
 
