@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "chat": {"chat", "grammars.grammar"},
     "kernels": {"kernels", "lora.memory"},
     "lora": {"lora"},
-    "lifecycle": {"lifecycle", "client", "lora", "models", "chat", "sound"},
+    "lifecycle": {"lifecycle", "client", "lora", "models", "chat", "sound", "images"},
     "client": {"client"},
 }
 STANDALONE = ("errors", "faults", "files", "identity", "settings", "metrics", "threads")

@@ -4,7 +4,6 @@ They come within the body, as data URLs. An address is never fetched: it would b
 that the server is in.
 """
 
-import binascii
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal
 
@@ -12,15 +11,13 @@ from pydantic import Field
 
 from manylora.api.lanes import MEDIA
 from manylora.api.strict import Strict
-from manylora.errors import InvalidImage, InvalidRequest, quoted
+from manylora.errors import InvalidImage, InvalidRequest
 from manylora.images.picture import Picture, Vision
+from manylora.images.urls import data_of
 
 __all__ = ["ImagePart", "of_messages", "pictures_of"]
 
 MAX_IMAGES: Final = 64
-_SCHEME: Final = "data:"
-_BASE64: Final = ";base64"
-MAX_URL_HEADER: Final = 128  # characters of a data URL before its data
 
 
 class ImageUrl(Strict):
@@ -81,19 +78,4 @@ async def pictures_of(urls: Sequence[str], vision: Vision, tenant: str, param: s
 
 
 def _picture(url: str, vision: Vision) -> Picture:
-    return vision.picture(_data_of(url))
-
-
-def _data_of(url: str) -> bytes:
-    """The bytes that a data URL holds. Raises InvalidImage."""
-    head, comma, _ = url[:MAX_URL_HEADER].partition(",")
-    if not head.lower().startswith(_SCHEME):
-        if url[:8].lower().startswith(("http:", "https:", "file:", "ftp:")):
-            raise InvalidImage(f"An address is not fetched: '{quoted(url)}'. Send the image as data:image/png;base64,…")
-        raise InvalidImage(f"It must be a data URL, data:image/png;base64,…, and not '{quoted(url)}'.")
-    if not comma or not head.lower().endswith(_BASE64):
-        raise InvalidImage(f"A data URL must have its data in base64: data:image/png;base64,…, not '{quoted(url)}'.")
-    try:
-        return binascii.a2b_base64(url[len(head) + 1 :], strict_mode=True)
-    except ValueError as error:
-        raise InvalidImage(f"The data of the URL is no base64: {error}.") from None
+    return vision.picture(data_of(url))

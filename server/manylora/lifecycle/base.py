@@ -91,9 +91,13 @@ def load_tokenizer(model: str | None) -> tuple[Any, int]:
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """PEFT asks transformers an old question on every wrap; the answer is a FutureWarning that no user can act on."""
+    """Without two warnings that no user can act on.
+
+    PEFT asks transformers an old question on every wrap, and takes the names of labels for a setting of later versions.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=r"Unexpected keyword arguments \['id2label'\]", category=UserWarning)
         yield
 
 

@@ -18,7 +18,7 @@ DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
 Init = Literal["zero", "pissa"]
 Method = Literal["supervised", "dpo"]
 Render = Literal["auto", "chat", "plain"]
-TrainTask = Literal["generate", "classify", "token", "question", "embed", "asr"]
+TrainTask = Literal["generate", "classify", "token", "question", "embed", "asr", "image"]
 
 _NAMED: Final = re.compile(r"`([a-z][a-z_]*)`")
 

@@ -4,13 +4,14 @@
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from manylora.errors import InvalidRequest
+from manylora.errors import InvalidImage, InvalidRequest
+from manylora.images.urls import SCHEME, data_of
 from manylora.lifecycle.data.files import AS_IT_IS, Reading, bytes_of, rows_of
-from manylora.lifecycle.data.rows import Example, Message, RowFault, Shape, example_of, shape_of
+from manylora.lifecycle.data.rows import FILES, LABELLED, Example, Message, RowFault, Shape, example_of, shape_of
 
 __all__ = [
     "AS_IT_IS",
@@ -33,7 +34,7 @@ _SHOWN: Final = 10
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """A checked file. `labels` is sorted, and empty unless the shape is `label` or `tags`."""
+    """A checked file. `labels` is sorted, and empty unless the shape is `label`, `image` or `tags`."""
 
     path: Path
     shape: Shape
@@ -48,16 +49,16 @@ class Dataset:
         return tuple(sorted(whole.union(*(e.tags for e in self.examples))))
 
     def file_of(self, example: Example) -> bytes:
-        """What is in the file that a row of shape `sound` names. Raises InvalidRequest.
-
-        It lies where the data does, unless its path is a whole one.
-        """
-        path = self.path.parent / example.messages[0].content
+        """What is in the file, or data URL, that a row of one of the shapes `FILES` names. Raises InvalidRequest."""
+        named = example.messages[0].content
         try:
-            return path.read_bytes()
-        except OSError as error:
+            return data_of(named) if _is_url(named) else Path(named).read_bytes()
+        except InvalidImage as error:
+            raise InvalidRequest(f"{self.path.name}: row {example.row}: {error.message}") from error
+        except (OSError, ValueError) as error:
+            said = error.strerror if isinstance(error, OSError) else error
             raise InvalidRequest(
-                f"{self.path.name}: row {example.row}: {path.name} cannot be read: {error.strerror}."
+                f"{self.path.name}: row {example.row}: {Path(named).name} cannot be read: {said}."
             ) from error
 
     def contents(self) -> Iterator[bytes]:
@@ -66,7 +67,7 @@ class Dataset:
         Raises InvalidRequest.
         """
         yield bytes_of(self.path)
-        for example in self.examples if self.shape == "sound" else ():
+        for example in self.examples if self.shape in FILES else ():
             yield self.file_of(example)
 
 
@@ -80,7 +81,7 @@ def read_dataset(path: Path, *, min_labels: int = 1, reading: Reading = AS_IT_IS
     shape = found[0][0]
     examples = [example for _, example in found]
     dataset = Dataset(path, shape, tuple(examples))
-    if shape == "label" and len(dataset.labels) < min_labels:
+    if shape in LABELLED and len(dataset.labels) < min_labels:
         raise InvalidRequest(
             f"{path.name} has only the label {dataset.labels[0]!r}: a classifier needs at least {min_labels}."
         )
@@ -129,12 +130,28 @@ def rows_as_examples(
             except RowFault as fault:
                 raise InvalidRequest(f"{path.name}: the first row {fault}.{otherwise}") from None
         try:
-            found: Example | RowFault = example_of(number, row, shape)
+            found: Example | RowFault = _placed(example_of(number, row, shape), shape, path)
         except RowFault as fault:
             found = fault
         yield number, shape, found
     if shape is None:
         raise InvalidRequest(f"{path.name} is empty: there is no row to work with.")
+
+
+def _placed(example: Example, shape: Shape, path: Path) -> Example:
+    """The example with the whole path of the file that its row names, so that those of two folders are apart.
+
+    The path begins where the data lies.
+    """
+    first, *rest = example.messages
+    if shape not in FILES or _is_url(first.content):
+        return example
+    place = (path if path.is_dir() else path.parent) / first.content
+    return replace(example, messages=(replace(first, content=str(place.absolute())), *rest))
+
+
+def _is_url(named: str) -> bool:
+    return named[: len(SCHEME)].lower() == SCHEME
 
 
 def _examined(path: Path, reading: Reading, *, otherwise: str = "") -> Iterator[tuple[Shape, Example]]:

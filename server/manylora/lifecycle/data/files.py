@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 from manylora.errors import InvalidRequest
-from manylora.lifecycle.data.folders import KINDS, arrow_rows, parts_of
+from manylora.lifecycle.data.folders import KINDS, arrow_rows, images_of, parts_of
 from manylora.lifecycle.extras import need
 from manylora.lifecycle.parameters import InvalidParameter
 
@@ -58,8 +58,10 @@ def rows_of(path: Path, reading: Reading) -> Iterator[tuple[int, Row]]:
 
     Raises InvalidRequest.
     """
+    for number, image in enumerate(images := images_of(path), start=1):
+        yield number, {"image": str(image.relative_to(path)), "label": image.parent.name}
     last = 0
-    for part in parts_of(path):
+    for part in () if images else parts_of(path):
         before = last
         for number, row in _rows_of_file(part, reading.encoding):
             last = before + number
@@ -67,7 +69,9 @@ def rows_of(path: Path, reading: Reading) -> Iterator[tuple[int, Row]]:
 
 
 def bytes_of(path: Path) -> bytes:
-    """What is in the files that `rows_of` reads, one after the other."""
+    """What is in the files that `rows_of` reads, one after the other; of a folder of images the names of these."""
+    if images := images_of(path):
+        return "\n".join(image.relative_to(path).as_posix() for image in images).encode()
     return b"".join(part.read_bytes() for part in parts_of(path))
 
 

@@ -3,6 +3,7 @@
     DIR with state.json             Dataset.save_to_disk: Arrow files in the order that it says
     DIR with dataset_dict.json      DatasetDict.save_to_disk: DIR/train and others like the one above
     DIR/train-00000-of-00002.parquet, …, in DIR/data as well; or DIR/train.jsonl
+    DIR/cat/1.png, DIR/dog/2.jpg, …             images, in a folder for each label
 
 Of a folder with several splits one is named as DIR/train, whether or not there is a folder of that name. This module
 imports no torch.
@@ -17,9 +18,10 @@ from typing import Any, Final
 from manylora.errors import InvalidRequest
 from manylora.lifecycle.extras import need
 
-__all__ = ["KINDS", "arrow_rows", "parts_of"]
+__all__ = ["KINDS", "arrow_rows", "images_of", "parts_of"]
 
 KINDS: Final = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+_IMAGES: Final = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 _SHARD: Final = re.compile(r"(.+)-\d{5}-of-\d{5}")
 _STATE: Final = "state.json"
 _SPLITS: Final = "dataset_dict.json"
@@ -39,6 +41,13 @@ def parts_of(path: Path) -> list[Path]:
     return [path]
 
 
+def images_of(path: Path) -> list[Path]:
+    """The images of a folder that has one for each label and no rows of its own, in the order of their names."""
+    if not path.is_dir() or any((path / name).is_file() for name in (_STATE, _SPLITS)) or _splits(path):
+        return []
+    return [file for file in sorted(path.glob("*/*")) if file.suffix.lower() in _IMAGES and file.is_file()]
+
+
 def _folder(path: Path) -> list[Path]:
     if (path / _STATE).is_file():
         return _saved(path)
@@ -53,7 +62,8 @@ def _folder(path: Path) -> list[Path]:
 def _which(path: Path, splits: list[str]) -> InvalidRequest:
     if not splits:
         return InvalidRequest(
-            f"{path} is a folder without rows: it needs what `datasets` saves to disk, or {', '.join(KINDS)} files."
+            f"{path} is a folder without rows: it needs what `datasets` saves to disk, {', '.join(KINDS)} files, or a "
+            "folder of images for each label."
         )
     shown = ", ".join(sorted(splits)[:_SHOWN])
     return InvalidRequest(f"{path} holds several splits ({shown}): give one, as {path / min(splits)}.")

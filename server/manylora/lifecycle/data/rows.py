@@ -14,6 +14,7 @@ and, of what is trained to do other things than to write:
     {"tokens": [str], "tags": [str]}                words, each with its label; `ner_tags` that are texts, too
     {"question", "context", "answer"}               the answer's words, out of the context; or SQuAD's `answers`
     {"audio": path, "text": str}                    a file of sound and what is said in it; perhaps in which `language`
+    {"image": path, "label": str}                   a file of an image, or a data URL, and its label
 
 This module imports no torch.
 """
@@ -23,11 +24,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
-__all__ = ["WRITTEN", "Example", "Message", "RowFault", "Shape", "example_of", "shape_of"]
+__all__ = ["FILES", "LABELLED", "WRITTEN", "Example", "Message", "RowFault", "Shape", "example_of", "shape_of"]
 
-Shape = Literal["completion", "chat", "label", "preference", "pair", "tags", "question", "sound"]
+Shape = Literal["completion", "chat", "label", "preference", "pair", "tags", "question", "sound", "image"]
 WRITTEN: Final[tuple[Shape, ...]] = ("completion", "chat", "label", "preference")
 """Shapes of rows from which a model learns to write."""
+LABELLED: Final[tuple[Shape, ...]] = ("label", "image")
+"""Shapes of rows that each have one label."""
+FILES: Final[tuple[Shape, ...]] = ("sound", "image")
+"""Shapes of rows that each name a file, in the first message."""
 _FIELDS: Final[dict[Shape, tuple[str, ...]]] = {
     "completion": ("prompt", "completion"),
     "chat": ("messages",),
@@ -37,6 +42,7 @@ _FIELDS: Final[dict[Shape, tuple[str, ...]]] = {
     "tags": ("tokens", "tags"),
     "question": ("question", "context"),
     "sound": ("audio", "text"),
+    "image": ("image", "label"),
 }
 _ALPACA: Final = ("instruction", "output")
 _SHAREGPT: Final = "conversations"
@@ -119,7 +125,8 @@ def shape_of(row: Mapping[str, Any]) -> Shape:
     raise RowFault(
         f"has the fields {have}; needed are prompt and completion, or messages, or text and label, or Alpaca's "
         "instruction and output, or ShareGPT's conversations, or input, preferred_output and non_preferred_output, or "
-        "anchor and positive, or tokens and tags, or question, context and answer, or audio and text"
+        "anchor and positive, or tokens and tags, or question, context and answer, or audio and text, or "
+        "image and label"
     )
 
 
@@ -188,6 +195,14 @@ def _asked(number: int, row: Mapping[str, Any]) -> Example:
     )
 
 
+def _pictured(number: int, row: Mapping[str, Any]) -> Example:
+    image, label = _texts(row, _FIELDS["image"])
+    if not image.strip():
+        raise RowFault("image is empty")
+    label = label.strip()
+    return Example(number, (Message("user", image), Message("assistant", label)), label=label)
+
+
 def _heard(number: int, row: Mapping[str, Any]) -> Example:
     audio, text = _texts(row, _FIELDS["sound"])
     if not audio.strip():
@@ -198,7 +213,7 @@ def _heard(number: int, row: Mapping[str, Any]) -> Example:
 
 
 _OTHERS: Final[Mapping[Shape, Callable[[int, Mapping[str, Any]], Example]]] = {
-    "pair": _paired, "tags": _tagged, "question": _asked, "sound": _heard,
+    "pair": _paired, "tags": _tagged, "question": _asked, "sound": _heard, "image": _pictured,
 }  # fmt: skip
 
 

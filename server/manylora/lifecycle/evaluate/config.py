@@ -12,7 +12,7 @@ from manylora.lifecycle.parameters import DeviceName, DtypeName, Render, TrainTa
 class EvaluateRequest:
     """With `server`, `adapters` are names there; otherwise folders."""
 
-    data: Annotated[Path, "Held-out rows: .jsonl, .json, .csv, .tsv or .parquet, or a folder of them"]
+    data: Annotated[Path, "Held-out rows: .jsonl, .json, .csv, .tsv or .parquet, or a folder of those or of images"]
     adapters: Annotated[tuple[str, ...], "A folder, or with `server` NAME or NAME@VERSION"] = ()
     with_base: Annotated[bool, "The bare base too, as the reference"] = False
     server: Annotated[str, "URL of a running server; without it, in this process"] = ""

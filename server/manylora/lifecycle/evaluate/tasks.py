@@ -67,13 +67,15 @@ def _check(request: EvaluateRequest, folders: dict[str, Path]) -> Dataset:
             raise InvalidParameter(f"`{name}` has no place in `task` {request.task}: it is of what writes.")
     if not folders and not request.with_base:
         raise InvalidParameter("Nothing to evaluate: give `adapters` or `with_base`.")
+    if request.task == "image" and request.max_length != plain.max_length:
+        raise InvalidParameter("`max_length` has no place in `task` image: images have no tokens.")
     if request.max_length <= 0:
         raise InvalidParameter(f"`max_length` must be positive, not {request.max_length}.")
     if not 0 <= request.seed < 2**32:
         raise InvalidParameter(f"`seed` must be from 0 to 2**32 - 1, not {request.seed}.")
     if request.out is not None:
         refuse_existing(request.out, overwrite=request.overwrite)
-    need("peft", *(["sklearn"] if request.task == "classify" else []))
+    need("peft", *(["sklearn"] if request.task in ("classify", "image") else []))
     dataset = read_dataset(request.data, reading=request.reading)
     check_rows("data", request.task, dataset.shape)
     for folder in folders.values():

@@ -1,6 +1,7 @@
 """Encoders and decoders with a head or without one, as the tasks of texts load and run them."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from manylora.lifecycle.data.encoding import Encoded
 from manylora.lifecycle.parameters import InvalidParameter
 from manylora.lifecycle.tasks.interface import Source, TaskBase
 from manylora.lora.format.encoders import HeadedModules
+from manylora.lora.format.heads import HeadPlan
 from manylora.models import checkpoint
 from manylora.models.backends import select_device, select_dtype
 from manylora.models.codec import HuggingFaceCodec
@@ -20,7 +22,7 @@ from manylora.models.loading import resolve_model
 from manylora.models.offered import modules_of
 from manylora.models.positions import UNSTATED_LIMIT, position_limit
 
-__all__ = ["codec_of", "found_of", "load_encoder", "load_headed", "longest", "padded"]
+__all__ = ["codec_of", "found_of", "frozen", "learnt_whole", "load_encoder", "load_headed", "longest", "padded"]
 
 _CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -41,8 +43,12 @@ def load_headed(source: Source, task: str, peft_task: str, labels: tuple[str, ..
         raise InvalidParameter(f"`task` {task}: heads over this base are not served. Give another `base`.")
     read: Any = checkpoint.read_encoder_config(folder) if is_encoder(folder) else checkpoint.read_config(folder)
     read.num_labels = len(labels)
-    whole = tuple(sorted({stage.name for stage in plan.stages if stage.weight is None}))
-    return _loaded(source, getattr(transformers, _CLASSES[peft_task]), read, peft_task, whole, labels)
+    return _loaded(source, getattr(transformers, _CLASSES[peft_task]), read, peft_task, learnt_whole(plan), labels)
+
+
+def learnt_whole(plan: HeadPlan) -> tuple[str, ...]:
+    """The layers of a head that the base has none of, by the names of `modules_to_save`."""
+    return tuple(sorted({stage.name for stage in plan.stages if stage.weight is None}))
 
 
 def load_encoder(source: Source) -> TaskBase:
@@ -64,18 +70,24 @@ def _loaded(
     source: Source, kind: Any, read: Any, peft_task: str, whole: tuple[str, ...], labels: tuple[str, ...]
 ) -> TaskBase:
     folder = resolve_model(source.model)
-    place = select_device(source.device)
     tokenizer: Any = checkpoint.load_tokenizer(folder)
+    loaded, stored = frozen(source, kind, folder, read)
+    loaded.config.use_cache = False
+    context = position_limit(read) or UNSTATED_LIMIT
+    name = source.name or base_name(source.model, folder)
+    return TaskBase(loaded, tokenizer, name, context, stored, folder, peft_task, whole, labels)
+
+
+def frozen(source: Source, kind: Any, folder: Path, read: Any) -> tuple[Any, torch.dtype]:
+    """A model of the class and config with the folder's weights, what they lack drawn by the seed; its stored dtype."""
+    place = select_device(source.device)
     stored = read.dtype if isinstance(read.dtype, torch.dtype) else torch.float32
     torch.manual_seed(source.seed)
     with memory_faults("Choose a smaller base."), unreported():
         model, _ = checkpoint.from_folder(kind, folder, read, select_dtype(source.dtype, place, stored))
         loaded: Any = model.to(place)
     loaded.requires_grad_(False)
-    loaded.config.use_cache = False
-    context = position_limit(read) or UNSTATED_LIMIT
-    name = source.name or base_name(source.model, folder)
-    return TaskBase(loaded, tokenizer, name, context, stored, folder, peft_task, whole, labels)
+    return loaded, stored
 
 
 def codec_of(source: Source) -> HuggingFaceCodec:

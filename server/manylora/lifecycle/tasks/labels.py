@@ -1,7 +1,7 @@
 """Classifiers: a head of the rows' labels over an encoder or a decoder."""
 
-from collections.abc import Sequence
-from typing import Any, Final
+from collections.abc import Callable, Sequence
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import torch
@@ -16,7 +16,10 @@ from manylora.lifecycle.train.objectives import Summed
 from manylora.models import checkpoint
 from manylora.models.loading import resolve_model
 
-__all__ = ["Labelling", "TextEncoder"]
+__all__ = ["Labelling", "Labels", "TextEncoder", "label_scores"]
+
+Logits: TypeAlias = Callable[[Any, TaskBase, Sequence[Encoded]], tuple[torch.Tensor, int]]
+"""Of a model and examples the logits [examples, labels], and how many tokens they took."""
 
 
 class TextEncoder:
@@ -59,27 +62,31 @@ class Labelling:
         return TextEncoder(source.model, max_length=max_length).encode(dataset)
 
     def objective(self, model: Any, base: TaskBase) -> "Labels":
-        return Labels(model, base)
+        return Labels(model, base, _logits)
 
     def measured(self, model: Any, base: TaskBase, examples: Sequence[Encoded]) -> Measured:
-        """Accuracy, F1 and area under the curve as means of the labels, and how often each was taken for each."""
-        from sklearn.metrics import confusion_matrix
+        return label_scores(model, base, examples, _logits)
 
-        found = found_of(model, examples, lambda some: _logits(model, base, some)[0].float().softmax(-1).tolist())
-        shares = np.array(found)
-        wanted = np.array([base.labels.index(str(each.example.label)) for each in examples])
-        taken = shares.argmax(1)
-        count = len(base.labels)
-        detail = {
-            "f1": dict(zip(base.labels, map(float, _f1(wanted, taken, count)), strict=True)),
-            "confusion": confusion_matrix(wanted, taken, labels=range(count)).tolist(),
-        }
-        metrics: dict[str, Metric] = {
-            "accuracy": lambda some: float((wanted[some] == taken[some]).mean()),
-            "macro_f1": lambda some: float(_f1(wanted[some], taken[some], count).mean()),
-            "auc": lambda some: _auc(wanted[some], shares[some]),
-        }
-        return Measured(len(examples), metrics, detail)
+
+def label_scores(model: Any, base: TaskBase, examples: Sequence[Encoded], logits: Logits) -> Measured:
+    """Accuracy, F1 and area under the curve as means of the labels, and how often each was taken for each."""
+    from sklearn.metrics import confusion_matrix
+
+    found = found_of(model, examples, lambda some: logits(model, base, some)[0].float().softmax(-1).tolist())
+    shares = np.array(found)
+    wanted = np.array([base.labels.index(str(each.example.label)) for each in examples])
+    taken = shares.argmax(1)
+    count = len(base.labels)
+    detail = {
+        "f1": dict(zip(base.labels, map(float, _f1(wanted, taken, count)), strict=True)),
+        "confusion": confusion_matrix(wanted, taken, labels=range(count)).tolist(),
+    }
+    metrics: dict[str, Metric] = {
+        "accuracy": lambda some: float((wanted[some] == taken[some]).mean()),
+        "macro_f1": lambda some: float(_f1(wanted[some], taken[some], count).mean()),
+        "auc": lambda some: _auc(wanted[some], shares[some]),
+    }
+    return Measured(len(examples), metrics, detail)
 
 
 def _f1(wanted: Numbers, taken: Numbers, count: int) -> np.ndarray[Any, Any]:
@@ -105,18 +112,19 @@ def _auc(wanted: Numbers, shares: np.ndarray[Any, Any]) -> float:
 
 
 class Labels:
-    """Implements `objectives.Objective`: mean negative log-likelihood of a text's label, in nats."""
+    """Implements `objectives.Objective`: mean negative log-likelihood of an example's label, in nats."""
 
-    def __init__(self, model: Any, base: TaskBase) -> None:
+    def __init__(self, model: Any, base: TaskBase, logits: Logits) -> None:
         self._model = model
         self._base = base
+        self._logits = logits
         self._numbers = {label: number for number, label in enumerate(base.labels)}
 
     def weight(self, _example: Encoded) -> int:
         return 1
 
     def summed(self, examples: Sequence[Encoded]) -> Summed:
-        logits, num_tokens = _logits(self._model, self._base, examples)
+        logits, num_tokens = self._logits(self._model, self._base, examples)
         numbers = [self._numbers[str(each.example.label)] for each in examples]
         wanted = torch.tensor(numbers, device=self._base.device)
         return Summed(functional.cross_entropy(logits.float(), wanted, reduction="sum"), num_tokens)

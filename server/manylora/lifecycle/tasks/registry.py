@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from manylora.lifecycle.parameters import TrainTask
+from manylora.lifecycle.tasks.images import Images
 from manylora.lifecycle.tasks.interface import Task
 from manylora.lifecycle.tasks.labels import Labelling
 from manylora.lifecycle.tasks.questions import Questions
@@ -19,4 +20,5 @@ TASKS: Final[Mapping[TrainTask, Task]] = {
     "question": Questions(),
     "embed": Vectors(),
     "asr": Speech(),
+    "image": Images(),
 }

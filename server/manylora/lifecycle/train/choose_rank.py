@@ -16,6 +16,7 @@ from manylora.lifecycle.base import Base, memory_faults
 from manylora.lifecycle.data.batches import check_known
 from manylora.lifecycle.data.data import Dataset, Reading, read_dataset
 from manylora.lifecycle.data.encoding import Encoded, tell_lengths
+from manylora.lifecycle.data.rows import LABELLED
 from manylora.lifecycle.extras import decoration, need
 from manylora.lifecycle.journal import Journal
 from manylora.lifecycle.output import atomic_file, atomic_folder, checkpoint_path, refuse_existing, write_json
@@ -225,7 +226,7 @@ def _check(config: ChooseConfig, *, resume: bool, overwrite: bool) -> Dataset:
     check_rows("data", training.task, dataset.shape)
     check_shape("supervised", dataset.shape)
     check_task(training)
-    labels = dataset.labels if dataset.shape == "label" else ()
+    labels = dataset.labels if dataset.shape in LABELLED else ()
     smallest = min((sum(e.label == label for e in dataset.examples) for label in labels), default=len(dataset))
     if smallest < config.folds:
         raise InvalidParameter(

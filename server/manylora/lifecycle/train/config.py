@@ -21,6 +21,7 @@ TASK_ROWS: Final[Mapping[TrainTask, tuple[Shape, str]]] = {
     "question": ("question", "question, context and answer"),
     "embed": ("pair", "anchor and positive"),
     "asr": ("sound", "audio and text"),
+    "image": ("image", "image and label"),
 }
 """The shape of the rows that each task but writing learns from, and their fields."""
 
@@ -67,7 +68,7 @@ JOB_LR: Final[Mapping[Method, float]] = {"supervised": Schedule().lr, "dpo": Sch
 class TrainConfig:
     """Everything that decides the result; its JSON is kept in the report."""
 
-    data: Annotated[Path, "Training rows: .jsonl, .json, .csv, .tsv or .parquet, or a folder of them"]
+    data: Annotated[Path, "Training rows: .jsonl, .json, .csv, .tsv or .parquet, or a folder of those or of images"]
     out: Annotated[Path, "Folder for the adapter"]
     eval_data: Annotated[Path | None, "Held-out rows, to keep the best step"] = None
     base: Annotated[str | None, "The base; the default model when left out"] = None
@@ -93,7 +94,7 @@ class TrainConfig:
     task: Annotated[
         TrainTask,
         "generate: answers; classify: a label of each text; token: of each word; question: the words of a text that "
-        "answer; embed: vectors; asr: speech",
+        "answer; embed: vectors; asr: speech; image: a label of each image",
     ] = "generate"
     test_data: Annotated[Path | None, "Rows that the adapter is scored on once, when it is done; not of generate"] = (
         None
@@ -203,6 +204,9 @@ def check_task(config: TrainConfig) -> None:
     for name in ("render", "instruction", "tool_prompt", "sample", "method", "start"):
         if getattr(config, name) != getattr(plain, name):
             raise InvalidParameter(f"`{name}` has no place in `task` {config.task}, which reads the bare text.")
+    if config.task == "image" and (config.lora.trained_tokens or config.max_length != plain.max_length):
+        name = "trained_tokens" if config.lora.trained_tokens else "max_length"
+        raise InvalidParameter(f"`{name}` has no place in `task` image: images have no tokens.")
 
 
 def checked_data(config: TrainConfig, listen: Listener) -> tuple[Dataset, Dataset | None]:

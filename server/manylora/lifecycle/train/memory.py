@@ -28,8 +28,9 @@ def least_bytes(base: Base, examples: Sequence[Encoded], schedule: Schedule, num
     batches = epoch_order([len(e) for e in examples], schedule.batch_size, seed=schedule.seed, epoch=0)
     most = max(sum(lengths[i] for i in batch) for batch in batches)
     answers = max(sum(_answer_tokens(examples[i]) for i in batch) for batch in batches)
+    num_logits = int(getattr(config, "vocab_size", 0))  # models of images have no vocabulary
     kept: int = config.num_hidden_layers * config.hidden_size * base.model.dtype.itemsize  # each layer's input
-    return num_parameters * _OF_A_PARAMETER + most * kept + answers * int(config.vocab_size) * _OF_A_LOGIT
+    return num_parameters * _OF_A_PARAMETER + most * kept + answers * num_logits * _OF_A_LOGIT
 
 
 def _answer_tokens(example: Encoded) -> int:

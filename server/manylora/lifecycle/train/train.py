@@ -50,7 +50,6 @@ _LATER: Final = {"lora": ("dora", "init", "trained_tokens"), "schedule": ("lr_ra
 _LATER_WHOLE: Final = ("reading", "tool_prompt", "method", "beta", "start", "task", "test_data")
 # What is small beside the base's own numbers, so that rounding it to 16 bits does not show in them.
 _SMALL: Final = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
-_LABELLED: Final = ("SEQ_CLS", "TOKEN_CLS")
 MEMORY_ADVICE = "Lower `batch_size` (and raise `accumulate` as much, for the same result), or `max_length`."
 
 
@@ -323,6 +322,8 @@ def add_lora(base: Base, shape: LoraShape) -> Any:
 
 def _token_ids(base: Base, names: tuple[str, ...]) -> list[int]:
     """Raises InvalidParameter for a name that is no token of the base."""
+    if not names:
+        return []
     known = base.tokenizer.get_vocab()
     strange = [name for name in names if known.get(name, base.num_embeddings) >= base.num_embeddings]
     if strange:
@@ -413,7 +414,7 @@ def _write(config: TrainConfig, base: Base, trainer: Trainer, report: dict[str, 
     }
     with result_and_report(config.out) as (result, beside):
         written = plain_config(model.peft_config["default"], base.name)
-        if isinstance(base, TaskBase) and base.peft_task in _LABELLED:
+        if isinstance(base, TaskBase) and report["labels"]:
             written |= {"id2label": {str(number): name for number, name in enumerate(base.labels)}}
         report["size_bytes"] = write_adapter(result, written, tensors)
         write_card(result, Card.of_training(config.title or config.out.name, config.command, report))
