@@ -46,8 +46,8 @@ class Card:
         alpha = 2 * lora["rank"] if lora["alpha"] is None else lora["alpha"]
         facts = [
             ("Base", report["base"]),
-            ("Rank, alpha", f"{lora['rank']}, {alpha:g}{_kind(lora)}"),
-            ("Targets", ", ".join(lora["targets"]) or "every linear but the head"),
+            ("Rank, alpha", f"{lora['rank']}, {alpha:g}{_kind(lora)}" if lora["rank"] else "0: the head alone"),
+            *([("Targets", ", ".join(lora["targets"]) or "every linear but the head")] if lora["rank"] else []),
             ("Parameters", f"{report['num_parameters']:,} ({report['size_bytes'] / 1e6:.2f} MB)"),
             ("Data", f"{lengths['num_examples']} examples, {lengths['num_tokens']:,} tokens an epoch"),
             *([("Data's SHA-256", f"`{digest}`")] if digest else []),

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -24,13 +24,15 @@ TASK_ROWS: Final[Mapping[TrainTask, tuple[Shape, str]]] = {
     "image": ("image", "image and label"),
 }
 """The shape of the rows that each task but writing learns from, and their fields."""
+HEADED: Final[tuple[TrainTask, ...]] = ("classify", "token", "question", "image")
+"""Tasks of which an adapter has a head."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoraShape:
     """Which low-rank matrices there are. `alpha=None` means 2 × rank; no targets means every linear but the head."""
 
-    rank: Annotated[int, "Rank of the low-rank matrices"] = 8
+    rank: Annotated[int, "Rank of the low-rank matrices; 0: none, of tasks with a head, which alone is learnt"] = 8
     alpha: Annotated[float | None, "Scale numerator; twice the rank when left out"] = None
     targets: Annotated[tuple[str, ...], "Linears by name, comma-separated; all but the head when left out"] = ()
     dropout: Annotated[float, "Dropout before A"] = 0.0
@@ -123,10 +125,15 @@ class ChooseConfig:
         return [replace(self.training.lora, rank=rank, targets=names) for names in sets for rank in sorted(self.ranks)]
 
 
-def check_settings(lora: LoraShape, schedule: Schedule, max_length: int, threads: int | None) -> None:
-    """Raises InvalidParameter for the first number that is out of range, by its name."""
+def check_settings(
+    lora: LoraShape, schedule: Schedule, max_length: int, threads: int | None, *, has_head: bool = False
+) -> None:
+    """Raises InvalidParameter for the first number that is out of range, by its name.
+
+    A rank of 0 is in range where there is a head to learn (`has_head`).
+    """
     positive = {
-        "rank": lora.rank, "epochs": schedule.epochs, "batch_size": schedule.batch_size,
+        "rank": lora.rank or int(has_head), "epochs": schedule.epochs, "batch_size": schedule.batch_size,
         "accumulate": schedule.accumulate, "lr": schedule.lr, "max_length": max_length,
         "checkpoint_every": schedule.checkpoint_every, "max_grad_norm": schedule.max_grad_norm,
         "alpha": 1.0 if lora.alpha is None else lora.alpha, "threads": 1 if threads is None else threads,
@@ -181,7 +188,8 @@ def check_shape(method: Method, shape: Shape) -> None:
 def check(config: TrainConfig, *, overwrite: bool, listen: Listener) -> tuple[Dataset, Dataset | None]:
     """The rows to learn from and those held out. Raises InvalidRequest for bad data or settings."""
     refuse_existing(config.out, overwrite=overwrite)
-    check_settings(config.lora, config.schedule, config.max_length, config.threads)
+    has_head = config.task in HEADED
+    check_settings(config.lora, config.schedule, config.max_length, config.threads, has_head=has_head)
     check_method(config.method, config.beta, config.lora)
     check_trackers(config.report_to)
     if config.schedule.early_stop and config.eval_data is None:
@@ -194,6 +202,7 @@ def check(config: TrainConfig, *, overwrite: bool, listen: Listener) -> tuple[Da
 
 def check_task(config: TrainConfig) -> None:
     """Raises InvalidParameter for what the task has no place for: no task but writing has prompts."""
+    _check_head_alone(config)
     if config.task == "generate":
         if config.test_data is not None:
             raise InvalidParameter(
@@ -207,6 +216,15 @@ def check_task(config: TrainConfig) -> None:
     if config.task == "image" and (config.lora.trained_tokens or config.max_length != plain.max_length):
         name = "trained_tokens" if config.lora.trained_tokens else "max_length"
         raise InvalidParameter(f"`{name}` has no place in `task` image: images have no tokens.")
+
+
+def _check_head_alone(config: TrainConfig) -> None:
+    """Raises InvalidParameter for what is said of matrices where `rank` 0 leaves none."""
+    if config.lora.rank:
+        return
+    for name, value in asdict(LoraShape()).items():
+        if name != "rank" and value != getattr(config.lora, name):
+            raise InvalidParameter(f"`{name}` has no place beside `rank` 0, which learns the head alone.")
 
 
 def checked_data(config: TrainConfig, listen: Listener) -> tuple[Dataset, Dataset | None]:

@@ -293,16 +293,22 @@ def _wrapped(config: TrainConfig, base: Base) -> Any:
 
 
 def add_lora(base: Base, shape: LoraShape) -> Any:
-    """The base wrapped by PEFT with new matrices: A random, B zero, so that it starts as the base.
+    """The base wrapped by PEFT with new matrices: A random, B zero, so that it starts as the base; of rank 0 with none.
 
     Raises InvalidRequest when a target names no linear of the model.
     """
     from peft import LoraConfig, get_peft_model
+    from peft.utils.constants import DUMMY_TARGET_MODULES
     from transformers.pytorch_utils import Conv1D
 
+    kept: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+    if isinstance(base, TaskBase):
+        kept = {"task_type": base.peft_task, "modules_to_save": list(base.whole) or None}
+    if shape.rank == 0:
+        with quiet_peft():
+            return get_peft_model(base.model, LoraConfig(target_modules=DUMMY_TARGET_MODULES, **kept))
     config = LoraConfig(
-        task_type=base.peft_task if isinstance(base, TaskBase) else "CAUSAL_LM",
-        modules_to_save=list(base.whole) or None if isinstance(base, TaskBase) else None,
+        **kept,
         r=shape.rank,
         lora_alpha=shape.rank * 2 if shape.alpha is None else shape.alpha,
         lora_dropout=shape.dropout,

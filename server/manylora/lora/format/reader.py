@@ -8,7 +8,7 @@ Safetensors only, no torch, and every problem at once. `docs/adapters.md` says w
 
 import errno
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -49,6 +49,8 @@ class _Files:
     tensors: Mapping[str, TensorView] | None
 
 
+# What PEFT writes as `target_modules` of an adapter that adapts none.
+_NO_TARGETS: Final = "dummy-target-modules"
 # Errors of this machine, which say nothing of the adapter.
 _OUR_TROUBLE: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.EIO, errno.ENOMEM})
 
@@ -78,14 +80,46 @@ def _beheaded(
     return _Files(part.config, part.tensors), part
 
 
+@dataclass(slots=True)
+class _HeadAlone:
+    """Of an adapter that is a head over the base's own states and adapts no module. Implements `kinds.Reading`."""
+
+    base_model_name_or_path: str | None
+    kind: str = "head"
+    alpha: float = 0.0
+    target_modules: list[str] = field(default_factory=list)
+    invocation: tuple[int, ...] = ()
+
+    def modules(
+        self, tensors: Mapping[str, TensorView], base: Base, problems: Problems, warnings: list[str]
+    ) -> tuple[AdaptedModule, ...]:
+        return ()
+
+    def accepted(
+        self,
+        tensors: Mapping[str, TensorView],
+        modules: Mapping[str, ModuleSpec],
+        problems: Problems,
+        warnings: list[str],
+    ) -> tuple[AdaptedModule, ...]:
+        return ()
+
+    def is_index(self, name: str) -> bool:
+        return False
+
+
 def _reading(
-    files: _Files, modules: Mapping[str, ModuleSpec], problems: Problems, warnings: list[str]
+    files: _Files, part: HeadPart | None, modules: Mapping[str, ModuleSpec], problems: Problems, warnings: list[str]
 ) -> Reading | None:
     """The config, read; None, with the reasons in `problems`, where that is not possible."""
     if files.config is None:
         return None
     peft_config.check_task(files.config, tasks_of(modules), problems)
-    return kinds.reading_of(files.config, problems, warnings)
+    reading = kinds.reading_of(files.config, problems, warnings)
+    is_alone = part is not None and not files.tensors and files.config.get("target_modules") == _NO_TARGETS
+    if reading is not None and is_alone:
+        return _HeadAlone(reading.base_model_name_or_path)
+    return reading
 
 
 def _build(
@@ -139,7 +173,7 @@ def read(
     listing.check_listing(folder, aside, problems)
     whole = _open(folder, problems)
     files, head = _beheaded(whole, modules, problems, warnings)
-    reading = _reading(files, modules, problems, warnings)
+    reading = _reading(files, head, modules, problems, warnings)
     found: tuple[AdaptedModule, ...] = ()
     if whole.tensors is not None and files.tensors is not None:
         contents.check_values(whole.tensors, problems, _index_test(reading))
@@ -189,7 +223,7 @@ def read_trusted(folder: Path, modules: Mapping[str, ModuleSpec], *, digest: str
     problems, warnings = Problems(), list[str]()
     whole = _open(folder, problems)
     files, head = _beheaded(whole, modules, problems, warnings)
-    reading = _reading(files, modules, problems, warnings)
+    reading = _reading(files, head, modules, problems, warnings)
     found: tuple[AdaptedModule, ...] = ()
     if reading is not None and files.tensors is not None:
         naming = naming_of(modules, files.tensors)
@@ -198,7 +232,7 @@ def read_trusted(folder: Path, modules: Mapping[str, ModuleSpec], *, digest: str
         for name, view in (whole.tensors or {}).items():
             if view.dtype not in contents.SERVED_DTYPES and not is_index(name):
                 problems.add("wrong_dtype", f"{TENSOR_FILE}: {shown(name)}", f"It is {view.dtype}.")
-    if not problems and (reading is None or not found):
+    if not problems and not (found or isinstance(reading, _HeadAlone)):
         listing.check_listing(folder, listing.names_in(folder), problems)
         if not problems:
             problems.add("missing_tensor", TENSOR_FILE, "It has none of the tensors that the config asks for.")
