@@ -51,8 +51,8 @@ export async function getJson(path, timeoutMs = 8000) {
   return (await request(path, { signal: AbortSignal.timeout(timeoutMs) })).json();
 }
 
-export async function send(method, path, json) {
-  const response = await request(path, { method, json });
+export async function send(method, path, json, signal) {
+  const response = await request(path, { method, json, signal });
   return response.status === 204 ? null : response.json();
 }
 

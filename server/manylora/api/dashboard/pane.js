@@ -1,9 +1,11 @@
 // One of the answers that are written side by side, and the conversation that it is a part of.
 
-import { stream } from "./api.js";
+import { send, stream } from "./api.js";
 import { h, setText } from "./dom.js";
 import { count, ms, rate } from "./format.js";
 import { t, tierName } from "./words.js";
+
+const LABELS_SHOWN = 20;
 
 export class Pane {
   constructor(title) {
@@ -34,13 +36,7 @@ export class Pane {
     let first = null;
     let tokens = null;
     let chunks = 0;
-    const said = h("div", { class: "said" });
-    this.text.append(...(asked === null ? [] : [h("p", { class: "asked" }, asked)]), said);
-    delete this.element.dataset.state;
-    setText(this.badge, "");
-    setText(this.foot, t("pane.waiting"));
-    this.element.setAttribute("aria-busy", "true");
-    try {
+    return this.filled(asked, async (said) => {
       for await (const event of stream(path, body, signal)) {
         const piece = event.choices?.[0]?.text ?? event.choices?.[0]?.delta?.content ?? "";
         if (piece) {
@@ -53,6 +49,33 @@ export class Pane {
         if (event.manylora) this.origin(event.manylora);
         setText(this.foot, this.summary(started, first, tokens ?? chunks));
       }
+    });
+  }
+
+  /** Show the labels of one text or image, the likeliest first, or of each token. Throws as `run` does. */
+  async classify(path, body, signal) {
+    const started = performance.now();
+    await this.filled(null, async (said) => {
+      const { data: [found], usage, manylora } = await send("POST", path, body, signal);
+      const rows = found.tokens
+        ? found.tokens.map(({ word, entity, score }) => [t("pane.entity", { word, entity }), score])
+        : found.labels.slice(0, LABELS_SHOWN).map(({ label, score }) => [label, score]);
+      said.append(h("ol", { class: "labels" }, ...rows.map(([label, score]) => h("li", {}, h("span", {}, label), h("span", {}, score.toFixed(3))))));
+      this.origin(manylora);
+      setText(this.foot, t("pane.labelled", { value: ms(performance.now() - started), tokens: count(usage.prompt_tokens) }));
+    });
+  }
+
+  /** What `fill` puts into the answer as text; null, with the reason in the foot, where it throws. */
+  async filled(asked, fill) {
+    const said = h("div", { class: "said" });
+    this.text.append(...(asked === null ? [] : [h("p", { class: "asked" }, asked)]), said);
+    delete this.element.dataset.state;
+    setText(this.badge, "");
+    setText(this.foot, t("pane.waiting"));
+    this.element.setAttribute("aria-busy", "true");
+    try {
+      await fill(said);
       return said.textContent;
     } catch (error) {
       if (error.name === "AbortError") setText(this.foot, t("pane.stopped", { said: this.foot.textContent }));

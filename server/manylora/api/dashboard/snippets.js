@@ -14,12 +14,17 @@ export function asCurl(path, body, needsKey) {
 export function asPython(path, body) {
   const isChat = path.endsWith("chat/completions");
   const { stream_options: _, ...told } = body;
+  const client = `client = OpenAI(base_url=${literal(address("v1"))}, api_key=os.environ.get("MANYLORA_KEY", "none"))`;
+  if (!body.stream) {
+    const route = literal(path.replace(/^v1/, ""));
+    return ["import os\n", "from openai import OpenAI\n", client, `print(client.post(${route}, cast_to=object, body=${literal(body)}))\n`].join("\n");
+  }
   const fields = Object.entries(told).map(([name, value]) => `    ${name}=${literal(value)},\n`).join("");
   const piece = isChat ? 'event.choices[0].delta.content or ""' : "event.choices[0].text";
   return [
     "import os\n",
     "from openai import OpenAI\n",
-    `client = OpenAI(base_url=${literal(address("v1"))}, api_key=os.environ.get("MANYLORA_KEY", "none"))`,
+    client,
     `for event in client.${isChat ? "chat.completions" : "completions"}.create(\n${fields}):`,
     `    print(${piece}, end="", flush=True)`,
     "print()\n",

@@ -27,7 +27,9 @@ export class TryIt {
     this.adapter = chooser("try-adapter");
     this.other = chooser("try-other");
     this.names = h("datalist", { id: "try-names" });
-    this.mode = h("select", { id: "try-mode", onchange: () => this.chosen() }, h("option", { value: "chat" }, t("try.chat")), h("option", { value: "completion" }, t("try.completion")));
+    this.mode = h("select", { id: "try-mode", onchange: () => this.chosen() }, h("option", { value: "chat" }, t("try.chat")), h("option", { value: "completion" }, t("try.completion")), h("option", { value: "labels" }, t("try.labels")));
+    this.picture = null; // the chosen image as a data URL, which is asked about in place of the text
+    this.image = h("input", { id: "try-image", type: "file", accept: "image/png,image/jpeg,image/webp,image/gif,image/bmp", onchange: () => this.look() });
     this.tokens = number("try-tokens", { min: 1, max: 4096, value: 96, required: true });
     this.temperature = number("try-temperature", { min: 0, max: 2, step: 0.1, value: 0, required: true });
     this.topP = number("try-top-p", { min: 0.05, max: 1, step: 0.05, placeholder: "1" });
@@ -40,16 +42,21 @@ export class TryIt {
     this.fresh = h("button", { type: "button", hidden: true, onclick: () => this.forget() }, t("try.fresh"));
     this.examples = h("div", { class: "example-shelf" });
     this.systemField = field(t("try.system"), this.system);
+    this.imageField = field(t("try.image"), this.image, "grow");
+    this.imageField.hidden = true;
     this.talkField = h("label", { class: "check" }, this.talk, h("span", {}, t("try.talk")));
+    this.ofWriting = [
+      field(t("try.tokens"), this.tokens, "small"), field(t("try.temperature"), this.temperature, "small"),
+      field(t("try.top_p"), this.topP, "small"), field(t("try.seed"), this.seed, "small"),
+    ];
     const form = byId("try-form");
     form.replaceChildren(
       field(t("try.prompt"), this.prompt, "prompt"),
       this.examples,
       this.systemField,
+      this.imageField,
       h("div", { class: "fields" }, field(t("try.first"), this.adapter, "grow"), field(t("try.second"), this.other, "grow"), this.names, field(t("try.as"), this.mode)),
-      h("div", { class: "fields" },
-        field(t("try.tokens"), this.tokens, "small"), field(t("try.temperature"), this.temperature, "small"),
-        field(t("try.top_p"), this.topP, "small"), field(t("try.seed"), this.seed, "small"), this.talkField,
+      h("div", { class: "fields" }, ...this.ofWriting, this.talkField,
         h("div", { class: "actions" }, this.go, this.stop, this.fresh,
           h("button", { type: "button", class: "quiet", onclick: () => this.copy("curl") }, t("try.copy", { kind: "curl" })),
           h("button", { type: "button", class: "quiet", onclick: () => this.copy("Python") }, t("try.copy", { kind: "Python" })))));
@@ -108,8 +115,28 @@ export class TryIt {
     const isChat = this.mode.value === "chat";
     this.systemField.hidden = !isChat;
     this.talkField.hidden = !isChat;
+    const isLabels = this.mode.value === "labels";
+    this.imageField.hidden = !isLabels;
+    this.prompt.required = !isLabels || this.picture === null;
+    for (const one of this.ofWriting) one.hidden = isLabels;
     if (this.left.turns.length || this.right.turns.length) this.forget();
     this.showExamples();
+  }
+
+  /** Read the chosen image, which takes the place of the prompt. */
+  async look() {
+    const [file] = this.image.files;
+    this.picture = null;
+    if (file) {
+      const reader = new FileReader();
+      await new Promise((resolve, reject) => {
+        reader.addEventListener("load", resolve);
+        reader.addEventListener("error", () => reject(reader.error));
+        reader.readAsDataURL(file);
+      });
+      if (this.image.files[0] === file) this.picture = reader.result;
+    }
+    this.chosen();
   }
 
   forget() {
@@ -140,6 +167,9 @@ export class TryIt {
 
   /** The route and the body of what is asked, after the turns that a conversation has had. */
   request(model, turns = []) {
+    if (this.mode.value === "labels") {
+      return ["v1/classify", { model, input: this.picture === null ? this.prompt.value : [{ type: "image_url", image_url: { url: this.picture } }] }];
+    }
     const given = { top_p: this.topP.value, seed: this.seed.value };
     const chosen = Object.fromEntries(Object.entries(given).filter(([, value]) => value !== "").map(([name, value]) => [name, Number(value)]));
     const common = { model, max_tokens: Number(this.tokens.value), temperature: Number(this.temperature.value), ...chosen, stream: true, stream_options: { include_usage: true } };
@@ -151,7 +181,7 @@ export class TryIt {
   async copy(kind) {
     const model = this.adapter.value.trim() || this.base;
     const [path, { stream_options: _, ...body }] = this.request(model, this.left.turns);
-    const text = kind === "curl" ? asCurl(path, { ...body, stream: false }, !this.session.you?.is_open) : asPython(path, body);
+    const text = kind === "curl" ? asCurl(path, "stream" in body ? { ...body, stream: false } : body, !this.session.you?.is_open) : asPython(path, body);
     await copy(text, t("try.copied", { kind }));
   }
 
@@ -181,6 +211,10 @@ export class TryIt {
     pane.name(label ? this.titleOf(label) : t("try.nobody"));
     if (!label) {
       setText(pane.foot, t("try.choose"));
+      return false;
+    }
+    if (this.mode.value === "labels") {
+      await pane.classify(...this.request(label), this.abort.signal);
       return false;
     }
     const said = await pane.run(...this.request(label, pane.turns), this.abort.signal, isTalk ? asked : null);

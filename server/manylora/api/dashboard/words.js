@@ -310,6 +310,8 @@ const WORDS = {
   "try.as": ["As", "方式"],
   "try.chat": ["Chat", "对话"],
   "try.completion": ["Completion", "续写"],
+  "try.labels": ["Labels", "标签"],
+  "try.image": ["Image in place of the text", "以图像代替文本"],
   "try.tokens": ["Tokens", "词元数"],
   "try.temperature": ["Temperature", "温度"],
   "try.top_p": ["Top p", "Top p"],
@@ -328,6 +330,8 @@ const WORDS = {
   "pane.stopped": ["Stopped. {said}", "已停止。{said}"],
   "pane.from": ["{label} · from {tier}", "{label} · 来自{tier}"],
   "pane.no_adapter": ["no adapter", "无适配器"],
+  "pane.entity": ["{word}: {entity}", "{word}：{entity}"],
+  "pane.labelled": ["after {value} · {tokens} tokens read", "用时 {value} · 读入 {tokens} 个词元"],
   "pane.first_token": ["first token after {value}", "首词元用时 {value}"],
 
   // usage
