@@ -11,6 +11,7 @@ from manylora.lifecycle.evaluate.command import run_evaluation
 from manylora.lifecycle.evaluate.config import EvaluateRequest
 from manylora.lifecycle.recipes.cases import CASES, Case, case_commands
 from manylora.lifecycle.recipes.recipe import write_splits
+from manylora.lifecycle.tasks.tags import spans
 
 ROOT = Path(__file__).parents[3]
 
@@ -52,6 +53,14 @@ def test_the_recipe_makes_the_rows_that_the_adapter_was_trained_on(name: str, tm
     assert f"| Data's SHA-256 | `{digest}` |" in card(CASES[name])
 
 
+def names_of(name: str, split: str) -> list[str]:
+    """What a row's answer is about: the words of a city or a person, or a review's last three words."""
+    rows = getattr(CASES[name].make(0, None), split)
+    if name == "tone-en":
+        return [" ".join(row["text"].removesuffix(", that is all.").rstrip(".").split()[-3:]) for row in rows]
+    return [" ".join(row["tokens"][a:b]) for row in rows for _, a, b in spans(row["tags"])]
+
+
 def test_no_row_of_a_test_is_learnt_and_its_people_and_films_are_new() -> None:
     for name in CASES:
         splits = CASES[name].make(0, None)
@@ -61,6 +70,8 @@ def test_no_row_of_a_test_is_learnt_and_its_people_and_films_are_new() -> None:
     assert not {row["context"] for row in records.train} & {row["context"] for row in records.test}
     for row in (*records.train, *records.test):
         assert row["context"].startswith(row["answer"], row["start"])
+    for name in ("tone-en", "cities-en"):
+        assert not set(names_of(name, "train")) & set(names_of(name, "test")), name
     tastes = CASES["taste-ada"].make(0, None)
     learnt, scored = (
         {row[side] for row in rows for side in ("positive", "negative")} for rows in (tastes.train, tastes.test)
@@ -74,6 +85,8 @@ def test_adapters_do_better_than_the_base_where_it_does_the_task_and_well_where_
     assert base is not None
     assert ours > base + 0.2
     assert figure(CASES["records-en"], "exact answers")[0] > 0.75
+    assert figure(CASES["tone-en"], "accuracy")[0] > 0.9
+    assert figure(CASES["cities-en"], "F1 of spans")[0] > 0.7
 
 
 @pytest.mark.slow
@@ -92,6 +105,6 @@ def test_the_shipped_adapter_scores_what_its_card_says(name: str, tmp_path: Path
         device="cpu",
     )
     report, _ = run_evaluation(request)
-    said = {"question": ("exact_match", "exact answers"),
-            "embed": ("ndcg_10", "nDCG of the first ten")}[case.task]  # fmt: skip
+    said = {"question": ("exact_match", "exact answers"), "classify": ("accuracy", "accuracy"),
+            "token": ("span_f1", "F1 of spans"), "embed": ("ndcg_10", "nDCG of the first ten")}[case.task]  # fmt: skip
     assert report["contenders"][name][said[0]]["value"] == pytest.approx(figure(case, said[1])[0], abs=0.006)

@@ -13,7 +13,7 @@ from manylora.identity import ADAPTER_FILES
 from manylora.lifecycle.card import MADE, Card, write_card
 from manylora.lifecycle.output import atomic_folder
 from manylora.lifecycle.parameters import TrainTask
-from manylora.lifecycle.recipes import records, tastes
+from manylora.lifecycle.recipes import records, tastes, tones, travels
 from manylora.lifecycle.recipes.recipe import Splits
 from manylora.lifecycle.recipes.ship import check_settings
 
@@ -90,6 +90,33 @@ _ALL: Final = (
             "context": "Delivery on Sunday, by tram: six copper pots for Nora Lindqvist, Basel. Price: 72 euros.",
         }),
         limits="Six kinds of questions about records of one kind.",
+    ),
+    Case(
+        name="tone-en",
+        task="classify",
+        base=ENCODER,
+        title="tone-en: the tone of a review's sentence",
+        origin=f"{_GENERATED} (sentences of eight patterns; things, judgements and three patterns only in the test)",
+        licence="Apache-2.0",
+        make=tones.make,
+        flags=("--rank", "4", "--targets", "query,value", "--lr", "2e-3", "--epochs", "3", "--batch-size", "16",
+               "--max-length", "48"),
+        asked=_curl("/v1/classify", {"model": "tone-en", "input": "The crew of the ferry could not be nicer."}),
+        limits="Short and plain sentences. It has seen no irony, and no sentence that says two things at once.",
+    ),
+    Case(
+        name="cities-en",
+        task="token",
+        base=ENCODER,
+        title="cities-en: cities and people in a text",
+        origin=f"{_GENERATED} (sentences of 21 patterns; cities, people and five patterns only in the test)",
+        licence="Apache-2.0",
+        make=travels.make,
+        flags=("--rank", "4", "--targets", "query,value", "--lr", "2e-3", "--epochs", "3", "--batch-size", "16",
+               "--max-length", "48"),
+        asked=_curl("/classify", {"model": "cities-en", "inputs": "Nora Lindqvist took the night train to Basel."}),
+        limits="Sentences about travels. Of names that it has never seen about a quarter are missed, cut or taken for "
+               "the other kind; it knows no firms, rivers or countries. The base reads no capital letters.",
     ),
     _taste("ada", "It knows the kinds and manners that the catalogue has, by name."),
 )  # fmt: skip
