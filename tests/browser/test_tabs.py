@@ -13,7 +13,7 @@ from playwright.sync_api import Page, expect
 from tests.e2e.conftest import Server, running
 
 from .chromium import Visit
-from .conftest import OpenPage
+from .conftest import OpenPage, complete
 from .test_page import sign_in
 
 pytestmark = pytest.mark.slow
@@ -161,13 +161,14 @@ def test_quotas_are_set_and_lifted(open_page: OpenPage, keyed_server: Server, ke
         assert (found["max_concurrent"], found["weight"]) == (int(value) if value else None, float(weight))
 
 
-def submit(visit: Visit, rows: Path) -> Page:
+def submit(visit: Visit, rows: Path, *, activate: str = "never") -> Page:
     page = visit.page
     expect(page.locator("#tab-jobs .age")).to_be_visible()
     visit.drop(rows)
     expect(page.locator("#jobs-name")).to_have_value("sums-and")
     page.locator("#new-job").get_by_label("Epochs").fill("1")
     page.locator("#new-job").get_by_label("Rank").fill("4")
+    page.locator("#new-job select[name=activate]").select_option(activate)
     page.get_by_role("button", name="Start training").click()
     expect(page.locator("#job-title")).to_have_text("sums-and")
     return page
@@ -228,8 +229,10 @@ def training_server(settings: dict[str, Any], tmp_path: Path) -> Iterator[Server
         yield server
 
 
-def test_a_training_is_followed_to_its_version(open_page: OpenPage, training_server: Server, rows: Path) -> None:
-    page = submit(open_page(training_server, tab="jobs"), rows)
+def test_a_training_is_followed_to_its_version_which_answers(
+    open_page: OpenPage, training_server: Server, rows: Path
+) -> None:
+    page = submit(open_page(training_server, tab="jobs"), rows, activate="always")
     expect(page.locator("#job [data-status]")).to_have_text("succeeded", timeout=240_000)
     expect(page.locator("#job .plot canvas")).to_be_visible()
     expect(page.locator("#job .facts")).to_contain_text("3 of 3 steps")
@@ -237,6 +240,16 @@ def test_a_training_is_followed_to_its_version(open_page: OpenPage, training_ser
     drawer = page.locator("#detail")
     expect(drawer.locator("h2")).to_have_text("sums-and")
     expect(drawer).to_contain_text("Version 1")
+    drawer.get_by_role("button", name="Try it", exact=True).first.click()
+    expect(page.locator("#try-adapter")).to_have_value("sums-and")
+    page.locator("#try-mode").select_option("completion")
+    page.locator("#try-tokens").fill("8")
+    page.locator("#try-prompt").fill("3+1=")
+    page.get_by_role("button", name="Run both").click()
+    for foot in page.locator(".answer-foot").all():
+        expect(foot).to_contain_text("tokens")
+    answers = [pane.text_content() for pane in page.locator(".pane .answer").all()]
+    assert answers == [complete(training_server.url, model, "3+1=", 8) for model in ("sums-and", "tiny")]
 
 
 def test_errors_are_grouped_and_lead_to_their_log_lines(open_page: OpenPage, server: Server) -> None:
