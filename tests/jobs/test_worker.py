@@ -37,8 +37,14 @@ ORDER = Order(LoraShape(rank=4, dropout=0.2), Schedule(epochs=3, lr=1e-2, checkp
 
 
 @pytest.fixture
-def settings(settings: Settings, tiny_llama_dir: Path) -> Settings:
-    return settings.model_copy(update={"model": str(tiny_llama_dir)})
+def store_url(request: pytest.FixtureRequest) -> str | None:
+    """The store that a test names; a folder of its own where it names none."""
+    return f"{request.getfixturevalue('s3')}/store" if getattr(request, "param", "") == "s3" else None
+
+
+@pytest.fixture
+def settings(settings: Settings, tiny_llama_dir: Path, store_url: str | None) -> Settings:
+    return settings.model_copy(update={"model": str(tiny_llama_dir), "store_url": store_url})
 
 
 @pytest.fixture
@@ -101,6 +107,7 @@ def undisturbed(job: Job, tmp_path: Path, base: Path) -> bytes:
     return (folder / "adapter" / TENSOR_FILE).read_bytes()
 
 
+@pytest.mark.parametrize("store_url", ["folder", pytest.param("s3", marks=pytest.mark.slow)], indirect=True)
 def test_a_worker_is_killed_and_the_adapter_is_that_of_an_undisturbed_run(
     settings: Settings, opened: Database, job: Job, tmp_path: Path, tiny_llama_dir: Path
 ) -> None:
@@ -117,8 +124,13 @@ def test_a_worker_is_killed_and_the_adapter_is_that_of_an_undisturbed_run(
 
     done = board.get("acme", job.id)
     assert (done.status, done.run, done.result["steps"]) == ("publishing", 2, 12)
-    made = settings.data_dir / "store" / f"{done.result['remains']}-{TENSOR_FILE}"
-    assert made.read_bytes() == undisturbed(job, tmp_path, tiny_llama_dir)
+    store = open_store(settings.resolved_store_url, settings.data_dir / "cache")
+    assert store.fetch_file(f"{done.result['remains']}-{TENSOR_FILE}", tmp_path / "made")
+    assert (tmp_path / "made").read_bytes() == undisturbed(job, tmp_path, tiny_llama_dir)
+    for name in store.names(job.place):
+        store.erase(f"{job.place}/{name}")
+    assert not store.names(job.place)
+    store.close()
     steps = [event.data["step"] for event in board.events("acme", job.id, 100, None)[0] if event.type == "metrics"]
     assert steps == list(range(12, 0, -1)), "each step is told of once"
     assert list((settings.data_dir / "workers").iterdir()) == []

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from manylora.catalog.local_store import LocalStore
+from manylora.catalog.remote_store import RemoteStore
 from manylora.errors import StoreUnavailable
 from manylora.jobs import worker
 from manylora.jobs.queue import JobQueue
@@ -57,7 +58,8 @@ def main() -> None:
     if moment == "after a checkpoint":
         JobQueue.checkpoint = after(JobQueue.checkpoint)  # type: ignore[method-assign]
     if moment == "without checkpoints":
-        LocalStore.keep_file = without_checkpoints(LocalStore.keep_file)  # type: ignore[method-assign]
+        for store in (LocalStore, RemoteStore):
+            store.keep_file = without_checkpoints(store.keep_file)  # type: ignore[method-assign]
     JobQueue.claim = until_idle(JobQueue.claim, stop)  # type: ignore[method-assign]
     work(Assignment(**json.loads(sys.argv[1])), stop)
 
