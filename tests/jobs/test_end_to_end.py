@@ -181,6 +181,9 @@ def test_a_job_from_a_terminal(server: Server, tmp_path: Path) -> None:
     failed = run("submit", str(rows), "--targets", "nowhere", "--follow")
     assert failed.exit_code == 1
     assert "nowhere" in failed.stdout
+    (latest, *_) = json.loads(run("list", "--json").stdout)
+    assert run("events", latest["id"], "--follow").exit_code == 1
+    assert run("events", newest["id"], "--follow").exit_code == 0
 
 
 def _first_loss(shown: str) -> float:
@@ -210,6 +213,7 @@ def test_the_train_command_makes_the_same_adapter_on_the_server(
     assert "far@1: 4 steps" in there.stdout
     assert "train 4/4  loss" in there.stderr
     assert "eval_loss" in there.stderr
+    assert "8 of 8 rows of --eval are in --data too" in there.stderr
     assert "step 2, row 1: " in there.stderr, "as the local command tells it"
     archive = server.client.get("/v1/adapters/far/versions/1/download").content
     with tarfile.open(fileobj=io.BytesIO(archive)) as files:

@@ -121,7 +121,10 @@ def events(
     report_dir: Annotated[Path, typer.Option(help="Where to.")] = Path("runs"),
     as_json: AsJson = False,
 ) -> None:
-    """What was told of a job, oldest first. With --json each event is a line."""
+    """What was told of a job, oldest first. With --json each event is a line.
+
+    With --follow, exit code 1 if it fails or is cancelled.
+    """
     with server(as_json=as_json) as remote, _figures_in(report_dir, words_of(report_to), remote, job_id) as figures:
 
         def tell(job: dict[str, Any], event: dict[str, Any]) -> None:
@@ -129,7 +132,9 @@ def events(
             figures(event)
 
         if is_followed:
-            follow(remote, job_id, tell)
+            job = follow(remote, job_id, tell)
+            if job["status"] != "succeeded":
+                raise typer.Exit(FAILED)
             return
         for event in events_behind(remote, job_id, 0):
             tell({}, event)

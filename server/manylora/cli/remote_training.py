@@ -56,8 +56,10 @@ REFUSED: Final[Mapping[str, str]] = {
 }
 """Options of `train` that a job has no field for, and why."""
 _TYPED: Final = ("COMMANDLINE", "DEFAULT_MAP")
-# A field of a job where a message of the server names it, in quotes or as the place of a fault.
-_FIELD: Final = re.compile(r"'?\b(?:manylora|method(?:\.\w+\.hyperparameters)?)\.(\w+)'?|'(\w+)'")
+# A field of a job where a message of the server names it: in quotes, as the place of a fault, or a file as it is.
+_FIELD: Final = re.compile(
+    r"'?\b(?:manylora|method(?:\.\w+\.hyperparameters)?)\.(\w+)'?|'(\w+)'|\b(training_file|validation_file)\b"
+)
 _FIELDS: Final = {
     "training_file": "data", "validation_file": "eval_data", "model": "base", "suffix": "name", "n_epochs": "epochs",
     "learning_rate_multiplier": "lr", "type": "method",
@@ -170,7 +172,8 @@ def _as_typed(message: str) -> str:
     """The server's message with a job's fields called as the lifecycle's parameters are, in backticks."""
 
     def called(field: re.Match[str]) -> str:
-        option = _FIELDS.get(field[1] or field[2], field[1] or field[2])
+        name = next(filter(None, field.groups()))
+        option = _FIELDS.get(name, name)
         return f"`{option}`" if option in SENT else field[0]
 
     return _FIELD.sub(called, message)
