@@ -33,7 +33,7 @@ MORE = {
     "histogram": "grammar_compile_seconds canary_time_to_first_token_seconds",
     "counter": "adapter_load_failures adapter_not_finite engine_step_failures adapter_files_damaged connections_ended "
     "quota_fallback structured_requests drafted_tokens accepted_draft_tokens sound_seconds fine_tuning_published "
-    "canary_requests",
+    "canary_requests http_requests",
     "gauge": "engine_ready device_tier_bytes adapter_orphans fine_tuning_jobs fine_tuning_workers",
 }
 
@@ -240,3 +240,18 @@ def test_outcomes_are_told_apart_and_all_there_from_the_start(outcome: str) -> N
     for each in OUTCOMES:
         count = float(each == outcome)
         assert f'manylora_requests_total{{adapter="a",outcome="{each}",tenant="acme"}} {count}' in text
+
+
+def test_paths_and_methods_of_strangers_have_one_label() -> None:
+    metrics = Metrics()
+    for method, route, status in (("GET", "/v1/models", 200), ("GET", None, 404), ("BREW", "/v1/models", 405)):
+        metrics.count_answer(method, route, status)
+    metrics.count_answer("POST", "/v1/completions", None)
+    NoMetrics().count_answer("GET", "/v1/models", 200)
+    samples = [line for line in metrics.render().decode().splitlines() if line.startswith("manylora_http_requests")]
+    assert samples == [
+        'manylora_http_requests_total{method="GET",route="/v1/models",status="200"} 1.0',
+        'manylora_http_requests_total{method="__other__",route="__other__",status="404"} 1.0',
+        'manylora_http_requests_total{method="__other__",route="__other__",status="405"} 1.0',
+        'manylora_http_requests_total{method="POST",route="/v1/completions",status="none"} 1.0',
+    ]

@@ -34,6 +34,7 @@ BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 
 OUTCOMES: Final = ("ok", "cancelled", "invalid", "rejected", "error")
 FAULT_PHASES: Final = ("request", "schedule", "forward", "sample", "deliver")
 FAULT_RESULTS: Final = ("retried", "isolated", "fatal")
+METHODS: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 JOB_STATUSES: Final = ("queued", "running", "publishing", "judging", "paused")
 _PREFIX: Final = "manylora"
 _BY_CALLER: Final = ("tenant", "adapter")  # who asks, and for what
@@ -307,6 +308,8 @@ class Metrics:
         self._count_jobs()
         self._count_canaries()
         self.connections_ended = self._counter("connections_ended", "Connections that a bound ended.", ("reason",))
+        text = "HTTP requests by route and status."
+        self.answers = self._counter("http_requests", text, ("method", "route", "status"))
 
     def _count_jobs(self) -> None:
         self.jobs = self._gauge("fine_tuning_jobs", "Jobs that have not ended, by status.", ("status",))
@@ -387,6 +390,12 @@ class Metrics:
         if request.ttft_s is not None:
             self.canary_ttft.labels(*labels).observe(request.ttft_s)
 
+    def count_answer(self, method: str, route: str | None, status: int | None) -> None:
+        """An HTTP request ended. `route` is None where none has its path, `status` where the client left before it."""
+        if route is None or method not in METHODS:
+            method = route = OTHER_LABEL
+        self.answers.labels(method, route, "none" if status is None else str(status)).inc()
+
     # recorded by the engine and the catalog
 
     def count_probe(self, tenant: str, adapter: str, prompt_tokens: int) -> None:
@@ -466,35 +475,20 @@ class NoMetrics(Metrics):
     is_on: ClassVar = False
 
     def observe_request(self, request: EndedRequest) -> None: ...
-
     def observe_step(self, phase: str, seconds: float) -> None: ...
-
     def count_step_failure(self, phase: str, result: str) -> None: ...
-
     def count_not_finite(self, tenant: str, adapter: str) -> None: ...
-
     def count_structured_request(self, kind: str, is_known: bool) -> None: ...
-
     def observe_grammar_compile(self, seconds: float, result: str) -> None: ...
-
     def observe_adapter_load(self, tenant: str, adapter: str, tier: str, seconds: float) -> None: ...
-
     def count_load_failure(self, tenant: str, adapter: str) -> None: ...
-
     def count_eviction(self, tenant: str, adapter: str, tier: str) -> None: ...
-
     def count_upload(self, tenant: str, result: str) -> None: ...
-
     def count_probe(self, tenant: str, adapter: str, prompt_tokens: int) -> None: ...
-
     def count_damaged(self) -> None: ...
-
     def count_quota_fallback(self) -> None: ...
-
     def show_orphans(self, count: int) -> None: ...
-
     def show_jobs(self, counts: Mapping[str, int], num_workers: int) -> None: ...
-
     def count_published(self, result: str) -> None: ...
-
     def count_connection_ended(self, reason: str) -> None: ...
+    def count_answer(self, method: str, route: str | None, status: int | None) -> None: ...

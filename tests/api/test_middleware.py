@@ -146,3 +146,14 @@ def test_a_client_that_leaves_while_sending_is_no_error(rig: Rig, url: str) -> N
     while not rig.finished:
         httpx.get(f"{url}/health")
     assert rig.finished[0].outcome == "cancelled"
+
+
+def test_an_answer_is_counted_under_its_route_whoever_asked_and_how(rig: Rig) -> None:
+    for method, path in (("GET", "/v1/models/alpha"), ("HEAD", "/v1/models/alpha"), ("GET", "/v1/none")):
+        rig.client.request(method, path)
+    counted = [line for line in rig.metrics.render().decode().splitlines() if "http_requests_total{" in line]
+    assert counted == [
+        'manylora_http_requests_total{method="GET",route="/v1/models/{model_id}",status="200"} 1.0',
+        'manylora_http_requests_total{method="HEAD",route="/v1/models/{model_id}",status="200"} 1.0',
+        'manylora_http_requests_total{method="__other__",route="__other__",status="404"} 1.0',
+    ]

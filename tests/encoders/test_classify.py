@@ -265,6 +265,17 @@ def test_what_the_other_dialect_cannot_say_is_a_400(served: Served, body: dict[s
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
 
 
+@pytest.mark.parametrize("path", ["/v1/classify", "/classify"])
+def test_labels_are_charged(served: Served, path: str) -> None:
+    body = {"model": "mood", "input": "one two"}
+    before = served.get("/v1/usage").json()["total"]
+    assert served.post(path, **body).status_code == 200
+    after = served.get("/v1/usage").json()["total"]
+    assert (after["requests"] - before["requests"], after["prompt_tokens"] > before["prompt_tokens"]) == (1, True)
+    with served.nothing_left():
+        assert served.post(path, **body).json()["error"]["code"] == "quota_exceeded"
+
+
 def test_an_encoder_has_no_messages_to_count(served: Served) -> None:
     for path in ("/v1/messages", "/v1/messages/count_tokens"):
         more = {} if path.endswith("tokens") else {"max_tokens": 5}

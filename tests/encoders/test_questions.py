@@ -170,6 +170,13 @@ def test_what_cannot_be_answered_is_a_400(served: Served, path: str, body: dict[
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
 
 
+def test_questions_are_held_to_the_quota(served: Served) -> None:
+    body = {"model": "answers", "question": "x", "context": "y"}
+    with served.nothing_left():
+        assert served.post("/v1/question-answering", **body).json()["error"]["code"] == "quota_exceeded"
+    assert served.post("/v1/question-answering", **body).status_code == 200
+
+
 def test_a_text_without_tokens_has_no_answer_of_its_own(served: Served) -> None:
     for more, answers in (({}, []), ({"handle_impossible_answer": True}, [""])):
         body = {"model": "answers", "question": "x", "context": " ", **more}

@@ -170,6 +170,20 @@ class Served:
 
         return self.portal.call(ask)
 
+    @contextmanager
+    def nothing_left(self) -> Iterator[None]:
+        """In the block, the callers' tenant may send no request."""
+
+        async def allow(requests: int | None) -> int:
+            changed = await self.client.patch("/v1/tenants/public", json={"requests_per_minute": requests})
+            return changed.status_code
+
+        assert self.portal.call(allow, 0) == 200
+        try:
+            yield
+        finally:
+            assert self.portal.call(allow, None) == 200
+
     def together(self, path: str, bodies: list[dict[str, Any]]) -> list[httpx2.Response]:
         """All at once, so that they share batches."""
 

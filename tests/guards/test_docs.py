@@ -5,14 +5,12 @@ import inspect
 import json
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import typer
-from fastapi.routing import APIRoute
 
 from benchmarks.workloads import standard
 from manylora import __version__, errors
@@ -128,81 +126,6 @@ def test_what_compare_writes_can_take_the_place_of_the_standard_results(
     rows = drawn.standard().splitlines()[2:]
 
     assert rows == ["| manylora | 90 | 3.0 | | 50 | 1.2 |", "| vllm | 10, 30 | | | 50 | 1.2 |"]
-
-
-# routes
-
-
-def routes() -> Iterator[str]:
-    from manylora.api import (
-        adapters,
-        anthropic,
-        canaries,
-        classify,
-        dashboard_routes,
-        data_files,
-        embeddings,
-        fine_tuning,
-        history,
-        inspection,
-        ollama,
-        openai,
-        ops,
-        questions,
-        rerank,
-        responses,
-        sagemaker,
-        tenants,
-        tgi,
-        tokens,
-        usage,
-    )
-    from manylora.jobs.board import Board
-
-    catalog = cast("Any", None)  # the routes are looked at, not called
-    built = (
-        adapters.build_router(catalog),
-        history.build_router(catalog),
-        canaries.build_router(catalog),
-        inspection.build_router(catalog, catalog),
-        tenants.build_router(catalog),
-        data_files.build_router(catalog),
-        fine_tuning.build_router(catalog, Board(catalog)),
-        usage.build_router(catalog),
-        dashboard_routes.build_router(),
-    )
-    inference = (openai, responses, anthropic, embeddings, classify, rerank, questions, tokens, tgi, ollama, sagemaker)
-    for router in (ops.router, *(each.router for each in inference), *built):
-        for route in router.routes:
-            if isinstance(route, APIRoute) and "assets" not in route.path:
-                yield from (f"{method} {route.path}" for method in sorted(route.methods or ()))
-
-
-def documented_routes() -> set[str]:
-    text = (DOCS / "api.md").read_text(encoding="utf-8")
-    spoken = re.findall(r"`(GET|POST|PUT|PATCH|DELETE) (/[^`? ]*)", text)
-    found = {f"{method} {shape(path)}" for method, path in spoken}
-    # A row may write `DELETE /x`, `…/versions/{n}` for two routes.
-    for method, path, more in re.findall(r"`(\w+) (/[^`]*)`, `…(/[^`]*)`", text):
-        found.add(f"{method} {shape(path + more)}")
-    return found
-
-
-def shape(path: str) -> str:
-    return re.sub(r"\{[^}]*\}", "{}", path).rstrip("/")
-
-
-def test_every_route_is_documented() -> None:
-    served = {shape(route) for route in routes()}
-
-    assert len(served) > 10
-    assert served - documented_routes() == set()
-
-
-def test_every_documented_route_exists() -> None:
-    served = {shape(route) for route in routes()} | {"GET /docs", "GET /openapi.json"}
-
-    assert documented_routes() - served == set()
 
 
 # errors

@@ -187,6 +187,13 @@ def test_sound_is_counted_by_the_second(served: Served) -> None:
     assert float(line.rpartition(" ")[2]) >= 2.5
 
 
+@pytest.mark.parametrize("task", ["transcriptions", "translations"])
+def test_speech_is_held_to_the_quota(served: Served, task: str) -> None:
+    with served.nothing_left():
+        assert post_sound(served, wav(sound(0)), task=task).json()["error"]["code"] == "quota_exceeded"
+    assert post_sound(served, wav(sound(0)), task=task).status_code == 200
+
+
 def _prompt_tokens(usage: dict[str, Any]) -> int:
     return sum(int(line["prompt_tokens"]) for line in usage["data"])
 

@@ -65,15 +65,18 @@ class CanonicalPath:
 
 
 class RequestContext:
-    """Gives every request an id (a sane one from the client is kept) and one log line.
+    """Gives every request an id (a sane one from the client is kept) and one log line, and has it counted.
+
+    `count(method, path template, status)` hears of each when it has ended; see `Metrics.count_answer`.
 
     Other lines that are written on the request's behalf have the id too.
 
     Routes add to the line through `scope["manylora.log"]`; the id is `scope["manylora.request_id"]`.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, count: Callable[[str, str | None, int | None], None]) -> None:
         self.app = app
+        self._count = count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -99,7 +102,10 @@ class RequestContext:
         except (ClientGone, ClientDisconnect):
             fields.setdefault("outcome", "cancelled")
         finally:
-            self._write(scope, request_id, status[0] if status else None, time.perf_counter() - started, fields)
+            answered = status[0] if status else None
+            route = scope.get("route")
+            self._count(scope["method"], None if route is None else route.path_format, answered)
+            self._write(scope, request_id, answered, time.perf_counter() - started, fields)
 
     def _write(self, scope: Scope, request_id: str, status: int | None, seconds: float, fields: dict[str, Any]) -> None:
         write = _log.debug if scope["path"] in POLLED_PATHS else _log.info
@@ -164,7 +170,9 @@ class AnyMethodAndEncoding:
             scope["manylora.log"]["code"] = error.code
             await error_response(error, scope)(scope, receive, send)
         elif scope["method"] == "HEAD":
-            await self.app({**scope, "method": "GET"}, receive, _without_bodies(send))
+            got = {**scope, "method": "GET"}
+            await self.app(got, receive, _without_bodies(send))
+            scope["route"] = got.get("route")
         else:
             await self.app(scope, receive, send)
 

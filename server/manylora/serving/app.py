@@ -114,7 +114,7 @@ def create_app(
         app.include_router(router)
     install_docs(app, routers)
     install_error_handlers(app)
-    _add_layers(app, settings, body_limit, presence, is_open=lambda: gate.is_open and may_run_open)
+    _add_layers(app, settings, body_limit, app.state.services, is_open=lambda: gate.is_open and may_run_open)
     metrics.watch_engine(engine.stats, lambda: engine.is_ready)
     _prepare_routes(app)
     return app
@@ -140,7 +140,7 @@ def inference_routes() -> set[tuple[str, str]]:
 
 
 def _add_layers(
-    app: FastAPI, settings: Settings, body_limit: int, presence: Presence, *, is_open: Callable[[], bool]
+    app: FastAPI, settings: Settings, body_limit: int, services: Services, *, is_open: Callable[[], bool]
 ) -> None:
     """What every request passes on its way to a route; the last one added comes first."""
     uploads = upload_limits(settings)
@@ -152,14 +152,14 @@ def _add_layers(
         return uploads.get((scope["method"], scope["path"]), body_limit)
 
     is_reachable = settings.allow_open and not is_loopback(settings.host)
-    app.add_middleware(BodyLimit, limit_of=limit_of, is_streamed=is_upload, presence=presence)
+    app.add_middleware(BodyLimit, limit_of=limit_of, is_streamed=is_upload, presence=services.presence)
     app.add_middleware(AnyMethodAndEncoding)
     hosts = OwnHosts((settings.host, *settings.allowed_hosts), is_reachable=is_reachable)
     app.add_middleware(OpenGuard, is_open=is_open, rules=OpenRules(hosts, settings.allowed_origins))
     app.add_middleware(LastResort)
     if settings.allowed_origins:
         app.add_middleware(Cors, allow_origins=settings.allowed_origins)
-    app.add_middleware(RequestContext)
+    app.add_middleware(RequestContext, count=services.metrics.count_answer)
     app.add_middleware(CanonicalPath, root_path=settings.root_path)
 
 
