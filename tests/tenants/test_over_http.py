@@ -1,12 +1,17 @@
 """`/v1/tenants` and `/v1/keys`: what admins do over HTTP, and what nobody else may."""
 
+import asyncio
 import time
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
+from typer.testing import CliRunner
 
+from manylora.cli.main import build
+from manylora.database import notices
+from manylora.errors import Unavailable
 from manylora.settings import Settings
 from manylora.tenants.interface import Role
 from manylora.tenants.keys import KeyStore
@@ -97,6 +102,51 @@ async def test_the_first_key_of_an_open_server_is_an_admins(settings: Settings) 
         assert (made.status_code, rig.gate.is_open) == (201, False)
         assert (await rig.call("GET", "/v1/keys")).status_code == 401
         assert await _with_key(rig, made.json()["key"], "/v1/keys") == 200
+
+
+def _command(settings: Settings, *words: str) -> str:
+    """What `manylora keys …` prints, run on the data folder of a server that runs."""
+    done = CliRunner().invoke(build(), ["keys", *words, "--data-dir", str(settings.data_dir)])
+    assert done.exit_code == 0, done.output
+    return done.stdout.strip()
+
+
+async def test_the_first_key_of_the_command_holds_when_the_command_returns(settings: Settings) -> None:
+    async with running(settings) as rig:
+        assert (await rig.call("GET", "/v1/models")).status_code == 200
+        text = _command(settings, "create", "--tenant", "ops", "--role", "admin")
+        assert (await rig.call("GET", "/v1/models")).status_code == 401
+        assert await _with_key(rig, text) == 200
+
+
+async def test_a_first_key_that_cannot_be_read_yet_closes_the_server(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise Unavailable("away")
+
+    async with running(settings) as rig:
+        text = _command(settings, "create", "--tenant", "ops", "--role", "admin")
+        with monkeypatch.context() as patch:
+            patch.setattr(rig.gate.key_store, "changed", fail)
+            assert (await rig.call("GET", "/v1/models")).status_code == 401
+        await rig.gate.refresh()
+        assert await _with_key(rig, text) == 200
+
+
+async def test_whatever_else_the_command_changes_holds_after_the_next_look(settings: Settings) -> None:
+    assert notices._POLL_S == 1.0, "docs/operations.md says so"
+
+    async def until(text: str, status: int) -> None:
+        async with asyncio.timeout(30):
+            while await _with_key(rig, text) != status:
+                await asyncio.sleep(0.05)
+
+    async with running(settings, OPS) as rig:
+        text = _command(settings, "create", "--tenant", "acme")
+        await until(text, 200)
+        _command(settings, "revoke", text)
+        await until(text, 401)
 
 
 async def test_shares_and_quotas_are_set_and_hold_at_once(settings: Settings) -> None:

@@ -71,8 +71,20 @@ class TenantGate:
 
     @property
     def is_open(self) -> bool:
-        """Whether no key was ever made. Revoking the last key, or losing the database, does not open a server again."""
-        return not self._keys and not self._was_closed
+        """Whether no key was ever made. Revoking the last key, or losing the database, does not open a server again.
+
+        The mark in the data folder is looked at, too: the first key that a command makes there holds when it returns.
+        """
+        if self._keys or self._was_closed:
+            return False
+        if self._seal is None or not self._seal.is_in_folder():
+            return True
+        self._was_closed = True
+        try:
+            self._load_all()  # on the caller's thread, once: whoever has the new key is let in with it
+        except ManyloraError as error:
+            _log.warning("This server has its first key, which cannot be read yet: %s", error.message)
+        return False
 
     def authenticate(self, authorization: str | None) -> Principal:
         """The caller behind `Bearer <key>`. Raises one AuthenticationFailed whatever is wrong with a key."""

@@ -36,7 +36,11 @@ class Seal:
 
     def is_set(self) -> bool:
         """Whether the server is marked as one that had keys. Raises StoreUnavailable."""
-        return self._file.exists() or (self._store is not None and self._store.read(_NAME) is not None)
+        return self.is_in_folder() or (self._store is not None and self._store.read(_NAME) is not None)
+
+    def is_in_folder(self) -> bool:
+        """Whether the data folder has the mark. It costs a look at one file."""
+        return self._file.exists()
 
     def set(self) -> None:
         """Mark the server as one that had keys; marking again is harmless. Raises StoreUnavailable or StorageFull."""
