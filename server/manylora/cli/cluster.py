@@ -31,6 +31,14 @@ FLAGS: dict[str, tuple[Any, Any]] = {
         float | None,
         typer.Option("--target-requests", help="Requests for each replica that scaling aims at."),
     ),
+    "up_after_s": (
+        float,
+        typer.Option("--up-after-s", min=0, help="Seconds of too many requests before a replica is added."),
+    ),
+    "down_after_s": (
+        float,
+        typer.Option("--down-after-s", min=0, help="Seconds of too few requests before a replica goes."),
+    ),
     "ingresses": (int, typer.Option("--ingresses", min=1, help="Processes that requests come in through.")),
     "cpus": (float, typer.Option("--cpus", min=0, help="CPUs that Ray counts as taken by each replica.")),
     "gpus": (float, typer.Option("--gpus", min=0, help="GPUs that each replica has to itself.")),
@@ -43,7 +51,10 @@ FLAGS: dict[str, tuple[Any, Any]] = {
         typer.Option("--address", help="A Ray cluster to start or update it on, and to leave (auto: this machine's)."),
     ),
 }
-_DEFAULTS = {"replicas": 2, "ingresses": 1, "cpus": 1.0, "gpus": 0.0, "surge_percent": 0}
+_DEFAULTS = {
+    "replicas": 2, "up_after_s": 20.0, "down_after_s": 300.0, "ingresses": 1, "cpus": 1.0, "gpus": 0.0,
+    "surge_percent": 0,
+}  # fmt: skip
 
 
 def register(app: typer.Typer) -> None:

@@ -29,8 +29,6 @@ _HEALTH_PERIOD_S: Final = 2.0
 _HEALTH_TIMEOUT_S: Final = 30.0
 _LAST_WORDS_S: Final = 10.0  # beyond the time in which requests are finished
 _FULL: Final = 0.75  # of its seats, a replica that is as busy as it should be
-_UP_AFTER_S: Final = 20.0
-_DOWN_AFTER_S: Final = 300.0
 _DOWN_BY: Final = 0.5  # of what the requests alone would say
 
 
@@ -135,12 +133,12 @@ def assembled(args: dict[str, Any], *, is_private: bool) -> Any:
 
 
 def _autoscaling(shape: Shape, settings: Settings) -> dict[str, Any]:
-    """Up at once, and down slowly, since each replica that goes sends its adapters' next requests to the store."""
+    """Up soon, and down slowly, since each replica that goes sends its adapters' next requests to the store."""
     return {
         "min_replicas": shape.replicas,
         "max_replicas": shape.max_replicas,
         "target_ongoing_requests": shape.target_requests or _FULL * settings.max_num_seqs,
-        "upscale_delay_s": _UP_AFTER_S,
-        "downscale_delay_s": _DOWN_AFTER_S,
+        "upscale_delay_s": shape.up_after_s,
+        "downscale_delay_s": shape.down_after_s,
         "downscaling_factor": _DOWN_BY,
     }

@@ -20,6 +20,10 @@ class Shape(BaseModel):
     """The most replicas that requests may bring about; unset: there are always as many as `replicas`."""
     target_requests: float | None = Field(default=None, gt=0)
     """Requests for each replica, running or waiting, that scaling aims at; unset: three quarters of max_num_seqs."""
+    up_after_s: float = Field(default=20.0, ge=0)
+    """Seconds for which there have to be too many requests before a replica is added."""
+    down_after_s: float = Field(default=300.0, ge=0)
+    """Seconds for which there have to be too few before one goes; its adapters' next requests find the store."""
     ingresses: int = Field(default=1, ge=1)
     """Processes that requests come in through."""
     cpus: float = Field(default=1.0, ge=0)
