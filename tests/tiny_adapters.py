@@ -23,8 +23,23 @@ def make_adapter(
     **lora: Any,
 ) -> Path:
     """Save an adapter for the model in `model_dir`, of the Auto class `auto`; `lora`: other fields of PEFT's config."""
-    torch.manual_seed(seed)
     model = auto.from_pretrained(model_dir, dtype=torch.float32)
+    return write_adapter(model, folder, rank=rank, targets=targets, alpha=alpha, seed=seed, strength=strength, **lora)
+
+
+def write_adapter(
+    model: Any,
+    folder: Path,
+    *,
+    rank: int = 8,
+    targets: list[str] | str = "all-linear",
+    alpha: float | None = None,
+    seed: int = 0,
+    strength: float = 0.5,
+    **lora: Any,
+) -> Path:
+    """Save an adapter for `model`, into which PEFT puts its own layers."""
+    torch.manual_seed(seed)
     config = LoraConfig(
         task_type="CAUSAL_LM", r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=targets, **lora
     )

@@ -1,5 +1,7 @@
 """A model folder through the product's own front door, and what came out, beside transformers and PEFT in float32."""
 
+import copy
+import functools
 import json
 import re
 import threading
@@ -28,7 +30,7 @@ from manylora.models.text_part import put_aside
 from manylora.settings import Settings
 from tests.engine.oracle import NEAR_TIE
 from tests.models.zoo import NO_EXPERTS, NOT_ADAPTED, Unbuildable, make_zoo_model, what_runs
-from tests.tiny_adapters import make_adapter
+from tests.tiny_adapters import write_adapter
 
 LENGTHS = (5, 27, 90)
 NUM_ANSWERED = 3
@@ -113,13 +115,46 @@ def answer_all(
     return {key: Answer(asked[key[1]], captured[seq], seq.tokens[seq.num_prompt_tokens :]) for key, seq in seqs.items()}
 
 
-def make_adapters(folder: Path) -> dict[str, Path]:
+class Oracle:
+    """The model in `folder` as transformers and PEFT run it in float32: loaded once, and copied for each adapter."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._running: dict[Path | None, Any] = {}
+
+    @functools.cached_property
+    def _base(self) -> Any:
+        auto = auto_class(AutoConfig.from_pretrained(self._folder))
+        return auto.from_pretrained(self._folder, dtype=torch.float32).eval()
+
+    def copy(self) -> Any:
+        """The model by itself, for whoever changes it. Raises ValueError where transformers does not load it."""
+        return copy.deepcopy(self._base)
+
+    def running(self, adapter: Path | None) -> Any:
+        """What runs with that adapter, or without one. Raises ValueError for an adapter that PEFT does not read."""
+        if adapter not in self._running:
+            self._running[adapter] = what_runs(self._base) if adapter is None else self._tuned(adapter)
+        return self._running[adapter]
+
+    def _tuned(self, adapter: Path) -> Any:
+        model = self.copy()
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            tuned = PeftModel.from_pretrained(model, adapter).eval()
+        if any("missing adapter keys" in str(each.message) for each in said):
+            raise ValueError("PEFT does not read its own file again")
+        return tuned if what_runs(model) is model else what_runs(model)
+
+
+def make_adapters(folder: Path, oracle: Oracle | None = None) -> dict[str, Path]:
     """Adapters written by PEFT for the model in `folder`, beside it: `linear` on every linear, `ends` on the embedding
     and the head, `experts` on the parameters of a mixture's experts and routers. Without those that PEFT cannot make:
     it knows no linears with a forward of their own, and no Mamba.
     """
+    oracle = oracle or Oracle(folder)
     try:
-        model = auto_of(folder).from_pretrained(folder)
+        model = oracle.copy()
     except ValueError:  # a part of a larger model, which transformers saves and does not load by itself
         return {}
     put_aside(model)
@@ -137,11 +172,13 @@ def make_adapters(folder: Path) -> dict[str, Path]:
     others = [path for path in linears if not path.endswith("out_proj")]  # which PEFT leaves alone beside Mamba
     found: dict[str, Path] = {}
     for name, choices in (("linear", (linears, others, narrow)), ("ends", (ends,))):
-        for targets in choices:
-            target = folder.with_name(name)
+        for number, targets in enumerate(choices):
+            if targets in choices[:number]:
+                continue
+            target = folder.parent / f"{name}-{number}"
             try:
-                make_adapter(folder, target, rank=4, seed=1, targets=targets, auto=auto_of(folder))
-                oracle(folder, target)
+                write_adapter(oracle.copy(), target, rank=4, seed=1, targets=targets)
+                oracle.running(target)
             except ValueError:
                 continue
             if not json.loads((target / "adapter_config.json").read_text()).get("target_parameters"):
@@ -154,7 +191,7 @@ def make_adapters(folder: Path) -> dict[str, Path]:
     )
     if parameters:
         target = folder.with_name("experts")
-        make_adapter(folder, target, rank=2, seed=2, targets=[], target_parameters=parameters, auto=auto_of(folder))
+        write_adapter(oracle.copy(), target, rank=2, seed=2, targets=[], target_parameters=parameters)
         found["experts"] = target
     return found
 
@@ -176,23 +213,6 @@ def expert_parameters(model: Any) -> list[str]:
         if weight is not None and weight.dim() == 2 and len(weight) == count
     ]
     return [*stacked, *routers]
-
-
-def auto_of(folder: Path) -> Any:
-    """The Auto class of the model in `folder`."""
-    return auto_class(AutoConfig.from_pretrained(folder))
-
-
-def oracle(folder: Path, adapter: Path | None) -> Any:
-    model = auto_of(folder).from_pretrained(folder, dtype=torch.float32).eval()
-    if adapter is None:
-        return what_runs(model)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        tuned = PeftModel.from_pretrained(model, adapter).eval()
-    if any("missing adapter keys" in str(each.message) for each in said):
-        raise ValueError("PEFT does not read its own file again")
-    return tuned if what_runs(model) is model else what_runs(model)
 
 
 @torch.inference_mode()
@@ -222,7 +242,8 @@ class Outcome:
     detail: str = ""
 
 
-def try_model(folder: Path, adapters: Mapping[str, Path], **values: Any) -> Outcome:
+def try_model(folder: Path, adapters: Mapping[str, Path], oracle: Oracle | None = None, **values: Any) -> Outcome:
+    oracle = oracle or Oracle(folder)
     try:
         answers = answer_all(folder, adapters, prompts(), **values)
     except ModelUnusable as error:
@@ -232,7 +253,7 @@ def try_model(folder: Path, adapters: Mapping[str, Path], **values: Any) -> Outc
     except Exception as error:  # noqa: BLE001 - told apart from a refusal
         return Outcome("crashed", f"{type(error).__name__}: {error}")
     for name in (None, *adapters):
-        model = oracle(folder, adapters[name] if name else None)
+        model = oracle.running(adapters[name] if name else None)
         for (whose, number), answer in answers.items():
             if whose == name and (what := difference(model, answer)):
                 return Outcome("wrong", f"{name}, prompt {number}: {what}")
@@ -245,7 +266,8 @@ def try_type(model_type: str, folder: Path, *, sees: bool = False, **values: Any
         make_zoo_model(model_type, folder / "base", sees=sees)
     except Unbuildable as error:
         return Outcome("not built", str(error))
-    return try_model(folder / "base", make_adapters(folder / "base"), **values)
+    oracle = Oracle(folder / "base")
+    return try_model(folder / "base", make_adapters(folder / "base", oracle), oracle, **values)
 
 
 def without_numbers(message: str, folder: Path) -> str:

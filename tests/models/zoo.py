@@ -53,11 +53,18 @@ _HIDDEN, _HEADS, _GROUPS, _HEAD_DIM, _WIDE, _LAYERS = 32, 4, 2, 8, 48, 2
 _SIZES: dict[str, int] = {
     name: size
     for size, names in (
-        (VOCAB_SIZE, "vocab_size unpadded_vocab_size vocab_size_per_layer_input"),
+        (
+            VOCAB_SIZE,
+            "vocab_size unpadded_vocab_size vocab_size_per_layer_input shape_vocab_size pronunciation_vocab_size "
+            "encoder_hash_byte_group_vocab",
+        ),
         (
             _HIDDEN,
             "hidden_size d_model n_embd embed_dim embedding_size word_embed_proj_dim emb_dim input_embedding_size "
-            "output_embedding_size attention_hidden_size embedding_dim lru_width adapter_in_dim",
+            "output_embedding_size attention_hidden_size embedding_dim lru_width adapter_in_dim out_hidden_size "
+            "vision_output_dim projector_input_dim projector_output_dim projector_hidden_size backbone_hidden_size "
+            "shape_embed_dim pronunciation_embed_dim nemo_conv_channels depthwise_separable_out_channel "
+            "ext_pw_out_channel",
         ),
         (
             _LAYERS,
@@ -91,7 +98,7 @@ _SIZES: dict[str, int] = {
             "intermediate_size n_inner ffn_dim encoder_ffn_dim decoder_ffn_dim moe_intermediate_size "
             "shared_expert_intermediate_size shared_experts_intermediate_size moe_shared_expert_intermediate_size "
             "shared_intermediate_size ffn_hidden_size expert_ffn_hidden_size dim_ff dff intermediate_size_mlp "
-            "dense_intermediate_size d_inner feed_forward_size router_hidden_size",
+            "dense_intermediate_size d_inner feed_forward_size router_hidden_size alignment_intermediate_size",
         ),
         (4, "num_experts n_routed_experts num_local_experts moe_num_experts mamba_dt_rank time_step_rank"),
         (2, "num_experts_per_tok num_experts_per_token moe_topk moe_top_k moe_k top_k_experts zero_expert_num"),
@@ -135,6 +142,7 @@ _SPECIAL: Mapping[str, Mapping[str, Any]] = {
         "n_output_layers": 1,
     },
     "falcon_h1": {"mamba_d_ssm": 64},
+    "gemma3n_text": {"intermediate_size": _WIDE},
     "gemma4_text": {"per_layer_config": {"01": {"head_dim": 2 * _HEAD_DIM}}},
     "gemma4_unified_text": {"per_layer_config": {"01": {"head_dim": 2 * _HEAD_DIM}}},
     "glm4v_moe_text": {"rope_parameters": {**_COORDINATES, "partial_rotary_factor": 1.0}},
@@ -150,6 +158,7 @@ _SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "ministral": {"head_dim": _HEAD_DIM},
     "nemotron": {"num_key_value_heads": _GROUPS},
     "phi3": {"sliding_window": None},
+    "phi4_multimodal_audio": {"num_blocks": _LAYERS},
     "qwen2": {"use_sliding_window": True, "max_window_layers": 1, "layer_types": None},
     "qwen2_moe": {"use_sliding_window": True, "max_window_layers": 1, "layer_types": None},
     "qwen3": {"use_sliding_window": True, "max_window_layers": 1, "layer_types": None},
