@@ -87,7 +87,8 @@ def answer(rig: Rig, request_id: str, index: int = 0) -> tuple[list[int], str, F
 def check_schemas(rig: Rig, compiler: GrammarCompiler, seeds: range) -> None:
     for seed in seeds:
         grammar = made(compiler, Grammar.json_schema(random_schema(seed)))
-        ask(rig, f"s{seed}", grammar, NAMES[seed % len(NAMES)], seed=seed, temperature=0.0 if seed % 7 == 0 else 1.0)
+        temperature = 0.0 if seed % 7 == 0 else 1.0
+        ask(rig, f"s{seed}", grammar, NAMES[seed % len(NAMES)], seed=seed, temperature=temperature, max_tokens=300)
     rig.run()
     whole = [seed for seed in seeds if answer(rig, f"s{seed}")[2] is FinishReason.STOP]
     for seed in whole:
@@ -102,9 +103,8 @@ def test_every_answer_conforms_to_its_own_schema_whatever_the_model_would_say(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", range(4))
-def test_answers_conform_to_hundreds_of_random_schemas(part: int, rig: Rig, compiler: GrammarCompiler) -> None:
-    check_schemas(rig, compiler, range(1000 + 100 * part, 1100 + 100 * part))
+def test_answers_conform_to_hundreds_of_random_schemas(rig: Rig, compiler: GrammarCompiler) -> None:
+    check_schemas(rig, compiler, range(1000, 1400))
 
 
 REGEXES = (r"[a-f0-9]{8}-[0-9]{4}", r"(red|green|blue)( dark)?", r"\d{3}/\w{2}", "ж[aб]{2,5}")
