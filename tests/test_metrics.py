@@ -33,8 +33,9 @@ MORE = {
     "histogram": "grammar_compile_seconds canary_time_to_first_token_seconds",
     "counter": "adapter_load_failures adapter_not_finite engine_step_failures adapter_files_damaged connections_ended "
     "quota_fallback structured_requests drafted_tokens accepted_draft_tokens sound_seconds fine_tuning_published "
-    "canary_requests http_requests",
-    "gauge": "engine_ready device_tier_bytes adapter_orphans fine_tuning_jobs fine_tuning_workers",
+    "canary_requests http_requests state_snapshot_hits",
+    "gauge": "engine_ready device_tier_bytes adapter_orphans fine_tuning_jobs fine_tuning_workers "
+    "state_snapshots_used state_snapshots_total state_snapshot_bytes",
 }
 
 

@@ -65,6 +65,14 @@ class EngineCounts(Protocol):
     def host_tier_bytes(self) -> int: ...
     @property
     def preemptions(self) -> int: ...
+    @property
+    def snapshots_used(self) -> int: ...
+    @property
+    def snapshots_total(self) -> int: ...
+    @property
+    def snapshot_bytes(self) -> int: ...
+    @property
+    def snapshot_hits(self) -> int: ...
 
 
 class EndedRequest(Protocol):
@@ -193,9 +201,15 @@ class _EngineCollector(Collector):
         ("adapter_slots_total", "Device slots there are.", "slots_total"),
         ("device_tier_bytes", "Bytes of adapters on the device.", "device_tier_bytes"),
         ("host_tier_bytes", "Bytes of adapters in host memory.", "host_tier_bytes"),
+        ("state_snapshots_used", "Copies of recurrent states that prefixes are found again with.", "snapshots_used"),
+        ("state_snapshots_total", "Rooms for copies of recurrent states.", "snapshots_total"),
+        ("state_snapshot_bytes", "Bytes of the copies of recurrent states.", "snapshot_bytes"),
     )
 
-    _PREEMPTIONS: Final = (f"{_PREFIX}_preemptions", "Sequences put back because blocks ran out.")
+    _COUNTERS: Final = (
+        ("preemptions", "Sequences put back because blocks ran out.", "preemptions"),
+        ("state_snapshot_hits", "Sequences that began with a copy of recurrent states.", "snapshot_hits"),
+    )
 
     def __init__(self, read: Callable[[], EngineCounts]) -> None:
         self._read = read
@@ -203,14 +217,15 @@ class _EngineCollector(Collector):
     def describe(self) -> Iterable[Metric]:
         return [
             *(GaugeMetricFamily(f"{_PREFIX}_{name}", text) for name, text, _ in self._GAUGES),
-            CounterMetricFamily(*self._PREEMPTIONS),
+            *(CounterMetricFamily(f"{_PREFIX}_{name}", text) for name, text, _ in self._COUNTERS),
         ]
 
     def collect(self) -> Iterator[Metric]:
         counts = self._read()
         for name, text, attribute in self._GAUGES:
             yield GaugeMetricFamily(f"{_PREFIX}_{name}", text, value=getattr(counts, attribute))
-        yield CounterMetricFamily(*self._PREEMPTIONS, value=counts.preemptions)
+        for name, text, attribute in self._COUNTERS:
+            yield CounterMetricFamily(f"{_PREFIX}_{name}", text, value=getattr(counts, attribute))
 
 
 class _WithoutCreated(CollectorRegistry):

@@ -33,6 +33,7 @@ from manylora.models.checkpoint import load_tokenizer
 from manylora.models.codec import HuggingFaceCodec
 from tests.engine.harness import Rig, build_rig, grammars_of, load
 from tests.engine.oracle import check_greedy, with_adapter
+from tests.models.zoo import make_zoo_model
 from tests.tiny_adapters import make_adapter, make_adapter_that_spoils
 from tests.tiny_models import END_OF_TURN, VOCAB_SIZE
 
@@ -285,6 +286,20 @@ async def test_counts_of_one_tenant_say_nothing_of_another(rig: Rig, engine: Asy
     assert [(row["name"], row["users"] > 0) for row in acme.resident] == [("tuned", True)]
     assert (rival.kv_blocks_total, rival.slots_total) == (everybody.kv_blocks_total, everybody.slots_total)
     await theirs.aclose()
+
+
+async def test_stats_have_the_copies_of_states_that_prefixes_are_found_with(tmp_path: Path) -> None:
+    folder = make_zoo_model("qwen3_5_text", tmp_path / "base")
+    rig = build_rig(load(folder))
+    rig.scheduler.blocks.snapshots.size_bytes = 100
+    async with started(rig, folder) as engine:
+        for request_id in ("first", "same"):
+            async for _ in engine.generate(request_id, [9] * 30, SamplingParams(max_tokens=2)):
+                pass
+        everybody, mine = engine.stats(), engine.stats("public")
+    found = everybody.snapshots_used, everybody.snapshots_total, everybody.snapshot_bytes, everybody.snapshot_hits
+    assert found == (1, 16, 100, 1)
+    assert (mine.snapshots_used, mine.snapshots_total, mine.snapshot_bytes, mine.snapshot_hits) == (0, 0, 0, 0)
 
 
 async def test_a_prompt_that_leaves_no_room_is_refused(engine: AsyncEngine) -> None:

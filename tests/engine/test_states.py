@@ -25,7 +25,7 @@ from tests.engine.faults import Faults
 from tests.engine.harness import PIECE_SIZE, TORCH, Rig, available_kernels, build_rig, load
 from tests.engine.oracle import check_greedy, with_adapter
 from tests.engine.plans import FakeSlots, pretend_to_run, request, step
-from tests.models.front_door import prompts, settings_for
+from tests.models.front_door import prompts, settings_for, start
 from tests.models.zoo import make_zoo_model
 from tests.tiny_adapters import make_adapter
 
@@ -179,6 +179,7 @@ def test_a_prompt_whose_beginning_is_known_gets_what_it_gets_without(rig: Rig, m
             else:
                 check_greedy(with_adapter(folder, adapter if name else None), prompt, rig.tokens(f"{key}-{name}"))
     fresh.close()
+    assert (rig.scheduler.blocks.snapshots.num_hits, fresh.scheduler.blocks.snapshots.num_hits) == (6, 0)
 
 
 @pytest.mark.parametrize("kind", ["qwen3_5_text"])
@@ -277,9 +278,11 @@ def test_whoever_begins_with_a_copy_begins_with_its_own_tokens(
 
 def test_copies_are_no_more_than_a_part_of_the_cache(tmp_path: Path) -> None:
     settings = settings_for(make_zoo_model("mamba2", tmp_path / "base"))
-    builder = EngineBuilder(settings, load_base(settings))
-    count = builder._num_snapshots()
-    assert 0 < count * builder.wrapped.survey.state_bytes <= 2**25 / 4
+    builder, engine, tiers = start(settings, {})
+    tiers.close()
+    snapshots = engine.scheduler.blocks.snapshots
+    assert snapshots.size_bytes == builder.wrapped.survey.state_bytes
+    assert 0 < snapshots.count * snapshots.size_bytes <= 2**25 / 4
     builder.wrapped.survey.keepers["another"] = next(iter(builder.wrapped.survey.keepers.values()))
     assert builder._num_snapshots() == 0
 

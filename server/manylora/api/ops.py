@@ -112,5 +112,6 @@ def _engine_counts(services: Services, tenant: str | None) -> dict[str, Any]:
     counts = asdict(services.engine.stats(tenant))
     counts["slots_resident"] = len(counts["resident"])
     if tenant is not None:
-        del counts["steps"]
+        for name in ("steps", "snapshots_used", "snapshots_total", "snapshot_bytes", "snapshot_hits"):
+            del counts[name]
     return counts

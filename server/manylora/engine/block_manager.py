@@ -26,7 +26,8 @@ class BlockManager:
     those of the base and of public adapters; with `share_prefixes` false, one request does (its `n` choices).
     `num_states`: of so many sequences layers keep a state, in a slot that a sequence has as long as it has blocks. A
     prefix is found again then as far as there is a copy of the states at its end: of prompts at two multiples of
-    `border` tokens (whole blocks, and whole pieces of a prompt), in one of `num_snapshots` rooms each.
+    `border` tokens (whole blocks, and whole pieces of a prompt), in one of `num_snapshots` rooms of
+    `snapshot_bytes` each.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class BlockManager:
         num_states: int = 0,
         border: int = 0,
         num_snapshots: int = 0,
+        snapshot_bytes: int = 0,
     ) -> None:
         assert not num_snapshots or (border and not border % block_size)
         self.num_blocks = num_blocks
@@ -54,7 +56,7 @@ class BlockManager:
         self._has_states = num_states > 0
         self._free_states = list(range(num_states))
         self._border = border
-        self.snapshots = Snapshots(num_snapshots)
+        self.snapshots = Snapshots(num_snapshots, snapshot_bytes)
 
     @property
     def num_free(self) -> int:
@@ -144,6 +146,7 @@ class BlockManager:
         """Make the sequence's full blocks known, now that their keys and values are written."""
         known = (seq.num_virtual + seq.num_computed) // self.block_size
         if self._has_states:
+            self.snapshots.num_hits += seq.begins_with >= 0
             self._end_beginning(seq)
             known = self._num_bordered(seq) // self.block_size
         for i in range(len(seq.block_hashes), known):

@@ -271,6 +271,7 @@ class EngineBuilder(Builder):
                 num_states=0 if pieces is None else settings.max_num_seqs,
                 border=0 if pieces is None else math.lcm(pieces.size, settings.block_size),
                 num_snapshots=num_snapshots,
+                snapshot_bytes=self.wrapped.survey.state_bytes,
             ),
             tiers,
             max_num_seqs=settings.max_num_seqs,

@@ -264,7 +264,8 @@ class ModelInfo:
 class EngineStats:
     """Counts at one moment, for `/v1/stats` and the gauges: of all, or of what belongs to one tenant.
 
-    For a tenant, `resident` also has the public adapters, whose `users` are its own sequences, and `steps` is 0.
+    For a tenant, `resident` also has the public adapters, whose `users` are its own sequences, and `steps` and what
+    is known of snapshots (copies of states, by which hybrids find prefixes again) are 0.
     """
 
     running: int = 0
@@ -278,6 +279,10 @@ class EngineStats:
     host_tier_bytes: int = 0
     preemptions: int = 0
     steps: int = 0
+    snapshots_used: int = 0
+    snapshots_total: int = 0
+    snapshot_bytes: int = 0  # of those that are used
+    snapshot_hits: int = 0
     resident: tuple[dict[str, Any], ...] = field(default=())
 
 

@@ -16,12 +16,19 @@ class Snapshots:
     begins with until it has run.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, size_bytes: int = 0) -> None:
         self.count = count
+        self.size_bytes = size_bytes  # of one copy
+        self.num_hits = 0  # sequences that began with a copy and have run
         self._free = list(range(count))
         self._known: OrderedDict[bytes, int] = OrderedDict()
         self._holders: Counter[int] = Counter()
         self._forgotten: set[int] = set()  # held, and known by nothing any more
+
+    @property
+    def num_used(self) -> int:
+        """Rooms with a copy in them."""
+        return len(self._known) + len(self._forgotten)
 
     def has(self, key: bytes) -> bool:
         """Whether there is a copy for the block of this hash."""

@@ -130,6 +130,7 @@ const WORDS = {
   "meter.held": ["{value} held by sequences", "序列占用 {value}"],
   "meter.in_use": ["{value} in use, {size} on the device", "{value} 个使用中，设备上 {size}"],
   "meter.prompt_tokens": ["{value} prompt tokens", "提示词元 {value}"],
+  "meter.snapshots": ["{value} prompt tokens; {copies} copies of states, {size}", "提示词元 {value}；状态副本 {copies}，{size}"],
   "meter.queue_wait": ["queue wait p95 {value}", "排队 p95 {value}"],
   "meter.ready_to_copy": ["ready to be copied to the device", "随时可复制到设备"],
   "meter.steps": ["{value} engine steps", "引擎已走 {value} 步"],
