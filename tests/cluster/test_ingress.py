@@ -11,12 +11,12 @@ from typing import Any
 import httpx2
 import pytest
 from starlette.requests import Request
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
-from manylora.cluster.exchange import Exchange, Frame, Question
-from manylora.cluster.ingress import MAX_UPLOADS, Ingress, key_of
+from manylora.cluster.exchange import Exchange, Frame, Head, Question
+from manylora.cluster.ingress import MAX_UPLOADS, HandedOn, Ingress, key_of
 from manylora.cluster.replica import Replica, place_in
-from manylora.errors import InvalidSettings, ReplicaLost
+from manylora.errors import InvalidSettings, ManyloraError, ReplicaLost
 from manylora.lifecycle.weights.served import Inspector
 from manylora.serving.parts import Foundation
 from manylora.settings import Settings
@@ -430,6 +430,30 @@ async def test_an_answer_that_nobody_fetches_waits() -> None:
     await waiting
 
     assert b"".join(frame for frame in frames if isinstance(frame, bytes)) == bytes(2**20) + b"more"
+
+
+async def test_half_of_a_file_never_looks_whole() -> None:
+    exchange = Exchange(Question("GET", "/", b"/", b"", ()), _at_once)
+    await exchange.send({"type": "http.response.start", "status": 200, "headers": []})
+    await exchange.send({"type": "http.response.body", "body": b"half", "more_body": True})
+    exchange.end()  # as an application that raised
+    frames = exchange.frames()
+    head = await anext(frames)
+    assert isinstance(head, Head)
+    sent: list[Message] = []
+
+    async def stays() -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    with pytest.raises(ManyloraError, match="in the middle of this answer"):
+        await HandedOn(head, frames)({"type": "http", "path": "/"}, stays, send)
+
+    assert [message.get("body") for message in sent] == [None, b"half"]
+    assert all(message.get("more_body", True) for message in sent), "the connection breaks off"
 
 
 def test_replicas_on_one_machine_have_folders_of_their_own_and_share_a_store(tmp_path: Path) -> None:

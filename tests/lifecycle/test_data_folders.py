@@ -75,6 +75,16 @@ def test_files_of_a_repository_are_read_by_split(tmp_path: Path) -> None:
         read_dataset(tmp_path / "valid")
 
 
+def test_a_split_without_all_of_its_files_or_in_two_kinds_of_them_is_refused(tmp_path: Path) -> None:
+    for name in ("part-00000-of-00003.jsonl", "part-00002-of-00003.jsonl", "both.jsonl", "both.json"):
+        write_rows(tmp_path / name, ROWS)
+    for split in ("part", "both"):
+        with pytest.raises(InvalidRequest, match=rf"{split} is not one whole set of files \({split}"):
+            read_dataset(tmp_path / split)
+    write_rows(tmp_path / "part-00001-of-00003.jsonl", ROWS)
+    assert len(read_dataset(tmp_path / "part")) == 3 * len(ROWS)
+
+
 def test_a_folder_that_is_no_data_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="is a folder without rows"):
         read_dataset(tmp_path)

@@ -4,7 +4,7 @@ import math
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -100,6 +100,32 @@ class Broken:
 
     def close(self, *, is_whole: bool) -> None:
         raise AssertionError("it was left out")
+
+
+class Closed:
+    """A package that notes in `ends` how its runs end."""
+
+    ends: ClassVar[list[bool]] = []
+
+    def __init__(self, *_: object) -> None: ...
+
+    def log(self, *_: object) -> None: ...
+
+    def close(self, *, is_whole: bool) -> None:
+        self.ends.append(is_whole)
+
+
+def test_a_training_that_is_stopped_ends_no_run_as_finished(
+    tmp_path: Path, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trackers, "_MADE", {"wandb": Closed})
+    monkeypatch.setattr(trackers, "need", lambda *_: None)
+    monkeypatch.setattr(Closed, "ends", [])
+    data = write_rows(tmp_path / "train.jsonl", label_rows())
+    config = replace(tiny_config(data, tmp_path / "out", tiny_llama_dir, epochs=1), report_to=("wandb",))
+    assert not train(config, should_stop=lambda: True).finished
+    assert train(config, resume=True).finished
+    assert Closed.ends == [False, True]
 
 
 def test_a_package_that_fails_is_left_out_and_the_training_goes_on(

@@ -8,6 +8,8 @@ from typing import Any, Final, TypeAlias
 
 from starlette.types import Message, Scope
 
+from manylora.errors import ManyloraError
+
 __all__ = ["Exchange", "Fetch", "Frame", "Head", "Question"]
 
 Fetch: TypeAlias = Callable[[Any], Awaitable[bytes]]
@@ -74,7 +76,7 @@ class Exchange:
         self._is_read = False
         self._pending: list[Frame] = []
         self._num_bytes = 0
-        self._is_over = False
+        self._is_begun = self._is_whole = self._is_over = False
         self._gone = asyncio.Event()
         self._has_more = asyncio.Event()
         self._has_room = asyncio.Event()
@@ -99,11 +101,12 @@ class Exchange:
         if message["type"] == "http.response.start":
             headers = tuple((bytes(name), bytes(value)) for name, value in message["headers"])
             self._pending.append(Head(message["status"], headers))
+            self._is_begun = True
         elif message["type"] == "http.response.body":
             body = bytes(message.get("body", b""))
             self._pending.append(body)
             self._num_bytes += len(body)
-            self._is_over = not message.get("more_body", False)
+            self._is_over = self._is_whole = not message.get("more_body", False)
         self._has_more.set()
 
     def end(self) -> None:
@@ -117,7 +120,10 @@ class Exchange:
         self._has_room.set()
 
     async def frames(self) -> AsyncGenerator[Frame, None]:
-        """The head, then the body in as few pieces as there are when they are asked for."""
+        """The head, then the body in as few pieces as there are when they are asked for.
+
+        Raises ManyloraError where the application returned in the middle of its answer: what there is of it is not all.
+        """
         while True:
             await self._has_more.wait()
             self._has_more.clear()
@@ -130,4 +136,6 @@ class Exchange:
             if body:
                 yield body
             if is_over:
+                if self._is_begun and not self._is_whole:
+                    raise ManyloraError("The server failed in the middle of this answer. The log has the details.")
                 return

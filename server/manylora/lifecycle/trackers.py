@@ -107,12 +107,18 @@ def check_trackers(names: Sequence[str]) -> None:
 
 @contextmanager
 def tracked(
-    names: Sequence[str], folder: Path, title: str, settings: Mapping[str, Any], listen: Listener
+    names: Sequence[str],
+    folder: Path,
+    title: str,
+    settings: Mapping[str, Any],
+    listen: Listener,
+    has_finished: Callable[[], bool] = lambda: True,
 ) -> Iterator[Listener]:
     """A listener that passes everything on to `listen`, and writes the figures of steps for each of the packages.
 
     `folder` gets a folder of each. A package that fails is told of as a warning and left out from then on: a training
-    is worth more than its curves. Raises what `check_trackers` does.
+    is worth more than its curves. At the end, `has_finished` says whether the run is whole, or was stopped before its
+    end. Raises what `check_trackers` does.
     """
     check_trackers(names)
     if not names:
@@ -124,7 +130,7 @@ def tracked(
     is_whole = False
     try:
         yield runs.hear
-        is_whole = True
+        is_whole = has_finished()
     finally:
         runs.end(is_whole=is_whole)
 

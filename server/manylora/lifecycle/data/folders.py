@@ -22,7 +22,7 @@ __all__ = ["KINDS", "arrow_rows", "images_of", "parts_of"]
 
 KINDS: Final = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 _IMAGES: Final = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
-_SHARD: Final = re.compile(r"(.+)-\d{5}-of-\d{5}")
+_SHARD: Final = re.compile(r"(.+)-(\d{5})-of-(\d{5})")
 _STATE: Final = "state.json"
 _SPLITS: Final = "dataset_dict.json"
 _INSIDE: Final = "data"
@@ -32,12 +32,13 @@ _SHOWN: Final = 10  # splits
 def parts_of(path: Path) -> list[Path]:
     """The files that hold the rows, in order: the path itself where it is a file, or nothing that is there.
 
-    Raises InvalidRequest for a folder without rows, or with those of several splits.
+    Raises InvalidRequest for a folder without rows, with those of several splits, or with some of a split's files.
     """
     if path.is_dir():
         return _folder(path)
     if not path.exists() and path.parent.is_dir():
-        return _splits(path.parent).get(path.name) or [path]
+        files = _splits(path.parent).get(path.name)
+        return _whole(path, files) if files else [path]
     return [path]
 
 
@@ -56,7 +57,23 @@ def _folder(path: Path) -> list[Path]:
     splits = _splits(path)
     if len(splits) != 1:
         raise _which(path, list(splits))
-    return next(iter(splits.values()))
+    [(name, files)] = splits.items()
+    return _whole(path / name, files)
+
+
+def _whole(split: Path, files: list[Path]) -> list[Path]:
+    """A split's files, in order. Raises InvalidRequest where some are not there, or have the same rows perhaps."""
+    shards = [shard for file in files if (shard := _SHARD.fullmatch(file.stem))]
+    found = [(int(shard[2]), int(shard[3])) for shard in shards]
+    if len(files) == 1 and not found:
+        return files
+    if len(found) == len(files) and found == [(number, len(found)) for number in range(len(found))]:
+        return files
+    shown = ", ".join(file.name for file in files[:_SHOWN])
+    raise InvalidRequest(
+        f"{split} is not one whole set of files ({shown}): each of those that their names count must be there "
+        "once, or there must be a single file. Fetch what is missing, or name one file."
+    )
 
 
 def _which(path: Path, splits: list[str]) -> InvalidRequest:

@@ -99,7 +99,7 @@ def train(
         listen(Progress("checkpoint"))
 
     try:
-        with memory_faults(MEMORY_ADVICE), _tracked(config, listen) as told:
+        with memory_faults(MEMORY_ADVICE), _tracked(config, listen, lambda: finished) as told:
             finished = trainer.run(told, should_stop, keep, samples.take)
     except Diverged:
         discard_checkpoint(checkpoint)  # going on from there would only diverge again
@@ -118,9 +118,12 @@ def train(
     return TrainResult(True, config.out, report)
 
 
-def _tracked(config: TrainConfig, listen: Listener) -> AbstractContextManager[Listener]:
+def _tracked(
+    config: TrainConfig, listen: Listener, has_finished: Callable[[], bool]
+) -> AbstractContextManager[Listener]:
     """The listener, which also writes files of `report_to`."""
-    return tracked(config.report_to, runs_folder(config.out), config.out.name, _settings(config), listen)
+    folder = runs_folder(config.out)
+    return tracked(config.report_to, folder, config.out.name, _settings(config), listen, has_finished)
 
 
 def load_for(config: TrainConfig, train_set: Dataset) -> Base:
