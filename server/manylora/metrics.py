@@ -10,7 +10,8 @@ adapter is moved between tiers, nobody calls: `tenant` is then the adapter's own
 
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import ClassVar, Final, Protocol
+from operator import attrgetter
+from typing import Any, ClassVar, Final, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -66,13 +67,7 @@ class EngineCounts(Protocol):
     @property
     def preemptions(self) -> int: ...
     @property
-    def snapshots_used(self) -> int: ...
-    @property
-    def snapshots_total(self) -> int: ...
-    @property
-    def snapshot_bytes(self) -> int: ...
-    @property
-    def snapshot_hits(self) -> int: ...
+    def snapshots(self) -> Any: ...
 
 
 class EndedRequest(Protocol):
@@ -201,31 +196,29 @@ class _EngineCollector(Collector):
         ("adapter_slots_total", "Device slots there are.", "slots_total"),
         ("device_tier_bytes", "Bytes of adapters on the device.", "device_tier_bytes"),
         ("host_tier_bytes", "Bytes of adapters in host memory.", "host_tier_bytes"),
-        ("state_snapshots_used", "Copies of recurrent states that prefixes are found again with.", "snapshots_used"),
-        ("state_snapshots_total", "Rooms for copies of recurrent states.", "snapshots_total"),
-        ("state_snapshot_bytes", "Bytes of the copies of recurrent states.", "snapshot_bytes"),
+        ("state_snapshots_used", "Copies of recurrent states that prefixes are found again with.", "snapshots.used"),
+        ("state_snapshots_total", "Rooms for copies of recurrent states.", "snapshots.total"),
+        ("state_snapshot_bytes", "Bytes of the copies of recurrent states.", "snapshots.bytes"),
     )
 
     _COUNTERS: Final = (
         ("preemptions", "Sequences put back because blocks ran out.", "preemptions"),
-        ("state_snapshot_hits", "Sequences that began with a copy of recurrent states.", "snapshot_hits"),
+        ("state_snapshot_hits", "Sequences that began with a copy of recurrent states.", "snapshots.hits"),
     )
 
     def __init__(self, read: Callable[[], EngineCounts]) -> None:
         self._read = read
 
     def describe(self) -> Iterable[Metric]:
-        return [
-            *(GaugeMetricFamily(f"{_PREFIX}_{name}", text) for name, text, _ in self._GAUGES),
-            *(CounterMetricFamily(f"{_PREFIX}_{name}", text) for name, text, _ in self._COUNTERS),
-        ]
+        return self._families(lambda _: None)
 
-    def collect(self) -> Iterator[Metric]:
+    def collect(self) -> Iterable[Metric]:
         counts = self._read()
-        for name, text, attribute in self._GAUGES:
-            yield GaugeMetricFamily(f"{_PREFIX}_{name}", text, value=getattr(counts, attribute))
-        for name, text, attribute in self._COUNTERS:
-            yield CounterMetricFamily(f"{_PREFIX}_{name}", text, value=getattr(counts, attribute))
+        return self._families(lambda field: attrgetter(field)(counts))
+
+    def _families(self, value: Callable[[str], float | None]) -> Iterator[Metric]:
+        for made, table in ((GaugeMetricFamily, self._GAUGES), (CounterMetricFamily, self._COUNTERS)):
+            yield from (made(f"{_PREFIX}_{name}", text, value=value(field)) for name, text, field in table)
 
 
 class _WithoutCreated(CollectorRegistry):
@@ -410,8 +403,6 @@ class Metrics:
         if route is None or method not in METHODS:
             method = route = OTHER_LABEL
         self.answers.labels(method, route, "none" if status is None else str(status)).inc()
-
-    # recorded by the engine and the catalog
 
     def count_probe(self, tenant: str, adapter: str, prompt_tokens: int) -> None:
         """What was run for a tenant's upload, by no request of its own."""

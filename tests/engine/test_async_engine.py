@@ -18,6 +18,7 @@ from manylora.engine.async_engine import AsyncEngine, RunningGeneration
 from manylora.engine.effect import PROBE_TEXT, effect_of
 from manylora.engine.interface import Delta, Effect, FinishReason, Mix, ModelInfo, SamplingParams
 from manylora.engine.sequence import Sequence
+from manylora.engine.snapshots import SnapshotCounts
 from manylora.errors import (
     ContextLengthExceeded,
     Draining,
@@ -297,9 +298,8 @@ async def test_stats_have_the_copies_of_states_that_prefixes_are_found_with(tmp_
             async for _ in engine.generate(request_id, [9] * 30, SamplingParams(max_tokens=2)):
                 pass
         everybody, mine = engine.stats(), engine.stats("public")
-    found = everybody.snapshots_used, everybody.snapshots_total, everybody.snapshot_bytes, everybody.snapshot_hits
-    assert found == (1, 16, 100, 1)
-    assert (mine.snapshots_used, mine.snapshots_total, mine.snapshot_bytes, mine.snapshot_hits) == (0, 0, 0, 0)
+    assert everybody.snapshots == SnapshotCounts(used=1, total=16, bytes=100, hits=1)
+    assert mine.snapshots == SnapshotCounts()
 
 
 async def test_a_prompt_that_leaves_no_room_is_refused(engine: AsyncEngine) -> None:

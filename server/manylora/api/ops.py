@@ -112,6 +112,5 @@ def _engine_counts(services: Services, tenant: str | None) -> dict[str, Any]:
     counts = asdict(services.engine.stats(tenant))
     counts["slots_resident"] = len(counts["resident"])
     if tenant is not None:
-        for name in ("steps", "snapshots_used", "snapshots_total", "snapshot_bytes", "snapshot_hits"):
-            del counts[name]
+        del counts["steps"], counts["snapshots"]
     return counts

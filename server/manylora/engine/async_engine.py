@@ -368,8 +368,6 @@ class AsyncEngine:
         scheduler = self._engine.scheduler
         book = self._tiers.book
         residents = self._tiers.residents()
-        snapshots = scheduler.blocks.snapshots
-        num_snapshots = snapshots.num_used
         return EngineStats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting) + len(self._inbox),
@@ -382,10 +380,7 @@ class AsyncEngine:
             host_tier_bytes=self._tiers.host_bytes,
             preemptions=scheduler.num_preemptions,
             steps=self._engine.num_steps,
-            snapshots_used=num_snapshots,
-            snapshots_total=snapshots.count,
-            snapshot_bytes=num_snapshots * snapshots.size_bytes,
-            snapshot_hits=snapshots.num_hits,
+            snapshots=scheduler.blocks.snapshots.counts,
             resident=tuple(residents),
         )
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from manylora.chat.format import PLAIN_CHAT, ChatFormat, ChatOptions
 from manylora.chat.pieces import Reader
+from manylora.engine.snapshots import SnapshotCounts
 from manylora.grammars.grammar import CompiledGrammar, Grammar, Whitespace
 from manylora.identity import PUBLIC_TENANT, AdapterRef, Mix, OwnToken, Tier, Vocabulary
 from manylora.images.picture import Picture, Vision
@@ -93,8 +94,7 @@ class SamplingParams:
     `allowed_token_ids`, where there are any, are the only tokens that are chosen. `bad_words` are runs of token ids of
     which no answer holds one. Among its first `min_tokens` tokens is none that ends it, as far as any other may come,
     and stop strings that end in their text do not count. The text has special tokens where `skip_special_tokens` is
-    False, and what the answer stopped at with `include_stop`. With `prompt_ranks` the prompt's log-probabilities have
-    their ranks.
+    False, and what the answer stopped at with `include_stop`.
 
     With `pooling` nothing is generated: the answer is one vector of hidden states. With `reads_head` it is the scores
     of the adapter's labels. Of a prompt of two texts the tokens from `second_from` on are of the second one; 0: of none
@@ -124,7 +124,7 @@ class SamplingParams:
     min_tokens: int = 0
     skip_special_tokens: bool = True
     include_stop: bool = False
-    prompt_ranks: bool = False
+    prompt_ranks: bool = False  # of the prompt's log-probabilities
     pooling: Pooling | None = None
     reads_head: bool = False
     speech: SpeechForm | None = None
@@ -132,9 +132,8 @@ class SamplingParams:
 
     @property
     def task(self) -> Task:
-        if self.pooling is not None or self.reads_head:
-            return Task.POOL
-        return Task.GENERATE if self.max_tokens else Task.SCORE
+        pools = self.pooling is not None or self.reads_head
+        return Task.POOL if pools else Task.GENERATE if self.max_tokens else Task.SCORE
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,8 +263,7 @@ class ModelInfo:
 class EngineStats:
     """Counts at one moment, for `/v1/stats` and the gauges: of all, or of what belongs to one tenant.
 
-    For a tenant, `resident` also has the public adapters, whose `users` are its own sequences, and `steps` and what
-    is known of snapshots (copies of states, by which hybrids find prefixes again) are 0.
+    Of a tenant, `resident` has public adapters too, with its own sequences as `users`; `steps` and `snapshots` are 0.
     """
 
     running: int = 0
@@ -279,10 +277,7 @@ class EngineStats:
     host_tier_bytes: int = 0
     preemptions: int = 0
     steps: int = 0
-    snapshots_used: int = 0
-    snapshots_total: int = 0
-    snapshot_bytes: int = 0  # of those that are used
-    snapshot_hits: int = 0
+    snapshots: SnapshotCounts = field(default_factory=SnapshotCounts)
     resident: tuple[dict[str, Any], ...] = field(default=())
 
 

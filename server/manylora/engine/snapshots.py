@@ -5,8 +5,19 @@ block's hash: with both, another sequence begins behind the block as if it had r
 """
 
 from collections import Counter, OrderedDict
+from dataclasses import dataclass
 
-__all__ = ["Snapshots"]
+__all__ = ["SnapshotCounts", "Snapshots"]
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotCounts:
+    """Rooms with a copy in them, rooms there are, the copies' bytes, and sequences that began with a copy."""
+
+    used: int = 0
+    total: int = 0
+    bytes: int = 0
+    hits: int = 0
 
 
 class Snapshots:
@@ -24,6 +35,11 @@ class Snapshots:
         self._known: OrderedDict[bytes, int] = OrderedDict()
         self._holders: Counter[int] = Counter()
         self._forgotten: set[int] = set()  # held, and known by nothing any more
+
+    @property
+    def counts(self) -> SnapshotCounts:
+        used = self.num_used
+        return SnapshotCounts(used, self.count, used * self.size_bytes, self.num_hits)
 
     @property
     def num_used(self) -> int:

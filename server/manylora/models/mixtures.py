@@ -78,7 +78,7 @@ def _is_router(module: nn.Module, num_experts: int) -> bool:
 
 
 def served_experts(model: PreTrainedModel, tolerance: float) -> dict[str, ModuleSpec]:
-    """Those that ours computes as the model's own code does, within a share of their size."""
+    """The experts that our own matmuls compute as the model's code does, within a share of their size."""
     found = adaptable_experts(model)
     for holder in holders(model):
         if not holder.agrees(tolerance):

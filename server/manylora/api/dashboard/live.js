@@ -95,7 +95,7 @@ export class Meters {
     const of = (part, whole) => t("count.of", { part: count(part), whole: count(whole) });
     this.blocks.set(of(stats.kv_blocks_used, stats.kv_blocks_total), share(stats.kv_blocks_used, stats.kv_blocks_total), t("meter.held", { value: percent(stats.kv_blocks_used, stats.kv_blocks_total) }), true);
     this.slots.set(of(stats.slots_resident, stats.slots_total), share(stats.slots_resident, stats.slots_total), t("meter.in_use", { value: count(stats.slots_used), size: bytes(stats.device_tier_bytes) }));
-    this.prefix.set(percent(totals.prefix_cache_hit_tokens, totals.prompt_tokens), null, t(stats.snapshots_total ? "meter.snapshots" : "meter.prompt_tokens", { value: of(totals.prefix_cache_hit_tokens, totals.prompt_tokens), copies: of(stats.snapshots_used, stats.snapshots_total), size: bytes(stats.snapshot_bytes ?? 0) }));
+    this.prefix.set(percent(totals.prefix_cache_hit_tokens, totals.prompt_tokens), null, t(stats.snapshots?.total ? "meter.snapshots" : "meter.prompt_tokens", { value: of(totals.prefix_cache_hit_tokens, totals.prompt_tokens), copies: of(stats.snapshots?.used, stats.snapshots?.total), size: bytes(stats.snapshots?.bytes ?? 0) }));
     this.queue.set(count(stats.waiting + stats.waiting_for_adapter), null, latency.queue_ms.p95 === null ? "" : t("meter.queue_wait", { value: ms(latency.queue_ms.p95) }));
     this.memory.set(bytes(stats.host_tier_bytes), null, t("meter.ready_to_copy"));
     this.preemptions.set(count(stats.preemptions), null, stats.steps === undefined ? "" : t("meter.steps", { value: count(stats.steps) }));
