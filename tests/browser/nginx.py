@@ -1,4 +1,4 @@
-"""A real nginx with the configuration of the page on operations, on a free port."""
+"""A real nginx with a configuration of the pages, on a free port."""
 
 import os
 import re
@@ -6,7 +6,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,17 +27,14 @@ def program() -> str:
     return found
 
 
-def configuration(folder: Path, port: int, upstream: str, *, passes_path_on: bool) -> str:
-    """The documented one with other addresses, and what every nginx of one's own needs around it."""
-    (text,) = re.findall(r"```nginx\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    replaced = [
-        ("127.0.0.1:8000", upstream),
-        ("listen 80;", f"listen 127.0.0.1:{port};"),
-        *([("http://manylora/;", "http://manylora;")] if passes_path_on else []),
-    ]
-    for old, new in replaced:
-        assert old in text
-        text = text.replace(old, new)
+def documented(page: Path) -> str:
+    """The one configuration that a page has."""
+    (text,) = re.findall(r"```nginx\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    return str(text)
+
+
+def configuration(folder: Path, text: str) -> str:
+    """What every nginx of one's own needs around a documented configuration."""
     kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     temporary = "".join(f"{kind}_temp_path {folder / kind};\n" for kind in kinds)
     user = "user root;\n" if os.geteuid() == 0 else ""
@@ -47,20 +44,35 @@ def configuration(folder: Path, port: int, upstream: str, *, passes_path_on: boo
     )
 
 
+def with_addresses(text: str, replaced: Mapping[str, str]) -> str:
+    """A documented configuration with other addresses in it, each of which it must have."""
+    for old, new in replaced.items():
+        assert old in text
+        text = text.replace(old, new)
+    return text
+
+
 @contextmanager
 def nginx_before(server_url: str, folder: Path, *, passes_path_on: bool = False) -> Iterator[str]:
     """Gives the address under which nginx serves the server: `http://127.0.0.1:port/llm`."""
+    port = free_port()
+    replaced = {"127.0.0.1:8000": server_url.removeprefix("http://"), "listen 80;": f"listen 127.0.0.1:{port};"}
+    if passes_path_on:
+        replaced["http://manylora/;"] = "http://manylora;"
+    with running_nginx(with_addresses(documented(PAGE), replaced), folder, f"http://127.0.0.1:{port}/llm") as url:
+        yield url
+
+
+@contextmanager
+def running_nginx(text: str, folder: Path, url: str) -> Iterator[str]:
+    """An nginx with this configuration, which serves `url`, once a server behind it answers there."""
     found = program()
     folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     path = folder / "nginx.conf"
-    path.write_text(configuration(folder, port, server_url.removeprefix("http://"), passes_path_on=passes_path_on))
+    path.write_text(configuration(folder, text))
     log = (folder / "output").open("w")
     process = subprocess.Popen([found, "-c", str(path), "-p", str(folder)], stdout=log, stderr=log)
     try:
-        url = f"http://127.0.0.1:{port}/llm"
         deadline = time.monotonic() + PATIENCE_S
         while not _answers(f"{url}/health"):
             if process.poll() is not None or time.monotonic() > deadline:
@@ -71,6 +83,12 @@ def nginx_before(server_url: str, folder: Path, *, passes_path_on: bool = False)
         process.terminate()
         process.wait(PATIENCE_S)
         log.close()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _answers(url: str) -> bool:
