@@ -8,7 +8,7 @@ is busy, come back later · 8 the server cannot be reached · 9 nothing was prom
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from typing import Any, Final, NoReturn
@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from manylora.client.adapters import Publication
+from manylora.client.jobs import follow
 from manylora.client.server import BrokenOff, Refused, Server, Unreachable, connect
 from manylora.errors import InvalidRequest
 
@@ -59,6 +60,15 @@ class Remote:
             self._end(refused)
         except BrokenOff as error:
             fail(error.message, FAILED)
+
+    def follow(self, job_id: str, tell: Callable[[dict[str, Any], dict[str, Any]], None]) -> dict[str, Any]:
+        """A fine-tuning job when it has ended; `tell` is called with it and each of its events."""
+        try:
+            return follow(self._server, job_id, tell)
+        except Unreachable as error:
+            self._end_unreachable(error)
+        except Refused as refused:
+            self._end(refused)
 
     def _end_unreachable(self, error: Unreachable) -> NoReturn:
         fail(f"{error.message} Is MANYLORA_URL right?", UNREACHABLE)

@@ -16,7 +16,7 @@ import typer
 from manylora.cli.answers import FAILED, USAGE, Remote, as_time, complaints, console, fail, print_json, server, table
 from manylora.cli.flags import words_of
 from manylora.client.adapters import served_base
-from manylora.client.jobs import JOBS, PAGE, create_job, events_behind, follow
+from manylora.client.jobs import JOBS, PAGE, create_job, events_behind
 from manylora.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def submit(
             more=more,
         )
         if is_followed:
-            job = follow(remote, job["id"], partial(_tell, as_json=as_json))
+            job = remote.follow(job["id"], partial(_tell, as_json=as_json))
         _show(job, as_json=as_json)
     if is_followed and job["status"] != "succeeded":
         raise typer.Exit(FAILED)
@@ -132,7 +132,7 @@ def events(
             figures(event)
 
         if is_followed:
-            job = follow(remote, job_id, tell)
+            job = remote.follow(job_id, tell)
             if job["status"] != "succeeded":
                 raise typer.Exit(FAILED)
             return

@@ -203,6 +203,7 @@ def _leave(server: Server, address: str, job_id: str) -> None:
         try:
             is_over = typer.confirm(f"End {job_id}, too?", default=False, err=True)
         except typer.Abort:
+            console.print()
             is_over = False
         if is_over:
             server.call("POST", f"{JOBS}/{job_id}/cancel")
