@@ -15,6 +15,15 @@ def test_a_message_that_quotes_too_much_is_cut(sent: str) -> None:
     assert max(len(refused["message"]), *(len(value) for value in refused["problems"][0].values())) <= 1001
 
 
+def test_a_refused_adapters_message_names_the_place() -> None:
+    refused = InvalidAdapter(
+        [Problem("bad_config", "adapter_config.json: r", "It must be a whole number."), Problem("a", "b", "c")]
+    )
+    assert refused.message == (
+        "The adapter was refused: adapter_config.json: r: It must be a whole number. (and 1 more)"
+    )
+
+
 def test_a_long_word_is_a_quote_and_the_rest_stays() -> None:
     assert InvalidRequest(f"No '{'x' * 5000} here.").message == f"No '{'x' * 199}… here."
     said = "Say " + "what is wrong. " * 20

@@ -253,7 +253,7 @@ class InvalidAdapter(ManyloraError):
     code = "invalid_adapter"
 
     def __init__(self, problems: list[Problem]) -> None:
-        first = problems[0].message if problems else "no details"
+        first = f"{problems[0].where}: {problems[0].message}" if problems else "no details"
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         super().__init__(f"The adapter was refused: {first}{more}")
         self.problems = [Problem(p.code, _bounded(p.where), _bounded(p.message)) for p in problems]

@@ -216,7 +216,16 @@ def test_a_pair_that_is_too_long_is_a_400_or_cut_at_its_end(served: Served, base
         ("/v1/score", {"model": "fits", "queries": ["a", "b"], "text_2": ["c"]}, "queries"),
         ("/v1/score", {"model": "fits", "text_1": "a"}, "text_2"),
         ("/v1/score", {"model": "fits", "text_1": "a", "text_2": "b", "documents": "c"}, "text_2"),
+        ("/v1/score", {"model": "fits", "queries": ["a", ""], "documents": ["b", "c"]}, "queries"),
+        ("/v1/score", {"model": "fits", "queries": "a", "documents": ["b", ""]}, "documents"),
+        ("/v1/score", {"model": "base", "text_1": "", "text_2": "b"}, "text_1"),
+        ("/v1/score", {"model": "base", "queries": "a", "documents": ["b", ""]}, "documents"),
+        ("/v1/rerank", {"model": "fits", "query": "", "documents": ["y"]}, "query"),
+        ("/v1/rerank", {"model": "base", "query": "", "documents": ["y"]}, "query"),
+        ("/rerank", {"model": "base", "query": "", "texts": ["y"]}, "query"),
         ("/rerank", {"model": "fits", "query": "x", "texts": [""]}, "texts"),
+        ("/v1/rerank", {"model": "base", "query": "the lazy dog " * 40, "documents": ["y"]}, "query"),
+        ("/v1/score", {"model": "base", "queries": "the lazy dog " * 9000, "documents": "y"}, "queries"),
         ("/rerank", {"model": "fits", "query": "x", "texts": ["y"], "documents": ["y"]}, "documents"),
         ("/rerank", {"model": "fits", "query": "x", "texts": ["y"], "raw_scores": 3}, "raw_scores"),
     ],
@@ -224,6 +233,12 @@ def test_a_pair_that_is_too_long_is_a_400_or_cut_at_its_end(served: Served, base
 def test_what_cannot_be_scored_is_a_400(served: Served, path: str, body: dict[str, Any], param: str) -> None:
     answer = served.post(path, **body)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
+
+
+def test_an_empty_list_of_documents_is_called_empty_and_not_missing(served: Served) -> None:
+    error = served.post("/v1/rerank", model="fits", query="x", documents=[]).json()["error"]
+    assert error["param"] == "documents"
+    assert "not empty" in error["message"]
 
 
 def test_a_query_counts_with_each_document(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

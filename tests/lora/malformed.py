@@ -295,6 +295,8 @@ MALFORMED: list[tuple[str, Builder, str]] = [
     # the config's fields
     ("no peft_type", _with_config(peft_type=...), "bad_config"),
     ("no rank", _with_config(r=...), "bad_config"),
+    ("rank is null", _with_config(r=None), "bad_config"),
+    ("alpha is null", _with_config(lora_alpha=None), "bad_config"),
     ("rank 0", _with_config(r=0), "bad_config"),
     ("rank negative", _with_config(r=-4), "bad_config"),
     ("rank is text", _with_config(r="4"), "bad_config"),

@@ -21,11 +21,13 @@ _BATCH_CHARACTERS: Final = 2**20
 class PairsRequest(ReadRequest):
     """A body whose first texts are held against its second ones.
 
-    `pair_task` is the task of heads that read such pairs. Where nothing reads them, a body's `prompts` are all first
-    texts and, behind them, all second ones; one that `needs_head` is refused. `has_types`: whether a model is told
-    which tokens are the second text's.
+    `first_field` and `prompt_field` name the fields of the first and second ones. `pair_task` is the task of heads
+    that read such pairs. Where nothing reads them, a body's `prompts` are all first texts and, behind them, all
+    second ones; one that `needs_head` is refused. `has_types`: whether a model is told which tokens are the second
+    text's.
     """
 
+    first_field: ClassVar[str] = "query"
     pair_task: ClassVar[str] = "SEQ_CLS"
     needs_head: ClassVar[bool] = False
     has_types: ClassVar[bool] = True
@@ -43,6 +45,9 @@ class PairsRequest(ReadRequest):
     @property
     def prompts(self) -> list[Prompt]:
         return [*self.firsts, *self.seconds]
+
+    def field_of(self, number: int) -> str:
+        return self.first_field if number < len(self.firsts) else self.prompt_field
 
     @property
     def num_pairs(self) -> int:
@@ -62,8 +67,10 @@ async def encoded_pairs(body: PairsRequest, head: str, engine: PromptEngine) -> 
             f"{found}, and this route asks one for {body.pair_task}. Name another adapter.", param="model"
         )
     name = body.prompt_field
-    if not all(body.prompts):
-        raise InvalidRequest(f"'{name}' or what it is held against has an empty text.", param=name)
+    for number, text in enumerate(body.prompts):
+        if not text:
+            empty = body.field_of(number)
+            raise InvalidRequest(f"'{empty}' has an empty text. Send at least one character.", param=empty)
     size = sum(len(first) + len(second) for first, second in body.pairs)
     if size > MAX_PAIRED_CHARACTERS:
         raise InvalidRequest(

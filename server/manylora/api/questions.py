@@ -37,6 +37,7 @@ router = APIRouter(tags=["inference"])
 class QuestionRequest(PairsRequest):
     """`POST /v1/question-answering`, with the fields of transformers' pipeline."""
 
+    first_field: ClassVar[str] = "question"
     prompt_field: ClassVar[str] = "context"
     pair_task: ClassVar[str] = "QUESTION_ANS"
     needs_head: ClassVar[bool] = True

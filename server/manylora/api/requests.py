@@ -6,7 +6,7 @@ every id is checked, wherever it comes from: a tokenizer can have tokens that th
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Final, TypeVar
@@ -221,15 +221,17 @@ def _check_num_choices(body: InferenceRequest, num_prompts: int, n: int, most: i
 
 async def _encode_prompts(request: InferenceRequest, engine: PromptEngine) -> list[_Encoded]:
     """Every prompt of a body. Raises InvalidRequest."""
-    prompts, name = request.prompts, request.prompt_field
+    prompts = request.prompts
     is_repeated = isinstance(request, CompletionRequest) and request.echo
-    if not all(prompts):
+    if (number := _empty(prompts)) is not None:
+        name = request.field_of(number)
         raise InvalidRequest(f"'{name}' is empty. Send at least one token.", param=name)
     size = sum(map(len, prompts))
     if isinstance(prompts[0], str):
         texts = [text for text in prompts if isinstance(text, str)]
         encoded = await _encode(request, texts, size, engine)
-        if not all(encoded):
+        if (number := _empty(encoded)) is not None:
+            name = request.field_of(number)
             raise InvalidRequest(f"'{name}' has no tokens for this model.", param=name)
         if not is_repeated:
             return [(ids, "") for ids in encoded]
@@ -241,6 +243,11 @@ async def _encode_prompts(request: InferenceRequest, engine: PromptEngine) -> li
     if size <= INLINE_IDS and not is_repeated:
         return _given(request, engine, is_repeated)
     return await beside_loop(PYTHON, _given, request, engine, is_repeated)
+
+
+def _empty(prompts: Sequence[Sized]) -> int | None:
+    """The place of the first one that holds nothing."""
+    return next((number for number, prompt in enumerate(prompts) if not prompt), None)
 
 
 def _given(request: InferenceRequest, engine: PromptEngine, is_repeated: bool) -> list[_Encoded]:
@@ -335,23 +342,24 @@ async def _encode(
     """The ids of each text; `num_characters` is the length of all."""
     if num_characters <= INLINE_CHARACTERS:
         encode, special = engine.codec.encode, request.has_special_tokens
-        return [_checked(encode(text, add_special_tokens=special), request, engine) for text in texts]
+        return [
+            _checked(encode(text, add_special_tokens=special), request, engine, number)
+            for number, text in enumerate(texts)
+        ]
     return await beside_loop(text_lane(num_characters), _encode_long, request, texts, engine)
 
 
 def _encode_long(request: InferenceRequest, texts: Sequence[str], engine: PromptEngine) -> list[tuple[int, ...]]:
     codec, special = engine.codec, request.has_special_tokens
     is_cut = request.truncate_prompt_tokens is not None
-    for text in texts:
+    for number, text in enumerate(texts):
         if not (is_cut and len(text) <= MAX_ENCODED_CHARACTERS) and codec.surely_exceeds(
             text, engine.model.context_length
         ):
-            raise too_long(request, f"more than that with {len(text)} characters", engine.model)
-    return [
-        _checked(ids, request, engine)
-        for batch in _batches(texts)
-        for ids in codec.encode_many(batch, add_special_tokens=special)
-    ]
+            param = request.field_of(number)
+            raise too_long(request, f"more than that with {len(text)} characters", engine.model, param=param)
+    encoded = (ids for batch in _batches(texts) for ids in codec.encode_many(batch, add_special_tokens=special))
+    return [_checked(ids, request, engine, number) for number, ids in enumerate(encoded)]
 
 
 def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
@@ -366,13 +374,13 @@ def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
     yield batch
 
 
-def _checked(ids: list[int], request: InferenceRequest, engine: PromptEngine) -> tuple[int, ...]:
-    """The ids of a text, those that are kept, if the model has a row for each and room for them."""
+def _checked(ids: list[int], request: InferenceRequest, engine: PromptEngine, number: int) -> tuple[int, ...]:
+    """The ids of a body's text of this number, those that are kept, if the model has a row and room for each."""
     ids = _truncated(ids, request, engine)
-    room_for_answer(request, len(ids), engine.model)
+    param = request.field_of(number)
+    room_for_answer(request, len(ids), engine.model, param=param)
     highest = max(ids, default=0)
     if highest >= engine.model.vocab_size:
-        param = request.prompt_field
         raise InvalidRequest(
             f"'{param}' has the token {quoted(repr(engine.codec.token_text(highest)))} (id {highest}), which the "
             f"tokenizer knows and the model does not: its ids end at {engine.model.vocab_size - 1}. Leave it out.",

@@ -79,6 +79,7 @@ class ScoreRequest(PairsRequest):
     """`POST /v1/score`, as vLLM has it, under its earlier names or its later ones."""
 
     unsupported: ClassVar[Unsupported] = RERANK_UNSUPPORTED
+    first_field: ClassVar[str] = "text_1"
     prompt_field: ClassVar[str] = "text_2"
 
     text_1: list[str] | None = None
@@ -106,6 +107,15 @@ class ScoreRequest(PairsRequest):
                 param="text_1" if self.queries is None else "queries",
             )
         return self
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The later name of each field that the body has under it."""
+        return {
+            earlier: later
+            for earlier, later in (("text_1", "queries"), ("text_2", "documents"))
+            if getattr(self, later) is not None
+        }
 
     @property
     def firsts(self) -> list[str]:
@@ -137,7 +147,7 @@ async def create_score(request: Request, caller: Caller, services: ServicesDep) 
 
     def read(data: bytes) -> Asked:
         body = parse(ScoreRequest, data)
-        return Asked(body, lambda run: ScoreAnswer(run, body))
+        return Asked(body, lambda run: ScoreAnswer(run, body), names=body.names)
 
     return await answered(request, caller, services, read)
 

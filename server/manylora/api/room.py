@@ -84,18 +84,22 @@ def fit_to_context(
     return replace(params, max_tokens=most)
 
 
-def room_for_answer(request: InferenceRequest, num_prompt_tokens: int, model: ModelInfo) -> int:
-    """Tokens that the context leaves for the answer, at least 1. Raises ContextLengthExceeded."""
+def room_for_answer(
+    request: InferenceRequest, num_prompt_tokens: int, model: ModelInfo, *, param: str | None = None
+) -> int:
+    """Tokens that the context leaves for the answer, at least 1. Raises what `too_long` makes."""
     room = model.context_length - num_prompt_tokens
     asked = request.token_limit
     is_filled = isinstance(request, GenerationRequest) and request.may_fill_context
     if num_prompt_tokens > model.most_prompt_tokens or (asked is not None and asked > room and not is_filled):
-        raise too_long(request, str(num_prompt_tokens), model)
+        raise too_long(request, str(num_prompt_tokens), model, param=param)
     return room
 
 
-def too_long(request: InferenceRequest, taken: str, model: ModelInfo) -> ContextLengthExceeded:
-    """The refusal of a prompt that takes `taken` of the context."""
+def too_long(
+    request: InferenceRequest, taken: str, model: ModelInfo, *, param: str | None = None
+) -> ContextLengthExceeded:
+    """The refusal of a prompt that takes `taken` of the context; `param`: its field, where the body has several."""
     asked = request.token_limit
     if model.kind == "pool":
         completion, remedy = "", "Shorten it, or have it cut with 'truncate_prompt_tokens': -1."
@@ -106,5 +110,5 @@ def too_long(request: InferenceRequest, taken: str, model: ModelInfo) -> Context
     behind = f", behind {virtual} virtual ones of the adapter," if virtual else ""
     return ContextLengthExceeded(
         f"The model's context is {context} tokens; the prompt takes {taken}{behind}{completion}. {remedy}",
-        param=request.prompt_field,
+        param=param or request.prompt_field,
     )

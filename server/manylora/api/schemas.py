@@ -180,6 +180,10 @@ class InferenceRequest(Body):
         """One entry for each prompt that is given as text or as ids."""
         return []
 
+    def field_of(self, number: int) -> str:
+        """The field that holds `prompts[number]`, for errors about that one."""
+        return self.prompt_field
+
     @property
     def token_limit(self) -> int | None:
         """Tokens that an answer may have, where the body says so."""
@@ -451,7 +455,8 @@ def _cleaned(raw: dict[str, Any], schema: type[Body]) -> dict[str, Any]:
     for name, taken in (("service_tier", ("auto", "default")), ("store", (False,))):
         if name in kept and kept[name] not in taken:
             raise unsupported_field(name)
-    kept = {name: value for name, value in kept.items() if not _is_nothing(name, value)}
+    needed = {name for name, field in schema.model_fields.items() if field.is_required()}
+    kept = {name: value for name, value in kept.items() if name in needed or not _is_nothing(name, value)}
     options, metadata, messages = kept.get("stream_options"), kept.get("metadata"), kept.get("messages")
     if isinstance(options, dict):
         kept["stream_options"] = wanted(

@@ -168,7 +168,7 @@ def settings_of(
     renamed = {
         **{key: raw.get(key) for key in _SHARED},
         "r": raw[rank_key] if type(raw.get(rank_key)) is int and raw[rank_key] > 0 else 1,
-        "lora_alpha": raw.get(alpha_key),
+        **({} if raw.get(alpha_key) is None else {"lora_alpha": raw[alpha_key]}),
     }
     fields = _Fields(renamed, problems)
     settings = fields.settings()
@@ -312,9 +312,15 @@ class _Fields:
         return frozenset(value if isinstance(value, list) else [value])
 
     def rank(self) -> int:
-        if "r" not in self._raw:
-            self.bad("r", "It is missing; PEFT always writes the rank.")
+        if self._raw.get("r") is None:
+            self.bad("r", "It is missing or null; PEFT always writes the rank.")
         return int(self.take("r", 1, _is_positive, "a whole number above 0"))
+
+    def alpha(self) -> float:
+        default = 8  # PEFT's own, for files in which it is missing
+        if self._raw.get("lora_alpha", default) is None:
+            self.bad("lora_alpha", "It is null; PEFT always writes a number.")
+        return float(self.take("lora_alpha", default, _is_number, "a number"))
 
     def _initial(self) -> str | None:
         init = self._raw.get("init_lora_weights")
@@ -356,8 +362,7 @@ class _Fields:
         self.take("fan_in_fan_out", False, _is_bool, "true or false")
         return LoraSettings(
             rank=self.rank(),
-            # PEFT's own default, for files in which it is missing.
-            alpha=self.take("lora_alpha", 8, _is_number, "a number"),
+            alpha=self.alpha(),
             use_rslora=self.take("use_rslora", False, _is_bool, "true or false"),
             target_modules=target,
             exclude_modules=self.names("exclude_modules"),
