@@ -10,9 +10,11 @@ import pytest
 from typer.testing import CliRunner
 
 from manylora.cli.main import build
+from manylora.client.server import connect
 from manylora.errors import InvalidRequest
 from manylora.lifecycle.data.data import read_dataset
-from manylora.lifecycle.data.files import bytes_of
+from manylora.lifecycle.data.files import Reading, bytes_of
+from manylora.lifecycle.data.upload import upload_data
 from tests.lifecycle.helpers import write_rows
 
 ROWS = [{"prompt": f"say {word}", "completion": word} for word in ("one", "two", "six", "ten", "我")]
@@ -83,6 +85,15 @@ def test_a_split_without_all_of_its_files_or_in_two_kinds_of_them_is_refused(tmp
             read_dataset(tmp_path / split)
     write_rows(tmp_path / "part-00001-of-00003.jsonl", ROWS)
     assert len(read_dataset(tmp_path / "part")) == 3 * len(ROWS)
+
+
+def test_a_row_that_no_file_can_hold_is_named_before_anything_goes_to_a_server(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"q": "a", "completion": "b"}\n{"q": "\\ud800", "completion": "b"}\n')
+    with (
+        connect("http://127.0.0.1:9", "") as server,
+        pytest.raises(InvalidRequest, match=r"x\.jsonl: row 2 holds half a"),
+    ):
+        upload_data(server, tmp_path / "x.jsonl", None, Reading(columns=("prompt=q",)))
 
 
 def test_a_folder_that_is_no_data_is_refused(tmp_path: Path) -> None:

@@ -43,7 +43,10 @@ def _as_one_file(path: Path, reading: Reading) -> Iterator[tuple[str, IO[bytes]]
             yield path.name, file
         return
     with tempfile.TemporaryFile() as file:
-        for _, row in rows_of(path, reading):
-            file.write(json.dumps(row, ensure_ascii=False, default=str).encode() + b"\n")
+        for number, row in rows_of(path, reading):
+            try:
+                file.write(json.dumps(row, ensure_ascii=False, default=str).encode() + b"\n")
+            except UnicodeEncodeError:
+                raise InvalidRequest(f"{path.name}: row {number} holds half a character (a lone surrogate).") from None
         file.seek(0)
         yield f"{path.stem}.jsonl", file
