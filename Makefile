@@ -24,7 +24,7 @@ SANITIZED := MANYLORA_SANITIZE=1 $(BIN)/python setup.py -q
 MARKED = $(shell grep -rlF 'pytest.mark.$(1)' tests --include='test_*.py')
 ARGS ?=
 
-.PHONY: help serve lifecycle test interpreted sanitize soak cluster clients check quick format docs site clean distclean
+.PHONY: help serve lifecycle test interpreted gpu-check sanitize soak cluster clients check quick format docs site clean distclean
 .DEFAULT_GOAL := help
 # Images of Python often set it: each process would compile all modules anew.
 unexport PYTHONDONTWRITEBYTECODE
@@ -35,6 +35,7 @@ help:
 	@echo "make lifecycle  install what train, evaluate, choose-rank and the other commands of an adapter's life need"
 	@echo "make test     install what is needed, then check and all tests (JOBS=0: one after the other)"
 	@echo "make interpreted  the programs for GPUs, in Triton's interpreter"
+	@echo "make gpu-check  on a machine with a GPU: its programs, right first, then how fast beside what it can do"
 	@echo "make soak     ten minutes of load on a server that is watched, and servers that are killed at work"
 	@echo "make cluster  three replicas on Ray Serve: kills, an update under load (installs the extra ray)"
 	@echo "make sanitize the kernels' tests on every CPU path, lacking ones by emulation, under sanitizers"
@@ -63,6 +64,11 @@ test: check
 # Triton interprets or compiles, and decides so when it is imported: `make test` compiles the programs for devices.
 interpreted: $(VENV)/.dev
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreted -p no:cacheprovider $(call MARKED,interpreted) $(ARGS)
+
+# Eight minutes at most. The lines stay in build/device.json.
+gpu-check: $(VENV)/.dev
+	@mkdir -p build
+	$(BIN)/python -m benchmarks.device --out build/device.json $(ARGS)
 
 # Beside `make test`, so it leaves pytest's cache to that one; its two tests wait, and so run beside each other too.
 soak: $(VENV)/.dev

@@ -76,8 +76,8 @@ def measure_decode(engine: Engine, refs: list[AdapterRef], rows: int, phases: Ph
     return {phase: round(statistics.median(times) * 1e3, 3) for phase, times in phases.seconds.items()}
 
 
-def measure_workload(engine: Engine, refs: list[AdapterRef], seed: int) -> dict[str, float]:
-    waiting = [sequence(10**6 * seed + i, refs, 128, 64) for i in range(64)]
+def measure_workload(engine: Engine, refs: list[AdapterRef], seed: int, num_requests: int = 64) -> dict[str, float]:
+    waiting = [sequence(10**6 * seed + i, refs, 128, 64) for i in range(num_requests)]
     began = time.perf_counter()
     for seq in waiting[:32]:
         engine.add(seq)

@@ -6,7 +6,7 @@ import torch
 from manylora.kernels.interface import SiteGroup
 from manylora.kernels.triton_lora import MANY, SINGLE
 from tests.gpu.launches import Code, Launch, compiled, noted
-from tests.gpu.test_lora_programs import memory_of, plan_of
+from tests.gpu.test_lora_programs import CPU, plan_of
 from tests.kernels.lora_case import DENSE, make_case
 
 CAPABILITIES = (80, 90, 100)
@@ -20,7 +20,7 @@ def lora_launches(dtype: torch.dtype, weight_dtype: torch.dtype, num_single: int
     """Of q, k and v of a model of eight billion weights."""
     offsets = (0, 4096, 5120, 6144)
     case = make_case(dtype, ranks, widths=(8, 8, 8), rows=4, weight_dtypes=[weight_dtype], popularity="distinct")
-    plan = plan_of(case.row_slots, memory_of(case), num_single)
+    plan = plan_of(case.row_slots, case.memory(CPU), num_single)
     assert plan is not None
     x, out = torch.empty(4, 4096, dtype=dtype, device=META), torch.empty(4, 6144, dtype=dtype, device=META)
     with noted() as found:
@@ -62,7 +62,7 @@ def test_float16_and_whole_matrices_use_the_device(num_single: int) -> None:
 
 def test_adapters_of_several_formats_compile() -> None:
     case = make_case(torch.bfloat16, [8, 8], rows=4, weight_dtypes=[torch.int8, torch.bfloat16], popularity="distinct")
-    plan = plan_of(case.row_slots, memory_of(case), 2)
+    plan = plan_of(case.row_slots, case.memory(CPU), 2)
     assert plan is not None
     group = SiteGroup(0, tuple(case.offsets), torch.tensor(case.offsets, dtype=torch.int32))
     with noted() as launches:

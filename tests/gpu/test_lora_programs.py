@@ -8,7 +8,7 @@ from manylora.kernels.interface import SiteGroup
 from manylora.kernels.reference import add_lora, change_output
 from manylora.kernels.rows import group_rows
 from manylora.kernels.triton_lora import TritonKernel, TritonPlan
-from manylora.lora.memory.device_memory import DTYPE_CODES, DeviceMemory
+from manylora.lora.memory.device_memory import DeviceMemory
 from tests.kernels.lora_case import DENSE, POPULARITIES, LoraCase, make_case
 from tests.kernels.test_change_output import arguments, make_changes
 from tests.kernels.tolerance import TOLERANCES, assert_close, assert_same_bits
@@ -18,20 +18,6 @@ pytestmark = pytest.mark.interpreted
 CPU = torch.device("cpu")
 KERNEL = TritonKernel()
 by_dtype = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-
-
-def memory_of(case: LoraCase) -> DeviceMemory:
-    """The case's adapters, each in a slot of its number."""
-    memory = DeviceMemory(len(case.weights), len(case.weights[0]), CPU)
-    memory.tables = case.tables
-    for member, slots in enumerate(case.weights):
-        for slot, each in enumerate(slots):
-            if each is not None:
-                memory.touches[member, slot] = True
-                memory.formats[slot] = DTYPE_CODES[each.a.dtype]
-                memory.has_dense[member, slot] = each.b is None
-                memory.ranks[member, slot] = 0 if each.b is None else len(each.a)
-    return memory
 
 
 def plan_of(slots: torch.Tensor, memory: DeviceMemory, num_single: int | None) -> TritonPlan | None:
@@ -45,7 +31,7 @@ def plan_of(slots: torch.Tensor, memory: DeviceMemory, num_single: int | None) -
 def run(case: LoraCase, num_single: int | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
     out = case.out.clone() if out is None else out
     group = SiteGroup(0, tuple(case.offsets), torch.tensor(case.offsets, dtype=torch.int32))
-    plan = plan_of(case.row_slots, memory_of(case), num_single)
+    plan = plan_of(case.row_slots, case.memory(CPU), num_single)
     if plan is not None:
         plan.add_(out, case.x, group)
     return out
@@ -200,7 +186,7 @@ def test_a_dense_embedding_adds_the_tokens_row() -> None:
     assert weights is not None
     assert weights.scales is not None
     tokens = torch.tensor([3, 39, 0, 7, 7, 1])  # the matrix is [40, 50]: tokens by width
-    plan = plan_of(case.row_slots, memory_of(case), None)
+    plan = plan_of(case.row_slots, case.memory(CPU), None)
     assert plan is not None
     out = torch.zeros(6, 50, dtype=torch.bfloat16)
     plan.add_embedding_(out, tokens, SiteGroup(0, (0, 50), torch.tensor((0, 50), dtype=torch.int32)), 1.0)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from manylora.kernels.reference import Dense, LowRank, add_lora
-from manylora.lora.memory.device_memory import DTYPE_CODES, TableEntry
+from manylora.lora.memory.device_memory import DTYPE_CODES, DeviceMemory, TableEntry
 from manylora_loadtest.popularity import Popularity
 
 DENSE = -1
@@ -30,6 +30,10 @@ class Weights:
     a: torch.Tensor
     b: torch.Tensor | None  # None: A is a dense matrix, with a row for each output
     scales: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> "Weights":
+        b, scales = (None if each is None else each.to(device) for each in (self.b, self.scales))
+        return Weights(self.a.to(device), b, scales)
 
     def entry(self) -> TableEntry:
         """An entry of the kernel's tables."""
@@ -57,6 +61,24 @@ class LoraCase:
     @property
     def tables(self) -> torch.Tensor:
         return torch.tensor([[each.entry() if each else TableEntry() for each in m] for m in self.weights])
+
+    def to(self, device: torch.device) -> "LoraCase":
+        """The same on a device."""
+        weights = [[each and each.to(device) for each in member] for member in self.weights]
+        return replace(self, x=self.x.to(device), out=self.out.to(device), weights=weights)
+
+    def memory(self, device: torch.device) -> DeviceMemory:
+        """The adapters, which are on the device, each in a slot of its number."""
+        memory = DeviceMemory(len(self.weights), len(self.weights[0]), device)
+        memory.tables = self.tables.to(device)
+        for member, slots in enumerate(self.weights):
+            for slot, each in enumerate(slots):
+                if each is not None:
+                    memory.touches[member, slot] = True
+                    memory.formats[slot] = DTYPE_CODES[each.a.dtype]
+                    memory.has_dense[member, slot] = each.b is None
+                    memory.ranks[member, slot] = 0 if each.b is None else len(each.a)
+        return memory
 
     def only(self, rows: slice) -> "LoraCase":
         """The same with some of the rows."""
