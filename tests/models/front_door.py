@@ -184,11 +184,10 @@ def make_adapters(folder: Path, oracle: Oracle | None = None) -> dict[str, Path]
             if not json.loads((target / "adapter_config.json").read_text()).get("target_parameters"):
                 found[name] = target
                 break
-    parameters = expert_parameters(model)
+    is_none = model.config.model_type in NO_EXPERTS
+    parameters = [] if is_none else expert_parameters(model)
     has_experts = any(path.endswith("experts") for path, _ in model.named_modules())
-    assert bool(parameters) == has_experts or model.config.model_type in NO_EXPERTS, (
-        "which parameters are its experts'?"
-    )
+    assert is_none or bool(parameters) == has_experts, "which parameters are its experts'?"
     if parameters:
         target = folder.with_name("experts")
         write_adapter(oracle.copy(), target, rank=2, seed=2, targets=[], target_parameters=parameters)

@@ -193,8 +193,9 @@ _SPECIAL: Mapping[str, Mapping[str, Any]] = {
 # Linears that a type's own code runs on other rows than a step's, too: adapters on them are refused by name.
 NOT_ADAPTED: Mapping[str, tuple[str, ...]] = {"zaya": ("v_proj_delayed",)}
 
-# Mixtures on whose experts PEFT's own adapters do not run: another module reads the weights.
-NO_EXPERTS = ("dbrx",)
+# Types without experts to adapt: PEFT's own adapters do not run on DBRX's, whose weights another module reads; of the
+# others, which are no mixtures, attention has weights of three dimensions.
+NO_EXPERTS = ("dbrx", "reformer", "xlnet")
 
 
 # Families whose whole does not run in transformers, a text alone neither; what is compared with is their text part.
