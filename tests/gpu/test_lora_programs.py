@@ -1,5 +1,7 @@
 """The low-rank programs in the interpreter, against the specification in kernels/reference.py."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -96,6 +98,19 @@ def test_a_spoiled_adapter_moves_no_bit_of_its_neighbours(dtype: torch.dtype, va
     assert not torch.isfinite(actual[~others]).any()
 
 
+@functools.cache
+def numpy_has_rows_alike() -> bool:
+    """Whether numpy's product in float32, with which the interpreter computes, gives a row the same bits at any place
+    of a tile. On CPUs without AVX-512 it does not; a device does.
+    """
+    rng = np.random.default_rng(0)
+    x, w = (rng.standard_normal(shape, dtype=np.float32) for shape in ((64, 128), (128, 64)))
+    whole = {rows: x[:rows] @ w for rows in (16, 64)}
+    return all(
+        np.array_equal((np.roll(x[:rows], by, axis=0) @ w)[by], whole[rows][0]) for rows in whole for by in range(rows)
+    )
+
+
 @by_dtype
 @pytest.mark.parametrize(("width", "num_single"), [(203, None), (64, 0)])
 def test_a_rows_result_does_not_depend_on_the_rows_beside_it(
@@ -103,8 +118,9 @@ def test_a_rows_result_does_not_depend_on_the_rows_beside_it(
 ) -> None:
     case = make_case(dtype, [16, 5], in_features=300, widths=(width,), rows=75, popularity="uniform")
     together = run(case, num_single)
+    check = assert_close if dtype == torch.float32 and not numpy_has_rows_alike() else assert_same_bits
     for t in range(0, 75, 15):
-        assert_same_bits(run(case.only(slice(t, t + 1)), num_single), together[t : t + 1])
+        check(run(case.only(slice(t, t + 1)), num_single), together[t : t + 1])
 
 
 def test_a_row_of_a_sequence_of_one_is_the_same_beside_prompts_of_its_adapter() -> None:
