@@ -194,7 +194,7 @@ def step(device: torch.device) -> Iterator[Line]:
                 yield {
                     "what": name, "rows": rows, **{f"{kind}_ms": ms for kind, ms in forward.items()},
                     "mixed_over_bare": forward["bare"] / forward["mixed"],
-                    "weights_of_copy_rate": 2 * num_bytes / rate / (forward["bare"] / 1e3),
+                    "weights_of_copy_rate": num_bytes / rate / (forward["bare"] / 1e3),
                 }  # fmt: skip
             engine.close()
             tiers.close()

@@ -10,12 +10,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from manylora.api.record import RequestRecord
 from manylora.engine.interface import AdapterRef, EngineStats, RequestTiming
+from manylora.metric_labels import BusiestNames
 from manylora.metrics import (
     BASE_LABEL,
     BUCKETS,
     OTHER_LABEL,
     OUTCOMES,
-    BusiestNames,
     Metrics,
     NoMetrics,
 )

@@ -4,33 +4,32 @@ Cost is paid per request or per step, never per token: a request's inter-token g
 it ends. The engine's gauges are read when somebody scrapes.
 
 Labels are bounded. `tenant` and `adapter` are the caller's tenant and the adapter's name, `__base__` for the
-bare base and `__other__` for names without a label of their own; see `BusiestNames` for who gets one. Where an
+bare base and `__other__` for names without a label of their own; `metric_labels` says who gets one. Where an
 adapter is moved between tiers, nobody calls: `tenant` is then the adapter's owner.
 """
 
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
-from typing import Any, ClassVar, Final, Protocol
+from typing import ClassVar, Final, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+
+from manylora.metric_labels import BASE_LABEL, OTHER_LABEL, BusiestNames, Labels
 
 __all__ = [
     "BASE_LABEL",
     "BUCKETS",
     "OTHER_LABEL",
     "OUTCOMES",
-    "BusiestNames",
     "EndedRequest",
     "EngineCounts",
     "Metrics",
     "NoMetrics",
 ]
 
-BASE_LABEL: Final = "__base__"
-OTHER_LABEL: Final = "__other__"
 BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 OUTCOMES: Final = ("ok", "cancelled", "invalid", "rejected", "error")
 FAULT_PHASES: Final = ("request", "schedule", "forward", "sample", "deliver")
@@ -43,8 +42,21 @@ _BY_OWNER: Final = ("tenant", "adapter")  # whose adapter it is
 _BY_VERSION: Final = (*_BY_CALLER, "version")
 
 
+class Snapshots(Protocol):
+    """Copies of recurrent states: `engine.counts.SnapshotCounts` has this shape."""
+
+    @property
+    def used(self) -> int: ...
+    @property
+    def total(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def hits(self) -> int: ...
+
+
 class EngineCounts(Protocol):
-    """What the gauges read: `engine.interface.EngineStats` has this shape."""
+    """What the gauges read: `engine.counts.EngineStats` has this shape."""
 
     @property
     def running(self) -> int: ...
@@ -67,7 +79,7 @@ class EngineCounts(Protocol):
     @property
     def preemptions(self) -> int: ...
     @property
-    def snapshots(self) -> Any: ...
+    def snapshots(self) -> Snapshots: ...
 
 
 class EndedRequest(Protocol):
@@ -106,81 +118,6 @@ class EndedRequest(Protocol):
     def sound_s(self) -> float: ...
     @property
     def gaps_s(self) -> Sequence[float]: ...
-
-
-class BusiestNames:
-    """Decides which names get a label of their own, so that the number of time series stays bounded.
-
-    The first `free` names to appear get one. After that, a name gets one of the `reserve` labels once it has
-    certainly been seen more often than the least busy name that has a label. The counts of names without a
-    label are kept in a space-saving sketch (Metwally et al., 2005) of `free + reserve` entries; an entry's
-    guaranteed count is its count less what it inherited from the entry it replaced.
-
-    A label is never taken back. So every counter only grows, sums over the labels are exact, and a name keeps
-    its history; the price is that a name which was busy once keeps its place until the process ends.
-    """
-
-    def __init__(self, free: int, reserve: int) -> None:
-        self.free = free
-        self.reserve = reserve
-        self._labelled: dict[Hashable, int] = {}
-        self._sketch: dict[Hashable, list[int]] = {}  # name -> [count, inherited error]
-
-    def __contains__(self, name: Hashable) -> bool:
-        return name in self._labelled
-
-    def __len__(self) -> int:
-        return len(self._labelled)
-
-    def see(self, name: Hashable) -> bool:
-        """Count one use of `name`; True when it has a label of its own (from now on, for ever)."""
-        if name in self._labelled:
-            self._labelled[name] += 1
-            return True
-        if len(self._labelled) < self.free:
-            self._labelled[name] = 1
-            return True
-        if len(self._labelled) >= self.free + self.reserve:
-            return False
-        guaranteed = self._count(name)
-        if guaranteed <= min(self._labelled.values(), default=0):
-            return False
-        del self._sketch[name]
-        self._labelled[name] = guaranteed
-        return True
-
-    def _count(self, name: Hashable) -> int:
-        entry = self._sketch.get(name)
-        if entry is None:
-            inherited = 0
-            if len(self._sketch) >= self.free + self.reserve:
-                rarest = min(self._sketch, key=lambda other: self._sketch[other][0])
-                inherited = self._sketch.pop(rarest)[0]
-            entry = self._sketch[name] = [inherited, inherited]
-        entry[0] += 1
-        return entry[0] - entry[1]
-
-    def check_integrity(self) -> None:
-        assert len(self._labelled) <= self.free + self.reserve
-        assert len(self._sketch) <= self.free + self.reserve
-        assert not self._labelled.keys() & self._sketch.keys()
-        assert all(0 <= error < count for count, error in self._sketch.values())
-
-
-class _Labels:
-    """The labels of (tenant, adapter) pairs: each tenant's own name or `__other__`, and so for its adapters."""
-
-    def __init__(self, free: int, reserve: int) -> None:
-        self._pairs = BusiestNames(free, reserve)
-        self._tenants = BusiestNames(free, reserve)
-
-    def tenant(self, tenant: str) -> str:
-        return tenant if self._tenants.see(tenant) else OTHER_LABEL
-
-    def of(self, tenant: str, adapter: str) -> tuple[str, str]:
-        label = self.tenant(tenant)
-        has_label = self._pairs.see((tenant, adapter)) and label == tenant
-        return label, adapter if has_label else OTHER_LABEL
 
 
 class _EngineCollector(Collector):
@@ -266,8 +203,8 @@ class Metrics:
     def __init__(self, *, free_labels: int = 32, reserve_labels: int = 32) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
-        self._callers = _Labels(free_labels, reserve_labels)
-        self._owners = _Labels(free_labels, reserve_labels)
+        self._callers = Labels(free_labels, reserve_labels)
+        self._owners = Labels(free_labels, reserve_labels)
         self._owners_lock = threading.Lock()
         self._versions = BusiestNames(free_labels, reserve_labels)
         self._series: dict[tuple[str, str], _Series] = {}
@@ -404,6 +341,8 @@ class Metrics:
             method = route = OTHER_LABEL
         self.answers.labels(method, route, "none" if status is None else str(status)).inc()
 
+    # recorded by the engine and the catalog
+
     def count_probe(self, tenant: str, adapter: str, prompt_tokens: int) -> None:
         """What was run for a tenant's upload, by no request of its own."""
         self.prompt_tokens.labels(*self._callers.of(tenant, adapter)).inc(prompt_tokens)
@@ -481,20 +420,35 @@ class NoMetrics(Metrics):
     is_on: ClassVar = False
 
     def observe_request(self, request: EndedRequest) -> None: ...
+
     def observe_step(self, phase: str, seconds: float) -> None: ...
+
     def count_step_failure(self, phase: str, result: str) -> None: ...
+
     def count_not_finite(self, tenant: str, adapter: str) -> None: ...
+
     def count_structured_request(self, kind: str, is_known: bool) -> None: ...
+
     def observe_grammar_compile(self, seconds: float, result: str) -> None: ...
+
     def observe_adapter_load(self, tenant: str, adapter: str, tier: str, seconds: float) -> None: ...
+
     def count_load_failure(self, tenant: str, adapter: str) -> None: ...
+
     def count_eviction(self, tenant: str, adapter: str, tier: str) -> None: ...
+
     def count_upload(self, tenant: str, result: str) -> None: ...
+
     def count_probe(self, tenant: str, adapter: str, prompt_tokens: int) -> None: ...
+
     def count_damaged(self) -> None: ...
     def count_quota_fallback(self) -> None: ...
     def show_orphans(self, count: int) -> None: ...
+
     def show_jobs(self, counts: Mapping[str, int], num_workers: int) -> None: ...
+
     def count_published(self, result: str) -> None: ...
+
     def count_connection_ended(self, reason: str) -> None: ...
+
     def count_answer(self, method: str, route: str | None, status: int | None) -> None: ...

@@ -170,6 +170,8 @@ def test_what_is_pushed_comes_back_byte_for_byte(shell: Shell, tmp_path: Path) -
     [
         ("acme:user", ["adapters", "push", "{sound}"], 5, "role 'manager'"),
         ("nonsense", ["adapters", "list"], 5, "API key"),
+        (None, ["adapters", "list"], 5, "Commands take the key from MANYLORA_KEY."),
+        (None, ["evaluate", "--server", "{url}", "--adapter", "a", "--data", "{rows}"], 1, "key from MANYLORA_KEY."),
         ("acme:manager", ["adapters", "push", "{bad}"], 3, "bad_config"),
         ("acme:manager", ["adapters", "push", "{sound}", "--name", "Not a name"], 2, "'name' must be"),
         ("acme:manager", ["adapters", "push", "/nowhere"], 2, "neither a folder"),
@@ -180,11 +182,13 @@ def test_what_is_pushed_comes_back_byte_for_byte(shell: Shell, tmp_path: Path) -
     ],
 )
 def test_an_exit_code_says_what_went_wrong(
-    shell: Shell, tmp_path: Path, who: str, words: list[str], code: int, said: str
+    shell: Shell, tmp_path: Path, who: str | None, words: list[str], code: int, said: str
 ) -> None:
     sound = write_sound(tmp_path / "sound", 7.0)
     bad = write_sound(tmp_path / "bad", r=0)
-    result = shell.run(who, *(word.format(sound=sound, bad=bad) for word in words))
+    (rows := tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    url = shell.server.client.base_url
+    result = shell.run(who, *(word.format(sound=sound, bad=bad, rows=rows, url=url) for word in words))
     assert (result.exit_code, result.exception is None or isinstance(result.exception, SystemExit)) == (code, True)
     assert said in result.stderr
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from manylora.engine.async_engine import AsyncEngine, RunningGeneration
+from manylora.engine.counts import SnapshotCounts
 from manylora.engine.effect import PROBE_TEXT, effect_of
 from manylora.engine.interface import Delta, Effect, FinishReason, Mix, ModelInfo, SamplingParams
 from manylora.engine.sequence import Sequence
-from manylora.engine.snapshots import SnapshotCounts
 from manylora.errors import (
     ContextLengthExceeded,
     Draining,

@@ -23,7 +23,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "architecture.md"
 MAX_MAIN_LINE = 10
 LOADER = "adapter-loader"
 ENGINE_THREADS = ("engine", LOADER)
-GROUND = {"errors", "faults", "files", "identity", "log", "metrics", "threads"}
+GROUND = {"errors", "faults", "files", "identity", "log", "metric_labels", "metrics", "threads"}
 _is_asked_for: ContextVar[bool] = ContextVar("is_asked_for", default=False)
 
 

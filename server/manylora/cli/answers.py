@@ -85,7 +85,7 @@ class Remote:
         if problems:  # of which the message has the first one
             fail(f"The adapter was refused: {len(problems)} problem{'s' * (len(problems) > 1)}, above.", code)
         later = "" if refused.retry_after is None else f" (Retry-After: {refused.retry_after} s)"
-        fail(f"{refused.error['message']}{later}", code)
+        fail(f"{refused.error['message']}{refused.advice}{later}", code)
 
 
 @contextmanager

@@ -41,19 +41,20 @@ class Refused(ManyloraError):
     """The server's answer was no success.
 
     `answered` is its HTTP status, `error` the object that it sent under that name (None where something else answers
-    there), `retry_after` its header of that name.
+    there), `retry_after` its header of that name, `advice` what a command's caller can do about it, behind a space.
     """
 
     def __init__(self, response: httpx.Response) -> None:
         self.answered = response.status_code
         self.retry_after: str | None = response.headers.get("retry-after")
         self.error = _error_of(response)
+        self.advice = " Commands take the key from MANYLORA_KEY." if self.answered == httpx.codes.UNAUTHORIZED else ""
         said = response.text[:200] if self.error is None else self.error["message"]
         problems = [] if self.error is None else self.error.get("problems", [])
         if problems:  # of which the message has the first one
             said = "The adapter was refused:"
         lines = "".join(f"\n  {problem.get('where')}: {problem.get('message')}" for problem in problems)
-        super().__init__(f"{response.request.url.path}: {self.answered} {said}{lines}")
+        super().__init__(f"{response.request.url.path}: {self.answered} {said}{self.advice}{lines}")
 
 
 def _error_of(response: httpx.Response) -> dict[str, Any] | None:

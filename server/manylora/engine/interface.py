@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from manylora.chat.format import PLAIN_CHAT, ChatFormat, ChatOptions
 from manylora.chat.pieces import Reader
-from manylora.engine.snapshots import SnapshotCounts
+from manylora.engine.counts import EngineStats, Residency
 from manylora.grammars.grammar import CompiledGrammar, Grammar, Whitespace
 from manylora.identity import PUBLIC_TENANT, AdapterRef, Mix, OwnToken, Tier, Vocabulary
 from manylora.images.picture import Picture, Vision
@@ -94,7 +94,8 @@ class SamplingParams:
     `allowed_token_ids`, where there are any, are the only tokens that are chosen. `bad_words` are runs of token ids of
     which no answer holds one. Among its first `min_tokens` tokens is none that ends it, as far as any other may come,
     and stop strings that end in their text do not count. The text has special tokens where `skip_special_tokens` is
-    False, and what the answer stopped at with `include_stop`.
+    False, and what the answer stopped at with `include_stop`. With `prompt_ranks` the prompt's log-probabilities have
+    their ranks.
 
     With `pooling` nothing is generated: the answer is one vector of hidden states. With `reads_head` it is the scores
     of the adapter's labels. Of a prompt of two texts the tokens from `second_from` on are of the second one; 0: of none
@@ -124,7 +125,7 @@ class SamplingParams:
     min_tokens: int = 0
     skip_special_tokens: bool = True
     include_stop: bool = False
-    prompt_ranks: bool = False  # of the prompt's log-probabilities
+    prompt_ranks: bool = False
     pooling: Pooling | None = None
     reads_head: bool = False
     speech: SpeechForm | None = None
@@ -132,8 +133,9 @@ class SamplingParams:
 
     @property
     def task(self) -> Task:
-        pools = self.pooling is not None or self.reads_head
-        return Task.POOL if pools else Task.GENERATE if self.max_tokens else Task.SCORE
+        if self.pooling is not None or self.reads_head:
+            return Task.POOL
+        return Task.GENERATE if self.max_tokens else Task.SCORE
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,51 +259,6 @@ class ModelInfo:
     def most_prompt_tokens(self) -> int:
         """Tokens that a prompt may have: where text is written on, one is left for the answer."""
         return self.context_length if self.kind == "pool" else self.context_length - 1
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """Counts at one moment, for `/v1/stats` and the gauges: of all, or of what belongs to one tenant.
-
-    Of a tenant, `resident` has public adapters too, with its own sequences as `users`; `steps` and `snapshots` are 0.
-    """
-
-    running: int = 0
-    waiting: int = 0
-    waiting_for_adapter: int = 0
-    kv_blocks_used: int = 0
-    kv_blocks_total: int = 0
-    slots_used: int = 0
-    slots_total: int = 0
-    device_tier_bytes: int = 0
-    host_tier_bytes: int = 0
-    preemptions: int = 0
-    steps: int = 0
-    snapshots: SnapshotCounts = field(default_factory=SnapshotCounts)
-    resident: tuple[dict[str, Any], ...] = field(default=())
-
-
-@dataclass(frozen=True, slots=True)
-class Residency:
-    """Which adapters are in memory, in `num_slots` slots of the device and beside it, and what requests ask for.
-
-    `running` are those that sequences of the batch use, `waiting` those that are waited for; `pinned` are ids.
-    """
-
-    num_slots: int = 0
-    device: tuple[AdapterRef, ...] = ()
-    host: tuple[AdapterRef, ...] = ()
-    running: tuple[AdapterRef, ...] = ()
-    waiting: tuple[AdapterRef, ...] = ()
-    pinned: frozenset[str] = frozenset()
-
-    @property
-    def activity(self) -> tuple[tuple[AdapterRef, ...], tuple[AdapterRef, ...]]:
-        return self.running, self.waiting
-
-    def refs(self) -> set[AdapterRef]:
-        """All of them."""
-        return {*self.device, *self.host, *self.running, *self.waiting}
 
 
 @dataclass(frozen=True, slots=True)

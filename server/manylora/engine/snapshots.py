@@ -5,19 +5,10 @@ block's hash: with both, another sequence begins behind the block as if it had r
 """
 
 from collections import Counter, OrderedDict
-from dataclasses import dataclass
 
-__all__ = ["SnapshotCounts", "Snapshots"]
+from manylora.engine.counts import SnapshotCounts
 
-
-@dataclass(frozen=True, slots=True)
-class SnapshotCounts:
-    """Rooms with a copy in them, rooms there are, the copies' bytes, and sequences that began with a copy."""
-
-    used: int = 0
-    total: int = 0
-    bytes: int = 0
-    hits: int = 0
+__all__ = ["Snapshots"]
 
 
 class Snapshots:

@@ -25,6 +25,7 @@ __all__ = [
     "AdaptedExperts",
     "AdaptedRouter",
     "InterfaceHolder",
+    "RoutedExperts",
     "StackedLinear",
     "agree",
     "is_router_served",
@@ -134,23 +135,19 @@ class StackedLinear:
             yield weight.T if self._is_turned else weight, bias
 
 
-class AdaptedExperts(nn.Module):
-    """A layer's experts behind transformers' interface, with low-rank deltas on what each of them multiplies by."""
+class RoutedExperts(nn.Module):
+    """A layer's experts, of which a router has chosen some for each row, around the base's own module.
 
-    def __init__(self, base: Any, sites: Mapping[str, int], context: ForwardContext) -> None:
+    A subclass sets the two products that an expert is made of, and computes with them.
+    """
+
+    _first: StackedLinear
+    _last: StackedLinear
+
+    def __init__(self, base: Any, context: ForwardContext) -> None:
         super().__init__()
         self.base = base
         self._context = context
-        self._first, self._last = (
-            StackedLinear(
-                base,
-                name,
-                sites.get(name),
-                is_turned=base.is_transposed,
-                biases=f"{name}_bias" if base.has_bias else None,
-            )
-            for name in (_first(base), "down_proj")
-        )
 
     def take_over(self, make: MatmulFactory) -> None:
         """Multiply by what a backend makes of the weights."""
@@ -166,6 +163,29 @@ class AdaptedExperts(nn.Module):
             own: torch.Tensor = self.base(hidden_states, top_k_index, top_k_weights)
             return own
         return self.compute(hidden_states, top_k_index, top_k_weights, plan)
+
+    def compute(
+        self, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, plan: LoraPlan | None
+    ) -> torch.Tensor:
+        """What the experts compute, expert by expert, with the deltas of a plan's adapters or with none."""
+        raise NotImplementedError
+
+
+class AdaptedExperts(RoutedExperts):
+    """A layer's experts behind transformers' interface, with low-rank deltas on what each of them multiplies by."""
+
+    def __init__(self, base: Any, sites: Mapping[str, int], context: ForwardContext) -> None:
+        super().__init__(base, context)
+        self._first, self._last = (
+            StackedLinear(
+                base,
+                name,
+                sites.get(name),
+                is_turned=base.is_transposed,
+                biases=f"{name}_bias" if base.has_bias else None,
+            )
+            for name in (_first(base), "down_proj")
+        )
 
     def compute(
         self, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, plan: LoraPlan | None

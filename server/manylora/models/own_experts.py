@@ -15,7 +15,7 @@ from manylora.kernels.batch import ForwardContext
 from manylora.kernels.interface import LoraPlan
 from manylora.kernels.matmul import MatmulFactory
 from manylora.lora.format.spec import ModuleSpec
-from manylora.models.experts import StackedLinear, agree, plan_of, spec_of
+from manylora.models.experts import RoutedExperts, StackedLinear, agree, plan_of, spec_of
 
 __all__ = ["BatchedHolder", "IdleHolder", "OwnExperts", "ParallelHolder"]
 
@@ -139,30 +139,13 @@ class IdleHolder:
         return agree(lambda: self.base(*given), lambda: ours.compute(*given, None), tolerance)
 
 
-class ExpertsWithIdle(nn.Module):
+class ExpertsWithIdle(RoutedExperts):
     """LongCat Flash's experts, with low-rank deltas on what each of them multiplies by."""
 
     def __init__(self, base: Any, sites: Mapping[str, int], context: ForwardContext) -> None:
-        super().__init__()
-        self.base = base
-        self._context = context
+        super().__init__(base, context)
         self._num_all, self._num_busy = int(base.gate_up_proj.shape[0]), int(base.down_proj.shape[0])
         self._first, self._last = (StackedLinear(base, name, sites.get(name)) for name in _FUSED)
-
-    def take_over(self, make: MatmulFactory) -> None:
-        """Multiply by what a backend makes of the weights."""
-        for each in (self._first, self._last):
-            each.take_over(make)
-
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """[T, hidden] of [T, hidden], the numbers of the experts chosen and their weights, [T, k] each."""
-        plan = plan_of(self._context, (self._first, self._last), hidden_states.shape[0])
-        if plan is None and not self._first.is_taken_over:
-            own: torch.Tensor = self.base(hidden_states, top_k_index, top_k_weights)
-            return own
-        return self.compute(hidden_states, top_k_index, top_k_weights, plan)
 
     def compute(
         self, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, plan: LoraPlan | None
